@@ -1,0 +1,50 @@
+# Everything starts from a machine with Python >= 3.10, make and git. Each command sets up .venv on its first run and skips
+# what is done. Another interpreter: make test PYTHON=python3.12. More arguments: make test ARGS="-k noising -x".
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+PACKAGES := noising sampling training callbacks
+SOURCES := $(PACKAGES) $(wildcard $(addsuffix /*.py,$(PACKAGES)))
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint clean
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed  ## set up .venv: torch, then alphabar (editable) with all that its tests need
+
+demo: $(VENV)/.installed  ## train the small demo model on two CPU cores, sample from it, write runs/demo
+	$(BIN)/python examples/train_brightness.py --prediction_type v_prediction --rescale_betas_zero_snr --out runs/demo $(ARGS)
+
+test: $(VENV)/.installed  ## run the tests, without the slow ones
+	$(BIN)/pytest $(ARGS)
+
+test-slow: $(VENV)/.installed  ## run the slow tests
+	$(BIN)/pytest -m slow $(ARGS)
+
+lint: $(VENV)/.installed .lint/installed  ## ruff, and types checked against the installed wheel
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+
+clean:  ## remove build products and caches, keep .venv and runs
+	rm -rf .lint build dist alphabar.egg-info .pytest_cache .ruff_cache .hypothesis
+	find $(PACKAGES) tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and pinned, so that nothing that depends on it can choose another one.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "alphabar needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; say which: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	$(BIN)/pip install -e '.[dev]' -c constraints.txt
+	@touch $@
+
+# Static tools do not follow the import hook of an editable install, so the wheel is installed here for them; stale
+# files under build/ would end up in it.
+.lint/installed: $(SOURCES) pyproject.toml $(VENV)/.installed
+	rm -rf .lint build
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target .lint/site .
+	@rm -rf build
+	@touch $@
