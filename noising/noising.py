@@ -1,0 +1,246 @@
+"""Noising: from a batch of clean samples to what a network is trained on.
+
+noised = noising(x0, step=step)
+loss = noised.loss(network(noised.x, noised.timesteps))
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .counter import seeded
+from .noise import Noise, resolve_noise
+from .schedule import NoiseSchedule, require_same_shape
+from .timesteps import Timesteps, resolve_timesteps
+from .weighting import Weighting, resolve_weighting
+
+_SAMPLE, _STRATA = 0, 1  # the streams that a seed is split into
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A noised batch: what the network sees, what it should answer, and how much each sample counts.
+
+    ``x``: x_t, shape (batch, ...), dtype of the clean batch. ``timesteps``: what the network is given as time, shape
+    (batch,), int64 on discrete schedules. ``target``, ``noise``: shape of ``x``, float32 or better. ``weight``, ``t``,
+    ``log_snr``: shape (batch,).
+
+    >>> noised = Noising(NoiseSchedule.flow())(torch.zeros(2, 3, 4, 4), step=0)
+    >>> noised.loss(noised.target).item()
+    0.0
+    """
+
+    x: Tensor
+    timesteps: Tensor
+    target: Tensor
+    weight: Tensor
+    noise: Tensor
+    t: Tensor
+    schedule: NoiseSchedule = field(repr=False)
+
+    @property
+    def log_snr(self) -> Tensor:
+        """log SNR of each sample, shape (batch,)."""
+        return self.schedule.log_snr(self.t)
+
+    def losses(self, prediction: Any) -> Tensor:
+        """Return the weighted mean squared error of each sample, shape (batch,), float32 or better.
+
+        ``prediction`` is the network's output, or an object that holds it as ``.sample``, as diffusers' models return.
+        Raises ValueError where its shape is not the target's.
+        """
+        out = prediction_tensor(prediction)
+        require_same_shape("the network's output", out, "the target", self.target)
+        error = (out.to(self.target.dtype) - self.target) ** 2
+        return self.weight * error.flatten(1).mean(1)
+
+    def loss(self, prediction: Any) -> Tensor:
+        """Return the mean of :meth:`losses`, a scalar to call ``backward`` on."""
+        return self.losses(prediction).mean()
+
+
+class Noising(nn.Module):
+    """Draw noise and times for a batch, and state the target and the weight of the loss.
+
+    ``weighting``, ``timesteps`` and ``noise`` are names of their registries or objects. It is a module so that what is
+    learned or measured (weights, loss history) travels with the checkpoint; it has no parameters unless a scheme has.
+    Raises ValueError for unknown names; warns where the weight of a zero-SNR terminal step is 0.
+
+    >>> schedule = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
+    >>> noising = Noising(schedule, weighting="uniform", timesteps="stratified", seed=0)
+    >>> noised = noising(torch.randn(4, 4, 8, 8), step=0)
+    >>> noised.x.shape, noised.timesteps.dtype
+    (torch.Size([4, 4, 8, 8]), torch.int64)
+    """
+
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        weighting: str | Weighting = "uniform",
+        timesteps: str | Timesteps = "uniform",
+        noise: str | Noise = "gaussian",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(schedule, NoiseSchedule):
+            raise TypeError(
+                f"schedule must be a NoiseSchedule, got {type(schedule).__name__}; e.g. NoiseSchedule.scaled_linear()"
+            )
+        self.schedule = schedule
+        self.weighting = resolve_weighting(weighting)
+        self.timesteps = resolve_timesteps(timesteps)
+        self.noise = resolve_noise(noise)
+        self.seed = int(seed)
+        self._looked_at_gpu_batch = False
+        self._warn_of_dead_terminal_step()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Noised:  # so that type checkers know what forward returns
+        return super().__call__(*args, **kwargs)
+
+    def forward(
+        self,
+        x0: Tensor,
+        *,
+        step: int,
+        micro_batch: int = 0,
+        accumulate: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
+        timesteps: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Noised:
+        """Return the noised batch of this process at this optimizer step.
+
+        ``x0``: floating point, shape (batch, ...). ``step`` counts optimizer steps; ``micro_batch`` counts the batches
+        accumulated into one, of ``accumulate``. ``rank`` and ``world_size`` default to torch.distributed's. Sample k here has
+        the global index (micro_batch · batch + k) · world_size + rank, the place that a DistributedSampler takes it from.
+        ``timesteps`` (times of the curve, shape (batch,)) and ``noise`` (shape of x0) replace what would be drawn.
+        Raises ValueError for integer, empty, mis-shaped or non-finite x0 (on a GPU the values of the first batch are
+        checked, later ones would cost a host sync each), and for times outside the schedule.
+        """
+        self._check(x0)
+        process_rank, process_count = _process()
+        rank = process_rank if rank is None else rank
+        world_size = process_count if world_size is None else world_size
+        batch = x0.shape[0]
+        index = [(micro_batch * batch + k) * world_size + rank for k in range(batch)]
+        t, drawn = self.draw(
+            index, tuple(x0.shape[1:]), step=step, total=batch * world_size * accumulate, pin_memory=x0.is_cuda
+        )
+        if noise is not None:
+            require_same_shape("noise", noise, "x0", x0)
+        t = t if timesteps is None else timesteps
+        return self.at(x0, t, drawn if noise is None else noise)
+
+    def draw(
+        self, index: Sequence[int], shape: tuple[int, ...], *, step: int, total: int, pin_memory: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return times and noise of the samples with these global indices at this step, on the CPU.
+
+        ``total`` is the number of samples in the whole optimizer step, over which stratified times are spread.
+        ``pin_memory`` puts the noise where a copy to the GPU does not make the host wait.
+
+        >>> t, noise = Noising(NoiseSchedule.flow(), seed=1).draw([5, 6], (3,), step=2, total=8)
+        >>> t.shape, noise.shape
+        (torch.Size([2]), torch.Size([2, 3]))
+        """
+        generator = torch.Generator()
+        u = torch.empty(len(index), dtype=torch.float64)
+        noise = torch.empty((len(index), *shape), pin_memory=pin_memory)
+        for k, i in enumerate(index):
+            seeded(generator, self.seed, _SAMPLE, step, i)
+            u[k : k + 1].uniform_(generator=generator)
+            noise[k] = self.noise.draw(shape, generator)
+        strata = None
+        if self.timesteps.stratified:
+            strata = torch.randperm(total, generator=seeded(generator, self.seed, _STRATA, step))
+        # 1 - u lies in (0, 1]: pure noise can be drawn, a clean sample cannot
+        t = self.schedule.curve.time_at_quantile(self.timesteps(1 - u, torch.tensor(index), strata))
+        return t.float() if t.is_floating_point() else t, noise  # float64 times would make a float64 batch
+
+    def at(self, x0: Tensor, t: Tensor, noise: Tensor) -> Noised:
+        """Return the noised batch for given times of the curve, shape (batch,), and noise, shape of x0."""
+        curve, prediction = self.schedule.curve, self.schedule.prediction
+        if t.shape != x0.shape[:1]:
+            raise ValueError(f"timesteps must have shape ({x0.shape[0]},), one for each sample, got {tuple(t.shape)}")
+        if t.is_floating_point() and curve.is_discrete and t.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"timesteps of dtype {t.dtype} cannot hold the integers up to {curve.t_max:g}; give int64 or float32"
+            )
+        alpha, sigma = self.schedule.levels(t, x0)
+        clean, noise = x0.to(alpha.dtype), noise.to(x0.device, alpha.dtype, non_blocking=True)
+        det = prediction.determinant(alpha, sigma)
+        t = t.to(x0.device)
+        time = curve.timestep(t)
+        return Noised(
+            x=(alpha * clean + sigma * noise).to(x0.dtype),
+            timesteps=time.float() if time.is_floating_point() else time.long(),
+            target=prediction.combine(clean, noise, alpha, sigma),
+            weight=self.weighting(alpha, sigma, det).flatten(),
+            noise=noise,
+            t=t,
+            schedule=self.schedule,
+        )
+
+    def _check(self, x0: Tensor) -> None:
+        if not isinstance(x0, Tensor) or not x0.is_floating_point():
+            got = x0.dtype if isinstance(x0, Tensor) else type(x0).__name__
+            raise ValueError(
+                f"x0 must be a floating point tensor, got {got}; scale images to [-1, 1], e.g. images / 127.5 - 1"
+            )
+        if x0.ndim < 2 or not x0.numel():
+            raise ValueError(f"x0 must have shape (batch, ...) and hold something, got {tuple(x0.shape)}")
+        if x0.device.type != "cpu":
+            if self._looked_at_gpu_batch or torch.compiler.is_compiling():
+                return
+            self._looked_at_gpu_batch = True
+        if not bool(x0.isfinite().all()):
+            bad = (~x0.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+            raise ValueError(
+                f"x0 holds NaN or infinity in samples {bad}; look at the data or the encoder that made them"
+            )
+
+    def _warn_of_dead_terminal_step(self) -> None:
+        curve = self.schedule.curve
+        end = torch.tensor([curve.t_max], dtype=torch.float64)
+        alpha, sigma = curve.alpha(end), curve.sigma(end)
+        weight = self.weighting(alpha, sigma, self.schedule.prediction.determinant(alpha, sigma))
+        if float(weight) == 0.0:
+            warnings.warn(
+                f"weighting {self.weighting.name!r} is 0 at t = {curve.t_max:g}, where SNR is 0: the step that sampling starts from "
+                "gets no gradient; give it a floor (e.g. floor=0.05), or use weighting='uniform'",
+                stacklevel=3,
+            )
+
+    def extra_repr(self) -> str:
+        return f"{self.schedule}, weighting={self.weighting}, timesteps={self.timesteps}, noise={self.noise}, seed={self.seed}"
+
+
+def prediction_tensor(prediction: Any) -> Tensor:
+    """Return the tensor of a network's output: itself, its ``.sample``, or the first of a tuple.
+
+    >>> prediction_tensor((torch.zeros(2), "more")).shape
+    torch.Size([2])
+    """
+    if isinstance(prediction, Tensor):
+        return prediction
+    if isinstance(prediction, tuple):
+        return prediction_tensor(prediction[0])
+    sample = getattr(prediction, "sample", None)
+    if isinstance(sample, Tensor):
+        return sample
+    raise ValueError(
+        f"the network must return a tensor or an object with a tensor .sample, got {type(prediction).__name__}"
+    )
+
+
+def _process() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1

@@ -1,0 +1,194 @@
+"""Prediction types: what a network puts out, as two numbers.
+
+On the path x_t = α x_0 + σ ε every prediction type is a linear combination
+
+    out = c0(α, σ) x_0 + c1(α, σ) ε.
+
+Together with x_t this is a 2x2 system with determinant det = c0 σ - c1 α, so every conversion follows from one solve:
+
+    x_0 = (σ out - c1 x_t) / det,        ε = (c0 x_t - α out) / det.
+
+The weight of a loss follows as well: an error Δout at fixed x_t is an error Δx_0 = (σ / det) Δout.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from .registry import lookup
+
+Number = TypeVar("Number", float, torch.Tensor)
+
+
+@dataclass(frozen=True)
+class Prediction(ABC):
+    """A prediction type; subclasses state its two numbers.
+
+    ``alpha`` and ``sigma`` are floats, or tensors that broadcast against ``x_t``.
+
+    >>> v = PREDICTIONS["v_prediction"]()
+    >>> v.coefficients(0.6, 0.8)
+    (-0.8, 0.6)
+    >>> v.to_x0(out=0.6 * 2.0 - 0.8 * 5.0, x_t=0.6 * 5.0 + 0.8 * 2.0, alpha=0.6, sigma=0.8)
+    5.0
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def coefficients(self, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+        """Return (c0, c1) of out = c0 x_0 + c1 ε."""
+
+    def determinant(self, alpha: Any, sigma: Any) -> Any:
+        """Return det = c0 σ - c1 α; where it is 0 the output does not determine x_0."""
+        c0, c1 = self.coefficients(alpha, sigma)
+        return c0 * sigma - c1 * alpha
+
+    def x0_coefficients(self, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+        """Return (p, q) of x_0 = p x_t + q out."""
+        c0, c1 = self.coefficients(alpha, sigma)
+        det = c0 * sigma - c1 * alpha
+        return -c1 / det, sigma / det
+
+    def combine(self, x0: Any, epsilon: Any, alpha: Any, sigma: Any) -> Any:
+        """Return the output that stands for this (x_0, ε): the training target."""
+        c0, c1 = self.coefficients(alpha, sigma)
+        return c0 * x0 + c1 * epsilon
+
+    def to_x0(self, out: Any, x_t: Any, alpha: Any, sigma: Any) -> Any:
+        """Return the x_0 that this output and x_t imply."""
+        c0, c1 = self.coefficients(alpha, sigma)
+        return (sigma * out - c1 * x_t) / (c0 * sigma - c1 * alpha)
+
+    def to_epsilon(self, out: Any, x_t: Any, alpha: Any, sigma: Any) -> Any:
+        """Return the ε that this output and x_t imply."""
+        c0, c1 = self.coefficients(alpha, sigma)
+        return (c0 * x_t - alpha * out) / (c0 * sigma - c1 * alpha)
+
+    def to_config(self) -> str | dict[str, Any]:
+        """Return the name, or the name with its parameters where it has any."""
+        parameters = asdict(self)
+        return {"name": self.name, **parameters} if parameters else self.name
+
+
+@dataclass(frozen=True)
+class Epsilon(Prediction):
+    """The noise ε (Ho et al. 2006.11239, eq. 14).
+
+    >>> Epsilon().coefficients(0.6, 0.8)
+    (0.0, 1.0)
+    """
+
+    name: ClassVar[str] = "epsilon"
+
+    def coefficients(self, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+        return 0.0, 1.0
+
+
+@dataclass(frozen=True)
+class Sample(Prediction):
+    """The clean sample x_0 itself.
+
+    >>> Sample().coefficients(0.6, 0.8)
+    (1.0, 0.0)
+    """
+
+    name: ClassVar[str] = "sample"
+
+    def coefficients(self, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+        return 1.0, 0.0
+
+
+@dataclass(frozen=True)
+class Velocity(Prediction):
+    """v = α ε - σ x_0 (Salimans & Ho 2202.00512, appendix D).
+
+    >>> Velocity().coefficients(0.6, 0.8)
+    (-0.8, 0.6)
+    """
+
+    name: ClassVar[str] = "v_prediction"
+
+    def coefficients(self, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+        return -sigma, alpha
+
+
+@dataclass(frozen=True)
+class FlowVelocity(Prediction):
+    """u = ε - x_0, the velocity of the straight path (Lipman et al. 2210.02747; Esser et al. 2403.03206, eq. 2).
+
+    >>> FlowVelocity().coefficients(0.2, 0.8)
+    (-1.0, 1.0)
+    """
+
+    name: ClassVar[str] = "flow_prediction"
+
+    def coefficients(self, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+        return -1.0, 1.0
+
+
+@dataclass(frozen=True)
+class Score(Prediction):
+    """The score ∇ log p_t(x_t) = -ε / σ (Song et al. 2011.13456).
+
+    >>> Score().coefficients(0.6, 0.8)
+    (0.0, -1.25)
+    """
+
+    name: ClassVar[str] = "score"
+
+    def coefficients(self, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+        return 0.0, -1.0 / sigma
+
+
+@dataclass(frozen=True)
+class KarrasF(Prediction):
+    """EDM's network F with x_0 = c_skip x̄ + c_out F, x̄ = x_t / α (Karras et al. 2206.00364, eq. 7 and table 1).
+
+    With s = σ / α: c_skip = σ_d² / (s² + σ_d²) and c_out = s σ_d / sqrt(s² + σ_d²); written in α², σ² it is finite at α = 0.
+
+    >>> c0, c1 = KarrasF(sigma_data=1.0).coefficients(0.6, 0.8)  # with σ_d = 1 on a variance preserving path F = -v
+    >>> round(c0, 12), round(c1, 12)
+    (0.8, -0.6)
+    """
+
+    name: ClassVar[str] = "karras"
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.sigma_data > 0:
+            raise ValueError(f"sigma_data must be positive, got {self.sigma_data}; EDM uses 0.5 for images in [-1, 1]")
+
+    def coefficients(self, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+        d = self.sigma_data
+        norm = (sigma**2 + (alpha * d) ** 2) ** 0.5  # α sqrt(s² + σ_d²)
+        # F = ((1 - c_skip) x_0 - c_skip s ε) / c_out, c_skip = (α σ_d)² / norm², c_out = s σ_d α / norm
+        return sigma / (d * norm), -(alpha * d) / norm
+
+
+PREDICTIONS: Mapping[str, type[Prediction]] = {
+    kind.name: kind for kind in (Epsilon, Sample, Velocity, FlowVelocity, Score, KarrasF)
+}
+"""Every prediction type by its name; a new one is a class above and a word in this line."""
+
+
+def resolve_prediction(prediction: str | Mapping[str, Any] | Prediction) -> Prediction:
+    """Return the prediction type for a name, a config or an object.
+
+    Raises ValueError for an unknown name, and names the nearest one.
+
+    >>> resolve_prediction("v_prediction")
+    Velocity()
+    >>> resolve_prediction({"name": "karras", "sigma_data": 1.0})
+    KarrasF(sigma_data=1.0)
+    """
+    if isinstance(prediction, Prediction):
+        return prediction
+    parameters = dict(prediction) if isinstance(prediction, Mapping) else {"name": prediction}
+    kind = lookup("prediction type", parameters.pop("name", None), PREDICTIONS)
+    return kind(**parameters)

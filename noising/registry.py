@@ -1,0 +1,34 @@
+"""Names that resolve: one look-up for every registry, with an error that offers the nearest right name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def lookup(kind: str, name: object, known: Mapping[str, T]) -> T:
+    """Return ``known[name]``, or raise a ValueError that names the kind, what was given and the nearest known name.
+
+    >>> lookup("method", "heun", {"heun": 1, "ddim": 2})
+    1
+    >>> lookup("method", "huen", {"heun": 1, "ddim": 2})
+    Traceback (most recent call last):
+    ValueError: unknown method 'huen'; did you mean 'heun'?
+    """
+    if isinstance(name, str) and name in known:
+        return known[name]
+    raise ValueError(unknown(kind, name, known))
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> str:
+    """Word the complaint about an unknown name.
+
+    >>> unknown("grid", "xyz", ["karras", "leading"])
+    "unknown grid 'xyz'; known: karras, leading"
+    """
+    near = get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    mend = f"did you mean {near[0]!r}?" if near else "known: " + (", ".join(sorted(known)) or "none")
+    return f"unknown {kind} {name!r}; {mend}"
