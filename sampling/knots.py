@@ -1,0 +1,54 @@
+"""Knots: the points of the path that a sampler visits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..noising import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class Knot:
+    """One point of the path: signal α, noise σ, and the time that the network is given there.
+
+    >>> Knot(timestep=999, alpha=0.0, sigma=1.0).half_log_snr
+    -inf
+    """
+
+    timestep: float
+    alpha: float
+    sigma: float
+
+    @cached_property
+    def half_log_snr(self) -> float:
+        """λ = log(α / σ), the letter of the DPM-Solver papers; infinite at both ends."""
+        if self.sigma == 0:
+            return math.inf
+        return -math.inf if self.alpha == 0 else math.log(self.alpha / self.sigma)
+
+    @cached_property
+    def sigma_ve(self) -> float:
+        """σ / α, the ``sigma`` of k-diffusion; infinite where α is 0."""
+        return math.inf if self.alpha == 0 else self.sigma / self.alpha
+
+
+CLEAN = Knot(timestep=-1.0, alpha=1.0, sigma=0.0)
+"""Where sampling ends: the clean sample. No network is called there."""
+
+
+def knots_at(schedule: NoiseSchedule, times: Tensor | Sequence[float]) -> tuple[Knot, ...]:
+    """Return the knots at these times of the schedule's curve, computed in float64.
+
+    >>> [round(k.sigma, 2) for k in knots_at(NoiseSchedule.flow(), [1.0, 0.25])]
+    [1.0, 0.25]
+    """
+    t = torch.as_tensor(times, dtype=torch.float64)
+    curve = schedule.curve
+    columns = zip(curve.timestep(t).tolist(), curve.alpha(t).tolist(), curve.sigma(t).tolist(), strict=True)
+    return tuple(Knot(*values) for values in columns)
