@@ -1,0 +1,130 @@
+"""Command-line flags of the noising side, for any argparse script, under the names that diffusers and kohya users know."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..noising import (
+    BETA_SCHEDULES,
+    NOISES,
+    PREDICTIONS,
+    TIMESTEPS,
+    WEIGHTINGS,
+    Discrete,
+    MinSNR,
+    NoiseSchedule,
+    Noising,
+    Offset,
+)
+from ..noising.noise import resolve_noise
+from ..noising.weighting import resolve_weighting
+
+
+def add_noising_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags from which :func:`noising_from_arguments` makes a Noising; return the parser.
+
+    >>> args = add_noising_arguments(argparse.ArgumentParser()).parse_args(
+    ...     ["--prediction_type", "v_prediction", "--rescale_betas_zero_snr", "--noise_offset", "0.1"])
+    >>> noising = noising_from_arguments(args)
+    >>> noising.schedule.has_zero_terminal_snr, noising.noise
+    (True, Offset(strength=0.1))
+    """
+    group = parser.add_argument_group("noise schedule (alphabar)")
+    add = group.add_argument
+    add(
+        "--beta_schedule",
+        default="scaled_linear",
+        choices=sorted(BETA_SCHEDULES),
+        help="shape of the betas (default: %(default)s)",
+    )
+    add("--beta_start", type=float, default=0.00085, help="first beta (default: %(default)s)")
+    add("--beta_end", type=float, default=0.012, help="last beta (default: %(default)s)")
+    add("--num_train_timesteps", type=int, default=1000, help="number of training timesteps (default: %(default)s)")
+    add(
+        "--flow_shift",
+        type=float,
+        default=None,
+        help="train a rectified flow with this shift instead of betas (SD3 uses 3)",
+    )
+    add(
+        "--prediction_type",
+        default=None,
+        choices=sorted(PREDICTIONS),
+        help="what the network predicts (default: epsilon; on a flow flow_prediction)",
+    )
+    add(
+        "--rescale_betas_zero_snr",
+        action="store_true",
+        help="rescale the betas so that the last timestep is pure noise (2305.08891)",
+    )
+    add("--loss_weighting", default=None, choices=sorted(WEIGHTINGS), help="weight of the loss (default: uniform)")
+    add(
+        "--snr_gamma", type=float, default=None, help="min-SNR weighting with this gamma (2303.09556; the paper uses 5)"
+    )
+    add(
+        "--loss_weight_floor",
+        type=float,
+        default=0.0,
+        help="lower bound of the weight, for schemes that are 0 at zero SNR",
+    )
+    add(
+        "--timestep_sampling",
+        default="uniform",
+        choices=sorted(TIMESTEPS),
+        help="density of training timesteps (default: %(default)s)",
+    )
+    add("--noise", default=None, choices=sorted(NOISES), help="kind of noise (default: gaussian)")
+    add("--noise_offset", type=float, default=0.0, help="strength of offset noise (0: none)")
+    add("--noise_seed", type=int, default=0, help="seed of training noise and timesteps (default: %(default)s)")
+    return parser
+
+
+def schedule_from_arguments(args: argparse.Namespace) -> NoiseSchedule:
+    """Return the schedule that the flags describe; contradictions are a ValueError, before any model is loaded.
+
+    >>> schedule_from_arguments(add_noising_arguments(argparse.ArgumentParser()).parse_args([])).prediction.name
+    'epsilon'
+    """
+    if args.flow_shift is not None:
+        if args.rescale_betas_zero_snr:
+            raise ValueError(
+                "--rescale_betas_zero_snr does not go with --flow_shift: a flow ends in pure noise already; leave it out"
+            )
+        return NoiseSchedule.flow(args.flow_shift, args.num_train_timesteps, args.prediction_type or "flow_prediction")
+    curve = Discrete(args.beta_schedule, args.beta_start, args.beta_end, args.num_train_timesteps)
+    schedule = NoiseSchedule(curve, args.prediction_type or "epsilon")
+    return schedule.zero_terminal_snr() if args.rescale_betas_zero_snr else schedule
+
+
+def noising_from_arguments(args: argparse.Namespace) -> Noising:
+    """Return the Noising that the flags of :func:`add_noising_arguments` describe.
+
+    Raises ValueError for flags that contradict each other, naming both.
+
+    >>> parser = add_noising_arguments(argparse.ArgumentParser())
+    >>> noising_from_arguments(parser.parse_args(["--snr_gamma", "5"])).weighting
+    MinSNR(floor=0.0, gamma=5.0)
+    """
+    return Noising(
+        schedule_from_arguments(args), _weighting(args), args.timestep_sampling, _noise(args), seed=args.noise_seed
+    )
+
+
+def _weighting(args: argparse.Namespace) -> Any:
+    floor = {"floor": args.loss_weight_floor} if args.loss_weight_floor else {}
+    if args.snr_gamma is None:
+        return type(resolve_weighting(args.loss_weighting or "uniform"))(**floor)
+    if args.loss_weighting not in (None, MinSNR.name):
+        raise ValueError(
+            f"--snr_gamma is min-SNR weighting and contradicts --loss_weighting {args.loss_weighting}; give one of the two"
+        )
+    return MinSNR(gamma=args.snr_gamma, **floor)
+
+
+def _noise(args: argparse.Namespace) -> Any:
+    if not args.noise_offset:
+        return resolve_noise(args.noise or "gaussian")
+    if args.noise not in (None, Offset.name):
+        raise ValueError(f"--noise_offset is offset noise and contradicts --noise {args.noise}; give one of the two")
+    return Offset(args.noise_offset)

@@ -1,0 +1,107 @@
+"""From samples to a picture: pixels, a grid, a PNG. Arithmetic alone, testable without a Trainer."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..noising.files import write_atomically
+
+BACKGROUND = 128  # mid grey: black and white images both stand out from it
+
+
+def to_pixels(samples: Tensor) -> Tensor:
+    """Return samples as pixels: shape (n, channels, height, width) to uint8 (n, 1 or 3, height, width).
+
+    One and three channels are images in [-1, 1], which becomes 0 ... 255; what lies outside is clipped. Any other number
+    of channels is taken for latents, which have no fixed range: their first three channels (of two, the first) are
+    shown, each stretched from its least to its greatest value in that image. Raises ValueError for other shapes and for
+    NaN, which no pixel can show.
+
+    >>> to_pixels(torch.tensor([-1.0, 0.0, 1.0, 7.0]).view(1, 1, 2, 2)).flatten().tolist()
+    [0, 128, 255, 255]
+    >>> to_pixels(torch.randn(2, 4, 8, 8)).shape
+    torch.Size([2, 3, 8, 8])
+    """
+    require_image_shape(tuple(samples.shape[1:]))
+    bad = samples.isnan().flatten(1).any(1).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"samples {bad} of {len(samples)} hold NaN; look at the loss and at the dtype that is sampled in"
+        )
+    x = samples.float()
+    if x.shape[1] not in (1, 3):
+        x = _stretched(x[:, :3] if x.shape[1] > 3 else x[:, :1])
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def require_image_shape(shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless ``shape``, without the batch, is (channels, height, width).
+
+    >>> require_image_shape((16000,))
+    Traceback (most recent call last):
+    ValueError: a picture needs samples of shape (channels, height, width), got (16000,)
+    """
+    if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ValueError(f"a picture needs samples of shape (channels, height, width), got {shape}")
+
+
+def image_grid(pixels: Tensor, columns: int | None = None, margin: int = 2) -> Tensor:
+    """Return uint8 images (n, channels, height, width) side by side on grey, as one (height, width, channels).
+
+    Rows first; ``columns`` defaults to the least square that holds all. ``margin`` is in pixels.
+
+    >>> image_grid(torch.zeros(5, 3, 8, 8, dtype=torch.uint8)).shape
+    torch.Size([22, 32, 3])
+    """
+    n, channels, height, width = pixels.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    high, wide = height + margin, width + margin
+    grid = torch.full((channels, rows * high + margin, columns * wide + margin), BACKGROUND, dtype=torch.uint8)
+    for k, image in enumerate(pixels):
+        top, left = margin + k // columns * high, margin + k % columns * wide
+        grid[:, top : top + height, left : left + width] = image
+    return grid.permute(1, 2, 0).contiguous()
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """Return a uint8 image (height, width, 1 or 3) as a PIL image, grey or RGB.
+
+    >>> to_pil(torch.zeros(2, 4, 1, dtype=torch.uint8)).size
+    (4, 2)
+    """
+    array = image.cpu().numpy()
+    return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+
+
+def png_bytes(image: Tensor) -> bytes:
+    """Return a uint8 image (height, width, 1 or 3) as the content of a PNG file.
+
+    >>> png_bytes(torch.zeros(2, 2, 3, dtype=torch.uint8))[:4]
+    b'\\x89PNG'
+    """
+    buffer = io.BytesIO()
+    to_pil(image).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def save_grid(samples: Tensor, path: str | os.PathLike[str]) -> Path:
+    """Write samples, shape (n, channels, height, width), as one PNG grid; return the path.
+
+    >>> import tempfile
+    >>> save_grid(torch.zeros(4, 1, 8, 8), Path(tempfile.mkdtemp(), "grid.png")).name
+    'grid.png'
+    """
+    return write_atomically(path, png_bytes(image_grid(to_pixels(samples))))
+
+
+def _stretched(x: Tensor) -> Tensor:
+    low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+    return 2 * (x - low) / (high - low).clamp_min(torch.finfo(x.dtype).tiny) - 1
