@@ -1,0 +1,6 @@
+"""Lightning callbacks: previews while a model trains, and the noise schedule beside every checkpoint."""
+
+from .schedule_checkpoint import ScheduleCheckpoint
+from .validation_sampling import ValidationSampling
+
+__all__ = ["ScheduleCheckpoint", "ValidationSampling"]

@@ -1,0 +1,84 @@
+"""Who draws which image: as many equal batches on every rank, and the same batches for any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``num_images`` in batches of ``batch_size``, dealt to ``world_size`` ranks in turn.
+
+    Batch g holds the images g · batch_size and following, whatever the number of ranks: the same images in the same
+    places of a batch of the same size, because matrix products may round otherwise when these change. The last batch is
+    filled up with the last image, and a rank without a batch left draws that image too: every rank makes as many
+    forwards.
+
+    >>> Plan(num_images=5, batch_size=2, world_size=2).batches(rank=1)
+    [[2, 3], [4, 4]]
+    """
+
+    num_images: int
+    batch_size: int
+    world_size: int = 1
+
+    @property
+    def rounds(self) -> int:
+        """The number of batches that each rank draws."""
+        return -(-self.num_images // (self.batch_size * self.world_size))
+
+    def batches(self, rank: int) -> list[list[int]]:
+        """Return the images of each of this rank's batches."""
+        last = self.num_images - 1
+        starts = [(k * self.world_size + rank) * self.batch_size for k in range(self.rounds)]
+        return [[min(i, last) for i in range(start, start + self.batch_size)] for start in starts]
+
+    def in_order(self, gathered: Tensor) -> Tensor:
+        """Return (world_size, rounds, batch_size, ...) from all ranks as (num_images, ...), image i at place i.
+
+        >>> plan = Plan(num_images=5, batch_size=2, world_size=2)
+        >>> plan.in_order(torch.tensor([plan.batches(rank) for rank in range(2)])).tolist()
+        [0, 1, 2, 3, 4]
+        """
+        return gathered.transpose(0, 1).flatten(0, 2)[: self.num_images]
+
+
+def take_rows(values: Mapping[str, Any], indices: Sequence[int], device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Return the rows of every tensor in a (nested) mapping, on ``device``; a single row serves every image.
+
+    What is no tensor and no mapping is passed on as it is.
+
+    >>> take_rows({"y": torch.arange(4), "deep": {"z": torch.ones(1, 2)}, "scale": 0.5}, [1, 3])
+    {'y': tensor([1, 3]), 'deep': {'z': tensor([[1., 1.],
+            [1., 1.]])}, 'scale': 0.5}
+    """
+
+    def taken(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return take_rows(value, indices, device)
+        if not isinstance(value, Tensor):
+            return value
+        rows = [0] * len(indices) if value.shape[0] == 1 else list(indices)
+        return value[rows].to(device)
+
+    return {key: taken(value) for key, value in values.items()}
+
+
+def require_rows(name: str, values: Mapping[str, Any], num_images: int) -> None:
+    """Raise ValueError unless every tensor in a (nested) mapping has a row for each image, or one row for all.
+
+    >>> require_rows("conditioning", {"y": torch.zeros(3, 2)}, 4)
+    Traceback (most recent call last):
+    ValueError: conditioning 'y' must have a row for each of 4 images (or one for all), got shape (3, 2)
+    """
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            require_rows(f"{name} {key!r}", value, num_images)
+        elif isinstance(value, Tensor) and (value.ndim == 0 or value.shape[0] not in (1, num_images)):
+            rows = f"a row for each of {num_images} images (or one for all)"
+            raise ValueError(f"{name} {key!r} must have {rows}, got shape {tuple(value.shape)}")
