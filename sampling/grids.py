@@ -35,8 +35,10 @@ def linspace(
     >>> [k.timestep for k in linspace(NoiseSchedule.linear(), 3)]
     [999.0, 499.5, 0.0, -1.0]
     """
-    last = schedule.num_train_timesteps - 1
-    index = torch.linspace(last, 0, steps + drop_last, dtype=torch.float64)[:steps]
+    last, points = schedule.num_train_timesteps - 1, steps + drop_last
+    # counted up from 0 as numpy does, so that the ties of rounding fall as in diffusers
+    index = torch.arange(points - 1, drop_last - 1, -1, dtype=torch.float64) * (last / max(points - 1, 1))
+    index[0] = last
     return _at_indices(schedule, index.round() if rounded else index)
 
 
@@ -65,7 +67,8 @@ def trailing(schedule: NoiseSchedule, steps: int) -> tuple[Knot, ...]:
     [999.0, 749.0, 499.0, 249.0, -1.0]
     """
     count = schedule.num_train_timesteps
-    position = count - torch.arange(steps, dtype=torch.float64) * (count / steps)
+    stride = count - (count - count / steps)  # as numpy.arange rounds it, so that the ties of rounding fall as in diffusers
+    position = count - torch.arange(steps, dtype=torch.float64) * stride
     return _at_indices(schedule, (position.round() if schedule.curve.is_discrete else position) - 1)
 
 

@@ -56,7 +56,7 @@ class Sampler:
                 f"schedule must be a NoiseSchedule, got {type(schedule).__name__}; e.g. NoiseSchedule.scaled_linear()"
             )
         resolved, implied = resolve_method(method)
-        implied_grid = implied.pop("grid", "trailing")
+        implied_grid: str = implied.pop("grid", "trailing")
         grid = implied_grid if grid is None else grid
         known = resolved.options | grid_options(grid)
         for name in options:
@@ -195,7 +195,7 @@ class _SeededNoise:
         self.shape, self.device = shape, device
 
     def __call__(self) -> Tensor:
-        noise = torch.empty(self.shape, pin_memory=self.device.type == "cuda")
+        noise = torch.empty(self.shape, dtype=torch.float32, pin_memory=self.device.type == "cuda")
         for row, generator in zip(noise, self.generators, strict=True):
             row.normal_(generator=generator)
         return noise.to(self.device, non_blocking=True)

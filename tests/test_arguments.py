@@ -21,7 +21,9 @@ def test_defaults_are_stable_diffusion_with_the_plain_loss() -> None:
 
 
 def test_every_flag_arrives() -> None:
-    flags = "--beta_schedule linear --beta_start 0.001 --beta_end 0.03 --num_train_timesteps 500 --prediction_type sample"
+    flags = (
+        "--beta_schedule linear --beta_start 0.001 --beta_end 0.03 --num_train_timesteps 500 --prediction_type sample"
+    )
     flags += " --rescale_betas_zero_snr --snr_gamma 3 --loss_weight_floor 0.1 --timestep_sampling stratified --noise_offset 0.05"
     noising = noising_from_arguments(parse(*flags.split(), "--noise_seed", "7"))
     assert noising.schedule == NoiseSchedule.linear(0.001, 0.03, 500, "sample").zero_terminal_snr()
@@ -39,7 +41,10 @@ def test_flow() -> None:
     ("flags", "words"),
     [
         (["--rescale_betas_zero_snr"], ["epsilon", "ill-posed", "with_prediction('v_prediction')"]),
-        (["--rescale_betas_zero_snr", "--flow_shift", "3"], ["--rescale_betas_zero_snr", "--flow_shift", "leave it out"]),
+        (
+            ["--rescale_betas_zero_snr", "--flow_shift", "3"],
+            ["--rescale_betas_zero_snr", "--flow_shift", "leave it out"],
+        ),
         (["--snr_gamma", "0"], ["gamma must be positive", "0.0"]),
         (["--snr_gamma", "-1"], ["gamma must be positive", "-1.0"]),
         (["--snr_gamma", "5", "--loss_weighting", "snr"], ["--snr_gamma", "--loss_weighting snr"]),

@@ -68,7 +68,14 @@ def test_loss_is_the_noised_loss_of_this_step(tmp_path: Path) -> None:
             return loss
 
     data = DataLoader(torch.randn(8, 1, 4, 4), batch_size=2)  # type: ignore[arg-type]
-    trainer = Trainer(accelerator="cpu", max_steps=2, accumulate_grad_batches=2, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=2,
+        accumulate_grad_batches=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
     trainer.fit(Recording(Scale(), Noising(SCHEDULE, timesteps="stratified")), data)
     assert len(losses) == 4
     assert [a for a, _ in losses] == pytest.approx([b for _, b in losses], rel=1e-6)
@@ -140,7 +147,25 @@ def test_checkpoint_loads_with_nothing_but_its_own_files(checkpoint: Path) -> No
 
 def test_command_samples_the_checkpoint(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "grid.png"
-    assert main(["sample", str(checkpoint), "--steps", "3", "--method", "dpmpp_2m", "--num_images", "5", "--batch_size", "2", "--out", str(out)]) == 0
+    assert (
+        main(
+            [
+                "sample",
+                str(checkpoint),
+                "--steps",
+                "3",
+                "--method",
+                "dpmpp_2m",
+                "--num_images",
+                "5",
+                "--batch_size",
+                "2",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     assert "5 images" in capsys.readouterr().out
     assert Image.open(out).width >= 16
     # image 4 does not depend on the batch it was sampled in
@@ -159,7 +184,9 @@ def test_command_samples_the_checkpoint(checkpoint: Path, tmp_path: Path, capsys
         (["--num_images", "0"], "must be at least 1, got 0"),
     ],
 )
-def test_command_says_what_is_wrong(checkpoint: Path, tmp_path: Path, flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_says_what_is_wrong(
+    checkpoint: Path, tmp_path: Path, flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["sample", str(checkpoint), *flags, "--out", str(tmp_path / "grid.png")]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "grid.png").exists()

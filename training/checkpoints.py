@@ -7,7 +7,6 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -94,10 +93,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.is_file():
         what = "a folder, not a checkpoint file," if path.is_dir() else "no checkpoint"
         raise FileNotFoundError(f"{what} at {str(path)!r}")
+    path.open("rb").close()  # a file that may not be read says so itself
     try:
         # files of the format before torch 1.6 cannot be mapped
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # damaged bytes fail in a dozen ways, IndexError and UnicodeDecodeError among them
         raise ValueError(f"{str(path)!r} {_reason(error)}") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{str(path)!r} is no checkpoint: it holds a {type(checkpoint).__name__}, not a dict")
@@ -106,7 +106,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _reason(error: Exception) -> str:
     # torch's own words advise to load with weights_only=False, which would run whatever the file says
-    found = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+    found = re.search(r"GLOBAL (\S+)", str(error))
     if found:
         mend = "save hyperparameters as numbers, strings, lists and dicts"
         return f"holds a {found[1]}, and only plain values and tensors are loaded; {mend}"

@@ -1,0 +1,87 @@
+"""Every example runs, short; on the digits that ship with scikit-learn as a folder of PNG files too."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import diffusers
+import pytest
+from PIL import Image
+
+from alphabar.noising import NoiseSchedule
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+V_ZERO_SNR = ["--prediction_type", "v_prediction", "--rescale_betas_zero_snr"]
+SHORT = ["--max_steps", "2", "--batch_size", "2", "--num_samples", "4", "--sampling_steps", "2", "--preview_every", "1"]
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    import sys
+
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_brightness_leaves_what_the_readme_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ratios = load("train_brightness").main([*V_ZERO_SNR, *SHORT, "--compare", "--out", str(tmp_path)])
+    assert set(ratios) == {"v_prediction + zero terminal SNR", "epsilon, ordinary"}
+    assert json.loads((tmp_path / "brightness.json").read_text()) == ratios
+    for name in ("brightness.ckpt", "brightness.png", "scheduler/scheduler_config.json", "ordinary/brightness.ckpt"):
+        assert (tmp_path / name).is_file(), name
+    assert len(list((tmp_path / "previews").glob("*.png"))) == 2
+    scheduler = diffusers.DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    assert scheduler.config["prediction_type"] == "v_prediction"
+    assert scheduler.alphas_cumprod[-1] == 0
+    assert NoiseSchedule.from_pretrained(tmp_path, subfolder="scheduler").has_zero_terminal_snr
+    assert "epsilon, ordinary" in capsys.readouterr().out
+
+
+def test_brightness_goes_on_from_its_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example = load("train_brightness")
+    first = example.main([*V_ZERO_SNR, *SHORT, "--out", str(tmp_path)])
+    assert example.main([*V_ZERO_SNR, *SHORT, "--out", str(tmp_path)]) == first  # nothing is left to train
+
+
+def test_brightness_refuses_another_schedule_in_the_same_folder(tmp_path: Path) -> None:
+    example = load("train_brightness")
+    example.main([*V_ZERO_SNR, *SHORT, "--out", str(tmp_path)])
+    with pytest.raises(Exception, match=r"beta_end=0\.02"):
+        example.main([*V_ZERO_SNR, "--beta_end", "0.02", *SHORT, "--max_steps", "4", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("channels", ["1", "3"])
+def test_brightness_on_a_folder_of_images(tmp_path: Path, channels: str) -> None:
+    from sklearn.datasets import load_digits
+
+    (tmp_path / "data").mkdir()
+    for i, digit in enumerate(load_digits().images[:40]):
+        Image.fromarray((digit * 255 / 16).astype("uint8")).save(tmp_path / "data" / f"{i}.png")
+    flags = [
+        *V_ZERO_SNR,
+        *SHORT,
+        "--data",
+        str(tmp_path / "data"),
+        "--channels",
+        channels,
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert load("train_brightness").main(flags)
+    assert (tmp_path / "run" / "brightness.ckpt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--rescale_betas_zero_snr"], "ill-posed"),
+        ([*V_ZERO_SNR, "--data", "nowhere"], "no folder of images at 'nowhere'"),
+    ],
+)
+def test_brightness_says_what_is_wrong(tmp_path: Path, flags: list[str], words: str) -> None:
+    with pytest.raises((ValueError, OSError), match=words):
+        load("train_brightness").main([*flags, *SHORT, "--out", str(tmp_path)])

@@ -1,0 +1,483 @@
+"""Noising: what a batch becomes, and that its randomness depends on (seed, step, global index) and on nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from alphabar.noising import (
+    NOISES,
+    TIMESTEPS,
+    Gaussian,
+    MinSNR,
+    Noised,
+    NoiseSchedule,
+    Noising,
+    Offset,
+    UniformTimesteps,
+)
+from oracles import SCHEDULES, allowed
+
+FLOW, ZTSNR = SCHEDULES["flow"], SCHEDULES["ztsnr"]
+DENSITIES = list(TIMESTEPS)
+
+
+def batch_of(count: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, 3, 4, 5, generator=torch.Generator().manual_seed(seed))
+
+
+def equal(a: Noised, b: Noised) -> bool:
+    names = ("x", "timesteps", "target", "weight", "noise", "t")
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in names)
+
+
+# contents
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [s for base in SCHEDULES.values() for s in allowed(base)],
+    ids=lambda s: f"{s.curve.kind}-{s.prediction.name}",
+)
+def test_contents(schedule: NoiseSchedule) -> None:
+    x0 = batch_of(16)
+    noised = Noising(schedule, seed=3)(x0, step=7)
+    t = noised.t.double()
+    alpha, sigma = (level.view(-1, 1, 1, 1) for level in (schedule.alpha(t), schedule.sigma(t)))
+    noise = noised.noise.double()
+    assert torch.allclose(noised.x.double(), alpha * x0 + sigma * noise, rtol=0, atol=2e-6)
+    c0, c1 = schedule.prediction.coefficients(alpha, sigma)
+    expected = c0 * x0 + c1 * noise
+    assert float((noised.target - expected).abs().max() / expected.abs().max()) < 1e-6
+    assert torch.equal(noised.weight, torch.ones(16))
+    assert torch.allclose(noised.log_snr.double(), schedule.log_snr(t), rtol=1e-5, atol=1e-5)
+    assert noised.x.shape == noised.target.shape == noised.noise.shape == x0.shape
+    assert noised.timesteps.shape == noised.t.shape == noised.weight.shape == (16,)
+
+
+def test_time_that_the_network_is_given() -> None:
+    x0 = batch_of(8)
+    discrete = Noising(ZTSNR)(x0, step=0)
+    assert discrete.timesteps.dtype == torch.int64
+    assert torch.equal(discrete.timesteps, discrete.t)
+    flow = Noising(FLOW)(x0, step=0)
+    assert flow.timesteps.dtype == torch.float32
+    assert torch.allclose(flow.timesteps, 1000 * FLOW.sigma(flow.t))
+
+
+@pytest.mark.parametrize("schedule", [ZTSNR, FLOW], ids=["discrete", "flow"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes(schedule: NoiseSchedule, dtype: torch.dtype) -> None:
+    x0 = batch_of(4).to(dtype)
+    noised = Noising(schedule)(x0, step=0)
+    better = torch.promote_types(dtype, torch.float32)
+    assert noised.x.dtype == dtype
+    assert noised.target.dtype == noised.noise.dtype == noised.weight.dtype == better
+    assert noised.losses(x0).dtype == better
+    full = Noising(schedule)(x0.double(), step=0)
+    assert float((noised.x.double() - full.x).abs().max()) < 4 * torch.finfo(dtype).eps + 1e-6
+
+
+def test_the_weight_is_the_scheme_s() -> None:
+    noising = Noising(SCHEDULES["scaled_linear"].with_prediction("v_prediction"), weighting=MinSNR(gamma=5.0))
+    noised = noising(batch_of(64), step=0)
+    snr = noising.schedule.snr(noised.t.double())
+    assert torch.allclose(noised.weight.double(), snr.clamp(max=5.0) / (snr + 1), rtol=1e-5, atol=0)
+
+
+def test_the_batch_is_left_alone() -> None:
+    x0 = batch_of(4)
+    before = x0.clone()
+    Noising(ZTSNR)(x0, step=0)
+    assert torch.equal(x0, before)
+
+
+def test_given_noise_and_timesteps_are_used() -> None:
+    x0, noise, t = batch_of(2), batch_of(2, seed=1), torch.tensor([5, 999])
+    noised = Noising(ZTSNR)(x0, step=0, noise=noise, timesteps=t)
+    assert torch.equal(noised.noise, noise)
+    assert torch.equal(noised.timesteps, t)
+    assert torch.equal(noised.x, ZTSNR.add_noise(x0, noise, t))
+    assert torch.equal(noised.target, ZTSNR.target(x0, noise, t))
+    drawn = Noising(ZTSNR)(x0, step=0)
+    half = Noising(ZTSNR)(x0, step=0, timesteps=t)  # what is not given is drawn as ever
+    assert torch.equal(half.noise, drawn.noise)
+
+
+# randomness
+
+
+@pytest.mark.parametrize("timesteps", DENSITIES)
+@pytest.mark.parametrize("noise", NOISES)
+def test_deterministic(timesteps: str, noise: str) -> None:
+    x0 = batch_of(8)
+    one = Noising(ZTSNR, timesteps=timesteps, noise=noise, seed=5)(x0, step=3)
+    again = Noising(ZTSNR, timesteps=timesteps, noise=noise, seed=5)
+    for step in (0, 9):
+        again(x0, step=step)  # what happened before does not matter: this is a resume
+    assert equal(one, again(x0, step=3))
+
+
+def test_every_counter_counts() -> None:
+    x0 = batch_of(8)
+    seen = [Noising(ZTSNR, seed=seed)(x0, step=step) for seed in (0, 1, -1, 2**40) for step in (0, 1, 2**33)]
+    samples = [noise for noised in seen for noise in noised.noise]
+    assert len({noise.numpy().tobytes() for noise in samples}) == len(samples) == 96
+
+
+@pytest.mark.parametrize("timesteps", DENSITIES)
+@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 8), (8, 1)])
+def test_samples_do_not_depend_on_how_the_step_is_split(timesteps: str, world_size: int, accumulate: int) -> None:
+    x0 = batch_of(8)
+    noising = Noising(FLOW, timesteps=timesteps, noise="offset", seed=11)
+    whole = noising(x0, step=4)
+    batch = 8 // (world_size * accumulate)
+    seen = []
+    for rank in range(world_size):
+        for micro_batch in range(accumulate):
+            index = [(micro_batch * batch + k) * world_size + rank for k in range(batch)]
+            part = noising(
+                x0[index], step=4, micro_batch=micro_batch, accumulate=accumulate, rank=rank, world_size=world_size
+            )
+            for name in ("x", "timesteps", "target", "weight", "noise", "t"):
+                assert torch.equal(getattr(part, name), getattr(whole, name)[index])
+            seen += index
+    assert sorted(seen) == list(range(8))
+
+
+WORKER = """
+import json, sys, torch
+import torch.distributed as dist
+from alphabar.noising import NoiseSchedule, Noising
+
+rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+torch.manual_seed(100 + rank)
+schedule = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
+results = []
+for timesteps in ("uniform", "stratified"):
+    noising = Noising(schedule, timesteps=timesteps, noise="offset", seed=7)
+    for step in (0, 5):
+        for micro_batch in range(2):
+            noised = noising(torch.zeros(3, 2, 4), step=step, micro_batch=micro_batch, accumulate=2)
+            results.append((noised.timesteps.tolist(), noised.noise.tolist()))
+dist.barrier()
+dist.destroy_process_group()
+json.dump(results, open(out, "w"))
+"""
+
+
+def test_two_processes_draw_what_one_draws(tmp_path: Path) -> None:
+    outs = [tmp_path / f"{rank}.json" for rank in range(2)]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-c", WORKER]
+    workers = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store"), str(out)], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for rank, out in enumerate(outs)
+    ]
+    try:
+        errors = [worker.communicate(timeout=120)[1] for worker in workers]
+    finally:
+        for worker in workers:  # one that waits for the other for ever
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0], errors
+    ranks = [json.loads(out.read_text()) for out in outs]
+    place = 0
+    for timesteps in ("uniform", "stratified"):
+        noising = Noising(ZTSNR, timesteps=timesteps, noise="offset", seed=7)
+        for step in (0, 5):
+            whole = noising(torch.zeros(12, 2, 4), step=step)
+            for micro_batch in range(2):
+                for rank in range(2):
+                    index = [(micro_batch * 3 + k) * 2 + rank for k in range(3)]
+                    times, noise = ranks[rank][place]
+                    assert times == whole.timesteps[index].tolist()
+                    assert torch.equal(torch.tensor(noise), whole.noise[index])
+                place += 1
+    assert place == len(ranks[0]) == 8
+
+
+@pytest.mark.parametrize("timesteps", DENSITIES)
+@pytest.mark.parametrize("noise", NOISES)
+def test_global_generators_are_neither_used_nor_touched(timesteps: str, noise: str) -> None:
+    def state() -> list[bytes]:
+        return [
+            torch.get_rng_state().numpy().tobytes(),
+            np.random.get_state()[1].tobytes(),
+            repr(random.getstate()).encode(),
+        ]
+
+    noising, x0 = Noising(ZTSNR, timesteps=timesteps, noise=noise), batch_of(4)
+    torch.manual_seed(0)
+    before = state()
+    first = noising(x0, step=0)
+    assert state() == before
+    torch.manual_seed(1)
+    assert equal(noising(x0, step=0), first)
+
+
+# times
+
+
+def strata_seen(noising: Noising, step: int, batch: int, world_size: int, accumulate: int) -> list[int]:
+    total = batch * world_size * accumulate
+    t = [
+        noising.draw([(micro * batch + k) * world_size + rank for k in range(batch)], (1,), step=step, total=total)[0]
+        for rank in range(world_size)
+        for micro in range(accumulate)
+    ]
+    return (torch.cat(t).double() * total).ceil().sub(1).int().tolist()
+
+
+@pytest.mark.parametrize(
+    ("batch", "world_size", "accumulate"), [(16, 1, 1), (4, 2, 2), (3, 2, 5), (1, 4, 2), (1, 1, 1)]
+)
+def test_stratified_times_fall_once_into_every_stratum(batch: int, world_size: int, accumulate: int) -> None:
+    noising = Noising(NoiseSchedule.flow(), timesteps="stratified", seed=2)
+    total = batch * world_size * accumulate
+    orders = [strata_seen(noising, step, batch, world_size, accumulate) for step in range(20)]
+    for order in orders:
+        assert sorted(order) == list(range(total))
+    assert len({tuple(order) for order in orders}) > (1 if total > 1 else 0)  # and not always in the same place
+    independent = Noising(NoiseSchedule.flow(), timesteps="uniform", seed=2)
+    if total > 2:
+        assert any(
+            sorted(strata_seen(independent, s, batch, world_size, accumulate)) != list(range(total)) for s in range(20)
+        )
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+@pytest.mark.parametrize("index", [0, 5])
+def test_times_are_uniform(stratified: bool, index: int) -> None:
+    """Kolmogorov-Smirnov of one sample's times over many steps: also where each step is stratified."""
+    noising = Noising(NoiseSchedule.flow(), timesteps=UniformTimesteps(stratified=stratified), seed=1)
+    n = 2000
+    t = torch.cat([noising.draw([index], (1,), step=step, total=8)[0] for step in range(n)]).double().sort().values
+    distance = max(float((t - torch.arange(n) / n).abs().max()), float((t - torch.arange(1, n + 1) / n).abs().max()))
+    assert distance * math.sqrt(n) < 1.95  # p = 0.001
+    assert abs(float(t.mean()) - 0.5) < 4 * math.sqrt(1 / 12 / n)
+    assert abs(float((t**2).mean()) - 1 / 3) < 4 * math.sqrt((1 / 5 - 1 / 9) / n)
+
+
+def test_times_of_different_samples_are_independent() -> None:
+    noising, n = Noising(NoiseSchedule.flow(), seed=1), 2000
+    t = torch.stack([noising.draw([0, 1], (1,), step=step, total=2)[0] for step in range(n)]).double() - 0.5
+    pairs = {"samples": t[:, 0] * t[:, 1], "steps": t[1:, 0] * t[:-1, 0]}
+    for name, products in pairs.items():
+        assert abs(float(products.mean())) < 4 / 12 / math.sqrt(n), name
+
+
+def test_every_timestep_is_reached_equally_often() -> None:
+    schedule = NoiseSchedule.from_betas([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], "v_prediction").zero_terminal_snr()
+    n = 7 * 300
+    for timesteps in DENSITIES:
+        t = Noising(schedule, timesteps=timesteps)(torch.zeros(n, 1), step=0).timesteps
+        counts = torch.bincount(t, minlength=7)
+        assert len(counts) == 7
+        if timesteps == "stratified":
+            assert counts.tolist() == [300] * 7
+        elif timesteps == "uniform":
+            chi_square = float(((counts - 300.0) ** 2 / 300).sum())
+            assert chi_square < 22.5  # 6 degrees of freedom, p = 0.001
+        else:
+            assert bool((counts > 0).all())
+
+
+def test_pure_noise_is_reached_and_a_clean_sample_is_not() -> None:
+    noising = Noising(NoiseSchedule.flow(), timesteps="stratified")
+    t, _ = noising.draw(range(4000), (1,), step=0, total=4000)
+    assert 0.0 < float(t.min()) < 1 / 4000
+    assert 1 - 1 / 4000 < float(t.max()) <= 1.0
+
+
+# noise
+
+
+def test_gaussian_noise_is_standard_normal() -> None:
+    noise = Noising(ZTSNR)(torch.zeros(2000, 3), step=0).noise.double().flatten()
+    n = noise.numel()
+    for power, moment, spread in ((1, 0.0, 1.0), (2, 1.0, math.sqrt(2)), (4, 3.0, math.sqrt(96))):  # sd of z, z², z⁴
+        assert abs(float((noise**power).mean()) - moment) < 4 * spread / math.sqrt(n)
+
+
+def test_offset_noise_is_gaussian_noise_and_one_number_per_channel() -> None:
+    def draw(noise: Gaussian | Offset) -> Tensor:
+        return noise.draw((3, 6, 5), torch.Generator().manual_seed(0)).double()
+
+    small, large = draw(Offset(0.1)) - draw(Gaussian()), draw(Offset(0.4)) - draw(Gaussian())
+    assert float((small - small[:, :1, :1]).abs().max()) < 1e-6  # constant over space
+    assert len({round(v, 4) for v in small[:, 0, 0].tolist()}) == 3  # different by channel
+    assert torch.allclose(large, 4 * small, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.1, 1.0])
+def test_offset_noise_variance(strength: float) -> None:
+    noise = Noising(ZTSNR, noise=Offset(strength))(torch.zeros(2000, 2, 4, 4), step=0).noise.double()
+    means = noise.mean((2, 3)).flatten()
+    n = means.numel()
+    for sample, variance in ((means, 1 / 16 + strength**2), (noise[:, :, 0, 0].flatten(), 1 + strength**2)):
+        assert abs(float((sample**2).mean()) - variance) < 4 * variance * math.sqrt(2 / n)
+
+
+def test_the_target_sees_offset_noise() -> None:
+    x0 = batch_of(8)
+    noised = Noising(SCHEDULES["scaled_linear"], noise=Offset(0.5))(x0, step=0)
+    plain = Noising(SCHEDULES["scaled_linear"])(x0, step=0)
+    assert torch.equal(noised.target, noised.noise)
+    assert not torch.allclose(noised.noise, plain.noise, atol=0.1)
+
+
+# loss
+
+
+def test_loss_is_the_weighted_mean() -> None:
+    noised = Noising(ZTSNR, weighting=MinSNR(floor=0.1))(batch_of(6), step=0)
+    prediction = batch_of(6, seed=9)
+    by_hand = [
+        float(noised.weight[i])
+        * sum(
+            (float(p) - float(y)) ** 2 for p, y in zip(prediction[i].flatten(), noised.target[i].flatten(), strict=True)
+        )
+        / 60
+        for i in range(6)
+    ]
+    assert noised.losses(prediction).tolist() == pytest.approx(by_hand, rel=1e-5)
+    assert noised.loss(prediction).item() == pytest.approx(sum(by_hand) / 6, rel=1e-5)
+    assert noised.loss(noised.target).item() == 0.0
+
+
+def test_loss_carries_the_gradient() -> None:
+    noised = Noising(ZTSNR)(batch_of(2), step=0)
+    prediction = noised.target.clone().add_(0.5).requires_grad_()
+    noised.loss(prediction).backward()
+    assert prediction.grad is not None
+    assert torch.allclose(prediction.grad, torch.full_like(prediction, 2 * 0.5 / prediction.numel()))
+
+
+def test_loss_takes_what_networks_return() -> None:
+    noised = Noising(ZTSNR)(batch_of(2), step=0)
+    out = batch_of(2, seed=4)
+    expected = noised.loss(out)
+    for returned in (SimpleNamespace(sample=out), (out,), (SimpleNamespace(sample=out), 1)):
+        assert torch.equal(noised.loss(returned), expected)
+    assert noised.loss(out.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("returned", [None, {"sample": torch.zeros(1)}, SimpleNamespace(sample=3), 0.0])
+def test_loss_refuses_what_is_no_output(returned: Any) -> None:
+    noised = Noising(ZTSNR)(batch_of(2), step=0)
+    with pytest.raises(
+        ValueError, match=r"^the network must return a tensor or an object with a tensor \.sample, got "
+    ):
+        noised.loss(returned)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 1), (2, 6, 4, 5), (1, 3, 4, 5), (2, 1, 4, 5), ()])
+def test_loss_refuses_another_shape(shape: tuple[int, ...]) -> None:
+    noised = Noising(ZTSNR)(batch_of(2), step=0)
+    with pytest.raises(
+        ValueError, match=r"^the network's output must have the shape of the target, \(2, 3, 4, 5\), got "
+    ):
+        noised.loss(torch.zeros(shape))
+
+
+# bad input
+
+
+def with_value(value: float) -> Tensor:
+    x0 = batch_of(3)
+    x0[1, 0, 0, 0] = value
+    return x0
+
+
+BAD_BATCHES = {
+    "nan": (with_value(float("nan")), r"^x0 holds NaN or infinity in samples \[1\]; look at the data"),
+    "inf": (with_value(float("-inf")), r"^x0 holds NaN or infinity in samples \[1\]"),
+    "uint8": (torch.zeros(2, 3, dtype=torch.uint8), r"^x0 must be a floating point tensor, got torch.uint8; scale images to \[-1, 1\]"),
+    "int64": (torch.zeros(2, 3, dtype=torch.int64), r"^x0 must be a floating point tensor, got torch.int64"),
+    "list": ([[0.0]], r"^x0 must be a floating point tensor, got list"),
+    "1-D": (torch.zeros(3), r"^x0 must have shape \(batch, \.\.\.\) and hold something, got \(3,\)$"),
+    "empty": (torch.zeros(0, 3, 4, 4), r"^x0 must have shape \(batch, \.\.\.\) and hold something, got \(0, 3, 4, 4\)$"),
+    "no pixels": (torch.zeros(2, 3, 0, 4), "^x0 must have shape"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_BATCHES)
+def test_bad_batches_are_refused(name: str) -> None:
+    x0, message = BAD_BATCHES[name]
+    with pytest.raises(ValueError, match=message):
+        Noising(ZTSNR)(x0, step=0)
+
+
+BAD_ARGUMENTS = {
+    "noise shape": ({"noise": torch.zeros(2, 3, 4, 1)}, r"^noise must have the shape of x0, \(2, 3, 4, 5\), got \(2, 3, 4, 1\)$"),
+    "timesteps shape": ({"timesteps": torch.tensor([1])}, r"^timesteps must have shape \(2,\), one for each sample, got \(1,\)$"),
+    "timesteps scalar": ({"timesteps": torch.tensor(1)}, r"^timesteps must have shape \(2,\)"),
+    "too late": ({"timesteps": torch.tensor([0, 1000])}, r"^time 1000\.0 is outside 0\.0 \.\.\. 999\.0 of this discrete schedule$"),
+    "negative": ({"timesteps": torch.tensor([-1, 0])}, r"^time -1\.0 is outside"),
+    "nan": ({"timesteps": torch.tensor([0.0, float("nan")])}, "^time nan is outside"),
+    "bfloat16": (
+        {"timesteps": torch.tensor([1.0, 999.0], dtype=torch.bfloat16)},
+        r"^timesteps of dtype torch\.bfloat16 cannot hold the integers up to 999; give int64 or float32$",
+    ),
+    "float16": ({"timesteps": torch.tensor([1.0, 999.0], dtype=torch.float16)}, r"^timesteps of dtype torch\.float16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_bad_arguments_are_refused(name: str) -> None:
+    arguments, message = BAD_ARGUMENTS[name]
+    with pytest.raises(ValueError, match=message):
+        Noising(ZTSNR)(batch_of(2), step=0, **arguments)
+
+
+BAD_SETTINGS = {
+    "weighting": ({"weighting": "unifrom"}, r"^unknown weighting 'unifrom'; did you mean 'uniform'\?$"),
+    "timesteps": ({"timesteps": "stratifed"}, r"^unknown timestep density 'stratifed'; did you mean 'stratified'\?$"),
+    "noise": ({"noise": "gausian"}, r"^unknown noise 'gausian'; did you mean 'gaussian'\?$"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SETTINGS)
+def test_bad_settings_are_refused(name: str) -> None:
+    settings, message = BAD_SETTINGS[name]
+    with pytest.raises(ValueError, match=message):
+        Noising(ZTSNR, **settings)
+
+
+@pytest.mark.parametrize("strength", [-0.1, float("nan"), float("inf")])
+def test_bad_offset_strength(strength: float) -> None:
+    with pytest.raises(ValueError, match=r"^noise offset strength must be at least 0, got "):
+        Offset(strength)
+
+
+def test_a_curve_is_no_schedule() -> None:
+    with pytest.raises(
+        TypeError, match=r"^schedule must be a NoiseSchedule, got Discrete; e\.g\. NoiseSchedule\.scaled_linear\(\)$"
+    ):
+        Noising(ZTSNR.curve)
+
+
+def test_nothing_to_checkpoint() -> None:
+    noising = Noising(ZTSNR)
+    noising(batch_of(2), step=0)
+    assert noising.state_dict() == {}
+    assert list(noising.parameters()) == []
