@@ -308,6 +308,16 @@ def test_pure_noise_is_reached_and_a_clean_sample_is_not() -> None:
     assert 1 - 1 / 4000 < float(t.max()) <= 1.0
 
 
+@pytest.mark.parametrize("schedule", [FLOW, ZTSNR], ids=["flow", "discrete"])
+def test_the_extreme_draws(schedule: NoiseSchedule, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generators draw from [0, 1): its 0 must be pure noise, which a model has to learn, and not a clean sample."""
+    for u, expected in ((0.0, schedule.curve.t_max), (1 - 2**-53, 0.0)):
+        monkeypatch.setattr(Tensor, "uniform_", lambda self, u=u, **_: self.fill_(u))
+        t = Noising(schedule)(torch.zeros(1, 2), step=0).t
+        assert float(t) == pytest.approx(expected, abs=1e-9)
+        assert schedule.curve.is_discrete or float(t) > 0
+
+
 # noise
 
 
