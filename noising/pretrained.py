@@ -39,6 +39,16 @@ _OTHER_BETAS = {  # classes whose own defaults differ
     "LCMScheduler": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
     "TCDScheduler": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
 }
+_READ_ZERO_SNR = {  # classes that know rescale_betas_zero_snr; the others would silently sample on the betas as they were
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+}
 _NO_CLIPPING = {"clip_sample": False, "thresholding": False}
 
 
@@ -83,7 +93,10 @@ def to_diffusers(schedule: NoiseSchedule, sampling: Mapping[str, Any] | None = N
         "steps_offset": 0,
         "set_alpha_to_one": True,
     }
-    return defaults | _NO_CLIPPING | curve_keys | dict(sampling or {})
+    config = defaults | _NO_CLIPPING | curve_keys | dict(sampling or {})
+    if curve.rescale_betas_zero_snr and config["_class_name"] not in _READ_ZERO_SNR:
+        config["_class_name"] = "DDIMScheduler"
+    return config
 
 
 def from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
