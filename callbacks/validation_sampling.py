@@ -70,7 +70,7 @@ class ValidationSampling(Callback):
     >>> previews = ValidationSampling("dpmpp_2m", steps=20, every_n_train_steps=500)
     >>> ValidationSampling("dpm2m")
     Traceback (most recent call last):
-    ValueError: unknown method 'dpm2m'; did you mean 'dpmpp_2m'?
+    ValueError: unknown method 'dpm2m'; did you mean 'DPM2', 'DPM++ 2M' or 'DPM2 a'?
     """
 
     def __init__(

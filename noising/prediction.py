@@ -171,8 +171,38 @@ class KarrasF(Prediction):
         return sigma / (d * norm), -(alpha * d) / norm
 
 
+@dataclass(frozen=True)
+class Consistency(Prediction):
+    """A consistency model's network F with x_0 = c_skip x̄ + c_out F, x̄ = x_t / α (Song et al. 2303.01469, appendix C).
+
+    With s = σ / α and m = sigma_min: c_skip = σ_d² / ((s - m)² + σ_d²) and c_out = (s - m) σ_d / sqrt(s² + σ_d²). At s = m
+    the output counts for nothing, x_0 = x̄.
+
+    >>> Consistency(sigma_data=0.5, sigma_min=0.002).to_x0(out=3.0, x_t=7.0, alpha=1.0, sigma=0.002)
+    7.0
+    """
+
+    name: ClassVar[str] = "consistency"
+    sigma_data: float = 0.5
+    sigma_min: float = 0.002
+
+    def __post_init__(self) -> None:
+        if not self.sigma_data > 0 or not self.sigma_min > 0:
+            raise ValueError(
+                f"sigma_data and sigma_min must be positive, got {self.sigma_data} and {self.sigma_min}; the paper uses 0.5 and 0.002"
+            )
+
+    def coefficients(self, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+        d = self.sigma_data
+        above = sigma - alpha * self.sigma_min  # α (s - m)
+        above = above + (above == 0) * 1e-30
+        # F = ((1 - c_skip) x_0 - c_skip s ε) / c_out, written in α and σ
+        scale = (sigma**2 + (alpha * d) ** 2) ** 0.5 / (above**2 + (alpha * d) ** 2)
+        return scale * above / d, -scale * alpha * sigma * d / above
+
+
 PREDICTIONS: Mapping[str, type[Prediction]] = {
-    kind.name: kind for kind in (Epsilon, Sample, Velocity, FlowVelocity, Score, KarrasF)
+    kind.name: kind for kind in (Epsilon, Sample, Velocity, FlowVelocity, Score, KarrasF, Consistency)
 }
 """Every prediction type by its name; a new one is a class above and a word in this line."""
 

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .curves import TRAINED, Discrete, Flow
+from .continuous import Flow
+from .discrete import TRAINED, Discrete
 from .files import write_atomically
 from .registry import unknown
 

@@ -29,6 +29,6 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     >>> unknown("grid", "xyz", ["karras", "leading"])
     "unknown grid 'xyz'; known: karras, leading"
     """
-    near = get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    near = get_close_matches(name, list(known), n=1, cutoff=0.5) if isinstance(name, str) else []
     mend = f"did you mean {near[0]!r}?" if near else "known: " + (", ".join(sorted(known)) or "none")
     return f"unknown {kind} {name!r}; {mend}"

@@ -17,8 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .curves import Curve, Discrete, Flow, curve_from_config
-from .prediction import Prediction, resolve_prediction
+from .continuous import Cosine, Flow, Karras, VarianceExploding, VariancePreserving
+from .curves import Curve
+from .discrete import Discrete
+from .prediction import KarrasF, Prediction, resolve_prediction
+from .registered import curve_from_config
 
 VERSION = 1  # of the config format
 
@@ -116,6 +119,53 @@ class NoiseSchedule:
         0.75
         """
         return cls(Flow(shift=shift, num_train_timesteps=num_train_timesteps), prediction)
+
+    @classmethod
+    def karras(
+        cls,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+        prediction: str | Prediction | None = None,
+    ) -> NoiseSchedule:
+        """Return EDM's schedule and, unless another is named, its prediction F (Karras et al. 2206.00364, table 1).
+
+        >>> NoiseSchedule.karras().prediction
+        KarrasF(sigma_data=0.5)
+        """
+        curve = Karras(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data)
+        return cls(curve, KarrasF(sigma_data) if prediction is None else prediction)
+
+    @classmethod
+    def variance_preserving(
+        cls, beta_min: float = 0.1, beta_max: float = 20.0, prediction: str | Prediction = "epsilon"
+    ) -> NoiseSchedule:
+        """Return the VP SDE's schedule in continuous time (Song et al. 2011.13456, eq. 33).
+
+        >>> NoiseSchedule.variance_preserving().curve.beta_max
+        20.0
+        """
+        return cls(VariancePreserving(beta_min=beta_min, beta_max=beta_max), prediction)
+
+    @classmethod
+    def variance_exploding(
+        cls, sigma_min: float = 0.01, sigma_max: float = 1348.0, prediction: str | Prediction = "score"
+    ) -> NoiseSchedule:
+        """Return the VE SDE's schedule in continuous time (Song et al. 2011.13456, eq. 30).
+
+        >>> NoiseSchedule.variance_exploding().prediction.name
+        'score'
+        """
+        return cls(VarianceExploding(sigma_min=sigma_min, sigma_max=sigma_max), prediction)
+
+    @classmethod
+    def cosine(cls, log_snr_shift: float = 0.0, prediction: str | Prediction = "v_prediction") -> NoiseSchedule:
+        """Return the continuous cosine schedule with a log-SNR shift (2202.00512; 2301.11093, eq. 4).
+
+        >>> NoiseSchedule.cosine().has_zero_terminal_snr
+        True
+        """
+        return cls(Cosine(log_snr_shift=log_snr_shift), prediction)
 
     # -- transformations return new values ---------------------------------------------------------------------------
 
@@ -249,7 +299,7 @@ class NoiseSchedule:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the curve's values, the network's times and the prediction type.
+        """sha256 of the curve's values, the network's times and input scale, and the prediction type.
 
         Schedules that mean the same have the same fingerprint, whatever config they came from. The values are rounded to
         float32, so that the last bits of a platform's exp and log do not matter.
@@ -262,7 +312,7 @@ class NoiseSchedule:
         index = torch.arange(curve.num_train_timesteps, dtype=torch.float64)
         t = curve.time_at_index(index)
         columns = (
-            torch.stack([curve.alpha(t), curve.sigma(t), curve.timestep(t)]).float() + 0.0
+            torch.stack([curve.alpha(t), curve.sigma(t), curve.timestep(t), curve.input_scale(t)]).float() + 0.0
         )  # + 0.0: no negative zeros
         values = columns.numpy().astype("<f4").tobytes()
         return hashlib.sha256(values + repr((self.prediction.to_config(), curve.is_discrete)).encode()).hexdigest()

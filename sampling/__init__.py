@@ -4,6 +4,7 @@ from .grids import GRIDS, make_knots
 from .guidance import guide
 from .kernel import Progress
 from .knots import CLEAN, Knot, knots_at
+from .making import make_sampler
 from .methods import Method
 from .names import METHODS, resolve_method
 from .sampler import Sampler
@@ -23,5 +24,6 @@ __all__ = [
     "guide",
     "knots_at",
     "make_knots",
+    "make_sampler",
     "resolve_method",
 ]

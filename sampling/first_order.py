@@ -15,17 +15,31 @@ import math
 from collections.abc import Sequence
 
 from .knots import Knot
-from .methods import Method
+from .methods import Method, one_of
 from .table import Combination, Trace
 
 
 def transfer(
-    x: Combination, D: Combination, s: Knot, n: Knot, r: float = 0.0, z: Combination | None = None
+    x: Combination, D: Combination, s: Knot, n: Knot, r: float = 0.0, noise: Combination | None = None
 ) -> Combination:
-    """Return x_n = α_n D + sqrt(σ_n² - r²) ε̂ + r z with ε̂ = (x - α_s D) / σ_s."""
+    """Return x_n = α_n D + sqrt(σ_n² - r²) ε̂ + noise with ε̂ = (x - α_s D) / σ_s; ``noise`` is of spread r."""
     keep = math.sqrt(max(n.sigma**2 - r**2, 0.0)) / s.sigma
     y = keep * x + (n.alpha - keep * s.alpha) * D
-    return y if z is None else y + r * z
+    return y if noise is None else y + noise
+
+
+def transfer_epsilon(x: Combination, e: Combination, s: Knot, n: Knot) -> Combination:
+    """Return x_n = α_n (x - σ_s ε̂) / α_s + σ_n ε̂: the same step for a given ε̂; needs α_s > 0."""
+    ratio = n.alpha / s.alpha
+    return ratio * x + (n.sigma - ratio * s.sigma) * e
+
+
+def along(x: Combination, D: Combination, e: Combination, mean_e: Combination, s: Knot, n: Knot) -> Combination:
+    """Return the step along ``mean_e`` instead of ε̂, x_n = α_n (x - σ_s ē) / α_s + σ_n ē, from both estimates (D, ε̂) at x.
+
+    Written as the first-order step and what the other slope adds, since near α = 0 the terms of the plain form are huge.
+    """
+    return transfer(x, D, s, n) + (n.sigma - n.alpha * s.sigma_ve) * (mean_e - e)
 
 
 def posterior_spread(s: Knot, n: Knot) -> float:
@@ -37,11 +51,34 @@ def posterior_spread(s: Knot, n: Knot) -> float:
     return n.sigma * math.sqrt(max(1 - ratio**2, 0.0))
 
 
-def first_order(trace: Trace, s: Knot, n: Knot, x: Combination, eta: float = 0.0) -> tuple[Combination, Combination]:
+def sde_spread(s: Knot, n: Knot, eta: float) -> float:
+    """Return σ_n sqrt(1 - e^(-2ηh)), the noise that the reverse SDE of strength η adds from s to n, h = λ_n - λ_s.
+
+    η = 1 is the posterior's spread (2211.01095, eq. 18; 2309.05019, eq. 10 with η = τ²).
+    """
+    if not eta or n.sigma == 0:
+        return 0.0
+    if s.alpha == 0:
+        return n.sigma
+    return n.sigma * math.sqrt(-math.expm1(-2 * eta * (n.half_log_snr - s.half_log_snr)))
+
+
+def first_order(
+    trace: Trace, s: Knot, n: Knot, x: Combination, eta: float = 0.0, s_noise: float = 1.0
+) -> tuple[Combination, Combination]:
     """Return (x_n, D) of the step from s to n that renews η times the posterior spread."""
     D = trace.denoise(x, s)
     r = eta * posterior_spread(s, n)
-    return transfer(x, D, s, n, r, trace.noise(s, n) if r else None), D
+    return transfer(x, D, s, n, r, renewed(trace, s, n, r, s_noise)), D
+
+
+def renewed(trace: Trace, s: Knot, n: Knot, r: float, s_noise: float = 1.0) -> Combination | None:
+    """Return fresh noise of spread r for the way from s to n, times ``s_noise``; nothing is drawn where r is 0."""
+    if not r * s_noise:
+        return None
+    if s_noise != 1:
+        trace.keeps_marginals = False
+    return (s_noise * r) * trace.noise(s, n)
 
 
 def check_eta(eta: float) -> float:
@@ -52,25 +89,65 @@ def check_eta(eta: float) -> float:
 
 
 def ddim(trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *, eta: float = 0.0) -> list[Combination]:
-    """DDIM (Song et al. 2010.02502, eq. 12 and 16)."""
+    """DDIM: down to the next knot along the network's own ε̂, renewing η of the posterior spread (2010.02502, eq. 12, 16)."""
     return [first_order(trace, knots[i], knots[i + 1], x, check_eta(eta))[0]]
 
 
-def ddpm(trace: Trace, knots: Sequence[Knot], i: int, x: Combination) -> list[Combination]:
-    """DDPM's ancestral sampling with the posterior variance (Ho et al. 2006.11239, eq. 6 and 7)."""
-    return [first_order(trace, knots[i], knots[i + 1], x, 1.0)[0]]
+def ddim_inverse(trace: Trace, knots: Sequence[Knot], i: int, x: Combination) -> list[Combination]:
+    """DDIM run upwards, from an image to the noise that gives it: ε̂ at x, asked for at the time of the next knot (2010.02502, §4.3)."""
+    s, n = knots[i], knots[i + 1]
+    trace.keeps_marginals = False  # it starts from a clean sample, whose noise no network can know
+    D, e = trace.evaluate(x, Knot(n.timestep, s.alpha, s.sigma, s.input_scale))
+    return [n.alpha * D + n.sigma * e]
 
 
-def euler(trace: Trace, knots: Sequence[Knot], i: int, x: Combination) -> list[Combination]:
-    """Euler's method on the probability flow ODE (Karras et al. 2206.00364, algorithm 1 without its correction)."""
-    return [first_order(trace, knots[i], knots[i + 1], x)[0]]
+VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
+
+
+def ddpm(
+    trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *, variance_type: str = "fixed_small"
+) -> list[Combination]:
+    """DDPM: the posterior mean, and noise of the posterior's variance or of β (Ho et al. 2006.11239, eq. 6, 7 and §3.2).
+
+    ``fixed_small`` is the posterior's, ``fixed_large`` β = 1 - α_s²/α_n² of the step; the log forms are the same numbers, as
+    improved DDPM parametrises them. Learned variances: ``sampling.learned_variance``.
+    """
+    one_of("variance_type", variance_type, VARIANCES)
+    s, n = knots[i], knots[i + 1]
+    D = trace.denoise(x, s)
+    r = posterior_spread(s, n)
+    if n.sigma == 0 or variance_type.startswith("fixed_small"):
+        return [transfer(x, D, s, n, r, renewed(trace, s, n, r))]
+    trace.keeps_marginals = False
+    beta = 1 - (s.alpha / n.alpha) ** 2 if s.alpha else 1.0
+    return [transfer(x, D, s, n, r, math.sqrt(beta) * trace.noise(s, n))]
 
 
 def euler_ancestral(
+    trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *, eta: float = 1.0, s_noise: float = 1.0
+) -> list[Combination]:
+    """Euler a: ancestral sampling with Euler steps (k-diffusion, sample_euler_ancestral)."""
+    return [first_order(trace, knots[i], knots[i + 1], x, check_eta(eta), s_noise)[0]]
+
+
+def euler_ancestral_cfg_pp(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *, eta: float = 1.0
 ) -> list[Combination]:
-    """Ancestral sampling with Euler steps (k-diffusion, sample_euler_ancestral)."""
-    return [first_order(trace, knots[i], knots[i + 1], x, check_eta(eta))[0]]
+    """Euler a with CFG++: to the guided D along the unconditional ε̂ (Chung et al. 2406.08070, algorithm 2)."""
+    s, n = knots[i], knots[i + 1]
+    D = trace.denoise(x, s)
+    if n.sigma == 0:
+        return [n.alpha * D]
+    _, e = trace.unconditional(x, s)
+    r = check_eta(eta) * posterior_spread(s, n)
+    y = n.alpha * D + math.sqrt(max(n.sigma**2 - r**2, 0.0)) * e
+    noise = renewed(trace, s, n, r)
+    return [y if noise is None else y + noise]
+
+
+def ddim_cfg_pp(trace: Trace, knots: Sequence[Knot], i: int, x: Combination) -> list[Combination]:
+    """DDIM / Euler with CFG++: to the guided D along the unconditional ε̂ (Chung et al. 2406.08070, algorithm 2)."""
+    return euler_ancestral_cfg_pp(trace, knots, i, x, eta=0.0)
 
 
 METHODS = [
@@ -83,21 +160,29 @@ METHODS = [
         diffusers={"_class_name": "DDIMScheduler"},
     ),
     Method(
+        "ddim_inverse",
+        ddim_inverse,
+        order=1,
+        source="2010.02502",
+        inverse=True,
+        called={"DDIMInverseScheduler": {}},
+        diffusers={"_class_name": "DDIMInverseScheduler"},
+    ),
+    Method(
+        "ddim_cfg_pp",
+        ddim_cfg_pp,
+        order=1,
+        source="2406.08070",
+        called={"DDIM CFG++": {}, "Euler CFG++": {}, "euler_cfg_pp": {}},
+    ),
+    Method(
         "ddpm",
         ddpm,
         order=1,
         source="2006.11239",
         stochastic=True,
         called={"DDPM": {}, "DDPMScheduler": {}},
-        diffusers={"_class_name": "DDPMScheduler", "variance_type": "fixed_small"},
-    ),
-    Method(
-        "euler",
-        euler,
-        order=1,
-        source="2206.00364",
-        called={"Euler": {}, "EulerDiscreteScheduler": {}},
-        diffusers={"_class_name": "EulerDiscreteScheduler"},
+        diffusers={"_class_name": "DDPMScheduler"},
     ),
     Method(
         "euler_ancestral",
@@ -107,5 +192,13 @@ METHODS = [
         stochastic=True,
         called={"Euler a": {}, "EulerAncestralDiscreteScheduler": {}},
         diffusers={"_class_name": "EulerAncestralDiscreteScheduler"},
+    ),
+    Method(
+        "euler_ancestral_cfg_pp",
+        euler_ancestral_cfg_pp,
+        order=1,
+        source="2406.08070",
+        stochastic=True,
+        called={"Euler a CFG++": {}},
     ),
 ]

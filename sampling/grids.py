@@ -1,124 +1,112 @@
-"""Grids: which points of the path a sampler visits, from the most noise to the clean sample.
+"""Grids: which points of the path a sampler visits, from the most noise to where sampling ends.
 
-A grid is a function (schedule, steps, **options) -> steps + 1 knots, strictly descending in noise, the last one clean.
-One name has one definition here; where a peer's grid of the same name differs, an option says so.
+A grid is a function (schedule, steps, **options) -> steps + 1 knots with falling noise; the network is called at all but the
+last. One name has one definition here; where a peer's grid of the same name differs, an option says so.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
+from inspect import Parameter
 from itertools import pairwise
+from numbers import Integral, Real
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from ..noising import NoiseSchedule
 from ..noising.registry import lookup
-from .knots import CLEAN, Knot, knots_at
+from . import sigma_grids, timestep_grids
+from .align_your_steps import align_your_steps
+from .custom_grids import CUSTOM, given_points, number_of_steps
+from .knots import Knot
+from .placing import Grid, keyword_parameters
+from .sigma_grids import SIGMA_CAP
 
-SIGMA_CAP = 4096.0
-"""Where σ-spaced grids take an infinite σ / α to lie when they space the other knots (2**12; diffusers clamps ᾱ to 2**-24)."""
+__all__ = ["GRIDS", "SIGMA_CAP", "Grid", "check_knots", "choose_grid", "grid_options", "make_knots", "number_of_knots"]
 
-Grid = Callable[..., tuple[Knot, ...]]
+GRIDS: Mapping[str, Grid] = {
+    "linspace": timestep_grids.linspace,
+    "leading": timestep_grids.leading,
+    "trailing": timestep_grids.trailing,
+    "simple": timestep_grids.simple,
+    "normal": timestep_grids.normal,
+    "sgm_uniform": timestep_grids.sgm_uniform,
+    "ddim_uniform": timestep_grids.ddim_uniform,
+    "beta_timesteps": timestep_grids.beta_timesteps,
+    "flow": timestep_grids.flow,
+    "lcm": timestep_grids.lcm,
+    "sine_squared": timestep_grids.sine_squared,
+    "karras": sigma_grids.karras,
+    "exponential": sigma_grids.exponential,
+    "polyexponential": sigma_grids.polyexponential,
+    "beta": sigma_grids.beta,
+    "lu": sigma_grids.lu,
+    "vp": sigma_grids.vp,
+    "kl_optimal": sigma_grids.kl_optimal,
+    "linear_quadratic": sigma_grids.linear_quadratic,
+    "dpm_fast": sigma_grids.dpm_fast,
+    "align_your_steps": align_your_steps,
+}
+"""Every grid by its name; a new one is a formula in its file and a word here."""
 
-
-def linspace(
-    schedule: NoiseSchedule, steps: int, *, rounded: bool = False, drop_last: bool = False
-) -> tuple[Knot, ...]:
-    """Space timesteps evenly from the last to the first (2305.08891, table 2), then the clean sample.
-
-    ``rounded``: integer timesteps, as DDIM and DDPM in diffusers. ``drop_last``: lay one point more and leave out the
-    lowest, as DPMSolverMultistepScheduler.
-
-    >>> [k.timestep for k in linspace(NoiseSchedule.linear(), 3)]
-    [999.0, 499.5, 0.0, -1.0]
-    """
-    last, points = schedule.num_train_timesteps - 1, steps + drop_last
-    # counted up from 0 as numpy does, so that the ties of rounding fall as in diffusers
-    index = torch.arange(points - 1, drop_last - 1, -1, dtype=torch.float64) * (last / max(points - 1, 1))
-    index[0] = last
-    return _at_indices(schedule, index.round() if rounded else index)
-
-
-def leading(schedule: NoiseSchedule, steps: int, *, steps_offset: int = 0, drop_last: bool = False) -> tuple[Knot, ...]:
-    """Take every (T // steps)-th timestep from the first on (2305.08891, table 2); it never visits the last one.
-
-    ``steps_offset`` is added to each; Stable Diffusion uses 1. ``drop_last`` as in :func:`linspace`.
-
-    >>> [k.timestep for k in leading(NoiseSchedule.linear(), 4, steps_offset=1)]
-    [751.0, 501.0, 251.0, 1.0, -1.0]
-    """
-    points = steps + drop_last
-    stride = schedule.num_train_timesteps // points
-    index = stride * torch.arange(points - 1, drop_last - 1, -1, dtype=torch.float64) + steps_offset
-    if float(index[0]) > schedule.num_train_timesteps - 1:
-        raise ValueError(
-            f"steps_offset {steps_offset} puts the first of {steps} steps past the last timestep; lower it, or use 'trailing'"
-        )
-    return _at_indices(schedule, index)
+DEFAULT_GRID = "trailing"
 
 
-def trailing(schedule: NoiseSchedule, steps: int) -> tuple[Knot, ...]:
-    """Count down from the last timestep in even strides (2305.08891, table 2): sampling starts where training ended.
-
-    >>> [k.timestep for k in trailing(NoiseSchedule.linear(), 4)]
-    [999.0, 749.0, 499.0, 249.0, -1.0]
-    """
-    count = schedule.num_train_timesteps
-    stride = count - (count - count / steps)  # as numpy.arange rounds it, so that the ties of rounding fall as in diffusers
-    position = count - torch.arange(steps, dtype=torch.float64) * stride
-    return _at_indices(schedule, (position.round() if schedule.curve.is_discrete else position) - 1)
-
-
-def karras(
+def make_knots(
     schedule: NoiseSchedule,
-    steps: int,
+    steps: int | None = None,
+    grid: str | Grid | None = None,
     *,
-    rho: float = 7.0,
-    sigma_min: float | None = None,
-    sigma_max: float | None = None,
+    ascending: bool = False,
+    **options: Any,
 ) -> tuple[Knot, ...]:
-    """Space σ^(1/ρ) evenly (Karras et al. 2206.00364, eq. 5), σ being σ / α, or σ on a flow path.
+    """Return the steps + 1 knots of a named grid, of a function of the same form, or of given points, checked.
 
-    ``sigma_min`` and ``sigma_max`` default to the schedule's first and last training timestep. On a schedule with zero
-    terminal SNR the first knot is that terminal step itself, and the others are spaced as from σ = 4096.
-
-    >>> [round(k.sigma_ve, 3) for k in karras(NoiseSchedule.scaled_linear(), 3)]
-    [14.615, 1.274, 0.029, 0.0]
-    """
-    if not rho > 0:
-        raise ValueError(f"rho must be positive, got {rho}; Karras et al. use 7")
-    low, high = _noise_range(schedule, sigma_min, sigma_max)
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    return _at_noise_levels(
-        schedule, (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho, sigma_max is None
-    )
-
-
-GRIDS: Mapping[str, Grid] = {"linspace": linspace, "leading": leading, "trailing": trailing, "karras": karras}
-"""Every grid by its name; a new one is a function above and a word here."""
-
-
-def make_knots(schedule: NoiseSchedule, steps: int, grid: str | Grid = "trailing", **options: Any) -> tuple[Knot, ...]:
-    """Return the steps + 1 knots of a named grid (or of a function of the same form), checked.
-
-    Raises ValueError for steps that are no integer in 1 ... T, an unknown grid or option, and knots out of order.
+    ``timesteps=[...]`` or ``sigmas=[...]`` stand in place of steps and grid. ``ascending``: from the least noise to the most, for
+    methods that run upwards. Raises ValueError for steps that are no integer in 1 ... T, an unknown grid or option, a value
+    that an option cannot have, and knots out of order.
 
     >>> len(make_knots(NoiseSchedule.flow(), 8, "linspace"))
     9
+    >>> [k.timestep for k in make_knots(NoiseSchedule.linear(), timesteps=[900, 100])]
+    [900.0, 100.0, -1.0]
     """
+    steps, grid, options = choose_grid(steps, grid, options, ascending)
     if isinstance(steps, bool) or not isinstance(steps, int):
         raise ValueError(f"steps must be an integer, got {steps!r}")
     if not 1 <= steps <= schedule.num_train_timesteps:
         raise ValueError(
             f"steps must be between 1 and the {schedule.num_train_timesteps} training timesteps, got {steps}"
         )
-    function = lookup("grid", grid, GRIDS) if not callable(grid) else grid
-    for name in options:
-        lookup(f"option of grid {grid!r}", name, grid_options(function))
-    return check_knots(function(schedule, steps, **options), steps)
+    function = _function(grid)
+    for name, value in options.items():
+        _require_kind(value, lookup(f"option of grid {grid!r}", name, keyword_parameters(function)))
+    if grid in CUSTOM and ascending:
+        options = {name: value[::-1] if name == grid else value for name, value in options.items()}
+    knots = check_knots(function(schedule, steps, **options), number_of_knots(grid, steps) - 1)
+    return knots[::-1] if ascending else knots
+
+
+def choose_grid(
+    steps: int | None, grid: str | Grid | None, options: Mapping[str, Any], ascending: bool = False
+) -> tuple[int | None, str | Grid, dict[str, Any]]:
+    """Return (steps, grid, options) of what a caller said: given points number the steps and stand in place of a grid.
+
+    >>> choose_grid(None, None, {"sigmas": [10, 1, 0]})
+    (2, 'sigmas', {'sigmas': (10.0, 1.0, 0.0)})
+    """
+    options = dict(options)
+    names = [name for name in CUSTOM if name in options]
+    if not names:
+        return steps, DEFAULT_GRID if grid is None else grid, options
+    (name, *others) = names
+    if others or grid not in (None, name):
+        raise ValueError(f"{name} stand in place of a grid; leave out {others[0] if others else f'grid {grid!r}'}")
+    points = given_points(name, options[name], ascending)
+    counted = number_of_steps(name, points)
+    if steps not in (None, counted):
+        raise ValueError(f"{len(points)} {name} make {counted} steps, got steps={steps}; leave steps out")
+    return counted, name, options | {name: points}
 
 
 def grid_options(grid: str | Grid) -> dict[str, Any]:
@@ -127,15 +115,23 @@ def grid_options(grid: str | Grid) -> dict[str, Any]:
     >>> grid_options("karras")["rho"]
     7.0
     """
-    function = lookup("grid", grid, GRIDS) if not callable(grid) else grid
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return {name: p.default for name, p in keyword_parameters(_function(grid)).items()}
+
+
+def number_of_knots(grid: str | Grid, steps: int) -> int:
+    """Return how many knots a grid has: steps + 1, but for one that is asked for a number of evaluations (dpm_fast).
+
+    >>> number_of_knots("karras", 20), number_of_knots("dpm_fast", 20)
+    (21, 8)
+    """
+    count = getattr(_function(grid), "count", None)
+    return (count(steps) if count else steps) + 1
 
 
 def check_knots(knots: tuple[Knot, ...], steps: int) -> tuple[Knot, ...]:
     """Return the knots, or raise ValueError where they are not steps + 1 with strictly falling noise.
 
-    >>> len(check_knots((Knot(1, 0.6, 0.8), CLEAN), 1))
+    >>> len(check_knots((Knot(999, 0.0, 1.0), Knot(1, 0.8, 0.6)), 1))
     2
     """
     if len(knots) != steps + 1:
@@ -149,24 +145,24 @@ def check_knots(knots: tuple[Knot, ...], steps: int) -> tuple[Knot, ...]:
     return knots
 
 
-def _at_indices(schedule: NoiseSchedule, index: Tensor) -> tuple[Knot, ...]:
-    return (*knots_at(schedule, schedule.curve.time_at_index(index)), CLEAN)
+def _function(grid: str | Grid) -> Grid:
+    return grid if callable(grid) else lookup("grid", grid, {**GRIDS, **CUSTOM} if grid in tuple(CUSTOM) else GRIDS)
 
 
-def _noise_range(schedule: NoiseSchedule, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:
-    curve = schedule.curve
-    ends = curve.noise_level(
-        curve.time_at_index(torch.tensor([0.0, schedule.num_train_timesteps - 1.0], dtype=torch.float64))
-    ).tolist()
-    low = ends[0] if sigma_min is None else float(sigma_min)
-    high = min(ends[1], SIGMA_CAP) if sigma_max is None else float(sigma_max)
-    if not 0 < low < high:
-        raise ValueError(f"need 0 < sigma_min < sigma_max, got {low:g} and {high:g}")
-    return low, high
+KINDS = {
+    "bool": (bool, "True or False"),
+    "int": (Integral, "an integer"),
+    "float": (Real, "a number"),
+    "str": (str, "a name"),
+}
 
 
-def _at_noise_levels(schedule: NoiseSchedule, levels: Tensor, from_terminal: bool) -> tuple[Knot, ...]:
-    times = schedule.curve.time_at_noise_level(levels)
-    if from_terminal:
-        times[0] = schedule.curve.t_max  # exactly, also where α is 0 there and σ / α infinite
-    return (*knots_at(schedule, times), CLEAN)
+def _require_kind(value: Any, parameter: Parameter) -> None:
+    """Refuse a value that is not of the kind that the option is annotated with."""
+    annotation = parameter.annotation
+    words = re.split(r"\W+", annotation if isinstance(annotation, str) else getattr(annotation, "__name__", ""))
+    wanted, called = KINDS.get(words[0], (object, ""))
+    if value is None and "None" in words:
+        return
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted in (Integral, Real)):
+        raise ValueError(f"{parameter.name} must be {called}, got {value!r}")

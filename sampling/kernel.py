@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .knots import Knot
-from .table import Evaluation, Row, Table
+from .table import Draw, Evaluation, Operation, Row, Table
 
 Evaluate = Callable[[Tensor, Knot], Tensor]
 Noise = Callable[[float, float], Tensor]
@@ -53,17 +53,42 @@ class Progress:
         return combine(self._row, self._basis)
 
 
-def run(table: Table, x: Tensor, evaluate: Evaluate, noise: Noise) -> Iterator[Progress]:
+def run(
+    table: Table, x: Tensor, evaluate: Evaluate, noise: Noise, unconditional: Callable[[], Tensor] | None = None
+) -> Iterator[Progress]:
     """Run a table from ``x``, yielding after each step.
 
     ``evaluate(x, knot)`` returns the network's raw output, ``noise(start, end)`` standard normal noise; both in the shape
-    and device of ``x``.
+    and device of ``x``. ``unconditional()`` returns the unconditional half of the last evaluation; without it there is no
+    guidance, and it is the evaluation itself.
     """
     state = [x]
     for i, step in enumerate(table.steps):
         basis = list(state)
-        for op in step.ops:
-            new = evaluate(combine(op.row, basis), op.knot) if isinstance(op, Evaluation) else noise(op.start, op.end)
-            basis.append(new.to(x.dtype))
+        perform(step.ops, basis, evaluate, noise, unconditional)
         state = [combine(row, basis) for row in step.carry]
         yield Progress(i + 1, len(table.steps), state[0], step.denoised, basis)
+
+
+def perform(
+    ops: Sequence[Operation],
+    basis: list[Tensor],
+    evaluate: Evaluate,
+    noise: Noise,
+    unconditional: Callable[[], Tensor] | None = None,
+) -> None:
+    """Append to ``basis`` what each operation gives, in the dtype of its first vector; arguments as in :func:`run`.
+
+    >>> basis = [torch.ones(1)]
+    >>> perform([Draw(1.0, 0.5)], basis, lambda x, knot: x, lambda start, end: torch.zeros(1))
+    >>> basis
+    [tensor([1.]), tensor([0.])]
+    """
+    for op in ops:
+        if isinstance(op, Evaluation):
+            new = evaluate(combine(op.row, basis), op.knot)
+        elif isinstance(op, Draw):
+            new = noise(op.start, op.end)
+        else:
+            new = unconditional() if unconditional else basis[-1]
+        basis.append(new.to(basis[0].dtype))

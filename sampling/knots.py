@@ -15,7 +15,7 @@ from ..noising import NoiseSchedule
 
 @dataclass(frozen=True)
 class Knot:
-    """One point of the path: signal α, noise σ, and the time that the network is given there.
+    """One point of the path: signal α, noise σ, and what the network is given there: the time, and x times a scale.
 
     >>> Knot(timestep=999, alpha=0.0, sigma=1.0).half_log_snr
     -inf
@@ -24,6 +24,7 @@ class Knot:
     timestep: float
     alpha: float
     sigma: float
+    input_scale: float = 1.0
 
     @cached_property
     def half_log_snr(self) -> float:
@@ -50,5 +51,18 @@ def knots_at(schedule: NoiseSchedule, times: Tensor | Sequence[float]) -> tuple[
     """
     t = torch.as_tensor(times, dtype=torch.float64)
     curve = schedule.curve
-    columns = zip(curve.timestep(t).tolist(), curve.alpha(t).tolist(), curve.sigma(t).tolist(), strict=True)
-    return tuple(Knot(*values) for values in columns)
+    columns = curve.timestep(t), curve.alpha(t), curve.sigma(t), curve.input_scale(t)
+    return tuple(Knot(*values) for values in zip(*(column.tolist() for column in columns), strict=True))
+
+
+def knot_at_half_log_snr(schedule: NoiseSchedule, half_log_snr: float) -> Knot:
+    """Return the point of the schedule's path with this λ = log(α / σ), also past the ends of its time, computed in float64.
+
+    >>> knot = knot_at_half_log_snr(NoiseSchedule.scaled_linear(), 0.0)
+    >>> round(knot.alpha**2, 6), 200 < knot.timestep < 400
+    (0.5, True)
+    """
+    curve, log_snr = schedule.curve, torch.tensor([2 * half_log_snr], dtype=torch.float64)
+    t = curve.time(log_snr)
+    alpha, sigma = curve.levels_at(log_snr)
+    return Knot(curve.timestep(t).item(), alpha.item(), sigma.item(), curve.input_scale(t).item())

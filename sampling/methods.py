@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,13 @@ class Method:
     """A sampler's formula and its facts: ``order`` of convergence (weak order where it draws noise), ``evaluations`` of the
     network per step, what it is ``called`` elsewhere, and its ``source``.
 
-    ``called`` maps names of other software to the grid and options that they stand for there.
+    ``order`` holds on any grid, with exact starting values for methods that remember, under ``order_options``; 0 is for
+    samplers of distilled models, which do not converge with the number of steps. ``block``: steps after which a method
+    that climbs in blocks has that order. ``rewrites``: places of the memory that hold an earlier x.
+
+    ``inverse``: it runs upwards, from the least noise. ``grid``, with ``grid_options``: where it runs unless told otherwise.
+    ``steps_as``: the option of the formula that is given the number of steps that was asked for, where that is not the
+    number of knots but one. ``called`` maps names of other software to the grid and options that they stand for there.
 
     >>> from alphabar.sampling import METHODS
     >>> METHODS["heun"].order, METHODS["heun"].evaluations
@@ -31,6 +37,14 @@ class Method:
     evaluations: int = 1
     stochastic: bool = False
     point_mass: bool = True
+    inverse: bool = False
+    order_options: dict[str, Any] = field(default_factory=dict, compare=False)
+    block: int = 1
+    rewrites: tuple[int, ...] = ()
+    defaults: dict[str, Any] = field(default_factory=dict, compare=False)
+    grid: str = "trailing"
+    grid_options: dict[str, Any] = field(default_factory=dict, compare=False)
+    steps_as: str | None = None
     called: dict[str, dict[str, Any]] = field(default_factory=dict, compare=False)
     diffusers: dict[str, Any] = field(default_factory=dict, compare=False)
 
@@ -38,4 +52,21 @@ class Method:
     def options(self) -> dict[str, Any]:
         """The options that the formula has, with their defaults."""
         parameters = inspect.signature(self.formula).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} | dict(self.defaults)
+
+    @property
+    def documentation(self) -> str:
+        """What it does, in words: the formula's docstring."""
+        return inspect.getdoc(self.formula) or ""
+
+
+def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
+    """Return ``value``, or raise a ValueError that lists what is allowed.
+
+    >>> one_of("order", 5, (1, 2, 3))
+    Traceback (most recent call last):
+    ValueError: order must be one of 1, 2, 3, got 5
+    """
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+    return value

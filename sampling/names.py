@@ -1,55 +1,222 @@
-"""Names that people know a sampler by: our own, the A1111 and k-diffusion names, diffusers' class names."""
+"""Names that people know a sampler by: our own, those of A1111, k-diffusion and ComfyUI, and diffusers' class names.
+
+A name resolves to a method and what it implies: a grid, and options of the grid and of the method. The words after a method's
+name may say the grid, as in 'DPM++ 2M Karras'. A diffusers class stands for its method; spacings are settings of its
+config, and here options. Case, the kind of separator, and 'k_', 'sample_' and 'gpu' do not matter.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any
+from difflib import get_close_matches
+from functools import cache
+from typing import Any, NamedTuple
 
-from ..noising.registry import unknown
-from . import dpmpp, first_order, heun
+from ..noising.registry import lookup
+from . import (
+    adams,
+    churn,
+    consistency,
+    dpm_fast,
+    dpm_solver,
+    exponential,
+    first_order,
+    midpoint,
+    sa_solver,
+    score_sde,
+    unipc,
+)
+from .grids import GRIDS, Grid, choose_grid, grid_options
 from .methods import Method
+from .outside import OUTSIDE, Outside
 
-METHODS: Mapping[str, Method] = {
-    method.name: method for family in (first_order, heun, dpmpp) for method in family.METHODS
-}
+FAMILIES = (
+    first_order,
+    churn,
+    midpoint,
+    dpm_solver,
+    dpm_fast,
+    unipc,
+    adams,
+    exponential,
+    sa_solver,
+    consistency,
+    score_sde,
+)
+
+METHODS: Mapping[str, Method] = {method.name: method for family in FAMILIES for method in family.METHODS}
 """Every method by its name; a new family is a file with a list METHODS and a word in this line."""
 
-GRID_SUFFIXES = {"karras": "karras"}
-"""Last words of a name that stand for a grid, as in 'DPM++ 2M Karras'."""
+ALIASES: Mapping[str, tuple[str, dict[str, Any]]] = {
+    # A1111's and k-diffusion's short forms
+    "dpm_2_a": ("dpm_2_ancestral", {}),
+    "dpm_ad": ("dpm_adaptive", {"final": "sigma_min"}),
+    # ComfyUI
+    "uni_pc": ("unipc", {"order": 3, "solver_type": "bh1"}),
+    "uni_pc_bh2": ("unipc", {"order": 3}),
+    "res_multistep_ancestral": ("res_multistep", {"eta": 1.0}),
+    # diffusers: classes that are another one on other models
+    "DDIMParallelScheduler": ("ddim", {}),
+    "CogVideoXDDIMScheduler": ("ddim", {}),
+    "CogVideoXDPMScheduler": ("dpmpp_2m_sde", {}),
+    "DDPMParallelScheduler": ("ddpm", {}),
+    "UnCLIPScheduler": ("ddpm", {"variance_type": "fixed_small_log"}),
+    "EDMDPMSolverMultistepScheduler": ("dpm_solver_multistep", {"grid": "karras"}),
+    "FlowMatchEulerDiscreteScheduler": ("euler", {"grid": "flow"}),
+    "FlowMatchHeunDiscreteScheduler": ("flow_heun", {"grid": "flow"}),
+    "FlowMatchLCMScheduler": ("lcm", {"grid": "flow", "timestep_scaling": 1e9}),  # c_skip = 0, c_out = 1
+}
+"""Names of other software that are not in a method's own list ``called``: the method, and what the name implies."""
+
+SUFFIXES: Mapping[str, dict[str, Any]] = {name: {"grid": name} for name in GRIDS} | {
+    "ka": {"grid": "karras"},
+    "uniform": {"grid": "linspace"},
+    "ddim": {"grid": "ddim_uniform"},
+    "ays": {"grid": "align_your_steps"},
+    "ays_sdxl": {"grid": "align_your_steps", "variant": "sdxl"},
+    "ays_svd": {"grid": "align_your_steps", "variant": "svd"},
+    "gpu": {},
+}
+"""Last words of a name that stand for a grid, as in 'DPM++ 2M SDE Karras', longer ones first where they end alike."""
+
+PREFIXES = ("sample_", "k_")
+
+Known = tuple[Method | Outside, dict[str, Any]]
+
+
+def resolve(name: str | Method | Outside) -> Known:
+    """Return the entry of a name, a method or a sampler that is no table, and the options, ``grid`` among them, that it implies.
+
+    Raises ValueError for an unknown name, with the nearest ones.
+
+    >>> entry, implied = resolve("DPM++ 2M SDE Karras")
+    >>> entry.name, implied
+    ('dpmpp_2m_sde', {'grid': 'karras'})
+    >>> resolve("DPM adaptive")[0].made_by.__name__
+    'DPMAdaptive'
+    """
+    if isinstance(name, Method | Outside):
+        return name, {}
+    found = _found(key_of(name))
+    if found is None:
+        raise ValueError(f"unknown method {name!r}; {_nearest(key_of(name))}")
+    return found[0], dict(found[1])
 
 
 def resolve_method(name: str | Method) -> tuple[Method, dict[str, Any]]:
     """Return the method of a name and the options, ``grid`` among them, that the name implies.
 
-    Case and the kind of separator do not matter. Raises ValueError for an unknown name, with the nearest one.
+    Raises ValueError for an unknown name, with the nearest ones, and for a sampler that is no table.
 
     >>> method, implied = resolve_method("DPM++ 2M Karras")
     >>> method.name, implied
     ('dpmpp_2m', {'grid': 'karras'})
     >>> resolve_method("dpm2m")
     Traceback (most recent call last):
-    ValueError: unknown method 'dpm2m'; did you mean 'dpmpp_2m'?
+    ValueError: unknown method 'dpm2m'; did you mean 'DPM2', 'DPM++ 2M' or 'DPM2 a'?
     """
-    if isinstance(name, Method):
-        return name, {}
-    known = _known_names()
-    key = _key(name)
-    if key in known:
-        return known[key]
-    stem, _, last = key.rpartition("_")
-    if last in GRID_SUFFIXES and stem in known:
-        method, implied = known[stem]
-        return method, implied | {"grid": GRID_SUFFIXES[last]}
-    raise ValueError(unknown("method", name, [*METHODS, *(called for m in METHODS.values() for called in m.called)]))
+    entry, implied = resolve(name)
+    if isinstance(entry, Outside):
+        raise ValueError(f"{name!r} is no table of fixed steps; make it with make_sampler(schedule, {name!r})")
+    return entry, implied
 
 
-def _known_names() -> dict[str, tuple[Method, dict[str, Any]]]:
-    names: dict[str, tuple[Method, dict[str, Any]]] = {}
-    for method in METHODS.values():
-        names[_key(method.name)] = (method, {})
-        names |= {_key(called): (method, dict(implied)) for called, implied in method.called.items()}
+class Settings(NamedTuple):
+    """What a sampler is made of: its method, how many steps on which grid, and the options of both."""
+
+    method: Method
+    steps: int | None
+    grid: str | Grid
+    options: dict[str, Any]
+
+
+def settle(
+    name: str | Method,
+    steps: int | None = None,
+    grid: str | Grid | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Settings:
+    """Return what the arguments of a sampler come to; ``steps`` stays None where nothing says it.
+
+    What is said wins over what the name implies, and that over the method's own grid; of the options of a grid that is
+    replaced those stay that the other has too. Raises ValueError for unknown names and options.
+
+    >>> settings = settle("DPM++ 2M Karras", 20, options={"rho": 5.0})
+    >>> settings.grid, settings.options
+    ('karras', {'rho': 5.0})
+    """
+    method, implied = resolve_method(name)
+    own_grid = implied.pop("grid", None)
+    if own_grid is None:
+        own_grid, implied = method.grid, dict(method.grid_options) | implied
+    custom = any(name in (options or {}) for name in ("timesteps", "sigmas"))
+    steps, grid, said = choose_grid(steps, grid if grid or custom else own_grid, options or {}, method.inverse)
+    known = method.options | grid_options(grid)
+    for option in said:
+        lookup(f"option of {method.name} on the {grid} grid", option, known)
+    merged = {name: value for name, value in implied.items() if name in known} | said
+    return Settings(method, steps, grid, {k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()})
+
+
+def all_names() -> dict[str, list[str]]:
+    """Return the names that each entry is known by elsewhere, by its own name.
+
+    >>> all_names()["euler"][:2]
+    ['Euler', 'EulerDiscreteScheduler']
+    """
+    entries = {**METHODS, **OUTSIDE}
+    names = {name: list(entry.called) for name, entry in entries.items()}
+    for alias, (name, _) in ALIASES.items():
+        names[name].append(alias)
     return names
 
 
-def _key(name: object) -> str:
-    return str(name).strip().casefold().replace("++", "pp").replace(" ", "_").replace("-", "_")
+def key_of(name: object) -> str:
+    """Return the form of a name in which names are compared.
+
+    >>> key_of("DPM++ 2S a"), key_of("dpmpp-2s_A")
+    ('dpmpp_2s_a', 'dpmpp_2s_a')
+    """
+    return re.sub(r"[\s_-]+", "_", str(name).strip().casefold().replace("++", "pp"))
+
+
+@cache
+def _known_names() -> dict[str, Known]:
+    entries: dict[str, Method | Outside] = {**METHODS, **OUTSIDE}
+    known: dict[str, Known] = {}
+    for entry in entries.values():
+        known[key_of(entry.name)] = (entry, {})
+        known |= {key_of(called): (entry, dict(implied)) for called, implied in entry.called.items()}
+    return known | {key_of(alias): (entries[name], implied) for alias, (name, implied) in ALIASES.items()}
+
+
+def _found(key: str) -> Known | None:
+    known = _known_names()
+    if key in known:
+        return known[key]
+    for prefix in PREFIXES:
+        if key.startswith(prefix):
+            return _found(key.removeprefix(prefix))
+    for suffix in _suffixes(key):
+        found = _found(key[: -len(suffix) - 1])
+        if found is not None:
+            return found[0], found[1] | SUFFIXES[suffix]
+    return None
+
+
+def _suffixes(key: str) -> list[str]:
+    return sorted((suffix for suffix in SUFFIXES if key.endswith(f"_{suffix}")), key=len, reverse=True)
+
+
+def _nearest(key: str) -> str:
+    """Word what the nearest known names are, one for each entry, with the grid that the name ends in."""
+    ending = next(iter(_suffixes(key)), "")
+    known, spelled = _known_names(), {key_of(name): name for names in all_names().values() for name in names}
+    best: dict[str, str] = {}
+    for near in get_close_matches(key.removesuffix(f"_{ending}") if ending else key, list(known), n=9, cutoff=0.6):
+        best.setdefault(known[near][0].name, spelled.get(near, near))
+    if not best:
+        return "known: " + ", ".join(sorted({**METHODS, **OUTSIDE}))
+    near = [repr(f"{name} {ending}" if ending else name) for name in list(best.values())[:3]]
+    return f"did you mean {' or '.join([', '.join(near[:-1]), near[-1]] if len(near) > 1 else near)}?"

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..noising import NoiseSchedule
 from ..noising.registry import lookup
-from ..noising.schedule import require_same_shape
+from .brownian import BrownianNoise
+from .clipping import Change
 from .grids import Grid, grid_options, make_knots
-from .guidance import Network, guided_network
+from .guidance import Network
 from .kernel import Progress, run
 from .knots import Knot
 from .methods import Method
-from .names import resolve_method
-from .table import Table, compile_table
+from .names import settle
+from .running import SeededNoise, last, start_run, without_gradients
+from .table import Evaluation, Table, compile_table
+
+DEFAULT_STEPS = 20
+
+DIFFUSERS_SIGMAS = {
+    "karras": "use_karras_sigmas",
+    "exponential": "use_exponential_sigmas",
+    "beta": "use_beta_sigmas",
+    "lu": "use_lu_lambdas",
+}
+"""The grids that scheduler_config.json knows by a flag."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +39,9 @@ class Sampler:
     """Draw samples with a network that was trained on ``schedule``.
 
     ``method``: a name of the field ('dpmpp_2m', 'DPM++ 2M Karras', 'DPMSolverMultistepScheduler') or a Method. ``steps``: an
-    integer in 1 ... T. ``grid``: a name of GRIDS or a function; by default what the name implies, or 'trailing'. Further
-    options belong to the method (``eta``) or the grid (``rho``, ``steps_offset``). Frozen and picklable; holds no tensor.
+    integer in 1 ... T, by default 20. ``grid``: a name of GRIDS or a function; by default what the name implies, or the
+    method's own. ``timesteps=[...]`` or ``sigmas=[...]`` stand in place of steps and grid. Further options belong to the method
+    (``eta``) or the grid (``rho``, ``final``). Frozen and picklable; holds no tensor.
     Raises ValueError for unknown names and options, and steps out of range.
 
     >>> schedule = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
@@ -47,7 +60,7 @@ class Sampler:
         self,
         schedule: NoiseSchedule,
         method: str | Method = "dpmpp_2m",
-        steps: int = 20,
+        steps: int | None = None,
         grid: str | Grid | None = None,
         **options: Any,
     ) -> None:
@@ -55,19 +68,13 @@ class Sampler:
             raise TypeError(
                 f"schedule must be a NoiseSchedule, got {type(schedule).__name__}; e.g. NoiseSchedule.scaled_linear()"
             )
-        resolved, implied = resolve_method(method)
-        implied_grid: str = implied.pop("grid", "trailing")
-        grid = implied_grid if grid is None else grid
-        known = resolved.options | grid_options(grid)
-        for name in options:
-            lookup(f"option of {resolved.name} on the {grid} grid", name, known)
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in (implied | options).items()}
+        settings = settle(method, steps, grid, options)
         values = {
             "schedule": schedule,
-            "method": resolved,
-            "steps": steps,
-            "grid": grid,
-            "options": tuple(sorted(given.items())),
+            "method": settings.method,
+            "steps": DEFAULT_STEPS if settings.steps is None else settings.steps,
+            "grid": settings.grid,
+            "options": tuple(sorted(settings.options.items())),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -101,11 +108,7 @@ class Sampler:
 
     def __call__(self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any) -> Tensor:
         """Return samples, shape (batch, ...), float32 or better, on the network's device. Arguments as in :meth:`iterate`."""
-        x = None
-        for progress in self.iterate(network, shape_or_noise, **arguments):
-            x = progress.x
-        assert x is not None  # there is at least one step
-        return x
+        return last(self.iterate(network, shape_or_noise, **arguments)).x
 
     def iterate(
         self,
@@ -119,6 +122,8 @@ class Sampler:
         guidance_rescale: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        clip: float | Change | None = None,
+        noise: str = "independent",
     ) -> Iterator[Progress]:
         """Sample step by step: a generator, so that progress, previews and cancelling live in the caller's loop.
 
@@ -126,34 +131,28 @@ class Sampler:
         (batch, ...), or standard normal noise to start from. ``seeds``: one for each image (or one int, counted up), for
         the first noise and all later draws, so an image does not depend on its batch; none: fresh ones, without touching the
         global generators. ``device`` and ``dtype`` (of the network's input) default to those of the network's parameters.
+        ``clip``: a limit that |x_0| is clipped to at every evaluation, or a ``DynamicThreshold``; for pixels, not latents.
+        ``noise``: 'independent' draws, or 'brownian', one path for each image whatever the number of steps (needs torchsde).
         Runs without gradients and leaves the network's train / eval flags alone.
         """
-        device, dtype = _place(network, shape_or_noise, device, dtype)
-        shape = tuple(shape_or_noise.shape if isinstance(shape_or_noise, Tensor) else shape_or_noise)
-        if len(shape) < 2 or not all(isinstance(n, int) and n > 0 for n in shape):
-            raise ValueError(f"the shape must be (batch, ...) of positive integers, got {shape}")
-        noise = _SeededNoise(shape, seeds, device)
-        evaluate = guided_network(network, conditioning or {}, unconditional, guidance_scale, guidance_rescale)
-        start = shape_or_noise.to(device) if isinstance(shape_or_noise, Tensor) else noise()
-        x = start.to(torch.promote_types(start.dtype, torch.float32)) * self.init_noise_scale
-        whole = all(knot.timestep.is_integer() for knot in self.knots) and self.schedule.curve.is_discrete
-        time_dtype = torch.int64 if whole else torch.promote_types(x.dtype, torch.float32)
-
-        def call(x_in: Tensor, knot: Knot) -> Tensor:
-            t = torch.full(
-                (x_in.shape[0],), int(knot.timestep) if whole else knot.timestep, dtype=time_dtype, device=device
-            )
-            out = evaluate(x_in.to(dtype or x_in.dtype), t)
-            require_same_shape("the network's output", out, "its input", x_in)  # it would broadcast silently
-            return out
-
-        steps = run(self.table, x, call, lambda start, end: noise())
-        while True:
-            with torch.no_grad():  # entered anew for each step: a generator must not leave its caller without gradients
-                progress = next(steps, None)
-            if progress is None:
-                return
-            yield progress
+        evaluations = [op.knot for step in self.table.steps for op in step.ops if isinstance(op, Evaluation)]
+        this = start_run(
+            self.schedule,
+            self.knots[0],
+            network,
+            shape_or_noise,
+            whole=self.schedule.curve.is_discrete and all(knot.timestep.is_integer() for knot in evaluations),
+            seeds=seeds,
+            conditioning=conditioning,
+            unconditional=unconditional,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            device=device,
+            dtype=dtype,
+            clip=clip,
+        )
+        source = lookup("noise", noise, NOISE_SOURCES)(this.noise, self.knots)
+        return without_gradients(run(self.table, this.x, this.evaluate, source, this.unconditional))
 
     def to_diffusers(self) -> dict[str, Any]:
         """Return what scheduler_config.json says of the sampler: its class, spacing and solver options.
@@ -163,54 +162,37 @@ class Sampler:
         """
         spacing = self.grid if self.grid in ("linspace", "leading", "trailing") else "trailing"
         offset = dict(self.options).get("steps_offset", 0)
-        karras = {"use_karras_sigmas": True} if self.grid == "karras" else {}
-        return {**self.method.diffusers, "timestep_spacing": spacing, "steps_offset": offset, **karras}
+        sigmas: dict[str, Any] = {flag: True for grid, flag in DIFFUSERS_SIGMAS.items() if grid == self.grid}
+        if dict(self.options).get("final") == "sigma_min":
+            sigmas["final_sigmas_type"] = "sigma_min"
+        return {**self.method.diffusers, "timestep_spacing": spacing, "steps_offset": offset, **sigmas}
+
+
+def _independent(drawn: SeededNoise, knots: Sequence[Knot]) -> Callable[[float, float], Tensor]:
+    return lambda start, end: drawn()
+
+
+def _brownian(drawn: SeededNoise, knots: Sequence[Knot]) -> Callable[[float, float], Tensor]:
+    return BrownianNoise(drawn.generators, drawn.shape, drawn.device, knots)
+
+
+NOISE_SOURCES: Mapping[str, Callable[[SeededNoise, Sequence[Knot]], Callable[[float, float], Tensor]]] = {
+    "independent": _independent,
+    "brownian": _brownian,
+}
+"""Where the noise of stochastic steps comes from, by name."""
 
 
 @lru_cache(maxsize=128)
 def _compiled(sampler: Sampler) -> Table:
     options = dict(sampler.options)
     of_grid = {k: v for k, v in options.items() if k in grid_options(sampler.grid)}
-    of_method = {k: v for k, v in options.items() if k not in of_grid}
-    knots = make_knots(sampler.schedule, sampler.steps, sampler.grid, **of_grid)
+    of_method = dict(sampler.method.defaults) | {k: v for k, v in options.items() if k not in of_grid}
+    if sampler.method.steps_as:
+        of_method[sampler.method.steps_as] = sampler.steps
+    knots = make_knots(sampler.schedule, sampler.steps, sampler.grid, ascending=sampler.method.inverse, **of_grid)
 
     def formula(*arguments: Any) -> Any:
         return sampler.method.formula(*arguments, **of_method)
 
-    return compile_table(sampler.method.name, formula, knots, sampler.schedule.prediction, sampler.method.point_mass)
-
-
-class _SeededNoise:
-    """Standard normal noise in which every image has a CPU generator of its own."""
-
-    def __init__(self, shape: tuple[int, ...], seeds: int | Sequence[int] | None, device: torch.device) -> None:
-        batch = shape[0]
-        if seeds is None:
-            seeds = [torch.Generator().seed() for _ in range(batch)]
-        elif isinstance(seeds, int):
-            seeds = range(seeds, seeds + batch)
-        if len(seeds) != batch:
-            raise ValueError(f"need one seed for each of {batch} images, got {len(seeds)}")
-        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-        self.shape, self.device = shape, device
-
-    def __call__(self) -> Tensor:
-        noise = torch.empty(self.shape, dtype=torch.float32, pin_memory=self.device.type == "cuda")
-        for row, generator in zip(noise, self.generators, strict=True):
-            row.normal_(generator=generator)
-        return noise.to(self.device, non_blocking=True)
-
-
-def _place(
-    network: Network, start: Any, device: torch.device | str | None, dtype: torch.dtype | None
-) -> tuple[torch.device, torch.dtype | None]:
-    parameter = (
-        next((p for p in network.parameters() if p.is_floating_point()), None)
-        if isinstance(network, nn.Module)
-        else None
-    )
-    if device is None:
-        device = parameter.device if parameter is not None else start.device if isinstance(start, Tensor) else "cpu"
-    if dtype is None and parameter is not None:
-        dtype = parameter.dtype
-    return torch.device(device), dtype
+    return compile_table(sampler.method.name, formula, knots, sampler.schedule, sampler.method.point_mass)

@@ -12,12 +12,16 @@ The prediction type is folded in: with D = p x + q out the table is linear in th
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from ..noising import Prediction
-from .knots import Knot
+import torch
+
+from ..noising import NoiseSchedule, Prediction
+from .knots import Knot, knot_at_half_log_snr, knots_at
 
 Row = tuple[tuple[int, float], ...]
 """A linear combination: pairs of a place in the basis and a coefficient, without zeros."""
@@ -59,7 +63,7 @@ class Combination:
 class Evaluation:
     """An operation that appends the network's raw output at ``knot``, for the input that ``row`` combines.
 
-    ``p`` and ``q`` give the clean estimate, D = p input + q output.
+    ``row`` holds the knot's ``input_scale``; ``p`` and ``q`` give the clean estimate, D = p x + q output.
     """
 
     knot: Knot
@@ -77,10 +81,18 @@ class Draw:
 
 
 @dataclass(frozen=True)
+class Unconditional:
+    """An operation that appends the unconditional half of the evaluation before it (the same, where there is no guidance)."""
+
+
+Operation = Evaluation | Draw | Unconditional
+
+
+@dataclass(frozen=True)
 class Step:
     """One step of a table: its operations, then the rows of the next state (x first), and the row of the clean estimate."""
 
-    ops: tuple[Evaluation | Draw, ...]
+    ops: tuple[Operation, ...]
     carry: tuple[Row, ...]
     denoised: Row
 
@@ -94,34 +106,93 @@ class Method(Protocol):
 
 
 class Trace:
-    """What a method calls while it is traced: ``denoise`` and ``noise`` record an operation and return its combination.
+    """What a method calls while it is traced: ``denoise``, ``evaluate`` and ``noise`` record an operation and return what it
+    appends; ``knot`` finds points of the curve between the grid's knots.
 
-    >>> from alphabar.noising.prediction import Sample
-    >>> trace = Trace(Sample(), state=1)
+    >>> trace = Trace(NoiseSchedule.scaled_linear(prediction="sample"), state=1)
     >>> trace.denoise(Combination({0: 1.0}), Knot(999, 0.6, 0.8)).row  # the network's output is x_0 itself
     ((1, 1.0),)
     """
 
-    def __init__(self, prediction: Prediction, state: int) -> None:
-        self.prediction = prediction
-        self.ops: list[Evaluation | Draw] = []
+    def __init__(self, schedule: NoiseSchedule, state: int) -> None:
+        self.schedule = schedule
+        self.ops: list[Operation] = []
         self.denoised = Combination({})
+        self.keeps_marginals = True
+        """A formula that does not carry x_0 + noise to exactly the marginal of the next knot says so by setting this."""
         self._state = state
+        self._drawn: list[tuple[Draw, Combination]] = []
 
-    def _append(self, op: Evaluation | Draw) -> Combination:
+    def _append(self, op: Operation) -> Combination:
         self.ops.append(op)
         return Combination({self._state + len(self.ops) - 1: 1.0})
 
+    def evaluate(self, x: Combination, knot: Knot) -> tuple[Combination, Combination]:
+        """Record an evaluation of the network on ``x`` at ``knot``; return the estimates (D, ε̂) of x_0 and ε."""
+        return self._estimates(x, knot, self._append(self._evaluation(x, knot)))
+
     def denoise(self, x: Combination, knot: Knot) -> Combination:
         """Record an evaluation of the network on ``x`` at ``knot``; return the clean estimate D of x_0."""
-        p, q = self.prediction.x0_coefficients(knot.alpha, knot.sigma)
-        out = self._append(Evaluation(knot, x.row, float(p), float(q)))
-        self.denoised = p * x + q * out
-        return self.denoised
+        return self.evaluate(x, knot)[0]
+
+    def unconditional(self, x: Combination, knot: Knot) -> tuple[Combination, Combination]:
+        """Return (D, ε̂) of the unconditional half of the last evaluation, which was of ``x`` at ``knot``: no further call."""
+        denoised = self.denoised
+        estimates = self._estimates(x, knot, self._append(Unconditional()))
+        self.denoised = denoised
+        return estimates
+
+    def _evaluation(self, x: Combination, knot: Knot) -> Evaluation:
+        p, q = self.schedule.prediction.x0_coefficients(knot.alpha, knot.sigma)
+        return Evaluation(knot, (knot.input_scale * x).row, float(p), float(q))
+
+    def _estimates(self, x: Combination, knot: Knot, out: Combination) -> tuple[Combination, Combination]:
+        c0, c1 = self.schedule.prediction.coefficients(knot.alpha, knot.sigma)
+        det = c0 * knot.sigma - c1 * knot.alpha
+        self.denoised = (knot.sigma / det) * out - (c1 / det) * x
+        return self.denoised, (c0 / det) * x - (knot.alpha / det) * out
 
     def noise(self, start: Knot, end: Knot) -> Combination:
-        """Record a draw of standard normal noise for the way from ``start`` to ``end``."""
-        return self._append(Draw(start.sigma_ve, end.sigma_ve))
+        """Record standard normal noise for the way from ``start`` to ``end``, as one Brownian path in σ/α would drive it.
+
+        Draws of one step that overlap are not independent: a way that begins with one already drawn reuses that and draws
+        only the rest, so that every recorded draw is an independent increment.
+        """
+        a, b = start.sigma_ve, end.sigma_ve
+        inside = [(d, z) for d, z in self._drawn if _within(d, a, b)]
+        if not inside:
+            return self._draw(a, b)
+        draw, z = inside[-1]
+        rest = [(d.start, d.end) for d in (Draw(a, draw.start), Draw(draw.end, b)) if d.start != d.end]
+        total = (abs(draw.end - draw.start) ** 0.5) * z
+        for low, high in rest:
+            total = total + (abs(high - low) ** 0.5) * self._draw(low, high)
+        return total / abs(b - a) ** 0.5
+
+    def _draw(self, a: float, b: float) -> Combination:
+        draw = Draw(a, b)
+        z = self._append(draw)
+        self._drawn.append((draw, z))
+        return z
+
+    def knot(self, half_log_snr: float) -> Knot:
+        """Return the point of the curve with this λ = log(α / σ), also a little past the curve's ends."""
+        return knot_at_half_log_snr(self.schedule, half_log_snr)
+
+    def time(self, knot: Knot) -> float:
+        """Return the curve's own time of a knot; an integer on a discrete curve's timesteps."""
+        log_snr = torch.tensor([2 * knot.half_log_snr], dtype=torch.float64)
+        t = self.schedule.curve.time(log_snr).item()
+        return float(round(t)) if abs(t - round(t)) < 1e-9 else t
+
+    def knot_at_time(self, t: float) -> Knot:
+        """Return the point of the curve at one of its own times."""
+        return knots_at(self.schedule, [t])[0]
+
+
+def _within(draw: Draw, a: float, b: float) -> bool:
+    low, high = min(a, b), max(a, b)
+    return low <= min(draw.start, draw.end) and max(draw.start, draw.end) <= high
 
 
 @dataclass(frozen=True)
@@ -150,19 +221,19 @@ class Table:
     point_mass: bool = True
 
     def __post_init__(self) -> None:
-        largest = 1.0
         for i, step in enumerate(self.steps):
             rows = [*step.carry, step.denoised, *(op.row for op in step.ops if isinstance(op, Evaluation))]
             if not all(math.isfinite(c) for row in rows for _, c in row):
                 raise ValueError(
                     f"{self.name}: step {i + 1} of {len(self.steps)} has a coefficient that is not finite; use another grid or fewer steps"
                 )
-            largest = max([largest, *(abs(c) for row in rows for _, c in row)])
-        # rounding grows with the coefficients: heun's first step down from σ / α = 2e4 has some of 2e4
-        if self.point_mass and (defect := self.point_mass_defect()) > 1e-9 * largest:
-            raise ValueError(
-                f"{self.name}: the table misses the marginals of its grid by {defect:.1e}; its formula is wrong"
-            )
+        if not self.point_mass:
+            return
+        for defect, rounding in point_mass_defects(self):
+            if defect > 1e-9 + 1e3 * rounding:
+                raise ValueError(
+                    f"{self.name}: the table misses the marginals of its grid by {defect:.1e}; its formula is wrong"
+                )
 
     @property
     def evaluations(self) -> int:
@@ -180,7 +251,13 @@ class Table:
         The denoiser is then D = x_0, and from α x_0 + σ ε every step must arrive at mean α_n x_0 and spread σ_n: the
         analogue of the consistency condition of a Runge-Kutta tableau. Relative to the spread that went in.
         """
-        return max(point_mass_defects(self), default=0.0)
+        return max((defect for defect, _ in point_mass_defects(self)), default=0.0)
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Return a matplotlib Figure of the knots and of every step's coefficients; written to ``path`` where it is given."""
+        from .plotting import plot_table
+
+        return plot_table(self, path)
 
     def __str__(self) -> str:
         head = f"{self.name}: {len(self.steps)} steps, {self.evaluations} evaluations, {self.draws} draws"
@@ -190,12 +267,9 @@ class Table:
             names = ["x", *(f"m{j}" for j in range(memory))]
             lines.append(f"step {i + 1}  t = {knot.timestep:<6g} sigma/alpha = {knot.sigma_ve:.6g}")
             for op in step.ops:
-                is_evaluation = isinstance(op, Evaluation)
-                name = f"out{i}" if is_evaluation else f"z{i}"
+                name, what = _operation(op, i, names)
                 name += "'" * sum(n.startswith(name) for n in names)
-                lines.append(
-                    f"  {name:<4} = " + (f"network({_shown(op.row, names)})" if isinstance(op, Evaluation) else "noise")
-                )
+                lines.append(f"  {name:<4} = {what}")
                 names.append(name)
             memory = len(step.carry) - 1
             for j, row in enumerate(step.carry):
@@ -207,7 +281,7 @@ def compile_table(
     name: str,
     method: Callable[..., list[Combination]],
     knots: Sequence[Knot],
-    prediction: Prediction,
+    schedule: NoiseSchedule,
     point_mass: bool = True,
 ) -> Table:
     """Trace a method over the knots of a grid.
@@ -218,31 +292,43 @@ def compile_table(
     memory = 0
     for i in range(len(knots) - 1):
         state = [Combination({k: 1.0}) for k in range(1 + memory)]
-        trace = Trace(prediction, len(state))
+        trace = Trace(schedule, len(state))
         carry = method(trace, knots, i, *state)
+        carry = carry if i < len(knots) - 2 else carry[:1]  # nothing is remembered after the last step
+        point_mass = point_mass and trace.keeps_marginals
         memory = len(carry) - 1
         steps.append(Step(tuple(trace.ops), tuple(c.row for c in carry), trace.denoised.row))
-    return Table(name, tuple(knots), tuple(steps), prediction, point_mass)
+    return Table(name, tuple(knots), tuple(steps), schedule.prediction, point_mass)
 
 
-def point_mass_defects(table: Table) -> Iterable[float]:
-    """Yield, for each step, how far it ends from the exact marginal when every evaluation knows x_0."""
+def point_mass_defects(table: Table) -> Iterable[tuple[float, float]]:
+    """Yield, for each step, how far it ends from the exact marginal when every evaluation knows x_0, and how much of that
+    rounding may be: the same sums with all signs taken away, times the rounding unit. It grows with the coefficients: the
+    second evaluation of a step down from σ/α = 2e4 subtracts numbers of 4e8.
+    """
     start = table.knots[0]
-    # vectors over (x_0, the initial noise, then each draw): what the state holds of each
-    state: list[Combination] = [Combination({0: start.alpha, 1: start.sigma})]
+    # what the state holds of x_0, the initial noise, then each draw; and how large the numbers were that it was made of
+    state, sizes = [Combination({0: start.alpha, 1: start.sigma})], [1.0]
     drawn = 1
     for step, n in zip(table.steps, table.knots[1:], strict=True):
-        basis = list(state)
+        basis, bounds = list(state), list(sizes)
         for op in step.ops:
-            if isinstance(op, Draw):
+            if isinstance(op, Evaluation):  # D = p x + q out = x_0
+                x, scale = _apply(op.row, basis) / op.knot.input_scale, op.knot.input_scale
+                basis.append((Combination({0: 1.0}) - op.p * x) / op.q)
+                bounds.append((1.0 + abs(op.p) * _size(op.row, bounds) / scale) / abs(op.q))
+            elif isinstance(op, Draw):
                 drawn += 1
                 basis.append(Combination({drawn: 1.0}))
-            else:  # D = p x + q out = x_0
-                basis.append((Combination({0: 1.0}) - op.p * _apply(op.row, basis)) / op.q)
+                bounds.append(1.0)
+            else:  # the unconditional half of the evaluation before
+                basis.append(basis[-1])
+                bounds.append(bounds[-1])
         state = [_apply(row, basis) for row in step.carry]
-        x = state[0].terms
-        spread = math.sqrt(sum(c * c for k, c in x.items() if k))
-        yield max(abs(x.get(0, 0.0) - n.alpha), abs(spread - n.sigma)) / math.hypot(n.alpha, n.sigma)
+        sizes = [_size(row, bounds) for row in step.carry]
+        x0, spread = state[0].terms.get(0, 0.0), math.sqrt(sum(c * c for k, c in state[0].terms.items() if k))
+        norm = math.hypot(n.alpha, n.sigma)
+        yield max(abs(x0 - n.alpha), abs(spread - n.sigma)) / norm, sys.float_info.epsilon * max(*bounds, *sizes) / norm
 
 
 def _apply(row: Row, basis: Sequence[Combination]) -> Combination:
@@ -250,6 +336,16 @@ def _apply(row: Row, basis: Sequence[Combination]) -> Combination:
     for k, c in row:
         total = total + c * basis[k]
     return total
+
+
+def _size(row: Row, bounds: Sequence[float]) -> float:
+    return sum(abs(c) * bounds[k] for k, c in row)
+
+
+def _operation(op: Operation, i: int, names: Sequence[str]) -> tuple[str, str]:
+    if isinstance(op, Evaluation):
+        return f"out{i}", f"network({_shown(op.row, names)})"
+    return (f"z{i}", "noise") if isinstance(op, Draw) else (f"out{i}", "its unconditional half")
 
 
 def _shown(row: Row, names: Sequence[str]) -> str:

@@ -17,8 +17,8 @@ import torch
 
 from alphabar.noising import PREDICTIONS, NoiseSchedule, Prediction
 from alphabar.sampling import Knot, Table
-from alphabar.sampling.kernel import combine, run
-from alphabar.sampling.table import Evaluation, Step, compile_table
+from alphabar.sampling.kernel import combine
+from alphabar.sampling.table import Draw, Evaluation, Step, compile_table
 
 Formula = Callable[..., Any]
 SCHEDULES = {
@@ -98,7 +98,10 @@ def traced(formula: Formula, knots: Sequence[Knot], prediction: Prediction, **op
     def method(*arguments: Any) -> Any:
         return formula(*arguments, **options)
 
-    return compile_table("traced", method, knots, prediction, point_mass=False)
+    schedule = NoiseSchedule.scaled_linear(
+        prediction=prediction
+    )  # where the points between the knots lie; its path is theirs
+    return compile_table("traced", method, knots, schedule, point_mass=False)
 
 
 def slope(errors: Sequence[float]) -> float:
@@ -114,35 +117,71 @@ DATA = Gaussian()
 START = torch.tensor([[-1.3], [0.2], [2.1]], dtype=torch.float64)
 V = PREDICTIONS["v_prediction"]()
 COUNTS = (40, 80, 160)
+MANY = (240, 480, 960)
+
+
+WARM_UP = 6
 
 
 def global_order(
-    formula: Formula, grid: Callable[[int], tuple[Knot, ...]] = even_grid, prediction: Prediction = V, **options: Any
+    formula: Formula,
+    grid: Callable[[int], tuple[Knot, ...]] = zigzag_grid,
+    prediction: Prediction = V,
+    rewrites: Sequence[int] = (),
+    counts: Sequence[int] = MANY,
+    **options: Any,
 ) -> float:
-    """The order of the error at the end of a run, against the exact probability flow."""
-    return slope([_global_error(traced(formula, grid(n), prediction, **options)) for n in COUNTS])
+    """The order of the error at the end of a run, against the exact probability flow.
+
+    As usual for methods that remember, the starting values are exact: x is put on the trajectory in the first steps.
+    """
+    return slope([_global_error(traced(formula, grid(n), prediction, **options), rewrites) for n in counts])
 
 
-def _global_error(table: Table) -> float:
-    *_, last = run(table, START, DATA.network(table.prediction), no_noise)
-    return float((last.x - DATA.flow(START, table.knots[0], table.knots[-1])).abs().max())
-
-
-def local_order(formula: Formula, prediction: Prediction = V, **options: Any) -> float:
-    """The order of the worst single step from the exact trajectory, on an irregular grid, with the memory kept."""
-    return slope([max(local_errors(traced(formula, zigzag_grid(n), prediction, **options))) for n in COUNTS])
-
-
-def local_errors(table: Table, warm_up: int = 4) -> Iterator[float]:
-    first = table.knots[0]
-    state = [START]
-    evaluate = DATA.network(table.prediction)
+def _global_error(table: Table, rewrites: Sequence[int]) -> float:
+    state, evaluate = [START], DATA.network(table.prediction)
     for i, step in enumerate(table.steps):
         state = advance(step, state, evaluate)
-        exact = DATA.flow(START, first, table.knots[i + 1])
-        if i >= warm_up:
-            yield float((state[0] - exact).abs().max())
-        state[0] = exact
+        if i < WARM_UP:
+            put_back(state, table, i, rewrites)
+    return float((state[0] - DATA.flow(START, table.knots[0], table.knots[-1])).abs().max())
+
+
+def local_order(
+    formula: Formula,
+    prediction: Prediction = V,
+    rewrites: Sequence[int] = (),
+    block: int = 1,
+    counts: Sequence[int] = COUNTS,
+    **options: Any,
+) -> float:
+    """The order of the worst single step from the exact trajectory, on an irregular grid, with the memory kept.
+
+    A method that climbs in blocks is judged where a block ends, and one that ``rewrites`` x with its next evaluation by what it
+    has made of it then.
+    """
+    tables = [traced(formula, zigzag_grid(n), prediction, **options) for n in counts]
+    return slope([max(local_errors(table, rewrites, block)) for table in tables])
+
+
+def local_errors(table: Table, rewrites: Sequence[int] = (), block: int = 1) -> Iterator[float]:
+    state, evaluate = [START], DATA.network(table.prediction)
+    for i, step in enumerate(table.steps):
+        state = advance(step, state, evaluate)
+        if (i + 1) % block:
+            continue
+        place, at = (rewrites[0], i) if rewrites else (0, i + 1)
+        if i >= WARM_UP and place < len(state):
+            yield float((state[place] - DATA.flow(START, table.knots[0], table.knots[at])).abs().max())
+        put_back(state, table, i, rewrites)
+
+
+def put_back(state: list[torch.Tensor], table: Table, i: int, rewrites: Sequence[int]) -> None:
+    """Put x after step i, and the earlier x that the memory holds, on the exact trajectory."""
+    state[0] = DATA.flow(START, table.knots[0], table.knots[i + 1])
+    for place in rewrites:
+        if place < len(state):
+            state[place] = DATA.flow(START, table.knots[0], table.knots[i])
 
 
 def advance(
@@ -150,8 +189,8 @@ def advance(
 ) -> list[torch.Tensor]:
     basis = list(state)
     for op in step.ops:
-        assert isinstance(op, Evaluation), "a deterministic method drew noise"
-        basis.append(evaluate(combine(op.row, basis), op.knot))
+        assert not isinstance(op, Draw), "a deterministic method drew noise"
+        basis.append(evaluate(combine(op.row, basis), op.knot) if isinstance(op, Evaluation) else basis[-1])
     return [combine(row, basis) for row in step.carry]
 
 
@@ -166,9 +205,11 @@ def moments(table: Table, data: Gaussian) -> Iterator[tuple[float, float]]:
             if isinstance(op, Evaluation):
                 a, b = data.output(table.prediction, op.knot)
                 basis.append(a * _row(op.row, basis) + b * unit[0])
-            else:
+            elif isinstance(op, Draw):
                 drawn += 1
                 basis.append(unit[drawn])
+            else:  # the unconditional half of the evaluation before, without guidance the same
+                basis.append(basis[-1])
         state = [_row(row, basis) for row in step.carry]
         yield float(state[0][0]), float(state[0][1:] @ state[0][1:])
 
@@ -212,5 +253,5 @@ def amplification(table: Table) -> float:
             else:
                 basis.append(1.0)
         state = [sum(abs(c) * basis[k] for k, c in row) for row in step.carry]
-        worst = max(worst, *state)
+        worst = max(worst, *basis, *state)
     return worst

@@ -28,7 +28,7 @@ EXTRAS = {"accelerate", "datasets", "tensorboard", "matplotlib", "jsonargparse"}
 EAGER = {"noising": {"torch"}, "sampling": {"torch", "numpy"}, "training": HEAVY, "callbacks": HEAVY}
 LAZY = {
     "noising": set(),
-    "sampling": {"diffusers"},
+    "sampling": {"diffusers", "matplotlib", "torchsde"},
     "training": {"diffusers"} | EXTRAS,
     "callbacks": {"diffusers"} | EXTRAS,
 }

@@ -46,11 +46,17 @@ BY_HAND: dict[str, Callable[..., Any]] = {
     "flow_prediction": lambda a, s, x0, e: e - x0,
     "score": lambda a, s, x0, e: -(a * x0 + s * e - a * x0) / s**2,  # ∇ log N(x_t; α x_0, σ²)
     "karras": lambda a, s, x0, e: karras_f(x0, x0 + (s / a) * e, s / a),
+    "consistency": lambda a, s, x0, e: consistency_f(x0, x0 + (s / a) * e, s / a),
 }
 
 
 def karras_f(x0: Any, y: Any, s: float, d: float = 0.5) -> Any:
     c_skip, c_out = d**2 / (s**2 + d**2), s * d / math.sqrt(s**2 + d**2)
+    return (x0 - c_skip * y) / c_out
+
+
+def consistency_f(x0: Any, y: Any, s: float, d: float = 0.5, low: float = 0.002) -> Any:
+    c_skip, c_out = d**2 / ((s - low) ** 2 + d**2), (s - low) * d / math.sqrt(s**2 + d**2)
     return (x0 - c_skip * y) / c_out
 
 
@@ -124,7 +130,7 @@ def test_the_schedule_converts_batches(schedule: NoiseSchedule) -> None:
     alpha, sigma = schedule.alpha(t)[:, None, None], schedule.sigma(t)[:, None, None]
     x_t, out = schedule.add_noise(x0, noise, t), schedule.target(x0, noise, t)
     assert worst(x_t, alpha * x0 + sigma * noise) < 1e-15
-    if schedule.prediction.name != "karras":  # by hand it divides by α
+    if schedule.prediction.name not in ("karras", "consistency"):  # by hand these divide by α
         assert worst(out, BY_HAND[schedule.prediction.name](alpha, sigma, x0, noise)) < TOLERANCE
     assert worst(schedule.to_x0(out, x_t, t)[well_posed], x0[well_posed]) < TOLERANCE
     assert worst(schedule.to_epsilon(out, x_t, t), noise) < TOLERANCE

@@ -178,7 +178,7 @@ def test_command_samples_the_checkpoint(checkpoint: Path, tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--method", "dpm2m"], "unknown method 'dpm2m'; did you mean 'dpmpp_2m'?"),
+        (["--method", "dpm2m"], "unknown method 'dpm2m'; did you mean 'DPM2', 'DPM++ 2M' or 'DPM2 a'?"),
         (["--grid", "karass"], "unknown grid 'karass'; did you mean 'karras'?"),
         (["--steps", "0"], "steps must be between 1 and the 1000 training timesteps, got 0"),
         (["--num_images", "0"], "must be at least 1, got 0"),

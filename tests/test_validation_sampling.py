@@ -486,7 +486,7 @@ def test_two_instances_in_one_place_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sampler": "dpm2m"}, "unknown method 'dpm2m'; did you mean 'dpmpp_2m'"),
+        ({"sampler": "dpm2m"}, "unknown method 'dpm2m'; did you mean 'DPM2', "),
         ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
         ({"steps": 2.5}, "steps must be an integer"),
         ({"num_images": 0}, "num_images must be"),

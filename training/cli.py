@@ -7,9 +7,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
-from . import command_sample
+from . import command_plot, command_sample, command_samplers
 
-COMMANDS: Mapping[str, ModuleType] = {"sample": command_sample}
+COMMANDS: Mapping[str, ModuleType] = {
+    "sample": command_sample,
+    "samplers": command_samplers,
+    "plot": command_plot,
+}
 """Every subcommand: a module with a docstring, ``add_arguments(parser)`` and ``run(args)``."""
 
 
@@ -29,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         COMMANDS[args.command].run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"alphabar {args.command}: {error}", file=sys.stderr)
         return 2
     return 0

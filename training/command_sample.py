@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from ..noising.files import require_writable
-from ..sampling import GRIDS, Sampler
+from ..sampling import GRIDS, make_sampler
 from .images import save_grid
 from .loading import load_checkpoint
 
@@ -46,18 +46,18 @@ def run(args: argparse.Namespace) -> None:
         )
     require_writable(Path(args.out).parent)
     loaded = load_checkpoint(args.checkpoint, network=args.network)
-    sampler = Sampler(loaded.schedule, args.method, args.steps, args.grid)
+    sampler = make_sampler(loaded.schedule, args.method, args.steps, **({"grid": args.grid} if args.grid else {}))
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     network = loaded.network.to(device).eval()
     batches = []
-    total = -(-args.num_images // args.batch_size) * args.steps
-    with tqdm(total=total, desc=f"{sampler.method.name}, {args.steps} steps", unit="step") as bar:
+    rounds = -(-args.num_images // args.batch_size)
+    with tqdm(desc=f"{args.method}, {args.steps} steps", unit="step") as bar:
         for first in range(0, args.num_images, args.batch_size):
             count = min(args.batch_size, args.num_images - first)
             x = torch.empty(0)
             for progress in sampler.iterate(network, (count, *loaded.sample_shape), seeds=args.seed + first):
-                x = progress.x
+                x, bar.total = progress.x, rounds * progress.steps
                 bar.update()
             batches.append(x.cpu())
     save_grid(torch.cat(batches), args.out)
-    print(f"{args.out}: {args.num_images} images, {sampler.method.name}, {args.steps} steps on {loaded.schedule}")
+    print(f"{args.out}: {args.num_images} images, {args.method}, {args.steps} steps on {loaded.schedule}")

@@ -1,0 +1,219 @@
+"""Pictures of grids and of tables. They need matplotlib, the extra of this name, which is imported when one is drawn.
+
+Log SNR is infinite where α = 0 and where x is clean; such a knot stands at the edge of the picture, with a hollow mark.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
+
+from ..noising import NoiseSchedule
+from .grids import make_knots
+from .knots import Knot
+from .table import Draw, Evaluation, Step, Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
+"""Okabe and Ito's colours, which the colour-blind can tell apart."""
+MARKS = "osD^vPX<>*h"
+INK, FAINT = "#333333", "#DDDDDD"
+LOG_SNR = "log SNR   (noise → data)"
+
+
+def plot_grids(
+    schedule: NoiseSchedule,
+    grids: Sequence[str | Mapping[str, Any]] = ("linspace", "trailing", "karras"),
+    steps: int = 20,
+    path: str | os.PathLike[str] | None = None,
+) -> Figure:
+    """Draw log SNR against the step, and on a line each the log SNR of every network call, for several grids.
+
+    ``grids``: names, or mappings of a grid's name under 'grid' and its options. Returns the Figure, and writes it to
+    ``path`` (PNG, SVG or PDF by its name). Raises ValueError for an unknown grid, ImportError without matplotlib.
+
+    >>> figure = plot_grids(NoiseSchedule.scaled_linear(), ["trailing", {"grid": "karras", "rho": 5.0}], steps=8)
+    >>> [axes.get_title(loc="left") for axes in figure.axes]
+    ['log SNR after each step', 'where the network is called']
+    """
+    laid = {_label(grid): make_knots(schedule, steps, **_asked(grid)) for grid in grids}
+    if not laid:
+        raise ValueError("name at least one grid")
+    figure = _figure(11, max(4.2, 0.32 * len(laid) + 1.6))
+    curves, calls = figure.subplots(1, 2, width_ratios=(1.25, 1), sharey=False)
+    low, high = _edges(k for knots in laid.values() for k in knots)
+    styles = list(zip(laid.items(), cycle(COLOURS), cycle(MARKS)))
+    for (name, knots), colour, mark in styles:
+        _curve(curves, knots, low, high, colour, mark, name)
+    for line, ((_, knots), colour, mark) in enumerate(styles):
+        _calls(calls, knots[:-1], line, low, high, colour, mark)
+    _dress(curves, "log SNR after each step", "step", LOG_SNR)
+    _dress(calls, "where the network is called", LOG_SNR, "")
+    _mark_infinity(curves.yaxis, low, high, [k for knots in laid.values() for k in knots])
+    _mark_infinity(calls.xaxis, low, high, [k for knots in laid.values() for k in knots[:-1]])
+    if len(laid) <= 10:  # the other panel names them too
+        curves.legend(loc="upper left", fontsize=8, frameon=False, handlelength=1.6)
+    calls.set_yticks(range(len(laid)), [name.replace(" (", "\n(") for name in laid])
+    calls.tick_params(axis="y", length=0)
+    calls.set_ylim(len(laid) - 0.5, -0.5)
+    _title(figure, f"{steps} steps on {str(schedule).split(' [')[0]}")
+    return _written(figure, path)
+
+
+def plot_table(table: Table, path: str | os.PathLike[str] | None = None) -> Figure:
+    """Draw a table: log SNR against the step, and what each step adds to x, coefficient by coefficient.
+
+    The coefficients are of the row that makes the next x: of x itself, of the network's outputs in the order of the calls, of
+    what earlier steps remembered, and of the noise. Returns the Figure, and writes it to ``path``.
+
+    >>> from alphabar.sampling import Sampler
+    >>> figure = Sampler(NoiseSchedule.scaled_linear(), "dpmpp_2m", steps=8).table.plot()
+    >>> [line.get_label() for line in figure.axes[1].lines if not line.get_label().startswith("_")]
+    ['x', 'network', 'memory 1']
+    """
+    figure = _figure(8.5, 6.6)
+    curve, weights = figure.subplots(2, 1, height_ratios=(1, 1.5), sharex=True)
+    low, high = _edges(table.knots)
+    _curve(curve, table.knots, low, high, COLOURS[0], "o", table.name)
+    series = coefficients(table)
+    for (name, values), colour, mark in zip(series.items(), cycle(COLOURS), cycle(MARKS)):
+        at = [i + 1 for i, v in enumerate(values) if v is not None]
+        weights.plot(at, [v for v in values if v is not None], color=colour, marker=mark, ms=4.5, lw=1.4, label=name)
+    weights.axhline(0, color=INK, lw=0.8, zorder=0)
+    largest = max(abs(v) for values in series.values() for v in values if v is not None)
+    if largest > 20:
+        weights.set_yscale("symlog", linthresh=1.0)
+    _dress(curve, "log SNR after each step", "", LOG_SNR)
+    _dress(
+        weights, "what the next x is made of", "step", f"coefficient{', symmetric log scale' if largest > 20 else ''}"
+    )
+    _mark_infinity(curve.yaxis, low, high, table.knots)
+    weights.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9, frameon=False)
+    _title(figure, f"{table.name}: {len(table.steps)} steps, {table.evaluations} evaluations, {table.draws} draws")
+    return _written(figure, path)
+
+
+def coefficients(table: Table) -> dict[str, list[float | None]]:
+    """Return the coefficients of the row that makes the next x: for each vector of the basis one number per step, None where a
+    step has no such vector.
+
+    >>> from alphabar.sampling import Sampler
+    >>> rows = coefficients(Sampler(NoiseSchedule.scaled_linear(), "ddim", steps=3).table)
+    >>> {name: len(values) for name, values in rows.items()}
+    {'x': 3, 'network': 3}
+    """
+    memory, rows = 0, []
+    for step in table.steps:
+        row = dict(step.carry[0])
+        rows.append({name: row.get(place, 0.0) for place, name in enumerate(_vectors(step, memory))})
+        memory = len(step.carry) - 1
+    names = sorted({name for row in rows for name in row}, key=_in_order)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+ORDER = ("x", "network", "unconditional", "memory", "noise")
+
+
+def _vectors(step: Step, memory: int) -> list[str]:
+    names = ["x", *(f"memory {j + 1}" for j in range(memory))]
+    for op in step.ops:
+        kind = "network" if isinstance(op, Evaluation) else "noise" if isinstance(op, Draw) else "unconditional"
+        earlier = sum(name.split()[0] == kind for name in names)
+        names.append(f"{kind} {earlier + 1}" if earlier else kind)
+    return names
+
+
+def _in_order(name: str) -> tuple[int, str]:
+    return ORDER.index(name.split()[0]), name
+
+
+def _asked(grid: str | Mapping[str, Any]) -> dict[str, Any]:
+    return {"grid": grid} if isinstance(grid, str) else dict(grid)
+
+
+def _label(grid: str | Mapping[str, Any]) -> str:
+    asked = _asked(grid)
+    options = ", ".join(f"{name}={value}" for name, value in asked.items() if name != "grid")
+    return f"{asked.get('grid', '')} ({options})".strip() if options else str(asked.get("grid", ""))
+
+
+def _log_snr(knot: Knot) -> float:
+    return 2 * knot.half_log_snr
+
+
+def _edges(knots: Any) -> tuple[float, float]:
+    """Return where the infinite ends are drawn: outside all finite values by a tenth of their range."""
+    finite = [value for value in map(_log_snr, knots) if math.isfinite(value)] or [0.0]
+    margin = 0.1 * (max(finite) - min(finite)) or 1.0
+    return min(finite) - margin, max(finite) + margin
+
+
+def _curve(axes: Axes, knots: Sequence[Knot], low: float, high: float, colour: str, mark: str, name: str) -> None:
+    values = [_log_snr(knot) for knot in knots]
+    drawn = [min(max(value, low), high) for value in values]
+    solid = [value if math.isfinite(value) else math.nan for value in values]
+    axes.plot(range(len(drawn)), drawn, color=colour, lw=1.0, ls=(0, (2, 2)), alpha=0.7)  # to the infinite ends
+    axes.plot(range(len(solid)), solid, color=colour, marker=mark, ms=4, lw=1.5, label=name)
+    for i, value in enumerate(values):
+        if not math.isfinite(value):
+            axes.plot(i, drawn[i], marker=mark, ms=6, mfc="white", mec=colour, zorder=3)
+
+
+def _calls(axes: Axes, knots: Sequence[Knot], line: int, low: float, high: float, colour: str, mark: str) -> None:
+    axes.axhline(line, color=FAINT, lw=1, zorder=0)
+    for knot in knots:
+        value = _log_snr(knot)
+        inside = math.isfinite(value)
+        axes.plot(
+            min(max(value, low), high), line, marker=mark, ms=5, mec=colour, mfc=colour if inside else "white", ls=""
+        )
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "pictures need matplotlib, which is not installed: pip install 'alphabar[matplotlib]'"
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def _dress(axes: Axes, title: str, x: str, y: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_title(title, loc="left", fontsize=10, color=INK)
+    axes.set_xlabel(x, color=INK, fontsize=9)
+    axes.set_ylabel(y, color=INK, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.grid(axis="y" if y else "x", color=FAINT, lw=0.6)
+    axes.set_axisbelow(True)
+    if x == "step":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+
+
+def _mark_infinity(axis: Axis, low: float, high: float, knots: Sequence[Knot]) -> None:
+    """Name the edges at which infinite values stand, where there are any."""
+    values = {_log_snr(knot) for knot in knots}
+    ends = {at: name for at, name, value in ((low, "−∞", -math.inf), (high, "∞", math.inf)) if value in values}
+    inside = [tick for tick in axis.get_majorticklocs() if 0.1 < (tick - low) / (high - low) < 0.9]
+    ticks = sorted(({tick: f"{tick:g}".replace("-", "−") for tick in inside} | ends).items())
+    axis.set_ticks([at for at, _ in ticks], [name for _, name in ticks])
+
+
+def _title(figure: Figure, words: str) -> None:
+    figure.suptitle(words, x=0.01, ha="left", fontsize=9.5 if len(words) < 100 else 8, color=INK)
+
+
+def _written(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure

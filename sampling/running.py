@@ -1,0 +1,197 @@
+"""What every run of a network shares: where it happens, how its noise is drawn, and how the network is called.
+
+The table sampler and the samplers that are no tables take the same arguments and begin here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Generator, Tensor, nn
+
+from ..noising import NoiseSchedule
+from ..noising.noising import prediction_tensor
+from ..noising.schedule import require_same_shape
+from .clipping import Change, clipped, resolve_clip
+from .guidance import Network, guided_network
+from .kernel import Evaluate
+from .knots import Knot
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: ``x`` at the first knot, ``evaluate(x, knot)`` -> the guided, clipped output, ``noise()`` -> standard normal.
+
+    ``unconditional()`` returns the unconditional half of the last evaluation, None where there is no guidance; ``head(k)``
+    the k-th part of the channels of the last output, for networks that put out more than their prediction.
+    """
+
+    x: Tensor
+    evaluate: Evaluate
+    noise: SeededNoise
+    unconditional: Callable[[], Tensor] | None = None
+    head: Callable[[int], Tensor] | None = None
+
+
+def start_run(
+    schedule: NoiseSchedule,
+    first: Knot,
+    network: Network,
+    shape_or_noise: Sequence[int] | Tensor,
+    *,
+    whole: bool = False,
+    heads: int = 1,
+    seeds: int | Sequence[int] | None = None,
+    conditioning: Mapping[str, Any] | None = None,
+    unconditional: Mapping[str, Any] | None = None,
+    guidance_scale: float = 1.0,
+    guidance_rescale: float = 0.0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    clip: float | Change | None = None,
+) -> Run:
+    """Return the run that starts at ``first``, the noise scaled to sqrt(α² + σ²) there. Raises ValueError for a bad shape.
+
+    From ``seeds`` on these are the arguments that every sampler's call takes; ``Sampler.iterate`` says what they mean.
+    ``whole``: the network is given integers as time. ``heads``: its output has so many times the channels of its input, of
+    which the first are the prediction.
+
+    >>> run = start_run(NoiseSchedule.flow(), Knot(1000.0, 0.0, 1.0), lambda x, t: -x, (2, 3), seeds=0)
+    >>> run.evaluate(run.x, Knot(1000.0, 0.0, 1.0)).shape
+    torch.Size([2, 3])
+    """
+    shape = checked_shape(shape_or_noise)
+    device, dtype = place(network, shape_or_noise, device, dtype)
+    noise = SeededNoise(shape, seeds, device)
+    outputs = _Outputs(network, heads)
+    guided = guided_network(outputs, conditioning or {}, unconditional, guidance_scale, guidance_rescale)
+    start = shape_or_noise.detach().to(device) if isinstance(shape_or_noise, Tensor) else noise()
+    x = start.to(torch.promote_types(start.dtype, torch.float32)) * (first.alpha**2 + first.sigma**2) ** 0.5
+    time_dtype = torch.int64 if whole else torch.promote_types(x.dtype, torch.float32)
+
+    def evaluate(x: Tensor, knot: Knot) -> Tensor:
+        time = int(knot.timestep) if whole else knot.timestep
+        out = guided(x.to(dtype or x.dtype), torch.full(x.shape[:1], time, dtype=time_dtype, device=device))
+        require_same_shape("the network's output", out, "its input", x)  # it would broadcast silently
+        return out
+
+    return Run(
+        x,
+        evaluate if clip is None else clipped(evaluate, schedule.prediction, resolve_clip(clip)),
+        noise,
+        None if guidance_scale == 1.0 else lambda: outputs.parts[0][shape[0] :],
+        lambda k: outputs.parts[k][: shape[0]],  # of the conditional half
+    )
+
+
+class _Outputs:
+    """A network that keeps its last output, split along the channels; a call returns the first part."""
+
+    def __init__(self, network: Network, heads: int) -> None:
+        self.network, self.heads = network, heads
+        self.parts: tuple[Tensor, ...] = ()
+
+    def __call__(self, x: Tensor, t: Tensor, **conditioning: Any) -> Tensor:
+        out = prediction_tensor(self.network(x, t, **conditioning))
+        if self.heads > 1 and (out.ndim < 2 or out.shape[1] != self.heads * x.shape[1]):
+            raise ValueError(
+                f"the network's output must have {self.heads} times the {x.shape[1]} channels of its input, "
+                f"got shape {tuple(out.shape)}"
+            )
+        self.parts = out.chunk(self.heads, 1) if self.heads > 1 else (out,)
+        return self.parts[0]
+
+
+class SeededNoise:
+    """Standard normal noise in which every image has a CPU generator of its own.
+
+    >>> torch.equal(SeededNoise((2, 3), [5, 6], torch.device("cpu"))()[1], SeededNoise((1, 3), 6, torch.device("cpu"))()[0])
+    True
+    """
+
+    def __init__(self, shape: tuple[int, ...], seeds: int | Sequence[int] | None, device: torch.device) -> None:
+        batch = shape[0]
+        if seeds is None:
+            seeds = [Generator().seed() for _ in range(batch)]
+        elif isinstance(seeds, int):
+            seeds = range(seeds, seeds + batch)
+        if len(seeds) != batch:
+            raise ValueError(f"need one seed for each of {batch} images, got {len(seeds)}")
+        self.generators = [Generator().manual_seed(int(seed)) for seed in seeds]
+        self.shape, self.device = shape, device
+
+    def __call__(self) -> Tensor:
+        return self._filled(self.shape, lambda row, generator: row.normal_(generator=generator))
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Return numbers in [0, 1), shape (batch, *shape)."""
+        whole = (len(self.generators), *shape)
+        return self._filled(whole, lambda row, generator: row.uniform_(generator=generator))
+
+    def _filled(self, shape: tuple[int, ...], fill: Callable[[Tensor, Generator], Any]) -> Tensor:
+        noise = torch.empty(shape, dtype=torch.float32, pin_memory=self.device.type == "cuda")
+        for row, generator in zip(noise, self.generators, strict=True):
+            fill(row, generator)
+        return noise.to(self.device, non_blocking=True)
+
+
+def checked_shape(shape_or_noise: Sequence[int] | Tensor) -> tuple[int, ...]:
+    """Return the shape (batch, ...), or raise ValueError where it is none.
+
+    >>> checked_shape([2, 3])
+    (2, 3)
+    """
+    shape = tuple(shape_or_noise.shape if isinstance(shape_or_noise, Tensor) else shape_or_noise)
+    if len(shape) < 2 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ValueError(f"the shape must be (batch, ...) of positive integers, got {shape}")
+    return shape
+
+
+def place(
+    network: Network, start: Any, device: torch.device | str | None, dtype: torch.dtype | None
+) -> tuple[torch.device, torch.dtype | None]:
+    """Return the device and dtype of the network's input: as given, else those of its parameters, else the start's device.
+
+    >>> place(nn.Linear(2, 2).double(), (1, 2), None, None)
+    (device(type='cpu'), torch.float64)
+    """
+    parameters = network.parameters() if isinstance(network, nn.Module) else ()
+    parameter = next((p for p in parameters if p.is_floating_point()), None)
+    if device is None:
+        device = parameter.device if parameter is not None else start.device if isinstance(start, Tensor) else "cpu"
+    if dtype is None and parameter is not None:
+        dtype = parameter.dtype
+    return torch.device(device), dtype
+
+
+def without_gradients(steps: Iterator[T]) -> Iterator[T]:
+    """Yield from ``steps``, which runs without gradients; the mode is entered anew for each step, so that a generator that is
+    left halfway does not leave its caller without gradients.
+
+    >>> list(without_gradients(iter([torch.is_grad_enabled()])))
+    [True]
+    """
+    end = object()
+    while True:
+        with torch.no_grad():
+            progress = next(steps, end)
+        if progress is end:
+            return
+        yield progress  # type: ignore[misc]
+
+
+def last(steps: Iterator[T]) -> T:
+    """Return the last of ``steps``, of which there is at least one.
+
+    >>> last(iter("abc"))
+    'c'
+    """
+    step = next(steps)
+    for step in steps:  # noqa: B007
+        pass
+    return step

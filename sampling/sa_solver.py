@@ -1,0 +1,93 @@
+"""SA-Solver: stochastic Adams predictor and corrector (Xue et al. 2309.05019, algorithm 1, eq. 14 and 17)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from .adams import weighted
+from .dpm_solver import usable
+from .first_order import sde_spread, transfer
+from .integrals import lagrange_integrals
+from .knots import Knot
+from .methods import Method, one_of
+from .table import Combination, Trace
+
+
+def sa_solver(
+    trace: Trace,
+    knots: Sequence[Knot],
+    i: int,
+    x: Combination,
+    *past: Combination,
+    predictor_order: int = 2,
+    corrector_order: int = 2,
+    tau: float = 1.0,
+    tau_timesteps: tuple[float, float] = (200.0, 800.0),
+    lower_order_final: bool = True,
+) -> list[Combination]:
+    """SA-Solver: ``tau`` is the strength of the noise, inside ``tau_timesteps`` of the network's time, 0 outside.
+
+    Memory: the x that the last step started from, its noise (where it drew any), then the values of past steps.
+    """
+    one_of("predictor_order", predictor_order, (1, 2, 3))
+    one_of("corrector_order", corrector_order, (0, 1, 2, 3, 4))
+    s, n, steps = knots[i], knots[i + 1], len(knots) - 1
+
+    def strength(j: int) -> float:
+        return tau**2 if tau_timesteps[0] <= knots[j].timestep <= tau_timesteps[1] else 0.0
+
+    D = trace.denoise(x, s)
+    history = i if knots[0].alpha > 0 else max(i - 1, 0)
+    values = [D]
+    if past:
+        drew = sde_spread(knots[i - 1], s, strength(i - 1)) > 0
+        x_last, z_last, older = past[0], past[1] if drew else None, past[1 + drew :]
+        values += usable(older, knots, i, 4)
+        if corrector_order and knots[i - 1].alpha > 0:
+            order = min(corrector_order, history + 1, steps - i + 2 if lower_order_final else 4)
+            E = _mean(values[:order], knots, i, knots[i - 1], s, strength(i - 1), corrector=True)
+            r = sde_spread(knots[i - 1], s, strength(i - 1))
+            x = transfer(x_last, E, knots[i - 1], s, r, None if z_last is None else r * z_last)
+    r = sde_spread(s, n, strength(i))
+    z = trace.noise(s, n) if r else None
+    kept = values[: max(predictor_order, corrector_order) - 1]
+    memory = [x, *([z] if z is not None else []), *kept] if n.sigma > 0 else []
+    if n.sigma == 0 or s.alpha == 0:
+        E = D
+    else:
+        order = min(predictor_order, history + 1, steps - i if lower_order_final else 4)
+        E = _mean(values[:order], knots, i, s, n, strength(i), corrector=False)
+    return [transfer(x, E, s, n, r, None if z is None else r * z), *memory]
+
+
+def _mean(
+    values: Sequence[Combination], knots: Sequence[Knot], i: int, s: Knot, n: Knot, eta: float, corrector: bool
+) -> Combination:
+    """Return the weighted mean of D from s to n, interpolated through ``values`` at the knots i, i - 1, ... (eq. 14, 17)."""
+    if len(values) == 1:
+        return values[0]
+    H, h = 1 + eta, n.half_log_snr - s.half_log_snr
+    nodes = [knots[i - j].half_log_snr for j in range(len(values))]
+    weights = [H * w for w in lagrange_integrals(nodes, s.half_log_snr, n.half_log_snr, rate=H)]
+    if len(values) == 2:
+        # the authors' variant of order 2, which differs by O(h³) and does better in few steps
+        span = h if corrector else nodes[0] - nodes[1]
+        shift = H * (h**2 / 2 - (H * h + math.expm1(-H * h)) / H**2) / span
+        weights = [weights[0] + shift, weights[1] - shift]
+    return weighted(values, [w / -math.expm1(-H * h) for w in weights])
+
+
+METHODS = [
+    Method(
+        "sa_solver",
+        sa_solver,
+        order=2,
+        order_options={"tau_timesteps": (-math.inf, math.inf), "lower_order_final": False},
+        rewrites=(1,),
+        source="2309.05019",
+        stochastic=True,
+        called={"SA-Solver": {}, "SASolverScheduler": {}},
+        diffusers={"_class_name": "SASolverScheduler"},
+    ),
+]

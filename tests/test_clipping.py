@@ -1,0 +1,226 @@
+"""Clipping x_0: diffusers' results, every prediction type, and that it touches nothing where there is nothing to clip."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from alphabar.noising import PREDICTIONS, NoiseSchedule
+from alphabar.sampling import METHODS, Knot, Sampler
+from alphabar.sampling.adaptive import DPMAdaptive
+from alphabar.sampling.clipping import Clip, DynamicThreshold, clipped, resolve_clip
+from alphabar.sampling.kernel import run
+
+LINEAR = NoiseSchedule.linear()
+SHAPE = (2, 3, 4, 4)
+
+
+def wild(x: Tensor, t: Tensor) -> Tensor:
+    """A network whose x_0 often leaves -1 ... 1."""
+    return torch.tanh(1.3 * x.roll(1, -1) + 0.2) * (1 + t.double().view(-1, 1, 1, 1) / 2000)
+
+
+def start(seed: int = 0) -> Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def exact(scheduler: Any, schedule: NoiseSchedule) -> Any:
+    """A peer with its table in float64."""
+    scheduler.alphas_cumprod = schedule.alphas_cumprod
+    if hasattr(scheduler, "final_alpha_cumprod"):
+        scheduler.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
+    return scheduler
+
+
+def peer_run(scheduler: Any, x: Tensor, **options: Any) -> Tensor:
+    for t in scheduler.timesteps.tolist():
+        x = scheduler.step(wild(x, torch.full((2,), t, dtype=torch.float64)), t, x, **options).prev_sample
+    return x
+
+
+PEER_OPTIONS = [
+    ({"clip_sample": True}, Clip(1.0)),
+    ({"clip_sample": True, "clip_sample_range": 0.7}, Clip(0.7)),
+    ({"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 4.0}, DynamicThreshold(0.9, 4.0)),
+    ({"thresholding": True, "dynamic_thresholding_ratio": 0.8, "sample_max_value": 1.2}, DynamicThreshold(0.8, 1.2)),
+    ({"thresholding": True}, DynamicThreshold(max_value=1.0)),
+]
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize(("options", "clip"), PEER_OPTIONS)
+def test_agreement_with_ddim(options: dict[str, Any], clip: Any, prediction: str) -> None:
+    schedule = LINEAR.with_prediction(prediction)
+    peer_options = {"clip_sample": False, "prediction_type": prediction, "timestep_spacing": "leading"} | options
+    scheduler = exact(diffusers.DDIMScheduler(**peer_options), schedule)
+    scheduler.set_timesteps(20)
+    theirs = peer_run(scheduler, start(), use_clipped_model_output=True)
+    sampler = Sampler(schedule, "ddim", 20, "leading")
+    assert torch.allclose(sampler(wild, start(), clip=clip), theirs, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(sampler(wild, start()), theirs, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(("options", "clip"), PEER_OPTIONS[::2])
+def test_agreement_with_ddpm(
+    options: dict[str, Any], clip: Any, prediction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import diffusers.schedulers.scheduling_ddpm as module
+
+    schedule = LINEAR.with_prediction(prediction)
+    peer_options = {"clip_sample": False, "prediction_type": prediction, "timestep_spacing": "trailing"} | options
+    scheduler = exact(diffusers.DDPMScheduler(**peer_options), schedule)
+    scheduler.set_timesteps(20)
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+
+    def drawn(shape: Any, **_: Any) -> Tensor:  # what seeds=[5, 6] draw
+        return torch.stack([torch.randn(SHAPE[1:], generator=generator) for generator in generators]).double()
+
+    monkeypatch.setattr(module, "randn_tensor", drawn)
+    theirs = peer_run(scheduler, start())
+    ours = Sampler(schedule, "ddpm", 20)(wild, start(), seeds=[5, 6], clip=clip)
+    assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_zero_terminal_snr_agrees_too() -> None:
+    schedule = LINEAR.with_prediction("v_prediction").zero_terminal_snr()
+    scheduler = diffusers.DDIMScheduler(
+        clip_sample=True, prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True
+    )
+    scheduler = exact(scheduler, schedule)
+    scheduler.set_timesteps(20)
+    theirs = peer_run(scheduler, start(), use_clipped_model_output=True)
+    assert torch.allclose(Sampler(schedule, "ddim", 20)(wild, start(), clip=1.0), theirs, rtol=1e-9, atol=1e-9)
+
+
+# the fold into the raw output
+
+
+INSIDE, NEAR_DATA, ZERO_SNR = Knot(500.0, 0.6, 0.8), Knot(1.0, 0.999, 0.045, 0.3), Knot(999.0, 0.0, 1.0)
+WELL_POSED = [
+    (prediction, knot)
+    for prediction in PREDICTIONS
+    for knot in (INSIDE, NEAR_DATA, ZERO_SNR)
+    if knot is not ZERO_SNR or prediction not in ("epsilon", "score")
+]
+
+
+@pytest.mark.parametrize(("prediction", "knot"), WELL_POSED, ids=lambda value: str(getattr(value, "alpha", value)))
+@pytest.mark.parametrize("change", [Clip(0.4), DynamicThreshold(0.5)])
+def test_the_clean_estimate_is_changed_and_x_is_kept(prediction: str, knot: Knot, change: Any) -> None:
+    kind = PREDICTIONS[prediction]()
+    x, raw = start(1), 2 * start(2)
+    out = clipped(lambda x, knot: raw, kind, change)(knot.input_scale * x, knot)
+    x0 = kind.to_x0(out, x, knot.alpha, knot.sigma)
+    before = kind.to_x0(raw, x, knot.alpha, knot.sigma)
+    assert torch.allclose(x0, change(before), rtol=0, atol=1e-11)
+    assert not torch.allclose(x0, before, atol=0.1)
+    epsilon = kind.to_epsilon(out, x, knot.alpha, knot.sigma)
+    assert torch.allclose(knot.alpha * x0 + knot.sigma * epsilon, x, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_that_need_no_clipping_are_left_alone(prediction: str, dtype: torch.dtype) -> None:
+    knot = Knot(500.0, 0.6, 0.8)
+    raw = start().to(dtype)
+    out = clipped(lambda x, knot: raw, PREDICTIONS[prediction](), Clip(1e3))(start(1).float(), knot)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, raw.float())
+
+
+# what is done to x_0
+
+
+def test_dynamic_threshold_image_by_image() -> None:
+    x0 = torch.stack([torch.linspace(-4, 4, 101), torch.linspace(-0.5, 0.5, 101)]).view(2, 1, 101)
+    high, low = DynamicThreshold(0.5)(x0)
+    assert float(high.max()) == 1.0
+    s = float(x0[0].abs().quantile(0.5))
+    assert torch.allclose(high, x0[0].clamp(-s, s) / s)
+    assert torch.equal(low, x0[1])  # s is at least 1
+    capped = DynamicThreshold(0.99, max_value=1.5)(x0)[0]
+    assert torch.allclose(capped, x0[0].clamp(-1.5, 1.5) / 1.5)
+
+
+# in a run
+
+
+@pytest.mark.parametrize(
+    "schedule", [LINEAR, NoiseSchedule.flow(3.0), NoiseSchedule.karras()], ids=lambda s: s.curve.kind
+)
+@pytest.mark.parametrize("method", ["ddim", "dpmpp_2m", "heun", "unipc"])
+def test_a_run_is_the_table_on_a_clipped_network(schedule: NoiseSchedule, method: str) -> None:
+    assert method in METHODS
+    sampler = Sampler(schedule, method, 6)
+
+    def evaluate(x: Tensor, knot: Knot) -> Tensor:
+        return wild(x, torch.full(x.shape[:1], knot.timestep))
+
+    def clip_by_hand(x: Tensor, knot: Knot) -> Tensor:
+        alpha, sigma, x_t = knot.alpha, knot.sigma, x / knot.input_scale
+        x0 = schedule.prediction.to_x0(evaluate(x, knot), x_t, alpha, sigma).clamp(-0.5, 0.5)
+        return schedule.prediction.combine(x0, (x_t - alpha * x0) / sigma, alpha, sigma)
+
+    x = start() * sampler.init_noise_scale
+    *_, by_hand = run(sampler.table, x, clip_by_hand, lambda a, b: torch.zeros(1))
+    steps = list(sampler.iterate(wild, start(), clip=0.5))
+    assert torch.allclose(steps[-1].x, by_hand.x, rtol=1e-6, atol=1e-6)
+    assert all(float(progress.denoised.abs().max()) <= 0.5 + 1e-6 for progress in steps)
+
+
+def test_samplers_that_are_no_tables_clip_as_well() -> None:
+    steps = list(DPMAdaptive(LINEAR).iterate(wild, SHAPE, seeds=0, clip=0.5))
+    assert all(float(progress.denoised.abs().max()) <= 0.5 + 1e-4 for progress in steps)  # float32, at σ/α = 157
+    assert float(steps[-1].x.abs().max()) <= 0.5 + 1e-5
+
+
+def test_guidance_comes_first() -> None:
+    def network(x: Tensor, t: Tensor, shift: Tensor) -> Tensor:
+        return wild(x, t) + shift
+
+    def mixed(x: Tensor, t: Tensor) -> Tensor:
+        return torch.lerp(wild(x, t) - 0.5, wild(x, t) + 0.5, 4.0)
+
+    shifts = {
+        "conditioning": {"shift": torch.full((2, 1, 1, 1), 0.5)},
+        "unconditional": {"shift": torch.full((2, 1, 1, 1), -0.5)},
+    }
+    sampler = Sampler(LINEAR, "dpmpp_2m", 6)
+    guided = sampler(network, SHAPE, seeds=0, guidance_scale=4.0, clip=1.0, **shifts)
+    assert torch.allclose(guided, sampler(mixed, SHAPE, seeds=0, clip=1.0), rtol=1e-5, atol=1e-5)
+    assert float(guided.abs().max()) <= 1 + 1e-6
+
+
+# bad input
+
+
+def test_resolving() -> None:
+    assert resolve_clip(2) == Clip(2.0)
+    threshold = DynamicThreshold(0.99)
+    assert resolve_clip(threshold) is threshold
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, float("nan")])
+def test_bad_limits(limit: float) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^clip must be a positive limit of \|x_0\|, got {limit}; images in \[-1, 1\] have 1.0$"
+    ):
+        Sampler(LINEAR)(wild, SHAPE, seeds=0, clip=limit)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.5, float("nan")])
+def test_bad_ratios(ratio: float) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^the ratio of a dynamic threshold must be in \(0, 1\], got {ratio}; Imagen uses 0.995$"
+    ):
+        DynamicThreshold(ratio)
+
+
+def test_bad_max_value() -> None:
+    with pytest.raises(ValueError, match=r"^max_value must be at least 1, the range of the data, got 0.5$"):
+        DynamicThreshold(max_value=0.5)

@@ -1,0 +1,190 @@
+"""What all samplers share: their arguments, seeds, the times that a network is given, and the halves of guidance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from alphabar.noising import NoiseSchedule
+from alphabar.sampling import Sampler
+from alphabar.sampling.adaptive import DPMAdaptive
+from alphabar.sampling.learned_variance import LearnedVariance
+from alphabar.sampling.repaint import RePaint
+from alphabar.sampling.running import SeededNoise
+from alphabar.sampling.score_sde import PredictorCorrector
+from alphabar.sampling.table import Evaluation
+
+V = NoiseSchedule.scaled_linear(prediction="v_prediction")
+SHAPE = (2, 3, 4, 4)
+REPAINT = {"known": torch.zeros(1, 3, 4, 4), "mask": torch.zeros(1, 1, 1, 1)}
+SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "table": (Sampler(V, "euler_ancestral", 5), {}),
+    "adaptive": (DPMAdaptive(V, eta=0.5), {}),
+    "predictor_corrector": (PredictorCorrector(V, 5), {}),
+    "repaint": (RePaint(V, 5, 1, 2), REPAINT),
+    "learned_variance": (LearnedVariance(V, 5), {}),
+}
+
+
+def smooth(x: Tensor, t: Tensor, shift: float | Tensor = 0.0) -> Tensor:
+    return torch.tanh(1.3 * x + 0.1 + shift) * (0.5 + t.view(-1, 1, 1, 1) / 2000)
+
+
+def network_for(name: str, network: Any = smooth) -> Any:
+    """The network, with a second half where a sampler wants one."""
+    if name != "learned_variance":
+        return network
+
+    def double(x: Tensor, t: Tensor, **conditioning: Any) -> Tensor:
+        out = network(x, t, **conditioning)
+        return torch.cat([out, torch.cos(out)], 1)
+
+    return double
+
+
+def drawn(name: str, shape: tuple[int, ...] = SHAPE, network: Any = smooth, **arguments: Any) -> Tensor:
+    sampler, further = SAMPLERS[name]
+    further = {key: value.expand(shape[0], *value.shape[1:]) for key, value in further.items()}
+    return sampler(network_for(name, network), shape, **further, **arguments)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_same_seeds_give_the_same_images(name: str) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    a, b, c = (drawn(name, seeds=seeds) for seeds in (3, [3, 4], [3, 5]))
+    assert torch.equal(a, b)
+    assert not torch.equal(a[1], c[1])
+    assert not torch.equal(drawn(name), drawn(name))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert a.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "adaptive"])
+def test_an_image_does_not_depend_on_its_batch(name: str) -> None:
+    assert torch.allclose(drawn(name, (1, 3, 4, 4), seeds=4)[0], drawn(name, seeds=3)[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_no_gradients_and_no_leak_of_that_mode(name: str) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+            self.seen: set[Any] = set()
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            self.seen |= {x.dtype, torch.is_grad_enabled()}
+            return network_for(name)(self.scale * x, t)
+
+    sampler, further = SAMPLERS[name]
+    network = Scaled()
+    further = {key: value.expand(2, *value.shape[1:]) for key, value in further.items()}
+    start = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    steps = sampler.iterate(network, start, seeds=0, **further)
+    assert not next(steps).x.requires_grad
+    assert torch.is_grad_enabled()
+    steps.close()
+    assert torch.is_grad_enabled()
+    assert network.seen == {torch.bfloat16, False}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize(
+    ("shape", "arguments", "message"),
+    [
+        ((2,), {}, r"^the shape must be \(batch, ...\) of positive integers, got \(2,\)$"),
+        ((2, 0, 3, 3), {}, r"^the shape must be \(batch, ...\) of positive integers, got \(2, 0, 3, 3\)$"),
+        (SHAPE, {"seeds": [1, 2, 3]}, r"^need one seed for each of 2 images, got 3$"),
+        (SHAPE, {"guidance_scale": 3.0}, r"^guidance_scale=3.0 needs unconditional=..., "),
+        (SHAPE, {"clip": -1.0}, r"^clip must be a positive limit of \|x_0\|, got -1.0; "),
+    ],
+)
+def test_bad_arguments_fail_at_the_call(name: str, shape: Any, arguments: dict[str, Any], message: str) -> None:
+    sampler, further = SAMPLERS[name]
+    with pytest.raises(ValueError, match=message):
+        sampler.iterate(network_for(name), shape, **further, **arguments)  # not even begun
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "learned_variance"])  # see its own tests
+def test_guidance_is_sampling_with_the_guided_network(name: str) -> None:
+    def mixed(x: Tensor, t: Tensor) -> Tensor:
+        return torch.lerp(smooth(x, t, -0.2), smooth(x, t, 0.3), 3.0)
+
+    arguments = {
+        "conditioning": {"shift": torch.full((2, 1, 1, 1), 0.3)},
+        "unconditional": {"shift": torch.full((2, 1, 1, 1), -0.2)},
+    }
+    guided = drawn(name, seeds=1, guidance_scale=3.0, **arguments)
+    assert torch.allclose(guided, drawn(name, network=mixed, seeds=1), rtol=1e-4, atol=1e-5)
+
+
+# what the network is given
+
+
+@pytest.mark.parametrize("method", ["dpm_2", "dpmpp_sde"])
+def test_times_between_timesteps_are_not_cut_off(method: str) -> None:
+    seen: list[float] = []
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        assert t.dtype == torch.float32
+        seen.append(float(t[0]))
+        return smooth(x, t)
+
+    sampler = Sampler(V, method, 5)
+    sampler(network, SHAPE, seeds=0)
+    knots = [op.knot for step in sampler.table.steps for op in step.ops if isinstance(op, Evaluation)]
+    assert seen == pytest.approx([knot.timestep for knot in knots], rel=1e-6)
+    assert any(time % 1 for time in seen)
+
+
+def test_whole_times_stay_whole() -> None:
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        assert t.dtype == torch.int64
+        return smooth(x, t)
+
+    Sampler(V, "dpmpp_2m", 5)(network, SHAPE, seeds=0)
+
+
+# CFG++
+
+
+def test_cfg_plus_plus_goes_along_the_unconditional_noise() -> None:
+    arguments = {
+        "conditioning": {"shift": torch.full((2, 1, 1, 1), 0.3)},
+        "unconditional": {"shift": torch.full((2, 1, 1, 1), -0.2)},
+    }
+    start = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sampler = Sampler(V, "ddim_cfg_pp", 4)
+    ours = sampler(smooth, start, guidance_scale=0.6, **arguments)
+    x = start
+    for s, n in zip(sampler.knots, sampler.knots[1:], strict=False):  # 2406.08070, algorithm 2
+        t = torch.full((2,), int(s.timestep))
+        with_, without = smooth(x, t, 0.3), smooth(x, t, -0.2)
+        D = V.prediction.to_x0(torch.lerp(without, with_, 0.6), x, s.alpha, s.sigma)
+        x = n.alpha * D + n.sigma * V.prediction.to_epsilon(without, x, s.alpha, s.sigma)
+    assert torch.allclose(ours, x, rtol=0, atol=1e-6)
+    plain = Sampler(V, "ddim", 4)(smooth, start, guidance_scale=0.6, **arguments)
+    assert not torch.allclose(ours, plain, atol=1e-2)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_cfg_plus_plus_without_guidance_is_ddim(clip: float | None) -> None:
+    ours, ddim = (Sampler(V, method, 4)(smooth, SHAPE, seeds=0, clip=clip) for method in ("ddim_cfg_pp", "ddim"))
+    assert torch.allclose(ours, ddim, rtol=0, atol=1e-5)
+
+
+# noise
+
+
+def test_every_image_has_a_generator() -> None:
+    noise = SeededNoise((3, 2, 5), [5, 6, 7], torch.device("cpu"))
+    first, uniform, second = noise(), noise.uniform(4, 2), noise()
+    for i, seed in enumerate((5, 6, 7)):
+        generator = torch.Generator().manual_seed(seed)
+        assert torch.equal(first[i], torch.randn(2, 5, generator=generator))
+        assert torch.equal(uniform[i], torch.rand(4, 2, generator=generator))
+        assert torch.equal(second[i], torch.randn(2, 5, generator=generator))
