@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from .counter import seeded
 from .noise import Noise, resolve_noise
-from .schedule import NoiseSchedule, require_same_shape
+from .schedule import NoiseSchedule
+from .shapes import require_same_shape
 from .timesteps import Timesteps, resolve_timesteps
 from .weighting import Weighting, resolve_weighting
 
@@ -128,6 +129,11 @@ class Noising(nn.Module):
         process_rank, process_count = _process()
         rank = process_rank if rank is None else rank
         world_size = process_count if world_size is None else world_size
+        if not 0 <= rank < world_size or not 0 <= micro_batch < accumulate:
+            raise ValueError(
+                f"need 0 <= rank < world_size and 0 <= micro_batch < accumulate, got rank {rank} of {world_size} and "
+                f"micro_batch {micro_batch} of {accumulate}; give the numbers of the whole optimizer step"
+            )
         batch = x0.shape[0]
         index = [(micro_batch * batch + k) * world_size + rank for k in range(batch)]
         t, drawn = self.draw(

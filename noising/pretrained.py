@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .continuous import Flow
-from .discrete import TRAINED, Discrete
+from .discrete import Discrete
 from .files import write_atomically
-from .registry import unknown
 
 if TYPE_CHECKING:
     from .schedule import NoiseSchedule
@@ -125,8 +124,6 @@ def from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
     values = (
         _DISCRETE_DEFAULTS | _OTHER_BETAS.get(name, {}) | {k: v for k, v in config.items() if k in _DISCRETE_DEFAULTS}
     )
-    if values["trained_betas"] is None and values["beta_schedule"] == TRAINED:
-        raise ValueError(unknown("beta schedule", TRAINED, ["linear", "scaled_linear", "squaredcos_cap_v2"]))
     return NoiseSchedule(Discrete(**values), config.get("prediction_type", "epsilon"))
 
 

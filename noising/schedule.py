@@ -22,6 +22,7 @@ from .curves import Curve
 from .discrete import Discrete
 from .prediction import KarrasF, Prediction, resolve_prediction
 from .registered import curve_from_config
+from .shapes import require_same_shape
 
 VERSION = 1  # of the config format
 
@@ -385,17 +386,6 @@ class NoiseSchedule:
             settings["trained_betas"] = f"{len(settings['trained_betas'])} values"
         words = ", ".join(f"{k}={v}" for k, v in settings.items())
         return f"{self.curve.kind}({words}) with {self.prediction.name} [{self.fingerprint[:12]}]"
-
-
-def require_same_shape(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
-    """Raise ValueError unless two tensors have the same shape.
-
-    >>> require_same_shape("noise", torch.zeros(2), "x0", torch.zeros(3))
-    Traceback (most recent call last):
-    ValueError: noise must have the shape of x0, (3,), got (2,)
-    """
-    if value.shape != like.shape:
-        raise ValueError(f"{name} must have the shape of {like_name}, {tuple(like.shape)}, got {tuple(value.shape)}")
 
 
 def _shown(value: Any) -> str:

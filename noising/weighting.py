@@ -83,7 +83,7 @@ class MinSNR(Weighting):
 
     >>> MinSNR(gamma=0.0)
     Traceback (most recent call last):
-    ValueError: snr gamma must be positive, got 0.0; the paper uses 5
+    ValueError: snr gamma must be positive and finite, got 0.0; the paper uses 5
     """
 
     name: ClassVar[str] = "min_snr"
@@ -91,8 +91,8 @@ class MinSNR(Weighting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.gamma > 0:
-            raise ValueError(f"snr gamma must be positive, got {self.gamma}; the paper uses 5")
+        if not 0 < self.gamma < float("inf"):
+            raise ValueError(f"snr gamma must be positive and finite, got {self.gamma}; the paper uses 5")
 
     def numerator(self, alpha2: Tensor, sigma2: Tensor, det2: Tensor) -> Tensor:
         return torch.minimum(alpha2, self.gamma * sigma2)

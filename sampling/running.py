@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 
 from ..noising import NoiseSchedule
 from ..noising.noising import prediction_tensor
-from ..noising.schedule import require_same_shape
+from ..noising.shapes import require_same_shape
 from .clipping import Change, clipped, resolve_clip
 from .guidance import Network, guided_network
 from .kernel import Evaluate

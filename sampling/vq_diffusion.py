@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from ..noising.schedule import require_same_shape
+from ..noising.shapes import require_same_shape
 from .guidance import Network, guided_network
 from .running import SeededNoise, checked_shape, last, place, without_gradients
 

@@ -491,3 +491,13 @@ def test_nothing_to_checkpoint() -> None:
     noising(batch_of(2), step=0)
     assert noising.state_dict() == {}
     assert list(noising.parameters()) == []
+
+
+@pytest.mark.parametrize(
+    "place",
+    [{"rank": 2, "world_size": 2}, {"rank": -1}, {"micro_batch": 1}, {"micro_batch": 4, "accumulate": 4}],
+    ids=str,
+)
+def test_a_place_outside_the_optimizer_step_is_refused(place: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="need 0 <= rank < world_size and 0 <= micro_batch < accumulate, got rank"):
+        Noising(NoiseSchedule.flow())(torch.zeros(2, 3), step=0, **place)

@@ -167,9 +167,9 @@ def test_floor_lifts_what_is_below_it_and_nothing_else() -> None:
 # bad input
 
 
-@pytest.mark.parametrize("gamma", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("gamma", [0.0, -1.0, float("nan"), float("inf")])
 def test_bad_gamma(gamma: float) -> None:
-    with pytest.raises(ValueError, match=rf"^snr gamma must be positive, got {gamma}; the paper uses 5$"):
+    with pytest.raises(ValueError, match=rf"^snr gamma must be positive and finite, got {gamma}; the paper uses 5$"):
         MinSNR(gamma=gamma)
 
 
