@@ -7,7 +7,7 @@ loss = noised.loss(network(noised.x, noised.timesteps))
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,7 @@ class Noised:
     noise: Tensor
     t: Tensor
     schedule: NoiseSchedule = field(repr=False)
+    listeners: tuple[Callable[[Noised, Tensor], None], ...] = field(default=(), repr=False)
 
     @property
     def log_snr(self) -> Tensor:
@@ -58,8 +59,10 @@ class Noised:
         """
         out = prediction_tensor(prediction)
         require_same_shape("the network's output", out, "the target", self.target)
-        error = (out.to(self.target.dtype) - self.target) ** 2
-        return self.weight * error.flatten(1).mean(1)
+        error = ((out.to(self.target.dtype) - self.target) ** 2).flatten(1).mean(1)
+        for listener in self.listeners:
+            listener(self, error.detach())
+        return self.weight * error
 
     def loss(self, prediction: Any) -> Tensor:
         """Return the mean of :meth:`losses`, a scalar to call ``backward`` on."""
@@ -99,6 +102,7 @@ class Noising(nn.Module):
         self.noise = resolve_noise(noise)
         self.seed = int(seed)
         self._looked_at_gpu_batch = False
+        self._listeners: list[Callable[[Noised, Tensor], None]] = []
         self._warn_of_dead_terminal_step()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Noised:  # so that type checkers know what forward returns
@@ -143,6 +147,28 @@ class Noising(nn.Module):
             require_same_shape("noise", noise, "x0", x0)
         t = t if timesteps is None else timesteps
         return self.at(x0, t, drawn if noise is None else noise)
+
+    def listen(self, listener: Callable[[Noised, Tensor], None]) -> Callable[[], None]:
+        """Call ``listener(noised, errors)`` whenever a loss is computed; return the function that ends it.
+
+        ``errors``: the unweighted error of each sample, shape (batch,), detached, on the device of the loss. Listeners do not
+        travel with copies, pickles or checkpoints.
+
+        >>> seen = []
+        >>> noising = Noising(NoiseSchedule.flow())
+        >>> stop = noising.listen(lambda noised, errors: seen.append(errors.tolist()))
+        >>> noised = noising(torch.zeros(2, 3), step=0)
+        >>> loss = noised.loss(noised.target)
+        >>> stop()
+        >>> seen
+        [[0.0, 0.0]]
+        """
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy (an EMA's, say) must not report to those who listen here, nor copy them with it
+        return self.__dict__ | {"_listeners": []}
 
     def draw(
         self, index: Sequence[int], shape: tuple[int, ...], *, step: int, total: int, pin_memory: bool = False
@@ -192,6 +218,7 @@ class Noising(nn.Module):
             noise=noise,
             t=t,
             schedule=self.schedule,
+            listeners=tuple(self._listeners),
         )
 
     def _check(self, x0: Tensor) -> None:

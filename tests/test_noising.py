@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -501,3 +502,19 @@ def test_nothing_to_checkpoint() -> None:
 def test_a_place_outside_the_optimizer_step_is_refused(place: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="need 0 <= rank < world_size and 0 <= micro_batch < accumulate, got rank"):
         Noising(NoiseSchedule.flow())(torch.zeros(2, 3), step=0, **place)
+
+
+def test_listeners_hear_unweighted_errors_and_do_not_travel_with_copies() -> None:
+    noising = Noising(NoiseSchedule.scaled_linear(prediction="v_prediction"), weighting=MinSNR(gamma=5.0))
+    heard: list[Tensor] = []
+    stop = noising.listen(lambda noised, errors: heard.append(errors))
+    noised = noising(torch.zeros(4, 2, 3), step=0)
+    losses = noised.losses((noised.target + 1).requires_grad_())
+    assert torch.allclose(heard[0], torch.ones(4)) and not heard[0].requires_grad
+    assert torch.allclose(losses, noised.weight)
+    again = copy.deepcopy(noising)(torch.zeros(4, 2, 3), step=0)
+    again.loss(again.target)
+    stop()
+    noised = noising(torch.zeros(4, 2, 3), step=0)
+    noised.loss(noised.target)
+    assert len(heard) == 1
