@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..noising import (
@@ -11,6 +13,7 @@ from ..noising import (
     PREDICTIONS,
     TIMESTEPS,
     WEIGHTINGS,
+    Curve,
     Discrete,
     MinSNR,
     NoiseSchedule,
@@ -19,6 +22,8 @@ from ..noising import (
 )
 from ..noising.noise import resolve_noise
 from ..noising.weighting import resolve_weighting
+
+_BETA_FLAGS = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
 
 
 def add_noising_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -34,13 +39,13 @@ def add_noising_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     add = group.add_argument
     add(
         "--beta_schedule",
-        default="scaled_linear",
+        default=None,
         choices=sorted(BETA_SCHEDULES),
-        help="shape of the betas (default: %(default)s)",
+        help="shape of the betas (default: the base model's, or scaled_linear)",
     )
-    add("--beta_start", type=float, default=0.00085, help="first beta (default: %(default)s)")
-    add("--beta_end", type=float, default=0.012, help="last beta (default: %(default)s)")
-    add("--num_train_timesteps", type=int, default=1000, help="number of training timesteps (default: %(default)s)")
+    add("--beta_start", type=float, default=None, help="first beta (default: the base model's, or 0.00085)")
+    add("--beta_end", type=float, default=None, help="last beta (default: the base model's, or 0.012)")
+    add("--num_train_timesteps", type=int, default=None, help="training timesteps (default: the base model's, or 1000)")
     add(
         "--flow_shift",
         type=float,
@@ -51,7 +56,7 @@ def add_noising_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         "--prediction_type",
         default=None,
         choices=sorted(PREDICTIONS),
-        help="what the network predicts (default: epsilon; on a flow flow_prediction)",
+        help="what the network predicts (default: the base model's, or epsilon; on a flow flow_prediction)",
     )
     add(
         "--rescale_betas_zero_snr",
@@ -80,25 +85,48 @@ def add_noising_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     return parser
 
 
-def schedule_from_arguments(args: argparse.Namespace) -> NoiseSchedule:
-    """Return the schedule that the flags describe; contradictions are a ValueError, before any model is loaded.
+def schedule_from_arguments(args: argparse.Namespace, base: NoiseSchedule | None = None) -> NoiseSchedule:
+    """Return the schedule that the flags describe, where they are silent that of ``base``, the model that is fine-tuned.
 
-    >>> schedule_from_arguments(add_noising_arguments(argparse.ArgumentParser()).parse_args([])).prediction.name
+    Contradictions are a ValueError, before any model is loaded.
+
+    >>> parser = add_noising_arguments(argparse.ArgumentParser())
+    >>> schedule_from_arguments(parser.parse_args([])).prediction.name
     'epsilon'
+    >>> base = NoiseSchedule.linear(prediction="v_prediction")
+    >>> schedule_from_arguments(parser.parse_args(["--beta_end", "0.01"]), base).curve.beta_schedule
+    'linear'
     """
+    betas = {name: getattr(args, name) for name in _BETA_FLAGS if getattr(args, name) is not None}
     if args.flow_shift is not None:
-        if args.rescale_betas_zero_snr:
+        refused = ["rescale_betas_zero_snr"] * args.rescale_betas_zero_snr + [n for n in betas if n.startswith("beta_")]
+        if refused:
             raise ValueError(
-                "--rescale_betas_zero_snr does not go with --flow_shift: a flow ends in pure noise already; leave it out"
+                f"--{refused[0]} does not go with --flow_shift: a flow has no betas and ends in pure noise already; leave it out"
             )
-        return NoiseSchedule.flow(args.flow_shift, args.num_train_timesteps, args.prediction_type or "flow_prediction")
-    curve = Discrete(args.beta_schedule, args.beta_start, args.beta_end, args.num_train_timesteps)
-    schedule = NoiseSchedule(curve, args.prediction_type or "epsilon")
+        return NoiseSchedule.flow(
+            args.flow_shift, betas.get("num_train_timesteps", 1000), args.prediction_type or "flow_prediction"
+        )
+    schedule = NoiseSchedule.scaled_linear() if base is None else base
+    if betas:
+        schedule = replace(schedule, curve=_with_betas(schedule.curve, betas))
+    if args.prediction_type is not None:
+        schedule = schedule.with_prediction(args.prediction_type)
     return schedule.zero_terminal_snr() if args.rescale_betas_zero_snr else schedule
 
 
-def noising_from_arguments(args: argparse.Namespace) -> Noising:
-    """Return the Noising that the flags of :func:`add_noising_arguments` describe.
+def _with_betas(curve: Curve, betas: Mapping[str, Any]) -> Discrete:
+    if not isinstance(curve, Discrete):
+        raise ValueError(
+            f"--{next(iter(betas))} does not go with a base model on a {curve.kind} schedule, which has no betas; leave it out"
+        )
+    if curve.trained_betas is not None and "beta_schedule" not in betas:
+        raise ValueError(f"the base model's betas are given one by one; give --beta_schedule with --{next(iter(betas))}")
+    return replace(curve, trained_betas=None, **betas)
+
+
+def noising_from_arguments(args: argparse.Namespace, base: NoiseSchedule | None = None) -> Noising:
+    """Return the Noising that the flags of :func:`add_noising_arguments` describe; ``base`` as in :func:`schedule_from_arguments`.
 
     Raises ValueError for flags that contradict each other, naming both.
 
@@ -106,9 +134,8 @@ def noising_from_arguments(args: argparse.Namespace) -> Noising:
     >>> noising_from_arguments(parser.parse_args(["--snr_gamma", "5"])).weighting
     MinSNR(floor=0.0, gamma=5.0)
     """
-    return Noising(
-        schedule_from_arguments(args), _weighting(args), args.timestep_sampling, _noise(args), seed=args.noise_seed
-    )
+    schedule = schedule_from_arguments(args, base)
+    return Noising(schedule, _weighting(args), args.timestep_sampling, _noise(args), seed=args.noise_seed)
 
 
 def _weighting(args: argparse.Namespace) -> Any:
