@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -386,6 +386,10 @@ class NoiseSchedule:
             settings["trained_betas"] = f"{len(settings['trained_betas'])} values"
         words = ", ".join(f"{k}={v}" for k, v in settings.items())
         return f"{self.curve.kind}({words}) with {self.prediction.name} [{self.fingerprint[:12]}]"
+
+
+# LightningCLI takes a dataclass's fields in the place of postponed annotations, and would not accept a prediction's name
+NoiseSchedule.__init__.__annotations__.update(get_type_hints(NoiseSchedule.__init__))
 
 
 def _shown(value: Any) -> str:

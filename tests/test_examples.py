@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -17,12 +18,11 @@ SHORT = ["--max_steps", "2", "--batch_size", "2", "--num_samples", "4", "--sampl
 
 
 def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    path = EXAMPLES / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules[name] = module  # dataclasses look their module up
+    sys.modules[path.stem] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -85,3 +85,11 @@ def test_brightness_on_a_folder_of_images(tmp_path: Path, channels: str) -> None
 def test_brightness_says_what_is_wrong(tmp_path: Path, flags: list[str], words: str) -> None:
     with pytest.raises((ValueError, OSError), match=words):
         load("train_brightness").main([*flags, *SHORT, "--out", str(tmp_path)])
+
+
+def test_plain_loop(tmp_path: Path) -> None:
+    load("plain_loop").main(["--steps", "2", "--out", str(tmp_path)])
+    assert (tmp_path / "squares.png").is_file()
+    scheduler = diffusers.DPMSolverMultistepScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    assert scheduler.config["prediction_type"] == "v_prediction"
+    assert len((EXAMPLES / "plain_loop.py").read_text().splitlines()) < 60
