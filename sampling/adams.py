@@ -90,6 +90,21 @@ def ipndm(
     return [along(x, D, e, weighted(m, ADAMS_BASHFORTH[len(m)]), s, n), *memory]
 
 
+def ipndm_v(
+    trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination, order: int = 4
+) -> list[Combination]:
+    """iPNDM-v: iPNDM with the Adams-Bashforth weights of the grid as it is, and D for the last step (2204.13902, §3.3).
+
+    The weights are the exact ones, those of ``lms``. The published code (ComfyUI's sample_ipndm_v, from diff-sampler) expands them with
+    three slips, a bracket of the third weight, a sign and a ratio of steps of the fourth, for which they do not sum to one
+    unless the grid is even in σ/α, and the order is 2.
+    """
+    if knots[i + 1].sigma == 0:
+        one_of("order", order, (1, 2, 3, 4))
+        return [transfer(x, trace.denoise(x, knots[i]), knots[i], knots[i + 1])]
+    return lms(trace, knots, i, x, *past, order=order)
+
+
 def gradient_estimation(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination, gamma: float = 2.0
 ) -> list[Combination]:
@@ -195,6 +210,7 @@ METHODS = [
     Method(
         "ipndm", ipndm, order=1, source="2202.09778", called={"iPNDM": {}, "IPNDMScheduler": {"grid": "sine_squared"}}
     ),
+    Method("ipndm_v", ipndm_v, order=4, source="2204.13902", called={"iPNDM-v": {}}),
     Method(
         "gradient_estimation", gradient_estimation, order=1, source="2306.04848", called={"Gradient Estimation": {}}
     ),

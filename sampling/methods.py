@@ -18,7 +18,7 @@ class Method:
     network per step, what it is ``called`` elsewhere, and its ``source``.
 
     ``order`` holds on any grid, with exact starting values for methods that remember, under ``order_options``; 0 is for
-    samplers of distilled models, which do not converge with the number of steps. ``block``: steps after which a method
+    samplers that do not converge with the number of steps, those of distilled models above all. ``block``: steps after which a method
     that climbs in blocks has that order. ``rewrites``: places of the memory that hold an earlier x.
 
     ``inverse``: it runs upwards, from the least noise. ``grid``, with ``grid_options``: where it runs unless told otherwise.

@@ -20,7 +20,8 @@ def lowered(n: Knot, r: float) -> Knot:
     return Knot(math.nan, n.alpha, math.sqrt(max(n.sigma**2 - r**2, 0.0)))
 
 
-def _midpoint(trace: Trace, s: Knot, d: Knot, ratio: float = 0.5) -> Knot:
+def midpoint(trace: Trace, s: Knot, d: Knot, ratio: float = 0.5) -> Knot:
+    """Return the point of the curve at ``ratio`` of the way from s to d in λ."""
     return trace.knot(s.half_log_snr + ratio * (d.half_log_snr - s.half_log_snr))
 
 
@@ -38,7 +39,7 @@ def _dpm_2_step(trace: Trace, x: Combination, s: Knot, d: Knot) -> Combination:
     D, e = trace.evaluate(x, s)
     if d.sigma == 0 or s.alpha == 0:
         return transfer(x, D, s, d)
-    m = _midpoint(trace, s, d)
+    m = midpoint(trace, s, d)
     _, e_m = trace.evaluate(transfer(x, D, s, m), m)
     return along(x, D, e, e_m, s, d)
 
@@ -61,7 +62,7 @@ def dpmpp_2s_ancestral(
     d = lowered(n, r)
     D, _ = trace.evaluate(x, s)
     if d.sigma > 0 and s.alpha > 0:
-        m = _midpoint(trace, s, d)
+        m = midpoint(trace, s, d)
         D, _ = trace.evaluate(transfer(x, D, s, m), m)
     return [_plus(transfer(x, D, s, d), renewed(trace, s, n, r, s_noise))]
 
@@ -88,7 +89,7 @@ def dpmpp_sde(
     spread = eta * posterior_spread(s, n)
     if n.sigma == 0 or s.alpha == 0:
         return [_plus(transfer(x, D, s, lowered(n, spread)), renewed(trace, s, n, spread, s_noise))]
-    m = _midpoint(trace, s, n, r)
+    m = midpoint(trace, s, n, r)
     to_m = eta * posterior_spread(s, m)
     x_m = _plus(transfer(x, D, s, lowered(m, to_m)), renewed(trace, s, m, to_m, s_noise))
     D_m, _ = trace.evaluate(x_m, m)

@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 from ..noising.registry import lookup
 from . import (
     adams,
+    cfg_plus_plus,
     churn,
     consistency,
     dpm_fast,
     dpm_solver,
     exponential,
     first_order,
+    heun_variants,
     midpoint,
     sa_solver,
     score_sde,
@@ -34,6 +36,7 @@ from .outside import OUTSIDE, Outside
 FAMILIES = (
     first_order,
     churn,
+    heun_variants,
     midpoint,
     dpm_solver,
     dpm_fast,
@@ -41,6 +44,7 @@ FAMILIES = (
     adams,
     exponential,
     sa_solver,
+    cfg_plus_plus,
     consistency,
     score_sde,
 )

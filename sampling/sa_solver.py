@@ -25,9 +25,11 @@ def sa_solver(
     tau: float = 1.0,
     tau_timesteps: tuple[float, float] = (200.0, 800.0),
     lower_order_final: bool = True,
+    pece: bool = False,
 ) -> list[Combination]:
     """SA-Solver: ``tau`` is the strength of the noise, inside ``tau_timesteps`` of the network's time, 0 outside.
 
+    With ``pece`` the network is asked again at the corrected x, and its answer takes the place of the first (PECE mode).
     Memory: the x that the last step started from, its noise (where it drew any), then the values of past steps.
     """
     one_of("predictor_order", predictor_order, (1, 2, 3))
@@ -49,6 +51,8 @@ def sa_solver(
             E = _mean(values[:order], knots, i, knots[i - 1], s, strength(i - 1), corrector=True)
             r = sde_spread(knots[i - 1], s, strength(i - 1))
             x = transfer(x_last, E, knots[i - 1], s, r, None if z_last is None else r * z_last)
+            if pece:
+                values[0] = D = trace.denoise(x, s)
     r = sde_spread(s, n, strength(i))
     z = trace.noise(s, n) if r else None
     kept = values[: max(predictor_order, corrector_order) - 1]
@@ -89,5 +93,22 @@ METHODS = [
         stochastic=True,
         called={"SA-Solver": {}, "SASolverScheduler": {}},
         diffusers={"_class_name": "SASolverScheduler"},
+    ),
+    Method(
+        "sa_solver_pece",
+        sa_solver,
+        order=2,
+        evaluations=2,
+        order_options={
+            "tau_timesteps": (-math.inf, math.inf),
+            "lower_order_final": False,
+            "predictor_order": 2,
+            "corrector_order": 2,
+        },
+        rewrites=(1,),
+        source="2309.05019",
+        stochastic=True,
+        defaults={"predictor_order": 3, "corrector_order": 4, "pece": True},
+        called={"SA-Solver PECE": {}},
     ),
 ]

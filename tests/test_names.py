@@ -94,17 +94,57 @@ CLASSES = {
     "CogVideoXDPMScheduler": "dpmpp_2m_sde",
 }
 
-COMFYUI = {
-    "euler": "euler", "euler_cfg_pp": "ddim_cfg_pp", "euler_ancestral": "euler_ancestral",
-    "euler_ancestral_cfg_pp": "euler_ancestral_cfg_pp", "heun": "heun", "dpm_2": "dpm_2", "dpm_2_ancestral": "dpm_2_ancestral",
-    "lms": "lms", "dpm_fast": "dpm_fast", "dpm_adaptive": "dpm_adaptive", "dpmpp_2s_ancestral": "dpmpp_2s_ancestral",
-    "dpmpp_sde": "dpmpp_sde", "dpmpp_sde_gpu": "dpmpp_sde", "dpmpp_2m": "dpmpp_2m", "dpmpp_2m_sde": "dpmpp_2m_sde",
-    "dpmpp_2m_sde_gpu": "dpmpp_2m_sde", "dpmpp_2m_sde_heun": "dpmpp_2m_sde", "dpmpp_2m_sde_heun_gpu": "dpmpp_2m_sde",
-    "dpmpp_3m_sde": "dpmpp_3m_sde", "dpmpp_3m_sde_gpu": "dpmpp_3m_sde", "ddpm": "ddpm", "lcm": "lcm", "ipndm": "ipndm",
-    "deis": "deis", "res_multistep": "res_multistep", "res_multistep_ancestral": "res_multistep",
-    "gradient_estimation": "gradient_estimation", "er_sde": "er_sde", "seeds_2": "seeds_2", "seeds_3": "seeds_3",
-    "sa_solver": "sa_solver", "ddim": "ddim", "uni_pc": "unipc", "uni_pc_bh2": "unipc",
-}  # fmt: skip
+# ComfyUI 0.36's KSampler.SAMPLERS and SCHEDULERS, comfy/samplers.py, in its order, and the method and options that each is
+COMFYUI: dict[str, tuple[str, dict[str, Any]]] = {
+    "euler": ("euler", {}),
+    "euler_cfg_pp": ("ddim_cfg_pp", {}),
+    "euler_ancestral": ("euler_ancestral", {}),
+    "euler_ancestral_cfg_pp": ("euler_ancestral_cfg_pp", {}),
+    "heun": ("heun", {}),
+    "heunpp2": ("heunpp2", {}),
+    "exp_heun_2_x0": ("exp_heun_2_x0", {}),
+    "exp_heun_2_x0_sde": ("exp_heun_2_x0_sde", {}),
+    "dpm_2": ("dpm_2", {}),
+    "dpm_2_ancestral": ("dpm_2_ancestral", {}),
+    "lms": ("lms", {}),
+    "dpm_fast": ("dpm_fast", {}),
+    "dpm_adaptive": ("dpm_adaptive", {"final": "sigma_min"}),
+    "dpmpp_2s_ancestral": ("dpmpp_2s_ancestral", {}),
+    "dpmpp_2s_ancestral_cfg_pp": ("dpmpp_2s_ancestral_cfg_pp", {}),
+    "dpmpp_sde": ("dpmpp_sde", {}),
+    "dpmpp_sde_gpu": ("dpmpp_sde", {}),
+    "dpmpp_2m": ("dpmpp_2m", {}),
+    "dpmpp_2m_cfg_pp": ("dpmpp_2m_cfg_pp", {}),
+    "dpmpp_2m_sde": ("dpmpp_2m_sde", {}),
+    "dpmpp_2m_sde_gpu": ("dpmpp_2m_sde", {}),
+    "dpmpp_2m_sde_heun": ("dpmpp_2m_sde", {"solver_type": "heun"}),
+    "dpmpp_2m_sde_heun_gpu": ("dpmpp_2m_sde", {"solver_type": "heun"}),
+    "dpmpp_3m_sde": ("dpmpp_3m_sde", {}),
+    "dpmpp_3m_sde_gpu": ("dpmpp_3m_sde", {}),
+    "ddpm": ("ddpm", {}),
+    "lcm": ("lcm", {}),
+    "ipndm": ("ipndm", {}),
+    "ipndm_v": ("ipndm_v", {}),
+    "deis": ("deis", {}),
+    "cfgpp_ud10_ab": ("cfgpp_ud10_ab", {}),
+    "res_multistep": ("res_multistep", {}),
+    "res_multistep_cfg_pp": ("res_multistep_cfg_pp", {}),
+    "res_multistep_ancestral": ("res_multistep", {"eta": 1.0}),
+    "res_multistep_ancestral_cfg_pp": ("res_multistep_ancestral_cfg_pp", {}),
+    "gradient_estimation": ("gradient_estimation", {}),
+    "gradient_estimation_cfg_pp": ("gradient_estimation_cfg_pp", {}),
+    "er_sde": ("er_sde", {}),
+    "seeds_2": ("seeds_2", {}),
+    "seeds_3": ("seeds_3", {}),
+    "sa_solver": ("sa_solver", {}),
+    "sa_solver_pece": ("sa_solver_pece", {}),
+    "ddim": ("ddim", {}),
+    "uni_pc": ("unipc", {"order": 3, "solver_type": "bh1"}),
+    "uni_pc_bh2": ("unipc", {"order": 3}),
+}
+COMFYUI_SCHEDULERS = (
+    "simple", "sgm_uniform", "karras", "exponential", "ddim_uniform", "beta", "normal", "linear_quadratic", "kl_optimal",
+)  # fmt: skip
 
 SCHEDULERS = {  # A1111's labels and ComfyUI's names for grids
     "Karras": "karras",
@@ -125,11 +165,28 @@ SCHEDULERS = {  # A1111's labels and ComfyUI's names for grids
 }
 
 
-@pytest.mark.parametrize(("name", "method"), [*A1111.items(), *CLASSES.items(), *COMFYUI.items()])
+@pytest.mark.parametrize(
+    ("name", "method"), [*A1111.items(), *CLASSES.items(), *((name, method) for name, (method, _) in COMFYUI.items())]
+)
 def test_the_names_of_the_field(name: str, method: str) -> None:
     assert resolve(name)[0].name == method
     assert resolve(name.lower())[0].name == method
     assert resolve(f" {name.upper()} ")[0].name == method
+
+
+@pytest.mark.parametrize("name", COMFYUI)
+def test_every_sampler_and_scheduler_of_comfyui_is_a_method_a_grid_and_options(name: str) -> None:
+    method, options = COMFYUI[name]
+    entry, implied = resolve(name)
+    assert (entry.name, implied) == (method, options)
+    assert set(options) <= set(entry.options)
+    for scheduler in COMFYUI_SCHEDULERS:
+        assert resolve(f"{name}_{scheduler}") == (entry, options | {"grid": scheduler})
+        assert scheduler in GRIDS
+        if isinstance(entry, Method):
+            sampler = Sampler(SCHEDULE, name, 4, scheduler)
+            assert (sampler.method.name, sampler.grid) == (method, scheduler)
+            assert options.items() <= dict(sampler.options).items()
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -223,7 +280,7 @@ def test_unknown_names_list_the_nearest() -> None:
         "dpm2m": r"^unknown method 'dpm2m'; did you mean 'DPM2', 'DPM\+\+ 2M' or 'DPM2 a'\?$",
         "Eulr": r"^unknown method 'Eulr'; did you mean 'Euler' or 'Euler a'\?$",
         "DPM++ 2MM Karras": r"did you mean 'DPM\+\+ 2M karras', 'DPM\+\+ 3M karras' or ",
-        "qqq": "^unknown method 'qqq'; known: consistency, ddim, .*, vq_diffusion$",
+        "qqq": "^unknown method 'qqq'; known: cfgpp_ud10_ab, consistency, ddim, .*, vq_diffusion$",
         "": "^unknown method ''; known: ",
         "Karras": "^unknown method 'Karras'",
     }
