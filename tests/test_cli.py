@@ -79,7 +79,7 @@ def test_samplers_says_what_a_name_implies(capsys: pytest.CaptureFixture[str]) -
     text = capsys.readouterr().out
     assert text.startswith("dpmpp_2m_sde: order 2, 1 call of the network per step, draws noise; 2211.01095\n\n")
     assert "'DPM++ 2M SDE Karras' implies: grid='karras'" in text
-    assert "lcm: for distilled models" in described("lcm")  # a method and a grid
+    assert "lcm: does not converge with the steps" in described("lcm")  # a method and a grid
     assert "dpm_adaptive: order 3, the network as often as it needs, draws no noise" in described("DPM adaptive")
 
 

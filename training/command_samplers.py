@@ -20,7 +20,7 @@ from ..sampling.outside import OUTSIDE, Outside
 
 HEADINGS = ("name", "order", "calls", "noise", "source", "also called")
 LEGEND = (
-    "order: of convergence, weak where it draws noise (-: of a distilled model, which does not converge with the steps); "
+    "order: of convergence, weak where it draws noise (-: does not converge with the steps, as those for distilled models); "
     "calls: of the network per step (?: it decides); noise: whether it draws any on the way. "
     "A name may end in a grid, as in 'DPM++ 2M Karras'; alphabar samplers NAME says more of one."
 )
@@ -65,7 +65,7 @@ def described(name: str) -> str:
 def _described_sampler(name: str) -> str:
     entry, implied = resolve(name)
     calls = "the network as often as it needs" if entry.evaluations is None else _calls(entry.evaluations)
-    order = f"order {entry.order}" if entry.order else "for distilled models"
+    order = f"order {entry.order}" if entry.order else "does not converge with the steps"
     head = f"{entry.name}: {order}, {calls}, {'draws noise' if entry.stochastic else 'draws no noise'}; {entry.source}"
     lines = [head, "", _without_examples(entry.documentation), "", *_options(entry.options)]
     lines += ["also called: " + ", ".join(all_names()[entry.name])] if all_names()[entry.name] else []
