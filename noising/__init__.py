@@ -1,14 +1,17 @@
 """Noise schedules and what training needs of them: curves, prediction types, weights, timesteps, noise."""
 
+from .betas import BETA_SCHEDULES
 from .continuous import Cosine, Flow, Karras, SubVariancePreserving, VarianceExploding, VariancePreserving
 from .curves import Curve
-from .discrete import BETA_SCHEDULES, Discrete
+from .discrete import Discrete
 from .noise import NOISES, Gaussian, Noise, Offset
 from .noising import Noised, Noising
 from .prediction import PREDICTIONS, Prediction
 from .registered import CURVES
 from .schedule import NoiseSchedule
+from .shifts import resolution_shift, token_shift
 from .timesteps import TIMESTEPS, Timesteps, UniformTimesteps
+from .truncated import Truncated
 from .weighting import SNR, WEIGHTINGS, MinSNR, Uniform, Weighting
 
 __all__ = [
@@ -34,9 +37,12 @@ __all__ = [
     "Prediction",
     "SubVariancePreserving",
     "Timesteps",
+    "Truncated",
     "Uniform",
     "UniformTimesteps",
     "VarianceExploding",
     "VariancePreserving",
     "Weighting",
+    "resolution_shift",
+    "token_shift",
 ]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .curves import Curve, check_times, evaluation_dtype
+from .curves import Curve, check_times, evaluation_dtype, require_factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +23,11 @@ class Flow(Curve):
     """
 
     kind: ClassVar[str] = "flow"
+    is_flow: ClassVar[bool] = True
     shift: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.shift > 0:
-            raise ValueError(f"shift must be positive, got {self.shift}; 1 is no shift, SD3 uses 3")
+        require_factor("shift", self.shift, "1 is no shift, SD3 uses 3")
 
     def alpha(self, t: Tensor) -> Tensor:
         check_times(self, t)
@@ -54,12 +54,16 @@ class Flow(Curve):
     def timestep(self, t: Tensor) -> Tensor:
         return self.num_train_timesteps * self.sigma(t)
 
+    def shifted(self, factor: float) -> Flow:
+        return replace(self, shift=self.shift * require_factor("factor", factor))  # shifts of σ compose so
+
 
 @dataclass(frozen=True, kw_only=True)
 class VariancePreserving(Curve):
     """The VP SDE: α = exp(-t² (β_max - β_min) / 4 - t β_min / 2), σ² = 1 - α² (Song et al. 2011.13456, eq. 33).
 
     Times run from ``t_min`` (their ε, 1e-3) to 1; the network is given t · num_train_timesteps, as their code does with 999.
+    ``snr_shift_scale`` divides the SNR.
 
     >>> VariancePreserving().alpha(torch.tensor([1.0])).item() < 0.007
     True
@@ -69,8 +73,10 @@ class VariancePreserving(Curve):
     beta_min: float = 0.1
     beta_max: float = 20.0
     eps: float = 1e-3
+    snr_shift_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        require_factor("snr_shift_scale", self.snr_shift_scale, "1 is no shift")
         if not 0 < self.beta_min < self.beta_max or not 0 <= self.eps < 1:
             raise ValueError(
                 f"need 0 < beta_min < beta_max and 0 <= eps < 1, got {self.beta_min}, {self.beta_max}, {self.eps}"
@@ -80,31 +86,45 @@ class VariancePreserving(Curve):
     def t_min(self) -> float:
         return self.eps
 
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._levels(t)[0]
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self._levels(t)[1]
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        # -log α = log(1 + e^-λ) / 2, and the quadratic in t that it equals
+        value = log_snr.to(evaluation_dtype(log_snr)) + math.log(self.snr_shift_scale)
+        return self._root(0.5 * torch.nn.functional.softplus(-value))
+
+    def shifted(self, factor: float) -> VariancePreserving:
+        return replace(self, snr_shift_scale=self.snr_shift_scale * require_factor("factor", factor) ** 2)
+
+    def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        log_alpha = self.log_alpha(t)
+        alpha, sigma = log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+        if self.snr_shift_scale == 1:
+            return alpha, sigma
+        sigma = math.sqrt(self.snr_shift_scale) * sigma
+        norm = torch.hypot(alpha, sigma)
+        return alpha / norm, sigma / norm
+
     def log_alpha(self, t: Tensor) -> Tensor:
-        """Return log α(t)."""
+        """Return log α(t) of the SDE, before any shift of its SNR."""
         check_times(self, t)
         t = t.to(evaluation_dtype(t))
         return -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
 
-    def alpha(self, t: Tensor) -> Tensor:
-        return self.log_alpha(t).exp()
-
-    def sigma(self, t: Tensor) -> Tensor:
-        return (-torch.expm1(2 * self.log_alpha(t))).sqrt()
-
-    def time(self, log_snr: Tensor) -> Tensor:
-        # -log α = log(1 + e^-λ) / 2, and the quadratic in t that it equals
-        minus_log_alpha = 0.5 * torch.nn.functional.softplus(-log_snr.to(evaluation_dtype(log_snr)))
-        return self._root(minus_log_alpha).clamp(self.t_min, self.t_max)
-
     def _root(self, c: Tensor) -> Tensor:
         a, b = 0.25 * (self.beta_max - self.beta_min), 0.5 * self.beta_min
-        return 2 * c / (b + (b**2 + 4 * a * c).sqrt())
+        return (2 * c / (b + (b**2 + 4 * a * c).sqrt())).clamp(self.t_min, self.t_max)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SubVariancePreserving(VariancePreserving):
     """The sub-VP SDE: the α of VP, and σ = 1 - α² (Song et al. 2011.13456, eq. 29 and 33).
+
+    ``snr_shift_scale`` divides the SNR, and moves α along the path σ = 1 - α².
 
     >>> SubVariancePreserving().sigma(torch.tensor([1.0])).item() > 0.99
     True
@@ -112,21 +132,26 @@ class SubVariancePreserving(VariancePreserving):
 
     kind: ClassVar[str] = "sub_variance_preserving"
 
-    def sigma(self, t: Tensor) -> Tensor:
-        return -torch.expm1(2 * self.log_alpha(t))
-
     def time(self, log_snr: Tensor) -> Tensor:
-        return self._root(-_sub_vp_alpha(log_snr).log()).clamp(self.t_min, self.t_max)
+        value = log_snr.to(evaluation_dtype(log_snr)) + math.log(self.snr_shift_scale)
+        return self._root(-_sub_vp_alpha(value).log())
 
     def levels_at(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
         alpha = _sub_vp_alpha(log_snr)
-        return alpha, (1 - alpha) * (1 + alpha)
+        return alpha, alpha * (-0.5 * log_snr).exp()
+
+    def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        log_alpha = self.log_alpha(t)
+        alpha, sigma = log_alpha.exp(), -torch.expm1(2 * log_alpha)
+        if self.snr_shift_scale == 1:
+            return alpha, sigma
+        return self.levels_at(2 * (log_alpha - sigma.log()) - math.log(self.snr_shift_scale))
 
 
 def _sub_vp_alpha(log_snr: Tensor) -> Tensor:
-    # α / (1 - α²) = e^(λ/2) = r, so α = 2 r / (1 + sqrt(1 + 4 r²))
-    r = (0.5 * log_snr.to(evaluation_dtype(log_snr))).exp()
-    return 2 * r / (1 + (1 + 4 * r**2).sqrt())
+    # α / (1 - α²) = e^(λ/2) = r, so α = 2 r / (1 + sqrt(1 + 4 r²)), written in 1 / r, which does not overflow near data
+    r = (-0.5 * log_snr.to(evaluation_dtype(log_snr))).exp()
+    return 2 / (r + (r**2 + 4).sqrt())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +194,10 @@ class VarianceExploding(Curve):
 
     def time_at_index(self, index: Tensor) -> Tensor:
         return index / (self.num_train_timesteps - 1)
+
+    def shifted(self, factor: float) -> VarianceExploding:
+        s = require_factor("factor", factor)
+        return replace(self, sigma_min=s * self.sigma_min, sigma_max=s * self.sigma_max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +253,12 @@ class Karras(Curve):
 
     def time_at_quantile(self, u: Tensor) -> Tensor:
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        return ((low + u * (high - low)) ** self.rho).clamp(self.t_min, self.t_max)
+        sigma = ((low + u * (high - low)) ** self.rho).clamp(self.t_min, self.t_max)
+        return torch.where(u >= 1, self.t_max, sigma)  # which the power misses by a rounding for some σ_max
+
+    def shifted(self, factor: float) -> Karras:
+        s = require_factor("factor", factor)  # the time is σ, so it is the range of σ that moves
+        return replace(self, sigma_min=s * self.sigma_min, sigma_max=s * self.sigma_max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,3 +292,6 @@ class Cosine(Curve):
     def time(self, log_snr: Tensor) -> Tensor:
         value = log_snr.to(evaluation_dtype(log_snr)) - self.log_snr_shift
         return (2 / math.pi) * torch.atan((-0.5 * value).exp())
+
+    def shifted(self, factor: float) -> Cosine:
+        return replace(self, log_snr_shift=self.log_snr_shift - 2 * math.log(require_factor("factor", factor)))

@@ -12,6 +12,7 @@ so that an evaluation makes no host sync after the first.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -33,6 +34,7 @@ class Curve(ABC):
 
     kind: ClassVar[str]
     is_discrete: ClassVar[bool] = False
+    is_flow: ClassVar[bool] = False  # a straight path, α + σ = 1, whose noise level is σ itself
     num_train_timesteps: int = 1000
 
     @property
@@ -105,6 +107,10 @@ class Curve(ABC):
             f"a {self.kind} curve cannot be rescaled to zero terminal SNR; rescale a discrete one, or use a flow"
         )
 
+    @abstractmethod
+    def shifted(self, factor: float) -> Curve:
+        """Return this curve with σ / α ``factor`` times as large at every time: λ less by 2 log factor, on the same path."""
+
     def to_config(self) -> dict[str, Any]:
         """Return plain JSON from which ``registered.curve_from_config`` makes an equal curve."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -118,6 +124,18 @@ def evaluation_dtype(t: Tensor) -> torch.dtype:
     (torch.float32, torch.float64)
     """
     return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def require_factor(name: str, value: float, advice: str = "1 changes nothing") -> float:
+    """Return a factor that is positive and finite as a float; another is a ValueError.
+
+    >>> require_factor("factor", 0)
+    Traceback (most recent call last):
+    ValueError: factor must be positive and finite, got 0; 1 changes nothing
+    """
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}; {advice}")
+    return float(value)
 
 
 def check_times(curve: Curve, t: Tensor) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -11,31 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .curves import Curve, check_times, evaluation_dtype
+from .betas import BETA_SCHEDULES
+from .curves import Curve, check_times, evaluation_dtype, require_factor
 from .registry import lookup
-
-
-def _linear(n: int, start: float, end: float) -> Tensor:
-    return torch.linspace(start, end, n, dtype=torch.float64)
-
-
-def _scaled_linear(n: int, start: float, end: float) -> Tensor:
-    return torch.linspace(start**0.5, end**0.5, n, dtype=torch.float64) ** 2
-
-
-def _squaredcos_cap_v2(n: int, start: float, end: float) -> Tensor:
-    # Nichol & Dhariwal 2102.09672, eq. 17: ᾱ(t) = cos²((t + 0.008) / 1.008 π/2), with betas capped at 0.999
-    t = torch.arange(n + 1, dtype=torch.float64) / n
-    alpha_bar = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-
-
-BETA_SCHEDULES: Mapping[str, Callable[[int, float, float], Tensor]] = {
-    "linear": _linear,
-    "scaled_linear": _scaled_linear,
-    "squaredcos_cap_v2": _squaredcos_cap_v2,
-}
-"""Every beta schedule by the name that diffusers gives it: (T, beta_start, beta_end) -> T betas in float64."""
 
 TRAINED = "trained_betas"  # the name of a schedule whose betas are given one by one
 
@@ -46,7 +23,8 @@ class Discrete(Curve):
 
     Times are indices 0 ... T - 1. Between them log SNR is piecewise linear; in an interval that ends in zero SNR, α is.
     With ``rescale_betas_zero_snr`` α is shifted and scaled so that α at T - 1 is exactly 0 and the first is kept
-    (Lin et al. 2305.08891, algorithm 1).
+    (Lin et al. 2305.08891, algorithm 1). ``snr_shift_scale`` divides the SNR before that, as CogVideoX does (2408.06072), and
+    ``rescaled_snr_shift_scale`` after it; α = 0 stays 0.
 
     >>> curve = Discrete("scaled_linear", 0.00085, 0.012)
     >>> curve.sigma_ve(torch.tensor([0, 999]))
@@ -64,6 +42,8 @@ class Discrete(Curve):
     num_train_timesteps: int = 1000
     trained_betas: tuple[float, ...] | None = None
     rescale_betas_zero_snr: bool = False
+    snr_shift_scale: float = 1.0
+    rescaled_snr_shift_scale: float = 1.0
 
     def __init__(
         self,
@@ -73,6 +53,8 @@ class Discrete(Curve):
         num_train_timesteps: int = 1000,
         trained_betas: Any = None,
         rescale_betas_zero_snr: bool = False,
+        snr_shift_scale: float = 1.0,
+        rescaled_snr_shift_scale: float = 1.0,
     ) -> None:
         if trained_betas is not None:
             trained_betas = tuple(float(b) for b in trained_betas)
@@ -87,6 +69,8 @@ class Discrete(Curve):
             "num_train_timesteps": int(num_train_timesteps),
             "trained_betas": trained_betas,
             "rescale_betas_zero_snr": bool(rescale_betas_zero_snr),
+            "snr_shift_scale": require_factor("snr_shift_scale", snr_shift_scale, "1 is no shift, CogVideoX-2b uses 3"),
+            "rescaled_snr_shift_scale": require_factor("rescaled_snr_shift_scale", rescaled_snr_shift_scale),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -160,7 +144,16 @@ class Discrete(Curve):
         return (u * self.num_train_timesteps).ceil().long().sub(1).clamp(0, self.num_train_timesteps - 1)
 
     def zero_terminal_snr(self) -> Discrete:
-        return replace(self, rescale_betas_zero_snr=True) if float(_table_f64(self).alpha[-1]) else self
+        if not float(_table_f64(self).alpha[-1]):
+            return self
+        before = self.snr_shift_scale * self.rescaled_snr_shift_scale  # all that was shifted until now
+        return replace(self, rescale_betas_zero_snr=True, snr_shift_scale=before, rescaled_snr_shift_scale=1.0)
+
+    def shifted(self, factor: float) -> Discrete:
+        scale = require_factor("factor", factor) ** 2
+        if self.rescale_betas_zero_snr:
+            return replace(self, rescaled_snr_shift_scale=self.rescaled_snr_shift_scale * scale)
+        return replace(self, snr_shift_scale=self.snr_shift_scale * scale)
 
 
 @dataclass(frozen=True)
@@ -174,17 +167,27 @@ class _Table:
 def _table_f64(curve: Discrete) -> _Table:
     log_alpha_bar = torch.cumsum(torch.log1p(-curve.betas()), 0)  # never 1 - ᾱ, which cancels near t = 0
     alpha, sigma = torch.exp(0.5 * log_alpha_bar), torch.sqrt(-torch.expm1(log_alpha_bar))
+    alpha, sigma = _shifted(alpha, sigma, curve.snr_shift_scale)
     if curve.rescale_betas_zero_snr and float(alpha[-1]) > 0:
         # algorithm 1: α' = (α - α_T) α_0 / (α_0 - α_T); 1 - α'² is formed from 1 - α', again without cancellation
         scale = alpha[0] / (alpha[0] - alpha[-1])
         rescaled = (alpha - alpha[-1]) * scale
         one_minus = sigma[0] ** 2 / (1 + alpha[0]) + (alpha[0] - alpha) * scale
         alpha, sigma = rescaled, torch.sqrt(one_minus * (1 + rescaled))
+    alpha, sigma = _shifted(alpha, sigma, curve.rescaled_snr_shift_scale)
     log_snr = 2 * (alpha.log() - sigma.log())
     if float(alpha[-1]) == 0:
         sigma[-1] = 1.0  # where rounding had left 1 - 1e-16
         log_snr[-1] = log_snr[-2] - 2 * math.log(2) - 60.0
     return _Table(alpha, sigma, log_snr)
+
+
+def _shifted(alpha: Tensor, sigma: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return the levels whose SNR is 1 / scale of these, on the variance preserving path."""
+    if scale == 1:
+        return alpha, sigma
+    norm = torch.hypot(alpha, math.sqrt(scale) * sigma)
+    return alpha / norm, math.sqrt(scale) * sigma / norm
 
 
 @lru_cache(maxsize=64)

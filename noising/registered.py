@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from inspect import signature
 from typing import Any
 
 from .continuous import Cosine, Flow, Karras, SubVariancePreserving, VarianceExploding, VariancePreserving
 from .curves import Curve
 from .discrete import Discrete
 from .registry import lookup
+from .truncated import Truncated
 
 CURVES: Mapping[str, type[Curve]] = {
     kind.kind: kind
@@ -27,7 +28,13 @@ def curve_from_config(config: Mapping[str, Any]) -> Curve:
     Flow(num_train_timesteps=1000, shift=3.0)
     """
     values = dict(config)
-    kind = lookup("curve", values.pop("kind", None), CURVES)
+    kind = lookup("curve", values.pop("kind", None), {**CURVES, Truncated.kind: Truncated})
     for key in values:
-        lookup(f"setting of a {kind.kind} curve", key, {field.name: field for field in fields(kind)})
+        lookup(f"setting of a {kind.kind} curve", key, signature(kind).parameters)
+    if kind is Truncated:
+        if not isinstance(values.get("curve"), Mapping):
+            raise ValueError(
+                f"a truncated curve needs the config of what it is a part of under 'curve', got {sorted(values)}"
+            )
+        values["curve"] = curve_from_config(values["curve"])
     return kind(**values)

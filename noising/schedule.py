@@ -7,8 +7,9 @@ disagree. It has no device, no dtype and no state; it compares, hashes and pickl
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,22 +18,24 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from .continuous import Cosine, Flow, Karras, VarianceExploding, VariancePreserving
+from .constructors import Constructors
 from .curves import Curve
-from .discrete import Discrete
-from .prediction import KarrasF, Prediction, resolve_prediction
+from .prediction import Prediction, resolve_prediction
 from .registered import curve_from_config
 from .shapes import require_same_shape
+from .shifts import resolution_shift, token_shift
+from .truncated import truncate
 
 VERSION = 1  # of the config format
 
 
 @dataclass(frozen=True)
-class NoiseSchedule:
+class NoiseSchedule(Constructors):
     """A curve x_t = α(t) x_0 + σ(t) ε together with what the network predicts on it.
 
     ``prediction`` is a name of ``PREDICTIONS`` or an object. Raises ValueError for an unknown name, and for a prediction
-    that cannot determine x_0 at the terminal time (epsilon or score where α = 0).
+    that cannot determine x_0 at the terminal time (epsilon or score where α = 0). Its constructors (``linear``, ``flow``, ...)
+    are those of ``constructors.py``; the transformations below return new values.
 
     >>> schedule = NoiseSchedule.scaled_linear(0.00085, 0.012, prediction="v_prediction").zero_terminal_snr()
     >>> schedule.alpha(torch.tensor([0, 999]))
@@ -57,126 +60,83 @@ class NoiseSchedule:
                 "(or 'sample', 'flow_prediction') before zero_terminal_snr()"
             )
 
-    # -- constructors ------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def linear(
-        cls,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        num_train_timesteps: int = 1000,
-        prediction: str | Prediction = "epsilon",
-    ) -> NoiseSchedule:
-        """Return the linear beta schedule of DDPM (Ho et al. 2006.11239, §4).
-
-        >>> NoiseSchedule.linear().curve.beta_end
-        0.02
-        """
-        return cls(Discrete("linear", beta_start, beta_end, num_train_timesteps), prediction)
-
-    @classmethod
-    def scaled_linear(
-        cls,
-        beta_start: float = 0.00085,
-        beta_end: float = 0.012,
-        num_train_timesteps: int = 1000,
-        prediction: str | Prediction = "epsilon",
-    ) -> NoiseSchedule:
-        """Return the schedule of Stable Diffusion, linear in sqrt(beta) (Rombach et al. 2112.10752).
-
-        >>> round(NoiseSchedule.scaled_linear().sigma_ve(torch.tensor(999)).item(), 4)
-        14.6146
-        """
-        return cls(Discrete("scaled_linear", beta_start, beta_end, num_train_timesteps), prediction)
-
-    @classmethod
-    def squaredcos_cap_v2(
-        cls, num_train_timesteps: int = 1000, prediction: str | Prediction = "epsilon"
-    ) -> NoiseSchedule:
-        """Return the cosine schedule (Nichol & Dhariwal 2102.09672, eq. 17).
-
-        >>> NoiseSchedule.squaredcos_cap_v2().snr(torch.tensor(499)).item() < 1.1
-        True
-        """
-        return cls(Discrete("squaredcos_cap_v2", 0.0001, 0.02, num_train_timesteps), prediction)
-
-    @classmethod
-    def from_betas(cls, betas: Sequence[float] | Tensor, prediction: str | Prediction = "epsilon") -> NoiseSchedule:
-        """Return the schedule of T given betas, each in (0, 1]; only the last may be 1.
-
-        >>> NoiseSchedule.from_betas([0.1, 0.2, 0.3]).curve.num_train_timesteps
-        3
-        """
-        values = betas.tolist() if isinstance(betas, Tensor) else betas
-        return cls(Discrete(trained_betas=values), prediction)
-
-    @classmethod
-    def flow(
-        cls, shift: float = 1.0, num_train_timesteps: int = 1000, prediction: str | Prediction = "flow_prediction"
-    ) -> NoiseSchedule:
-        """Return rectified flow with a static shift of the noise level (Esser et al. 2403.03206).
-
-        >>> NoiseSchedule.flow(shift=3.0).sigma(torch.tensor(0.5)).item()
-        0.75
-        """
-        return cls(Flow(shift=shift, num_train_timesteps=num_train_timesteps), prediction)
-
-    @classmethod
-    def karras(
-        cls,
-        sigma_min: float = 0.002,
-        sigma_max: float = 80.0,
-        sigma_data: float = 0.5,
-        prediction: str | Prediction | None = None,
-    ) -> NoiseSchedule:
-        """Return EDM's schedule and, unless another is named, its prediction F (Karras et al. 2206.00364, table 1).
-
-        >>> NoiseSchedule.karras().prediction
-        KarrasF(sigma_data=0.5)
-        """
-        curve = Karras(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data)
-        return cls(curve, KarrasF(sigma_data) if prediction is None else prediction)
-
-    @classmethod
-    def variance_preserving(
-        cls, beta_min: float = 0.1, beta_max: float = 20.0, prediction: str | Prediction = "epsilon"
-    ) -> NoiseSchedule:
-        """Return the VP SDE's schedule in continuous time (Song et al. 2011.13456, eq. 33).
-
-        >>> NoiseSchedule.variance_preserving().curve.beta_max
-        20.0
-        """
-        return cls(VariancePreserving(beta_min=beta_min, beta_max=beta_max), prediction)
-
-    @classmethod
-    def variance_exploding(
-        cls, sigma_min: float = 0.01, sigma_max: float = 1348.0, prediction: str | Prediction = "score"
-    ) -> NoiseSchedule:
-        """Return the VE SDE's schedule in continuous time (Song et al. 2011.13456, eq. 30).
-
-        >>> NoiseSchedule.variance_exploding().prediction.name
-        'score'
-        """
-        return cls(VarianceExploding(sigma_min=sigma_min, sigma_max=sigma_max), prediction)
-
-    @classmethod
-    def cosine(cls, log_snr_shift: float = 0.0, prediction: str | Prediction = "v_prediction") -> NoiseSchedule:
-        """Return the continuous cosine schedule with a log-SNR shift (2202.00512; 2301.11093, eq. 4).
-
-        >>> NoiseSchedule.cosine().has_zero_terminal_snr
-        True
-        """
-        return cls(Cosine(log_snr_shift=log_snr_shift), prediction)
-
     # -- transformations return new values ---------------------------------------------------------------------------
 
     def zero_terminal_snr(self) -> NoiseSchedule:
         """Return this schedule with α exactly 0 at the last timestep (Lin et al. 2305.08891, algorithm 1).
 
+        It does not commute with :meth:`shifted`: each acts on the schedule as it is. CogVideoX shifts first.
+
         >>> NoiseSchedule.linear(prediction="v_prediction").zero_terminal_snr().has_zero_terminal_snr
         True
         """
         return replace(self, curve=self.curve.zero_terminal_snr())
+
+    def shifted(self, factor: float) -> NoiseSchedule:
+        """Return this schedule with σ / α ``factor`` times as large at every time: log SNR less by 2 log(factor).
+
+        The curve stays on its path, and α = 0 stays exactly 0. On a flow this is the static shift, σ' = s σ / (1 + (s - 1) σ)
+        (Esser et al. 2403.03206, eq. 23), and shifts multiply; variance preserving curves have SNR / s²; where variance explodes
+        σ is s times as large (EDM, whose time is σ: its range). ``shifts.py`` says which factor a resolution asks for.
+
+        >>> NoiseSchedule.flow(shift=3.0).shifted(2.0) == NoiseSchedule.flow(shift=6.0)
+        True
+        """
+        return replace(self, curve=self.curve.shifted(factor))
+
+    def shifted_for_resolution(self, size: int | tuple[int, ...], base_size: int | tuple[int, ...]) -> NoiseSchedule:
+        """Return this schedule, made for images of ``base_size``, for images of ``size``; see :func:`resolution_shift`.
+
+        >>> NoiseSchedule.cosine().shifted_for_resolution(128, 64).log_snr(torch.tensor(0.5)).item()  # 2 log(64 / 128)
+        -1.386294...
+        """
+        return self.shifted(resolution_shift(size, base_size))
+
+    def shifted_for_tokens(self, tokens: int, **line: Any) -> NoiseSchedule:
+        """Return this schedule shifted as Flux does for this number of image tokens; options of :func:`token_shift`.
+
+        >>> round(NoiseSchedule.flow().shifted_for_tokens(4096).curve.shift, 4)
+        3.1582
+        """
+        return self.shifted(token_shift(tokens, **line))
+
+    def truncated(
+        self,
+        t_min: float | None = None,
+        t_max: float | None = None,
+        *,
+        log_snr_min: float | None = None,
+        log_snr_max: float | None = None,
+    ) -> NoiseSchedule:
+        """Return the part of this schedule from ``t_min`` to ``t_max``, for a model that knows these times only (an expert, a refiner).
+
+        A time means what it meant, α, σ and the network's time alike; what is drawn and what is sampled lies inside. The ends are
+        included, and may be said by their log SNR instead: on a discrete schedule the part is then of the timesteps inside.
+        Raises ValueError for ends that lie outside or leave nothing, or an end that is given twice.
+
+        >>> refiner = NoiseSchedule.scaled_linear().truncated(t_max=199)
+        >>> refiner.num_train_timesteps, refiner.alphas_cumprod.shape
+        (200, torch.Size([200]))
+        >>> round(NoiseSchedule.flow().truncated(log_snr_min=0.0).curve.t_max, 6)
+        0.5
+        """
+        first = self._end("t_min", t_min, "log_snr_max", log_snr_max, self.curve.t_min, math.ceil)
+        last = self._end("t_max", t_max, "log_snr_min", log_snr_min, self.curve.t_max, math.floor)
+        return replace(self, curve=truncate(self.curve, first, last))
+
+    def _end(
+        self, name: str, t: float | None, other: str, log_snr: float | None, end: float, inward: Callable[[float], int]
+    ) -> float:
+        if log_snr is None:
+            return end if t is None else float(t)
+        if t is not None:
+            raise ValueError(f"{name} and {other} are the same end of the schedule; give one of the two")
+        time = float(self.curve.time(torch.tensor([log_snr], dtype=torch.float64)))
+        if not self.curve.is_discrete:
+            return time
+        return float(
+            round(time) if abs(time - round(time)) < 1e-9 else inward(time)
+        )  # a level of the table is its timestep
 
     def with_prediction(self, prediction: str | Prediction) -> NoiseSchedule:
         """Return this curve with another prediction type.
@@ -371,21 +331,29 @@ class NoiseSchedule:
         return save_schedule(self, folder, sampler)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], subfolder: str | None = None) -> NoiseSchedule:
+    def from_pretrained(
+        cls, folder: str | os.PathLike[str], subfolder: str | None = None, tokens: int | None = None
+    ) -> NoiseSchedule:
         """Read what :meth:`save_pretrained` wrote, or the ``scheduler_config.json`` of any diffusers pipeline.
 
+        ``tokens``: the number of image tokens, for a pipeline whose shift depends on it (Flux; see :func:`token_shift`).
         Raises FileNotFoundError where there is no such file, and ValueError for a corrupt one or for two that contradict.
         """
         from .pretrained import load_schedule
 
-        return load_schedule(Path(folder, subfolder) if subfolder else Path(folder))
+        return load_schedule(Path(folder, subfolder) if subfolder else Path(folder), tokens)
 
     def __str__(self) -> str:
-        settings = {k: v for k, v in self.curve.to_config().items() if k != "kind" and v is not None}
-        if "trained_betas" in settings:
-            settings["trained_betas"] = f"{len(settings['trained_betas'])} values"
-        words = ", ".join(f"{k}={v}" for k, v in settings.items())
-        return f"{self.curve.kind}({words}) with {self.prediction.name} [{self.fingerprint[:12]}]"
+        return f"{_in_words(self.curve.to_config())} with {self.prediction.name} [{self.fingerprint[:12]}]"
+
+
+def _in_words(config: Mapping[str, Any]) -> str:
+    plain = {k: v for k, v in config.items() if v is not None and not (k.endswith("snr_shift_scale") and v == 1)}
+    words = {
+        k: _in_words(v) if isinstance(v, Mapping) else f"{len(v)} values" if isinstance(v, list) else v
+        for k, v in plain.items()
+    }
+    return f"{words.pop('kind')}({', '.join(f'{k}={v}' for k, v in words.items())})"
 
 
 # LightningCLI takes a dataclass's fields in the place of postponed annotations, and would not accept a prediction's name

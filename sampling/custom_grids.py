@@ -38,7 +38,7 @@ def at_timesteps(
         if not first <= t <= last:
             raise ValueError(f"timesteps[{i}] = {t:g} is outside {first:g} ... {last:g} of this {curve.kind} schedule")
     if curve.is_discrete:
-        return (*knots_at_indices(schedule, given, interpolation), final_knot(schedule, final))
+        return (*knots_at_indices(schedule, given - first, interpolation), final_knot(schedule, final))
     knots = knots_at(schedule, time_at_timestep(curve, given))
     return (
         *(replace(k, timestep=float(t)) for k, t in zip(knots, timesteps, strict=True)),

@@ -105,16 +105,17 @@ def knots_at_indices(schedule: NoiseSchedule, index: Tensor, interpolation: str 
     """
     one_of("interpolation", interpolation, INTERPOLATIONS)
     curve = schedule.curve
-    knots = knots_at(schedule, curve.time_at_index(index))
+    time = curve.time_at_index(index)
+    knots = knots_at(schedule, time)
     if interpolation == "log_snr":
         return knots
     if not curve.is_discrete:
         raise ValueError(
             f"interpolation='sigma' is for discrete schedules; a {curve.kind} curve is exact at every time"
         )
-    low, high = curve.sigma_ve(index.floor()), curve.sigma_ve(index.ceil())
-    between = (low + (index - index.floor()) * (high - low)).tolist()
-    inside = ((index.frac() > 0) & high.isfinite()).tolist()
+    low, high = curve.sigma_ve(time.floor()), curve.sigma_ve(time.ceil())
+    between = (low + (time - time.floor()) * (high - low)).tolist()
+    inside = ((time.frac() > 0) & high.isfinite()).tolist()
     return tuple(_at_ratio(k, s) if there else k for k, s, there in zip(knots, between, inside, strict=True))
 
 

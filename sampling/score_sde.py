@@ -73,9 +73,10 @@ def _reverse_diffusion(trace: Trace, s: Knot, n: Knot, x: Combination) -> Combin
 
 def _euler_maruyama(trace: Trace, s: Knot, n: Knot, x: Combination, steps: int) -> Combination:
     curve = trace.schedule.curve
-    if type(curve) is not VariancePreserving:
+    if type(curve) is not VariancePreserving or curve.snr_shift_scale != 1:
+        kind = f"shifted {curve.kind}" if type(curve) is VariancePreserving else curve.kind
         raise ValueError(
-            f"predictor 'euler_maruyama' needs the rate β(t) of NoiseSchedule.variance_preserving(), got a {curve.kind} schedule; "
+            f"predictor 'euler_maruyama' needs the rate β(t) of NoiseSchedule.variance_preserving(), got a {kind} schedule; "
             "use predictor='reverse_diffusion'"
         )
     _, e = trace.evaluate(x, s)

@@ -91,7 +91,7 @@ def _subsampled_range(
 ) -> tuple[float, float]:
     grid = lookup("timestep grid", name, RANGES)
     knots = grid(schedule, steps, **({"steps_offset": steps_offset} if name == "leading" else {}))
-    in_sigma = schedule.curve.kind == "flow" and not ratio
+    in_sigma = schedule.curve.is_flow and not ratio
     first, last = (k.sigma if in_sigma else k.sigma_ve for k in (knots[0], knots[-2]))
     return last, first
 

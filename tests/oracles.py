@@ -27,6 +27,21 @@ SCHEDULES = {
     "squaredcos": NoiseSchedule.squaredcos_cap_v2(),
     "flow": NoiseSchedule.flow(shift=3.0),
 }
+EVERY_SCHEDULE = SCHEDULES | {  # more curves, for the tests that are fast
+    "sigmoid": NoiseSchedule.sigmoid(),
+    "exp": NoiseSchedule.exp(),
+    "laplace": NoiseSchedule.laplace(),
+    "shifted": NoiseSchedule.scaled_linear().shifted(1.7),
+    "shifted_ztsnr": NoiseSchedule.scaled_linear(prediction="v_prediction").shifted(1.7).zero_terminal_snr(),
+    "flow_part": NoiseSchedule.flow(shift=3.0).truncated(0.0, 0.6),
+    "discrete_part": NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr().truncated(300, 999),
+    "variance_preserving": NoiseSchedule.variance_preserving(),
+    "variance_preserving_shifted": NoiseSchedule.variance_preserving().shifted(0.5),
+    "sub_variance_preserving": NoiseSchedule.sub_variance_preserving(),
+    "variance_exploding": NoiseSchedule.variance_exploding(sigma_max=50.0),
+    "karras": NoiseSchedule.karras(),
+    "cosine": NoiseSchedule.cosine().shifted_for_resolution(128, 64),
+}
 ALL_PREDICTIONS = [kind() for kind in PREDICTIONS.values()]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 from dataclasses import FrozenInstanceError, fields, replace
 from decimal import Decimal, localcontext
@@ -13,23 +14,37 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler, rescale_zero_terminal_snr
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from alphabar.noising import BETA_SCHEDULES, CURVES, Curve, Discrete, Flow, NoiseSchedule
+from alphabar.noising import BETA_SCHEDULES, CURVES, Curve, Discrete, Flow, Karras, NoiseSchedule, Truncated
 from alphabar.noising.registered import curve_from_config
 
 PLAIN = [Discrete(name) for name in BETA_SCHEDULES]
 RESCALED = [curve.zero_terminal_snr() for curve in PLAIN]
 FLOWS = [Flow(shift=shift) for shift in (0.5, 1.0, 3.0)]
 GIVEN = Discrete(trained_betas=[0.1, 0.2, 0.05, 0.9])
-CURVE_LIST: list[Curve] = list(dict.fromkeys([*PLAIN, *RESCALED, GIVEN, *FLOWS, *(kind() for kind in CURVES.values())]))
+SHIFT = 1.7
+SHIFTED = [
+    *(curve.shifted(SHIFT) for curve in [PLAIN[1], RESCALED[1], PLAIN[1].shifted(0.6).zero_terminal_snr()]),
+    *(kind().shifted(SHIFT) for kind in CURVES.values()),
+]
+PARTS = [
+    Truncated(PLAIN[1], 0, 199),
+    Truncated(RESCALED[1], 300, 999),
+    Truncated(Flow(shift=3.0), 0.25, 1.0),
+    *(Truncated(kind(), 0.125, 0.75) for name, kind in CURVES.items() if name not in ("discrete", "karras")),
+]
+CURVE_LIST: list[Curve] = list(
+    dict.fromkeys([*PLAIN, *RESCALED, GIVEN, *FLOWS, *(kind() for kind in CURVES.values()), *SHIFTED, *PARTS])
+)
 DISCRETE = [curve for curve in CURVE_LIST if isinstance(curve, Discrete)]
 
 
 def name_of(curve: Curve) -> str:
-    if isinstance(curve, Discrete):
+    if isinstance(curve, Discrete) and curve.snr_shift_scale == curve.rescaled_snr_shift_scale == 1:
         return curve.beta_schedule + "-ztsnr" * curve.rescale_betas_zero_snr
     return f"{curve.kind}-{CURVE_LIST.index(curve)}"
 
@@ -44,17 +59,19 @@ def many_times(curve: Curve, count: int = 4001) -> Tensor:
 
 
 def exact_table(curve: Discrete) -> tuple[list[float], list[float]]:
-    """α and σ from the betas in 50-digit arithmetic: Ho et al. eq. 4, and Lin et al. algorithm 1."""
+    """α and σ from the betas in 50-digit arithmetic: Ho et al. eq. 4, Lin et al. algorithm 1, and SNR / scale before and after."""
     with localcontext() as context:
         context.prec = 50
         alpha_bar, product = [], Decimal(1)
         for beta in curve.betas().tolist():
             product *= 1 - Decimal(beta)
             alpha_bar.append(product)
-        alpha = [value.sqrt() for value in alpha_bar]
+        alpha = [(a / (a + Decimal(curve.snr_shift_scale) * (1 - a))).sqrt() for a in alpha_bar]
         if curve.rescale_betas_zero_snr:
             first, last = alpha[0], alpha[-1]
             alpha = [(a - last) * first / (first - last) for a in alpha]
+        scale = Decimal(curve.rescaled_snr_shift_scale)
+        alpha = [(a * a / (a * a + scale * (1 - a * a))).sqrt() for a in alpha]
         return [float(a) for a in alpha], [float((1 - a * a).sqrt()) for a in alpha]
 
 
@@ -228,13 +245,34 @@ def test_shape_follows_t(curve: Curve) -> None:
 # agreement with diffusers
 
 
-@pytest.mark.parametrize("name", BETA_SCHEDULES)
-def test_betas_are_those_of_diffusers(name: str) -> None:
-    curve = Discrete(name, 0.0001, 0.02)
-    peer = DDPMScheduler(beta_schedule=name, beta_start=0.0001, beta_end=0.02)
+PEERS = {"exp": (HeunDiscreteScheduler, "exp"), "laplace_diffusers": (DDPMScheduler, "laplace")}
+
+
+@pytest.mark.parametrize("name", [name for name in BETA_SCHEDULES if name != "laplace"])
+def test_betas_are_those_of_diffusers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    curve, (kind, called) = Discrete(name, 0.0001, 0.02), PEERS.get(name, (DDPMScheduler, name))
+    peer = kind(beta_schedule=called, beta_start=0.0001, beta_end=0.02)
     assert relative(curve.betas(), peer.betas.double()) < 1e-6  # their table is float32
     alpha_bar = curve.alpha(torch.arange(1000.0, dtype=torch.float64)) ** 2
     assert relative(alpha_bar, peer.alphas_cumprod.double()) < 3e-5
+    monkeypatch.setattr(torch, "float32", torch.float64)  # and theirs in float64
+    try:
+        torch.set_default_dtype(torch.float64)
+        betas = kind(beta_schedule=called, beta_start=0.0001, beta_end=0.02).betas
+    finally:
+        torch.set_default_dtype(torch.float)
+    assert betas.dtype == torch.float64
+    assert relative(curve.betas(), betas) < 1e-11
+
+
+def test_laplace_is_that_of_the_paper() -> None:
+    """Hang et al. 2407.03297: λ = μ - b sgn(0.5 - t) log(1 - 2 |t - 0.5|), where the peer's numbers have half of that and more."""
+    curve, index = Discrete("laplace"), torch.tensor([99.0, 249, 499, 749, 899], dtype=torch.float64)
+    exact = [
+        -0.5 * math.copysign(1, 0.5 - t) * math.log(1 - 2 * abs(0.5 - t) + 1e-6) for t in (0.1, 0.25, 0.5, 0.75, 0.9)
+    ]
+    assert curve.log_snr(index).tolist() == pytest.approx(exact, abs=1e-12)
+    assert Discrete("laplace_diffusers").log_snr(index)[1:3].tolist() == pytest.approx([1.18, 0.88], abs=0.01)
 
 
 @pytest.mark.parametrize("curve", RESCALED, ids=name_of)
@@ -242,12 +280,7 @@ def test_rescaling_is_that_of_diffusers(curve: Discrete) -> None:
     alpha_bar = curve.alpha(torch.arange(1000.0, dtype=torch.float64)) ** 2
     in_float64 = torch.cumprod(1 - rescale_zero_terminal_snr(curve.betas()), 0)
     assert float((alpha_bar - in_float64).abs().max()) < 1e-13
-    peer = DDIMScheduler(
-        beta_schedule=curve.beta_schedule,
-        beta_start=curve.beta_start,
-        beta_end=curve.beta_end,
-        rescale_betas_zero_snr=True,
-    )
+    peer = DDIMScheduler(trained_betas=curve.betas().tolist(), rescale_betas_zero_snr=True)
     assert float((alpha_bar - peer.alphas_cumprod.double()).abs().max()) < 2e-6
 
 
@@ -293,10 +326,11 @@ def test_a_curve_is_a_frozen_value(curve: Curve) -> None:
 
 CHANGES: dict[str, dict[str, Any]] = {
     "discrete": {"beta_schedule": "linear", "beta_start": 0.001, "beta_end": 0.013, "num_train_timesteps": 10,
-                 "trained_betas": (0.1, 0.2), "rescale_betas_zero_snr": True},
+                 "trained_betas": (0.1, 0.2), "rescale_betas_zero_snr": True, "snr_shift_scale": 3.0,
+                 "rescaled_snr_shift_scale": 3.0},
     "flow": {"shift": 2.0, "num_train_timesteps": 10},
-    "variance_preserving": {"beta_min": 0.2, "beta_max": 19.0, "eps": 1e-2, "num_train_timesteps": 10},
-    "sub_variance_preserving": {"beta_min": 0.2, "beta_max": 19.0, "eps": 1e-2, "num_train_timesteps": 10},
+    "variance_preserving": {"beta_min": 0.2, "beta_max": 19.0, "eps": 1e-2, "snr_shift_scale": 2.0, "num_train_timesteps": 10},
+    "sub_variance_preserving": {"beta_min": 0.2, "beta_max": 19.0, "eps": 1e-2, "snr_shift_scale": 2.0, "num_train_timesteps": 10},
     "variance_exploding": {"sigma_min": 0.02, "sigma_max": 50.0, "num_train_timesteps": 10},
     "karras": {"sigma_min": 0.02, "sigma_max": 50.0, "sigma_data": 1.0, "rho": 5.0, "num_train_timesteps": 10},
     "cosine": {"log_snr_shift": 1.0, "num_train_timesteps": 10},
@@ -344,7 +378,32 @@ BAD_CURVES = [
     (lambda: Discrete("linear", num_train_timesteps=1), "^num_train_timesteps must be at least 2, got 1$"),
     (lambda: Discrete(trained_betas=[]), "^num_train_timesteps must be at least 2"),
     (lambda: Discrete(trained_betas=[0.1, 1.0, 0.1]), "^only the last beta may be 1"),
-    (lambda: Flow(shift=0.0), "^shift must be positive, got 0.0; 1 is no shift, SD3 uses 3$"),
+    (lambda: Flow(shift=0.0), "^shift must be positive and finite, got 0.0; 1 is no shift, SD3 uses 3$"),
+    (lambda: Flow().shifted(-2.0), "^factor must be positive and finite, got -2.0; 1 changes nothing$"),
+    (lambda: Discrete(snr_shift_scale=float("inf")), "^snr_shift_scale must be positive and finite, got inf; "),
+    (
+        lambda: Truncated(Discrete(), 0, 1000),
+        "^a part of this discrete schedule needs 0 <= first < last <= 999, got 0 and 1000$",
+    ),
+    (
+        lambda: Truncated(Discrete(), 0.5, 10),
+        "^a part of a discrete schedule begins and ends at whole timesteps, got 0.5 and 10$",
+    ),
+    (
+        lambda: Truncated(Flow(), 0.5, 0.5),
+        r"^a part of this flow schedule needs 0 <= first < last <= 1, got 0\.5 and 0\.5$",
+    ),
+    (lambda: Truncated(Flow(), float("nan"), 0.5), "^a part of this flow schedule needs"),
+    (
+        lambda: Truncated(Truncated(Flow(), 0.25, 0.5), 0.0, 0.5),
+        "^a part of this truncated schedule needs 0.25 <= first",
+    ),
+    (lambda: Truncated(Karras(), 1.0, 2.0), "^a karras curve has no part but another range of its own"),
+    (lambda: Truncated(RESCALED[0], 0, 500).zero_terminal_snr(), r"call zero_terminal_snr\(\) before truncated\(\)$"),
+    (
+        lambda: curve_from_config({"kind": "truncated"}),
+        r"^a truncated curve needs the config of what it is a part of under 'curve'",
+    ),
     (lambda: Flow(shift=-1.0), "^shift must be positive"),
     (lambda: Flow(shift=float("nan")), "^shift must be positive"),
     (lambda: curve_from_config({"kind": "flw"}), r"^unknown curve 'flw'; did you mean 'flow'\?$"),

@@ -1,6 +1,7 @@
 """Schedules on disk: what is written is read back equal, diffusers reads it the same, and damage is named."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import diffusers
 import pytest
 import torch
 
-from alphabar.noising import NoiseSchedule
+from alphabar.noising import Discrete, NoiseSchedule
 from alphabar.noising.files import require_writable, write_atomically
 from alphabar.noising.pretrained import CONFIG_NAME, EXACT_NAME, from_diffusers, to_diffusers
 from alphabar.sampling import Sampler
@@ -21,7 +22,16 @@ SCHEDULES = {
     "cosine": NoiseSchedule.squaredcos_cap_v2(prediction="v_prediction"),
     "betas": NoiseSchedule.from_betas([0.01, 0.02, 0.1, 0.3]),
     "flow": NoiseSchedule.flow(shift=3.0),
+    "sigmoid": NoiseSchedule.sigmoid(),
+    "exp": NoiseSchedule.exp(prediction="sample"),
+    "laplace": NoiseSchedule.laplace(),
+    "laplace_diffusers": NoiseSchedule(Discrete("laplace_diffusers")),
+    "ends_in_one": NoiseSchedule.from_betas([0.01, 0.02, 0.1, 1.0], "v_prediction"),
+    "shifted": NoiseSchedule.scaled_linear().shifted(1.7),
+    "shifted_ztsnr": NoiseSchedule.scaled_linear(prediction="v_prediction").shifted(1.7).zero_terminal_snr(),
+    "ztsnr_shifted": NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr().shifted(0.6),
 }
+BETAS = [name for name in SCHEDULES if name != "flow"]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -30,11 +40,17 @@ def test_round_trips(name: str, tmp_path: Path) -> None:
     schedule.save_pretrained(tmp_path / "scheduler")
     assert NoiseSchedule.from_pretrained(tmp_path, subfolder="scheduler") == schedule
     (tmp_path / "scheduler" / EXACT_NAME).unlink()  # from diffusers' file alone
-    assert NoiseSchedule.from_pretrained(tmp_path / "scheduler").fingerprint == schedule.fingerprint
+    again = NoiseSchedule.from_pretrained(tmp_path / "scheduler")
+    assert again.prediction == schedule.prediction
+    assert again.has_zero_terminal_snr == schedule.has_zero_terminal_snr
+    if "shifted" in name:  # its betas are written as numbers
+        assert torch.allclose(again.alphas_cumprod, schedule.alphas_cumprod, rtol=1e-11, atol=0)
+    else:
+        assert again.fingerprint == schedule.fingerprint
     assert NoiseSchedule.from_config(json.loads(json.dumps(schedule.to_config()))) == schedule
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "flow"])
+@pytest.mark.parametrize("name", BETAS)
 @pytest.mark.parametrize("kind", ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"])
 def test_diffusers_reads_the_same_schedule(name: str, kind: str, tmp_path: Path) -> None:
     schedule = SCHEDULES[name]
@@ -53,6 +69,138 @@ def test_a_class_that_ignores_zero_terminal_snr_is_not_named() -> None:
     schedule = SCHEDULES["ztsnr"]
     assert to_diffusers(schedule, Sampler(schedule, "heun").to_diffusers())["_class_name"] == "DDIMScheduler"
     assert to_diffusers(schedule, Sampler(schedule, "euler").to_diffusers())["_class_name"] == "EulerDiscreteScheduler"
+
+
+NAMED = [
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+    "CogVideoXDDIMScheduler",
+    "CogVideoXDPMScheduler",
+]
+
+
+@pytest.mark.parametrize("name", BETAS)
+@pytest.mark.parametrize("kind", NAMED)
+def test_the_class_that_is_named_reads_all_that_the_schedule_holds(name: str, kind: str, tmp_path: Path) -> None:
+    """Whichever class a sampler asks for: the file names it or another, and that one has the schedule's numbers."""
+    schedule = SCHEDULES[name]
+    config = to_diffusers(schedule, {"_class_name": kind})
+    scheduler: Any = getattr(diffusers, config["_class_name"]).from_config(config)
+    assert config["_class_name"] in (kind, "DDIMScheduler")
+    theirs, ours = scheduler.alphas_cumprod.double(), schedule.alphas_cumprod
+    end = -1 if schedule.has_zero_terminal_snr else None
+    assert torch.allclose(theirs[:end], ours[:end], rtol=2e-4, atol=1e-9)
+    assert not schedule.has_zero_terminal_snr or float(theirs[-1]) <= 2.0**-24
+    again = from_diffusers(json.loads(json.dumps(config)))
+    assert torch.allclose(again.alphas_cumprod, ours, rtol=1e-11, atol=0)
+    assert again.has_zero_terminal_snr == schedule.has_zero_terminal_snr
+
+
+def test_cogvideox_keeps_its_shift_by_name() -> None:
+    schedule = NoiseSchedule.scaled_linear(prediction="v_prediction").shifted(3**0.5).zero_terminal_snr()
+    config = to_diffusers(schedule, {"_class_name": "CogVideoXDDIMScheduler"})
+    assert config["snr_shift_scale"] == pytest.approx(3.0, rel=1e-15)
+    assert (config["beta_schedule"], config["trained_betas"], config["rescale_betas_zero_snr"]) == (
+        "scaled_linear",
+        None,
+        True,
+    )
+    assert from_diffusers(config) == schedule
+    plain = to_diffusers(NoiseSchedule.scaled_linear(), {"_class_name": "CogVideoXDPMScheduler"})
+    assert plain["snr_shift_scale"] == 1.0  # the class's own default is 3
+    assert "snr_shift_scale" not in to_diffusers(schedule)
+
+
+@pytest.mark.parametrize(
+    "kind", ["DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep", "SASolver"]
+)
+def test_solvers_that_sample_a_flow(kind: str) -> None:
+    config = to_diffusers(SCHEDULES["flow"], {"_class_name": f"{kind}Scheduler"})
+    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    assert type(scheduler).__name__ == f"{kind}Scheduler"
+    scheduler.set_timesteps(10)
+    sigmas = scheduler.sigmas.double()[:-1]
+    time = SCHEDULES["flow"].curve.time_at_noise_level(sigmas)
+    assert torch.allclose(time.diff(), torch.full((9,), -0.0999, dtype=torch.float64), atol=1e-5)  # 1 to 1 / T
+    assert from_diffusers(config) == SCHEDULES["flow"]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "named"),
+    [
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, "FlowMatchEulerDiscreteScheduler"),
+        ({"_class_name": "EulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler"),
+        ({"_class_name": "DDIMScheduler"}, "FlowMatchEulerDiscreteScheduler"),
+        ({"_class_name": "FlowMatchHeunDiscreteScheduler"}, "FlowMatchHeunDiscreteScheduler"),
+        ({}, "FlowMatchEulerDiscreteScheduler"),
+    ],
+)
+def test_a_class_that_ignores_the_flow_is_not_named(sampling: dict[str, Any], named: str) -> None:
+    config = to_diffusers(SCHEDULES["flow"], sampling)
+    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    assert config["_class_name"] == named
+    assert scheduler.config["shift"] == 3.0
+    assert from_diffusers(config) == SCHEDULES["flow"]
+
+
+FLUX = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+}
+
+
+def test_dynamic_shifting_needs_the_tokens(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"use_dynamic_shifting: its shift depends on the size of the image; give tokens="
+    ):
+        from_diffusers(FLUX)
+    assert from_diffusers(FLUX, tokens=1024) == NoiseSchedule.flow().shifted_for_tokens(1024)
+    other = from_diffusers(FLUX | {"max_shift": 0.9, "time_shift_type": "linear"}, tokens=4096)
+    assert other == NoiseSchedule.flow(shift=0.9)
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(FLUX))
+    assert NoiseSchedule.from_pretrained(tmp_path, tokens=256).curve.shift == pytest.approx(math.exp(0.5))
+    for config in (FLUX | {"use_dynamic_shifting": False}, to_diffusers(SCHEDULES["sd"])):
+        with pytest.raises(ValueError, match="tokens are for a config that says use_dynamic_shifting"):
+            from_diffusers(config, tokens=256)
+
+
+def test_configs_of_other_schedules() -> None:
+    wan = {
+        "_class_name": "UniPCMultistepScheduler",
+        "use_flow_sigmas": True,
+        "flow_shift": 5.0,
+        "prediction_type": "flow_prediction",
+    }
+    assert from_diffusers(wan) == NoiseSchedule.flow(shift=5.0)
+    assert from_diffusers({"_class_name": "CogVideoXDDIMScheduler"}).curve == Discrete(snr_shift_scale=3.0)
+    peers = {"_class_name": "DDPMScheduler", "beta_schedule": "laplace"}
+    assert from_diffusers(peers).curve.beta_schedule == "laplace_diffusers"
+    ignored = {"_class_name": "DDIMScheduler", "snr_shift_scale": 3.0}  # by that class too
+    assert from_diffusers(ignored) == from_diffusers({"_class_name": "DDIMScheduler"})
+    with pytest.raises(
+        ValueError, match="^a config of EDMEulerScheduler does not say its noise schedule in a form that is known"
+    ):
+        from_diffusers({"_class_name": "EDMEulerScheduler", "prediction_type": "epsilon"})
+    with pytest.raises(ValueError, match="^invert_sigmas runs time from noise to data"):
+        from_diffusers({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True})
 
 
 def test_diffusers_reads_a_flow(tmp_path: Path) -> None:

@@ -1,0 +1,75 @@
+"""Beta schedules: the T variances β_1 ... β_T of a discrete curve, by name.
+
+Those that are stated through ᾱ(t) on t in [0, 1] become betas as β_i = 1 - ᾱ(i / T) / ᾱ((i - 1) / T)
+(Nichol & Dhariwal 2102.09672, §3.2), which are capped at 0.999.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+MAX_BETA = 0.999
+
+
+def _linear(n: int, start: float, end: float) -> Tensor:
+    return torch.linspace(start, end, n, dtype=torch.float64)
+
+
+def _scaled_linear(n: int, start: float, end: float) -> Tensor:
+    return torch.linspace(start**0.5, end**0.5, n, dtype=torch.float64) ** 2
+
+
+def _sigmoid(n: int, start: float, end: float) -> Tensor:
+    # GeoDiff (Xu et al. 2203.02923): betas that follow a sigmoid from -6 to 6
+    return torch.sigmoid(torch.linspace(-6, 6, n, dtype=torch.float64)) * (end - start) + start
+
+
+def _squaredcos_cap_v2(n: int, start: float, end: float) -> Tensor:
+    # Nichol & Dhariwal 2102.09672, eq. 17: ᾱ(t) = cos²((t + 0.008) / 1.008 π/2)
+    return _of_alpha_bar(torch.cos((_times(n) + 0.008) / 1.008 * math.pi / 2) ** 2)
+
+
+def _exp(n: int, start: float, end: float) -> Tensor:
+    return torch.full((n,), -math.expm1(-12 / n), dtype=torch.float64)  # ᾱ(t) = e^(-12 t)
+
+
+def _laplace(n: int, start: float, end: float) -> Tensor:
+    alpha_bar = torch.sigmoid(_laplace_log_snr(n))
+    alpha_bar[0] = 1.0  # so that the table holds ᾱ(i / T) itself, not its ratio to ᾱ(0) = 0.999
+    return _of_alpha_bar(alpha_bar)
+
+
+def _laplace_diffusers(n: int, start: float, end: float) -> Tensor:
+    return _of_alpha_bar(torch.sigmoid(_laplace_log_snr(n)).sqrt())  # α in the place of ᾱ
+
+
+def _laplace_log_snr(n: int) -> Tensor:
+    # Hang et al. 2407.03297, the Laplace schedule with μ = 0 and b = 1/2; 1e-6 keeps the ends finite
+    distance = 0.5 - _times(n)
+    return -0.5 * torch.where(distance < 0, -1.0, 1.0) * (1 - 2 * distance.abs() + 1e-6).log()
+
+
+def _times(n: int) -> Tensor:
+    return torch.arange(n + 1, dtype=torch.float64) / n
+
+
+def _of_alpha_bar(alpha_bar: Tensor) -> Tensor:
+    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=MAX_BETA)
+
+
+BETA_SCHEDULES: Mapping[str, Callable[[int, float, float], Tensor]] = {
+    "linear": _linear,
+    "scaled_linear": _scaled_linear,
+    "squaredcos_cap_v2": _squaredcos_cap_v2,
+    "sigmoid": _sigmoid,
+    "exp": _exp,
+    "laplace": _laplace,
+    "laplace_diffusers": _laplace_diffusers,
+}
+"""Every beta schedule by the name that diffusers gives it: (T, beta_start, beta_end) -> T betas in float64.
+
+The names mean the numbers of diffusers, but for one: its 'laplace' puts α where α² is meant, and is 'laplace_diffusers' here."""
