@@ -26,13 +26,13 @@ SCHEDULES = {
     "ztsnr": NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr(),
     "squaredcos": NoiseSchedule.squaredcos_cap_v2(),
     "flow": NoiseSchedule.flow(shift=3.0),
+    "shifted_ztsnr": NoiseSchedule.scaled_linear(prediction="v_prediction").shifted(1.7).zero_terminal_snr(),
 }
 EVERY_SCHEDULE = SCHEDULES | {  # more curves, for the tests that are fast
     "sigmoid": NoiseSchedule.sigmoid(),
     "exp": NoiseSchedule.exp(),
     "laplace": NoiseSchedule.laplace(),
     "shifted": NoiseSchedule.scaled_linear().shifted(1.7),
-    "shifted_ztsnr": NoiseSchedule.scaled_linear(prediction="v_prediction").shifted(1.7).zero_terminal_snr(),
     "flow_part": NoiseSchedule.flow(shift=3.0).truncated(0.0, 0.6),
     "discrete_part": NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr().truncated(300, 999),
     "variance_preserving": NoiseSchedule.variance_preserving(),

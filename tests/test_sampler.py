@@ -146,7 +146,7 @@ LEFT_OUT = ("tcd", "lcm", "plms", "ipndm")
 
 @pytest.mark.parametrize("method", [m.name for m in METHODS.values() if not m.inverse and m.name not in LEFT_OUT])
 @pytest.mark.parametrize("grid", ["linspace", "leading", "trailing", "karras"])
-@pytest.mark.parametrize("name", ["ztsnr", "flow"])
+@pytest.mark.parametrize("name", ["ztsnr", "shifted_ztsnr", "flow"])
 def test_a_network_that_knows_the_data_ends_there(method: str, grid: str, name: str) -> None:
     """Finite, and right, from α = 0 on: through the public face, in float32, for every prediction that is well-posed."""
     x0 = torch.linspace(-1, 1, math.prod(SHAPE)).view(SHAPE)
