@@ -12,19 +12,15 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from ..noising import NoiseSchedule
+from .figures import COLOURS, FAINT, INK, MARKS, dress, edges, mark_infinity, new_figure, title, written
 from .grids import make_knots
 from .knots import Knot
 from .table import Draw, Evaluation, Step, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
-"""Okabe and Ito's colours, which the colour-blind can tell apart."""
-MARKS = "osD^vPX<>*h"
-INK, FAINT = "#333333", "#DDDDDD"
 LOG_SNR = "log SNR   (noise → data)"
 
 
@@ -46,25 +42,25 @@ def plot_grids(
     laid = {_label(grid): make_knots(schedule, steps, **_asked(grid)) for grid in grids}
     if not laid:
         raise ValueError("name at least one grid")
-    figure = _figure(11, max(4.2, 0.32 * len(laid) + 1.6))
+    figure = new_figure(11, max(4.2, 0.32 * len(laid) + 1.6))
     curves, calls = figure.subplots(1, 2, width_ratios=(1.25, 1), sharey=False)
-    low, high = _edges(k for knots in laid.values() for k in knots)
+    low, high = edges(_log_snr(k) for knots in laid.values() for k in knots)
     styles = list(zip(laid.items(), cycle(COLOURS), cycle(MARKS)))
     for (name, knots), colour, mark in styles:
         _curve(curves, knots, low, high, colour, mark, name)
     for line, ((_, knots), colour, mark) in enumerate(styles):
         _calls(calls, knots[:-1], line, low, high, colour, mark)
-    _dress(curves, "log SNR after each step", "step", LOG_SNR)
-    _dress(calls, "where the network is called", LOG_SNR, "")
-    _mark_infinity(curves.yaxis, low, high, [k for knots in laid.values() for k in knots])
-    _mark_infinity(calls.xaxis, low, high, [k for knots in laid.values() for k in knots[:-1]])
+    dress(curves, "log SNR after each step", "step", LOG_SNR)
+    dress(calls, "where the network is called", LOG_SNR, "")
+    mark_infinity(curves.yaxis, low, high, [_log_snr(k) for knots in laid.values() for k in knots])
+    mark_infinity(calls.xaxis, low, high, [_log_snr(k) for knots in laid.values() for k in knots[:-1]])
     if len(laid) <= 10:  # the other panel names them too
         curves.legend(loc="upper left", fontsize=8, frameon=False, handlelength=1.6)
     calls.set_yticks(range(len(laid)), [name.replace(" (", "\n(") for name in laid])
     calls.tick_params(axis="y", length=0)
     calls.set_ylim(len(laid) - 0.5, -0.5)
-    _title(figure, f"{steps} steps on {str(schedule).split(' [')[0]}")
-    return _written(figure, path)
+    title(figure, f"{steps} steps on {str(schedule).split(' [')[0]}")
+    return written(figure, path)
 
 
 def plot_table(table: Table, path: str | os.PathLike[str] | None = None) -> Figure:
@@ -78,9 +74,9 @@ def plot_table(table: Table, path: str | os.PathLike[str] | None = None) -> Figu
     >>> [line.get_label() for line in figure.axes[1].lines if not line.get_label().startswith("_")]
     ['x', 'network', 'memory 1']
     """
-    figure = _figure(8.5, 6.6)
+    figure = new_figure(8.5, 6.6)
     curve, weights = figure.subplots(2, 1, height_ratios=(1, 1.5), sharex=True)
-    low, high = _edges(table.knots)
+    low, high = edges(_log_snr(k) for k in table.knots)
     _curve(curve, table.knots, low, high, COLOURS[0], "o", table.name)
     series = coefficients(table)
     for (name, values), colour, mark in zip(series.items(), cycle(COLOURS), cycle(MARKS)):
@@ -90,14 +86,14 @@ def plot_table(table: Table, path: str | os.PathLike[str] | None = None) -> Figu
     largest = max(abs(v) for values in series.values() for v in values if v is not None)
     if largest > 20:
         weights.set_yscale("symlog", linthresh=1.0)
-    _dress(curve, "log SNR after each step", "", LOG_SNR)
-    _dress(
+    dress(curve, "log SNR after each step", "", LOG_SNR)
+    dress(
         weights, "what the next x is made of", "step", f"coefficient{', symmetric log scale' if largest > 20 else ''}"
     )
-    _mark_infinity(curve.yaxis, low, high, table.knots)
+    mark_infinity(curve.yaxis, low, high, [_log_snr(k) for k in table.knots])
     weights.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9, frameon=False)
-    _title(figure, f"{table.name}: {len(table.steps)} steps, {table.evaluations} evaluations, {table.draws} draws")
-    return _written(figure, path)
+    title(figure, f"{table.name}: {len(table.steps)} steps, {table.evaluations} evaluations, {table.draws} draws")
+    return written(figure, path)
 
 
 def coefficients(table: Table) -> dict[str, list[float | None]]:
@@ -148,13 +144,6 @@ def _log_snr(knot: Knot) -> float:
     return 2 * knot.half_log_snr
 
 
-def _edges(knots: Any) -> tuple[float, float]:
-    """Return where the infinite ends are drawn: outside all finite values by a tenth of their range."""
-    finite = [value for value in map(_log_snr, knots) if math.isfinite(value)] or [0.0]
-    margin = 0.1 * (max(finite) - min(finite)) or 1.0
-    return min(finite) - margin, max(finite) + margin
-
-
 def _curve(axes: Axes, knots: Sequence[Knot], low: float, high: float, colour: str, mark: str, name: str) -> None:
     values = [_log_snr(knot) for knot in knots]
     drawn = [min(max(value, low), high) for value in values]
@@ -174,46 +163,3 @@ def _calls(axes: Axes, knots: Sequence[Knot], line: int, low: float, high: float
         axes.plot(
             min(max(value, low), high), line, marker=mark, ms=5, mec=colour, mfc=colour if inside else "white", ls=""
         )
-
-
-def _figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "pictures need matplotlib, which is not installed: pip install 'alphabar[matplotlib]'"
-        ) from error
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
-
-
-def _dress(axes: Axes, title: str, x: str, y: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_title(title, loc="left", fontsize=10, color=INK)
-    axes.set_xlabel(x, color=INK, fontsize=9)
-    axes.set_ylabel(y, color=INK, fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=INK, labelsize=9)
-    axes.grid(axis="y" if y else "x", color=FAINT, lw=0.6)
-    axes.set_axisbelow(True)
-    if x == "step":
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-
-
-def _mark_infinity(axis: Axis, low: float, high: float, knots: Sequence[Knot]) -> None:
-    """Name the edges at which infinite values stand, where there are any."""
-    values = {_log_snr(knot) for knot in knots}
-    ends = {at: name for at, name, value in ((low, "−∞", -math.inf), (high, "∞", math.inf)) if value in values}
-    inside = [tick for tick in axis.get_majorticklocs() if 0.1 < (tick - low) / (high - low) < 0.9]
-    ticks = sorted(({tick: f"{tick:g}".replace("-", "−") for tick in inside} | ends).items())
-    axis.set_ticks([at for at, _ in ticks], [name for _, name in ticks])
-
-
-def _title(figure: Figure, words: str) -> None:
-    figure.suptitle(words, x=0.01, ha="left", fontsize=9.5 if len(words) < 100 else 8, color=INK)
-
-
-def _written(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
-    if path is not None:
-        figure.savefig(path, dpi=150)
-    return figure

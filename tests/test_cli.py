@@ -106,6 +106,26 @@ def test_plot_table(tmp_path: Path) -> None:
     assert "euler_ancestral: 5 steps" in re.sub(r"<!--\s*(.*?)\s*-->", r"\1", out.read_text(encoding="utf-8"))
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["schedule"],
+        ["schedule", "cosine", "flow:shift=3,t_max=0.5", "scaled_linear:zero_snr=true"],
+        ["weights", "--prediction", "epsilon", "v_prediction"],
+        ["weights", "min_snr:gamma=1", "min_snr:gamma=5", "--zero_snr"],
+        ["timesteps"],
+        ["timesteps", "uniform", "--schedule", "flow:shift=3"],
+    ],
+    ids=" ".join,
+)
+def test_plot_what_training_is_told(arguments: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "x.svg"
+    assert main(["plot", *arguments, "--out", str(out)]) == 0
+    words = out.read_text(encoding="utf-8")
+    items = [word for word in arguments[1:] if ":" in word or word in ("cosine", "uniform")]
+    assert all(item in words for item in items if arguments[arguments.index(item) - 1] != "--schedule")
+
+
 def test_plot_writes_where_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["plot", "grids", "trailing"]) == 0
@@ -138,6 +158,13 @@ BAD: list[tuple[list[str], str]] = [
         ["grids", "--schedule", "karras", "--zero_snr"],
         "alphabar plot: a karras curve cannot be rescaled to zero terminal SNR",
     ),
+    (["schedule", "flw"], "alphabar plot: unknown schedule 'flw'; did you mean 'flow'?\n"),
+    (
+        ["weights", "min_snr:gama=1"],
+        "alphabar plot: unknown option of weighting min_snr 'gama'; did you mean 'gamma'?\n",
+    ),
+    (["weights", "--zero_snr", "--prediction", "epsilon"], "alphabar plot: prediction 'epsilon' is ill-posed"),
+    (["timesteps", "unifrm"], "alphabar plot: unknown timestep density 'unifrm'; did you mean 'uniform'?\n"),
     (["table", "Eulr"], "alphabar plot: unknown method 'Eulr'; did you mean 'Euler' or 'Euler a'?\n"),
     (["table", "--grid", "karas"], "alphabar plot: unknown grid 'karas'; did you mean 'karras'?\n"),
     (["grids", "--out", "x.xyz"], "alphabar plot: Format 'xyz' is not supported"),

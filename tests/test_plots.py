@@ -1,4 +1,4 @@
-"""Pictures: what is drawn is what the grids and the tables hold."""
+"""Pictures: what is drawn is what the schedules, weights, densities, grids and tables hold."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from matplotlib.axes import Axes
 from PIL import Image
+from torch import Tensor, nn
 
-from alphabar.noising import NoiseSchedule
+from alphabar.noising import CURVES, TIMESTEPS, WEIGHTINGS, MinSNR, NoiseSchedule, Timesteps, UniformTimesteps
 from alphabar.sampling import GRIDS, METHODS, Sampler, make_knots
 from alphabar.sampling.plotting import COLOURS, coefficients, plot_grids, plot_table
 from alphabar.sampling.table import Evaluation
+from alphabar.training.command_plot import drawable
+from alphabar.training.items import SCHEDULES, made, parse_item, read_schedule
+from alphabar.training.plotting import densities_of, is_learned, plot_schedules, plot_timesteps, plot_weights
 
 SCALED = NoiseSchedule.scaled_linear(prediction="v_prediction")
 ZTSNR = SCALED.zero_terminal_snr()
@@ -110,6 +115,9 @@ def test_pictures_are_written(tmp_path: Path, ending: str) -> None:
     for file, draw in (
         (tmp_path / f"grids.{ending}", lambda path: plot_grids(SCALED, steps=5, path=path)),
         (tmp_path / f"table.{ending}", lambda path: Sampler(ZTSNR, "dpmpp_sde", steps=5).table.plot(path)),
+        (tmp_path / f"schedule.{ending}", lambda path: plot_schedules({"sd": SCALED, "zero SNR": ZTSNR}, path)),
+        (tmp_path / f"weights.{ending}", lambda path: plot_weights(ZTSNR, {"min_snr": MinSNR()}, path=path)),
+        (tmp_path / f"timesteps.{ending}", lambda path: plot_timesteps(FLOW, {"uniform": UniformTimesteps()}, path)),
     ):
         draw(file)
         assert file.stat().st_size > 4000
@@ -140,3 +148,218 @@ def test_bad_input() -> None:
         plot_grids(SCALED, ["karas"])
     with pytest.raises(ValueError, match=r"^name at least one grid$"):
         plot_grids(SCALED, [])
+    for draw, what in (
+        (lambda: plot_schedules({}), "schedule"),
+        (lambda: plot_weights(SCALED, {}), "weighting"),
+        (lambda: plot_timesteps(SCALED, {}), "timestep density"),
+    ):
+        with pytest.raises(ValueError, match=f"^name at least one {what}$"):
+            draw()
+
+
+# schedules
+
+
+def test_schedules_are_drawn_as_they_are() -> None:
+    drawn = {"plain": SCALED, "zero": ZTSNR, "flow": NoiseSchedule.flow(shift=3.0), "edm": NoiseSchedule.karras()}
+    figure = plot_schedules(drawn)
+    alpha, sigma, log_snr = (named(axes) for axes in figure.axes)
+    assert list(alpha) == list(sigma) == list(log_snr) == list(drawn)
+    for label, schedule in drawn.items():
+        x, u = alpha[label][0], torch.tensor(alpha[label][0], dtype=torch.float64)
+        assert (x[0], x[-1], x == sigma[label][0] == log_snr[label][0]) == (0.0, 1.0, True)
+        curve = schedule.curve
+        t = curve.time_at_quantile(u) if label == "edm" else u * curve.t_max
+        assert alpha[label][1] == pytest.approx(schedule.alpha(t).tolist(), abs=1e-12)
+        assert sigma[label][1] == pytest.approx(schedule.sigma(t).tolist(), rel=1e-12)
+        ours, exact = torch.tensor(log_snr[label][1]).double(), schedule.log_snr(t)
+        assert torch.allclose(ours[exact.isfinite()], exact[exact.isfinite()], rtol=1e-5)
+        assert bool(ours[~exact.isfinite()].isnan().all())
+    rings = [line for line in figure.axes[2].lines if len(line.get_xdata()) == 1]
+    assert len(rings) == 3  # both ends of the flow, one of zero SNR
+    at_noise = [line.get_markersize() for line in rings if line.get_xdata()[0] == 1.0]
+    assert len(set(at_noise)) == 2  # neither hides the other
+    assert ticks(figure.axes[2].yaxis)[0] == "−∞"
+    assert ticks(figure.axes[2].yaxis)[-1] == "∞"
+    assert figure.axes[1].get_yscale() == "log"
+    assert plot_schedules({"plain": SCALED}).axes[1].get_yscale() == "linear"
+
+
+def test_a_part_is_drawn_where_it_lies() -> None:
+    (x, _), *_ = named(plot_schedules({"part": SCALED.truncated(500, 999)}).axes[0]).values()
+    assert x[0] == pytest.approx(0.5, abs=2e-3)
+    assert x[-1] == 1.0
+
+
+@pytest.mark.parametrize("kind", CURVES)
+def test_every_curve_can_be_drawn(kind: str) -> None:
+    schedule = NoiseSchedule(CURVES[kind](), "v_prediction")
+    for axes in plot_schedules({kind: schedule, "shifted": schedule.shifted(2.0)}).axes:
+        assert len(named(axes)) == 2
+
+
+# weights
+
+
+@pytest.mark.parametrize("name", drawable(WEIGHTINGS))
+def test_weights_are_those_of_training(name: str) -> None:
+    predictions, weighting = ["v_prediction", "sample", "flow_prediction"], WEIGHTINGS[name]()
+    figure = plot_weights(ZTSNR, {name: weighting, "uniform": WEIGHTINGS["uniform"]()}, predictions)
+    for axes, prediction in zip(figure.axes, predictions, strict=True):
+        x, y = named(axes)[name]
+        schedule = ZTSNR.with_prediction(prediction)
+        t = schedule.time(torch.tensor(x, dtype=torch.float64))
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        expected = weighting(alpha, sigma, schedule.prediction.determinant(alpha, sigma))
+        assert min(x) < -10
+        assert y == pytest.approx(expected.tolist(), rel=1e-6)
+        assert axes.get_yscale() == "log"
+        assert set(named(axes)["uniform"][1]) == {1.0}
+
+
+class Learned(nn.Module):
+    floor = 0.0
+
+
+class FollowsLosses(UniformTimesteps):
+    def history(self) -> object:
+        return nn.Identity()
+
+
+def test_what_is_learned_is_not_drawn() -> None:
+    assert is_learned(Learned())
+    with pytest.raises(ValueError, match=r"^weighting 'mine' is learned: what its weights are, only training says$"):
+        plot_weights(SCALED, {"mine": Learned()})
+    with pytest.raises(ValueError, match=r"^timestep density 'mine' follows measured losses"):
+        plot_timesteps(SCALED, {"mine": FollowsLosses()})
+
+    def needs(gamma: float) -> MinSNR:
+        return MinSNR(gamma=gamma)
+
+    assert drawable({"learned": Learned, "needs": needs, "min_snr": MinSNR}) == ["min_snr"]
+    assert drawable(TIMESTEPS)[0] == "uniform"
+    assert "stratified" not in drawable(TIMESTEPS)  # the same density as uniform
+
+
+# densities
+
+
+class LogitNormal(Timesteps):
+    def quantile(self, u: Tensor) -> Tensor:
+        return torch.sigmoid(0.5 + math.sqrt(2) * torch.erfinv(2 * u - 1))
+
+
+class HalfAtTheEnd(Timesteps):
+    def quantile(self, u: Tensor) -> Tensor:
+        return (2 * u).clamp(max=1.0)
+
+
+def test_a_density_is_exact() -> None:
+    (x, p), (log_snr, q) = densities_of(LogitNormal(), FLOW.curve)
+    edges = torch.linspace(0, 1, len(x) + 1, dtype=torch.float64)
+    cdf = torch.special.ndtr(torch.logit(edges) - 0.5)
+    assert p.tolist() == pytest.approx((cdf.diff() * len(x)).tolist(), abs=1e-12)
+    # on the straight flow log SNR is -2 logit(t): normal, of mean -1 and deviation 2
+    steps = log_snr.diff().mean()
+    ends = torch.cat([log_snr - steps / 2, log_snr[-1:] + steps / 2])
+    shares = torch.special.ndtr((ends + 1) / 2).diff().abs() / steps.abs()
+    assert q.tolist() == pytest.approx(shares.tolist(), abs=1e-10)
+    assert float((q * steps.abs()).sum()) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_density_on_timesteps_is_the_probability_of_each() -> None:
+    schedule = NoiseSchedule.linear(num_train_timesteps=10)
+    (x, p), (log_snr, q) = densities_of(LogitNormal(), schedule.curve)
+    edges = torch.special.ndtr(torch.logit(torch.linspace(0, 1, 11, dtype=torch.float64)) - 0.5)
+    assert x.tolist() == pytest.approx([0.05 + 0.1 * k for k in range(10)])
+    assert (p / 10).tolist() == pytest.approx(edges.diff().tolist(), abs=1e-12)
+    levels = schedule.log_snr(torch.arange(10.0, dtype=torch.float64))
+    assert log_snr.tolist() == levels.tolist()
+    assert q[4].item() == pytest.approx(float(edges.diff()[4] / ((levels[3] - levels[5]) / 2)), rel=1e-9)
+    assert (
+        len(densities_of(LogitNormal(), ZTSNR.curve)[1][0]) == 998
+    )  # zero SNR, and the interval that ends there, have no width
+
+
+def test_a_mass_at_one_time_is_in_its_interval() -> None:
+    (_, p), _ = densities_of(HalfAtTheEnd(), NoiseSchedule.flow().truncated(0.25, 1.0).curve)
+    assert p[:-1].tolist() == pytest.approx([0.5] * (len(p) - 1), abs=1e-9)
+    assert float(p.mean()) == pytest.approx(1.0)
+    assert float(p[-1]) == pytest.approx(len(p) * 0.5 + 0.5)
+
+
+@pytest.mark.parametrize("name", drawable(TIMESTEPS))
+@pytest.mark.parametrize("schedule", [SCALED, ZTSNR, FLOW, NoiseSchedule.karras()], ids=str)
+def test_every_density_can_be_drawn(name: str, schedule: NoiseSchedule) -> None:
+    figure = plot_timesteps(schedule, {name: TIMESTEPS[name]()})
+    _, y = named(figure.axes[0])[name]
+    assert sum(y) / len(y) == pytest.approx(1.0, abs=1e-9)  # all of it is there
+    assert min(y) >= 0
+    assert list(named(figure.axes[1])) == [name]
+
+
+# items
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        ("flow", ("flow", {})),
+        ("a:b=1,c=2.5e-3,d=true,e=None,f=word", ("a", {"b": 1, "c": 0.0025, "d": True, "e": None, "f": "word"})),
+        ("per_range:ranges=((0, 0.5, 2.0), (0.5, 1, 1)),elsewhere=3", None),
+        ("C:/runs/a", ("C:/runs/a", {})),
+        ("runs/a:shifted=2", ("runs/a", {"shifted": 2})),
+        ("a:b=-1", ("a", {"b": -1})),
+        ("a:", ("a", {})),
+    ],
+)
+def test_items(text: str, parsed: Any) -> None:
+    if parsed is None:
+        parsed = ("per_range", {"ranges": ((0, 0.5, 2.0), (0.5, 1, 1)), "elsewhere": 3})
+    assert parse_item(text) == parsed
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_items_of_schedules(name: str, tmp_path: Path) -> None:
+    plain = read_schedule(name)
+    assert read_schedule(f"{name}:prediction=sample,shifted=2") == plain.with_prediction("sample").shifted(2)
+    plain = plain if plain.curve.kind in ("discrete", "flow") else FLOW
+    if plain.prediction.name in ("epsilon", "flow_prediction"):
+        plain.save_pretrained(tmp_path)
+        assert read_schedule(f"{tmp_path}:shifted=1.5") == plain.shifted(1.5)
+
+
+def test_transformations_act_in_their_order() -> None:
+    first = read_schedule("scaled_linear:shifted=2,zero_snr=true,t_min=100")
+    assert first == SCALED.shifted(2).zero_terminal_snr().truncated(t_min=100)
+    assert read_schedule("scaled_linear:zero_snr=true,shifted=2") == ZTSNR.shifted(2)
+    assert read_schedule("scaled_linear:prediction=sample,zero_snr=true").prediction.name == "sample"
+
+
+BAD_ITEMS: list[tuple[Any, str]] = [
+    (lambda: made("weighting", "min_snrr", WEIGHTINGS), "^unknown weighting 'min_snrr'; did you mean 'min_snr'"),
+    (
+        lambda: made("weighting", "min_snr:gama=5", WEIGHTINGS),
+        "^unknown option of weighting min_snr 'gama'; did you mean 'gamma'",
+    ),
+    (lambda: made("weighting", "min_snr:gamma=big", WEIGHTINGS), "^weighting min_snr does not take gamma='big': "),
+    (
+        lambda: made("weighting", "min_snr:gamma=0", WEIGHTINGS),
+        "^snr gamma must be positive and finite, got 0; the paper uses 5",
+    ),
+    (lambda: made("x", "f", {"f": lambda gamma: gamma}), r"^x f needs gamma; write e\.g\. f:gamma=\.\.\.$"),
+    (lambda: parse_item("min_snr:gamma=1,floor"), "^option 'floor' of 'min_snr:gamma=1,floor' has no value"),
+    (lambda: parse_item("a:b=1,b=2"), "^option 'b' of 'a:b=1,b=2' is given twice; write name:option=value"),
+    (lambda: read_schedule("flow:shif=3"), "^unknown option of schedule flow 'shif'; did you mean 'shift'"),
+    (lambda: read_schedule("flow:shift=3,shiftd=2"), "^unknown option of schedule flow 'shiftd'; did you mean"),
+    (lambda: read_schedule("flow:shift=0"), "^shift must be positive and finite, got 0"),
+    (lambda: read_schedule("./nowhere:shifted=2"), "no schedule in 'nowhere'"),
+    (lambda: read_schedule("laplac"), "^unknown schedule 'laplac'; did you mean 'laplace'"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(BAD_ITEMS)))
+def test_bad_items(number: int) -> None:
+    call, message = BAD_ITEMS[number]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        call()

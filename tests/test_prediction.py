@@ -12,7 +12,7 @@ import torch
 
 from alphabar.noising import PREDICTIONS, NoiseSchedule, Prediction
 from alphabar.noising.prediction import KarrasF, resolve_prediction
-from oracles import ALL_PREDICTIONS, EVERY_SCHEDULE, SCHEDULES, allowed
+from oracles import ALL_PREDICTIONS, EVERY_SCHEDULE, allowed
 
 TOLERANCE = 1e-12
 LEVELS = {  # (α, σ) on variance preserving, flow and variance exploding paths

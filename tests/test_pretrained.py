@@ -196,10 +196,10 @@ def test_configs_of_other_schedules() -> None:
     ignored = {"_class_name": "DDIMScheduler", "snr_shift_scale": 3.0}  # by that class too
     assert from_diffusers(ignored) == from_diffusers({"_class_name": "DDIMScheduler"})
     with pytest.raises(
-        ValueError, match="^a config of EDMEulerScheduler does not say its noise schedule in a form that is known"
+        ValueError, match=r"^a config of EDMEulerScheduler does not say its noise schedule in a form that is known"
     ):
         from_diffusers({"_class_name": "EDMEulerScheduler", "prediction_type": "epsilon"})
-    with pytest.raises(ValueError, match="^invert_sigmas runs time from noise to data"):
+    with pytest.raises(ValueError, match=r"^invert_sigmas runs time from noise to data"):
         from_diffusers({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True})
 
 

@@ -18,8 +18,8 @@ from alphabar.noising import (
     Discrete,
     Flow,
     Karras,
-    Noising,
     NoiseSchedule,
+    Noising,
     Truncated,
     resolution_shift,
     token_shift,
@@ -281,5 +281,5 @@ def test_what_a_part_is_is_said(tmp_path: Path) -> None:
     assert "snr_shift_scale=" in str(part)
     assert "first=0.0, last=199.0) with v_prediction [" in str(part)
     assert "snr_shift_scale" not in str(SD)
-    with pytest.raises(ValueError, match="^diffusers has no scheduler config for a truncated curve$"):
+    with pytest.raises(ValueError, match=r"^diffusers has no scheduler config for a truncated curve$"):
         part.save_pretrained(tmp_path)

@@ -1,38 +1,111 @@
-"""Draw grids and sampler tables as pictures (PNG, SVG or PDF); needs matplotlib."""
+"""Draw schedules, weights, timestep densities, grids and sampler tables as pictures (PNG, SVG or PDF); needs matplotlib."""
 
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
-from ..noising import NoiseSchedule
+from ..noising import PREDICTIONS, TIMESTEPS, WEIGHTINGS
 from ..noising.files import require_writable
-from ..noising.registry import lookup
 from ..sampling import GRIDS, Sampler
 from ..sampling.plotting import plot_grids, plot_table
+from .items import SCHEDULES, TRANSFORMATIONS, made, read_schedule
+from .plotting import is_learned, plot_schedules, plot_timesteps, plot_weights
 
-SCHEDULES: Mapping[str, Callable[[], NoiseSchedule]] = {
-    "linear": NoiseSchedule.linear,
-    "scaled_linear": NoiseSchedule.scaled_linear,
-    "squaredcos_cap_v2": NoiseSchedule.squaredcos_cap_v2,
-    "cosine": NoiseSchedule.cosine,
-    "flow": NoiseSchedule.flow,
-    "karras": NoiseSchedule.karras,
-    "variance_preserving": NoiseSchedule.variance_preserving,
-    "variance_exploding": NoiseSchedule.variance_exploding,
-}
-"""The schedules that have a name on the command line; others are read from a folder."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of picture: ``add_arguments(parser)`` beside those that all have, and ``draw(schedule, args)``, which writes args.out."""
+    """One kind of picture: ``add_arguments(parser)`` beside those that all have, and ``draw(args)``, which writes args.out."""
 
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
-    draw: Callable[[NoiseSchedule, argparse.Namespace], object]
+    draw: Callable[[argparse.Namespace], object]
+
+
+def _schedule_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--schedule", default="scaled_linear", help=f"{ITEM} (default: %(default)s)")
+    parser.add_argument("--zero_snr", action="store_true", help="rescale a discrete schedule to zero terminal SNR")
+
+
+ITEM = (
+    f"{', '.join(SCHEDULES)}, with options as in scaled_linear:beta_end=0.02 and {', '.join(TRANSFORMATIONS)} as in "
+    "flow:shifted=2,t_max=0.5; or a folder with a scheduler_config.json"
+)
+
+
+def _schedule_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "schedules",
+        nargs="*",
+        metavar="schedule",
+        default=["scaled_linear", "scaled_linear:zero_snr=true", "squaredcos_cap_v2", "flow", "flow:shift=3"],
+        help=f"{ITEM} (default: five of them)",
+    )
+
+
+def _draw_schedules(args: argparse.Namespace) -> object:
+    return plot_schedules({item: read_schedule(item) for item in args.schedules}, args.out)
+
+
+def drawable(registry: Mapping[str, Callable[..., Any]]) -> list[str]:
+    """Return the names of what can be drawn as it is: not learned, with no option missing, and once (stratified ones look the same).
+
+    >>> drawable(TIMESTEPS)[0]
+    'uniform'
+    """
+    whole = {name: make for name, make in registry.items() if not _missing(make)}
+    entries = {name: make() for name, make in whole.items()}
+    return [
+        name for name, entry in entries.items() if not is_learned(entry) and not getattr(entry, "stratified", False)
+    ]
+
+
+def _missing(make: Callable[..., Any]) -> bool:
+    return any(p.default is p.empty for p in inspect.signature(make).parameters.values())
+
+
+def _weight_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "weightings",
+        nargs="*",
+        metavar="weighting",
+        help=f"weightings, of {', '.join(WEIGHTINGS)}, with options as in min_snr:gamma=5 (default: all that are not learned)",
+    )
+    parser.add_argument(
+        "--prediction",
+        nargs="+",
+        choices=sorted(PREDICTIONS),
+        default=[],
+        metavar="type",
+        help=f"prediction types, a panel each, of {', '.join(PREDICTIONS)} (default: the schedule's own)",
+    )
+    _schedule_argument(parser)
+
+
+def _draw_weights(args: argparse.Namespace) -> object:
+    chosen = {item: made("weighting", item, WEIGHTINGS) for item in args.weightings or drawable(WEIGHTINGS)}
+    return plot_weights(read_schedule(args.schedule, args.zero_snr), chosen, args.prediction, args.out)
+
+
+def _timestep_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "densities",
+        nargs="*",
+        metavar="density",
+        help=f"densities, of {', '.join(TIMESTEPS)}, with options after a colon (default: all that do not follow losses)",
+    )
+    _schedule_argument(parser)
+
+
+def _draw_timesteps(args: argparse.Namespace) -> object:
+    chosen = {item: made("timestep density", item, TIMESTEPS) for item in args.densities or drawable(TIMESTEPS)}
+    return plot_timesteps(read_schedule(args.schedule, args.zero_snr), chosen, args.out)
 
 
 def _grid_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,10 +117,11 @@ def _grid_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"grids, of {', '.join(GRIDS)} (default: six of them)",
     )
     parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: %(default)s)")
+    _schedule_argument(parser)
 
 
-def _draw_grids(schedule: NoiseSchedule, args: argparse.Namespace) -> object:
-    return plot_grids(schedule, args.grids, args.steps, args.out)
+def _draw_grids(args: argparse.Namespace) -> object:
+    return plot_grids(read_schedule(args.schedule, args.zero_snr), args.grids, args.steps, args.out)
 
 
 def _table_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,13 +130,20 @@ def _table_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: %(default)s)")
     parser.add_argument("--grid", default=None, help="spacing of the steps (default: what the name says, or trailing)")
+    _schedule_argument(parser)
 
 
-def _draw_table(schedule: NoiseSchedule, args: argparse.Namespace) -> object:
+def _draw_table(args: argparse.Namespace) -> object:
+    schedule = read_schedule(args.schedule, args.zero_snr)
     return plot_table(Sampler(schedule, args.method, args.steps, args.grid).table, args.out)
 
 
 KINDS: Mapping[str, Kind] = {
+    "schedule": Kind("α, σ and log SNR of several schedules", _schedule_arguments, _draw_schedules),
+    "weights": Kind(
+        "loss weights over log SNR, for several weightings and prediction types", _weight_arguments, _draw_weights
+    ),
+    "timesteps": Kind("densities of training times over time and log SNR", _timestep_arguments, _draw_timesteps),
     "grids": Kind("log SNR against the step for several grids", _grid_arguments, _draw_grids),
     "table": Kind("the coefficients of a sampler, step by step", _table_arguments, _draw_table),
 }
@@ -75,30 +156,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, kind in KINDS.items():
         sub = subparsers.add_parser(name, help=kind.help, description=kind.help)
         kind.add_arguments(sub)
-        sub.add_argument(
-            "--schedule",
-            default="scaled_linear",
-            help=f"{', '.join(SCHEDULES)}, or a folder with a scheduler_config.json (default: %(default)s)",
-        )
-        sub.add_argument("--zero_snr", action="store_true", help="rescale a discrete schedule to zero terminal SNR")
         sub.add_argument("--out", default=f"{name}.png", help="the picture to write (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Draw the picture that was asked for."""
     require_writable(Path(args.out).parent)
-    KINDS[args.kind].draw(read_schedule(args.schedule, args.zero_snr), args)
+    KINDS[args.kind].draw(args)
     print(args.out)
-
-
-def read_schedule(name: str, zero_snr: bool = False) -> NoiseSchedule:
-    """Return the schedule of a name or a folder; raises ValueError or FileNotFoundError where there is none.
-
-    >>> read_schedule("scaled_linear", zero_snr=True).has_zero_terminal_snr
-    True
-    """
-    known = Path(name).exists() or "/" in name
-    schedule = NoiseSchedule.from_pretrained(name) if known else lookup("schedule", name, SCHEDULES)()
-    if not zero_snr:
-        return schedule
-    return schedule.with_prediction("v_prediction").zero_terminal_snr()
