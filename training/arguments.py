@@ -121,7 +121,9 @@ def _with_betas(curve: Curve, betas: Mapping[str, Any]) -> Discrete:
             f"--{next(iter(betas))} does not go with a base model on a {curve.kind} schedule, which has no betas; leave it out"
         )
     if curve.trained_betas is not None and "beta_schedule" not in betas:
-        raise ValueError(f"the base model's betas are given one by one; give --beta_schedule with --{next(iter(betas))}")
+        raise ValueError(
+            f"the base model's betas are given one by one; give --beta_schedule with --{next(iter(betas))}"
+        )
     return replace(curve, trained_betas=None, **betas)
 
 
