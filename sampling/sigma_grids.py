@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ..noising import NoiseSchedule
+from ..noising.beta_distribution import beta_quantile
 from ..noising.registry import lookup
-from .beta_distribution import beta_quantile
 from .knots import Knot
 from .placing import Grid, final_knot, grid_of, knots_at_levels, level_at, lowest_time
 from .timestep_grids import leading, linspace, trailing

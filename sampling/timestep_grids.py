@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..noising import NoiseSchedule
-from .beta_distribution import beta_quantile
+from ..noising.beta_distribution import beta_quantile
 from .knots import Knot
 from .placing import Grid, final_knot, grid_of, knots_at_indices
 

@@ -15,8 +15,8 @@ import torch
 from scipy import special, stats
 
 from alphabar.noising import NoiseSchedule
+from alphabar.noising.beta_distribution import beta_cdf, beta_quantile
 from alphabar.sampling import CLEAN, GRIDS, METHODS, Knot, Method, Sampler, knots_at, make_knots
-from alphabar.sampling.beta_distribution import beta_cdf, beta_quantile
 from alphabar.sampling.grids import SIGMA_CAP, grid_options, number_of_knots
 from alphabar.sampling.placing import final_knot, lowest_time
 from laying import (

@@ -1,4 +1,4 @@
-"""The quantiles of the Beta distribution, of which some grids are made, to 1e-12 and without scipy."""
+"""The quantiles of the Beta distribution, of which densities of timesteps and some grids are made, to 1e-12 and without scipy."""
 
 from __future__ import annotations
 
