@@ -4,13 +4,31 @@ from .betas import BETA_SCHEDULES
 from .continuous import Cosine, Flow, Karras, SubVariancePreserving, VarianceExploding, VariancePreserving
 from .curves import Curve
 from .discrete import Discrete
-from .noise import NOISES, Gaussian, Noise, Offset
-from .noising import Noised, Noising
+from .importance import LossSecondMoment
+from .noise import NOISES, AdaptiveOffset, Gaussian, Immiscible, InputPerturbation, Offset, Pyramid
+from .noise_base import Chain, Noise
+from .noising import Drawn, Noised, Noising
 from .prediction import PREDICTIONS, Prediction
 from .registered import CURVES
 from .schedule import NoiseSchedule
 from .shifts import resolution_shift, token_shift
-from .timesteps import TIMESTEPS, Timesteps, UniformTimesteps
+from .timesteps import TIMESTEPS
+from .timesteps_base import LogSNRTimesteps, QuantileTimesteps, Timesteps
+from .timesteps_custom import (
+    CustomTimesteps,
+    ListedTimesteps,
+    ReversedTimesteps,
+    WeightedTimesteps,
+    WithinTimesteps,
+)
+from .timesteps_published import (
+    BetaTimesteps,
+    CosMapTimesteps,
+    LogitNormalTimesteps,
+    LogNormalSigmaTimesteps,
+    ModeTimesteps,
+    UniformTimesteps,
+)
 from .truncated import Truncated
 from .weighting import SNR, WEIGHTINGS, MinSNR, Uniform, Weighting
 
@@ -22,19 +40,36 @@ __all__ = [
     "SNR",
     "TIMESTEPS",
     "WEIGHTINGS",
+    "AdaptiveOffset",
+    "BetaTimesteps",
+    "Chain",
+    "CosMapTimesteps",
     "Cosine",
     "Curve",
+    "CustomTimesteps",
     "Discrete",
+    "Drawn",
     "Flow",
     "Gaussian",
+    "Immiscible",
+    "InputPerturbation",
     "Karras",
+    "ListedTimesteps",
+    "LogNormalSigmaTimesteps",
+    "LogSNRTimesteps",
+    "LogitNormalTimesteps",
+    "LossSecondMoment",
     "MinSNR",
+    "ModeTimesteps",
     "Noise",
     "NoiseSchedule",
     "Noised",
     "Noising",
     "Offset",
     "Prediction",
+    "Pyramid",
+    "QuantileTimesteps",
+    "ReversedTimesteps",
     "SubVariancePreserving",
     "Timesteps",
     "Truncated",
@@ -42,7 +77,9 @@ __all__ = [
     "UniformTimesteps",
     "VarianceExploding",
     "VariancePreserving",
+    "WeightedTimesteps",
     "Weighting",
+    "WithinTimesteps",
     "resolution_shift",
     "token_shift",
 ]

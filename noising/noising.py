@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .counter import seeded
-from .noise import Noise, resolve_noise
+from .curves import Curve
+from .importance import Resampled
+from .noise import resolve_noise
+from .noise_base import Chain, Noise, apply_kinds
 from .schedule import NoiseSchedule
 from .shapes import require_same_shape
-from .timesteps import Timesteps, resolve_timesteps
+from .timesteps import resolve_timesteps
+from .timesteps_base import Timesteps
 from .weighting import Weighting, resolve_weighting
 
 _SAMPLE, _STRATA = 0, 1  # the streams that a seed is split into
@@ -29,8 +34,8 @@ class Noised:
     """A noised batch: what the network sees, what it should answer, and how much each sample counts.
 
     ``x``: x_t, shape (batch, ...), dtype of the clean batch. ``timesteps``: what the network is given as time, shape
-    (batch,), int64 on discrete schedules. ``target``, ``noise``: shape of ``x``, float32 or better. ``weight``, ``t``,
-    ``log_snr``: shape (batch,).
+    (batch,), int64 on discrete schedules. ``target``, ``noise`` (the one that the target is made of): shape of ``x``, float32
+    or better. ``weight`` (importance weights of the times included), ``t``, ``log_snr``: shape (batch,).
 
     >>> noised = Noising(NoiseSchedule.flow())(torch.zeros(2, 3, 4, 4), step=0)
     >>> noised.loss(noised.target).item()
@@ -69,12 +74,30 @@ class Noised:
         return self.losses(prediction).mean()
 
 
+class Drawn(NamedTuple):
+    """What is drawn for a batch, on the CPU: see :meth:`Noising.draw`.
+
+    >>> Noising(NoiseSchedule.flow()).draw([0], (3,), step=0, total=1).noise.shape
+    torch.Size([1, 3])
+    """
+
+    t: Tensor
+    """Times of the curve, shape (batch,)."""
+    noise: Tensor
+    """The plain Gaussian noise, shape (batch, ...)."""
+    parts: tuple[Tensor, ...]
+    """What each kind of noise adds to it, with the batch first."""
+    importance: Resampled | None
+    """Bins and weights, where the density follows losses."""
+
+
 class Noising(nn.Module):
     """Draw noise and times for a batch, and state the target and the weight of the loss.
 
-    ``weighting``, ``timesteps`` and ``noise`` are names of their registries or objects. It is a module so that what is
-    learned or measured (weights, loss history) travels with the checkpoint; it has no parameters unless a scheme has.
-    Raises ValueError for unknown names; warns where the weight of a zero-SNR terminal step is 0.
+    ``weighting``, ``timesteps`` and ``noise`` are names of their registries or objects; ``noise`` also a sequence of them. It is
+    a module so that what is learned or measured (weights, loss history) travels with the checkpoint; it has no parameters
+    unless a scheme has. Raises ValueError for unknown names and for times that do not fit the schedule; warns where the weight
+    of a zero-SNR terminal step is 0.
 
     >>> schedule = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
     >>> noising = Noising(schedule, weighting="uniform", timesteps="stratified", seed=0)
@@ -88,7 +111,7 @@ class Noising(nn.Module):
         schedule: NoiseSchedule,
         weighting: str | Weighting = "uniform",
         timesteps: str | Timesteps = "uniform",
-        noise: str | Noise = "gaussian",
+        noise: str | Noise | Chain | Sequence[str | Noise] = "gaussian",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -99,6 +122,8 @@ class Noising(nn.Module):
         self.schedule = schedule
         self.weighting = resolve_weighting(weighting)
         self.timesteps = resolve_timesteps(timesteps)
+        self.timesteps.check(schedule.curve)
+        self.loss_history = self.timesteps.history()
         self.noise = resolve_noise(noise)
         self.seed = int(seed)
         self._looked_at_gpu_batch = False
@@ -125,7 +150,8 @@ class Noising(nn.Module):
         ``x0``: floating point, shape (batch, ...). ``step`` counts optimizer steps; ``micro_batch`` counts the batches
         accumulated into one, of ``accumulate``. ``rank`` and ``world_size`` default to torch.distributed's. Sample k here has
         the global index (micro_batch · batch + k) · world_size + rank, the place that a DistributedSampler takes it from.
-        ``timesteps`` (times of the curve, shape (batch,)) and ``noise`` (shape of x0) replace what would be drawn.
+        ``timesteps`` (times of the curve, shape (batch,)) and ``noise`` (shape of x0) replace what would be drawn, and then
+        neither importance weights nor kinds of noise act on them.
         Raises ValueError for integer, empty, mis-shaped or non-finite x0 (on a GPU the values of the first batch are
         checked, later ones would cost a host sync each), and for times outside the schedule.
         """
@@ -140,13 +166,18 @@ class Noising(nn.Module):
             )
         batch = x0.shape[0]
         index = [(micro_batch * batch + k) * world_size + rank for k in range(batch)]
-        t, drawn = self.draw(
+        if self.loss_history is not None and self.training:
+            self.loss_history.settle(step)
+        drawn = self.draw(
             index, tuple(x0.shape[1:]), step=step, total=batch * world_size * accumulate, pin_memory=x0.is_cuda
         )
         if noise is not None:
             require_same_shape("noise", noise, "x0", x0)
-        t = t if timesteps is None else timesteps
-        return self.at(x0, t, drawn if noise is None else noise)
+            drawn = drawn._replace(noise=noise, parts=())
+        if timesteps is not None:
+            drawn = drawn._replace(t=timesteps, importance=None)
+        noised = self.at(x0, drawn.t, drawn.noise, drawn.parts)
+        return self._with_importance(noised, drawn.importance, step, index)
 
     def listen(self, listener: Callable[[Noised, Tensor], None]) -> Callable[[], None]:
         """Call ``listener(noised, errors)`` whenever a loss is computed; return the function that ends it.
@@ -172,32 +203,45 @@ class Noising(nn.Module):
 
     def draw(
         self, index: Sequence[int], shape: tuple[int, ...], *, step: int, total: int, pin_memory: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Drawn:
         """Return times and noise of the samples with these global indices at this step, on the CPU.
 
         ``total`` is the number of samples in the whole optimizer step, over which stratified times are spread.
         ``pin_memory`` puts the noise where a copy to the GPU does not make the host wait.
 
-        >>> t, noise = Noising(NoiseSchedule.flow(), seed=1).draw([5, 6], (3,), step=2, total=8)
-        >>> t.shape, noise.shape
-        (torch.Size([2]), torch.Size([2, 3]))
+        >>> drawn = Noising(NoiseSchedule.flow(), noise="offset", seed=1).draw([5, 6], (3, 2), step=2, total=8)
+        >>> drawn.t.shape, drawn.noise.shape, [part.shape for part in drawn.parts]
+        (torch.Size([2]), torch.Size([2, 3, 2]), [torch.Size([2, 3, 1])])
         """
         generator = torch.Generator()
         u = torch.empty(len(index), dtype=torch.float64)
         noise = torch.empty((len(index), *shape), pin_memory=pin_memory)
+        parts: list[list[Tensor]] = []
         for k, i in enumerate(index):
             seeded(generator, self.seed, _SAMPLE, step, i)
             u[k : k + 1].uniform_(generator=generator)
-            noise[k] = self.noise.draw(shape, generator)
+            torch.randn(shape, generator=generator, out=noise[k])
+            parts.append([kind.draw(shape, generator, step) for kind in self.noise.kinds])
+        stacked = tuple(torch.stack(of_kind) for of_kind in zip(*parts, strict=True))
         strata = None
         if self.timesteps.stratified:
             strata = torch.randperm(total, generator=seeded(generator, self.seed, _STRATA, step))
         # 1 - u lies in (0, 1]: pure noise can be drawn, a clean sample cannot
-        t = self.schedule.curve.time_at_quantile(self.timesteps(1 - u, torch.tensor(index), strata))
-        return t.float() if t.is_floating_point() else t, noise  # float64 times would make a float64 batch
+        u = self.timesteps.spread(1 - u, torch.tensor(index), strata)
+        importance = self.loss_history.resample(u) if self.loss_history is not None else None
+        t = self.timesteps.times(u if importance is None else importance.u, self.schedule.curve)
+        return Drawn(
+            _float32_inside(t, self.schedule.curve) if t.is_floating_point() else t,
+            noise,
+            tuple(part.pin_memory() if pin_memory else part for part in stacked),
+            importance,
+        )
 
-    def at(self, x0: Tensor, t: Tensor, noise: Tensor) -> Noised:
-        """Return the noised batch for given times of the curve, shape (batch,), and noise, shape of x0."""
+    def at(self, x0: Tensor, t: Tensor, noise: Tensor, parts: Sequence[Tensor] = ()) -> Noised:
+        """Return the noised batch for given times of the curve, shape (batch,), and noise, shape of x0.
+
+        ``parts``: what the kinds of noise drew for the batch; without them ``noise`` is taken as it is.
+        """
         curve, prediction = self.schedule.curve, self.schedule.prediction
         if t.shape != x0.shape[:1]:
             raise ValueError(f"timesteps must have shape ({x0.shape[0]},), one for each sample, got {tuple(t.shape)}")
@@ -207,11 +251,14 @@ class Noising(nn.Module):
             )
         alpha, sigma = self.schedule.levels(t, x0)
         clean, noise = x0.to(alpha.dtype), noise.to(x0.device, alpha.dtype, non_blocking=True)
+        kinds = self.noise.kinds if parts else ()
+        on_device = [part.to(x0.device, alpha.dtype, non_blocking=True) for part in parts]
+        noise, perturbed = apply_kinds(kinds, noise, on_device, clean)
         det = prediction.determinant(alpha, sigma)
         t = t.to(x0.device)
         time = curve.timestep(t)
         return Noised(
-            x=(alpha * clean + sigma * noise).to(x0.dtype),
+            x=(alpha * clean + sigma * perturbed).to(x0.dtype),
             timesteps=time.float() if time.is_floating_point() else time.long(),
             target=prediction.combine(clean, noise, alpha, sigma),
             weight=self.weighting(alpha, sigma, det).flatten(),
@@ -220,6 +267,14 @@ class Noising(nn.Module):
             schedule=self.schedule,
             listeners=tuple(self._listeners),
         )
+
+    def _with_importance(self, noised: Noised, drawn: Resampled | None, step: int, index: Sequence[int]) -> Noised:
+        """Return the batch with importance weights, whose losses the history hears."""
+        if drawn is None or self.loss_history is None:
+            return noised
+        hear = partial(self.loss_history.hear, step, torch.tensor(index), drawn)
+        weight = noised.weight * drawn.weight.to(noised.weight.device, noised.weight.dtype, non_blocking=True)
+        return replace(noised, weight=weight, listeners=(*noised.listeners, hear))
 
     def _check(self, x0: Tensor) -> None:
         if not isinstance(x0, Tensor) or not x0.is_floating_point():
@@ -271,6 +326,15 @@ def prediction_tensor(prediction: Any) -> Tensor:
     raise ValueError(
         f"the network must return a tensor or an object with a tensor .sample, got {type(prediction).__name__}"
     )
+
+
+def _float32_inside(t: Tensor, curve: Curve) -> Tensor:
+    """Return float64 times as float32 ones, which make no float64 batch, rounded into the curve's range."""
+    low, high = torch.tensor([curve.t_min, curve.t_max], dtype=torch.float64), torch.tensor([torch.inf, -torch.inf])
+    ends = low.float()
+    outside = torch.stack([ends[0].double() < low[0], ends[1].double() > low[1]])
+    ends = torch.where(outside, torch.nextafter(ends, high), ends)
+    return t.float().clamp(float(ends[0]), float(ends[1]))
 
 
 def _process() -> tuple[int, int]:

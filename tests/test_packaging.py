@@ -27,7 +27,7 @@ HEAVY = {"torch", "numpy", "lightning", "safetensors", "PIL", "fsspec", "tqdm"}
 EXTRAS = {"accelerate", "datasets", "tensorboard", "matplotlib", "jsonargparse"}
 EAGER = {"noising": {"torch"}, "sampling": {"torch", "numpy"}, "training": HEAVY, "callbacks": HEAVY}
 LAZY = {
-    "noising": set(),
+    "noising": {"scipy"},
     "sampling": {"diffusers", "matplotlib", "torchsde"},
     "training": {"diffusers"} | EXTRAS,
     "callbacks": {"diffusers"} | EXTRAS,

@@ -32,8 +32,8 @@ def add_noising_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     >>> args = add_noising_arguments(argparse.ArgumentParser()).parse_args(
     ...     ["--prediction_type", "v_prediction", "--rescale_betas_zero_snr", "--noise_offset", "0.1"])
     >>> noising = noising_from_arguments(args)
-    >>> noising.schedule.has_zero_terminal_snr, noising.noise
-    (True, Offset(strength=0.1))
+    >>> noising.schedule.has_zero_terminal_snr, noising.noise.name
+    (True, 'offset')
     """
     group = parser.add_argument_group("noise schedule (alphabar)")
     add = group.add_argument
