@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 from torch import Tensor, nn
 
-from alphabar.noising import CURVES, TIMESTEPS, WEIGHTINGS, MinSNR, NoiseSchedule, Timesteps, UniformTimesteps
+from alphabar.noising import CURVES, TIMESTEPS, WEIGHTINGS, MinSNR, NoiseSchedule, QuantileTimesteps, UniformTimesteps
 from alphabar.sampling import GRIDS, METHODS, Sampler, make_knots
 from alphabar.sampling.plotting import COLOURS, coefficients, plot_grids, plot_table
 from alphabar.sampling.table import Evaluation
@@ -244,12 +244,12 @@ def test_what_is_learned_is_not_drawn() -> None:
 # densities
 
 
-class LogitNormal(Timesteps):
+class LogitNormal(QuantileTimesteps):
     def quantile(self, u: Tensor) -> Tensor:
         return torch.sigmoid(0.5 + math.sqrt(2) * torch.erfinv(2 * u - 1))
 
 
-class HalfAtTheEnd(Timesteps):
+class HalfAtTheEnd(QuantileTimesteps):
     def quantile(self, u: Tensor) -> Tensor:
         return (2 * u).clamp(max=1.0)
 

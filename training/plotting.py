@@ -189,7 +189,9 @@ def densities_of(density: Timesteps, curve: Curve) -> tuple[tuple[Tensor, Tensor
         inside = width.isfinite()  # zero SNR lies at no place of the second axis
         return (x, mass * len(t)), (log_snr[inside], (mass / width)[inside])
     x = torch.linspace(0, 1, POINTS + 1, dtype=torch.float64)
-    over_time = _share_until(density, curve, curve.time_at_quantile(x)).diff() * POINTS
+    shares = _share_until(density, curve, curve.time_at_quantile(x))
+    shares[0] = 0  # what lies at the very first time belongs to the first interval
+    over_time = shares.diff() * POINTS
     ends = curve.log_snr(torch.tensor([curve.t_max, curve.t_min], dtype=torch.float64)).clamp(-14, 14).tolist()
     log_snr = torch.linspace(ends[1], ends[0], POINTS + 1, dtype=torch.float64)
     over_log_snr = _share_until(density, curve, curve.time(log_snr)).diff() / -log_snr.diff()
@@ -200,16 +202,12 @@ def densities_of(density: Timesteps, curve: Curve) -> tuple[tuple[Tensor, Tensor
 def _share_until(density: Timesteps, curve: Curve, t: Tensor) -> Tensor:
     """Return the share of samples at or before each time: the largest u whose time is no later, by bisection."""
     low, high = torch.zeros_like(t), torch.ones_like(t)
-    all_of_it = _times(density, torch.ones_like(t), curve) <= t
+    all_of_it = density.times(torch.ones_like(t), curve) <= t
     for _ in range(53):
         middle = (low + high) / 2
-        before = _times(density, middle, curve) <= t
+        before = density.times(middle, curve) <= t
         low, high = torch.where(before, middle, low), torch.where(before, high, middle)
     return torch.where(all_of_it, 1.0, low)
-
-
-def _times(density: Timesteps, u: Tensor, curve: Curve) -> Tensor:
-    return curve.time_at_quantile(density.quantile(u))
 
 
 def _along(curve: Curve) -> tuple[Tensor, Tensor]:
