@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .schedule import NoiseSchedule
 
 # what diffusers' classes assume where a file leaves a key out (diffusers 0.42.1)
-_DISCRETE_DEFAULTS = {
+_DISCRETE_DEFAULTS: dict[str, Any] = {
     "beta_schedule": "linear",
     "beta_start": 0.0001,
     "beta_end": 0.02,
@@ -48,9 +48,9 @@ _PLAIN = (
     "SASolverScheduler",
     "UniPCMultistepScheduler",
 )
-_SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
-_SCALED = {"beta_schedule": "scaled_linear"} | _SD_BETAS
-_DEFAULTS: Mapping[str, Mapping[str, Any]] = {  # every class that reads betas, with the defaults that are its own
+_SD_BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012}
+_SCALED: dict[str, Any] = {"beta_schedule": "scaled_linear"} | _SD_BETAS
+_DEFAULTS: dict[str, dict[str, Any]] = {  # every class that reads betas, with the defaults that are its own
     **{name: {} for name in _PLAIN},
     "UnCLIPScheduler": {"beta_schedule": "squaredcos_cap_v2"},
     "HeunDiscreteScheduler": _SD_BETAS,

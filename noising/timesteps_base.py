@@ -134,5 +134,5 @@ class LogSNRTimesteps(Timesteps):
         low, high = ends.clamp(-_LOG_SNR_BOUND, _LOG_SNR_BOUND).tolist()
         t = curve.time(self.log_snr(u).clamp(low, high))
         if curve.is_discrete:
-            return t.round().long().clamp(0, curve.num_train_timesteps - 1)
+            return t.round().long().clamp(int(curve.t_min), int(curve.t_max))
         return t.clamp(curve.t_min, curve.t_max)

@@ -175,9 +175,9 @@ def test_schedules_are_drawn_as_they_are() -> None:
         ours, exact = torch.tensor(log_snr[label][1]).double(), schedule.log_snr(t)
         assert torch.allclose(ours[exact.isfinite()], exact[exact.isfinite()], rtol=1e-5)
         assert bool(ours[~exact.isfinite()].isnan().all())
-    rings = [line for line in figure.axes[2].lines if len(line.get_xdata()) == 1]
+    rings = [line for line in figure.axes[2].lines if len(list(line.get_xdata())) == 1]
     assert len(rings) == 3  # both ends of the flow, one of zero SNR
-    at_noise = [line.get_markersize() for line in rings if line.get_xdata()[0] == 1.0]
+    at_noise = [line.get_markersize() for line in rings if list(line.get_xdata()) == [1.0]]
     assert len(set(at_noise)) == 2  # neither hides the other
     assert ticks(figure.axes[2].yaxis)[0] == "−∞"
     assert ticks(figure.axes[2].yaxis)[-1] == "∞"
@@ -275,6 +275,7 @@ def test_a_density_on_timesteps_is_the_probability_of_each() -> None:
     assert (p / 10).tolist() == pytest.approx(edges.diff().tolist(), abs=1e-12)
     levels = schedule.log_snr(torch.arange(10.0, dtype=torch.float64))
     assert log_snr.tolist() == levels.tolist()
+    assert q[0].item() == pytest.approx(float(edges.diff()[0] / (levels[0] - levels[1])), rel=1e-9)
     assert q[4].item() == pytest.approx(float(edges.diff()[4] / ((levels[3] - levels[5]) / 2)), rel=1e-9)
     assert (
         len(densities_of(LogitNormal(), ZTSNR.curve)[1][0]) == 998

@@ -231,6 +231,22 @@ def test_contradicting_files_are_named(tmp_path: Path) -> None:
         NoiseSchedule.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["sd", "shifted"])
+def test_a_small_contradiction_is_one(name: str, tmp_path: Path) -> None:
+    SCHEDULES[name].save_pretrained(tmp_path)
+    other = NoiseSchedule.scaled_linear(beta_end=0.01200001)
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(to_diffusers(other if name == "sd" else other.shifted(1.7))))
+    with pytest.raises(ValueError, match="contradict each other"):
+        NoiseSchedule.from_pretrained(tmp_path)
+
+
+def test_the_betas_of_little_noise_are_exact() -> None:
+    schedule = NoiseSchedule.scaled_linear().shifted(0.01)
+    config = to_diffusers(schedule)
+    exact = schedule.sigma(torch.zeros(1, dtype=torch.float64)).item() ** 2
+    assert config["trained_betas"][0] == pytest.approx(exact, rel=1e-13, abs=0)
+
+
 def test_missing_and_corrupt_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"neither noise_schedule\.json nor scheduler_config\.json"):
         NoiseSchedule.from_pretrained(tmp_path)

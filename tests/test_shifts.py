@@ -129,7 +129,7 @@ def test_resolution() -> None:
 @pytest.mark.parametrize("kind", ["exponential", "linear"])
 @pytest.mark.parametrize("tokens", [256, 1000, 4096, 8192])
 def test_dynamic_shifting_is_that_of_diffusers(tokens: int, kind: str) -> None:
-    peer = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind)
+    peer: Any = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind)
     slope = (1.15 - 0.5) / (4096 - 256)  # calculate_shift of its Flux pipeline
     peer.set_timesteps(sigmas=np.linspace(1, 1 / 20, 20).tolist(), mu=tokens * slope + 0.5 - slope * 256)
     ours = NoiseSchedule.flow().shifted_for_tokens(tokens, kind=kind)
@@ -230,6 +230,31 @@ def test_grids_stay_inside(name: str, grid: str) -> None:
     low, high = part.curve.timestep(torch.tensor([first, last], dtype=torch.float64)).tolist()
     slack = 1e-9 * high
     assert all(low - slack <= knot.timestep <= high + slack for knot in knots)
+
+
+class Scaled(Flow):
+    def input_scale(self, t: torch.Tensor) -> torch.Tensor:
+        return 1 + t
+
+
+def test_a_part_of_any_curve_is_fed_as_the_whole() -> None:
+    t = torch.tensor([0.25, 0.5], dtype=torch.float64)
+    assert torch.equal(Truncated(Scaled(), 0.25, 1.0).input_scale(t), 1 + t)
+
+
+def test_levels_of_a_part_of_a_flow_are_sigmas() -> None:
+    part = NoiseSchedule.flow().truncated(0.4, 0.9)
+    knots = make_knots(part, 5, "karras", range_from="trailing")
+    assert part.curve.is_flow
+    assert [knots[0].sigma, knots[-2].sigma] == pytest.approx([0.9, 0.5])
+
+
+def test_the_rate_of_a_shifted_sde_is_not_taken_for_the_plain_one() -> None:
+    shifted = NoiseSchedule.variance_preserving(prediction="score").shifted(2.0)
+    with pytest.raises(
+        ValueError, match="got a shifted variance_preserving schedule; use predictor='reverse_diffusion'"
+    ):
+        Sampler(shifted, "score_sde_vp", steps=10, predictor="euler_maruyama")
 
 
 def test_timesteps_given_by_hand_are_times_of_the_part() -> None:

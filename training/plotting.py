@@ -202,12 +202,11 @@ def densities_of(density: Timesteps, curve: Curve) -> tuple[tuple[Tensor, Tensor
 def _share_until(density: Timesteps, curve: Curve, t: Tensor) -> Tensor:
     """Return the share of samples at or before each time: the largest u whose time is no later, by bisection."""
     low, high = torch.zeros_like(t), torch.ones_like(t)
-    all_of_it = density.times(torch.ones_like(t), curve) <= t
     for _ in range(53):
         middle = (low + high) / 2
         before = density.times(middle, curve) <= t
         low, high = torch.where(before, middle, low), torch.where(before, high, middle)
-    return torch.where(all_of_it, 1.0, low)
+    return low
 
 
 def _along(curve: Curve) -> tuple[Tensor, Tensor]:
