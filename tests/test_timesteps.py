@@ -328,3 +328,11 @@ def test_densities_compare_and_print_by_their_numbers() -> None:
     assert WithinTimesteps(density=UniformTimesteps(), low=1, high=2) == UniformTimesteps().within(1, 2)
     assert len({LossSecondMoment(), LossSecondMoment(bins=100), LossSecondMoment(bins=10)}) == 2
     assert repr(ModeTimesteps(scale=0.5)) == "ModeTimesteps(stratified=False, scale=0.5)"
+
+
+@pytest.mark.parametrize("name", [name for name in TIMESTEPS if "loss_second_moment" not in name])
+def test_a_part_of_discrete_timesteps_is_drawn_within_it(name: str) -> None:
+    curve = NoiseSchedule.linear().truncated(300, 499).curve
+    t = TIMESTEPS[name]().times(torch.linspace(1e-9, 1, 4001, dtype=torch.float64), curve)
+    assert t.dtype == torch.int64 and 300 <= int(t.min()) and int(t.max()) == 499
+    assert bool((t.diff() >= 0).all())
