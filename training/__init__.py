@@ -1,15 +1,26 @@
-"""Training: a LightningModule, command-line flags, checkpoints that can be sampled from, the console command."""
+"""Training: a LightningModule, command-line flags, checkpoints that can be sampled from, averages, the console command."""
 
 from .arguments import add_noising_arguments, noising_from_arguments, schedule_from_arguments
 from .checkpoints import schedule_from_checkpoint
+from .ema import EMA_PROFILES, Constant, EMAProfile, HalfLife, InverseGamma, PowerFunction, Warmup
 from .loading import load_checkpoint
 from .module import DiffusionModule
+from .posthoc import posthoc_ema, save_snapshot
 
 __all__ = [
+    "EMA_PROFILES",
+    "Constant",
     "DiffusionModule",
+    "EMAProfile",
+    "HalfLife",
+    "InverseGamma",
+    "PowerFunction",
+    "Warmup",
     "add_noising_arguments",
     "load_checkpoint",
     "noising_from_arguments",
+    "posthoc_ema",
+    "save_snapshot",
     "schedule_from_arguments",
     "schedule_from_checkpoint",
 ]
