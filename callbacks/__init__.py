@@ -1,7 +1,8 @@
-"""Lightning callbacks: previews while a model trains, and the noise schedule beside every checkpoint."""
+"""Lightning callbacks: previews, averaged weights, losses by noise level, the noise schedule beside every checkpoint."""
 
+from .ema import EMA
 from .ema_source import ema_weights
 from .schedule_checkpoint import ScheduleCheckpoint
 from .validation_sampling import ValidationSampling
 
-__all__ = ["ScheduleCheckpoint", "ValidationSampling", "ema_weights"]
+__all__ = ["EMA", "ScheduleCheckpoint", "ValidationSampling", "ema_weights"]

@@ -7,14 +7,16 @@ what the optimizer steps, so :func:`reshard` comes before every reading and writ
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
@@ -97,3 +99,85 @@ def copy_values(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     """
     for parameter, values in pairs:
         local(parameter).copy_(values)
+
+
+# -- whole tensors, for files --------------------------------------------------------------------------------------------
+
+
+class Layout:
+    """Where the parts of each parameter lie: puts parts together and takes whole tensors apart. Every rank must call it.
+
+    The parts are any tensors of the parameters' local shapes, float32 averages of bfloat16 parameters say.
+
+    >>> net = nn.Linear(2, 2)
+    >>> Layout(net).assemble(net.weight, torch.ones(2, 2)).shape
+    torch.Size([2, 2])
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        reshard(root)
+        # of FSDP1: a rank holds a run of the flattened parameter, in the order of the ranks
+        self._flattened: dict[int, tuple[torch.Size, Any]] = {}
+        for unit in root.modules():
+            if isinstance(unit, FullyShardedDataParallel) and unit._handle is not None:
+                flat: Any = unit._handle.flat_param
+                if unit._handle.uses_sharded_strategy:
+                    found = zip(flat._params, flat._shapes, strict=True)
+                    self._flattened |= {id(own): (shape, unit.process_group) for own, shape in found}
+
+    def assemble(self, parameter: Tensor, part: Tensor) -> Tensor:
+        """Return the whole tensor of which this rank has ``part``; of sharded parameters on the CPU."""
+        if isinstance(parameter, DTensor):
+            mesh, placements = parameter.device_mesh, parameter.placements
+            whole = DTensor.from_local(
+                part, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+            )
+            return whole.full_tensor().cpu()
+        if id(parameter) not in self._flattened:
+            return part
+        shape, group = self._flattened[id(parameter)]
+        lengths = _lengths(part, group)
+        padded = part.new_zeros(max(lengths))
+        padded[: part.numel()] = part.flatten()
+        runs = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(runs, padded, group=group)
+        return torch.cat([run[:length] for run, length in zip(runs, lengths, strict=True)]).view(shape).cpu()
+
+    def part(self, parameter: Tensor, whole: Tensor) -> Tensor:
+        """Return this rank's part of a whole tensor, on the parameter's device, in the dtype of ``whole``."""
+        whole = whole.detach().to(parameter.device)
+        if isinstance(parameter, DTensor):
+            return distribute_tensor(whole, parameter.device_mesh, parameter.placements).to_local()
+        if id(parameter) not in self._flattened:
+            return whole
+        _, group = self._flattened[id(parameter)]
+        first = sum(_lengths(parameter, group)[: dist.get_rank(group)])
+        return whole.flatten()[first : first + parameter.numel()]
+
+
+def _lengths(part: Tensor, group: Any) -> list[int]:
+    own = torch.tensor([part.numel()], device=part.device)
+    found = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, own, group=group)
+    return [int(length) for length in found]
+
+
+def is_sharded_state(state: Mapping[str, Any]) -> bool:
+    """Return whether a state dict holds shards, to be written by each rank, rather than whole tensors.
+
+    >>> is_sharded_state({"w": torch.ones(1)})
+    False
+    """
+    return any(isinstance(value, DTensor) or type(value).__name__ == "ShardedTensor" for value in state.values())
+
+
+def require_parameters(root: nn.Module) -> None:
+    """Raise ValueError where parameters are not to be had: FSDP with flat parameters, DeepSpeed's stage 3.
+
+    >>> require_parameters(nn.Linear(2, 2))
+    """
+    for unit in root.modules():
+        if isinstance(unit, FullyShardedDataParallel) and unit._handle is not None and not unit._use_orig_params:
+            raise ValueError("averages need FSDP with use_orig_params=True, Lightning's default; leave out the False")
+    if any(hasattr(parameter, "ds_id") for parameter in root.parameters()):
+        raise ValueError("averages are not possible under DeepSpeed's stage 3; use stage 2, FSDP or DDP")

@@ -1,0 +1,335 @@
+"""Averages of the weights while a model trains: several at once, in float32, under DDP and FSDP, exact over a resume.
+
+No subclass of Lightning's ``WeightAveraging``, whose average is a deep copy of the LightningModule (which FSDP refuses),
+is written to when weights are swapped (so bfloat16 models round it, and an error between two swaps exchanges it with the
+weights), and is used before its first update. The checkpoints are the same: ``state_dict`` holds the average and
+``current_model_state`` the weights, and either reads the other's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from ..noising.files import require_writable
+from ..noising.registry import lookup
+from ..training.ema import EMAProfile, PowerFunction, resolve_ema_profile
+from ..training.posthoc import SNAPSHOT_DTYPES, save_snapshot
+from .agreement import on_rank_zero
+from .contract import is_rehearsal
+from .ema_source import Pairs
+from .shards import Layout, clean_name, is_sharded_state, local, require_parameters, reshard, root_of, values_swapped
+
+STATE_KEY = "ema"  # top level: the averages are tensors, of which callbacks' own states should have none
+
+
+@dataclass
+class Average:
+    """One running average: a profile, this rank's part of each averaged parameter by name, and how often it was updated."""
+
+    profile: EMAProfile
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    updates: int = 0
+
+    @torch.no_grad()
+    def update(self, current: Mapping[str, Tensor], keep: float) -> None:
+        """Keep the share ``keep`` of the average, and take the rest from the current weights."""
+        known = [name for name in current if name in self.weights] if self.updates else []
+        for name in known:
+            self.weights[name] = self.weights[name].to(current[name].device)  # a resume loads before models are moved
+        old = [self.weights[name] for name in known]
+        new = [current[name].to(average.dtype) for name, average in zip(known, old, strict=True)]
+        if old:
+            torch._foreach_lerp_(old, new, 1 - keep)
+        for name in current.keys() - set(known):  # all at the first update; later what only now began to train
+            self.weights[name] = current[name].to(_average_dtype(current[name]), copy=True)
+        self.updates += 1
+
+
+class EMA(Callback):
+    """Keep averages of the weights that train, updated after optimizer steps, and save them with every checkpoint.
+
+    A checkpoint's ``state_dict`` is the first profile's average, so ``load_from_checkpoint`` and sampling use it; the weights
+    themselves are in ``current_model_state``, from which a resume goes on to the last bit. Parameters are averaged, in float32
+    or better; buffers and frozen parameters are saved as they are. The model's own weights stay in the model, also after
+    training; :func:`ema_weights` draws with the average. Under FSDP each rank averages its shards; whole averages are put
+    together, one parameter at a time, for a checkpoint. Sharded checkpoints (a folder) keep the weights in ``state_dict`` and the
+    whole averages beside them. Weights-only checkpoints hold no average: Lightning tells callbacks nothing of them.
+
+    Args:
+        profiles: names, mappings or objects of ``EMA_PROFILES``, one or several; the first is the average that is used.
+        every_n_steps: optimizer steps between updates. An update stands for all steps since the last: the length of the
+            average does not depend on it.
+        start_step: optimizer steps before the averages begin.
+        validate: validate with the average. Before its first update the weights themselves are used.
+        snapshot_every_n_steps: write a snapshot of each ``power_function`` average every so many steps after ``start_step``,
+            from which ``alphabar ema`` and ``posthoc_ema`` make averages of other lengths.
+        folder: of the snapshots, by default ``ema`` in the log directory.
+        snapshot_dtype: float32 or float16.
+
+    Raises ValueError for profiles and numbers that do not fit: at once, or before training starts, then also for two callbacks
+    that average weights and for strategies that hide the parameters; OSError for a folder that cannot be written.
+
+    >>> EMA("warmup").profiles
+    (Warmup(decay=0.9999),)
+    >>> two = EMA([PowerFunction(sigma_rel=0.05), PowerFunction(sigma_rel=0.10)], snapshot_every_n_steps=1000)
+    >>> EMA("constant", snapshot_every_n_steps=1000)
+    Traceback (most recent call last):
+    ValueError: snapshots are made of power_function averages, got constant_0.999; add 'power_function' to profiles
+    """
+
+    def __init__(
+        self,
+        profiles: str | Mapping[str, Any] | EMAProfile | Sequence[str | Mapping[str, Any] | EMAProfile] = (
+            "power_function"
+        ),
+        *,
+        every_n_steps: int = 1,
+        start_step: int = 0,
+        validate: bool = True,
+        snapshot_every_n_steps: int | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        snapshot_dtype: str = "float32",
+    ) -> None:
+        super().__init__()
+        several = [profiles] if isinstance(profiles, str | Mapping | EMAProfile) else list(profiles)
+        self.profiles = tuple(resolve_ema_profile(profile) for profile in several)
+        labels = [profile.label for profile in self.profiles]
+        if not labels or len(set(labels)) < len(labels):
+            raise ValueError(f"profiles must be one or more different ones, got {', '.join(labels) or 'none'}")
+        self.every_n_steps = _at_least("every_n_steps", every_n_steps, 1)
+        self.start_step = _at_least("start_step", start_step, 0)
+        self.validate = validate
+        self.snapshot_every_n_steps = snapshot_every_n_steps
+        if snapshot_every_n_steps is not None:
+            _require_snapshots(_at_least("snapshot_every_n_steps", snapshot_every_n_steps, 1), every_n_steps, labels)
+        self.folder = Path(folder) if folder is not None else None
+        self.snapshot_dtype = snapshot_dtype
+        lookup("snapshot_dtype", snapshot_dtype, SNAPSHOT_DTYPES)
+        self._validating: ExitStack | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._averages = [Average(profile) for profile in self.profiles]
+        self._step = self.start_step  # the optimizer step of the last update
+
+    # -- before training -----------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.global_step != self._step:
+            self._reset()  # another run; the same Trainer's second fit goes on
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        require_parameters(root_of(trainer, pl_module))
+        callbacks: list[Any] = cast(Any, trainer).callbacks
+        rivals = [c for c in callbacks if isinstance(c, EMA) or hasattr(c, "_average_model")]
+        if len(rivals) > 1:
+            names = ", ".join(type(callback).__name__ for callback in rivals)
+            raise ValueError(f"one callback can average the weights, got {names}; EMA takes several profiles")
+        if self.snapshot_every_n_steps is not None and not is_rehearsal(trainer):
+            folder = self._snapshot_folder(trainer)
+            on_rank_zero(trainer, lambda: require_writable(folder))
+
+    def _snapshot_folder(self, trainer: Trainer) -> Path:
+        log_dir = trainer.log_dir or trainer.default_root_dir  # a collective: every rank asks for it
+        return self.folder if self.folder is not None else Path(log_dir, "ema")
+
+    # -- updates -------------------------------------------------------------------------------------------------------
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._catch_up(trainer, pl_module)
+
+    def _catch_up(self, trainer: Trainer, module: LightningModule) -> None:
+        """Update for the optimizer steps since the last update; others may ask for it before this callback's own turn."""
+        before, step = self._step, trainer.global_step
+        if step - before < self.every_n_steps or self._validating is not None:
+            return
+        reshard(root_of(trainer, module))
+        current = {name: local(weight) for name, weight in self._tracked(module)}
+        for average in self._averages:
+            average.update(current, average.profile(step - self.start_step, step - before))
+        self._step = step
+        n = self.snapshot_every_n_steps
+        if n is not None and (step - self.start_step) // n > (before - self.start_step) // n:
+            self._snapshot(trainer, module)
+
+    def _tracked(self, module: LightningModule) -> Iterable[tuple[str, Tensor]]:
+        """Return what is averaged: parameters that train, or did."""
+        known = self._averages[0].weights
+        for name, weight in module.named_parameters():
+            name = clean_name(name)
+            if weight.is_floating_point() and (weight.requires_grad or name in known):
+                yield name, weight
+
+    def _whole(self, trainer: Trainer, module: LightningModule, average: Average) -> dict[str, Tensor]:
+        layout = Layout(root_of(trainer, module))
+        tracked = [(name, weight) for name, weight in self._tracked(module) if name in average.weights]
+        return {name: layout.assemble(weight, average.weights[name]) for name, weight in tracked}
+
+    def _snapshot(self, trainer: Trainer, module: LightningModule) -> None:
+        if is_rehearsal(trainer):
+            return
+        folder = self._snapshot_folder(trainer)
+        for average in self._averages:
+            if isinstance(average.profile, PowerFunction):
+                whole = self._whole(trainer, module, average)  # on all ranks
+                if trainer.is_global_zero:
+                    self._write(folder, whole, average.profile)
+
+    def _write(self, folder: Path, weights: Mapping[str, Tensor], profile: PowerFunction) -> None:
+        t, sigma_rel = self._step - self.start_step, profile.sigma_rel
+        try:
+            save_snapshot(folder, weights, step=t, sigma_rel=sigma_rel, dtype=self.snapshot_dtype)
+        except (OSError, ValueError) as error:  # the other snapshots serve without this one
+            rank_zero_warn(f"the snapshot at step {self._step} was not written: {error}; training goes on")
+
+    # -- use -----------------------------------------------------------------------------------------------------------
+
+    def ema_pairs(self, trainer: Trainer, module: LightningModule) -> Pairs:
+        """Return the live parameters with this rank's part of their averages; empty before the first update."""
+        self._catch_up(trainer, module)
+        average = self._averages[0]
+        known = average.weights
+        return [(weight, known[name]) for name, weight in self._tracked(module) if name in known]
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.validate and trainer.state.fn == TrainerFn.FITTING:
+            self._swap_in(trainer, pl_module)
+
+    def _swap_in(self, trainer: Trainer, module: LightningModule) -> None:
+        root = root_of(trainer, module)
+        reshard(root)
+        pairs = self.ema_pairs(trainer, module)
+        if pairs:
+            self._validating = ExitStack()
+            self._validating.enter_context(values_swapped(root, pairs))
+        elif not trainer.sanity_checking:
+            rank_zero_info("EMA has not been updated yet: validating with the weights themselves")
+
+    def _swap_out(self) -> None:
+        if self._validating is not None:
+            stack, self._validating = self._validating, None
+            stack.close()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap_out()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._swap_out()  # callbacks that save a checkpoint now come later in the list
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._swap_out()
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._catch_up(trainer, pl_module)
+        if self._validating is not None:  # what was collected is the average
+            self._swap_out()
+            own = trainer.strategy.lightning_module_state_dict()
+            checkpoint["state_dict"] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in own.items()}
+            self._swap_in(trainer, pl_module)
+        saved = [(average, self._whole(trainer, pl_module, average)) for average in self._averages]
+        checkpoint[STATE_KEY] = {
+            "step": self._step,
+            "averages": [
+                {"profile": average.profile.to_config(), "updates": average.updates, "weights": whole}
+                for average, whole in saved
+            ],
+        }
+        state = checkpoint["state_dict"]
+        first, whole = saved[0]
+        if first.updates and not is_sharded_state(state):
+            names = _names(pl_module)
+            checkpoint["current_model_state"] = state
+            # the same tensors as above, which torch.save writes once
+            checkpoint["state_dict"] = {key: whole.get(names.get(clean_name(key), ""), v) for key, v in state.items()}
+            checkpoint["averaging_state"] = {"n_averaged": torch.tensor(first.updates)}  # as Lightning names it
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return  # validation, test and prediction use the average, which state_dict is
+        self._reset()
+        layout = Layout(root_of(trainer, pl_module))
+        weights = {clean_name(name): weight for name, weight in pl_module.named_parameters()}
+        saved = checkpoint.get(STATE_KEY) or _of_lightning(checkpoint, self.profiles[0], list(weights))
+        if saved is None:
+            rank_zero_info("the checkpoint holds no averages of the weights; they begin anew")
+            return
+        self._step = int(saved["step"])
+        for average in self._averages:
+            found = [entry for entry in saved["averages"] if entry["profile"] == average.profile.to_config()]
+            if not found:
+                rank_zero_warn(f"the checkpoint has no average {average.profile.label}; that one begins anew")
+            for entry in found:
+                average.updates = int(entry["updates"])
+                parts = {n: layout.part(weights[n], whole) for n, whole in entry["weights"].items() if n in weights}
+                average.weights = {n: part.to(_average_dtype(part), copy=True) for n, part in parts.items()}
+        if "current_model_state" in checkpoint:
+            _load_own(trainer, pl_module, layout, checkpoint["current_model_state"])
+
+
+@torch.no_grad()
+def _load_own(trainer: Trainer, module: LightningModule, layout: Layout, state: Mapping[str, Any]) -> None:
+    """Load the weights themselves, where ``state_dict``, the average, has been loaded."""
+    if not trainer.strategy.restore_checkpoint_after_setup:
+        trainer.strategy.load_model_state_dict({"state_dict": state}, strict=module.strict_loading)
+        return
+    # strategies that shard load from the file alone
+    own: dict[str, Tensor] = dict(module.named_parameters()) | dict(module.named_buffers())
+    tensors = {clean_name(name): tensor for name, tensor in own.items()}
+    for name, value in state.items():
+        tensor = tensors.get(clean_name(name))
+        if tensor is not None:
+            local(tensor).copy_(layout.part(tensor, value))
+
+
+def _of_lightning(checkpoint: Mapping[str, Any], profile: EMAProfile, names: list[str]) -> dict[str, Any] | None:
+    """Return the state that a checkpoint of Lightning's WeightAveraging has, as our own."""
+    updates = int(checkpoint.get("averaging_state", {}).get("n_averaged", 0))
+    if not updates or "current_model_state" not in checkpoint:
+        return None
+    state = {clean_name(name): value for name, value in checkpoint["state_dict"].items()}
+    weights = {name: state[name] for name in names if name in state}
+    average = {"profile": profile.to_config(), "updates": updates, "weights": weights}
+    return {"step": checkpoint["global_step"], "averages": [average]}
+
+
+def _names(module: LightningModule) -> dict[str, str]:
+    """Return the first name of each parameter by all of its names; tied ones have several."""
+    first = {id(weight): clean_name(name) for name, weight in module.named_parameters()}
+    return {clean_name(n): first[id(weight)] for n, weight in module.named_parameters(remove_duplicate=False)}
+
+
+def _average_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _at_least(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return value
+
+
+def _require_snapshots(n: int, every_n_steps: int, labels: Sequence[str]) -> None:
+    if not any(label.startswith(PowerFunction.name) for label in labels):
+        raise ValueError(
+            f"snapshots are made of power_function averages, got {', '.join(labels)}; add 'power_function' to profiles"
+        )
+    if n % every_n_steps:
+        raise ValueError(
+            f"snapshot_every_n_steps must be a multiple of every_n_steps, got {n} and {every_n_steps}; "
+            f"e.g. {n - n % every_n_steps + every_n_steps}"
+        )

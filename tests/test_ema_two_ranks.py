@@ -1,0 +1,98 @@
+"""Averages with two processes (gloo): DDP, FSDP1 and FSDP2, of shards, with whole and sharded checkpoints."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).parent / "ema_two_ranks.py"
+SCENARIOS = [
+    "ddp:32-true",
+    "fsdp1:32-true",
+    "fsdp2:32-true",
+    "fsdp1_sharded:32-true",
+    "fsdp2_sharded:32-true",
+    "fsdp1:bf16-true",
+]
+NAMES = [name.replace(":", "_") for name in SCENARIOS]
+PARAMETERS = 192 * 7 + 7 + 7 * 11 + 11 + 11 * 7 + 7 + 7 * 192 + 192
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes left behind, after all scenarios in one go (most of the time goes into starting them)."""
+    root = tmp_path_factory.mktemp("ema_two_ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
+    logs = [root / f"rank{rank}.log" for rank in range(2)]
+    running = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as out:
+            command = [sys.executable, str(SCRIPT), str(root), *SCENARIOS]
+            environment = {**common, "LOCAL_RANK": str(rank)}
+            running.append(subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT))
+    try:
+        codes = [process.wait(timeout=200) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+    return root
+
+
+@pytest.fixture(scope="module")
+def ranks(root: Path) -> list[dict[str, Any]]:
+    return [json.loads((root / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_is_untouched_by_averaging_and_drawing(ranks: list[dict[str, Any]], name: str) -> None:
+    for report in ranks:
+        plain, averaged, resumed = report[name]["losses"]
+        assert averaged == plain and len(plain) == 4
+        assert resumed == plain[2:]
+    assert ranks[0][name]["losses"] != ranks[1][name]["losses"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_averages_of_shards(ranks: list[dict[str, Any]], name: str) -> None:
+    for report in ranks:
+        assert report[name]["seen"] == 4
+        assert report[name]["error"] < 1e-6  # float32, of bfloat16 weights too
+        assert report[name]["worst"] < (1e-3 if "bf16" in name else 1e-6)  # as swapped into the model
+        assert report[name]["dtypes"] == ["torch.float32"]
+        assert report[name]["resumed"]
+    total = sum(report[name]["numel"] for report in ranks)
+    assert total == PARAMETERS * (2 if name.startswith("ddp") else 1)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "bf16" not in name])
+def test_whole_averages_in_files_are_those_of_ddp(root: Path, name: str) -> None:
+    for step in (2, 4):
+        one, other = (_saved(root / which, step) for which in ("ddp_32-true", name))
+        for first, second in zip(one["ema"]["averages"], other["ema"]["averages"], strict=True):
+            assert first["profile"] == second["profile"] and first["updates"] == second["updates"] == step
+            assert first["weights"].keys() == second["weights"].keys()
+            for key, value in first["weights"].items():
+                torch.testing.assert_close(second["weights"][key], value, rtol=1e-5, atol=1e-6)
+        file = f"snapshots/ema_{step:08d}_0.2.safetensors"
+        snapshot = load_file(root / name / file)
+        assert all(torch.equal(snapshot[n], p) for n, p in other["ema"]["averages"][1]["weights"].items())
+        if "sharded" not in name:
+            for key, value in other["ema"]["averages"][0]["weights"].items():
+                assert torch.equal(other["state_dict"][key], value)
+                torch.testing.assert_close(other["current_model_state"][key], one["current_model_state"][key])
+
+
+def _saved(folder: Path, step: int) -> dict[str, Any]:
+    path = folder / f"{step}.ckpt"
+    return torch.load(path / "meta.pt" if path.is_dir() else path, weights_only=True)
