@@ -1,4 +1,4 @@
-"""One of two processes (gloo) that train together with averages; run by test_ema_two_ranks.py. Writes what it saw as JSON."""
+"""One of two processes (gloo) that train with averages and losses by SNR; run by test_ema_two_ranks.py. Writes JSON."""
 
 import json
 import os
@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from alphabar.callbacks import EMA, ema_weights
+from alphabar.callbacks import EMA, LossBySNR, ema_weights
 from alphabar.callbacks.shards import clean_name, local, reshard, root_of
 from alphabar.training import Constant, PowerFunction
 from callbacks_toy import SCHEDULE, Toy, fresh, loader, train
@@ -107,6 +108,34 @@ class Spy(Callback):
         return call(x, t)
 
 
+class Log(DummyLogger):
+    """Keeps what rank 0 logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metrics: dict[int, Any] = {}
+
+    def log_metrics(self, metrics: Any, step: Any = None, **rest: Any) -> None:
+        if RANK == 0 and any(name.startswith("loss_by_snr") for name in metrics):
+            self.metrics[step] = dict(metrics)
+
+
+class Own(Callback):
+    """Keep this rank's errors of the last two steps."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.noising.listen(lambda noised, errors: self.seen.append((noised.log_snr, errors, noised.weight)))
+
+    def sums(self, buckets: Any) -> Any:
+        sums = buckets.zeros(torch.device("cpu"))
+        for log_snr, errors, weight in self.seen[-2:]:
+            buckets.add(sums, log_snr, errors, weight)
+        return sums.tolist()
+
+
 def strategy(kind: str) -> Any:
     if kind == "ddp":
         return DDPStrategy(process_group_backend="gloo")
@@ -135,12 +164,16 @@ def scenario(kind: str, precision: str) -> dict[str, Any]:
     plain = run(kind, precision=precision)
     ema, spy = EMA(PROFILES, snapshot_every_n_steps=2, folder=ROOT / name / "snapshots"), Spy(draw=True)
     keep = ModelCheckpoint(ROOT / name, filename="{step}", auto_insert_metric_name=False, save_top_k=-1)
-    averaged = run(kind, spy, ema, keep, precision=precision, enable_checkpointing=True)
+    log, own, by_snr = Log(), Own(), LossBySNR(2, buckets=4)
+    averaged = run(kind, spy, ema, own, by_snr, keep, precision=precision, enable_checkpointing=True, logger=log)
     again = EMA(PROFILES)
     resumed = run(kind, again, precision=precision, enable_checkpointing=True, ckpt_path=str(ROOT / name / "2.ckpt"))
     pairs = list(zip(ema._averages, again._averages, strict=True))
     return {
         "losses": [plain.losses, averaged.losses, resumed.losses],
+        "metrics": log.metrics,
+        "own": own.sums(by_snr._buckets),
+        "drawn": sum(by_snr._drawn),
         "seen": spy.seen,
         "worst": spy.worst,
         "error": max(

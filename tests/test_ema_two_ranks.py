@@ -1,4 +1,4 @@
-"""Averages with two processes (gloo): DDP, FSDP1 and FSDP2, of shards, with whole and sharded checkpoints."""
+"""Averages and losses by SNR with two processes (gloo): DDP, FSDP1 and FSDP2, with whole and sharded checkpoints."""
 
 import json
 import os
@@ -91,6 +91,16 @@ def test_whole_averages_in_files_are_those_of_ddp(root: Path, name: str) -> None
             for key, value in other["ema"]["averages"][0]["weights"].items():
                 assert torch.equal(other["state_dict"][key], value)
                 torch.testing.assert_close(other["current_model_state"][key], one["current_model_state"][key])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_by_snr_are_those_of_both_ranks(ranks: list[dict[str, Any]], name: str) -> None:
+    sums = torch.tensor(ranks[0][name]["own"]) + torch.tensor(ranks[1][name]["own"])
+    metrics = ranks[0][name]["metrics"]
+    assert list(metrics) == ["2", "4"] and ranks[1][name]["metrics"] == {}
+    means = [(sums[row] / sums[0])[sums[0] > 0].tolist() for row in (1, 2)]
+    assert list(metrics["4"].values()) == pytest.approx([*means[0], *means[1]], rel=1e-5)
+    assert [report[name]["drawn"] for report in ranks] == [32, 32]
 
 
 def _saved(folder: Path, step: int) -> dict[str, Any]:

@@ -1,0 +1,210 @@
+"""Where in the noise the loss comes from: logged by log SNR, drawn, and said in words, without a trace in the training."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from PIL import Image
+from torch import Tensor
+
+from ..noising import Noising
+from ..noising.files import require_writable, write_atomically
+from ..noising.noising import Noised
+from ..training.snr_buckets import COUNT, Buckets, findings, means, plot
+from .agreement import on_rank_zero
+from .contract import is_rehearsal
+from .image_logging import log_image
+
+
+class LossBySNR(Callback):
+    """Log the loss by noise level: scalars for each bucket of log SNR, a plot, and sentences on what stands out.
+
+    Any LightningModule with an attribute ``noising`` (a Noising) whose losses it uses. Every training loss is counted, on the
+    device; ranks are summed and the host looks once every ``every_n_train_steps`` optimizer steps. Scalars are named
+    ``loss_by_snr/error/...`` (unweighted) and ``loss_by_snr/loss/...`` (weighted), means over the steps since the last time. A
+    bucket that no sample falls into, a terminal step of weight zero, a loss that is not finite and a bucket that makes most of
+    the loss are each named once. What fails here is a warning, and training goes on to the last bit the same.
+
+    Args:
+        every_n_train_steps: optimizer steps from one report to the next.
+        buckets: how many between the ends of the schedule; infinite log SNR has its own.
+        folder: where ``step_00000500.png`` goes, by default ``loss_by_snr`` in the log directory. Plots need matplotlib; without
+            it there are none, which is said.
+
+    Raises ValueError for numbers that do not fit; before training TypeError for a module without a Noising, and OSError for a
+    folder that cannot be written. With ``fast_dev_run`` nothing is written.
+
+    >>> LossBySNR(every_n_train_steps=500).buckets
+    20
+    >>> LossBySNR(buckets=0)
+    Traceback (most recent call last):
+    ValueError: buckets must be an integer of at least 1, got 0
+    """
+
+    def __init__(
+        self, every_n_train_steps: int = 500, buckets: int = 20, folder: str | os.PathLike[str] | None = None
+    ) -> None:
+        super().__init__()
+        self.every_n_train_steps = _at_least_one("every_n_train_steps", every_n_train_steps)
+        self.buckets = _at_least_one("buckets", buckets)
+        self.folder = Path(folder) if folder is not None else None
+        self._stop: Callable[[], None] | None = None
+        self._folder: Path | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._last_step = 0
+        self._drawn: list[float] = []  # samples by bucket in all reports, of all ranks
+        self._told: list[str] = []
+
+    # -- state: counts go on over a resume; the steps since the last report are those of this run ----------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_step": self._last_step, "drawn": self._drawn, "told": self._told}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._last_step = int(state_dict["last_step"])
+        self._drawn, self._told = list(state_dict["drawn"]), list(state_dict["told"])
+
+    # -- before training -----------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._reset()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _noising_of(pl_module)
+        if is_rehearsal(trainer):
+            return
+        log_dir = trainer.log_dir or trainer.default_root_dir  # a collective: every rank asks for it
+        folder = self._folder = self.folder if self.folder is not None else Path(log_dir, "loss_by_snr")
+        if importlib.util.find_spec("matplotlib") is None:
+            self._folder = None
+            rank_zero_warn(
+                "LossBySNR logs numbers alone: its plots need matplotlib, pip install 'alphabar[matplotlib]'"
+            )
+        else:
+            on_rank_zero(trainer, lambda: require_writable(folder))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        noising = _noising_of(pl_module)
+        buckets = self._buckets = Buckets.of(noising.schedule, self.buckets)
+        if len(self._drawn) != len(buckets):
+            self._drawn = [0.0] * len(buckets)  # the first run, or one with other buckets
+        self._sums = buckets.zeros(pl_module.device)
+
+        def listener(noised: Noised, errors: Tensor) -> None:
+            if trainer.training:  # and not while it validates
+                self._count(noised, errors)
+
+        self._end()
+        self._stop = noising.listen(listener)
+
+    def _end(self) -> None:
+        if self._stop is not None:
+            stop, self._stop = self._stop, None
+            stop()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._end()
+
+    # -- counting ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _count(self, noised: Noised, errors: Tensor) -> None:
+        try:
+            self._buckets.add(self._sums, noised.log_snr, errors, noised.weight)
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._end()  # its ranks still meet: what was counted so far is summed
+        # on any rank, which alone knows of it
+        warnings.warn(f"LossBySNR counts no further: {type(error).__name__}: {error}; training goes on", stacklevel=2)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step in (0, self._last_step) or step % self.every_n_train_steps:
+            return
+        self._last_step = step
+        sums = self._sums.clone()
+        self._sums.zero_()
+        if trainer.world_size > 1:
+            dist.all_reduce(sums)
+        sums = sums.cpu()  # the one time that the host waits
+        self._drawn = [before + more for before, more in zip(self._drawn, sums[COUNT].tolist(), strict=True)]
+        if trainer.is_global_zero:
+            self._report(trainer, sums)
+
+    # -- reporting, on one rank, with nothing after it that others wait for --------------------------------------------
+
+    def _report(self, trainer: Trainer, sums: Tensor) -> None:
+        step = trainer.global_step
+        self._attempt("logging", lambda: self._log(trainer, sums, step))
+        self._attempt("words", lambda: self._tell(sums, step))
+        if self._folder is not None:
+            self._attempt("the plot", lambda: self._plot(trainer, sums, step))
+
+    def _attempt(self, what: str, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except Exception as error:
+            rank_zero_warn(f"LossBySNR: {what} failed: {type(error).__name__}: {error}; training goes on")
+
+    def _log(self, trainer: Trainer, sums: Tensor, step: int) -> None:
+        metrics = means(self._buckets, sums)
+        for logger in trainer.loggers:
+            if metrics:
+                logger.log_metrics(metrics, step=step)
+
+    def _tell(self, sums: Tensor, step: int) -> None:
+        if not float(sums[COUNT].sum()):
+            self._once(
+                "silent", True, f"step {step}: no loss was computed by module.noising; LossBySNR has nothing to show"
+            )
+        for found in findings(self._buckets, sums, torch.tensor(self._drawn)):
+            self._once(found.key, found.warning, f"step {step}: {found.text}")
+
+    def _once(self, key: str, warning: bool, text: str) -> None:
+        if key not in self._told:
+            self._told.append(key)
+            (rank_zero_warn if warning else rank_zero_info)(text)
+
+    def _plot(self, trainer: Trainer, sums: Tensor, step: int) -> None:
+        assert self._folder is not None
+        png = plot(self._buckets, sums, f"loss by log SNR, step {step}")
+        write_atomically(self._folder / f"step_{step:08d}.png", png)
+        image = torch.from_numpy(np.array(Image.open(io.BytesIO(png)).convert("RGB")))
+        for logger in trainer.loggers:
+            log_image(logger, "loss_by_snr", image, step)
+
+
+def _noising_of(module: LightningModule) -> Noising:
+    noising = getattr(module, "noising", None)
+    if not isinstance(noising, Noising):
+        raise TypeError(
+            f"{type(module).__name__} has no attribute noising (a Noising), whose losses are to be told apart"
+        )
+    return noising
+
+
+def _at_least_one(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    return value
