@@ -85,7 +85,8 @@ def _own_scope(root: nn.Module, module: Any) -> Generator[bool, None, None]:
 def _of_attributes(module: LightningModule) -> Pairs:
     """Return the averages that lie in the module itself, diffusers' and torch's."""
     found: list[tuple[Tensor, Tensor]] = []
-    for name, value in (vars(module) | module._modules).items():
+    attributes: dict[str, Any] = {**vars(module), **module._modules}
+    for name, value in attributes.items():
         if isinstance(value, AveragedModel):
             found += _of_averaged_model(value, _live_part(module, name, list(value.module.parameters())))
         elif isinstance(getattr(value, "shadow_params", None), list) and getattr(value, "optimization_step", 0) > 0:
@@ -96,7 +97,7 @@ def _of_attributes(module: LightningModule) -> Pairs:
 def _of_averaged_model(average: AveragedModel, live: nn.Module, buffers: bool | None = None) -> Pairs:
     if int(average.n_averaged) == 0:  # its weights are the initial ones
         return []
-    pairs = list(zip(live.parameters(), average.module.parameters(), strict=True))
+    pairs: list[tuple[Tensor, Tensor]] = list(zip(live.parameters(), average.module.parameters(), strict=True))
     if average.use_buffers if buffers is None else buffers:
         pairs += zip(live.buffers(), average.module.buffers(), strict=True)
     return [(weight, value.detach()) for weight, value in pairs]

@@ -42,7 +42,8 @@ class OnCPU(FSDPStrategy):
         # offloading, Lightning's setting, reads freed memory where the CPU is also what computes
         config = FullStateDictConfig(offload_to_cpu=False, rank0_only=True)
         with FullyShardedDataParallel.state_dict_type(self.model, StateDictType.FULL_STATE_DICT, config):
-            return self.model.state_dict()
+            model: Any = self.model
+            return model.state_dict()
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
@@ -62,8 +63,9 @@ class Blocks(Toy):
 
     def configure_model(self) -> None:
         if self.sharded and not hasattr(self.block, "reshard"):
-            fully_shard(self.block, mesh=self.device_mesh["data_parallel"])
-            fully_shard(self, mesh=self.device_mesh["data_parallel"])
+            meshes: Any = self.device_mesh
+            fully_shard(self.block, mesh=meshes["data_parallel"])
+            fully_shard(self, mesh=meshes["data_parallel"])
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         h = self.embed(x.flatten(1)) + timesteps.to(x.dtype).view(-1, 1) / 1000
@@ -101,7 +103,7 @@ class Spy(Callback):
             assert torch.equal(raw, self.forward(trainer, call, x, t))
         reshard(root_of(trainer, pl_module))
 
-    def forward(self, trainer: Any, call: Any, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, trainer: Any, call: Any, x: Tensor, t: Tensor) -> Any:
         if isinstance(trainer.strategy, FSDPStrategy):
             strategy = trainer.strategy
             return strategy._forward_redirection(call, trainer.lightning_module, "predict", x, t)
@@ -152,7 +154,7 @@ def strategy(kind: str) -> Any:
     )
 
 
-def run(kind: str, *callbacks: Any, precision: str = "32-true", **settings: Any) -> Blocks:
+def run(kind: str, *callbacks: Any, precision: str = "32-true", **settings: Any) -> Toy:
     module = fresh(Blocks, sharded=kind.startswith("fsdp2"))
     data = loader(8, shuffle=False)
     common: Any = {"strategy": strategy(kind), "devices": 2, "max_epochs": 4, "data": data, "precision": precision}

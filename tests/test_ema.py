@@ -42,7 +42,9 @@ class Record(Callback):
         self.steps[trainer.global_step] = parameters(pl_module)
         self.steps.pop(0, None)
 
-    def on_validation_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         self.validated[trainer.global_step] = parameters(pl_module)
 
 
@@ -202,7 +204,9 @@ class SaveInValidation(Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_validation_batch_end(self, trainer: Any, *rest: Any) -> None:
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         if trainer.global_step:
             trainer.save_checkpoint(self.path)
 
@@ -253,8 +257,9 @@ def test_checkpoints_go_from_lightning_and_to_it(tmp_path: Path) -> None:
     train(tmp_path, record, ours, kept(tmp_path / "ours"), max_epochs=1, enable_checkpointing=True)
     back = EMAWeightAveraging(decay=0.7)
     train(tmp_path, back, ckpt_path=tmp_path / "ours/6.ckpt", max_epochs=1)
-    assert int(back._average_model.n_averaged) == 6
-    for name, p in back._average_model.module.named_parameters():
+    average: Any = back._average_model
+    assert int(average.n_averaged) == 6
+    for name, p in average.module.named_parameters():
         if name in ours._averages[0].weights:
             assert torch.equal(p, ours._averages[0].weights[name])
 
@@ -361,7 +366,7 @@ def test_snapshots(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("always")
 def test_a_snapshot_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     class Gone(Callback):
-        def on_train_batch_start(self, *rest: Any) -> None:
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             (tmp_path / "here").rmdir() if (tmp_path / "here").is_dir() else None
             (tmp_path / "here").touch()
 

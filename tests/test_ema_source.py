@@ -67,7 +67,7 @@ class InScope(Toy):
         self.shadow = {name: p.detach().clone() for name, p in self.first.named_parameters()}
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.model_ema.num_updates += 1
+        self.model_ema.get_buffer("num_updates").add_(1)
         for name, p in self.first.named_parameters():
             self.shadow[name].lerp_(p.detach(), 0.5)
 
@@ -129,7 +129,7 @@ def test_averages_of_the_module_itself(tmp_path: Path, kind: type[Any], fail: bo
 def test_averages_of_lightning(tmp_path: Path, first: bool) -> None:
     from lightning.pytorch.callbacks import EMAWeightAveraging
 
-    average = EMAWeightAveraging(decay=0.5)
+    average: Any = EMAWeightAveraging(decay=0.5)
     draw = Draw(lambda trainer, module: dict(average._average_model.module.named_parameters()))
     callbacks = [average, draw] if first else [draw, average]
     module = train(tmp_path, *callbacks, max_epochs=1)

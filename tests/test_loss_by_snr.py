@@ -48,10 +48,15 @@ def test_sums_are_exact(name: str, number: int) -> None:
     buckets = Buckets.of(schedule, number)
     generator = torch.Generator().manual_seed(0)
     t = schedule.curve.time_at_quantile(torch.rand(500, dtype=torch.float64, generator=generator))
-    log_snr = torch.cat([schedule.log_snr(t), torch.tensor([-math.inf, math.inf, -99.0, 99.0])])
-    errors, weight = torch.rand(2, 504, generator=generator, dtype=torch.float64)
+    log_snr = torch.cat(
+        [
+            schedule.log_snr(t).double(),
+            torch.tensor([-math.inf, math.inf, -99.0, 99.0, *buckets.edges], dtype=torch.float64),
+        ]
+    )
+    errors, weight = torch.rand(2, len(log_snr), generator=generator, dtype=torch.float64)
     sums = buckets.zeros(CPU)
-    for part in range(0, 504, 100):
+    for part in range(0, len(log_snr), 100):
         rows = [values[part : part + 100] for values in (log_snr, errors, weight)]
         buckets.add(sums, *rows)
     right = torch.zeros(4, number + 2, dtype=torch.float64)
