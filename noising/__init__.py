@@ -5,6 +5,7 @@ from .continuous import Cosine, Flow, Karras, SubVariancePreserving, VarianceExp
 from .curves import Curve
 from .discrete import Discrete
 from .importance import LossSecondMoment
+from .losses import L1, L2, LOSSES, Huber, Loss, PseudoHuber, SmoothL1
 from .noise import NOISES, AdaptiveOffset, Gaussian, Immiscible, InputPerturbation, Offset, Pyramid
 from .noise_base import Chain, Noise
 from .noising import Drawn, Noised, Noising
@@ -30,12 +31,36 @@ from .timesteps_published import (
     UniformTimesteps,
 )
 from .truncated import Truncated
-from .weighting import SNR, WEIGHTINGS, MinSNR, Uniform, Weighting
+from .uncertainty import LearnedUncertainty
+from .weighting import (
+    EDM,
+    P2,
+    SNR,
+    WEIGHTINGS,
+    CosMap,
+    Debiased,
+    MinSNR,
+    PerRange,
+    PlainFlow,
+    PlainV,
+    PlainX0,
+    SigmaSqrt,
+    Sigmoid,
+    SoftMinSNR,
+    Uniform,
+    VLike,
+    Weighting,
+)
 
 __all__ = [
     "BETA_SCHEDULES",
     "CURVES",
+    "EDM",
+    "L1",
+    "L2",
+    "LOSSES",
     "NOISES",
+    "P2",
     "PREDICTIONS",
     "SNR",
     "TIMESTEPS",
@@ -43,21 +68,26 @@ __all__ = [
     "AdaptiveOffset",
     "BetaTimesteps",
     "Chain",
+    "CosMap",
     "CosMapTimesteps",
     "Cosine",
     "Curve",
     "CustomTimesteps",
+    "Debiased",
     "Discrete",
     "Drawn",
     "Flow",
     "Gaussian",
+    "Huber",
     "Immiscible",
     "InputPerturbation",
     "Karras",
+    "LearnedUncertainty",
     "ListedTimesteps",
     "LogNormalSigmaTimesteps",
     "LogSNRTimesteps",
     "LogitNormalTimesteps",
+    "Loss",
     "LossSecondMoment",
     "MinSNR",
     "ModeTimesteps",
@@ -66,15 +96,25 @@ __all__ = [
     "Noised",
     "Noising",
     "Offset",
+    "PerRange",
+    "PlainFlow",
+    "PlainV",
+    "PlainX0",
     "Prediction",
+    "PseudoHuber",
     "Pyramid",
     "QuantileTimesteps",
     "ReversedTimesteps",
+    "SigmaSqrt",
+    "Sigmoid",
+    "SmoothL1",
+    "SoftMinSNR",
     "SubVariancePreserving",
     "Timesteps",
     "Truncated",
     "Uniform",
     "UniformTimesteps",
+    "VLike",
     "VarianceExploding",
     "VariancePreserving",
     "WeightedTimesteps",

@@ -192,6 +192,9 @@ class VarianceExploding(Curve):
     def timestep(self, t: Tensor) -> Tensor:
         return self.sigma(t)
 
+    def fraction(self, t: Tensor) -> Tensor:
+        return t
+
     def time_at_index(self, index: Tensor) -> Tensor:
         return index / (self.num_train_timesteps - 1)
 
@@ -244,6 +247,10 @@ class Karras(Curve):
 
     def timestep(self, t: Tensor) -> Tensor:
         return 0.25 * t.to(evaluation_dtype(t)).log()
+
+    def fraction(self, t: Tensor) -> Tensor:
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return ((t.to(evaluation_dtype(t)) ** (1 / self.rho) - low) / (high - low)).clamp(0, 1)  # of time_at_quantile
 
     def input_scale(self, t: Tensor) -> Tensor:
         return (t.to(evaluation_dtype(t)) ** 2 + self.sigma_data**2).rsqrt()

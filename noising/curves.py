@@ -83,6 +83,10 @@ class Curve(ABC):
         """Return what the network is given as time: an index for discrete curves, 0 ... num_train_timesteps otherwise."""
         return self.num_train_timesteps * t
 
+    def fraction(self, t: Tensor) -> Tensor:
+        """Return the fraction of training time, 0 (data) ... 1 (noise): the network's time over num_train_timesteps."""
+        return self.timestep(t) / self.num_train_timesteps
+
     def levels_at(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
         """Return (α, σ) of the path at a log SNR, also past the ends of its time; variance preserving unless overridden."""
         return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .counter import seeded
 from .curves import Curve
 from .importance import Resampled
+from .losses import L2, Loss, Over, mean_of_samples, resolve_loss
 from .noise import resolve_noise
 from .noise_base import Chain, Noise, apply_kinds
 from .schedule import NoiseSchedule
@@ -35,7 +36,9 @@ class Noised:
 
     ``x``: x_t, shape (batch, ...), dtype of the clean batch. ``timesteps``: what the network is given as time, shape
     (batch,), int64 on discrete schedules. ``target``, ``noise`` (the one that the target is made of): shape of ``x``, float32
-    or better. ``weight`` (importance weights of the times included), ``t``, ``log_snr``: shape (batch,).
+    or better. ``weight`` (importance weights of the times included), ``t``, ``log_snr``: shape (batch,). ``criterion``: the kind
+    of loss, ``threshold``: its threshold, or None, shape (batch, 1, ...). ``log_variance``: the learned u of the loss
+    weight / e^u · error + u, shape (batch,), or None.
 
     >>> noised = Noising(NoiseSchedule.flow())(torch.zeros(2, 3, 4, 4), step=0)
     >>> noised.loss(noised.target).item()
@@ -50,28 +53,44 @@ class Noised:
     t: Tensor
     schedule: NoiseSchedule = field(repr=False)
     listeners: tuple[Callable[[Noised, Tensor], None], ...] = field(default=(), repr=False)
+    criterion: Loss = field(default_factory=L2, repr=False)
+    threshold: Tensor | None = field(default=None, repr=False)
+    log_variance: Tensor | None = field(default=None, repr=False)
 
     @property
     def log_snr(self) -> Tensor:
         """log SNR of each sample, shape (batch,)."""
         return self.schedule.log_snr(self.t)
 
-    def losses(self, prediction: Any) -> Tensor:
-        """Return the weighted mean squared error of each sample, shape (batch,), float32 or better.
+    def losses(self, prediction: Any, mask: Tensor | None = None, over: Over = "all") -> Tensor:
+        """Return the weighted mean error of each sample, shape (batch,), float32 or better.
 
         ``prediction`` is the network's output, or an object that holds it as ``.sample``, as diffusers' models return.
-        Raises ValueError where its shape is not the target's.
+        ``mask`` in [0, 1], e.g. of shape (batch, 1, height, width), says what counts; ``over="all"`` divides by the number of all
+        elements, as sd-scripts does, ``over="mask"`` by the masked area. An empty mask gives 0.
+        Raises ValueError where a shape is not the target's, or does not broadcast to it.
+
+        >>> noised = Noising(NoiseSchedule.flow(), loss="l1")(torch.zeros(1, 2, 4, 4), step=0)
+        >>> mask = torch.zeros(1, 1, 4, 4)
+        >>> mask[..., :1] = 1.0
+        >>> noised.losses(noised.target + 2, mask).item(), noised.losses(noised.target + 2, mask, over="mask").item()
+        (0.5, 2.0)
         """
         out = prediction_tensor(prediction)
         require_same_shape("the network's output", out, "the target", self.target)
-        error = ((out.to(self.target.dtype) - self.target) ** 2).flatten(1).mean(1)
+        errors = self.criterion(out.to(self.target.dtype) - self.target, self.threshold)
+        error, covered = mean_of_samples(errors, mask, over)
         for listener in self.listeners:
             listener(self, error.detach())
-        return self.weight * error
+        if self.log_variance is None:
+            return self.weight * error
+        counted = (self.weight > 0).to(error.dtype)  # what does not count, or is masked, must not teach u
+        counted = counted if covered is None else counted * covered
+        return self.weight * torch.exp(-self.log_variance) * error + counted * self.log_variance
 
-    def loss(self, prediction: Any) -> Tensor:
+    def loss(self, prediction: Any, mask: Tensor | None = None, over: Over = "all") -> Tensor:
         """Return the mean of :meth:`losses`, a scalar to call ``backward`` on."""
-        return self.losses(prediction).mean()
+        return self.losses(prediction, mask, over).mean()
 
 
 class Drawn(NamedTuple):
@@ -94,10 +113,10 @@ class Drawn(NamedTuple):
 class Noising(nn.Module):
     """Draw noise and times for a batch, and state the target and the weight of the loss.
 
-    ``weighting``, ``timesteps`` and ``noise`` are names of their registries or objects; ``noise`` also a sequence of them. It is
-    a module so that what is learned or measured (weights, loss history) travels with the checkpoint; it has no parameters
-    unless a scheme has. Raises ValueError for unknown names and for times that do not fit the schedule; warns where the weight
-    of a zero-SNR terminal step is 0.
+    ``weighting``, ``timesteps``, ``noise`` and ``loss`` are names of their registries or objects; ``noise`` also a sequence of
+    them. It is a module so that what is learned or measured (weights, loss history) travels with the checkpoint; it has no
+    parameters unless a scheme has. Raises ValueError for unknown names and for times that do not fit the schedule; warns where
+    the weight of a zero-SNR terminal step is 0.
 
     >>> schedule = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
     >>> noising = Noising(schedule, weighting="uniform", timesteps="stratified", seed=0)
@@ -113,6 +132,7 @@ class Noising(nn.Module):
         timesteps: str | Timesteps = "uniform",
         noise: str | Noise | Chain | Sequence[str | Noise] = "gaussian",
         seed: int = 0,
+        loss: str | Loss = "l2",
     ) -> None:
         super().__init__()
         if not isinstance(schedule, NoiseSchedule):
@@ -121,6 +141,8 @@ class Noising(nn.Module):
             )
         self.schedule = schedule
         self.weighting = resolve_weighting(weighting)
+        self.log_variance = self.weighting.log_variance()
+        self.loss = resolve_loss(loss)
         self.timesteps = resolve_timesteps(timesteps)
         self.timesteps.check(schedule.curve)
         self.loss_history = self.timesteps.history()
@@ -257,15 +279,19 @@ class Noising(nn.Module):
         det = prediction.determinant(alpha, sigma)
         t = t.to(x0.device)
         time = curve.timestep(t)
+        fraction = curve.fraction(t.to(alpha.dtype)).view_as(alpha)
         return Noised(
             x=(alpha * clean + sigma * perturbed).to(x0.dtype),
             timesteps=time.float() if time.is_floating_point() else time.long(),
             target=prediction.combine(clean, noise, alpha, sigma),
-            weight=self.weighting(alpha, sigma, det).flatten(),
+            weight=self.weighting(alpha, sigma, det, fraction).flatten(),
             noise=noise,
             t=t,
             schedule=self.schedule,
             listeners=tuple(self._listeners),
+            criterion=self.loss,
+            threshold=self.loss.threshold(sigma / alpha, fraction),
+            log_variance=None if self.log_variance is None else self.log_variance(alpha.flatten(), sigma.flatten()),
         )
 
     def _with_importance(self, noised: Noised, drawn: Resampled | None, step: int, index: Sequence[int]) -> Noised:
@@ -298,16 +324,18 @@ class Noising(nn.Module):
         curve = self.schedule.curve
         end = torch.tensor([curve.t_max], dtype=torch.float64)
         alpha, sigma = curve.alpha(end), curve.sigma(end)
-        weight = self.weighting(alpha, sigma, self.schedule.prediction.determinant(alpha, sigma))
+        weight = self.weighting(alpha, sigma, self.schedule.prediction.determinant(alpha, sigma), curve.fraction(end))
         if float(weight) == 0.0:
+            why = ", where SNR is 0" if float(alpha) == 0.0 else ""
             warnings.warn(
-                f"weighting {self.weighting.name!r} is 0 at t = {curve.t_max:g}, where SNR is 0: the step that sampling starts from "
+                f"weighting {self.weighting.name!r} is 0 at t = {curve.t_max:g}{why}: the step that sampling starts from "
                 "gets no gradient; give it a floor (e.g. floor=0.05), or use weighting='uniform'",
                 stacklevel=3,
             )
 
     def extra_repr(self) -> str:
-        return f"{self.schedule}, weighting={self.weighting}, timesteps={self.timesteps}, noise={self.noise}, seed={self.seed}"
+        words = ("weighting", "timesteps", "noise", "seed", "loss")
+        return f"{self.schedule}, " + ", ".join(f"{word}={getattr(self, word)}" for word in words)
 
 
 def prediction_tensor(prediction: Any) -> Tensor:

@@ -85,6 +85,9 @@ class Truncated(Curve):
     def levels_at(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
         return self.curve.levels_at(log_snr)
 
+    def fraction(self, t: Tensor) -> Tensor:
+        return self.curve.fraction(t)
+
     def input_scale(self, t: Tensor) -> Tensor:
         return self.curve.input_scale(t)
 

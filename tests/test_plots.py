@@ -210,7 +210,8 @@ def test_weights_are_those_of_training(name: str) -> None:
         schedule = ZTSNR.with_prediction(prediction)
         t = schedule.time(torch.tensor(x, dtype=torch.float64))
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        expected = weighting(alpha, sigma, schedule.prediction.determinant(alpha, sigma))
+        det = schedule.prediction.determinant(alpha, sigma)
+        expected = weighting(alpha, sigma, det, schedule.curve.fraction(t))
         assert min(x) < -10
         assert y == pytest.approx(expected.tolist(), rel=1e-6)
         assert axes.get_yscale() == "log"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from alphabar.noising import PREDICTIONS, NoiseSchedule, Prediction
+from alphabar.noising import EDM, PREDICTIONS, NoiseSchedule, Noising, Prediction
 from alphabar.noising.prediction import KarrasF, resolve_prediction
 from oracles import ALL_PREDICTIONS, EVERY_SCHEDULE, allowed
 
@@ -106,6 +106,44 @@ def test_every_conversion_at_zero_snr(source: Prediction, to: Prediction) -> Non
     assert worst(x0_back, x0) < TOLERANCE
     assert worst(epsilon_back, epsilon) < TOLERANCE
     assert worst(to.combine(x0_back, epsilon_back, alpha, sigma), to.combine(x0, epsilon, alpha, sigma)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("source", "to"), list(product([p for p in ALL_PREDICTIONS if p.name not in ("epsilon", "score")], ALL_PREDICTIONS))
+)
+def test_the_schedule_converts_between_all(source: Prediction, to: Prediction) -> None:
+    """There and back through the public face, on a path that is neither variance preserving nor exploding."""
+    schedule = NoiseSchedule.flow(shift=3.0, prediction=source)
+    t = torch.tensor([0.1, 0.4, 0.95], dtype=torch.float64)
+    x0, noise = torch.randn(2, 3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    x_t, out = schedule.add_noise(x0, noise, t), schedule.target(x0, noise, t)
+    converted = schedule.convert(out, x_t, t, to)
+    alpha, sigma = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
+    expected = to.combine(x0, noise, alpha, sigma)
+    assert worst(converted, expected) < TOLERANCE
+    back = source.combine(
+        to.to_x0(converted, x_t, alpha, sigma), to.to_epsilon(converted, x_t, alpha, sigma), alpha, sigma
+    )
+    assert worst(back, out) < TOLERANCE
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+@pytest.mark.parametrize("path", ["edm", "vp", "flow"])
+def test_the_weighted_loss_of_edm_is_the_plain_loss_of_f(sigma_data: float, path: str) -> None:
+    """Karras et al. 2206.00364, eq. 8: λ(σ) ||D - y||² = ||F - target||², on any path."""
+    curve = {
+        "edm": NoiseSchedule.karras(sigma_data=sigma_data),
+        "vp": NoiseSchedule.scaled_linear(prediction="sample"),
+        "flow": NoiseSchedule.flow(),
+    }[path]
+    on_f = Noising(curve.with_prediction(KarrasF(sigma_data)), "uniform", seed=3)
+    on_d = Noising(curve.with_prediction("sample"), EDM(sigma_data=sigma_data), seed=3)
+    x0, out = torch.randn(2, 64, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    noised, denoised = on_f(x0, step=0), on_d(x0, step=0)
+    assert torch.equal(noised.x, denoised.x)
+    losses = noised.losses(out)
+    same = denoised.losses(on_f.schedule.to_x0(out, noised.x, noised.t))
+    assert float(((same - losses).abs() / losses).max()) < TOLERANCE
 
 
 @pytest.mark.parametrize("prediction", ALL_PREDICTIONS, ids=name_of)

@@ -103,8 +103,13 @@ class DiffusionModule(LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        return torch.optim.AdamW(parameters, lr=self.learning_rate)
+        # a learned log-variance is a statistic of the loss: decay would pull it to 0 and bias it
+        learned = [p for p in self.noising.parameters() if p.requires_grad]
+        kept = set(learned)
+        groups: list[dict[str, Any]] = [{"params": [p for p in self.parameters() if p.requires_grad and p not in kept]}]
+        if learned:
+            groups.append({"params": learned, "weight_decay": 0.0})
+        return torch.optim.AdamW(groups, lr=self.learning_rate)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["network"] = network_config(self.network)

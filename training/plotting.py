@@ -120,7 +120,7 @@ def _weights(label: str, weighting: Weighting, schedule: NoiseSchedule, t: Tenso
     if is_learned(weighting):
         raise ValueError(f"weighting {label!r} is learned: what its weights are, only training says")
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    return weighting(alpha, sigma, schedule.prediction.determinant(alpha, sigma))
+    return weighting(alpha, sigma, schedule.prediction.determinant(alpha, sigma), schedule.curve.fraction(t))
 
 
 def is_learned(entry: object) -> bool:

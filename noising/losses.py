@@ -1,0 +1,235 @@
+"""Kinds of loss: what an error of the network's output counts, element by element, before any weight.
+
+With d the error and c > 0 the threshold between quadratic and linear:
+
+    l2            d²
+    l1            |d|
+    huber         d² / 2 where |d| <= c, else c (|d| - c / 2): torch's huber_loss
+    pseudo_huber  2c (√(d² + c²) - c): d² for small d, 2c |d| for large; "huber" of sd-scripts and diffusers
+    smooth_l1     2 (√(d² + c²) - c): d² / c for small d, 2 |d| for large; "smooth_l1" of sd-scripts, not torch's
+
+The threshold may depend on the noise level. It is large, i.e. the loss is more quadratic, where the sample is clean:
+
+    constant      c                             exponential   c^fraction, the fraction of training time (0 clean, 1 noise)
+    snr           (1 - c) / (1 + s)² + c, s = σ / α: 1 where the sample is clean, c at pure noise
+
+A weighting makes the squared error mean the same for every target; under the other losses targets differ.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from .registry import lookup
+
+Over = Literal["all", "mask"]
+
+Threshold = Callable[[float, Tensor, Tensor], Tensor]
+
+THRESHOLDS: Mapping[str, Threshold] = {
+    "constant": lambda c, s, fraction: torch.full_like(s, c),
+    "exponential": lambda c, s, fraction: c**fraction,
+    "snr": lambda c, s, fraction: (1 - c) / (1 + s) ** 2 + c,
+}
+"""Every schedule of a threshold: (c, s = σ / α, fraction of training time) -> c at that noise level."""
+
+
+@dataclass(frozen=True)
+class Loss(ABC):
+    """A kind of loss; subclasses state it for one element.
+
+    >>> L1()(torch.tensor([-2.0, 0.5]), None)
+    tensor([2.0000, 0.5000])
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def __call__(self, error: Tensor, threshold: Tensor | None) -> Tensor:
+        """Return the loss of each element of ``error``; ``threshold`` is what :meth:`threshold` returned."""
+
+    def threshold(self, sigma_ve: Tensor, fraction: Tensor) -> Tensor | None:
+        """Return the threshold at noise levels σ / α and fractions of training time; None for a loss that has none."""
+        return None
+
+
+@dataclass(frozen=True)
+class L2(Loss):
+    """d², the squared error.
+
+    >>> L2()(torch.tensor([-2.0]), None)
+    tensor([4.])
+    """
+
+    name: ClassVar[str] = "l2"
+
+    def __call__(self, error: Tensor, threshold: Tensor | None) -> Tensor:
+        return error**2
+
+
+@dataclass(frozen=True)
+class L1(Loss):
+    """|d|, the absolute error.
+
+    >>> L1()(torch.tensor([-2.0]), None)
+    tensor([2.])
+    """
+
+    name: ClassVar[str] = "l1"
+
+    def __call__(self, error: Tensor, threshold: Tensor | None) -> Tensor:
+        return error.abs()
+
+
+@dataclass(frozen=True)
+class ThresholdLoss(Loss):
+    """A loss that is quadratic below a threshold and linear above.
+
+    ``c``: its parameter, ``schedule``: a name of ``THRESHOLDS``, ``scale``: a factor of the threshold. The arguments mean what
+    ``--huber_c``, ``--huber_schedule`` and ``--huber_scale`` of sd-scripts do; there the factor is ignored under "snr", here it
+    is refused. Raises ValueError where c or scale is not positive, or c of a schedule that starts from 1 is above 1.
+
+    >>> PseudoHuber(c=0.1, schedule="exponential").threshold(torch.tensor([1.0]), fraction=torch.tensor([0.5]))
+    tensor([0.3162])
+    """
+
+    c: float = 0.1
+    schedule: str = "snr"
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        lookup("threshold schedule", self.schedule, THRESHOLDS)
+        if not 0 < self.c < float("inf") or not 0 < self.scale < float("inf"):
+            raise ValueError(
+                f"c and scale of loss {self.name!r} must be positive and finite, got {self.c} and {self.scale}"
+            )
+        if self.schedule != "constant" and self.c > 1:
+            raise ValueError(
+                f"c of loss {self.name!r} must be at most 1 under schedule {self.schedule!r}, which runs from 1 to c, got {self.c}"
+            )
+        if self.schedule == "snr" and self.scale != 1:
+            raise ValueError(
+                f"scale of loss {self.name!r} is for the schedules 'constant' and 'exponential', got {self.scale} with 'snr'; "
+                "sd-scripts ignores it there: leave it out"
+            )
+
+    def threshold(self, sigma_ve: Tensor, fraction: Tensor) -> Tensor:
+        return self.scale * THRESHOLDS[self.schedule](self.c, sigma_ve, fraction)
+
+
+def _given(threshold: Tensor | None) -> Tensor:
+    if threshold is None:
+        raise ValueError("this loss needs a threshold; give what its threshold(sigma_ve, fraction) returns")
+    return threshold
+
+
+@dataclass(frozen=True)
+class Huber(ThresholdLoss):
+    """torch's Huber loss: d² / 2 where |d| <= c, else c (|d| - c / 2). By default c = 1, constant, as torch's delta.
+
+    >>> Huber()(torch.tensor([0.5, 3.0]), torch.tensor(1.0))
+    tensor([0.1250, 2.5000])
+    """
+
+    name: ClassVar[str] = "huber"
+    c: float = 1.0
+    schedule: str = "constant"
+
+    def __call__(self, error: Tensor, threshold: Tensor | None) -> Tensor:
+        c, d = _given(threshold), error.abs()
+        within = torch.minimum(d, c)
+        return within * (d - 0.5 * within)  # d²/2 where d <= c, c (d - c/2) above: one form, without a branch
+
+
+@dataclass(frozen=True)
+class PseudoHuber(ThresholdLoss):
+    """2c (√(d² + c²) - c), which sd-scripts and diffusers call "huber": the squared error for small d (2403.16728).
+
+    >>> PseudoHuber(schedule="constant")(torch.tensor([0.0, 3.0]), torch.tensor(4.0))
+    tensor([0., 8.])
+    """
+
+    name: ClassVar[str] = "pseudo_huber"
+
+    def __call__(self, error: Tensor, threshold: Tensor | None) -> Tensor:
+        return 2 * _given(threshold) * _above(error, _given(threshold))
+
+
+@dataclass(frozen=True)
+class SmoothL1(ThresholdLoss):
+    """2 (√(d² + c²) - c), which sd-scripts calls "smooth_l1": twice the absolute error for large d. Not torch's smooth_l1_loss.
+
+    >>> SmoothL1(schedule="constant")(torch.tensor([0.0, 3.0]), torch.tensor(4.0))
+    tensor([0., 2.])
+    """
+
+    name: ClassVar[str] = "smooth_l1"
+
+    def __call__(self, error: Tensor, threshold: Tensor | None) -> Tensor:
+        return 2 * _above(error, _given(threshold))
+
+
+def _above(d: Tensor, c: Tensor) -> Tensor:
+    # √(d² + c²) - c without the cancellation for small d, which would round errors below c · 1e-4 to 0 in float32
+    return d**2 / ((d**2 + c**2).sqrt() + c)
+
+
+LOSSES: Mapping[str, type[Loss]] = {kind.name: kind for kind in (L2, L1, Huber, PseudoHuber, SmoothL1)}
+"""Every kind of loss by its name; a new one is a class above and a word in this line."""
+
+
+def resolve_loss(loss: str | Loss) -> Loss:
+    """Return the kind of loss for a name or an object; an unknown name is a ValueError that offers the nearest one.
+
+    >>> resolve_loss("huber")
+    Huber(c=1.0, schedule='constant', scale=1.0)
+    """
+    return loss if isinstance(loss, Loss) else lookup("loss", loss, LOSSES)()
+
+
+def mean_of_samples(errors: Tensor, mask: Tensor | None, over: Over = "all") -> tuple[Tensor, Tensor | None]:
+    """Return each sample's mean of ``errors``, masked, and the share of the sample that the mean counts (None: all of it).
+
+    ``errors``: shape (batch, ...). ``mask``: weights in [0, 1] (or bool) that broadcast to it, e.g. (batch, 1, h, w), of as many
+    axes. ``over="all"`` averages mask · error over all elements, as sd-scripts does, so a small mask counts little;
+    ``over="mask"`` averages over the masked area. An empty mask gives 0. Raises ValueError for other shapes, for integer masks,
+    and (on the CPU, where looking costs no sync) for values outside [0, 1].
+
+    >>> errors, mask = torch.tensor([[[2.0, 4.0]], [[6.0, 8.0]]]), torch.tensor([[[True, False]], [[False, False]]])
+    >>> [mean_of_samples(errors, mask, over)[0].tolist() for over in ("all", "mask")]
+    [[1.0, 0.0], [2.0, 0.0]]
+    """
+    if over not in ("all", "mask"):
+        raise ValueError(f"over must be 'all' or 'mask', got {over!r}")
+    if mask is None:
+        return errors.flatten(1).mean(1), None
+    _check_mask(mask, errors)
+    mask = mask.to(errors.device, errors.dtype).expand_as(errors)
+    mean, covered = (mask * errors).flatten(1).mean(1), mask.flatten(1).mean(1)
+    if over == "all":
+        return mean, covered
+    some = covered > 0
+    return mean / torch.where(some, covered, torch.ones_like(covered)), some.to(errors.dtype)
+
+
+def _check_mask(mask: Tensor, like: Tensor) -> None:
+    fits = mask.ndim == like.ndim and all(m in (1, n) for m, n in zip(mask.shape, like.shape, strict=True))
+    if not fits:
+        raise ValueError(
+            f"the mask must broadcast to the target, {tuple(like.shape)}, with as many axes, got {tuple(mask.shape)}; "
+            "for images give (batch, 1, height, width) at the size of the latents"
+        )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(
+            f"the mask must be bool, or floating point in [0, 1], got {mask.dtype}; divide 0 ... 255 by 255"
+        )
+    if mask.device.type == "cpu" and mask.is_floating_point() and mask.numel():
+        low, high = float(mask.min()), float(mask.max())
+        if not (low >= 0 and high <= 1):  # also catches NaN
+            raise ValueError(f"the mask must lie in [0, 1], got values from {low:g} to {high:g}")
