@@ -23,16 +23,16 @@ import numpy as np
 import torch
 from diffusers import UNet2DModel
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from alphabar.callbacks import ScheduleCheckpoint, ValidationSampling
+from alphabar.callbacks import EMA, ScheduleCheckpoint, ValidationSampling
 from alphabar.noising import NoiseSchedule, Noising
 from alphabar.noising.files import require_writable, write_atomically
 from alphabar.sampling import Sampler
-from alphabar.training import DiffusionModule, add_noising_arguments, load_checkpoint, noising_from_arguments
+from alphabar.training import Constant, DiffusionModule, add_noising_arguments, load_checkpoint, noising_from_arguments
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -161,7 +161,7 @@ def train(setting: Setting, args: argparse.Namespace, out: Path) -> Path:
         accelerator="cpu",
         max_steps=args.max_steps,
         logger=TensorBoardLogger(out, name="tensorboard", version=""),
-        callbacks=[EMAWeightAveraging(decay=0.99), previews, ScheduleCheckpoint(), checkpoints],
+        callbacks=[EMA(Constant(decay=0.99)), previews, ScheduleCheckpoint(), checkpoints],
         check_val_every_n_epoch=None,
         val_check_interval=min(args.preview_every, args.max_steps),
         log_every_n_steps=10,
@@ -227,7 +227,7 @@ def settings(args: argparse.Namespace) -> list[Setting]:
     chosen = [Setting(noising.schedule.prediction.name + rescaled, noising, args.spacing)]
     if args.compare:
         ordinary = NoiseSchedule.scaled_linear(prediction="epsilon")
-        chosen.append(Setting("epsilon, ordinary", Noising(ordinary, seed=args.noise_seed), "leading"))
+        chosen.append(Setting("epsilon, ordinary", Noising(ordinary, seed=noising.seed), "leading"))
     return chosen
 
 

@@ -90,7 +90,16 @@ def made(kind: str, text: str, registry: Mapping[str, Callable[..., T]]) -> T:
     >>> made("weighting", "min_snr:gamma=2", WEIGHTINGS)
     MinSNR(floor=0.0, gamma=2)
     """
-    name, options = parse_item(text)
+    return make(kind, *parse_item(text), registry)
+
+
+def make(kind: str, name: str, options: Mapping[str, Any], registry: Mapping[str, Callable[..., T]]) -> T:
+    """Return what the registry's entry of this name makes of the options; errors as in :func:`made`.
+
+    >>> from alphabar.noising import WEIGHTINGS
+    >>> make("weighting", "min_snr", {"gamma": 2.0}, WEIGHTINGS)
+    MinSNR(floor=0.0, gamma=2.0)
+    """
     return _called(f"{kind} {name}", lookup(kind, name, registry), options)
 
 
