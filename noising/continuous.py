@@ -45,8 +45,8 @@ class Flow(Curve):
     def levels_at(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
         return torch.sigmoid(0.5 * log_snr), torch.sigmoid(-0.5 * log_snr)
 
-    def noise_level(self, t: Tensor) -> Tensor:
-        return self.sigma(t)
+    def level_of(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return sigma
 
     def time_at_noise_level(self, level: Tensor) -> Tensor:
         return level / (self.shift - (self.shift - 1) * level)

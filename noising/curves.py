@@ -71,9 +71,13 @@ class Curve(ABC):
         """Return σ / α, the noise level in variance exploding coordinates; infinite where α is 0."""
         return self.sigma(t) / self.alpha(t)
 
-    def noise_level(self, t: Tensor) -> Tensor:
+    def level_of(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Return the noise level in which σ-spaced grids (karras, exponential, ...) are spaced: σ / α, or σ on a flow path."""
-        return self.sigma_ve(t)
+        return sigma / alpha
+
+    def noise_level(self, t: Tensor) -> Tensor:
+        """Return the level of :meth:`level_of` at a time."""
+        return self.level_of(self.alpha(t), self.sigma(t))
 
     def time_at_noise_level(self, level: Tensor) -> Tensor:
         """Return the inverse of :meth:`noise_level`."""

@@ -73,8 +73,8 @@ class Truncated(Curve):
     def time(self, log_snr: Tensor) -> Tensor:
         return self.curve.time(log_snr).clamp(self.first, self.last)
 
-    def noise_level(self, t: Tensor) -> Tensor:
-        return self.curve.noise_level(t)
+    def level_of(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return self.curve.level_of(alpha, sigma)
 
     def time_at_noise_level(self, level: Tensor) -> Tensor:
         return self.curve.time_at_noise_level(level).clamp(self.first, self.last)

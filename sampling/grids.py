@@ -35,6 +35,7 @@ GRIDS: Mapping[str, Grid] = {
     "beta_timesteps": timestep_grids.beta_timesteps,
     "flow": timestep_grids.flow,
     "lcm": timestep_grids.lcm,
+    "score_sde": timestep_grids.score_sde,
     "sine_squared": timestep_grids.sine_squared,
     "karras": sigma_grids.karras,
     "exponential": sigma_grids.exponential,

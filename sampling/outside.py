@@ -73,7 +73,7 @@ OUTSIDE: Mapping[str, Outside] = {
             RePaint,
             order=1,
             source="2201.09865",
-            called={"RePaintScheduler": {"eta": 0.0, "resample_clean": True}},
+            called={"RePaintScheduler": {"eta": 0.0, "resample_clean": True, "grid": "leading"}},
         ),
         Outside("ddpm_learned_variance", LearnedVariance, order=1, source="2102.09672"),
         Outside("vq_diffusion", VQDiffusion, order=0, source="2111.14822", called={"VQDiffusionScheduler": {}}),

@@ -97,8 +97,11 @@ class Sampler:
 
     @property
     def sigmas(self) -> list[float]:
-        """σ / α at every knot, in k-diffusion's convention (infinite where α is 0)."""
-        return [knot.sigma_ve for knot in self.knots]
+        """The noise level at every knot, as ``sigmas=`` takes it: σ / α (infinite where α is 0), or σ on a flow path."""
+        alpha, sigma = (
+            torch.tensor([getattr(k, n) for k in self.knots], dtype=torch.float64) for n in ("alpha", "sigma")
+        )
+        return self.schedule.curve.level_of(alpha, sigma).tolist()
 
     @property
     def init_noise_scale(self) -> float:

@@ -25,22 +25,12 @@ from .first_order import posterior_spread, renewed, transfer
 from .grids import Grid, make_knots
 from .guidance import Network
 from .kernel import Progress, combine, perform
-from .knots import CLEAN, Knot, knots_at
+from .knots import Knot
 from .methods import Method, one_of
 from .running import Run, last, start_run, without_gradients
 from .table import Combination, Trace
 
 PREDICTORS = ("reverse_diffusion", "euler_maruyama")
-
-
-def sde_times(schedule: NoiseSchedule, steps: int) -> tuple[Knot, ...]:
-    """Space times evenly from the curve's last to its first, then the clean sample: the grid of the score SDE code.
-
-    >>> [round(k.timestep, 1) for k in sde_times(NoiseSchedule.variance_preserving(), 4)]
-    [1000.0, 667.0, 334.0, 1.0, -1.0]
-    """
-    curve = schedule.curve
-    return (*knots_at(schedule, torch.linspace(curve.t_max, curve.t_min, steps, dtype=torch.float64)), CLEAN)
 
 
 def score_sde_vp(
@@ -166,6 +156,6 @@ METHODS = [
         order=1,
         source="2011.13456",
         stochastic=True,
-        called={"ScoreSdeVpScheduler": {"predictor": "euler_maruyama", "grid": sde_times}},
+        called={"ScoreSdeVpScheduler": {"predictor": "euler_maruyama", "grid": "score_sde"}},
     ),
 ]

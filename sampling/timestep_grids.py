@@ -91,6 +91,23 @@ def linspace(schedule: NoiseSchedule, points: int, *, lambda_min: float = -math.
 
 
 @timestep_spaced()
+def score_sde(schedule: NoiseSchedule, points: int) -> Tensor:
+    """Space training times evenly from the curve's last to its very first, as the code of Song et al. 2011.13456.
+
+    On discrete schedules, and where the first time is the clean sample itself, it is ``linspace``.
+
+    >>> from .grids import make_knots
+    >>> [round(k.timestep, 1) for k in make_knots(NoiseSchedule.variance_preserving(), 4, "score_sde")]
+    [1000.0, 667.0, 334.0, 1.0, -1.0]
+    """
+    curve, top = schedule.curve, schedule.num_train_timesteps - 1
+    start = torch.tensor(curve.t_min, dtype=torch.float64)
+    is_index = bool(curve.time_at_index(torch.zeros((), dtype=torch.float64)) == start)
+    first = 0 if is_index or float(curve.sigma(start)) == 0 else -1  # the index of the first time
+    return _from_the_top(points) * ((top - first) / max(points - 1, 1)) + first if points > 1 else _even(1, top)
+
+
+@timestep_spaced()
 def leading(schedule: NoiseSchedule, points: int, *, steps_offset: int = 0, lambda_min: float = -math.inf) -> Tensor:
     """Take every (T // points)-th timestep from the first on (2305.08891, table 2); it never visits the last one.
 

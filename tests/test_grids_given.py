@@ -42,6 +42,15 @@ def test_given_timesteps_are_the_timesteps(name: str) -> None:
             assert (ours.alpha, ours.sigma) == pytest.approx((theirs.alpha, theirs.sigma), rel=1e-7, abs=1e-9)
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_sigmas_of_a_sampler_can_be_given_again(name: str) -> None:
+    schedule = SCHEDULES[name]
+    sampler = Sampler(schedule, "euler", 7, "trailing")
+    again = Sampler(schedule, "euler", sigmas=sampler.sigmas)
+    for ours, theirs in zip(again.knots, sampler.knots, strict=True):
+        assert (ours.alpha, ours.sigma) == pytest.approx((theirs.alpha, theirs.sigma), rel=1e-9, abs=1e-12)
+
+
 def test_given_sigmas_are_the_sigmas() -> None:
     sampler = Sampler(SCALED, "dpmpp_2m", 7, "karras")
     for sigmas in (

@@ -362,7 +362,9 @@ def test_samplers_outside_the_table_are_made_by_name(name: str) -> None:
 def test_what_their_names_imply_arrives() -> None:
     assert make_sampler(SCHEDULE, "DPM adaptive").final == make_sampler(SCHEDULE, "dpm_adaptive").final == "sigma_min"
     assert make_sampler(SCHEDULE, "DPM adaptive", final="zero", rtol=0.01).rtol == 0.01
-    assert make_sampler(SCHEDULE, "RePaintScheduler", 20) == RePaint(SCHEDULE, 20, eta=0.0, resample_clean=True)
+    assert make_sampler(SCHEDULE, "RePaintScheduler", 20) == RePaint(
+        SCHEDULE, 20, eta=0.0, resample_clean=True, grid="leading"
+    )
     assert make_sampler(SCHEDULE, "ScoreSdeVeScheduler", 20) == PredictorCorrector(SCHEDULE, 20, norm="batch")
 
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from alphabar.noising import NoiseSchedule, VarianceExploding
 from alphabar.sampling import Combination, Knot, Method, Sampler, Table, Trace
+from alphabar.sampling.grids import make_knots
 from alphabar.sampling.knots import knot_at_half_log_snr
 from alphabar.sampling.running import Run
-from alphabar.sampling.score_sde import METHODS, PredictorCorrector, score_sde_vp, sde_times
+from alphabar.sampling.score_sde import METHODS, PredictorCorrector, score_sde_vp
 from alphabar.sampling.table import Draw, Evaluation, compile_table
 
 (VP_METHOD,) = METHODS
@@ -69,7 +70,7 @@ def test_agreement_with_the_vp_peer(steps: int, monkeypatch: pytest.MonkeyPatch)
     x = mean = start
     for t in scheduler.timesteps:
         x, mean = scheduler.step_pred(bumpy(x, t * torch.ones(2)), x, t)
-    sampler = Sampler(VP, VP_METHOD, steps, sde_times, predictor="euler_maruyama")
+    sampler = Sampler(VP, VP_METHOD, steps, "score_sde", predictor="euler_maruyama")
     ours = run_table_with(sampler, start, lambda x, t: bumpy(x, t / 1000), draws)
     # the peer's times are float32: the network sees them, and the rate depends on them
     assert torch.allclose(ours, mean, rtol=1e-5, atol=1e-5)
@@ -125,12 +126,12 @@ def weak_error(steps: int, schedule: NoiseSchedule, predictor: str) -> float:
         return score_sde_vp(*arguments, predictor=predictor)
 
     if predictor == "euler_maruyama":
-        knots = sde_times(schedule, steps)
+        knots = make_knots(schedule, steps, "score_sde")
         last = Knot(0.0, 1.0, 0.0)
     else:
         knots = tuple(knot_at_half_log_snr(schedule, -2 + 4 * i / steps) for i in range(steps + 1))
         last = knots[-1]
-    mean, variance = moments(compile_table("sde", formula, knots, schedule), schedule)
+    mean, variance = moments(compile_table("score_sde", formula, knots, schedule), schedule)
     return max(abs(mean - last.alpha * MEAN), abs(variance - (last.alpha * SPREAD) ** 2 - last.sigma**2))
 
 
