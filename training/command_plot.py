@@ -70,12 +70,24 @@ def _missing(make: Callable[..., Any]) -> bool:
     return any(p.default is p.empty for p in inspect.signature(make).parameters.values())
 
 
+USUAL_WEIGHTINGS = (
+    "uniform",
+    "snr",
+    "v",
+    "min_snr",
+    "soft_min_snr",
+    "p2",
+    "debiased",
+    "edm",
+)  # more would hide each other
+
+
 def _weight_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "weightings",
         nargs="*",
         metavar="weighting",
-        help=f"weightings, of {', '.join(WEIGHTINGS)}, with options as in min_snr:gamma=5 (default: all that are not learned)",
+        help=f"weightings, of {', '.join(WEIGHTINGS)}, with options as in min_snr:gamma=5 (default: {', '.join(USUAL_WEIGHTINGS)})",
     )
     parser.add_argument(
         "--prediction",
@@ -89,7 +101,7 @@ def _weight_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _draw_weights(args: argparse.Namespace) -> object:
-    chosen = {item: made("weighting", item, WEIGHTINGS) for item in args.weightings or drawable(WEIGHTINGS)}
+    chosen = {item: made("weighting", item, WEIGHTINGS) for item in args.weightings or USUAL_WEIGHTINGS}
     return plot_weights(read_schedule(args.schedule, args.zero_snr), chosen, args.prediction, args.out)
 
 
