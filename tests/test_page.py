@@ -20,7 +20,19 @@ from alphabar.callbacks.publishing import Preview, publish
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 in_browser = pytest.mark.skipif(BROWSER is None, reason="needs chromium")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--force-device-scale-factor=1", "--window-size=1200,800"]
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+    "--force-device-scale-factor=1",
+    "--window-size=1200,800",
+]
 HOSTILE = '</script><b id="bad">bold</b><img src=x onerror="document.title=1"> & \u2028 {{data}} \ud800'
 PROMPTS = ("a cat", HOSTILE, "a cat")
 SEEDS = (4, 4, 2**60)
