@@ -5,23 +5,25 @@ Not a subclass of Lightning's Checkpoint, which would take the place of the defa
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from ..noising import NoiseSchedule
-from ..noising.files import write_atomically
 from ..noising.pretrained import CONFIG_NAME, EXACT_NAME
 from ..noising.registry import lookup
-from ..training.checkpoints import SCHEDULE_KEY, SUBFOLDER, embedded_schedule, sidecar_folder
+from ..sampling import Sampler
+from ..training.checkpoints import SCHEDULE_KEY, embedded_schedule, read_checkpoint
+from ..training.sidecars import SUBFOLDER, holds_schedule, own_sidecar, read_sidecar, sidecar_folder, write_sidecar
+from ..training.storage import Folder
 from .agreement import on_rank_zero
 from .contract import is_rehearsal, schedule_of_module
+from .saves import SavesFollowed
 
 
 class ScheduleCheckpoint(Callback):
@@ -30,17 +32,24 @@ class ScheduleCheckpoint(Callback):
     The schedule goes into the checkpoint as ``checkpoint["noise_schedule"]``, plain values that load with
     ``weights_only=True``, and beside it: ``<dirpath>/scheduler/scheduler_config.json``, which
     ``diffusers.DDIMScheduler.from_pretrained(dirpath, subfolder="scheduler")`` loads, and an exact
-    ``noise_schedule.json``, for the folder of every checkpoint callback. ``schedule_from_checkpoint`` reads both.
+    ``noise_schedule.json``, for the folder of every checkpoint callback, on a local disk or in a remote store. Weights-only
+    files, which hold no callback's values, are known by it. ``schedule_from_checkpoint`` reads all of these.
 
     Args:
         subfolder: name of the folder beside the checkpoints.
-        on_mismatch: what to do where a checkpoint that is loaded, or the folder beside which checkpoints will go, is of
-            another schedule than the module: raise a ValueError that names both ('error'), 'warn' and go on, or
-            'ignore' it. Where training goes on, the folder is rewritten with the module's schedule.
+        on_mismatch: what to do where a checkpoint that is loaded, or the folder beside which checkpoints will go, or the
+            sampler of another callback, is of another schedule than the module: raise a ValueError that names both
+            ('error'), 'warn' and go on, or 'ignore' it. Where training goes on, the folder is rewritten with the module's
+            schedule. (ValidationSampling refuses another schedule by itself.)
+        per_checkpoint: also give every checkpoint that is saved in ``fit`` a folder of its own, which is removed with it:
+            ``step=6.scheduler`` for ``step=6.ckpt``; in a sharded one, which is a folder, ``scheduler``. The schedule
+            is then embedded in weights-only files too.
 
     Schedules are compared by fingerprint: the same numbers from another config are the same schedule. A checkpoint
     without a schedule is told of, not refused. The folder is checked and written, or an OSError raised, before training
     starts.
+
+    Checkpoints that are loaded are compared for fit, validate, test and predict alike.
 
     >>> ScheduleCheckpoint().subfolder
     'scheduler'
@@ -49,7 +58,12 @@ class ScheduleCheckpoint(Callback):
     ValueError: unknown on_mismatch 'wran'; did you mean 'warn'?
     """
 
-    def __init__(self, subfolder: str = SUBFOLDER, on_mismatch: Literal["error", "warn", "ignore"] = "error") -> None:
+    def __init__(
+        self,
+        subfolder: str = SUBFOLDER,
+        on_mismatch: Literal["error", "warn", "ignore"] = "error",
+        per_checkpoint: bool = False,
+    ) -> None:
         super().__init__()
         if not subfolder or Path(subfolder).is_absolute() or ".." in Path(subfolder).parts:
             raise ValueError(
@@ -57,12 +71,22 @@ class ScheduleCheckpoint(Callback):
             )
         self.subfolder = subfolder
         self.on_mismatch = lookup("on_mismatch", on_mismatch, {mode: mode for mode in ("error", "warn", "ignore")})
+        self.per_checkpoint = per_checkpoint
         self._compared = False
+        self._compared_samplers: object = None
+        self._followed: SavesFollowed | None = None
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._compared = False
+        self._compared, self._compared_samplers = False, None
+        if stage == "fit" and self.per_checkpoint and not is_rehearsal(trainer):
+            self._follow(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._followed is not None:
+            self._followed.undo()
+            self._followed = None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if SCHEDULE_KEY in checkpoint:
@@ -72,38 +96,62 @@ class ScheduleCheckpoint(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         schedule_of_module(pl_module)  # a module without one fails here, not at its first checkpoint
-        self._compare_beside_checkpoint(trainer, pl_module)
+        self._compare_at_start(trainer, pl_module)
         on_rank_zero(trainer, lambda: self._compare_folders(trainer, pl_module))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._compare_beside_checkpoint(trainer, pl_module)
+        self._compare_at_start(trainer, pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._compare_beside_checkpoint(trainer, pl_module)
+        self._compare_at_start(trainer, pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._compare_beside_checkpoint(trainer, pl_module)
+        self._compare_at_start(trainer, pl_module)
 
-    def _compare_beside_checkpoint(self, trainer: Trainer, module: LightningModule) -> None:
-        """Compare with the folder beside a checkpoint that does not hold its schedule, as weights-only files do not."""
+    def _compare_at_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Compare with what lies beside a checkpoint that was loaded without its schedule, and with samplers; once."""
+        if self._compared_samplers is not trainer.state.fn:
+            self._compared_samplers = trainer.state.fn
+            self._compare_samplers(trainer, module)
         if self._compared or not trainer.ckpt_path:
             return
         self._compared = True
         path = os.fspath(trainer.ckpt_path)
 
         def act() -> None:
-            beside = sidecar_folder(path, self.subfolder)
-            if _holds_schedule(beside):
-                self._compare(module, path, lambda: NoiseSchedule.from_pretrained(beside), _MEND_CHECKPOINT)
+            load = self._schedule_around(path)
+            if load is not None:
+                self._compare(module, path, load, _MEND_CHECKPOINT)
             else:
                 rank_zero_info(f"{path!r} does not say its noise schedule; going on with {schedule_of_module(module)}")
 
         on_rank_zero(trainer, act)  # other nodes may not have the folder
 
+    def _schedule_around(self, path: str) -> Callable[[], NoiseSchedule | None] | None:
+        """Return how to read the schedule of a checkpoint that told no callback of it, as weights-only files do not."""
+        own, shared = own_sidecar(path, self.subfolder), sidecar_folder(path, self.subfolder)
+        if holds_schedule(own):
+            return lambda: read_sidecar(own)
+        if Folder(path).local is not None:  # a remote file would be fetched a second time
+            try:
+                checkpoint = read_checkpoint(path)
+            except (ValueError, OSError):  # loaded it was: of another kind than those that alphabar reads
+                checkpoint = {}
+            if SCHEDULE_KEY in checkpoint:
+                return lambda: embedded_schedule(checkpoint, path)
+        return (lambda: read_sidecar(shared)) if holds_schedule(shared) else None
+
+    def _compare_samplers(self, trainer: Trainer, module: LightningModule) -> None:
+        for callback in cast(Any, trainer).callbacks:
+            sampler = getattr(callback, "sampler", None)
+            if isinstance(sampler, Sampler):
+                what = f"the sampler of {type(callback).__name__}"
+                self._compare(module, what, lambda sampler=sampler: sampler.schedule, _MEND_SAMPLER)
+
     def _compare_folders(self, trainer: Trainer, module: LightningModule) -> None:
         for folder in self._folders(trainer):
-            if _holds_schedule(folder):
-                self._compare(module, str(folder), partial(NoiseSchedule.from_pretrained, folder), _MEND_FOLDER)
+            if holds_schedule(folder):
+                self._compare(module, str(folder), partial(read_sidecar, folder), _MEND_FOLDER)
 
     def _compare(self, module: LightningModule, what: str, load: Callable[[], NoiseSchedule | None], mend: str) -> None:
         if self.on_mismatch == "ignore":
@@ -126,27 +174,65 @@ class ScheduleCheckpoint(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         schedule = schedule_of_module(pl_module)
-        on_rank_zero(trainer, lambda: [_write(schedule, folder) for folder in self._folders(trainer)])
+
+        def act() -> None:
+            for folder in self._folders(trainer):
+                folder.require_writable()
+                write_sidecar(schedule, folder)
+
+        on_rank_zero(trainer, act)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         schedule = schedule_of_module(pl_module)
         checkpoint[SCHEDULE_KEY] = schedule.to_config()
         if trainer.is_global_zero:
             for folder in self._folders(trainer):
-                try:
-                    other = _write(schedule, folder)
-                    if other is not None:
-                        rank_zero_warn(f"{str(folder)!r} had come to say {other}; it says {schedule} again")
-                except OSError as error:  # the checkpoint, which holds its schedule, is worth more than the folder
-                    rank_zero_warn(f"the noise schedule could not be written to {str(folder)!r}: {error}")
+                self._write(schedule, folder)
 
-    def _folders(self, trainer: Trainer) -> list[Path]:
-        """Return where the schedule belongs: beside every checkpoint callback's files on a local disk."""
+    def _write(self, schedule: NoiseSchedule, folder: Folder) -> None:
+        try:
+            other = write_sidecar(schedule, folder)
+            if other is not None:
+                rank_zero_warn(f"{str(folder)!r} had come to say {other}; it says {schedule} again")
+        except OSError as error:  # the checkpoint, which holds its schedule, is worth more than the folder
+            rank_zero_warn(f"the noise schedule could not be written to {str(folder)!r}: {error}")
+
+    def _folders(self, trainer: Trainer) -> list[Folder]:
+        """Return where the schedule belongs: beside every checkpoint callback's files."""
         if is_rehearsal(trainer):
             return []
         paths = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
-        local = dict.fromkeys(os.fspath(path) for path in paths if path is not None and "://" not in os.fspath(path))
-        return [Path(path, self.subfolder) for path in local]
+        return [Folder(path) / self.subfolder for path in dict.fromkeys(os.fspath(path) for path in paths if path)]
+
+    # -- a folder for every checkpoint ---------------------------------------------------------------------------------
+
+    def _follow(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._followed is not None:  # a fit that failed was not torn down
+            self._followed.undo()
+
+        def saving(checkpoint: dict[str, Any]) -> None:
+            checkpoint.setdefault(SCHEDULE_KEY, schedule_of_module(module).to_config())
+
+        def saved(path: str) -> None:
+            if trainer.is_global_zero:
+                self._write(schedule_of_module(module), own_sidecar(path, self.subfolder))
+
+        def removed(path: str) -> Callable[[], object]:
+            folder = own_sidecar(path, self.subfolder)
+            if not trainer.is_global_zero or os.path.islink(path):  # what a link points to is not removed with it
+                return lambda: None
+            return lambda: self._remove(folder)
+
+        self._followed = SavesFollowed(trainer.strategy, saving, saved, removed)
+
+    def _remove(self, folder: Folder) -> None:
+        try:
+            for name in (EXACT_NAME, CONFIG_NAME):
+                folder.remove(name)
+            if folder.local is not None and folder.local.is_dir() and not any(folder.local.iterdir()):
+                folder.local.rmdir()
+        except OSError as error:
+            rank_zero_warn(f"the noise schedule in {str(folder)!r} outlived its checkpoint: {error}")
 
 
 _MEND_CHECKPOINT = (
@@ -158,23 +244,4 @@ _MEND_FOLDER = (
     "ScheduleCheckpoint(on_mismatch='warn'), which rewrites the folder"
 )
 
-
-def _holds_schedule(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (EXACT_NAME, CONFIG_NAME))
-
-
-def _write(schedule: NoiseSchedule, folder: Path) -> NoiseSchedule | None:
-    """Write both files unless they say this already; return the other schedule that they said, if they did."""
-    try:
-        before = NoiseSchedule.from_pretrained(folder) if _holds_schedule(folder) else None
-    except ValueError:  # damaged: written anew
-        before = None
-    same = before is not None and before.fingerprint == schedule.fingerprint
-    if same and (folder / EXACT_NAME).is_file() and (folder / CONFIG_NAME).is_file():
-        return None
-    try:
-        schedule.save_pretrained(folder)
-    except ValueError:  # diffusers has no config for this schedule, e.g. one with the score as prediction
-        (folder / CONFIG_NAME).unlink(missing_ok=True)
-        write_atomically(folder / EXACT_NAME, json.dumps(schedule.to_config(), indent=2, sort_keys=True) + "\n")
-    return None if same else before
+_MEND_SAMPLER = "its pictures would not show what the model learned; make it as Sampler(module.noising.schedule, ...)"

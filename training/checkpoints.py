@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import zipfile
@@ -12,17 +13,20 @@ from typing import Any
 import torch
 
 from ..noising import NoiseSchedule
+from .sidecars import SUBFOLDER, holds_schedule, own_sidecar, read_sidecar, sidecar_folder
+from .storage import Folder
 
 SCHEDULE_KEY = "noise_schedule"  # top level, so that it is readable without knowing the class that wrote it
-SUBFOLDER = "scheduler"  # of the sidecar beside the checkpoints, as in a diffusers pipeline
+SHARDED_NAME = "meta.pt"  # in the folder of a sharded checkpoint: all but the tensors that are sharded
 
 
 def schedule_from_checkpoint(path: str | os.PathLike[str], subfolder: str = SUBFOLDER) -> NoiseSchedule:
-    """Return the schedule that a checkpoint was trained with: the embedded one, else that in the folder beside it.
+    """Return the schedule that a checkpoint was trained with: the embedded one, else that in a folder beside it.
 
-    ``subfolder``: where beside the checkpoint that folder lies, for files without the key (weights-only ones). Weights
-    are mapped, not read, and no code of the file is run. Raises FileNotFoundError, and ValueError for a file that is
-    no checkpoint, that is damaged, or that has no schedule.
+    ``path``: a file, the folder of a sharded checkpoint, a link, or a URL that fsspec knows. ``subfolder``: the name that
+    the folders beside it have, of files without the key (weights-only ones); the checkpoint's own comes first, then the
+    one for all. Weights on a local disk are mapped, not read, and no code of the file is run. Raises FileNotFoundError,
+    and ValueError for a file that is no checkpoint, that is damaged, or that has no schedule.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), "last.ckpt")
@@ -43,15 +47,29 @@ def schedule_of(
     embedded = embedded_schedule(checkpoint, path)
     if embedded is not None:
         return embedded
-    beside = sidecar_folder(path, subfolder)
-    try:
-        return NoiseSchedule.from_pretrained(beside)
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{str(path)!r} does not say its noise schedule: it has no key {SCHEDULE_KEY!r}, and there is no "
-            f"{str(beside)!r}; train with ScheduleCheckpoint(), or, if you know the schedule, put it there: "
-            f"schedule.save_pretrained({str(beside)!r})"
-        ) from error
+    beside = schedule_beside(path, subfolder)
+    if beside is not None:
+        return beside
+    shared = sidecar_folder(path, subfolder).url
+    raise ValueError(
+        f"{str(path)!r} does not say its noise schedule: it has no key {SCHEDULE_KEY!r}, and there is no "
+        f"{shared!r}; train with ScheduleCheckpoint(), or, if you know the schedule, put it there: "
+        f"schedule.save_pretrained({shared!r})"
+    )
+
+
+def schedule_beside(path: str | os.PathLike[str], subfolder: str = SUBFOLDER) -> NoiseSchedule | None:
+    """Return the schedule in the folder of a checkpoint, else in the one that it shares; None where there is neither.
+
+    Raises ValueError for a damaged one.
+
+    >>> schedule_beside("nowhere/last.ckpt") is None
+    True
+    """
+    for folder in (own_sidecar(path, subfolder), sidecar_folder(path, subfolder)):
+        if holds_schedule(folder):
+            return read_sidecar(folder)
+    return None
 
 
 def embedded_schedule(
@@ -71,32 +89,40 @@ def embedded_schedule(
         raise ValueError(f"the checkpoint's {SCHEDULE_KEY!r} {where}cannot be read: {error}") from error
 
 
-def sidecar_folder(path: str | os.PathLike[str], subfolder: str = SUBFOLDER) -> Path:
-    """Return where the schedule of the checkpoint at ``path`` lies beside it (a link is followed).
-
-    >>> sidecar_folder("/runs/a/last.ckpt").as_posix()
-    '/runs/a/scheduler'
-    """
-    return Path(path).resolve().parent / subfolder
-
-
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint with ``weights_only=True``; tensors stay on disk, mapped, until they are used.
+    """Read a checkpoint with ``weights_only=True``; tensors on a local disk stay there, mapped, until they are used.
 
-    Raises FileNotFoundError, and ValueError for a damaged file or one that holds other objects than plain values.
+    Of a sharded one, a folder, all is read but the sharded tensors. Raises FileNotFoundError, and ValueError for a damaged
+    file or one that holds other objects than plain values.
 
     >>> read_checkpoint("nowhere.ckpt")
     Traceback (most recent call last):
     FileNotFoundError: no checkpoint at 'nowhere.ckpt'
     """
-    path = Path(path)
-    if not path.is_file():
-        what = "a folder, not a checkpoint file," if path.is_dir() else "no checkpoint"
+    local = Folder.of(path).local
+    if local is None:
+        parent, _, name = os.fspath(path).rstrip("/").rpartition("/")
+        return _loaded_from(Folder(parent), name, path)
+    if local.is_dir() and (local / SHARDED_NAME).is_file():
+        local = local / SHARDED_NAME
+    if not local.is_file():
+        what = "a folder, not a checkpoint file," if local.is_dir() else "no checkpoint"
         raise FileNotFoundError(f"{what} at {str(path)!r}")
-    path.open("rb").close()  # a file that may not be read says so itself
+    local.open("rb").close()  # a file that may not be read says so itself
+    # files of the format before torch 1.6 cannot be mapped
+    return _loaded(local, path, mmap=zipfile.is_zipfile(local))
+
+
+def _loaded_from(folder: Folder, name: str, path: str | os.PathLike[str]) -> dict[str, Any]:
+    content = folder.read(name) if folder.has(name) else folder.read(f"{name}/{SHARDED_NAME}")
+    if content is None:
+        raise FileNotFoundError(f"no checkpoint at {str(path)!r}")
+    return _loaded(io.BytesIO(content), path, mmap=False)
+
+
+def _loaded(file: Path | io.BytesIO, path: str | os.PathLike[str], mmap: bool) -> dict[str, Any]:
     try:
-        # files of the format before torch 1.6 cannot be mapped
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # damaged bytes fail in a dozen ways, IndexError and UnicodeDecodeError among them
         raise ValueError(f"{str(path)!r} {_reason(error)}") from error
     if not isinstance(checkpoint, dict):
