@@ -122,7 +122,7 @@ def test_the_folder_of_a_checkpoint_comes_before_the_shared_one(tmp_path: Path) 
     path = tmp_path / "step=12.ckpt"
     write_sidecar(OTHER["prediction"], Folder(str(tmp_path / "step=12.scheduler")))
     assert schedule_from_checkpoint(path) == OTHER["prediction"]
-    with pytest.raises(ValueError, match="is of the noise schedule .* with sample"):
+    with pytest.raises(ValueError, match=r"is of the noise schedule .* with sample"):
         use("validate", path, tmp_path / "x", SCHEDULE)
     use("validate", path, tmp_path / "x", SCHEDULE, on_mismatch="ignore")
     with pytest.warns(UserWarning, match="on_mismatch='warn': going on"):
@@ -231,7 +231,9 @@ class Pictures(Callback):
 def test_a_sampler_of_another_schedule_is_refused(tmp_path: Path, verb: str, change: str) -> None:
     module = fresh(schedule=TRAINED[change])
     ready = trainer(tmp_path, ScheduleCheckpoint(), Pictures(OTHER[change]), inference_mode=False)
-    with pytest.raises(ValueError, match="the sampler of Pictures' is of the noise schedule .* what the model learned"):
+    with pytest.raises(
+        ValueError, match=r"the sampler of Pictures' is of the noise schedule .* what the model learned"
+    ):
         getattr(ready, verb)(module, loader())
     assert module.losses == []
 

@@ -3,9 +3,11 @@
 from .arguments import add_noising_arguments, noising_from_arguments, schedule_from_arguments
 from .checkpoints import schedule_from_checkpoint
 from .ema import EMA_PROFILES, Constant, EMAProfile, HalfLife, InverseGamma, PowerFunction, Warmup
+from .inspection import inspect_path
 from .loading import load_checkpoint
 from .module import DiffusionModule
 from .posthoc import posthoc_ema, save_snapshot
+from .safetensors_files import write_markers
 
 __all__ = [
     "EMA_PROFILES",
@@ -17,10 +19,12 @@ __all__ = [
     "PowerFunction",
     "Warmup",
     "add_noising_arguments",
+    "inspect_path",
     "load_checkpoint",
     "noising_from_arguments",
     "posthoc_ema",
     "save_snapshot",
     "schedule_from_arguments",
     "schedule_from_checkpoint",
+    "write_markers",
 ]

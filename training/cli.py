@@ -7,13 +7,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
-from . import command_ema, command_plot, command_sample, command_samplers
+from . import command_ema, command_inspect, command_plot, command_sample, command_samplers
 
 COMMANDS: Mapping[str, ModuleType] = {
     "sample": command_sample,
     "samplers": command_samplers,
     "plot": command_plot,
     "ema": command_ema,
+    "inspect": command_inspect,
 }
 """Every subcommand: a module with a docstring, ``add_arguments(parser)`` and ``run(args)``."""
 

@@ -58,8 +58,9 @@ class Folder:
         """
         if "://" not in self.url:
             return Path(self.url)
-        filesystem, root = self._store
-        return Path(root) if isinstance(filesystem, LocalFileSystem) else None
+        if self.url.split("://")[0] in LocalFileSystem.protocol:
+            return Path(str(LocalFileSystem._strip_protocol(self.url)))
+        return None
 
     @property
     def name(self) -> str:
