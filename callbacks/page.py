@@ -58,7 +58,7 @@ def render(records: Iterable[Mapping[str, Any]], title: str) -> str:
 
 
 def _template() -> str:
-    return files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    return files(str(__package__)).joinpath("page.html").read_text(encoding="utf-8")
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ torch.set_num_threads(1)
 
 class Sharded(Toy):
     def configure_model(self) -> None:
+        assert self.device_mesh is not None
         for part in (self.first, self.last):
             fully_shard(part, mesh=self.device_mesh["data_parallel"])
 

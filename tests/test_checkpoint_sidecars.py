@@ -62,7 +62,7 @@ def test_each_checkpoint_has_a_folder_that_goes_with_it(tmp_path: Path) -> None:
     seen: list[list[str]] = []
 
     class Watching(Callback):
-        def on_train_batch_end(self, *_: Any) -> None:
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             seen.append(files(tmp_path))
 
     checkpoints = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3)
@@ -83,6 +83,17 @@ def test_a_link_is_followed_and_its_target_keeps_its_folder(tmp_path: Path) -> N
     shutil.rmtree(tmp_path / "scheduler")
     assert own_sidecar(tmp_path / "last.ckpt").local == tmp_path / "step=12.scheduler"
     assert read_sidecar(own_sidecar(tmp_path / "last.ckpt")) == SCHEDULE
+
+
+def test_a_link_that_is_removed_leaves_the_folder_of_its_target(tmp_path: Path) -> None:
+    class Linking(Toy):
+        def on_train_epoch_end(self) -> None:
+            self.trainer.save_checkpoint(tmp_path / "whole.ckpt")
+            (tmp_path / "link.ckpt").symlink_to("whole.ckpt")
+            self.trainer.strategy.remove_checkpoint(tmp_path / "link.ckpt")
+
+    train(tmp_path, ScheduleCheckpoint(per_checkpoint=True), module=fresh(Linking), max_epochs=1)
+    assert files(tmp_path) == ["whole.ckpt", *(f"whole.scheduler/{name}" for name in FOLDER)]
 
 
 def test_a_second_copy_as_last_has_its_own(tmp_path: Path) -> None:
@@ -191,7 +202,7 @@ def test_a_save_by_hand_is_followed_and_the_strategy_gets_its_methods_back(tmp_p
 
 def test_a_fit_that_failed_is_not_followed_twice(tmp_path: Path, monkeypatch: Any) -> None:
     class Failing(Toy):
-        def training_step(self, *_: Any) -> Any:
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
             raise RuntimeError("broken")
 
     class Saving(Toy):

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from ..noising import NoiseSchedule
 from .checkpoints import SHARDED_NAME
@@ -94,6 +95,7 @@ def inspect_path(path: str | os.PathLike[str]) -> Inspection:
     return Inspection(str(path), kind, tuple(statements), tuple(missing), tuple(contradictions))
 
 
+_T = TypeVar("_T")
 _Notes = Callable[[Sequence[Statement]], list[str]]
 _Read = tuple[str, list[Statement], _Notes]
 
@@ -183,6 +185,6 @@ def _word(value: object) -> str:
     return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
 
 
-def _only(values: Iterable[object]) -> object:
+def _only(values: Iterable[_T | None]) -> _T | None:
     said = {value for value in values if value is not None}
     return said.pop() if len(said) == 1 else None
