@@ -38,9 +38,10 @@ class ScheduleCheckpoint(Callback):
     Args:
         subfolder: name of the folder beside the checkpoints.
         on_mismatch: what to do where a checkpoint that is loaded, or the folder beside which checkpoints will go, or the
-            sampler of another callback, is of another schedule than the module: raise a ValueError that names both
-            ('error'), 'warn' and go on, or 'ignore' it. Where training goes on, the folder is rewritten with the module's
-            schedule. (ValidationSampling refuses another schedule by itself.)
+            Sampler of another callback, is of another schedule than the module, or where that Sampler leaves out the
+            terminal timestep of a zero-terminal-SNR schedule: raise a ValueError that says so ('error'), 'warn' and go
+            on, or 'ignore' it. Where training goes on, the folder is rewritten with the module's schedule.
+            (ValidationSampling refuses another schedule by itself.)
         per_checkpoint: also give every checkpoint that is saved in ``fit`` a folder of its own, which is removed with it:
             ``step=6.scheduler`` for ``step=6.ckpt``; in a sharded one, which is a folder, ``scheduler``. The schedule
             is then embedded in weights-only files too.
@@ -147,6 +148,17 @@ class ScheduleCheckpoint(Callback):
             if isinstance(sampler, Sampler):
                 what = f"the sampler of {type(callback).__name__}"
                 self._compare(module, what, lambda sampler=sampler: sampler.schedule, _MEND_SAMPLER)
+                self._require_start_in_noise(what, sampler)
+
+    def _require_start_in_noise(self, what: str, sampler: Sampler) -> None:
+        # sampling begins with pure noise, which such a schedule has at its last timestep alone (2305.08891, section 3.3)
+        schedule, start = sampler.schedule, sampler.knots[0]
+        skipped = schedule.curve.is_discrete and schedule.has_zero_terminal_snr and start.alpha > 0
+        if skipped and self.on_mismatch != "ignore":
+            self._object(
+                f"{what} starts at timestep {start.timestep:g}, where {schedule} still has a signal of {start.alpha:.3f}, "
+                "and it is given pure noise: its pictures would not show what the model learned; use grid='trailing'"
+            )
 
     def _compare_folders(self, trainer: Trainer, module: LightningModule) -> None:
         for folder in self._folders(trainer):

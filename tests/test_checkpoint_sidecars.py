@@ -258,6 +258,23 @@ def test_a_sampler_of_the_same_schedule_goes_on_and_another_is_warned_of_once(tm
     assert len([w for w in caught if "the sampler of" in str(w.message)]) == 1
 
 
+@pytest.mark.parametrize("grid", ["leading", "ddim_uniform", "trailing", "karras"])
+def test_a_sampler_that_leaves_out_the_terminal_timestep_is_refused(tmp_path: Path, grid: str) -> None:
+    pictures = Pictures(SCHEDULE)
+    pictures.sampler = Sampler(SCHEDULE, "euler", 10, grid)
+    module = fresh()
+    if grid in ("trailing", "karras"):
+        train(tmp_path, ScheduleCheckpoint(), pictures, module=module, max_epochs=1)
+        return
+    with pytest.raises(ValueError, match=r"the sampler of Pictures starts at timestep 9\d\d, .* use grid='trailing'"):
+        train(tmp_path, ScheduleCheckpoint(), pictures, module=module)
+    assert module.losses == []
+    train(tmp_path, ScheduleCheckpoint(on_mismatch="ignore"), pictures, module=module, max_epochs=1)
+    plain = Pictures(NoiseSchedule.scaled_linear(prediction="v_prediction"))
+    plain.sampler = Sampler(plain.sampler.schedule, "euler", 10, grid)
+    train(tmp_path, ScheduleCheckpoint(), plain, module=fresh(schedule=plain.sampler.schedule), max_epochs=1)
+
+
 def test_plain_values_alone_are_in_a_checkpoint(tmp_path: Path) -> None:
     save(tmp_path)
     assert torch.load(tmp_path / "step=12.ckpt", weights_only=True)["noise_schedule"] == SCHEDULE.to_config()
