@@ -104,7 +104,7 @@ def score_sde(schedule: NoiseSchedule, points: int) -> Tensor:
     start = torch.tensor(curve.t_min, dtype=torch.float64)
     is_index = bool(curve.time_at_index(torch.zeros((), dtype=torch.float64)) == start)
     first = 0 if is_index or float(curve.sigma(start)) == 0 else -1  # the index of the first time
-    return _from_the_top(points) * ((top - first) / max(points - 1, 1)) + first if points > 1 else _even(1, top)
+    return _even(points, top - first) + first
 
 
 @timestep_spaced()
