@@ -7,13 +7,61 @@ out (30 minutes in Lightning). So errors are exchanged first, and raised or pass
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+class AgreedError(RuntimeError):
+    """What went wrong on some rank, raised on every rank: none is left waiting for another."""
+
+
+def any_rank(flags: Sequence[bool], world_size: int = 1, device: torch.device | str = "cpu") -> list[bool]:
+    """Return for each flag whether it is set on any rank; every rank must call it, and every rank gets the same.
+
+    >>> any_rank([False, True])
+    [False, True]
+    """
+    if world_size == 1:
+        return list(flags)
+    votes = torch.tensor(flags, dtype=torch.int32, device=device)
+    dist.all_reduce(votes, dist.ReduceOp.MAX)
+    return votes.bool().tolist()
+
+
+def agree(error: BaseException | None, world_size: int = 1) -> None:
+    """Raise AgreedError on every rank where any rank has an error; every rank must call it.
+
+    >>> agree(None)
+    """
+    words = errors_of_all_ranks(error, world_size)
+    if words is not None:
+        raise AgreedError(words) from error
+
+
+def together(act: Callable[[], T], world_size: int = 1) -> T:
+    """Return what ``act()`` returns on this rank; where it raises on any rank, raise on all: its own error, or AgreedError.
+
+    >>> together(lambda: 3)
+    3
+    """
+    error: Exception | None = None
+    result: Any = None
+    try:
+        result = act()
+    except Exception as raised:
+        error = raised
+    words = errors_of_all_ranks(error, world_size)
+    if words is None:
+        return result
+    raise error if error is not None else AgreedError(words)
 
 
 def errors_of_all_ranks(error: BaseException | None, world_size: int = 1) -> str | None:
@@ -34,13 +82,19 @@ def errors_of_all_ranks(error: BaseException | None, world_size: int = 1) -> str
 
 
 def gather(own: Tensor, world_size: int = 1) -> Tensor:
-    """Return the tensors of all ranks, which must have equal shapes and devices, as one of shape (world_size, ...).
+    """Return the tensors of all ranks as one of shape (world_size, ...), on the device of this rank's.
+
+    Raises AgreedError on every rank where their shapes differ: such a gather would not end.
 
     >>> gather(torch.zeros(3)).shape
     torch.Size([1, 3])
     """
     if world_size == 1:
         return own[None]
+    shapes: list[tuple[int, ...]] = [()] * world_size
+    dist.all_gather_object(shapes, tuple(own.shape))
+    if len(set(shapes)) > 1:
+        raise AgreedError(f"ranks have images of different shapes, {sorted(set(shapes))}; all must draw the same shape")
     parts = [torch.empty_like(own) for _ in range(world_size)]
     dist.all_gather(parts, own.contiguous())
     return torch.stack(parts)

@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
+from fsspec.core import url_to_fs
 from lightning.pytorch import LightningModule, Trainer
 
 from ..noising import NoiseSchedule
+from ..noising.files import require_writable
+from ..sampling import Method, Sampler, resolve_method
+from .triggers import at_least_one
+
+DEFAULT_STEPS = 20
 
 
 def schedule_of_module(module: LightningModule) -> NoiseSchedule:
@@ -68,3 +74,45 @@ def is_rehearsal(trainer: Trainer) -> bool:
     True
     """
     return bool(cast(Any, trainer).fast_dev_run)  # Lightning sets it without declaring it
+
+
+def require_steps(sampler: str | Method | Sampler, steps: int | None) -> int:
+    """Return the number of steps, 20 by default; raises ValueError for an unknown sampler and steps that it contradicts.
+
+    >>> require_steps("euler", None)
+    20
+    """
+    if isinstance(sampler, Sampler):
+        if steps not in (None, sampler.steps):
+            raise ValueError(f"the sampler has {sampler.steps} steps, and steps={steps} contradicts it; leave it out")
+        return sampler.steps
+    resolve_method(sampler)
+    return DEFAULT_STEPS if steps is None else at_least_one("steps", steps)
+
+
+def sampler_for(schedule: NoiseSchedule, sampler: str | Method | Sampler, steps: int) -> Sampler:
+    """Return the sampler, made for ``schedule`` where it is a name; raises ValueError where it is made for another.
+
+    >>> sampler_for(NoiseSchedule.flow(), "euler", 4).steps
+    4
+    """
+    if not isinstance(sampler, Sampler):
+        return Sampler(schedule, sampler, steps)
+    if sampler.schedule.fingerprint != schedule.fingerprint:
+        raise ValueError(
+            f"the sampler is made for {sampler.schedule}, but the model trains on {schedule}: its previews would not show "
+            "what the model learned; make it as Sampler(module.noising.schedule, ...)"
+        )
+    return sampler
+
+
+def require_place(folder: str) -> None:
+    """Make a folder, local or of any fsspec URL, and where it is local prove that it can be written; raises OSError.
+
+    >>> require_place("memory://previews")
+    """
+    if "://" not in folder:
+        require_writable(folder)
+        return
+    filesystem, path = url_to_fs(folder)
+    filesystem.makedirs(path, exist_ok=True)

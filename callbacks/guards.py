@@ -7,11 +7,16 @@ dropout of parts that were frozen in eval mode.
 from __future__ import annotations
 
 import random
+import signal
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
 
 
@@ -63,3 +68,49 @@ def evaluating(*roots: object) -> Generator[None, None, None]:
     finally:
         for module, training in flags:
             module.training = training
+
+
+@dataclass
+class Termination:
+    """``arrived``: SIGTERM reached this process. ``agreed``: it reached some rank, and every rank knows."""
+
+    arrived: bool = False
+    agreed: bool = False
+
+
+@contextmanager
+def sigterm_deferred(trainer: Trainer) -> Generator[Termination, None, None]:
+    """Note a SIGTERM instead of acting on it, and act at the end of the block: on every rank if they agreed on it.
+
+    Lightning's handler broadcasts wherever the process happens to be, which would pair with another rank's gather.
+
+    >>> with sigterm_deferred(Trainer(logger=False, accelerator="cpu", barebones=True)) as termination:
+    ...     termination.arrived
+    False
+    """
+    termination = Termination()
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield termination
+        return
+
+    def note(*_: Any) -> None:
+        termination.arrived = True
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield termination
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+        if termination.agreed and trainer.world_size > 1:
+            _terminate_together(trainer)
+        elif termination.arrived or termination.agreed:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def _terminate_together(trainer: Trainer) -> None:
+    """Run the handlers on every rank at once, and no more after them: the broadcasts of Lightning's pair up only so."""
+    connector = getattr(trainer, "_signal_connector", None)
+    if connector is not None:
+        connector.received_sigterm = True  # else rank 0 would send the signal to processes that know of it already
+    signal.raise_signal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # until fit ends, which it does at the next batch

@@ -48,10 +48,12 @@ class Plan:
         return gathered.transpose(0, 1).flatten(0, 2)[: self.num_images]
 
 
-def take_rows(values: Mapping[str, Any], indices: Sequence[int], device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Return the rows of every tensor in a (nested) mapping, on ``device``; a single row serves every image.
+def take_rows(
+    values: Mapping[str, Any], indices: Sequence[int], device: torch.device | str | None = "cpu"
+) -> dict[str, Any]:
+    """Return the rows of every tensor in a (nested) mapping; a single row serves every image.
 
-    What is no tensor and no mapping is passed on as it is.
+    They are moved to ``device``, or with None left where they are. What is no tensor and no mapping is passed on as it is.
 
     >>> take_rows({"y": torch.arange(4), "deep": {"z": torch.ones(1, 2)}, "scale": 0.5}, [1, 3])
     {'y': tensor([1, 3]), 'deep': {'z': tensor([[1., 1.],
@@ -64,7 +66,7 @@ def take_rows(values: Mapping[str, Any], indices: Sequence[int], device: torch.d
         if not isinstance(value, Tensor):
             return value
         rows = [0] * len(indices) if value.shape[0] == 1 else list(indices)
-        return value[rows].to(device)
+        return value[rows].to(device=device)
 
     return {key: taken(value) for key, value in values.items()}
 

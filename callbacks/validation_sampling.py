@@ -1,42 +1,43 @@
 """Previews while a model trains: images drawn on all ranks, from the schedule that is trained on, without a trace.
 
 What a preview must leave as it was is restored also when it fails: the random generators, the train / eval flag of
-every submodule, the gradient mode, the compiled graphs. What only one rank notices is told to all before they meet
-again. So training with previews, without them, and with previews that fail, is the same to the last bit.
+every submodule, the gradient mode, the weights, the compiled graphs. What only one rank notices is told to all before
+they meet again. So training with previews, without them, and with previews that fail, is the same to the last bit.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from datetime import timedelta
 from typing import Any, Literal, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    SingleDeviceStrategy,
-    SingleDeviceXLAStrategy,
-    Strategy,
-    XLAStrategy,
-)
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from ..noising import NoiseSchedule
-from ..noising.files import require_writable, write_atomically
 from ..noising.registry import lookup
-from ..sampling import Method, Sampler, resolve_method
-from ..training.images import image_grid, png_bytes, require_image_shape
-from .agreement import errors_of_all_ranks, gather, on_rank_zero
-from .contract import is_rehearsal, predict_of_module, schedule_of_module, shape_of_module
+from ..sampling import Method, Sampler
+from ..training.images import require_image_shape
+from .agreement import AgreedError, agree, any_rank, on_rank_zero, together
+from .conditions import Conditions
+from .contract import (
+    is_rehearsal,
+    predict_of_module,
+    require_place,
+    require_steps,
+    sampler_for,
+    schedule_of_module,
+    shape_of_module,
+)
 from .drawing import Drawing
-from .image_logging import log_image
-from .plan import Plan
+from .entering import Entrance, entrance_of
+from .guards import sigterm_deferred
+from .previewing import WEIGHTS, Previewer, Recipe
+from .publishing import Preview, publish
+from .triggers import Triggers, at_least_one, is_last_epoch
 
-DEFAULT_STEPS = 20
-REHEARSAL_STEPS = 2  # of the one image that fast_dev_run draws
+DEFAULT_IMAGES = 16
 
 
 class ValidationSampling(Callback):
@@ -44,28 +45,46 @@ class ValidationSampling(Callback):
 
     The LightningModule (any) has ``noising`` or ``schedule``, a method ``predict(x, timesteps, **conditioning)`` that
     returns a tensor or an object with ``.sample``, and ``sample_shape``; ``predict=`` and ``shape=`` here stand in for
-    the latter two. All ranks draw; image i starts from ``seed + i`` and does not depend on the number of ranks.
+    the latter two. All ranks draw; an image depends on its seed and condition, not on the number of ranks.
 
     Args:
         sampler: a name ('dpmpp_2m', 'DPM++ 2M Karras') or a Sampler, which must be of the schedule that is trained on.
         steps: sampling steps, 20 by default; a Sampler brings its own.
-        num_images: images in a grid.
-        every_n_train_steps, every_n_epochs: when; one of the two, by default every epoch. Steps are optimizer steps.
-        seed: of the first image.
-        batch_size: images that a rank draws at a time, and the share that ranks take in turn.
+        num_images: images in a grid; by default one for each of ``seeds``, else 16, or one for each prompt or class.
+        every_n_train_steps, every_n_epochs, train_time_interval: when; one of the three, by default every epoch. Steps
+            are optimizer steps. The interval is a timedelta on rank 0's clock.
+        extra_steps: further steps with a preview, e.g. (0, 10, 100); 0 is before training.
+        at_end: whether there is a preview at the end of fit too.
+        seed, seeds: of the first image, each further one counting up; or of every image.
+        batch_size: images that a rank draws at a time, and the share that ranks take in turn. Where a rank runs out of
+            memory it is halved on all.
         shape: of one sample, (channels, height, width). One or three channels are shown as they are, other numbers
             (latents) by their first three, each stretched to its range.
+        prompts, negative_prompt, encode: texts, taken by the images in turn, and the function that makes of a list of texts
+            a mapping of tensors, a row for each: arguments of ``predict``. Called once, before training. The last text
+            is the negative prompt, for guidance.
+        classes, class_key, null_class: labels, taken in turn, the argument of ``predict`` they go to, and the label that
+            means none, for guidance.
         conditioning, unconditional: arguments of ``predict``; tensors have a row for each image, or one for all.
         guidance_scale, guidance_rescale: classifier-free guidance, as in Sampler.
+        weights: 'raw', 'ema' or 'both', as pictures of their own; see ``ema_weights`` for whose averages are found. As
+            long as there are none, the raw weights draw, and the picture says so.
+        decode, decode_batch_size: function (or diffusers VAE) from latents to images in [-1, 1], and its batch size.
+        pipeline: a diffusers pipeline, or a function from the module to one, that draws instead of the network alone, with
+            the training schedule as its scheduler. It must hold a network of the module.
+        max_seconds: a preview that takes longer is broken off; what was finished by then is shown.
         folder: where ``step_00000500.png`` goes, by default ``previews`` in the log directory. Its last part is also
             the picture's name in the loggers.
         predict: called in place of the module's ``predict``.
         on_error: a preview that fails is a warning and training goes on ('warn'), or stops on all ranks ('raise').
 
     Raises ValueError for names, numbers and conditioning that do not fit: at once, or, where module and trainer must be
-    known, before training starts; then also TypeError for a module that lacks what is named above, and OSError for a
-    folder that cannot be written. For single-device and DDP strategies. With ``fast_dev_run`` one image is drawn in two
-    steps and nothing is written.
+    known, before training starts; then also TypeError for a module that lacks what is named above, OSError for a
+    folder that cannot be written, and what ``encode`` or ``pipeline`` raise. For single-device, DDP, FSDP and
+    ModelParallel (FSDP2) strategies, and DeepSpeed. An error inside a forward of a sharded model (FSDP, ZeRO-3) ends
+    training on all ranks whatever ``on_error`` says: they are waiting for each other there and cannot agree to go on.
+    NaN is no error but shown, as chequered fields, with a warning. With ``fast_dev_run`` one image is drawn in two steps
+    and nothing is written; with ``barebones`` nothing is drawn.
 
     >>> previews = ValidationSampling("dpmpp_2m", steps=20, every_n_train_steps=500)
     >>> ValidationSampling("dpm2m")
@@ -78,42 +97,77 @@ class ValidationSampling(Callback):
         sampler: str | Method | Sampler = "dpmpp_2m",
         steps: int | None = None,
         *,
-        num_images: int = 16,
+        num_images: int | None = None,
         every_n_train_steps: int | None = None,
         every_n_epochs: int | None = None,
+        train_time_interval: timedelta | None = None,
+        extra_steps: Sequence[int] = (),
+        at_end: bool = False,
         seed: int = 0,
+        seeds: Sequence[int] | None = None,
         batch_size: int = 4,
         shape: Sequence[int] | None = None,
+        prompts: Sequence[str] = (),
+        negative_prompt: str = "",
+        encode: Callable[[list[str]], Mapping[str, Any]] | None = None,
+        classes: Sequence[int] = (),
+        class_key: str = "class_labels",
+        null_class: int | None = None,
         conditioning: Mapping[str, Any] | None = None,
         unconditional: Mapping[str, Any] | None = None,
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
+        weights: Literal["raw", "ema", "both"] = "raw",
+        decode: Callable[..., Any] | None = None,
+        decode_batch_size: int = 1,
+        pipeline: Any = None,
+        max_seconds: float | None = None,
         folder: str | os.PathLike[str] | None = None,
         predict: Callable[..., Any] | None = None,
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
         super().__init__()
-        self.sampler = sampler
-        self.steps = _steps(sampler, steps)
-        self.every_n_train_steps, self.every_n_epochs = _triggers(every_n_train_steps, every_n_epochs)
-        self.batch_size = min(_at_least_one("batch_size", batch_size), _at_least_one("num_images", num_images))
-        self.drawing = Drawing(
-            num_images,
-            int(seed),
-            dict(conditioning or {}),
-            unconditional,
-            float(guidance_scale),
-            float(guidance_rescale),
+        self.sampler, self.steps = sampler, require_steps(sampler, steps)
+        self.triggers = Triggers(
+            every_n_train_steps, every_n_epochs, train_time_interval, tuple(extra_steps), bool(at_end)
         )
+        if num_images is None:
+            num_images = len(seeds or prompts or classes) or DEFAULT_IMAGES
+        at_least_one("num_images", num_images)
+        self.recipe = Recipe(
+            drawing=Drawing(num_images, int(seed), seeds=tuple(int(s) for s in seeds or ())),
+            conditions=Conditions(
+                num_images,
+                tuple(prompts),
+                negative_prompt,
+                encode,
+                tuple(classes),
+                class_key,
+                null_class,
+                dict(conditioning or {}),
+                unconditional,
+            ),
+            guidance={"guidance_scale": float(guidance_scale), "guidance_rescale": float(guidance_rescale)},
+            batch_size=min(at_least_one("batch_size", batch_size), num_images),
+            predict=predict,
+            decode=decode,
+            decode_batch_size=at_least_one("decode_batch_size", decode_batch_size),
+            pipeline=pipeline,
+            max_seconds=max_seconds,
+            weights=lookup("weights", weights, {kind: kind for kind in WEIGHTS}),
+        )
+        if encode is None:
+            self.recipe.conditioned()  # what does not fit fails here
         self.shape = tuple(shape) if shape is not None else None
         if self.shape is not None:
             require_image_shape(self.shape)
-        self.folder = Path(_local(folder)) if folder is not None else None
-        self.predict = predict
+        self.folder = os.fspath(folder) if folder is not None else None
         self.on_error = lookup("on_error", on_error, {mode: mode for mode in ("warn", "raise")})
         self._last_step = 0
-        self._resolved: Sampler | None = None
-        self._folder: Path | None = None
+        self._last_time = 0.0
+        self._entrance: Entrance | None = None
+        self._previewer: Previewer | None = None
+        self._folder: str | None = None
         self._loggers_told: set[str] = set()
 
     # -- state: no preview twice at one step, neither under accumulation nor after a resume ----------------------------
@@ -124,9 +178,8 @@ class ValidationSampling(Callback):
         return self._generate_state_key(
             sampler=method if isinstance(method, str) else method.name,
             steps=self.steps,
-            every_n_train_steps=self.every_n_train_steps,
-            every_n_epochs=self.every_n_epochs,
-            folder=self.folder.name if self.folder else None,
+            triggers=repr(self.triggers),
+            folder=_name(self.folder) if self.folder else None,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -142,188 +195,127 @@ class ValidationSampling(Callback):
             self._last_step, self._folder = 0, None  # an earlier run's; a resume restores its own step after this
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _require_whole_model_on_each_rank(trainer.strategy)
-        self._resolved = self._sampler_for(schedule_of_module(pl_module))
-        if self.predict is None:
-            predict_of_module(pl_module)
-        shape = self._sample_shape(pl_module)
-        if shape is not None:
-            require_image_shape(shape)
+        self._previewer = None
+        if trainer.barebones:
+            rank_zero_info("no previews: Trainer(barebones=True) leaves out what could slow training down")
+            return
+        self._entrance = entrance_of(trainer.strategy)
+        if self._entrance.sharded and self.recipe.pipeline is not None:
+            raise ValueError(
+                f"a pipeline calls its networks by itself, which {type(trainer.strategy).__name__} does not allow for a "
+                "sharded model; draw with predict= and decode=, or train under 'ddp'"
+            )
+        sampler_for(schedule_of_module(pl_module), self.sampler, self.steps)
+        if self.recipe.pipeline is None:
+            if self.recipe.predict is None:
+                predict_of_module(pl_module)
+            shape = self._sample_shape(pl_module)
+            if shape is not None and self.recipe.decode is None:
+                require_image_shape(shape)
         if not is_rehearsal(trainer):
             folder = self._folder = self._choose_folder(trainer)
-            on_rank_zero(trainer, lambda: require_writable(folder))
-
-    def _sampler_for(self, schedule: NoiseSchedule) -> Sampler:
-        if not isinstance(self.sampler, Sampler):
-            return Sampler(schedule, self.sampler, self.steps)
-        if self.sampler.schedule.fingerprint != schedule.fingerprint:
-            raise ValueError(
-                f"the sampler is made for {self.sampler.schedule}, but the model trains on {schedule}: its previews "
-                "would not show what the model learned; make it as Sampler(module.noising.schedule, ...)"
-            )
-        return self.sampler
+            on_rank_zero(trainer, lambda: require_place(folder))
 
     def _sample_shape(self, module: LightningModule) -> tuple[int, ...] | None:
-        return self.shape if self.shape is not None else shape_of_module(module)
+        if self.shape is not None or self.recipe.pipeline is not None:  # which knows its own
+            return self.shape
+        return shape_of_module(module)
 
-    def _choose_folder(self, trainer: Trainer) -> Path:
+    def _choose_folder(self, trainer: Trainer) -> str:
         log_dir = trainer.log_dir or trainer.default_root_dir  # log_dir is a collective: every rank asks for it
         instances = [c for c in cast(Any, trainer).callbacks if isinstance(c, ValidationSampling)]
         number = [c for c in instances if c.folder is None or c is self].index(self) + 1
         name = "previews" if number == 1 else f"previews_{number}"
-        folder = self.folder if self.folder is not None else Path(_local(log_dir), name)
-        if folder.name in [c._folder.name for c in instances if c._folder is not None]:
+        folder = self.folder if self.folder is not None else f"{os.fspath(log_dir).rstrip('/')}/{name}"
+        if _name(folder) in [_name(c._folder) for c in instances if c._folder is not None]:
             raise ValueError(
-                f"two ValidationSampling callbacks have folders named {folder.name!r}, which also names the picture in "
+                f"two ValidationSampling callbacks have folders named {_name(folder)!r}, which also names the picture in "
                 "the loggers; give each a folder of another name"
             )
         return folder
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # here and not in on_fit_start: sharded strategies restore their weights in between, and encode may need them
+        self._last_time = time.monotonic()
+        if trainer.barebones:
+            return
+        entrance = self._entrance
+        assert entrance is not None  # since on_fit_start
+        sampler = sampler_for(schedule_of_module(pl_module), self.sampler, self.steps)
+        self._previewer = together(
+            lambda: Previewer.prepare(self.recipe, sampler, entrance, trainer, pl_module), trainer.world_size
+        )
+        if trainer.global_step == 0 and self.triggers.at_step(0) and not is_rehearsal(trainer):
+            self._preview(trainer, pl_module)
 
     # -- when ----------------------------------------------------------------------------------------------------------
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        n = self.every_n_train_steps
-        if n is not None and trainer.global_step % n == 0 and not is_rehearsal(trainer):
+        if self._previewer is None or is_rehearsal(trainer) or trainer.global_step in (0, self._last_step):
+            return
+        due = self.triggers.at_time(trainer, time.monotonic() - self._last_time)
+        if due or self.triggers.at_step(trainer.global_step):
             self._preview_once(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        n = 1 if is_rehearsal(trainer) else self.every_n_epochs
-        if n is not None and (trainer.current_epoch + 1) % n == 0:
+        due = is_rehearsal(trainer) or self.triggers.at_epoch(trainer.current_epoch)
+        # not in on_train_end, where other callbacks may have put averages into the model
+        if due or (self.triggers.at_end and is_last_epoch(trainer)):
             self._preview_once(trainer, pl_module)
 
     def _preview_once(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.global_step not in (0, self._last_step):
-            self._last_step = trainer.global_step
             self._preview(trainer, module)
 
     # -- what ----------------------------------------------------------------------------------------------------------
 
     def _preview(self, trainer: Trainer, module: LightningModule) -> None:
-        rehearsal = is_rehearsal(trainer)
-        plan = Plan(self.drawing.num_images, self.batch_size, trainer.world_size)
-        if rehearsal:
-            plan = Plan(1, 1, trainer.world_size)
-        # ranks may have recorded different shapes (bucketed data), and only equal ones can be gathered
-        shape = trainer.strategy.broadcast(self._sample_shape(module))
-        own, error = None, None
-        try:
-            own = self._draw(trainer, module, plan, shape, stop=REHEARSAL_STEPS if rehearsal else None)
-        except Exception as raised:
-            error = raised
-        if self._failed(trainer, error) or own is None:
+        if self._previewer is None:
             return
-        pixels = gather(own, trainer.world_size)
-        error = None
-        if trainer.is_global_zero and not rehearsal:
+        before, self._last_step = self._last_step, trainer.global_step
+        failure: AgreedError | None = None
+        with sigterm_deferred(trainer) as termination:
             try:
-                self._publish(trainer, image_grid(plan.in_order(pixels).cpu()))
-            except Exception as raised:
-                error = raised
-        self._failed(trainer, error)
+                # ranks may have recorded different shapes (bucketed data), and only equal ones can be gathered
+                shape = trainer.strategy.broadcast(self._sample_shape(module))
+                shown: list[Preview] = []
+                for weights in self.recipe.kinds:
+                    drawn = self._previewer.preview(trainer, module, weights, shape, termination)
+                    shown += [drawn] if drawn is not None else []
+                    if termination.agreed:
+                        break
+                else:
+                    agree(self._publish(trainer, shown), trainer.world_size)
+            except AgreedError as error:
+                failure = error
+            # also what came during publishing, so that all ranks stop at the same place
+            (termination.agreed,) = any_rank([termination.arrived], trainer.world_size, trainer.strategy.root_device)
+        self._last_time = time.monotonic()
+        if termination.agreed:
+            self._last_step = before  # what a resumed run is to draw
+        if failure is not None:
+            self._react(f"the preview at step {trainer.global_step} failed: {failure}", failure)
 
-    def _draw(
-        self, trainer: Trainer, module: LightningModule, plan: Plan, shape: tuple[int, ...] | None, stop: int | None
-    ) -> Tensor:
-        """Return this rank's images, uint8 (rounds, batch, channels, height, width)."""
-        if shape is None:
-            raise ValueError("the shape of a sample is not known; set the module's sample_shape, or give shape=")
-        assert self._resolved is not None  # since on_fit_start
-        return self.drawing.pixels(
-            self._network(trainer, module),
-            self._resolved,
-            shape,
-            plan.batches(trainer.global_rank),
-            modules=(module, self.predict),
-            device=module.device,
-            stop=stop,
-        )
-
-    def _network(self, trainer: Trainer, module: LightningModule) -> Callable[..., Any]:
-        precision = trainer.precision_plugin
-        predict = self.predict if self.predict is not None else predict_of_module(module)
-
-        def network(x: Tensor, timesteps: Tensor, **conditioning: Any) -> Any:
-            # as in training: inputs are converted, times are not. Around the call and not around the loop, because half
-            # precision changes the default dtype, in which the noise would then be drawn
-            with precision.forward_context():
-                return predict(precision.convert_input(x), timesteps, **precision.convert_input(conditioning))
-
-        return network
-
-    # -- afterwards ----------------------------------------------------------------------------------------------------
-
-    def _publish(self, trainer: Trainer, grid: Tensor) -> None:
-        """Write and log a grid; a place that fails does not keep the picture from the others."""
+    def _publish(self, trainer: Trainer, previews: Sequence[Preview]) -> Exception | None:
+        """Show what was drawn, on rank 0; a place that fails costs a word and not the other places."""
+        if not trainer.is_global_zero or is_rehearsal(trainer):
+            return None
         assert self._folder is not None  # since on_fit_start
-        step, failed = trainer.global_step, []
-        try:
-            write_atomically(self._folder / f"step_{step:08d}.png", png_bytes(grid))
-        except OSError as error:
-            failed.append(f"cannot write to {str(self._folder)!r}: {error}")
-        for logger in trainer.loggers:
-            name = type(logger).__name__
+        failed: list[str] = []
+        for preview in previews:
             try:
-                if not log_image(logger, self._folder.name, grid, step):
-                    self._tell_once(name)
+                failed += publish(preview, self._folder, trainer.loggers, self._loggers_told)
             except Exception as error:
-                failed.append(f"{name}: {type(error).__name__}: {error}")
-        if failed:
-            raise RuntimeError("; ".join(failed))
+                failed.append(f"{type(error).__name__}: {error}")
+        return RuntimeError("; ".join(failed)) if failed else None
 
-    def _tell_once(self, logger: str) -> None:
-        if logger not in self._loggers_told:
-            self._loggers_told.add(logger)
-            rank_zero_warn(f"{logger} takes no images; previews are in {str(self._folder)!r} alone")
-
-    def _failed(self, trainer: Trainer, error: Exception | None) -> bool:
-        """Tell all ranks of an error on any, and do on all what ``on_error`` says; return whether there was one."""
-        words = errors_of_all_ranks(error, trainer.world_size)
-        if words is None:
-            return False
-        message = f"the preview at step {trainer.global_step} failed: {words}"
+    def _react(self, message: str, error: AgreedError) -> None:
         if self.on_error == "raise":
             raise RuntimeError(message) from error
         rank_zero_warn(f"{message}; training goes on as if there had been none")
-        return True
 
 
-def _steps(sampler: str | Method | Sampler, steps: int | None) -> int:
-    if isinstance(sampler, Sampler):
-        if steps not in (None, sampler.steps):
-            raise ValueError(f"the sampler has {sampler.steps} steps, and steps={steps} contradicts it; leave it out")
-        return sampler.steps
-    resolve_method(sampler)
-    return DEFAULT_STEPS if steps is None else _at_least_one("steps", steps)
-
-
-def _triggers(every_n_train_steps: int | None, every_n_epochs: int | None) -> tuple[int | None, int | None]:
-    if every_n_train_steps is None:
-        return None, _at_least_one("every_n_epochs", 1 if every_n_epochs is None else every_n_epochs)
-    if every_n_epochs is not None:
-        given = f"every_n_train_steps={every_n_train_steps} and every_n_epochs={every_n_epochs}"
-        raise ValueError(f"previews follow steps or epochs, not both; got {given}, leave one out")
-    return _at_least_one("every_n_train_steps", every_n_train_steps), None
-
-
-def _at_least_one(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    return value
-
-
-def _local(folder: str | os.PathLike[str]) -> str:
-    folder = os.fspath(folder)
-    if "://" in folder:
-        raise ValueError(f"previews are written to a local folder, got {folder!r}; give folder= one")
-    return folder
-
-
-def _require_whole_model_on_each_rank(strategy: Strategy) -> None:
-    others = DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy  # of the two kinds by inheritance alone
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, others):
-        raise ValueError(
-            "ValidationSampling draws where each rank holds the whole model, under single-device and DDP strategies, "
-            f"got {type(strategy).__name__}; use strategy='ddp', or leave the callback out"
-        )
+def _name(folder: str) -> str:
+    return folder.rstrip("/").rsplit("/", 1)[-1]

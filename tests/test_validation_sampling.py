@@ -23,13 +23,14 @@ from lightning.pytorch.strategies import (
     FSDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
 )
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from alphabar.callbacks import ScheduleCheckpoint, ValidationSampling, drawing
-from alphabar.callbacks import validation_sampling as validation_sampling_module
+from alphabar.callbacks.entering import Entrance, entrance_of
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Sampler
 from alphabar.training.images import image_grid, to_pixels
@@ -441,6 +442,7 @@ def test_a_broken_logger_costs_neither_training_nor_the_file_nor_other_loggers(t
 def test_a_folder_that_vanishes_or_fills_up_costs_a_warning(tmp_path: Path, reference: Toy) -> None:
     class Blocked(ValidationSampling):
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            super().on_train_start(trainer, pl_module)
             (tmp_path / "previews").rmdir()
             (tmp_path / "previews").write_text("in the way")
 
@@ -496,7 +498,6 @@ def test_two_instances_in_one_place_are_refused(tmp_path: Path) -> None:
         ({"every_n_train_steps": 5, "every_n_epochs": 1}, "steps or epochs, not both; got every_n_train_steps=5"),
         ({"on_error": "rais"}, "unknown on_error 'rais'; did you mean 'raise'"),
         ({"shape": (16000,)}, r"shape \(channels, height, width\), got \(16000,\)"),
-        ({"folder": "s3://bucket/previews"}, "local folder, got 's3://bucket/previews'"),
         ({"conditioning": {"y": torch.zeros(3)}}, "conditioning 'y' must have a row for each of 16 images"),
         ({"conditioning": {"a": {"b": torch.zeros(3)}}}, "conditioning 'a' 'b' must have"),
         ({"guidance_scale": 7.0}, "needs unconditional="),
@@ -565,11 +566,20 @@ def test_a_schedule_alone_and_functions_given_are_enough(tmp_path: Path) -> None
 
 
 def test_nan_and_an_unknown_shape_are_told(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"ValueError: samples \[0, 1\] of 2 hold NaN"):
-        train(tmp_path, ValidationSampling(steps=2, num_images=2, predict=lambda x, t: x * torch.nan), max_epochs=1)
+    def broken(x: Tensor, t: Tensor) -> Tensor:
+        return torch.where(torch.arange(len(x)).view(-1, 1, 1, 1) == 1, torch.nan, -x)
+
+    previews = ValidationSampling("euler", steps=2, num_images=2, predict=broken, on_error="raise")
+    with pytest.warns(UserWarning, match=r"preview at step 6 has NaN in 1 of 2 images, 50.0% of the pixels"):
+        train(tmp_path, previews, max_epochs=1)
+    shown = picture(tmp_path / "previews/step_00000006.png")
+    assert (shown[2:6, 12:16] == 0).all() and (shown[2:6, 16:20] == 255).all()  # the other image is as it was
+    whole = ValidationSampling("euler", steps=2, num_images=2, predict=lambda x, t: -x, folder=tmp_path / "whole")
+    train(tmp_path, whole, max_epochs=1)
+    np.testing.assert_array_equal(shown[:, :12], picture(tmp_path / "whole/step_00000006.png")[:, :12])
     with pytest.warns(UserWarning, match="the shape of a sample is not known"):
-        train(tmp_path, ValidationSampling(steps=2), module=Toy(sample_shape=None), max_epochs=1)
-    assert files(tmp_path) == []
+        train(tmp_path / "none", ValidationSampling(steps=2), module=Toy(sample_shape=None), max_epochs=1)
+    assert files(tmp_path / "none") == []
 
 
 def test_objects_with_sample_and_raise(tmp_path: Path) -> None:
@@ -582,13 +592,19 @@ def test_objects_with_sample_and_raise(tmp_path: Path) -> None:
         train(tmp_path, ValidationSampling(steps=1, predict=Calls(fail_at=1), on_error="raise"))
 
 
-@pytest.mark.parametrize("kind", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])
-def test_strategies_that_split_the_model_are_refused(kind: Any) -> None:
-    check = validation_sampling_module._require_whole_model_on_each_rank
-    with pytest.raises(ValueError, match=f"got {kind.__name__}; use strategy='ddp'"):
-        check(kind.__new__(kind))
-    check(DDPStrategy())
-    check(SingleDeviceStrategy(torch.device("cpu")))
+def test_how_each_strategy_is_entered() -> None:
+    def deepspeed(stage: int) -> Any:
+        strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
+        strategy.config = {"zero_optimization": {"stage": stage}}
+        return strategy
+
+    plain, wrapped = Entrance(), Entrance(sharded=True, wrapped=True)
+    assert entrance_of(SingleDeviceStrategy(torch.device("cpu"))) == entrance_of(DDPStrategy()) == plain
+    assert entrance_of(deepspeed(2)) == plain and entrance_of(deepspeed(3)) == wrapped
+    assert entrance_of(FSDPStrategy()) == wrapped
+    assert entrance_of(ModelParallelStrategy()) == Entrance(sharded=True)
+    with pytest.raises(ValueError, match="got SingleDeviceXLAStrategy; use one of these"):
+        entrance_of(SingleDeviceXLAStrategy.__new__(SingleDeviceXLAStrategy))
 
 
 def test_callback_is_picklable_and_its_state_is_plain() -> None:

@@ -1,0 +1,132 @@
+"""How a strategy's model is entered outside a training step: which callable, whether ranks must keep step, who shares.
+
+Under one device and DDP the bare module is called: DDP's wrapper would broadcast buffers in every forward. FSDP1 and ZeRO-3
+gather the parameters of their outermost unit in the wrapper's forward alone, so all calls go through it. FSDP2 has its
+hooks in the modules themselves. Where the model is sharded every forward is a collective: ranks make as many of them, and
+what fails inside one on one rank cannot be voted on, because the others are waiting in that forward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    Strategy,
+    XLAStrategy,
+)
+
+
+class ShardedForwardError(RuntimeError):
+    """A forward of a sharded model failed; it ends training on every rank, since ranks can no longer agree on anything."""
+
+
+@dataclass(frozen=True)
+class Entrance:
+    """``sharded``: a forward is a collective. ``wrapped``: it must go through the strategy's wrapper."""
+
+    sharded: bool = False
+    wrapped: bool = False
+
+
+_KINDS: tuple[tuple[type[Strategy], Entrance | None], ...] = (  # the first that fits: some inherit from others
+    (SingleDeviceXLAStrategy, None),
+    (XLAStrategy, None),
+    (FSDPStrategy, Entrance(sharded=True, wrapped=True)),
+    (ModelParallelStrategy, Entrance(sharded=True)),
+    (DDPStrategy, Entrance()),
+    (SingleDeviceStrategy, Entrance()),
+)
+
+
+def entrance_of(strategy: Strategy) -> Entrance:
+    """Return how this strategy's model is entered; raises ValueError for a strategy that is not supported.
+
+    >>> entrance_of(DDPStrategy()), entrance_of(FSDPStrategy())
+    (Entrance(sharded=False, wrapped=False), Entrance(sharded=True, wrapped=True))
+    """
+    if isinstance(strategy, DeepSpeedStrategy):  # ZeRO-1 and 2 leave the parameters whole on each rank
+        return Entrance(sharded=True, wrapped=True) if strategy.zero_stage_3 else Entrance()
+    found = next((entrance for kind, entrance in _KINDS if isinstance(strategy, kind)), None)
+    if found is None:
+        raise ValueError(
+            "ValidationSampling draws under single-device, DDP, FSDP, ModelParallel (FSDP2) and DeepSpeed strategies, "
+            f"got {type(strategy).__name__}; use one of these, or leave the callback out"
+        )
+    return found
+
+
+def share_of(strategy: Strategy, world_size: int, rank: int) -> tuple[int, int]:
+    """Return (number of shares, this rank's share) of the images: ranks of one tensor-parallel group draw the same.
+
+    >>> share_of(DDPStrategy(), world_size=4, rank=3)
+    (4, 3)
+    """
+    if isinstance(strategy, ModelParallelStrategy):
+        mine = strategy.distributed_sampler_kwargs
+        return mine["num_replicas"], mine["rank"]
+    return world_size, rank
+
+
+def entered(
+    trainer: Trainer, module: LightningModule, entrance: Entrance, function: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return ``function`` as it may be called between training steps; it uses (parts of) ``module``.
+
+    Where the model is sharded, an error inside it breaks the process group off, so that the other ranks fail at once and
+    not when the group times out, and is raised as ShardedForwardError.
+    """
+    if not entrance.sharded:
+        return function
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            if entrance.wrapped:
+                return _through_wrapper(trainer.strategy.model, module, lambda: function(*args, **kwargs))
+            return function(*args, **kwargs)
+        except Exception as error:
+            _break_off()
+            raise ShardedForwardError(
+                f"{type(error).__name__}: {error} (inside a forward of the sharded model: training ends on all ranks; "
+                "where this speaks of a lost connection, another rank failed first)"
+            ) from error
+
+    return call
+
+
+def _through_wrapper(wrapper: Any, module: LightningModule, call: Callable[[], Any]) -> Any:
+    """Call within the forward of the wrapper around ``module``, whose own forward is what was there again by then."""
+    own = module.__dict__.get("forward")
+
+    def restore() -> None:
+        if own is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.__dict__["forward"] = own
+
+    def forward(_: Any) -> Any:
+        restore()
+        return call()  # takes its arguments along: the wrapper would convert times to half precision
+
+    module.__dict__["forward"] = forward
+    try:
+        return wrapper(0)
+    finally:
+        restore()
+
+
+def _break_off() -> None:
+    """Abort this rank's part of every process group: a rank that waits for this one in a collective is told so."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        with contextlib.suppress(Exception):  # the error that led here is the one to be raised
+            dist.distributed_c10d._abort_process_group()
