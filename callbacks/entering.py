@@ -8,7 +8,8 @@ what fails inside one on one rank cannot be voted on, because the others are wai
 
 from __future__ import annotations
 
-import contextlib
+import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ from lightning.pytorch.strategies import (
     Strategy,
     XLAStrategy,
 )
+
+GRACE = 10.0  # seconds
 
 
 class ShardedForwardError(RuntimeError):
@@ -83,8 +86,8 @@ def entered(
 ) -> Callable[..., Any]:
     """Return ``function`` as it may be called between training steps; it uses (parts of) ``module``.
 
-    Where the model is sharded, an error inside it breaks the process group off, so that the other ranks fail at once and
-    not when the group times out, and is raised as ShardedForwardError.
+    Where the model is sharded, an error inside it is raised as ShardedForwardError, and ends this process within
+    ``GRACE`` seconds even where someone catches it: its end is what tells the ranks that wait for it in that forward.
     """
     if not entrance.sharded:
         return function
@@ -95,7 +98,7 @@ def entered(
                 return _through_wrapper(trainer.strategy.model, module, lambda: function(*args, **kwargs))
             return function(*args, **kwargs)
         except Exception as error:
-            _break_off()
+            _end_soon()
             raise ShardedForwardError(
                 f"{type(error).__name__}: {error} (inside a forward of the sharded model: training ends on all ranks; "
                 "where this speaks of a lost connection, another rank failed first)"
@@ -125,8 +128,9 @@ def _through_wrapper(wrapper: Any, module: LightningModule, call: Callable[[], A
         restore()
 
 
-def _break_off() -> None:
-    """Abort this rank's part of every process group: a rank that waits for this one in a collective is told so."""
+def _end_soon() -> None:
+    """End this process in a while, which loggers may use. Aborting the process group instead would not reach other ranks."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        with contextlib.suppress(Exception):  # the error that led here is the one to be raised
-            dist.distributed_c10d._abort_process_group()
+        timer = threading.Timer(GRACE, os._exit, [1])
+        timer.daemon = True  # an orderly exit before that is as good
+        timer.start()

@@ -82,7 +82,8 @@ class ValidationSampling(Callback):
     known, before training starts; then also TypeError for a module that lacks what is named above, OSError for a
     folder that cannot be written, and what ``encode`` or ``pipeline`` raise. For single-device, DDP, FSDP and
     ModelParallel (FSDP2) strategies, and DeepSpeed. An error inside a forward of a sharded model (FSDP, ZeRO-3) ends
-    training on all ranks whatever ``on_error`` says: they are waiting for each other there and cannot agree to go on.
+    training on all ranks whatever ``on_error`` says, and the process of the rank that it befell within ten seconds: the
+    others are waiting for it in that forward, and cannot agree on anything else.
     NaN is no error but shown, as chequered fields, with a warning. With ``fast_dev_run`` one image is drawn in two steps
     and nothing is written; with ``barebones`` nothing is drawn.
 

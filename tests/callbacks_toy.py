@@ -2,15 +2,19 @@
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
+from alphabar.callbacks.shards import local, reshard, root_of
 from alphabar.noising import NoiseSchedule, Noising
 
 SHAPE = (3, 8, 8)
@@ -68,6 +72,76 @@ class Toy(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.9)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+        self.dropout = nn.Dropout(0.3)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.last(self.dropout(torch.tanh(self.first(x) + time)))
+
+
+class Units(Toy):
+    """A network that FSDP2 splits in two units, the outer of which has weights of its own, as FSDP1's outermost has."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        del self.first, self.last, self.frozen, self.dropout
+        self.net = Net()
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and self.device_mesh is not None:
+            mesh = self.device_mesh["data_parallel"]
+            if mesh.size() > 1:
+                fully_shard(self.net.first, mesh=mesh)
+                fully_shard(self.net, mesh=mesh)
+
+    def predict(self, x: Tensor, timesteps: Tensor, **conditioning: Any) -> Tensor:
+        return self.net(x, torch.sin(timesteps.to(x.dtype) / 200).view(-1, 1, 1, 1))
+
+
+class FSDP1OnCPU(FSDPStrategy):
+    """Lightning refuses FSDPStrategy itself without a GPU, and names no device for a CPU."""
+
+    def model_sharded_context(self) -> Any:
+        return nullcontext()
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
+
+
+def strategy(kind: str, timeout: int) -> Any:
+    """A strategy for two processes (gloo): 'ddp', 'fsdp1', 'fsdp2', or 'tp', two ranks of one tensor-parallel group."""
+    settings: Any = {"process_group_backend": "gloo", "timeout": timedelta(seconds=timeout)}
+    if kind == "fsdp1":
+        return FSDP1OnCPU(
+            auto_wrap_policy={nn.Conv2d}, state_dict_type="sharded", **settings
+        )  # a full one crashes torch here
+    if kind in ("fsdp2", "tp"):
+        sizes = {"data_parallel_size": 2 if kind == "fsdp2" else 1, "tensor_parallel_size": 1 if kind == "fsdp2" else 2}
+        return ModelParallelStrategy(save_distributed_checkpoint=False, **sizes, **settings)
+    return DDPStrategy(**settings)
+
+
+class Averages(Callback):
+    """The mean of a rank's part of the weights now and before, and so on; may fail on one rank when it is asked for."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.averages: list[Tensor] = []
+        self.fails = fails
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        reshard(root_of(trainer, pl_module))
+        now = [local(weight).clone() for weight in pl_module.parameters()]
+        self.averages = [(a + b) / 2 for a, b in zip(self.averages or now, now, strict=True)]
+
+    def ema_pairs(self, trainer: Any, module: Any) -> Any:
+        if self.fails:
+            raise RuntimeError("the averages are lost")
+        return list(zip(module.parameters(), self.averages, strict=True)) if self.averages else []
 
 
 def loader(samples: int = 24, shuffle: bool = True, batch_size: int = 4) -> DataLoader[Any]:
