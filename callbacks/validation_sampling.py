@@ -157,8 +157,7 @@ class ValidationSampling(Callback):
             max_seconds=max_seconds,
             weights=lookup("weights", weights, {kind: kind for kind in WEIGHTS}),
         )
-        if encode is None:
-            self.recipe.conditioned()  # what does not fit fails here
+        _require_fit(self.recipe)
         self.shape = tuple(shape) if shape is not None else None
         if self.shape is not None:
             require_image_shape(self.shape)
@@ -316,6 +315,19 @@ class ValidationSampling(Callback):
         if self.on_error == "raise":
             raise RuntimeError(message) from error
         rank_zero_warn(f"{message}; training goes on as if there had been none")
+
+
+def _require_fit(recipe: Recipe) -> None:
+    """Raise ValueError for arguments that contradict each other, as far as is known before prompts are encoded."""
+    encode, pipeline = recipe.conditions.encode, recipe.pipeline
+    if recipe.conditions.prompts and encode is None and pipeline is None:
+        raise ValueError("prompts need encode=, a function from a list of texts to arguments of the network")
+    if pipeline is not None and (recipe.predict is not None or recipe.decode is not None):
+        raise ValueError("a pipeline brings its own network and decoder; leave predict and decode out, or pipeline")
+    if recipe.max_seconds is not None and not recipe.max_seconds > 0:
+        raise ValueError(f"max_seconds must be above 0, got {recipe.max_seconds}; leave it out for no limit")
+    if encode is None:
+        recipe.conditioned()
 
 
 def _name(folder: str) -> str:
