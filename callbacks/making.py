@@ -10,9 +10,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
+from .diffusers_pipelines import components
 from .drawing import in_slices
 from .entering import Entrance, entered
-from .pipelines import components
 
 
 def network_of(

@@ -20,12 +20,12 @@ from ..sampling import Sampler
 from .agreement import agree, gather
 from .conditions import Conditions
 from .contract import is_rehearsal, predict_of_module
+from .diffusers_pipelines import pipeline_of, pipeline_steps, scheduler_of
 from .drawing import Drawing, without_a_trace
 from .ema_source import ema_weights
 from .entering import Entrance, entered, share_of
 from .guards import Termination
 from .making import decoder_of, may_use, modules_of, network_of, pipeline_context
-from .pipelines import pipeline_of, pipeline_steps, scheduler_of
 from .plan import Plan
 from .publishing import Preview
 from .rounds import Rounds, Start

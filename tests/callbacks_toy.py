@@ -1,6 +1,7 @@
 """A user's own LightningModule, as the callbacks meet it: dropout, a frozen part, shuffled data, losses on record."""
 
 import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -180,3 +181,8 @@ def weights(module: nn.Module) -> str:
 
 def files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def grids(folder: Path) -> list[str]:
+    """The pictures of whole previews among the files."""
+    return [name for name in files(folder) if re.fullmatch(r"step_\d{8}(_ema)?\.png", name.split("/")[-1])]

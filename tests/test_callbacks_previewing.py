@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_avg_fn
 
 from alphabar.callbacks import ValidationSampling, previewing, rounds, validation_sampling
+from alphabar.callbacks.diffusers_pipelines import pipeline_steps, scheduler_of
 from alphabar.callbacks.drawing import in_slices
-from alphabar.callbacks.pipelines import pipeline_steps, scheduler_of
 from alphabar.callbacks.rounds import Rounds
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Sampler
 from alphabar.training.images import to_pixels
-from callbacks_toy import SCHEDULE, SHAPE, Averages, Toy, files, fresh, loader, one_thread, train, trainer, weights
+from callbacks_toy import SCHEDULE, SHAPE, Averages, Toy, fresh, grids, loader, one_thread, train, trainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:lightning", "ignore::Warning:tensorboard")
 
@@ -441,7 +441,7 @@ def test_a_full_disk_costs_a_warning(tmp_path: Path, reference: Toy) -> None:
             module = train(tmp_path, Full(), previews(on_error="warn"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert module.losses == reference.losses and files(tmp_path) == []
+    assert module.losses == reference.losses and grids(tmp_path) == []
 
 
 def test_a_long_preview_has_a_progress_bar(tmp_path: Path, monkeypatch: Any) -> None:

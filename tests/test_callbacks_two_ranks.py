@@ -14,7 +14,7 @@ import pytest
 
 from alphabar.callbacks import ValidationSampling
 from alphabar.training import schedule_from_checkpoint
-from callbacks_toy import SCHEDULE, Units, files, fresh, one_thread, train
+from callbacks_toy import SCHEDULE, Units, files, fresh, grids, one_thread, train
 
 SCRIPT = Path(__file__).parent / "callbacks_two_ranks.py"
 
@@ -218,7 +218,7 @@ def test_pixels_are_those_of_one_process(root: Path, tmp_path: Path) -> None:
     alone = ValidationSampling("euler_ancestral", **settings)
     train(tmp_path, alone, module=fresh(learning_rate=0.0), max_epochs=1)
     names = [f"previews/step_{step:08d}.png" for step in (2, 4, 6)]
-    assert files(tmp_path) == files(root / "still") == names
+    assert grids(tmp_path) == grids(root / "still") == names
     for name in names:
         assert (tmp_path / name).read_bytes() == (root / "still" / name).read_bytes()
     assert (root / "previews" / names[0]).read_bytes() != (root / "still" / names[0]).read_bytes()
@@ -250,7 +250,7 @@ def test_with_raise_both_ranks_stop_with_the_same_words(ranks: list[dict[str, An
 
 def test_shapes_that_differ_between_ranks_are_agreed_on(root: Path, ranks: list[dict[str, Any]]) -> None:
     assert [report["buckets"]["error"] for report in ranks] == [None, None]
-    assert len(files(root / "buckets")) == 3
+    assert len(grids(root / "buckets")) == 3
 
 
 def test_rehearsal_writes_nothing(root: Path, ranks: list[dict[str, Any]]) -> None:

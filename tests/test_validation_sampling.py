@@ -34,7 +34,7 @@ from alphabar.callbacks.entering import Entrance, entrance_of
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Sampler
 from alphabar.training.images import image_grid, to_pixels
-from callbacks_toy import SCHEDULE, SHAPE, Toy, files, fresh, loader, one_thread, train, trainer, weights
+from callbacks_toy import SCHEDULE, SHAPE, Toy, files, fresh, grids, loader, one_thread, train, trainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:lightning", "ignore::Warning:tensorboard")
 
@@ -94,7 +94,7 @@ def test_training_is_bit_identical_with_previews(tmp_path: Path, reference: Toy)
     module = train(tmp_path, previews)
     assert module.losses == reference.losses and len(module.losses) == 12
     assert weights(module) == weights(reference)
-    assert files(tmp_path) == [f"previews/step_{step:08d}.png" for step in (2, 4, 6, 8, 10, 12)]
+    assert grids(tmp_path) == [f"previews/step_{step:08d}.png" for step in (2, 4, 6, 8, 10, 12)]
 
 
 @pytest.mark.parametrize("fail_at", [1, 3, 1000])
@@ -152,7 +152,7 @@ def test_accumulation_neither_doubles_previews_nor_notices_them(tmp_path: Path) 
     previews = ValidationSampling("euler", steps=2, every_n_train_steps=2, num_images=1, predict=predict)
     module = train(tmp_path / "seen", previews, accumulate_grad_batches=3, max_epochs=3)
     assert len(predict.seen) == 3 * 2  # at the optimizer steps 2, 4, 6, two evaluations each
-    assert files(tmp_path / "seen") == [f"previews/step_{step:08d}.png" for step in (2, 4, 6)]
+    assert grids(tmp_path / "seen") == [f"previews/step_{step:08d}.png" for step in (2, 4, 6)]
     assert module.losses == plain.losses and len(plain.losses) == 18
 
 
@@ -195,7 +195,7 @@ def test_compiled_networks_get_no_graph_for_previews(tmp_path: Path) -> None:
 def test_preview_shows_what_the_sampler_draws(tmp_path: Path, method: str) -> None:
     previews = ValidationSampling(method, steps=4, num_images=5, batch_size=2, on_error="raise")
     module = train(tmp_path, previews, max_epochs=1)
-    assert files(tmp_path) == ["previews/step_00000006.png"]
+    assert grids(tmp_path) == ["previews/step_00000006.png"]
     shown = picture(tmp_path / "previews/step_00000006.png")
     np.testing.assert_array_equal(shown, expected(module, 5, 2, method))
 
@@ -259,7 +259,7 @@ def test_shape_recorded_from_the_first_batch(tmp_path: Path) -> None:
             return super().training_step(batch, batch_idx)
 
     train(tmp_path, ValidationSampling("euler", steps=1, on_error="raise"), module=Recording(sample_shape=None))
-    assert len(files(tmp_path)) == 2
+    assert len(grids(tmp_path)) == 2
 
 
 # When
@@ -271,7 +271,7 @@ def test_shape_recorded_from_the_first_batch(tmp_path: Path) -> None:
 )
 def test_triggers(tmp_path: Path, trigger: dict[str, int], steps: list[int]) -> None:
     train(tmp_path, ValidationSampling("euler", steps=1, num_images=1, **trigger), max_epochs=3)
-    assert files(tmp_path) == [f"previews/step_{step:08d}.png" for step in steps]
+    assert grids(tmp_path) == [f"previews/step_{step:08d}.png" for step in steps]
 
 
 def test_sanity_check_and_validation_draw_nothing(tmp_path: Path) -> None:
@@ -331,8 +331,8 @@ def test_resume_repeats_no_preview_and_goes_on_as_if_uninterrupted(tmp_path: Pat
     rest = _resumable(tmp_path / "parts", previews(), max_epochs=4, ckpt_path=half)
     assert rest.losses == whole.losses[12:] and weights(rest) == weights(whole)
     assert (tmp_path / "parts/previews/step_00000012.png").stat().st_mtime_ns == first
-    pngs = [name for name in files(tmp_path / "whole") if name.endswith("png")]
-    assert len(pngs) == 8 and pngs == [name for name in files(tmp_path / "parts") if name.endswith("png")]
+    pngs = grids(tmp_path / "whole")
+    assert len(pngs) == 8 and pngs == grids(tmp_path / "parts")
     for name in pngs:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
@@ -373,7 +373,7 @@ _resumable(Path(sys.argv[1]), Killed("euler_ancestral", steps=2, every_n_train_s
 def test_kill_and_resume(tmp_path: Path) -> None:
     run = [sys.executable, "-c", KILLED, str(tmp_path / "parts"), str(Path(__file__).parent)]
     assert subprocess.run(run, capture_output=True, timeout=120).returncode == -9
-    assert files(tmp_path / "parts/previews") == ["step_00000003.png", "step_00000006.png", "step_00000009.png"]
+    assert grids(tmp_path / "parts/previews") == ["step_00000003.png", "step_00000006.png", "step_00000009.png"]
     killed = (tmp_path / "parts/previews/step_00000009.png").read_bytes()
     last = tmp_path / "parts/checkpoints/step=6.ckpt"
     previews = ValidationSampling("euler_ancestral", steps=2, every_n_train_steps=3, num_images=2)
@@ -381,7 +381,7 @@ def test_kill_and_resume(tmp_path: Path) -> None:
     whole = _resumable(tmp_path / "whole", max_epochs=3)
     assert rest.losses == whole.losses[6:] and weights(rest) == weights(whole)
     assert (tmp_path / "parts/previews/step_00000009.png").read_bytes() == killed
-    assert len(files(tmp_path / "parts/previews")) == 6
+    assert len(grids(tmp_path / "parts/previews")) == 6
 
 
 # Where
@@ -432,7 +432,7 @@ def test_a_broken_logger_costs_neither_training_nor_the_file_nor_other_loggers(t
     folder = tmp_path / "pictures"
     with pytest.warns(UserWarning, match="step 12 failed: RuntimeError: Album: ConnectionError: no network"):
         module = train(tmp_path, ValidationSampling("euler", steps=1, folder=folder), logger=[broken, album])
-    assert files(folder) == ["step_00000006.png", "step_00000012.png"]
+    assert grids(folder) == ["step_00000006.png", "step_00000012.png"]
     assert [step for *_, step in album.shown] == [6, 12] and album.shown[0][0] == "pictures"
     assert module.losses == reference.losses
     with pytest.raises(RuntimeError, match="no network"):
@@ -467,7 +467,7 @@ def test_two_instances_side_by_side(tmp_path: Path, reference: Toy) -> None:
     save = ModelCheckpoint(tmp_path, filename="{step}")
     module = train(tmp_path, *pair, save, logger=logger, enable_checkpointing=True)
     assert module.losses == reference.losses
-    names = [name for name in files(tmp_path) if name.endswith("png")]
+    names = grids(tmp_path)
     assert names == [f"{folder}/step_{step:08d}.png" for folder in ("previews", "previews_2") for step in (6, 12)]
     for folder, steps in (("previews", 1), ("previews_2", 4)):
         shown = picture(tmp_path / folder / "step_00000012.png")
@@ -562,7 +562,7 @@ def test_a_schedule_alone_and_functions_given_are_enough(tmp_path: Path) -> None
     predict = Calls()
     previews = ValidationSampling("euler", steps=2, shape=SHAPE, num_images=2, predict=predict, on_error="raise")
     train(tmp_path, previews, module=Bare(), max_epochs=1)
-    assert len(predict.seen) == 2 and files(tmp_path) == ["previews/step_00000006.png"]
+    assert len(predict.seen) == 2 and grids(tmp_path) == ["previews/step_00000006.png"]
 
 
 def test_nan_and_an_unknown_shape_are_told(tmp_path: Path) -> None:
