@@ -181,6 +181,7 @@ def in_slices(decode: Any, size: int) -> Callable[[Tensor], Tensor]:
 
 
 def _vae(vae: Any) -> Callable[[Tensor], Any]:
+    decoded: Callable[[Tensor], Any] = vae.decode
     config = getattr(vae, "config", None)
     scale = getattr(config, "scaling_factor", None) or 1.0
     shift = getattr(config, "shift_factor", None) or 0.0
@@ -189,6 +190,6 @@ def _vae(vae: Any) -> Callable[[Tensor], Any]:
     def decode(latents: Tensor) -> Any:
         if parameter is not None:
             latents = latents.to(parameter.dtype)
-        return vae.decode(latents / scale + shift)
+        return decoded(latents / scale + shift)
 
     return decode

@@ -92,7 +92,7 @@ class Broken(DummyLogger):
         raise ConnectionError("no network")
 
 
-def units(**arguments: Any) -> Units:
+def units(**arguments: Any) -> Toy:
     return fresh(Units, **arguments)
 
 

@@ -95,7 +95,7 @@ def test_when(
 
 def test_an_early_stop_is_an_end(tmp_path: Path, published: list[Any]) -> None:
     class Stop(Callback):
-        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             trainer.should_stop = trainer.global_step == 4
 
     train(tmp_path, previews(every_n_train_steps=100, at_end=True), Stop())
