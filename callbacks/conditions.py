@@ -80,8 +80,7 @@ class Conditions:
     def _of_texts(self) -> tuple[dict[str, Any], dict[str, Any]]:
         assert self.encode is not None
         texts = [*self.prompts, self.negative_prompt]
-        with torch.no_grad():
-            rows = self.encode(texts)
+        rows = self.encode(texts)
         if not isinstance(rows, Mapping):
             raise ValueError(f"encode must return a mapping of tensors, got {type(rows).__name__}")
         _require_text_rows(rows, len(texts))

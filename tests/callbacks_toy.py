@@ -75,10 +75,14 @@ class Toy(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.9)
 
 
+class Inner(nn.Conv2d):
+    """What FSDP splits off as a unit of its own."""
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+        self.first, self.last = Inner(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
         self.dropout = nn.Dropout(0.3)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
@@ -86,7 +90,7 @@ class Net(nn.Module):
 
 
 class Units(Toy):
-    """A network that FSDP2 splits in two units, the outer of which has weights of its own, as FSDP1's outermost has."""
+    """A network in two units under FSDP, of which the outer has weights of its own."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -119,7 +123,7 @@ def strategy(kind: str, timeout: int) -> Any:
     settings: Any = {"process_group_backend": "gloo", "timeout": timedelta(seconds=timeout)}
     if kind == "fsdp1":
         return FSDP1OnCPU(
-            auto_wrap_policy={nn.Conv2d}, state_dict_type="sharded", **settings
+            auto_wrap_policy={Inner}, state_dict_type="sharded", **settings
         )  # a full one crashes torch here
     if kind in ("fsdp2", "tp"):
         sizes = {"data_parallel_size": 2 if kind == "fsdp2" else 1, "tensor_parallel_size": 1 if kind == "fsdp2" else 2}
@@ -143,6 +147,16 @@ class Averages(Callback):
         if self.fails:
             raise RuntimeError("the averages are lost")
         return list(zip(module.parameters(), self.averages, strict=True)) if self.averages else []
+
+
+class Held(Callback):
+    """How many numbers this rank holds of the weights, after other callbacks."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.numbers.append(sum(local(weight).numel() for weight in pl_module.parameters()))
 
 
 def loader(samples: int = 24, shuffle: bool = True, batch_size: int = 4) -> DataLoader[Any]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from alphabar.callbacks import ScheduleCheckpoint, ValidationSampling, entering, rounds, validation_sampling
 from alphabar.noising import NoiseSchedule
-from callbacks_toy import Averages, Toy, Units, fresh, strategy, train, weights
+from callbacks_toy import Averages, Held, Toy, Units, fresh, strategy, train, weights
 
 RANK = int(os.environ["LOCAL_RANK"]) + int(os.environ["NODE_RANK"])
 ROOT, SUITE = Path(sys.argv[1]), sys.argv[2]
@@ -36,14 +36,16 @@ def run(name: str, *callbacks: Any, **settings: Any) -> dict[str, Any]:
     settings = {"strategy": strategy(SUITE, TIMEOUT), **size, **settings}
     seen: dict[str, Any] = {"error": None}
     start = time.monotonic()
+    held = Held()
     PUBLISHED.clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            train(ROOT / name, *callbacks, module=module, **settings)
+            train(ROOT / name, *callbacks, held, module=module, **settings)
         except (Exception, SystemExit) as error:
             seen["error"] = f"{type(error).__name__}: {error}"
     seen |= {"losses": module.losses, "seconds": time.monotonic() - start, "published": list(PUBLISHED)}
+    seen["held"] = held.numbers
     seen["weights"] = weights(module) if SUITE in ("ddp", "nodes") else None  # or what a rank has of them
     seen["warnings"] = [str(w.message) for w in caught if "preview" in str(w.message)]
     return seen

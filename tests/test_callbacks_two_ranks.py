@@ -103,7 +103,14 @@ def test_losses_are_bit_identical_under_every_strategy(
         assert report[scenario]["error"] is None
         assert report[scenario]["losses"] == report["units_none"]["losses"] and len(report["units_none"]["losses"]) == 6
         assert report[scenario]["weights"] == report["units_none"]["weights"]
+        assert report[scenario]["held"] == report["units_none"]["held"]  # its shards, and no more
         assert report["units_none"]["losses"] == suites("ddp").ranks[rank]["units_none"]["losses"]
+
+
+def test_weights_are_sharded_where_they_should_be(suite: Suite) -> None:
+    whole = sum(weight.numel() for weight in fresh(Units).parameters())
+    for report in suite.ranks:
+        assert (max(report["units_raw"]["held"]) < whole) == suite.kind.startswith("fsdp")
 
 
 def test_pixels_are_the_same_under_every_strategy(suites: Callable[[str], Suite], suite: Suite) -> None:
