@@ -1,6 +1,6 @@
 """The time of one preview on one rank and on two, and whether the images are the same to the last bit.
 
-    python benchmarks/previews.py                 # two minutes on two cores; prints the table, writes previews.md
+    python benchmarks/previews.py                 # one minute on two idle cores; prints the table, writes previews.md
 
 Two processes on the CPU (gloo, DDP, one thread each) draw what one process draws alone, with a network that is heavy enough
 to hide what the ranks say to each other. The time is that of the whole preview on rank 0, apart from writing files: the least of
@@ -125,8 +125,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--repeats", type=int, default=5, help="previews, of which the quickest counts")
-    parser.add_argument("--width", type=int, default=96, help="channels of the network")
+    parser.add_argument("--repeats", type=int, default=4, help="previews, of which the quickest counts")
+    parser.add_argument("--width", type=int, default=224, help="channels of the network")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
     parser.add_argument("--world", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
