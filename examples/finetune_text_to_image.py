@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import diffusers
@@ -437,7 +437,7 @@ class Run:
             self.ema.step(self.learned)
         self.place.step += 1
         step, args = self.place.step, self.args
-        value = self.accelerator.reduce(loss, "mean").item()
+        value = float(cast(Tensor, self.accelerator.reduce(loss, "mean")))
         self.accelerator.log({"train_loss": value, "lr": self.schedule.get_last_lr()[0]}, step=step)
         bar.update()
         bar.set_postfix(loss=f"{value:.4f}")

@@ -74,7 +74,7 @@ def test_two_previews_side_by_side_and_the_printed_config_says_the_same(
     printed.write_text(capsys.readouterr().out)
     cli = run("fit", "--config", str(printed))
     previews = [c for c in cli.trainer.callbacks if isinstance(c, ValidationSampling)]
-    assert [c.every_n_train_steps for c in previews] == [None, 1]
+    assert [c.triggers.every_n_train_steps for c in previews] == [None, 1]
     assert len(list(tmp_path.rglob("previews/step_*.png"))) == 1
     assert len(list(tmp_path.rglob("previews_2/step_*.png"))) == 2
     first = {name: value.clone() for name, value in cli.model.state_dict().items()}

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from alphabar.noising import CURVES, TIMESTEPS, WEIGHTINGS, MinSNR, NoiseSchedule, QuantileTimesteps, UniformTimesteps
+from alphabar.noising.importance import LossHistory
 from alphabar.sampling import GRIDS, METHODS, Sampler, make_knots
 from alphabar.sampling.plotting import COLOURS, coefficients, plot_grids, plot_table
 from alphabar.sampling.table import Evaluation
@@ -223,8 +224,8 @@ class Learned(nn.Module):
 
 
 class FollowsLosses(UniformTimesteps):
-    def history(self) -> object:
-        return nn.Identity()
+    def history(self) -> LossHistory:
+        return LossHistory(2, 2, 0.1)
 
 
 def test_what_is_learned_is_not_drawn() -> None:

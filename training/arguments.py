@@ -162,7 +162,7 @@ def _with_prediction(schedule: NoiseSchedule, args: argparse.Namespace) -> Noise
     if "sigma_data" not in (field.name for field in fields(kind)):
         return schedule if name is None else schedule.with_prediction(name)
     if args.sigma_data is not None:
-        return schedule.with_prediction(kind(sigma_data=args.sigma_data))
+        return NoiseSchedule(schedule.curve, {"name": kind.name, "sigma_data": args.sigma_data})
     if isinstance(schedule.prediction, kind):
         return schedule
     raise ValueError(
