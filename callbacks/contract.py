@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
-from fsspec.core import url_to_fs
 from lightning.pytorch import LightningModule, Trainer
 
 from ..noising import NoiseSchedule
-from ..noising.files import require_writable
 from ..sampling import Method, Sampler, resolve_method
 from .triggers import at_least_one
 
@@ -104,15 +102,3 @@ def sampler_for(schedule: NoiseSchedule, sampler: str | Method | Sampler, steps:
             "what the model learned; make it as Sampler(module.noising.schedule, ...)"
         )
     return sampler
-
-
-def require_place(folder: str) -> None:
-    """Make a folder, local or of any fsspec URL, and where it is local prove that it can be written; raises OSError.
-
-    >>> require_place("memory://previews")
-    """
-    if "://" not in folder:
-        require_writable(folder)
-        return
-    filesystem, path = url_to_fs(folder)
-    filesystem.makedirs(path, exist_ok=True)

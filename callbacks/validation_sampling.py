@@ -19,12 +19,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from ..noising.registry import lookup
 from ..sampling import Method, Sampler
 from ..training.images import require_image_shape
+from ..training.storage import Folder
 from .agreement import AgreedError, agree, any_rank, on_rank_zero, together
 from .conditions import Conditions
 from .contract import (
     is_rehearsal,
     predict_of_module,
-    require_place,
     require_steps,
     sampler_for,
     schedule_of_module,
@@ -214,7 +214,7 @@ class ValidationSampling(Callback):
                 require_image_shape(shape)
         if not is_rehearsal(trainer):
             folder = self._folder = self._choose_folder(trainer)
-            on_rank_zero(trainer, lambda: require_place(folder))
+            on_rank_zero(trainer, Folder(folder).require_writable)
 
     def _sample_shape(self, module: LightningModule) -> tuple[int, ...] | None:
         if self.shape is not None or self.recipe.pipeline is not None:  # which knows its own
