@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from alphabar.noising import NoiseSchedule, Noising
+from alphabar.noising import LogitNormalTimesteps, MinSNR, NoiseSchedule, Noising
 from alphabar.sampling import Sampler
 from alphabar.training import add_noising_arguments, noising_from_arguments
 
@@ -42,6 +42,9 @@ def test_readme(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "schedule": schedule,
         "noising": Noising(schedule),
         "Sampler": Sampler,
+        "Noising": Noising,
+        "MinSNR": MinSNR,
+        "LogitNormalTimesteps": LogitNormalTimesteps,
         "argparse": argparse,
         "add_noising_arguments": add_noising_arguments,
         "noising_from_arguments": noising_from_arguments,
