@@ -82,6 +82,15 @@ def test_two_previews_side_by_side_and_the_printed_config_says_the_same(
     assert all(torch.equal(value, first[name]) for name, value in again.model.state_dict().items())
 
 
+def test_every_callback_can_be_added(tmp_path: Path) -> None:
+    more = ["EMA", "profiles=constant", "LossBySNR", "every_n_train_steps=1", "ValidationSampling", "weights=both"]
+    flags = [f"--trainer.callbacks{'.' if '=' in word else '+='}{word}" for word in more]
+    cli = run("fit", "--config", CONFIG, *SHORT, f"--trainer.default_root_dir={tmp_path}", *flags)
+    assert {"EMA", "LossBySNR", "ScheduleCheckpoint"} <= {type(c).__name__ for c in cli.trainer.callbacks}
+    assert list(tmp_path.rglob("previews_2/step_*_ema.png"))
+    assert list(tmp_path.rglob("loss_by_snr/step_*.png"))
+
+
 def test_an_unknown_name_is_an_error_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises((SystemExit, ValueError)) as stop:
         run(
