@@ -134,7 +134,7 @@ def _discrete_config(curve: Discrete, prediction: str, sampling: dict[str, Any])
     defaults = {
         "_class_name": "DDIMScheduler",
         "timestep_spacing": "trailing",
-        "steps_offset": 0,
+        "steps_offset": 1,  # counts with leading spacing alone; pipelines of Stable Diffusion warn of any other
         "set_alpha_to_one": True,
     }
     config = defaults | _NO_CLIPPING | sampling

@@ -164,7 +164,7 @@ class Sampler:
         True
         """
         spacing = self.grid if self.grid in ("linspace", "leading", "trailing") else "trailing"
-        offset = dict(self.options).get("steps_offset", 0)
+        offset = dict(self.options).get("steps_offset", 0 if spacing == "leading" else 1)  # pipelines warn of 0
         sigmas: dict[str, Any] = {flag: True for grid, flag in DIFFUSERS_SIGMAS.items() if grid == self.grid}
         if dict(self.options).get("final") == "sigma_min":
             sigmas["final_sigmas_type"] = "sigma_min"
