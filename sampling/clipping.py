@@ -90,6 +90,8 @@ def clipped(evaluate: Evaluate, prediction: Prediction, change: Change) -> Evalu
         out = evaluate(x, knot)
         out = out.to(torch.promote_types(out.dtype, x.dtype))
         p, q = prediction.x0_coefficients(knot.alpha, knot.sigma)  # x_0 = p x_t + q out, q = σ / det
+        if q == 0:  # x is the clean sample itself, of which the output says nothing
+            return out
         x0 = (p / knot.input_scale) * x + q * out
         return out + (change(x0) - x0) / q
 

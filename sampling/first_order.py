@@ -96,6 +96,11 @@ def ddim(trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *, eta: fl
 def ddim_inverse(trace: Trace, knots: Sequence[Knot], i: int, x: Combination) -> list[Combination]:
     """DDIM run upwards, from an image to the noise that gives it: ε̂ at x, asked for at the time of the next knot (2010.02502, §4.3)."""
     s, n = knots[i], knots[i + 1]
+    prediction = trace.schedule.prediction
+    if s.sigma == 0 and prediction.coefficients(s.alpha, s.sigma)[1] == 0:
+        raise ValueError(
+            f"{prediction.name} predictions do not say the noise of an image that has none; start at the least noise, final='sigma_min'"
+        )
     trace.keeps_marginals = False  # it starts from a clean sample, whose noise no network can know
     D, e = trace.evaluate(x, Knot(n.timestep, s.alpha, s.sigma, s.input_scale))
     return [n.alpha * D + n.sigma * e]

@@ -1039,8 +1039,6 @@ def test_churn_of_euler(peer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     naive = theirs(scheduler, steps, monkeypatch, **churn)
     mine = ours(sampler)
     assert difference(mine, naive) > 100 * RELATIVE
-    if edm:
-        return  # its c_skip and c_out are those of σ, too
     scheduler.set_timesteps(steps)
     x = START * start_scale(scheduler)
     for i, t in enumerate(scheduler.timesteps):
@@ -1049,7 +1047,8 @@ def test_churn_of_euler(peer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         s_hat = s * (1 + gamma)
         x_hat = x + churn["s_noise"] * math.sqrt(s_hat**2 - s**2) * DRAWS[i][0]
         time = schedule.time(-2 * torch.tensor([s_hat], dtype=torch.float64).log()).item() if gamma else float(t)
-        out = network(x_hat / math.hypot(s_hat, 1), time)
+        time = math.log(s_hat) / 4 if edm else time
+        out = network(x_hat / math.hypot(s_hat, 0.5 if edm else 1), time)
         monkeypatch.setattr(sys.modules[peer.__module__], "randn_tensor", lambda *_, i=i, **__: DRAWS[i][0])
         scheduler.is_scale_input_called = True
         x = scheduler.step(out, t, x, **churn).prev_sample

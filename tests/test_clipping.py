@@ -173,6 +173,15 @@ def test_a_run_is_the_table_on_a_clipped_network(schedule: NoiseSchedule, method
     assert all(float(progress.denoised.abs().max()) <= 0.5 + 1e-6 for progress in steps)
 
 
+@pytest.mark.parametrize("method", ["ddim_inverse", "dpm_solver_inverse"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_inversion_from_the_clean_image_itself(prediction: str, method: str) -> None:
+    """Where σ = 0 there is no output to fold the change into: x_0 is x, and is left as it is."""
+    sampler = Sampler(LINEAR.with_prediction(prediction), method, 10, "trailing", final="zero")
+    assert sampler.knots[0].sigma == 0.0
+    assert sampler(wild, start(), clip=1.0).isfinite().all()
+
+
 def test_samplers_that_are_no_tables_clip_as_well() -> None:
     steps = list(DPMAdaptive(LINEAR).iterate(wild, SHAPE, seeds=0, clip=0.5))
     assert all(float(progress.denoised.abs().max()) <= 0.5 + 1e-4 for progress in steps)  # float32, at σ/α = 157
