@@ -106,6 +106,7 @@ def test_weightings(flags: str, weighting: Weighting) -> None:
     [
         ("--timestep_sampling logit_normal", LogitNormalTimesteps()),
         ("--timestep_sampling sigmoid --sigmoid_scale 2", LogitNormalTimesteps(std=2.0)),
+        ("--timestep_sampling shift --discrete_flow_shift 3", LogitNormalTimesteps()),
         ("--logit_mean 0.5 --logit_std 0.8", LogitNormalTimesteps(mean=0.5, std=0.8)),
         ("--timestep_sampling stratified_logit_normal --logit_mean 1", LogitNormalTimesteps(mean=1.0, stratified=True)),
         ("--weighting_scheme logit_normal --logit_mean 0.5", LogitNormalTimesteps(mean=0.5)),

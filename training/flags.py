@@ -185,7 +185,7 @@ TIMESTEP = Kind(
         Flag(("--p_mean",), _LOGNORMAL, "mean", help="mean of ln sigma (2206.00364; EDM -1.2, EDM2 -0.4)"),
         Flag(("--p_std",), _LOGNORMAL, "std", help="spread of ln sigma (EDM 1.2, EDM2 1.0)"),
     ),
-    also={"sigmoid": "logit_normal", "sigma": "uniform"},
+    also={"sigmoid": "logit_normal", "shift": "logit_normal", "sigma": "uniform"},  # the shift is the schedule's
 )
 
 NOISE = Kind(
