@@ -329,7 +329,10 @@ class Run:
         self.models = Models(args, accelerator.device)
         objective = Objective(self.models.unet, plan.noising)
         learned = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(learned, lr=args.learning_rate)
+        statistics = list(plan.noising.parameters())  # of the loss: decay would bias them
+        kept = set(statistics)
+        groups = [{"params": [p for p in learned if p not in kept]}, {"params": statistics, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=args.learning_rate)
         loader = DataLoader(
             self.data,
             args.train_batch_size,
@@ -341,7 +344,12 @@ class Run:
         )
         self.objective, self.optimizer, self.loader = accelerator.prepare(objective, optimizer, loader)
         self.learned = learned
-        self.schedule = get_scheduler(args.lr_scheduler, self.optimizer, args.lr_warmup_steps, args.max_train_steps)
+        self.schedule = get_scheduler(
+            args.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=args.max_train_steps,
+        )
         self.ema = EMAModel(learned, use_ema_warmup=True) if args.use_ema else None
         if self.ema is not None:
             self.ema.to(accelerator.device)
@@ -432,18 +440,19 @@ class Run:
         return loss
 
     def _after_step(self, loss: Tensor, bar: tqdm[Any]) -> None:
+        rate = self.schedule.get_last_lr()[0]  # of the step that is done
         self.schedule.step()
         if self.ema is not None:
             self.ema.step(self.learned)
         self.place.step += 1
         step, args = self.place.step, self.args
         value = float(cast(Tensor, self.accelerator.reduce(loss, "mean")))
-        self.accelerator.log({"train_loss": value, "lr": self.schedule.get_last_lr()[0]}, step=step)
+        self.accelerator.log({"train_loss": value, "lr": rate}, step=step)
         bar.update()
         bar.set_postfix(loss=f"{value:.4f}")
         if self.accelerator.is_main_process:
             with open(self._losses, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "loss": value}) + "\n")
+                file.write(json.dumps({"step": step, "loss": value, "lr": rate}) + "\n")
         if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
             self.save()
         if args.validation_prompts and (step % args.validation_steps == 0 or step == args.max_train_steps):

@@ -106,6 +106,8 @@ def test_killed_and_resumed_it_learns_the_same(given: list[str], tmp_path: Path)
     assert not (tmp_path / "killed" / "unet").exists(), "it had finished before it was killed"
     example.main([*flags, "--output_dir", str(tmp_path / "killed"), "--resume_from_checkpoint", "latest"])
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "killed" / "losses.jsonl").read_text().splitlines()]
+    assert rates == pytest.approx([0.0, 1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3, 1e-3, 1e-3])  # three steps of warm-up
     assert len(losses(tmp_path / "whole")) == 7
     unets = [
         diffusers.UNet2DConditionModel.from_pretrained(tmp_path / name, subfolder="unet").state_dict()
