@@ -10,25 +10,25 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import ClassVar
 
 from torch import Tensor
 
 from ..noising import NoiseSchedule
 from .first_order import posterior_spread, transfer
-from .grids import Grid, make_knots
-from .guidance import Network
+from .grids import Grid
 from .kernel import Progress, combine, perform
 from .knots import Knot
 from .methods import one_of
-from .running import Run, last, start_run, without_gradients
+from .running import Run
 from .table import Combination, Trace
+from .walking import Walk
 
 VARIANCE_TYPES = ("learned_range", "learned", "learned_log")
 
 
 @dataclass(frozen=True)
-class LearnedVariance:
+class LearnedVariance(Walk):
     """Draw samples with a network that puts out its prediction and a variance, in twice the channels; called as a Sampler.
 
     ``variance_type``: 'learned_range' reads v in [-1, 1] as a place between the logarithms of the posterior's variance and of
@@ -42,6 +42,7 @@ class LearnedVariance:
     torch.Size([2, 3, 4, 4])
     """
 
+    heads: ClassVar[int] = 2
     schedule: NoiseSchedule
     steps: int = 250
     variance_type: str = "learned_range"
@@ -50,22 +51,6 @@ class LearnedVariance:
     def __post_init__(self) -> None:
         one_of("variance_type", self.variance_type, VARIANCE_TYPES)
         _ = self.knots  # bad input fails here, before any work
-
-    @property
-    def knots(self) -> tuple[Knot, ...]:
-        """The steps + 1 points that are visited, the last one clean."""
-        return make_knots(self.schedule, self.steps, self.grid)
-
-    def __call__(self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any) -> Tensor:
-        """Return samples, shape (batch, ...), float32 or better. Arguments as in ``Sampler.iterate``."""
-        return last(self.iterate(network, shape_or_noise, **arguments)).x
-
-    def iterate(self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any) -> Iterator[Progress]:
-        """Sample step by step. Arguments as in ``Sampler.iterate``."""
-        knots = self.knots
-        whole = self.schedule.curve.is_discrete and all(knot.timestep.is_integer() for knot in knots)
-        run = start_run(self.schedule, knots[0], network, shape_or_noise, whole=whole, heads=2, **arguments)
-        return without_gradients(self.advance(run, knots))
 
     def advance(self, run: Run, knots: Sequence[Knot]) -> Iterator[Progress]:
         """Run from ``run.x`` at the first of ``knots``."""

@@ -15,20 +15,19 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..noising import NoiseSchedule, VariancePreserving
 from .first_order import posterior_spread, renewed, transfer
-from .grids import Grid, make_knots
-from .guidance import Network
+from .grids import Grid
 from .kernel import Progress, combine, perform
 from .knots import Knot
 from .methods import Method, one_of
-from .running import Run, last, start_run, without_gradients
+from .running import Run
 from .table import Combination, Trace
+from .walking import Walk
 
 PREDICTORS = ("reverse_diffusion", "euler_maruyama")
 
@@ -77,7 +76,7 @@ def _euler_maruyama(trace: Trace, s: Knot, n: Knot, x: Combination, steps: int) 
 
 
 @dataclass(frozen=True)
-class PredictorCorrector:
+class PredictorCorrector(Walk):
     """Predictor-corrector sampling, score_sde_ve on NoiseSchedule.variance_exploding() (algorithms 2 and 4; VP: 3 and 5).
 
     At each of ``steps`` knots ``correct_steps`` Langevin steps of signal-to-noise ratio ``snr``, then a reverse diffusion step;
@@ -104,22 +103,6 @@ class PredictorCorrector:
         if isinstance(self.correct_steps, bool) or not isinstance(self.correct_steps, int) or self.correct_steps < 0:
             raise ValueError(f"correct_steps must be an integer of at least 0, got {self.correct_steps!r}")
         _ = self.knots  # bad input fails here, before any work
-
-    @property
-    def knots(self) -> tuple[Knot, ...]:
-        """The steps + 1 points that are visited, the last one clean."""
-        return make_knots(self.schedule, self.steps, self.grid)
-
-    def __call__(self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any) -> Tensor:
-        """Return samples, shape (batch, ...), float32 or better. Arguments as in ``Sampler.iterate``."""
-        return last(self.iterate(network, shape_or_noise, **arguments)).x
-
-    def iterate(self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any) -> Iterator[Progress]:
-        """Sample, yielding after each predictor. Arguments as in ``Sampler.iterate``."""
-        knots = self.knots
-        whole = self.schedule.curve.is_discrete and all(knot.timestep.is_integer() for knot in knots)
-        run = start_run(self.schedule, knots[0], network, shape_or_noise, whole=whole, **arguments)
-        return without_gradients(self.advance(run, knots))
 
     def advance(self, run: Run, knots: Sequence[Knot]) -> Iterator[Progress]:
         """Run from ``run.x`` at the first of ``knots``."""

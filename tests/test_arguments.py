@@ -249,6 +249,10 @@ def test_flow() -> None:
         (["--logit_mean", "0", "--timestep_sampling", "mode"], ["--logit_mean", "--timestep_sampling mode"]),
         (["--huber_c", "0.1", "--loss_type", "l2"], ["--huber_c", "--loss_type l2"]),
         (["--schedule_shift", "-1"], ["-1"]),
+        (
+            ["--v_parameterization", "--prediction_type", "epsilon"],
+            ["--v_parameterization", "--prediction_type epsilon"],
+        ),
     ],
 )
 def test_contradictions_name_what_got_and_mend(flags: list[str], words: list[str]) -> None:

@@ -1,10 +1,6 @@
 """Previews and schedules with two processes (gloo): the same losses, the same pixels, and nobody left waiting."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +11,7 @@ import pytest
 from alphabar.callbacks import ValidationSampling
 from alphabar.training import schedule_from_checkpoint
 from callbacks_toy import SCHEDULE, Units, files, fresh, grids, one_thread, train
+from two_processes import last_words, run_two_ranks
 
 SCRIPT = Path(__file__).parent / "callbacks_two_ranks.py"
 
@@ -34,25 +31,9 @@ class Suite:
     def __init__(self, root: Path, kind: str) -> None:
         self.root, self.kind = root, kind
         (root / "file").touch()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        logs = [root / f"rank{rank}.log" for rank in range(2)]
-        running = []
-        for rank, log in enumerate(logs):
-            place = {"NODE_RANK": str(rank), "LOCAL_RANK": "0"} if kind == "nodes" else {"LOCAL_RANK": str(rank)}
-            with log.open("w") as out:
-                command = [sys.executable, str(SCRIPT), str(root), kind]
-                environment = {**common, "NODE_RANK": "0", **place}
-                running.append(subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT))
-        try:
-            self.codes = [process.wait(timeout=240) for process in running]
-        finally:
-            for process in running:
-                process.kill()
+        self.codes = run_two_ranks(SCRIPT, root, kind, nodes=kind == "nodes")
         reports = [root / f"rank{rank}.json" for rank in range(2)]
-        assert all(report.exists() for report in reports), "\n".join(log.read_text()[-3000:] for log in logs)
+        assert all(report.exists() for report in reports), last_words(root)
         self.ranks: list[dict[str, Any]] = [json.loads(report.read_text()) for report in reports]
 
     def pictures(self, scenario: str) -> dict[str, bytes]:

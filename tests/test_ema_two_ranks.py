@@ -1,16 +1,14 @@
 """Averages and losses by SNR with two processes (gloo): DDP, FSDP1 and FSDP2, with whole and sharded checkpoints."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from two_processes import last_words, run_two_ranks
 
 SCRIPT = Path(__file__).parent / "ema_two_ranks.py"
 SCENARIOS = [
@@ -29,23 +27,7 @@ PARAMETERS = 192 * 7 + 7 + 7 * 11 + 11 + 11 * 7 + 7 + 7 * 192 + 192
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes left behind, after all scenarios in one go (most of the time goes into starting them)."""
     root = tmp_path_factory.mktemp("ema_two_ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
-    logs = [root / f"rank{rank}.log" for rank in range(2)]
-    running = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as out:
-            command = [sys.executable, str(SCRIPT), str(root), *SCENARIOS]
-            environment = {**common, "LOCAL_RANK": str(rank)}
-            running.append(subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT))
-    try:
-        codes = [process.wait(timeout=200) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+    assert run_two_ranks(SCRIPT, root, *SCENARIOS) == [0, 0], last_words(root)
     return root
 
 

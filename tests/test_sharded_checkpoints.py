@@ -1,10 +1,6 @@
 """Checkpoints of a model that is sharded between two processes: folders, each with its schedule in it."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +10,7 @@ from alphabar.training import schedule_from_checkpoint
 from alphabar.training.cli import main
 from alphabar.training.sidecars import own_sidecar, read_sidecar
 from callbacks_toy import SCHEDULE, files
+from two_processes import last_words, run_two_ranks
 
 SCRIPT = Path(__file__).parent / "sharded_training.py"
 
@@ -21,23 +18,7 @@ SCRIPT = Path(__file__).parent / "sharded_training.py"
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sharded")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
-    logs = [root / f"rank{rank}.log" for rank in range(2)]
-    running = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as out:
-            command = [sys.executable, str(SCRIPT), str(root)]
-            environment = {**common, "LOCAL_RANK": str(rank)}
-            running.append(subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT))
-    try:
-        codes = [process.wait(timeout=200) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+    assert run_two_ranks(SCRIPT, root) == [0, 0], last_words(root)
     return root
 
 

@@ -69,9 +69,7 @@ def add_noising_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         help="what the network predicts (default: as the base model, or epsilon; on a flow flow_prediction)")  # fmt: skip
     add(
         "--v_parameterization",
-        dest="prediction_type",
-        action="store_const",
-        const="v_prediction",
+        action="store_true",
         help="--prediction_type v_prediction",
     )
     add(
@@ -157,7 +155,11 @@ def _with_betas(curve: Curve, betas: Mapping[str, Any]) -> Discrete:
 
 
 def _with_prediction(schedule: NoiseSchedule, args: argparse.Namespace) -> NoiseSchedule:
-    name = args.prediction_type
+    name = "v_prediction" if args.v_parameterization else args.prediction_type
+    if args.prediction_type not in (None, name):
+        raise ValueError(
+            f"--v_parameterization contradicts --prediction_type {args.prediction_type}; give one of the two"
+        )
     kind = PREDICTIONS[name] if name is not None else type(schedule.prediction)
     if "sigma_data" not in (field.name for field in fields(kind)):
         return schedule if name is None else schedule.with_prediction(name)
