@@ -61,6 +61,7 @@ class Drawing:
             first["unconditional"],
             self.guidance_scale,
             self.guidance_rescale,
+            batch=1,
         )
 
     def seeds_of(self, images: Sequence[int]) -> list[int]:

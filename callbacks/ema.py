@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from ..noising.files import require_writable
+from ..noising.plain_numbers import whole_number
 from ..noising.registry import lookup
 from ..training.ema import EMAProfile, PowerFunction, resolve_ema_profile
 from ..training.posthoc import SNAPSHOT_DTYPES, save_snapshot
@@ -318,9 +319,7 @@ def _average_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _at_least(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    return value
+    return whole_number(name, value, least)
 
 
 def _require_snapshots(n: int, every_n_steps: int, labels: Sequence[str]) -> None:

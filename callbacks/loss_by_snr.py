@@ -21,6 +21,7 @@ from torch import Tensor
 from ..noising import Noising
 from ..noising.files import require_writable, write_atomically
 from ..noising.noising import Noised
+from ..noising.plain_numbers import whole_number
 from ..training.snr_buckets import COUNT, Buckets, findings, means, plot
 from .agreement import on_rank_zero
 from .contract import is_rehearsal
@@ -205,6 +206,4 @@ def _noising_of(module: LightningModule) -> Noising:
 
 
 def _at_least_one(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    return value
+    return whole_number(name, value, least=1)

@@ -9,6 +9,8 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from ..noising.plain_numbers import whole_number
+
 
 @dataclass(frozen=True)
 class Triggers:
@@ -34,10 +36,9 @@ class Triggers:
             )
         if not given:
             object.__setattr__(self, "every_n_epochs", 1)
-        if self.every_n_train_steps is not None:
-            at_least_one("every_n_train_steps", self.every_n_train_steps)
-        if self.every_n_epochs is not None:
-            at_least_one("every_n_epochs", self.every_n_epochs)
+        for name in names[:2]:
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, at_least_one(name, getattr(self, name)))
         interval = self.train_time_interval
         if interval is not None and not (isinstance(interval, timedelta) and interval > timedelta(0)):
             raise ValueError(
@@ -86,12 +87,13 @@ def at_least_one(name: str, value: Any) -> int:
     Traceback (most recent call last):
     ValueError: steps must be an integer of at least 1, got 0
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    return value
+    return whole_number(name, value, least=1)
 
 
 def _steps(steps: Sequence[int]) -> tuple[int, ...]:
-    if any(isinstance(step, bool) or not isinstance(step, int) or step < 0 for step in steps):
-        raise ValueError(f"extra_steps must be optimizer steps, 0 (before training) or more, got {list(steps)}")
-    return tuple(steps)
+    try:
+        return tuple(whole_number("a step", step, least=0) for step in steps)
+    except ValueError:
+        raise ValueError(
+            f"extra_steps must be optimizer steps, 0 (before training) or more, got {list(steps)}"
+        ) from None

@@ -132,11 +132,12 @@ class ValidationSampling(Callback):
         self.triggers = Triggers(
             every_n_train_steps, every_n_epochs, train_time_interval, tuple(extra_steps), bool(at_end)
         )
+        seeds = () if seeds is None else tuple(int(s) for s in seeds)
         if num_images is None:
             num_images = len(seeds or prompts or classes) or DEFAULT_IMAGES
-        at_least_one("num_images", num_images)
+        num_images = at_least_one("num_images", num_images)
         self.recipe = Recipe(
-            drawing=Drawing(num_images, int(seed), seeds=tuple(int(s) for s in seeds or ())),
+            drawing=Drawing(num_images, int(seed), seeds=seeds),
             conditions=Conditions(
                 num_images,
                 tuple(prompts),

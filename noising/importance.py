@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .curves import Curve
+from .plain_numbers import whole_number
 from .timesteps_base import Timesteps
 from .timesteps_custom import bin_of
 from .timesteps_published import UniformTimesteps
@@ -59,9 +60,8 @@ class LossSecondMoment(Timesteps):
 
     def __post_init__(self) -> None:
         for name in ("bins", "history_per_term"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} of {self.name} timesteps must be an integer of at least 1, got {value!r}")
+            value = whole_number(f"{name} of {self.name} timesteps", getattr(self, name), least=1)
+            object.__setattr__(self, name, value)
         if not 0 < self.uniform_prob <= 1:
             raise ValueError(
                 f"uniform_prob must lie in (0, 1], got {self.uniform_prob}; with 0 a bin of no loss is never seen again"

@@ -13,6 +13,7 @@ sqrt(snr_shift_scale). Flux takes e^μ with μ linear in the number of tokens.
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
 from .curves import require_factor
 
@@ -30,7 +31,7 @@ def resolution_shift(size: int | tuple[int, ...], base_size: int | tuple[int, ..
 
 
 def _pixels(name: str, size: int | tuple[int, ...]) -> int:
-    sides = (size, size) if isinstance(size, int) else tuple(size)
+    sides = (size, size) if isinstance(size, Integral) else tuple(size)
     if len(sides) != 2 or min(sides) < 1:
         raise ValueError(f"{name} must be a positive side or (height, width), got {size}; e.g. 1024 or (768, 1344)")
     return sides[0] * sides[1]

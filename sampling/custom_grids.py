@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..noising import NoiseSchedule
 from ..noising.curves import Curve
+from ..noising.plain_numbers import real_number
 from .knots import CLEAN, Knot, knots_at
 from .placing import final_knot, knots_at_indices, knots_at_levels
 
@@ -84,8 +85,8 @@ def given_points(name: str, values: Any, ascending: bool = False) -> tuple[float
         raise ValueError(f"{name} must be a sequence of numbers, got {values!r}")
     listed = values.tolist() if isinstance(values, Tensor) else list(values)
     try:
-        points = tuple(float(v) for v in listed)
-    except (TypeError, ValueError):
+        points = tuple(real_number(name, v) for v in listed)
+    except ValueError:
         raise ValueError(f"{name} must be a sequence of numbers, got {listed!r}") from None
     if not points or (name == "sigmas" and set(points) == {0.0}):
         raise ValueError(f"{name} must hold at least one {'noise level above 0' if name == 'sigmas' else 'timestep'}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ..noising import Prediction
 from .knots import Knot
 from .methods import Method, one_of
 from .table import Combination, Trace
@@ -40,6 +41,12 @@ def along(x: Combination, D: Combination, e: Combination, mean_e: Combination, s
     Written as the first-order step and what the other slope adds, since near α = 0 the terms of the plain form are huge.
     """
     return transfer(x, D, s, n) + (n.sigma - n.alpha * s.sigma_ve) * (mean_e - e)
+
+
+def toward(D: Combination, e: Combination, n: Knot, r: float = 0.0, noise: Combination | None = None) -> Combination:
+    """Return x_n = α_n D + sqrt(σ_n² - r²) ε̂ + noise from both estimates, whether or not they make up x; ``noise`` is of spread r."""
+    y = n.alpha * D + math.sqrt(max(n.sigma**2 - r**2, 0.0)) * e
+    return y if noise is None else y + noise
 
 
 def posterior_spread(s: Knot, n: Knot) -> float:
@@ -88,22 +95,55 @@ def check_eta(eta: float) -> float:
     return eta
 
 
-def ddim(trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *, eta: float = 0.0) -> list[Combination]:
-    """DDIM: down to the next knot along the network's own ε̂, renewing η of the posterior spread (2010.02502, eq. 12, 16)."""
-    return [first_order(trace, knots[i], knots[i + 1], x, check_eta(eta))[0]]
+def ddim(
+    trace: Trace,
+    knots: Sequence[Knot],
+    i: int,
+    x: Combination,
+    *,
+    eta: float = 0.0,
+    use_clipped_model_output: bool = True,
+) -> list[Combination]:
+    """DDIM: down to the next knot along the network's own ε̂, renewing η of the posterior spread (2010.02502, eq. 12, 16).
+
+    ``use_clipped_model_output``: where x_0 is clipped, take the ε̂ that x and the clipped x_0 imply (True), or go on along the
+    network's own (False, as diffusers' DDIMScheduler.step does unless told otherwise).
+    """
+    s, n = knots[i], knots[i + 1]
+    if use_clipped_model_output:
+        return [first_order(trace, s, n, x, check_eta(eta))[0]]
+    D = trace.denoise(x, s)
+    _, e = trace.unclipped(x, s)
+    r = check_eta(eta) * posterior_spread(s, n)
+    return [toward(D, e, n, r, renewed(trace, s, n, r))]
 
 
-def ddim_inverse(trace: Trace, knots: Sequence[Knot], i: int, x: Combination) -> list[Combination]:
-    """DDIM run upwards, from an image to the noise that gives it: ε̂ at x, asked for at the time of the next knot (2010.02502, §4.3)."""
+def ddim_inverse(
+    trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *, use_clipped_model_output: bool = True
+) -> list[Combination]:
+    """DDIM run upwards, from an image to the noise that gives it: ε̂ at x, asked for at the time of the next knot (2010.02502, §4.3).
+
+    ``use_clipped_model_output`` as in ``ddim``; DDIMInverseScheduler of diffusers has False.
+    """
     s, n = knots[i], knots[i + 1]
     prediction = trace.schedule.prediction
-    if s.sigma == 0 and prediction.coefficients(s.alpha, s.sigma)[1] == 0:
+    if s.sigma == 0 and not _tells_noise(prediction, s):
         raise ValueError(
             f"{prediction.name} predictions do not say the noise of an image that has none; start at the least noise, final='sigma_min'"
         )
     trace.keeps_marginals = False  # it starts from a clean sample, whose noise no network can know
-    D, e = trace.evaluate(x, Knot(n.timestep, s.alpha, s.sigma, s.input_scale))
-    return [n.alpha * D + n.sigma * e]
+    at = Knot(n.timestep, s.alpha, s.sigma, s.input_scale)
+    D, e = trace.evaluate(x, at)
+    if not use_clipped_model_output:
+        _, e = trace.unclipped(x, at)
+    return [toward(D, e, n)]
+
+
+def _tells_noise(prediction: Prediction, s: Knot) -> bool:
+    try:
+        return bool(prediction.coefficients(s.alpha, s.sigma)[1] != 0)
+    except ZeroDivisionError:  # a score, -ε / σ
+        return False
 
 
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
@@ -145,9 +185,7 @@ def euler_ancestral_cfg_pp(
         return [n.alpha * D]
     _, e = trace.unconditional(x, s)
     r = check_eta(eta) * posterior_spread(s, n)
-    y = n.alpha * D + math.sqrt(max(n.sigma**2 - r**2, 0.0)) * e
-    noise = renewed(trace, s, n, r)
-    return [y if noise is None else y + noise]
+    return [toward(D, e, n, r, renewed(trace, s, n, r))]
 
 
 def ddim_cfg_pp(trace: Trace, knots: Sequence[Knot], i: int, x: Combination) -> list[Combination]:

@@ -6,19 +6,19 @@ last. One name has one definition here; where a peer's grid of the same name dif
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from inspect import Parameter
 from itertools import pairwise
-from numbers import Integral, Real
 from typing import Any
 
 from ..noising import NoiseSchedule
+from ..noising.plain_numbers import whole_number
 from ..noising.registry import lookup
 from . import sigma_grids, timestep_grids
 from .align_your_steps import align_your_steps
 from .custom_grids import CUSTOM, given_points, number_of_steps
 from .knots import Knot
+from .options import plain_option
 from .placing import Grid, keyword_parameters
 from .sigma_grids import SIGMA_CAP
 
@@ -73,15 +73,16 @@ def make_knots(
     [900.0, 100.0, -1.0]
     """
     steps, grid, options = choose_grid(steps, grid, options, ascending)
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise ValueError(f"steps must be an integer, got {steps!r}")
+    steps = whole_number("steps", steps)
     if not 1 <= steps <= schedule.num_train_timesteps:
         raise ValueError(
             f"steps must be between 1 and the {schedule.num_train_timesteps} training timesteps, got {steps}"
         )
     function = _function(grid)
-    for name, value in options.items():
-        _require_kind(value, lookup(f"option of grid {grid!r}", name, keyword_parameters(function)))
+    options = {
+        name: plain_option(lookup(f"option of grid {grid!r}", name, keyword_parameters(function)), value)
+        for name, value in options.items()
+    }
     if grid in CUSTOM and ascending:
         options = {name: value[::-1] if name == grid else value for name, value in options.items()}
     knots = check_knots(function(schedule, steps, **options), number_of_knots(grid, steps) - 1)
@@ -97,6 +98,11 @@ def choose_grid(
     (2, 'sigmas', {'sigmas': (10.0, 1.0, 0.0)})
     """
     options = dict(options)
+    steps = None if steps is None else whole_number("steps", steps)
+    if not (grid is None or isinstance(grid, str) or callable(grid)):
+        raise ValueError(
+            f"grid must be a name or a function, got {grid!r}; points of one's own are timesteps=[...] or sigmas=[...]"
+        )
     names = [name for name in CUSTOM if name in options]
     if not names:
         return steps, DEFAULT_GRID if grid is None else grid, options
@@ -116,7 +122,16 @@ def grid_options(grid: str | Grid) -> dict[str, Any]:
     >>> grid_options("karras")["rho"]
     7.0
     """
-    return {name: p.default for name, p in keyword_parameters(_function(grid)).items()}
+    return {name: p.default for name, p in grid_parameters(grid).items()}
+
+
+def grid_parameters(grid: str | Grid) -> dict[str, Parameter]:
+    """Return the parameters of a grid that are its options, by their names.
+
+    >>> grid_parameters("karras")["rho"].annotation
+    'float'
+    """
+    return keyword_parameters(_function(grid))
 
 
 def number_of_knots(grid: str | Grid, steps: int) -> int:
@@ -149,21 +164,3 @@ def check_knots(knots: tuple[Knot, ...], steps: int) -> tuple[Knot, ...]:
 def _function(grid: str | Grid) -> Grid:
     return grid if callable(grid) else lookup("grid", grid, {**GRIDS, **CUSTOM} if grid in tuple(CUSTOM) else GRIDS)
 
-
-KINDS = {
-    "bool": (bool, "True or False"),
-    "int": (Integral, "an integer"),
-    "float": (Real, "a number"),
-    "str": (str, "a name"),
-}
-
-
-def _require_kind(value: Any, parameter: Parameter) -> None:
-    """Refuse a value that is not of the kind that the option is annotated with."""
-    annotation = parameter.annotation
-    words = re.split(r"\W+", annotation if isinstance(annotation, str) else getattr(annotation, "__name__", ""))
-    wanted, called = KINDS.get(words[0], (object, ""))
-    if value is None and "None" in words:
-        return
-    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted in (Integral, Real)):
-        raise ValueError(f"{parameter.name} must be {called}, got {value!r}")

@@ -6,8 +6,9 @@ upload. The state is kept in float32 or better, whatever the dtype of the networ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from .table import Draw, Evaluation, Operation, Row, Table
 
 Evaluate = Callable[[Tensor, Knot], Tensor]
 Noise = Callable[[float, float], Tensor]
+Beside = Mapping[type[Operation], Callable[[], Tensor | None]]
+NOTHING_BESIDE: Beside = MappingProxyType({})
 
 
 def combine(row: Row, basis: Sequence[Tensor]) -> Tensor:
@@ -54,18 +57,19 @@ class Progress:
 
 
 def run(
-    table: Table, x: Tensor, evaluate: Evaluate, noise: Noise, unconditional: Callable[[], Tensor] | None = None
+    table: Table, x: Tensor, evaluate: Evaluate, noise: Noise, beside: Beside = NOTHING_BESIDE
 ) -> Iterator[Progress]:
     """Run a table from ``x``, yielding after each step.
 
     ``evaluate(x, knot)`` returns the network's raw output, ``noise(start, end)`` standard normal noise; both in the shape
-    and device of ``x``. ``unconditional()`` returns the unconditional half of the last evaluation; without it there is no
-    guidance, and it is the evaluation itself.
+    and device of ``x``. ``beside`` gives what the last evaluation left besides its result, for each kind of operation
+    that asks for it: its unconditional half, what it was before clipping. Where that is missing or None, it is the evaluation
+    itself.
     """
     state = [x]
     for i, step in enumerate(table.steps):
         basis = list(state)
-        perform(step.ops, basis, evaluate, noise, unconditional)
+        perform(step.ops, basis, evaluate, noise, beside)
         state = [combine(row, basis) for row in step.carry]
         yield Progress(i + 1, len(table.steps), state[0], step.denoised, basis)
 
@@ -75,7 +79,7 @@ def perform(
     basis: list[Tensor],
     evaluate: Evaluate,
     noise: Noise,
-    unconditional: Callable[[], Tensor] | None = None,
+    beside: Beside = NOTHING_BESIDE,
 ) -> None:
     """Append to ``basis`` what each operation gives, in the dtype of its first vector; arguments as in :func:`run`.
 
@@ -84,11 +88,13 @@ def perform(
     >>> basis
     [tensor([1.]), tensor([0.])]
     """
+    evaluated = basis[-1]
     for op in ops:
+        new: Tensor | None
         if isinstance(op, Evaluation):
-            new = evaluate(combine(op.row, basis), op.knot)
+            new = evaluated = evaluate(combine(op.row, basis), op.knot)
         elif isinstance(op, Draw):
             new = noise(op.start, op.end)
         else:
-            new = unconditional() if unconditional else basis[-1]
-        basis.append(new.to(basis[0].dtype))
+            new = beside[type(op)]() if type(op) in beside else None
+        basis.append((evaluated if new is None else new).to(basis[0].dtype))

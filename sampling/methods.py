@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .identity import exact
 from .table import Combination
 
 Formula = Callable[..., list[Combination]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Method:
     """A sampler's formula and its facts: ``order`` of convergence (weak order where it draws noise), ``evaluations`` of the
     network per step, what it is ``called`` elsewhere, and its ``source``.
@@ -24,6 +25,7 @@ class Method:
     ``inverse``: it runs upwards, from the least noise. ``grid``, with ``grid_options``: where it runs unless told otherwise.
     ``steps_as``: the option of the formula that is given the number of steps that was asked for, where that is not the
     number of knots but one. ``called`` maps names of other software to the grid and options that they stand for there.
+    Equal methods are equal in every fact, the values of their options included.
 
     >>> from alphabar.sampling import METHODS
     >>> METHODS["heun"].order, METHODS["heun"].evaluations
@@ -38,21 +40,32 @@ class Method:
     stochastic: bool = False
     point_mass: bool = True
     inverse: bool = False
-    order_options: dict[str, Any] = field(default_factory=dict, compare=False)
+    order_options: dict[str, Any] = field(default_factory=dict)
     block: int = 1
     rewrites: tuple[int, ...] = ()
-    defaults: dict[str, Any] = field(default_factory=dict, compare=False)
+    defaults: dict[str, Any] = field(default_factory=dict)
     grid: str = "trailing"
-    grid_options: dict[str, Any] = field(default_factory=dict, compare=False)
+    grid_options: dict[str, Any] = field(default_factory=dict)
     steps_as: str | None = None
-    called: dict[str, dict[str, Any]] = field(default_factory=dict, compare=False)
-    diffusers: dict[str, Any] = field(default_factory=dict, compare=False)
+    called: dict[str, dict[str, Any]] = field(default_factory=dict)
+    diffusers: dict[str, Any] = field(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        return exact(self) == exact(other) if isinstance(other, Method) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.name)
 
     @property
     def options(self) -> dict[str, Any]:
         """The options that the formula has, with their defaults."""
+        return {name: p.default for name, p in self.parameters.items()} | dict(self.defaults)
+
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """The parameters of the formula that are its options, by their names."""
         parameters = inspect.signature(self.formula).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} | dict(self.defaults)
+        return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
 
     @property
     def documentation(self) -> str:

@@ -29,8 +29,9 @@ from . import (
     score_sde,
     unipc,
 )
-from .grids import GRIDS, Grid, choose_grid, grid_options
+from .grids import GRIDS, Grid, choose_grid, grid_parameters
 from .methods import Method
+from .options import plain_option
 from .outside import OUTSIDE, Outside
 
 FAMILIES = (
@@ -155,12 +156,14 @@ def settle(
     if own_grid is None:
         own_grid, implied = method.grid, dict(method.grid_options) | implied
     custom = any(name in (options or {}) for name in ("timesteps", "sigmas"))
-    steps, grid, said = choose_grid(steps, grid if grid or custom else own_grid, options or {}, method.inverse)
-    known = method.options | grid_options(grid)
+    steps, grid, said = choose_grid(
+        steps, own_grid if grid is None and not custom else grid, options or {}, method.inverse
+    )
+    known = method.parameters | grid_parameters(grid)
     for option in said:
         lookup(f"option of {method.name} on the {grid} grid", option, known)
     merged = {name: value for name, value in implied.items() if name in known} | said
-    return Settings(method, steps, grid, {k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()})
+    return Settings(method, steps, grid, {name: plain_option(known[name], value) for name, value in merged.items()})
 
 
 def all_names() -> dict[str, list[str]]:

@@ -34,7 +34,7 @@ class Outside:
     source: str
     evaluations: int | None = 1
     stochastic: bool = True
-    called: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    called: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..noising import NoiseSchedule
+from ..noising.plain_numbers import whole_number
 from ..noising.schedule import require_same_shape
-from .first_order import check_eta, posterior_spread, transfer
+from .first_order import check_eta, posterior_spread, toward, transfer
 from .grids import Grid, make_knots
 from .guidance import Network
 from .kernel import Progress, combine, perform
@@ -60,7 +61,8 @@ class RePaint:
 
     ``steps`` and ``grid`` as in Sampler; ``jump_length``, ``jump_n_sample`` and ``resample_clean``: see :func:`time_travel`,
     whose way down is what the network is called for. ``eta``: 1 is DDPM, as in the paper; 0 DDIM, the default of
-    RePaintScheduler. Any schedule and prediction. Raises ValueError for options out of range.
+    RePaintScheduler. ``use_clipped_model_output``: as in DDIM, False with the clipping of RePaintScheduler. Any schedule and
+    prediction. Raises ValueError for options out of range.
 
     >>> image, mask = torch.ones(2, 1, 4, 4), torch.zeros(2, 1, 4, 4)
     >>> mask[..., :2] = 1
@@ -76,12 +78,12 @@ class RePaint:
     eta: float = 1.0
     grid: str | Grid = "trailing"
     resample_clean: bool = False
+    use_clipped_model_output: bool = True
 
     def __post_init__(self) -> None:
         for name in ("jump_length", "jump_n_sample"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
+        object.__setattr__(self, "steps", whole_number("steps", self.steps))
         check_eta(self.eta)
         _ = self.knots  # bad input fails here, before any work
         if self.jump_n_sample > 1 and self.jump_length >= self.steps:
@@ -151,9 +153,13 @@ class RePaint:
         z = run.noise().to(x.dtype) if n.sigma else torch.zeros_like(x)
         trace, state, noise = Trace(self.schedule, 2), Combination({0: 1.0}), Combination({1: 1.0})
         r = self.eta * posterior_spread(s, n)
-        row = transfer(state, trace.denoise(state, s), s, n, r, r * noise).row
+        D = trace.denoise(state, s)
+        if self.use_clipped_model_output:
+            row = transfer(state, D, s, n, r, r * noise).row
+        else:
+            row = toward(D, trace.unclipped(state, s)[1], n, r, r * noise).row
         basis = [x, z]
-        perform(trace.ops, basis, run.evaluate, lambda start, end: z)
+        perform(trace.ops, basis, run.evaluate, lambda start, end: z, run.beside)
         unknown = combine(row, basis)  # line 7
         return torch.lerp(unknown, n.alpha * known + n.sigma * z, mask), trace.denoised.row, basis  # lines 5 and 8
 

@@ -5,8 +5,8 @@ The table sampler and the samplers that are no tables take the same arguments an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -14,11 +14,13 @@ from torch import Generator, Tensor, nn
 
 from ..noising import NoiseSchedule
 from ..noising.noising import prediction_tensor
+from ..noising.plain_numbers import whole_number
 from ..noising.shapes import require_same_shape
 from .clipping import Change, clipped, resolve_clip
 from .guidance import Network, guided_network
-from .kernel import Evaluate
+from .kernel import Beside, Evaluate
 from .knots import Knot
+from .table import Unclipped, Unconditional
 
 T = TypeVar("T")
 
@@ -27,14 +29,15 @@ T = TypeVar("T")
 class Run:
     """One run: ``x`` at the first knot, ``evaluate(x, knot)`` -> the guided, clipped output, ``noise()`` -> standard normal.
 
-    ``unconditional()`` returns the unconditional half of the last evaluation, None where there is no guidance; ``head(k)``
-    the k-th part of the channels of the last output, for networks that put out more than their prediction.
+    ``beside``: what the last evaluation left besides, as ``kernel.perform`` takes it: its unconditional half where there is
+    one, and what it was before clipping. ``head(k)`` returns the k-th part of the channels of the last output, for networks
+    that put out more than their prediction.
     """
 
     x: Tensor
     evaluate: Evaluate
     noise: SeededNoise
-    unconditional: Callable[[], Tensor] | None = None
+    beside: Beside = field(default_factory=dict)
     head: Callable[[int], Tensor] | None = None
 
 
@@ -46,6 +49,7 @@ def start_run(
     *,
     whole: bool = False,
     heads: int = 1,
+    halves: bool = False,
     seeds: int | Sequence[int] | None = None,
     conditioning: Mapping[str, Any] | None = None,
     unconditional: Mapping[str, Any] | None = None,
@@ -59,7 +63,7 @@ def start_run(
 
     From ``seeds`` on these are the arguments that every sampler's call takes; ``Sampler.iterate`` says what they mean.
     ``whole``: the network is given integers as time. ``heads``: its output has so many times the channels of its input, of
-    which the first are the prediction.
+    which the first are the prediction. ``halves``: the unconditional half is of use without guidance as well.
 
     >>> run = start_run(NoiseSchedule.flow(), Knot(1000.0, 0.0, 1.0), lambda x, t: -x, (2, 3), seeds=0)
     >>> run.evaluate(run.x, Knot(1000.0, 0.0, 1.0)).shape
@@ -67,9 +71,11 @@ def start_run(
     """
     shape = checked_shape(shape_or_noise)
     device, dtype = place(network, shape_or_noise, device, dtype)
-    noise = SeededNoise(shape, seeds, device)
+    noise = SeededNoise(shape, checked_seeds(seeds), device)
     outputs = _Outputs(network, heads)
-    guided = guided_network(outputs, conditioning or {}, unconditional, guidance_scale, guidance_rescale)
+    guided = guided_network(
+        outputs, conditioning or {}, unconditional, guidance_scale, guidance_rescale, shape[0], halves
+    )
     start = shape_or_noise.detach().to(device) if isinstance(shape_or_noise, Tensor) else noise()
     x = start.to(torch.promote_types(start.dtype, torch.float32)) * (first.alpha**2 + first.sigma**2) ** 0.5
     time_dtype = torch.int64 if whole else torch.promote_types(x.dtype, torch.float32)
@@ -80,13 +86,31 @@ def start_run(
         require_same_shape("the network's output", out, "its input", x)  # it would broadcast silently
         return out
 
+    kept = Kept(evaluate)
     return Run(
         x,
-        evaluate if clip is None else clipped(evaluate, schedule.prediction, resolve_clip(clip)),
+        evaluate if clip is None else clipped(kept, schedule.prediction, resolve_clip(clip)),
         noise,
-        None if guidance_scale == 1.0 else lambda: outputs.parts[0][shape[0] :],
+        {Unconditional: lambda: guided.unconditional, Unclipped: lambda: kept.last},
         lambda k: outputs.parts[k][: shape[0]],  # of the conditional half
     )
+
+
+class Kept:
+    """An evaluation that keeps its last result.
+
+    >>> kept = Kept(lambda x, knot: 2 * x)
+    >>> kept(torch.ones(1), Knot(0, 0.6, 0.8)), kept.last
+    (tensor([2.]), tensor([2.]))
+    """
+
+    def __init__(self, evaluate: Evaluate) -> None:
+        self.evaluate = evaluate
+        self.last: Tensor | None = None
+
+    def __call__(self, x: Tensor, knot: Knot) -> Tensor:
+        self.last = self.evaluate(x, knot)
+        return self.last
 
 
 class _Outputs:
@@ -147,9 +171,28 @@ def checked_shape(shape_or_noise: Sequence[int] | Tensor) -> tuple[int, ...]:
     (2, 3)
     """
     shape = tuple(shape_or_noise.shape if isinstance(shape_or_noise, Tensor) else shape_or_noise)
-    if len(shape) < 2 or not all(isinstance(n, int) and n > 0 for n in shape):
+    try:
+        whole = tuple(whole_number("a size", n) for n in shape)
+    except ValueError:
+        whole = ()
+    if len(whole) < 2 or min(whole) < 1:
         raise ValueError(f"the shape must be (batch, ...) of positive integers, got {shape}")
-    return shape
+    return whole
+
+
+def checked_seeds(seeds: Any) -> int | list[int] | None:
+    """Return seeds as an int, a list of them or None, or raise ValueError where one is no integer.
+
+    >>> checked_seeds(torch.tensor([3, 4]))
+    [3, 4]
+    """
+    if seeds is None:
+        return None
+    if isinstance(seeds, Tensor) or hasattr(seeds, "tolist"):
+        seeds = seeds.tolist()
+    if isinstance(seeds, Iterable) and not isinstance(seeds, str | bytes):
+        return [whole_number(f"seeds[{i}]", seed) for i, seed in enumerate(seeds)]
+    return whole_number("seeds", seeds)
 
 
 def place(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from .brownian import BrownianNoise
 from .clipping import Change
 from .grids import Grid, grid_options, make_knots
 from .guidance import Network
+from .identity import exact
 from .kernel import Progress, run
 from .knots import Knot
 from .methods import Method
 from .names import settle
 from .running import SeededNoise, last, start_run, without_gradients
-from .table import Evaluation, Table, compile_table
+from .table import Evaluation, Table, Unconditional, compile_table
 
 DEFAULT_STEPS = 20
 
@@ -34,7 +35,7 @@ DIFFUSERS_SIGMAS = {
 """The grids that scheduler_config.json knows by a flag."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sampler:
     """Draw samples with a network that was trained on ``schedule``.
 
@@ -79,6 +80,19 @@ class Sampler:
         for name, value in values.items():
             object.__setattr__(self, name, value)
         _ = self.table  # bad input fails here, before any work
+
+    def __eq__(self, other: object) -> bool:
+        return self._identity == other._identity if isinstance(other, Sampler) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_identity"}
+
+    @cached_property
+    def _identity(self) -> tuple[Any, ...]:
+        return self.schedule, exact(self.method), self.steps, exact(self.grid), exact(self.options)
 
     @property
     def table(self) -> Table:
@@ -130,7 +144,10 @@ class Sampler:
     ) -> Iterator[Progress]:
         """Sample step by step: a generator, so that progress, previews and cancelling live in the caller's loop.
 
-        ``network(x, timesteps, **conditioning)`` returns a tensor or an object with ``.sample``. ``shape_or_noise``: the shape
+        ``network(x, timesteps, **conditioning)`` returns a tensor or an object with ``.sample``. ``conditioning``: values of any
+        kind. ``unconditional``: the same keys for guidance, with which ``guidance_scale`` w makes u + w (c - u); methods with
+        CFG++ want it at w = 1 too, and without it take c for u. Both halves share one call of twice the batch where tensors have
+        a row for each image, or are the same for all; what cannot be joined makes two calls. ``shape_or_noise``: the shape
         (batch, ...), or standard normal noise to start from. ``seeds``: one for each image (or one int, counted up), for
         the first noise and all later draws, so an image does not depend on its batch; none: fresh ones, without touching the
         global generators. ``device`` and ``dtype`` (of the network's input) default to those of the network's parameters.
@@ -138,13 +155,15 @@ class Sampler:
         ``noise``: 'independent' draws, or 'brownian', one path for each image whatever the number of steps (needs torchsde).
         Runs without gradients and leaves the network's train / eval flags alone.
         """
-        evaluations = [op.knot for step in self.table.steps for op in step.ops if isinstance(op, Evaluation)]
+        ops = [op for step in self.table.steps for op in step.ops]
+        evaluations = [op.knot for op in ops if isinstance(op, Evaluation)]
         this = start_run(
             self.schedule,
             self.knots[0],
             network,
             shape_or_noise,
             whole=self.schedule.curve.is_discrete and all(knot.timestep.is_integer() for knot in evaluations),
+            halves=any(isinstance(op, Unconditional) for op in ops),
             seeds=seeds,
             conditioning=conditioning,
             unconditional=unconditional,
@@ -155,7 +174,7 @@ class Sampler:
             clip=clip,
         )
         source = lookup("noise", noise, NOISE_SOURCES)(this.noise, self.knots)
-        return without_gradients(run(self.table, this.x, this.evaluate, source, this.unconditional))
+        return without_gradients(run(self.table, this.x, this.evaluate, source, this.beside))
 
     def to_diffusers(self) -> dict[str, Any]:
         """Return what scheduler_config.json says of the sampler: its class, spacing and solver options.

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..noising import NoiseSchedule, VariancePreserving
+from ..noising.plain_numbers import whole_number
 from .first_order import posterior_spread, renewed, transfer
 from .grids import Grid
 from .kernel import Progress, combine, perform
@@ -100,8 +101,7 @@ class PredictorCorrector(Walk):
         one_of("norm", self.norm, ("image", "batch"))
         if not self.snr > 0:
             raise ValueError(f"snr must be positive, got {self.snr}; the paper uses 0.16 for VE, 0.15 is diffusers'")
-        if isinstance(self.correct_steps, bool) or not isinstance(self.correct_steps, int) or self.correct_steps < 0:
-            raise ValueError(f"correct_steps must be an integer of at least 0, got {self.correct_steps!r}")
+        object.__setattr__(self, "correct_steps", whole_number("correct_steps", self.correct_steps, least=0))
         _ = self.knots  # bad input fails here, before any work
 
     def advance(self, run: Run, knots: Sequence[Knot]) -> Iterator[Progress]:

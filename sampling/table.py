@@ -85,7 +85,12 @@ class Unconditional:
     """An operation that appends the unconditional half of the evaluation before it (the same, where there is no guidance)."""
 
 
-Operation = Evaluation | Draw | Unconditional
+@dataclass(frozen=True)
+class Unclipped:
+    """An operation that appends the evaluation before it as the network gave it (the same, where nothing is clipped)."""
+
+
+Operation = Evaluation | Draw | Unconditional | Unclipped
 
 
 @dataclass(frozen=True)
@@ -137,8 +142,15 @@ class Trace:
 
     def unconditional(self, x: Combination, knot: Knot) -> tuple[Combination, Combination]:
         """Return (D, ε̂) of the unconditional half of the last evaluation, which was of ``x`` at ``knot``: no further call."""
+        return self._beside(x, knot, Unconditional())
+
+    def unclipped(self, x: Combination, knot: Knot) -> tuple[Combination, Combination]:
+        """Return (D, ε̂) of the last evaluation, which was of ``x`` at ``knot``, before any clipping: no further call."""
+        return self._beside(x, knot, Unclipped())
+
+    def _beside(self, x: Combination, knot: Knot, op: Operation) -> tuple[Combination, Combination]:
         denoised = self.denoised
-        estimates = self._estimates(x, knot, self._append(Unconditional()))
+        estimates = self._estimates(x, knot, self._append(op))
         self.denoised = denoised
         return estimates
 
@@ -321,7 +333,7 @@ def point_mass_defects(table: Table) -> Iterable[tuple[float, float]]:
                 drawn += 1
                 basis.append(Combination({drawn: 1.0}))
                 bounds.append(1.0)
-            else:  # the unconditional half of the evaluation before
+            else:  # the unconditional or unclipped form of the evaluation before
                 basis.append(basis[-1])
                 bounds.append(bounds[-1])
         state = [_apply(row, basis) for row in step.carry]
@@ -345,7 +357,9 @@ def _size(row: Row, bounds: Sequence[float]) -> float:
 def _operation(op: Operation, i: int, names: Sequence[str]) -> tuple[str, str]:
     if isinstance(op, Evaluation):
         return f"out{i}", f"network({_shown(op.row, names)})"
-    return (f"z{i}", "noise") if isinstance(op, Draw) else (f"out{i}", "its unconditional half")
+    if isinstance(op, Draw):
+        return f"z{i}", "noise"
+    return f"out{i}", "its unconditional half" if isinstance(op, Unconditional) else "itself, unclipped"
 
 
 def _shown(row: Row, names: Sequence[str]) -> str:

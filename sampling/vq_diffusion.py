@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+from ..noising.plain_numbers import whole_number
 from ..noising.shapes import require_same_shape
 from .guidance import Network, guided_network
-from .running import SeededNoise, checked_shape, last, place, without_gradients
+from .running import SeededNoise, checked_seeds, checked_shape, last, place, without_gradients
 
 Levels = tuple[Tensor, Tensor, Tensor]
 """log α, log β, log γ of a stretch of the chain, each with a shape that broadcasts against (batch, K, ...)."""
@@ -226,9 +227,15 @@ class VQDiffusion:
 
     def __post_init__(self) -> None:
         count = self.schedule.num_train_timesteps
-        whole = isinstance(self.steps, int) and not isinstance(self.steps, bool)
-        if self.steps is not None and not (whole and 1 <= self.steps <= count):
+        if self.steps is None:
+            return
+        try:
+            steps = whole_number("steps", self.steps)
+        except ValueError:
+            steps = 0
+        if not 1 <= steps <= count:
             raise ValueError(f"steps must be an integer between 1 and {count}, got {self.steps!r}")
+        object.__setattr__(self, "steps", steps)
 
     @property
     def timesteps(self) -> list[int]:
@@ -254,7 +261,7 @@ class VQDiffusion:
                 raise ValueError(f"{name} is for images of numbers, got {arguments.get(name)} for tokens; leave it out")
         shape = checked_shape(shape_or_tokens)
         device, _ = place(network, shape_or_tokens, arguments.get("device"), None)
-        noise = SeededNoise(shape, arguments.get("seeds"), device)
+        noise = SeededNoise(shape, checked_seeds(arguments.get("seeds")), device)
         given = isinstance(shape_or_tokens, Tensor)
         x = shape_or_tokens.to(device) if given else self.schedule.prior(noise, shape)
         guided = guided_network(
@@ -263,6 +270,7 @@ class VQDiffusion:
             arguments.get("unconditional"),
             arguments.get("guidance_scale", 1.0),
             0.0,
+            shape[0],
         )
         return without_gradients(self._advance(x, guided, noise))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ def require_image_shape(shape: tuple[int, ...]) -> None:
     Traceback (most recent call last):
     ValueError: a picture needs samples of shape (channels, height, width), got (16000,)
     """
-    if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+    if len(shape) != 3 or not all(isinstance(n, Integral) and n > 0 for n in shape):
         raise ValueError(f"a picture needs samples of shape (channels, height, width), got {shape}")
 
 

@@ -1,0 +1,45 @@
+"""Numbers as Python's own: an integer or a float may come from numpy, or as a 0-dimensional array or tensor; a bool is neither."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+
+def whole_number(name: str, value: Any, least: int | None = None) -> int:
+    """Return an integer, of at least ``least``, as an int, or raise ValueError; floats and bools are none, 20.0 and True included.
+
+    >>> import torch
+    >>> whole_number("steps", torch.tensor(20))
+    20
+    >>> whole_number("steps", 20.0, least=1)
+    Traceback (most recent call last):
+    ValueError: steps must be an integer of at least 1, got 20.0
+    """
+    if not _is_bool(value) and getattr(value, "ndim", 0) == 0:
+        try:
+            whole = operator.index(value)
+        except TypeError:
+            whole = None
+        if whole is not None and (least is None or whole >= least):
+            return whole
+    raise ValueError(f"{name} must be an integer{'' if least is None else f' of at least {least}'}, got {value!r}")
+
+
+def real_number(name: str, value: Any) -> float:
+    """Return a number as a float, -0.0 as 0.0, or raise ValueError where it is none: text and bools are none.
+
+    >>> import torch
+    >>> real_number("eta", torch.tensor(0.5)), real_number("eta", 1)
+    (0.5, 1.0)
+    """
+    if not _is_bool(value) and not isinstance(value, str | bytes | bytearray) and getattr(value, "ndim", 0) == 0:
+        try:
+            return float(value) + 0.0
+        except (TypeError, ValueError, OverflowError):
+            pass
+    raise ValueError(f"{name} must be a number, got {value!r}")
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
