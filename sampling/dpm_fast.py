@@ -64,6 +64,23 @@ def fast_orders(nfe: int) -> list[int]:
     return [3] * (threes - 1) + [2, 1] if nfe % 3 == 0 else [3] * threes + [nfe % 3]
 
 
+def block_orders(nfe: int, from_noise: bool = False, to_clean: bool = False) -> list[int]:
+    """Return the orders of the steps that use ``nfe`` evaluations between these ends, which add up to it.
+
+    ``from_noise``: the first knot has no signal, and its step takes one evaluation; ``to_clean``: so does the last, which goes to
+    D where σ = 0. Between them, or without them, as :func:`fast_orders`; before a last step of order 1 nothing else ends in one.
+
+    >>> block_orders(20), block_orders(20, to_clean=True), block_orders(20, from_noise=True, to_clean=True)
+    ([3, 3, 3, 3, 3, 3, 2], [3, 3, 3, 3, 3, 3, 1, 1], [1, 3, 3, 3, 3, 3, 3, 1])
+    """
+    between = nfe - from_noise - to_clean
+    if between <= 0:
+        return [1] * nfe
+    threes, rest = divmod(between, 3)
+    middle = [3] * threes + ([rest] if rest else []) if to_clean else fast_orders(between)
+    return [1] * from_noise + middle + [1] * to_clean
+
+
 def dpm_fast(
     trace: Trace,
     knots: Sequence[Knot],
@@ -74,12 +91,17 @@ def dpm_fast(
     eta: float = 0.0,
     s_noise: float = 1.0,
 ) -> list[Combination]:
-    """DPM fast: DPM-Solver-3 steps, even in λ, with a 2 or a 1 at the end (2206.00927, §3.4; k-diffusion's sample_dpm_fast).
+    """DPM fast: DPM-Solver-3 steps with a 2 or a 1 at the end (2206.00927, §3.4; k-diffusion's sample_dpm_fast).
 
-    ``nfe`` is the number of evaluations, which is what its steps count; without it every step is of order 3.
+    ``nfe`` is the number of evaluations, which is what its steps count: on a grid of that many steps each of its own goes over as
+    many as it has evaluations, and the points between lie at thirds of its λ; on the grid ``dpm_fast``, k-diffusion's, its steps
+    are even in λ. Without ``nfe`` every step is of order 3, but for those from α = 0 and into σ = 0.
     """
     s, n, steps = knots[i], knots[i + 1], len(knots) - 1
-    orders = [3] * steps if nfe is None else fast_orders(nfe)
+    ends = knots[0].alpha == 0, knots[-1].sigma == 0
+    orders = [3] * steps if nfe is None else block_orders(nfe, *ends)
+    if len(orders) != steps:
+        raise ValueError(f"{nfe} evaluations make {len(orders)} steps between these ends, got a grid of {steps}")
     r = check_eta(eta) * posterior_spread(s, n)
     # an ancestral step goes below the knot, but not below where the grid ends
     end = knots[-1]
@@ -87,7 +109,7 @@ def dpm_fast(
     d = Knot(math.nan, n.alpha, low) if r else n
     D, e = trace.evaluate(x, s)
     noise = renewed(trace, s, n, math.sqrt(max(n.sigma**2 - d.sigma**2, 0.0)), s_noise) if r else None
-    order = orders[i] if i < len(orders) else 1
+    order = orders[i]
     if order == 1 or s.alpha == 0 or d.sigma == 0:
         y = transfer(x, D, s, d)
     elif order == 2:
@@ -107,6 +129,7 @@ METHODS = [
         source="2206.00927",
         grid="dpm_fast",
         steps_as="nfe",
+        blocks=block_orders,
         called={"DPM fast": {}},
     ),
 ]

@@ -85,7 +85,7 @@ def make_knots(
     }
     if grid in CUSTOM and ascending:
         options = {name: value[::-1] if name == grid else value for name, value in options.items()}
-    knots = check_knots(function(schedule, steps, **options), number_of_knots(grid, steps) - 1)
+    knots = check_knots(function(schedule, steps, **options), number_of_knots(grid, steps, schedule, **options) - 1)
     return knots[::-1] if ascending else knots
 
 
@@ -134,14 +134,25 @@ def grid_parameters(grid: str | Grid) -> dict[str, Parameter]:
     return keyword_parameters(_function(grid))
 
 
-def number_of_knots(grid: str | Grid, steps: int) -> int:
+def number_of_knots(grid: str | Grid, steps: int, schedule: NoiseSchedule | None = None, **options: Any) -> int:
     """Return how many knots a grid has: steps + 1, but for one that is asked for a number of evaluations (dpm_fast).
+
+    That depends on the grid's ends: without a ``schedule`` it is told for one of finite σ / α.
 
     >>> number_of_knots("karras", 20), number_of_knots("dpm_fast", 20)
     (21, 8)
     """
     count = getattr(_function(grid), "count", None)
-    return (count(steps) if count else steps) + 1
+    return (count(steps, schedule, **options) if count else steps) + 1
+
+
+def counts_evaluations(grid: str | Grid) -> bool:
+    """Say whether a grid is asked for a number of evaluations, and lays the steps that these make.
+
+    >>> counts_evaluations("karras"), counts_evaluations("dpm_fast")
+    (False, True)
+    """
+    return getattr(_function(grid), "count", None) is not None
 
 
 def check_knots(knots: tuple[Knot, ...], steps: int) -> tuple[Knot, ...]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from .identity import exact
+from .knots import Knot
 from .table import Combination
 
 Formula = Callable[..., list[Combination]]
@@ -24,7 +26,8 @@ class Method:
 
     ``inverse``: it runs upwards, from the least noise. ``grid``, with ``grid_options``: where it runs unless told otherwise.
     ``steps_as``: the option of the formula that is given the number of steps that was asked for, where that is not the
-    number of knots but one. ``called`` maps names of other software to the grid and options that they stand for there.
+    number of knots but one. ``blocks(steps, from_noise, to_clean)``: over how many steps of a grid each of its own goes, where
+    that is not one. ``called`` maps names of other software to the grid and options that they stand for there.
     Equal methods are equal in every fact, the values of their options included.
 
     >>> from alphabar.sampling import METHODS
@@ -47,8 +50,22 @@ class Method:
     grid: str = "trailing"
     grid_options: dict[str, Any] = field(default_factory=dict)
     steps_as: str | None = None
+    blocks: Callable[[int, bool, bool], list[int]] | None = None
     called: dict[str, dict[str, Any]] = field(default_factory=dict)
     diffusers: dict[str, Any] = field(default_factory=dict)
+
+    def boundaries(self, knots: Sequence[Knot]) -> tuple[Knot, ...]:
+        """Return those knots of a grid that the method's own steps go between.
+
+        >>> from alphabar.noising import NoiseSchedule
+        >>> from alphabar.sampling import METHODS, make_knots
+        >>> [knot.timestep for knot in METHODS["dpm_fast"].boundaries(make_knots(NoiseSchedule.linear(), 8))]
+        [999.0, 624.0, 249.0, 124.0, -1.0]
+        """
+        if self.blocks is None:
+            return tuple(knots)
+        orders = self.blocks(len(knots) - 1, knots[0].alpha == 0, knots[-1].sigma == 0)
+        return tuple(knots[place] for place in accumulate(orders, initial=0))
 
     def __eq__(self, other: object) -> bool:
         return exact(self) == exact(other) if isinstance(other, Method) else NotImplemented

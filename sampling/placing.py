@@ -49,12 +49,13 @@ def grid_of(
     lay: Callable[..., tuple[Knot, ...]],
     formula: Callable[..., Tensor],
     defaults: Mapping[str, Any],
-    count: Callable[[int], int] | None = None,
+    count: Callable[..., int] | None = None,
 ) -> Grid:
     """Return the grid that lays a formula's numbers: its options are the formula's own and those of ``lay``.
 
     ``lay(formula with its options bound, schedule, steps, **shared options)``; ``defaults`` replaces shared defaults, and
-    ``count`` says how many steps the number is that the grid is asked for, where that is not itself.
+    ``count(steps, schedule, **shared options)`` says how many steps the number is that the grid is asked for, where that is not
+    itself.
     """
     own, shared = keyword_parameters(formula), keyword_parameters(lay)
     shared |= {name: shared[name].replace(default=default) for name, default in defaults.items()}
@@ -67,7 +68,8 @@ def grid_of(
         bound.apply_defaults()
         schedule, steps, *_ = bound.args
         laid = partial(formula, **{name: bound.kwargs[name] for name in own})
-        return lay(laid, schedule, count(steps) if count else steps, **{name: bound.kwargs[name] for name in shared})
+        options = {name: bound.kwargs[name] for name in shared}
+        return lay(laid, schedule, count(steps, schedule, **options) if count else steps, **options)
 
     vars(grid).update(__signature__=signature, count=count)
     return grid

@@ -14,7 +14,7 @@ from ..noising import NoiseSchedule
 from ..noising.registry import lookup
 from .brownian import BrownianNoise
 from .clipping import Change
-from .grids import Grid, grid_options, make_knots
+from .grids import Grid, counts_evaluations, grid_options, make_knots
 from .guidance import Network
 from .identity import exact
 from .kernel import Progress, run
@@ -101,7 +101,7 @@ class Sampler:
 
     @property
     def knots(self) -> tuple[Knot, ...]:
-        """The steps + 1 points that are visited, the last one clean."""
+        """The steps + 1 points that are visited, the last one clean; of DPM fast, whose steps count evaluations, fewer."""
         return self.table.knots
 
     @property
@@ -213,6 +213,8 @@ def _compiled(sampler: Sampler) -> Table:
     if sampler.method.steps_as:
         of_method[sampler.method.steps_as] = sampler.steps
     knots = make_knots(sampler.schedule, sampler.steps, sampler.grid, ascending=sampler.method.inverse, **of_grid)
+    if not counts_evaluations(sampler.grid):
+        knots = sampler.method.boundaries(knots)
 
     def formula(*arguments: Any) -> Any:
         return sampler.method.formula(*arguments, **of_method)

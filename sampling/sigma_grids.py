@@ -23,6 +23,7 @@ from torch import Tensor
 from ..noising import NoiseSchedule
 from ..noising.beta_distribution import beta_quantile
 from ..noising.registry import lookup
+from .dpm_fast import block_orders
 from .knots import Knot
 from .placing import Grid, final_knot, grid_of, knots_at_levels, level_at, lowest_time
 from .timestep_grids import leading, linspace, trailing
@@ -34,7 +35,7 @@ RANGES = {"linspace": linspace, "leading": leading, "trailing": trailing}
 
 
 def sigma_spaced(
-    count: Callable[[int], int] | None = None, **defaults: object
+    count: Callable[..., int] | None = None, **defaults: object
 ) -> Callable[[Callable[..., Tensor]], Grid]:
     """Make a grid of a formula (points, low, high, *, options) -> noise levels, shape (points,), falling.
 
@@ -64,7 +65,7 @@ def _lay(
     low = lowest if sigma_min is None else float(sigma_min)
     top = most if sigma_max is None else float(sigma_max)
     high = SIGMA_CAP if math.isinf(top) else top
-    if not 0 < low < high:
+    if not (0 < low < high or steps == 1 and 0 < low == high):
         raise ValueError(f"need 0 < sigma_min < sigma_max, got {low:g} and {high:g}")
 
     def levels(points: int) -> Tensor:
@@ -226,12 +227,32 @@ def linear_quadratic(
     return high * (1 - gone)
 
 
-@sigma_spaced(count=lambda evaluations: evaluations // 3 + 1, ratio=True, final="sigma_min")
+def _fast_steps(
+    evaluations: int,
+    schedule: NoiseSchedule | None = None,
+    *,
+    sigma_max: float | None = None,
+    range_from: str | None = None,
+    steps_offset: int = 0,
+    ratio: bool = True,
+    final: str = "sigma_min",
+    **_: object,
+) -> int:
+    top = 1.0 if sigma_max is None else sigma_max
+    if schedule is not None and sigma_max is None:
+        _, top = _training_range(schedule, ratio)
+        if range_from is not None:
+            top = _subsampled_range(schedule, evaluations // 3 + 1, range_from, steps_offset, ratio)[1]
+    return len(block_orders(evaluations, from_noise=math.isinf(top), to_clean=final == "zero"))
+
+
+@sigma_spaced(count=_fast_steps, ratio=True, final="sigma_min")
 def dpm_fast(points: int, low: float, high: float) -> Tensor:
     """Space log(σ / α) evenly for steps of three evaluations each (k-diffusion's sample_dpm_fast; 2206.00927, DPM-Solver-fast).
 
     The number it is asked for is that of evaluations n: it has n // 3 + 1 steps, of which the last one or two take the
-    rest. It ends at the least noise.
+    rest. It ends at the least noise. A first step from α = 0 and a last one into σ = 0 have one evaluation, see
+    ``dpm_fast.block_orders``.
 
     >>> len(dpm_fast(NoiseSchedule.scaled_linear(), 20)) - 1
     7
