@@ -65,7 +65,7 @@ def _lay(
     low = lowest if sigma_min is None else float(sigma_min)
     top = most if sigma_max is None else float(sigma_max)
     high = SIGMA_CAP if math.isinf(top) else top
-    if not (0 < low < high or steps == 1 and 0 < low == high):
+    if not (0 < low < high or (steps == 1 and 0 < low == high)):
         raise ValueError(f"need 0 < sigma_min < sigma_max, got {low:g} and {high:g}")
 
     def levels(points: int) -> Tensor:
