@@ -15,7 +15,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -31,22 +31,36 @@ Row = tuple[tuple[int, float], ...]
 class Combination:
     """A linear combination of basis vectors: what a formula computes with while it is traced.
 
+    ``sizes``: for each term the sum of what went into it with all signs taken away, which says how much of it may be rounding.
+
     >>> x, D = Combination({0: 1.0}), Combination({1: 1.0})
     >>> (2.0 * x - D / 4).row
     ((0, 2.0), (1, -0.25))
+    >>> (3.0 * x - 2.0 * x).size_row
+    ((0, 5.0),)
     """
 
     terms: dict[int, float]
+    sizes: dict[int, float] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.sizes:
+            object.__setattr__(self, "sizes", {k: abs(c) for k, c in self.terms.items()})
 
     def __add__(self, other: Combination) -> Combination:
         keys = {**self.terms, **other.terms}
-        return Combination({k: self.terms.get(k, 0.0) + other.terms.get(k, 0.0) for k in keys})
+        return Combination(
+            {k: self.terms.get(k, 0.0) + other.terms.get(k, 0.0) for k in keys},
+            {k: self.sizes.get(k, 0.0) + other.sizes.get(k, 0.0) for k in keys},
+        )
 
     def __sub__(self, other: Combination) -> Combination:
         return self + -1.0 * other
 
     def __mul__(self, factor: float) -> Combination:
-        return Combination({k: factor * c for k, c in self.terms.items()})
+        return Combination(
+            {k: factor * c for k, c in self.terms.items()}, {k: abs(factor) * c for k, c in self.sizes.items()}
+        )
 
     __rmul__ = __mul__
 
@@ -58,18 +72,25 @@ class Combination:
         """The terms whose coefficient is not 0, in the order of the basis."""
         return tuple(sorted((k, float(c)) for k, c in self.terms.items() if c))
 
+    @property
+    def size_row(self) -> Row:
+        """The sizes in the form of a row, also where a coefficient came to 0."""
+        return tuple(sorted((k, float(c)) for k, c in self.sizes.items() if c))
+
 
 @dataclass(frozen=True)
 class Evaluation:
     """An operation that appends the network's raw output at ``knot``, for the input that ``row`` combines.
 
-    ``row`` holds the knot's ``input_scale``; ``p`` and ``q`` give the clean estimate, D = p x + q output.
+    ``row`` holds the knot's ``input_scale``; ``p`` and ``q`` give the clean estimate, D = p x + q output. ``sizes``: those of
+    the row's coefficients, see ``Combination``.
     """
 
     knot: Knot
     row: Row
     p: float
     q: float
+    sizes: Row = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -95,11 +116,15 @@ Operation = Evaluation | Draw | Unconditional | Unclipped
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a table: its operations, then the rows of the next state (x first), and the row of the clean estimate."""
+    """One step of a table: its operations, then the rows of the next state (x first), and the row of the clean estimate.
+
+    ``sizes``: of the coefficients of the rows of the state, see ``Combination``.
+    """
 
     ops: tuple[Operation, ...]
     carry: tuple[Row, ...]
     denoised: Row
+    sizes: tuple[Row, ...] = field(default=(), compare=False, repr=False)
 
 
 class Method(Protocol):
@@ -156,7 +181,8 @@ class Trace:
 
     def _evaluation(self, x: Combination, knot: Knot) -> Evaluation:
         p, q = self.schedule.prediction.x0_coefficients(knot.alpha, knot.sigma)
-        return Evaluation(knot, (knot.input_scale * x).row, float(p), float(q))
+        given = knot.input_scale * x
+        return Evaluation(knot, given.row, float(p), float(q), given.size_row)
 
     def _estimates(self, x: Combination, knot: Knot, out: Combination) -> tuple[Combination, Combination]:
         c0, c1 = self.schedule.prediction.coefficients(knot.alpha, knot.sigma)
@@ -242,7 +268,7 @@ class Table:
         if not self.point_mass:
             return
         for defect, rounding in point_mass_defects(self):
-            if defect > 1e-9 + 1e3 * rounding:
+            if defect > ROUNDINGS * rounding:
                 raise ValueError(
                     f"{self.name}: the table misses the marginals of its grid by {defect:.1e}; its formula is wrong"
                 )
@@ -289,6 +315,11 @@ class Table:
         return "\n".join(lines)
 
 
+ROUNDINGS = 1000
+"""How many roundings a coefficient may be made of: the Adams weights, integrals over λ, lose 60 units; a wrong formula is off by
+1e9 or more."""
+
+
 def compile_table(
     name: str,
     method: Callable[..., list[Combination]],
@@ -309,18 +340,20 @@ def compile_table(
         carry = carry if i < len(knots) - 2 else carry[:1]  # nothing is remembered after the last step
         point_mass = point_mass and trace.keeps_marginals
         memory = len(carry) - 1
-        steps.append(Step(tuple(trace.ops), tuple(c.row for c in carry), trace.denoised.row))
+        rows, sizes = tuple(c.row for c in carry), tuple(c.size_row for c in carry)
+        steps.append(Step(tuple(trace.ops), rows, trace.denoised.row, sizes))
     return Table(name, tuple(knots), tuple(steps), schedule.prediction, point_mass)
 
 
 def point_mass_defects(table: Table) -> Iterable[tuple[float, float]]:
-    """Yield, for each step, how far it ends from the exact marginal when every evaluation knows x_0, and how much of that
-    rounding may be: the same sums with all signs taken away, times the rounding unit. It grows with the coefficients: the
-    second evaluation of a step down from σ/α = 2e4 subtracts numbers of 4e8.
+    """Yield, for each step, how far it ends from the exact marginal when every evaluation knows x_0, and how much of that one
+    rounding of each number that went in may be: the same sums with all signs taken away, those that made the coefficients
+    included, times the rounding unit. It grows with the coefficients: the second evaluation of a step down from σ/α = 2e4
+    subtracts numbers of 4e8, and a step from σ/α = 1348 to 4 keeps the rounding of 1348.
     """
     start = table.knots[0]
     # what the state holds of x_0, the initial noise, then each draw; and how large the numbers were that it was made of
-    state, sizes = [Combination({0: start.alpha, 1: start.sigma})], [1.0]
+    state, sizes = [Combination({0: start.alpha, 1: start.sigma})], [start.alpha + start.sigma]
     drawn = 1
     for step, n in zip(table.steps, table.knots[1:], strict=True):
         basis, bounds = list(state), list(sizes)
@@ -328,7 +361,7 @@ def point_mass_defects(table: Table) -> Iterable[tuple[float, float]]:
             if isinstance(op, Evaluation):  # D = p x + q out = x_0
                 x, scale = _apply(op.row, basis) / op.knot.input_scale, op.knot.input_scale
                 basis.append((Combination({0: 1.0}) - op.p * x) / op.q)
-                bounds.append((1.0 + abs(op.p) * _size(op.row, bounds) / scale) / abs(op.q))
+                bounds.append((1.0 + abs(op.p) * _size(op.sizes or op.row, bounds) / scale) / abs(op.q))
             elif isinstance(op, Draw):
                 drawn += 1
                 basis.append(Combination({drawn: 1.0}))
@@ -337,10 +370,10 @@ def point_mass_defects(table: Table) -> Iterable[tuple[float, float]]:
                 basis.append(basis[-1])
                 bounds.append(bounds[-1])
         state = [_apply(row, basis) for row in step.carry]
-        sizes = [_size(row, bounds) for row in step.carry]
+        sizes = [_size(row, bounds) for row in step.sizes or step.carry]
         x0, spread = state[0].terms.get(0, 0.0), math.sqrt(sum(c * c for k, c in state[0].terms.items() if k))
         norm = math.hypot(n.alpha, n.sigma)
-        yield max(abs(x0 - n.alpha), abs(spread - n.sigma)) / norm, sys.float_info.epsilon * max(*bounds, *sizes) / norm
+        yield max(abs(x0 - n.alpha), abs(spread - n.sigma)) / norm, sys.float_info.epsilon * sizes[0] / norm
 
 
 def _apply(row: Row, basis: Sequence[Combination]) -> Combination:
