@@ -26,6 +26,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from .items import made
 from .registry import lookup
 
 Over = Literal["all", "mask"]
@@ -185,12 +186,12 @@ LOSSES: Mapping[str, type[Loss]] = {kind.name: kind for kind in (L2, L1, Huber, 
 
 
 def resolve_loss(loss: str | Loss) -> Loss:
-    """Return the kind of loss for a name or an object; an unknown name is a ValueError that offers the nearest one.
+    """Return the kind of loss for a name, with options or without, or an object; an unknown name or option is a ValueError.
 
-    >>> resolve_loss("huber")
-    Huber(c=1.0, schedule='constant', scale=1.0)
+    >>> resolve_loss("huber:c=0.5")
+    Huber(c=0.5, schedule='constant', scale=1.0)
     """
-    return loss if isinstance(loss, Loss) else lookup("loss", loss, LOSSES)()
+    return loss if isinstance(loss, Loss) else made("loss", loss, LOSSES)
 
 
 def mean_of_samples(errors: Tensor, mask: Tensor | None, over: Over = "all") -> tuple[Tensor, Tensor | None]:

@@ -11,8 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .items import made
 from .noise_base import Chain, Noise
-from .registry import lookup
 
 
 @dataclass(frozen=True)
@@ -224,10 +224,12 @@ NOISES: Mapping[str, Callable[[], Noise]] = {
 
 
 def resolve_noise(noise: str | Noise | Chain | Sequence[str | Noise]) -> Noise | Chain:
-    """Return the kind of noise for a name, an object, or a sequence of them; an unknown name is a ValueError.
+    """Return the kind of noise for a name, with options or without, an object, or a sequence of them.
 
-    >>> resolve_noise("offset")
-    Offset(strength=0.1, random_strength=False, probability=1.0)
+    An unknown name or option is a ValueError.
+
+    >>> resolve_noise("offset:strength=0.05")
+    Offset(strength=0.05, random_strength=False, probability=1.0)
     >>> resolve_noise(["offset", "input_perturbation"]).name
     'offset + input_perturbation'
     """
@@ -235,7 +237,7 @@ def resolve_noise(noise: str | Noise | Chain | Sequence[str | Noise]) -> Noise |
         return noise
     if isinstance(noise, Sequence) and not isinstance(noise, str):
         return Chain(tuple(kind for one in noise for kind in resolve_noise(one).kinds))
-    return lookup("noise", noise, NOISES)()
+    return made("noise", noise, NOISES)
 
 
 def _require_strength(what: str, strength: float, usual: str) -> None:

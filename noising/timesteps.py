@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from .importance import LossSecondMoment
-from .registry import lookup
+from .items import made
 from .timesteps_base import Timesteps
 from .timesteps_published import (
     BetaTimesteps,
@@ -36,9 +36,9 @@ TIMESTEPS: Mapping[str, Callable[[], Timesteps]] = {
 
 
 def resolve_timesteps(timesteps: str | Timesteps) -> Timesteps:
-    """Return the density for a name or an object; an unknown name is a ValueError that offers the nearest one.
+    """Return the density for a name, with options or without, or an object; an unknown name or option is a ValueError.
 
-    >>> resolve_timesteps("stratified_logit_normal")
-    LogitNormalTimesteps(stratified=True, mean=0.0, std=1.0)
+    >>> resolve_timesteps("stratified_logit_normal:mean=1")
+    LogitNormalTimesteps(stratified=True, mean=1, std=1.0)
     """
-    return timesteps if isinstance(timesteps, Timesteps) else lookup("timestep density", timesteps, TIMESTEPS)()
+    return timesteps if isinstance(timesteps, Timesteps) else made("timestep density", timesteps, TIMESTEPS)

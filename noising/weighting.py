@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .registry import lookup
+from .items import made
 from .uncertainty import LearnedUncertainty
 from .weighting_peers import (
     DiffusersMinSNRPlusOneV,
@@ -52,9 +52,9 @@ WEIGHTINGS: Mapping[str, type[Weighting]] = {
 
 
 def resolve_weighting(weighting: str | Weighting) -> Weighting:
-    """Return the weighting for a name or an object; an unknown name is a ValueError that offers the nearest one.
+    """Return the weighting for a name, with options or without, or an object; an unknown name or option is a ValueError.
 
-    >>> resolve_weighting("min_snr")
-    MinSNR(floor=0.0, gamma=5.0)
+    >>> resolve_weighting("min_snr"), resolve_weighting("min_snr:gamma=3,floor=0.05")
+    (MinSNR(floor=0.0, gamma=5.0), MinSNR(floor=0.05, gamma=3))
     """
-    return weighting if isinstance(weighting, Weighting) else lookup("weighting", weighting, WEIGHTINGS)()
+    return weighting if isinstance(weighting, Weighting) else made("weighting", weighting, WEIGHTINGS)

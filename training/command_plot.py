@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 from ..noising import PREDICTIONS, TIMESTEPS, WEIGHTINGS
 from ..noising.files import require_writable
+from ..noising.items import made
 from ..sampling import GRIDS, Sampler
 from ..sampling.plotting import plot_grids, plot_table
-from .items import SCHEDULES, TRANSFORMATIONS, made, read_schedule
+from .items import SCHEDULES, TRANSFORMATIONS, read_schedule
 from .plotting import is_learned, plot_schedules, plot_timesteps, plot_weights
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..noising import LOSSES, NOISES, TIMESTEPS, WEIGHTINGS
-from .items import make, parse_item
+from ..noising.items import make, parse_item
 
 T = TypeVar("T")
 

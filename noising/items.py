@@ -1,0 +1,99 @@
+"""Items: a name with options, ``min_snr:gamma=5``, and what a registry makes of them; in code, on the command line and in YAML."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from ast import literal_eval
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from .registry import lookup
+
+T = TypeVar("T")
+
+
+def parse_item(text: str) -> tuple[str, dict[str, Any]]:
+    """Return the name and the options of an item ``name`` or ``name:option=value,option=value``.
+
+    Values are numbers, true, false, none, or words. A name may hold colons where no option follows. Raises ValueError for
+    an option without a value or named twice.
+
+    >>> parse_item("min_snr:gamma=5,floor=0.1"), parse_item("flow")
+    (('min_snr', {'gamma': 5, 'floor': 0.1}), ('flow', {}))
+    """
+    found = re.fullmatch(r"([^=]*?):(\w+=.*|)", text)
+    if not found:
+        return text, {}
+    options: dict[str, Any] = {}
+    for part in filter(None, _parts(found[2])):
+        name, equals, value = (word.strip() for word in part.partition("="))
+        if not equals or not value or name in options:
+            what = "is given twice" if name in options else "has no value"
+            raise ValueError(f"option {name!r} of {text!r} {what}; write name:option=value,option=value")
+        options[name] = _value(value)
+    return found[1], options
+
+
+def _parts(text: str) -> list[str]:
+    """Split at the commas that stand in no brackets."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def _value(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def made(kind: str, text: object, registry: Mapping[str, Callable[..., T]]) -> T:
+    """Return what the registry's entry makes of an item; an unknown name or option is a ValueError that offers the nearest one.
+
+    >>> from alphabar.noising import WEIGHTINGS
+    >>> made("weighting", "min_snr:gamma=2", WEIGHTINGS)
+    MinSNR(floor=0.0, gamma=2)
+    """
+    name, options = parse_item(text) if isinstance(text, str) else (text, {})
+    return make(kind, name, options, registry)
+
+
+def make(kind: str, name: object, options: Mapping[str, Any], registry: Mapping[str, Callable[..., T]]) -> T:
+    """Return what the registry's entry of this name makes of the options; errors as in :func:`made`.
+
+    >>> from alphabar.noising import WEIGHTINGS
+    >>> make("weighting", "min_snr", {"gamma": 2.0}, WEIGHTINGS)
+    MinSNR(floor=0.0, gamma=2.0)
+    """
+    return called(f"{kind} {name}", lookup(kind, name, registry), options)
+
+
+def called(what: str, make: Callable[..., T], options: Mapping[str, Any]) -> T:
+    """Return what ``make`` makes of the options; ValueError for one that it does not have, that lacks, or that does not fit.
+
+    >>> called("weighting p2", lambda gamma=1.0: gamma, {"gama": 2.0})
+    Traceback (most recent call last):
+    ValueError: unknown option of weighting p2 'gama'; did you mean 'gamma'?
+    """
+    known = inspect.signature(make).parameters
+    for option in options:
+        lookup(f"option of {what}", option, known)
+    missing = [p.name for p in known.values() if p.default is p.empty and p.name not in options]
+    if missing:
+        raise ValueError(f"{what} needs {', '.join(missing)}; write e.g. {what.split()[-1]}:{missing[0]}=...")
+    try:
+        return make(**options)
+    except TypeError as error:  # a word where a number belongs
+        raise ValueError(
+            f"{what} does not take {', '.join(f'{k}={v!r}' for k, v in options.items())}: {error}"
+        ) from error
