@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,7 +69,8 @@ class EMA(Callback):
     whole averages beside them. Weights-only checkpoints hold no average: Lightning tells callbacks nothing of them.
 
     Args:
-        profiles: names, mappings or objects of ``EMA_PROFILES``, one or several; the first is the average that is used.
+        profiles: names, mappings or objects of ``EMA_PROFILES``, or a decay (``0.999``), one or several; the first is the average
+            that is used.
         every_n_steps: optimizer steps between updates. An update stands for all steps since the last: the length of the
             average does not depend on it.
         start_step: optimizer steps before the averages begin.
@@ -91,9 +93,9 @@ class EMA(Callback):
 
     def __init__(
         self,
-        profiles: str | Mapping[str, Any] | EMAProfile | Sequence[str | Mapping[str, Any] | EMAProfile] = (
-            "power_function"
-        ),
+        profiles: (
+            str | float | Mapping[str, Any] | EMAProfile | Sequence[str | float | Mapping[str, Any] | EMAProfile]
+        ) = "power_function",
         *,
         every_n_steps: int = 1,
         start_step: int = 0,
@@ -103,7 +105,7 @@ class EMA(Callback):
         snapshot_dtype: str = "float32",
     ) -> None:
         super().__init__()
-        several = [profiles] if isinstance(profiles, str | Mapping | EMAProfile) else list(profiles)
+        several = [profiles] if isinstance(profiles, str | Real | Mapping | EMAProfile) else list(profiles)
         self.profiles = tuple(resolve_ema_profile(profile) for profile in several)
         labels = [profile.label for profile in self.profiles]
         if not labels or len(set(labels)) < len(labels):

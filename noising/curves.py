@@ -99,6 +99,11 @@ class Curve(ABC):
         """Return what x_t is multiplied with before the network sees it: 1, except for EDM's c_in."""
         return torch.ones_like(t, dtype=evaluation_dtype(t))
 
+    @property
+    def scales_input(self) -> bool:
+        """Whether the network sees x_t times something, and not x_t itself."""
+        return type(self).input_scale is not Curve.input_scale
+
     def time_at_index(self, index: Tensor) -> Tensor:
         """Return the time of a (fractional) training index 0 ... num_train_timesteps - 1; the last is ``t_max``."""
         return self.t_min + (self.t_max - self.t_min) * (index + 1) / self.num_train_timesteps

@@ -6,11 +6,10 @@ loss = noised.loss(network(noised.x, noised.timesteps))
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, fields
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,27 +17,32 @@ from torch import Tensor, nn
 from .counter import seeded
 from .curves import Curve
 from .importance import Resampled
+from .integers import require_integer
 from .losses import L2, Loss, Over, mean_of_samples, resolve_loss
 from .noise import resolve_noise
 from .noise_base import Chain, Noise, apply_kinds
+from .places import MicroBatches, Step
 from .schedule import NoiseSchedule
 from .shapes import require_same_shape
 from .timesteps import resolve_timesteps
 from .timesteps_base import Timesteps
 from .weighting import Weighting, resolve_weighting
+from .weighting_checks import warn_of_weights
 
 _SAMPLE, _STRATA = 0, 1  # the streams that a seed is split into
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Noised:
     """A noised batch: what the network sees, what it should answer, and how much each sample counts.
 
-    ``x``: x_t, shape (batch, ...), dtype of the clean batch. ``timesteps``: what the network is given as time, shape
-    (batch,), int64 on discrete schedules. ``target``, ``noise`` (the one that the target is made of): shape of ``x``, float32
-    or better. ``weight`` (importance weights of the times included), ``t``, ``log_snr``: shape (batch,). ``criterion``: the kind
-    of loss, ``threshold``: its threshold, or None, shape (batch, 1, ...). ``log_variance``: the learned u of the loss
-    weight / e^u · error + u, shape (batch,), or None.
+    ``x`` and ``timesteps`` are what the network is given, as a sampler gives it: ``x`` is x_t, on EDM's curve c_in · x_t, shape
+    (batch, ...), dtype of the clean batch; ``timesteps``: shape (batch,), int64 on discrete schedules. ``x_t``: the noised batch
+    without that scale, shape and dtype of ``x``, for conversions such as ``schedule.to_x0(out, noised.x_t, noised.t)``.
+    ``target``, ``noise`` (the one that the target is made of): shape of ``x``, float32 or better. ``weight`` (importance weights
+    of the times included), ``t`` (times of the curve), ``log_snr``: shape (batch,). ``criterion``: the kind of loss,
+    ``threshold``: its threshold, or None, shape (batch, 1, ...). ``log_variance``: the learned u of the loss
+    weight / e^u · error + u, shape (batch,), or None. Lightning and Fabric hand it on as it is, in the precision that it has.
 
     >>> noised = Noising(NoiseSchedule.flow())(torch.zeros(2, 3, 4, 4), step=0)
     >>> noised.loss(noised.target).item()
@@ -46,6 +50,7 @@ class Noised:
     """
 
     x: Tensor
+    x_t: Tensor
     timesteps: Tensor
     target: Tensor
     weight: Tensor
@@ -91,6 +96,31 @@ class Noised:
     def loss(self, prediction: Any, mask: Tensor | None = None, over: Over = "all") -> Tensor:
         """Return the mean of :meth:`losses`, a scalar to call ``backward`` on."""
         return self.losses(prediction, mask, over).mean()
+
+    def replaced(self, **values: Any) -> Noised:
+        """Return this batch with other values in some of its fields.
+
+        >>> noised = Noising(NoiseSchedule.flow())(torch.zeros(2, 3), step=0)
+        >>> noised.replaced(weight=2 * noised.weight).weight
+        tensor([2., 2.])
+        """
+        return Noised(**({one.name: getattr(self, one.name) for one in fields(self)} | values))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Noised:
+        """Return this batch on a device, every dtype as it is.
+
+        >>> Noising(NoiseSchedule.flow())(torch.zeros(2, 3), step=0).to("meta").x.device.type
+        'meta'
+        """
+        tensors = {one.name: getattr(self, one.name) for one in fields(self)}
+        moved = {k: v.to(device, non_blocking=non_blocking) for k, v in tensors.items() if isinstance(v, Tensor)}
+        return self.replaced(**moved)
+
+
+# Lightning maps a function over the fields that a dataclass is made of, e.g. a cast to the precision of the network, and fails
+# where it meets a frozen one, as a schedule is. Fields without init it takes over as they are.
+for _field in fields(Noised):
+    _field.init = False
 
 
 class Drawn(NamedTuple):
@@ -140,59 +170,85 @@ class Noising(nn.Module):
                 f"schedule must be a NoiseSchedule, got {type(schedule).__name__}; e.g. NoiseSchedule.scaled_linear()"
             )
         self.schedule = schedule
-        self.weighting = resolve_weighting(weighting)
+        self.weighting = resolve_weighting(weighting).on_curve(schedule.curve)
         self.log_variance = self.weighting.log_variance()
         self.loss = resolve_loss(loss)
         self.timesteps = resolve_timesteps(timesteps)
         self.timesteps.check(schedule.curve)
         self.loss_history = self.timesteps.history()
         self.noise = resolve_noise(noise)
-        self.seed = int(seed)
+        self.seed = require_integer("seed", seed)
         self._looked_at_gpu_batch = False
         self._listeners: list[Callable[[Noised, Tensor], None]] = []
-        self._warn_of_dead_terminal_step()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Noised:  # so that type checkers know what forward returns
-        return super().__call__(*args, **kwargs)
+        self._micro_batches = MicroBatches()
+        warn_of_weights(self.weighting, self.timesteps, schedule)
 
     def forward(
         self,
         x0: Tensor,
         *,
         step: int,
-        micro_batch: int = 0,
-        accumulate: int = 1,
+        micro_batch: int | None = None,
+        accumulate: int | None = None,
         rank: int | None = None,
         world_size: int | None = None,
+        index: Sequence[int] | Tensor | None = None,
+        total: int | None = None,
         timesteps: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> Noised:
         """Return the noised batch of this process at this optimizer step.
 
-        ``x0``: floating point, shape (batch, ...). ``step`` counts optimizer steps; ``micro_batch`` counts the batches
-        accumulated into one, of ``accumulate``. ``rank`` and ``world_size`` default to torch.distributed's. Sample k here has
-        the global index (micro_batch · batch + k) · world_size + rank, the place that a DistributedSampler takes it from.
-        ``timesteps`` (times of the curve, shape (batch,)) and ``noise`` (shape of x0) replace what would be drawn, and then
-        neither importance weights nor kinds of noise act on them.
-        Raises ValueError for integer, empty, mis-shaped or non-finite x0 (on a GPU the values of the first batch are
-        checked, later ones would cost a host sync each), and for times outside the schedule.
+        Noise and times are a function of (seed, step, global index), and of nothing else; no two samples of an optimizer step
+        share an index, so gradient accumulation needs nothing but the same ``step`` for its micro-batches:
+
+            for i, x0 in enumerate(data):
+                noised = noising(x0, step=i // 4)
+
+        In training mode calls at the same step count on by themselves. In eval mode nothing is counted: equal arguments give
+        equal noise.
+
+        Args:
+            x0: the clean batch, floating point, shape (batch, ...).
+            step: counts optimizer steps.
+            micro_batch: which of the batches of this step it is, from 0; by default the next one. In training, one that
+                was noised already is refused.
+            accumulate: how many there are in a step. Stratified times are then spread over all of them; without it over each
+                micro-batch by itself, which is as right and a little less even.
+            rank, world_size: of the processes that see different data, by default torch.distributed's. Sample k of a batch
+                has the global index (samples before it at this step on this rank + k) · world_size + rank, the place that a
+                DistributedSampler takes it from.
+            index: the global indices themselves, shape (batch,), inside the optimizer step, for other layouts: with a
+                contiguous batch for each rank ``range(rank * batch, (rank + 1) * batch)``. Nothing is counted then, equal
+                indices get equal noise, e.g. the two of a pair.
+            total: the samples of the whole optimizer step, over which stratified times are spread; by default
+                batch · world_size · accumulate, with the batch of the step's first call. Give it, the same everywhere, where
+                ranks have unequal batches.
+            timesteps: times of the curve, shape (batch,), in place of drawn ones; importance weights do not act on them.
+            noise: shape of x0, in place of drawn noise; kinds of noise do not act on it.
+
+        Raises:
+            ValueError: for integer, empty, mis-shaped or non-finite x0 (on a GPU the values of the first batch are checked,
+                later ones would cost a host sync each), for times outside the schedule, for a place outside the optimizer
+                step, and for a micro-batch that was noised already.
+            TypeError: for counters that are no integers.
         """
         self._check(x0)
         process_rank, process_count = _process()
-        rank = process_rank if rank is None else rank
-        world_size = process_count if world_size is None else world_size
-        if not 0 <= rank < world_size or not 0 <= micro_batch < accumulate:
-            raise ValueError(
-                f"need 0 <= rank < world_size and 0 <= micro_batch < accumulate, got rank {rank} of {world_size} and "
-                f"micro_batch {micro_batch} of {accumulate}; give the numbers of the whole optimizer step"
-            )
-        batch = x0.shape[0]
-        index = [(micro_batch * batch + k) * world_size + rank for k in range(batch)]
+        place = Step(
+            step,
+            micro_batch,
+            accumulate,
+            process_rank if rank is None else rank,
+            process_count if world_size is None else world_size,
+            index,
+            total,
+        )
+        step = place.step
+        index, total = self._micro_batches.take(x0.shape[0], place, counted=self.training)
         if self.loss_history is not None and self.training:
             self.loss_history.settle(step)
-        drawn = self.draw(
-            index, tuple(x0.shape[1:]), step=step, total=batch * world_size * accumulate, pin_memory=x0.is_cuda
-        )
+        drawn = self.draw(index, tuple(x0.shape[1:]), step=step, total=total, pin_memory=x0.is_cuda)
         if noise is not None:
             require_same_shape("noise", noise, "x0", x0)
             drawn = drawn._replace(noise=noise, parts=())
@@ -200,6 +256,14 @@ class Noising(nn.Module):
             drawn = drawn._replace(t=timesteps, importance=None)
         noised = self.at(x0, drawn.t, drawn.noise, drawn.parts)
         return self._with_importance(noised, drawn.importance, step, index)
+
+    if TYPE_CHECKING:
+        __call__ = forward
+    else:
+
+        @wraps(forward, assigned=("__doc__", "__annotations__"))
+        def __call__(self, *args: Any, **kwargs: Any) -> Noised:
+            return super().__call__(*args, **kwargs)
 
     def listen(self, listener: Callable[[Noised, Tensor], None]) -> Callable[[], None]:
         """Call ``listener(noised, errors)`` whenever a loss is computed; return the function that ends it.
@@ -220,15 +284,20 @@ class Noising(nn.Module):
         return lambda: self._listeners.remove(listener)
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy (an EMA's, say) must not report to those who listen here, nor copy them with it
-        return self.__dict__ | {"_listeners": []}
+        # a copy (an EMA's, say) must not report to those who listen here, nor copy them with it, and counts for itself
+        return self.__dict__ | {"_listeners": [], "_micro_batches": MicroBatches()}
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._micro_batches = MicroBatches()  # a resume begins its step anew
 
     def draw(
         self, index: Sequence[int], shape: tuple[int, ...], *, step: int, total: int, pin_memory: bool = False
     ) -> Drawn:
         """Return times and noise of the samples with these global indices at this step, on the CPU.
 
-        ``total`` is the number of samples in the whole optimizer step, over which stratified times are spread.
+        ``total`` is the number of samples in the whole optimizer step, over which stratified times are spread. Every ``total``
+        consecutive indices are spread by themselves, so that there may be more of them.
         ``pin_memory`` puts the noise where a copy to the GPU does not make the host wait.
 
         >>> drawn = Noising(NoiseSchedule.flow(), noise="offset", seed=1).draw([5, 6], (3, 2), step=2, total=8)
@@ -245,11 +314,14 @@ class Noising(nn.Module):
             torch.randn(shape, generator=generator, out=noise[k])
             parts.append([kind.draw(shape, generator, step) for kind in self.noise.kinds])
         stacked = tuple(torch.stack(of_kind) for of_kind in zip(*parts, strict=True))
-        strata = None
+        u = 1 - u  # which lies in (0, 1]: pure noise can be drawn, a clean sample cannot
         if self.timesteps.stratified:
-            strata = torch.randperm(total, generator=seeded(generator, self.seed, _STRATA, step))
-        # 1 - u lies in (0, 1]: pure noise can be drawn, a clean sample cannot
-        u = self.timesteps.spread(1 - u, torch.tensor(index), strata)
+            places = torch.tensor(index)
+            for group in sorted({i // total for i in index}):
+                here = places // total == group
+                counters = (step, group) if group else (step,)
+                strata = torch.randperm(total, generator=seeded(generator, self.seed, _STRATA, *counters))
+                u[here] = self.timesteps.spread(u[here], places[here], strata)
         importance = self.loss_history.resample(u) if self.loss_history is not None else None
         t = self.timesteps.times(u if importance is None else importance.u, self.schedule.curve)
         return Drawn(
@@ -277,12 +349,14 @@ class Noising(nn.Module):
         on_device = [part.to(x0.device, alpha.dtype, non_blocking=True) for part in parts]
         noise, perturbed = apply_kinds(kinds, noise, on_device, clean)
         det = prediction.determinant(alpha, sigma)
-        t = t.to(x0.device)
-        time = curve.timestep(t)
+        t = t.to(x0.device, torch.promote_types(t.dtype, x0.dtype) if t.is_floating_point() else None)
         fraction = curve.fraction(t.to(alpha.dtype)).view_as(alpha)
+        x_t = alpha * clean + sigma * perturbed
+        x = self.schedule.scale_model_input(x_t, t).to(x0.dtype)
         return Noised(
-            x=(alpha * clean + sigma * perturbed).to(x0.dtype),
-            timesteps=time.float() if time.is_floating_point() else time.long(),
+            x=x,
+            x_t=x_t.to(x0.dtype) if curve.scales_input else x,
+            timesteps=self.schedule.model_timesteps(t, torch.promote_types(x0.dtype, torch.float32)),
             target=prediction.combine(clean, noise, alpha, sigma),
             weight=self.weighting(alpha, sigma, det, fraction).flatten(),
             noise=noise,
@@ -300,7 +374,7 @@ class Noising(nn.Module):
             return noised
         hear = partial(self.loss_history.hear, step, torch.tensor(index), drawn)
         weight = noised.weight * drawn.weight.to(noised.weight.device, noised.weight.dtype, non_blocking=True)
-        return replace(noised, weight=weight, listeners=(*noised.listeners, hear))
+        return noised.replaced(weight=weight, listeners=(*noised.listeners, hear))
 
     def _check(self, x0: Tensor) -> None:
         if not isinstance(x0, Tensor) or not x0.is_floating_point():
@@ -318,19 +392,6 @@ class Noising(nn.Module):
             bad = (~x0.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
             raise ValueError(
                 f"x0 holds NaN or infinity in samples {bad}; look at the data or the encoder that made them"
-            )
-
-    def _warn_of_dead_terminal_step(self) -> None:
-        curve = self.schedule.curve
-        end = torch.tensor([curve.t_max], dtype=torch.float64)
-        alpha, sigma = curve.alpha(end), curve.sigma(end)
-        weight = self.weighting(alpha, sigma, self.schedule.prediction.determinant(alpha, sigma), curve.fraction(end))
-        if float(weight) == 0.0:
-            why = ", where SNR is 0" if float(alpha) == 0.0 else ""
-            warnings.warn(
-                f"weighting {self.weighting.name!r} is 0 at t = {curve.t_max:g}{why}: the step that sampling starts from "
-                "gets no gradient; give it a floor (e.g. floor=0.05), or use weighting='uniform'",
-                stacklevel=3,
             )
 
     def extra_repr(self) -> str:

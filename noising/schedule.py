@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -46,6 +47,8 @@ class NoiseSchedule(Constructors):
     prediction: Prediction
 
     def __init__(self, curve: Curve, prediction: str | Mapping[str, Any] | Prediction = "epsilon") -> None:
+        if not isinstance(curve, Curve):
+            raise TypeError(_no_curve(curve))
         object.__setattr__(self, "curve", curve)
         object.__setattr__(self, "prediction", resolve_prediction(prediction))
         self._require_well_posed()
@@ -189,6 +192,36 @@ class NoiseSchedule(Constructors):
         """Whether α is exactly 0 at the last time."""
         return float(self.curve.alpha(torch.tensor(self.curve.t_max, dtype=torch.float64))) == 0.0
 
+    # -- what the network is given -----------------------------------------------------------------------------------
+
+    def scale_model_input(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
+        """Return what the network sees of x_t: x_t itself, or on EDM's curve c_in · x_t; shape and dtype of ``x_t``.
+
+        ``timesteps``: times of the curve, shape (batch,) or scalar. Samplers hand the network the same, and so is
+        ``Noised.x``; a loop of one's own calls ``network(schedule.scale_model_input(x_t, t), schedule.model_timesteps(t))``.
+        Conversions (:meth:`to_x0`, ...) take x_t without the scale.
+
+        >>> schedule, t = NoiseSchedule.karras(sigma_data=0.5), torch.tensor([1.2])
+        >>> schedule.scale_model_input(torch.ones(1, 1), t)  # 1 / sqrt(1.2² + 0.5²)
+        tensor([[0.7692]])
+        """
+        if not self.curve.scales_input:
+            return x_t
+        t = require_times(timesteps, x_t)
+        scale = self.curve.input_scale(t).view((-1,) + (1,) * (x_t.ndim - 1) if t.ndim else ())
+        return (scale * x_t).to(x_t.dtype)
+
+    def model_timesteps(self, timesteps: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return what the network is given as time at these times of the curve; shape of ``timesteps``.
+
+        int64 for the integer timesteps of a discrete schedule, else ``dtype``: 1000 σ on a flow, log(σ) / 4 on EDM's curve.
+
+        >>> NoiseSchedule.flow().model_timesteps(torch.tensor([0.25])), NoiseSchedule.linear().model_timesteps(torch.tensor([9]))
+        (tensor([250.]), tensor([9]))
+        """
+        time = self.curve.timestep(timesteps)
+        return time.to(dtype) if time.is_floating_point() else time.long()
+
     # -- noising and conversions -------------------------------------------------------------------------------------
 
     def levels(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,12 +229,8 @@ class NoiseSchedule(Constructors):
 
         ``t`` is a scalar or has shape (batch,). The dtype is float32, or float64 where ``like`` or ``t`` is.
         """
-        if t.ndim > 1 or (t.ndim == 1 and t.shape[0] not in (1, like.shape[0])):
-            raise ValueError(f"timesteps must be a scalar or have shape ({like.shape[0]},), got {tuple(t.shape)}")
-        if like.dtype == torch.float64:
-            t = t.double()
+        t = require_times(t, like)
         shape = (-1,) + (1,) * (like.ndim - 1) if t.ndim else ()
-        t = t.to(like.device)
         return self.curve.alpha(t).view(shape), self.curve.sigma(t).view(shape)
 
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -347,6 +376,18 @@ class NoiseSchedule(Constructors):
         return f"{_in_words(self.curve.to_config())} with {self.prediction.name} [{self.fingerprint[:12]}]"
 
 
+def require_times(t: Tensor, like: Tensor) -> Tensor:
+    """Return times on the device of ``like``, in float64 where that is; ValueError unless a scalar or one for each sample.
+
+    >>> require_times(torch.tensor([1, 2]), torch.zeros(3, 1))
+    Traceback (most recent call last):
+    ValueError: timesteps must be a scalar or have shape (3,), got (2,)
+    """
+    if t.ndim > 1 or (t.ndim == 1 and t.shape[0] not in (1, like.shape[0])):
+        raise ValueError(f"timesteps must be a scalar or have shape ({like.shape[0]},), got {tuple(t.shape)}")
+    return t.to(like.device, torch.float64 if like.dtype == torch.float64 else None)
+
+
 def _in_words(config: Mapping[str, Any]) -> str:
     plain = {k: v for k, v in config.items() if v is not None and not (k.endswith("snr_shift_scale") and v == 1)}
     words = {
@@ -358,6 +399,16 @@ def _in_words(config: Mapping[str, Any]) -> str:
 
 # LightningCLI takes a dataclass's fields in the place of postponed annotations, and would not accept a prediction's name
 NoiseSchedule.__init__.__annotations__.update(get_type_hints(NoiseSchedule.__init__))
+
+
+def _no_curve(given: Any) -> str:
+    """Word the complaint about what is no curve: most often the name of a schedule."""
+    made = [name for name, member in vars(Constructors).items() if isinstance(member, classmethod)]
+    if not isinstance(given, str):
+        return f"curve must be a Curve, got {type(given).__name__}; e.g. NoiseSchedule.scaled_linear()"
+    near = get_close_matches(given, made, n=1)
+    mend = f"write NoiseSchedule.{near[0]}()" if near else f"the schedules are NoiseSchedule.{', '.join(sorted(made))}"
+    return f"a NoiseSchedule is made by name as a call, not from {given!r}; {mend}"
 
 
 def _shown(value: Any) -> str:

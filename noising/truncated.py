@@ -91,6 +91,10 @@ class Truncated(Curve):
     def input_scale(self, t: Tensor) -> Tensor:
         return self.curve.input_scale(t)
 
+    @property
+    def scales_input(self) -> bool:
+        return self.curve.scales_input
+
     def time_at_index(self, index: Tensor) -> Tensor:
         return index + int(self.first) if self.is_discrete else self._part(self.curve.time_at_index(index))
 

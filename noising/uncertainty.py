@@ -8,13 +8,14 @@ the loss is 0, u included.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .counter import seeded
+from .curves import Curve
 from .weighting_published import EDM
 from .weighting_scheme import Weighting, closed_form
 
@@ -79,6 +80,9 @@ class LearnedUncertainty(Weighting):
         if self.channels < 1:
             raise ValueError(f"channels must be at least 1, got {self.channels}; the paper uses 128")
         object.__setattr__(self, "of", closed_form(self.name, self.of))
+
+    def on_curve(self, curve: Curve) -> Weighting:
+        return replace(self, of=self.of.on_curve(curve))
 
     def on_target(self, alpha: Tensor, sigma: Tensor, det: Tensor, fraction: Tensor | None) -> Tensor:
         return self.of(alpha, sigma, det, fraction)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor, minimum
 
+from .curves import Curve
 from .weighting_scheme import Scheme, require_positive
 
 
@@ -253,19 +255,39 @@ class CosMap(Scheme):
 
 @dataclass(frozen=True, kw_only=True)
 class SigmaSqrt(Scheme):
-    """w_u = σ^-2 on the flow loss, σ of the flow path; so w_x0 = σ^-4. Infinite where σ = 0.
+    """w_u = max(σ, sigma_min)^-2 on the flow loss, σ of the flow path; so w_x0 = σ^-4.
 
     The name is that of diffusers' and sd-scripts' ``weighting_scheme``, and a misnomer: it is no root, but the inverse square.
+    σ^-2 has no mean over the times of a continuous flow. diffusers takes σ from a table of 1000 timesteps, so that none is above
+    10^6. ``sigma_min`` is the least σ of that table, which a Noising fills in: σ at the first of the schedule's training
+    timesteps, shift included. None: no bound, infinite where σ = 0.
 
     >>> import torch
     >>> SigmaSqrt()(torch.tensor([0.5]), torch.tensor([0.5]), -1.0)
     tensor([4.])
+    >>> from alphabar.noising import NoiseSchedule
+    >>> round(SigmaSqrt().on_curve(NoiseSchedule.flow(shift=3.0).curve).sigma_min, 6)  # 3 / 1002
+    0.002994
     """
 
     name: ClassVar[str] = "sigma_sqrt"
+    sigma_min: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sigma_min is not None and not 0 <= self.sigma_min <= 1:
+            raise ValueError(f"sigma_min of weighting 'sigma_sqrt' must lie in 0 ... 1, got {self.sigma_min}; it is a σ of the flow path")
+
+    def on_curve(self, curve: Curve) -> SigmaSqrt:
+        if self.sigma_min is not None or curve.is_discrete:  # which has no time before its first
+            return self
+        first = curve.time_at_index(torch.zeros(1, dtype=torch.float64))
+        alpha, sigma = curve.alpha(first), curve.sigma(first)
+        return replace(self, sigma_min=float(sigma / (alpha + sigma)))
 
     def numerator(self, alpha2: Tensor, sigma2: Tensor, det2: Tensor) -> Tensor:
-        return flow_determinant2(alpha2, sigma2) ** 2 / sigma2
+        flow = flow_determinant2(alpha2, sigma2)
+        return flow**2 / (sigma2 if self.sigma_min is None else torch.maximum(sigma2, self.sigma_min**2 * flow))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from .curves import Curve
 from .weighting_published import Uniform
 from .weighting_scheme import Weighting, closed_form
 
@@ -54,6 +55,9 @@ class PerRange(Weighting):
         for one, other in pairwise(sorted(ranges)):
             if other[0] < one[1]:
                 raise ValueError(f"ranges overlap: {one} and {other}; end the first where the second begins")
+
+    def on_curve(self, curve: Curve) -> Weighting:
+        return replace(self, of=self.of.on_curve(curve))
 
     def on_target(self, alpha: Tensor, sigma: Tensor, det: Tensor, fraction: Tensor | None) -> Tensor:
         if fraction is None:

@@ -21,6 +21,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from .curves import Curve
+
 
 @dataclass(frozen=True, kw_only=True)
 class Weighting(ABC):
@@ -53,6 +55,10 @@ class Weighting(ABC):
         det = torch.as_tensor(det, dtype=alpha.dtype, device=alpha.device)
         weight = self.on_target(alpha, sigma, det, fraction)
         return weight.clamp(min=self.floor) if self.floor else weight
+
+    def on_curve(self, curve: Curve) -> Weighting:
+        """Return this weighting as it is on a curve, for those that have a bound of the curve's; by default itself."""
+        return self
 
     def log_variance(self) -> nn.Module | None:
         """Return a new module that learns u(α, σ) of the loss w / e^u · error + u, or None where nothing is learned."""

@@ -183,7 +183,7 @@ def test_p_does_not_change_within_an_optimizer_step() -> None:
     noising = Noising(FLOW, timesteps=LossSecondMoment(bins=2, history_per_term=1), seed=0)
     train(noising, range(5))
     assert noising.loss_history is not None
-    noising(torch.zeros(4, 2), step=5, accumulate=3)
+    noising.loss_history.settle(5)
     before = noising.loss_history.probabilities()
     for micro in range(3):
         noised = noising(torch.zeros(4, 2), step=5, micro_batch=micro, accumulate=3)

@@ -142,7 +142,7 @@ def test_the_weighted_loss_of_edm_is_the_plain_loss_of_f(sigma_data: float, path
     noised, denoised = on_f(x0, step=0), on_d(x0, step=0)
     assert torch.equal(noised.x, denoised.x)
     losses = noised.losses(out)
-    same = denoised.losses(on_f.schedule.to_x0(out, noised.x, noised.t))
+    same = denoised.losses(on_f.schedule.to_x0(out, noised.x_t, noised.t))
     assert float(((same - losses).abs() / losses).max()) < TOLERANCE
 
 

@@ -162,7 +162,7 @@ def test_a_saturated_logit_normal_is_the_last_timestep() -> None:
 def test_half_precision_latents_change_no_time(density: str, dtype: torch.dtype) -> None:
     for schedule in (ZTSNR, FLOW):
         noising = Noising(schedule, timesteps=DENSITIES[density], seed=4)
-        half, full = (noising(torch.zeros(64, 2, dtype=d), step=0) for d in (dtype, torch.float32))
+        half, full = (noising(torch.zeros(64, 2, dtype=d), step=0, index=range(64)) for d in (dtype, torch.float32))
         assert torch.equal(half.timesteps, full.timesteps) and torch.equal(half.t, full.t)
 
 

@@ -39,7 +39,7 @@ def learn(noising: Noising, x0: Tensor, prediction_error: Tensor, t: Tensor) -> 
     )
 
     def noised() -> Any:
-        return noising(x0, step=0, timesteps=t)
+        return noising(x0, step=0, timesteps=t, index=range(len(x0)))  # the same noise at every evaluation
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -75,7 +75,7 @@ def test_the_static_weight_cancels_at_the_optimum() -> None:
         noising = Noising(ZTSNR, LearnedUncertainty(of=of)).double()
         x0, error = batch_of(len(LEVELS)), 0.1 * batch_of(len(LEVELS))
         learn(noising, x0, error, LEVELS)
-        noised = noising(x0, step=0, timesteps=LEVELS)
+        noised = noising(x0, step=0, timesteps=LEVELS, index=range(len(x0)))
         out = (noised.target + error).requires_grad_()
         noised.loss(out).backward()
         gradients.append(out.grad)

@@ -15,10 +15,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
 
+from ..noising.items import made
 from ..noising.registry import lookup
 
 MAX_SIGMA_REL = 0.300283  # of eq. 3, at γ = (√5 - 3) / 2; equal weights (γ = 0) have 0.2887
@@ -184,20 +186,28 @@ EMA_PROFILES: Mapping[str, type[EMAProfile]] = {
 """Every profile by its name; a new one is a class above and a word in this line."""
 
 
-def resolve_ema_profile(profile: str | Mapping[str, Any] | EMAProfile) -> EMAProfile:
-    """Return the profile for a name, for a mapping with ``name`` and the profile's numbers, or for itself.
+def resolve_ema_profile(profile: str | float | Mapping[str, Any] | EMAProfile) -> EMAProfile:
+    """Return the profile for a name (``"power_function:sigma_rel=0.05"``), a mapping, a decay (constant), or for itself.
+
+    A mapping has ``name`` and the profile's numbers.
 
     Raises ValueError for an unknown name, and for numbers that the profile does not have or that do not fit.
 
     >>> resolve_ema_profile({"name": "power_function", "sigma_rel": 0.05})
     PowerFunction(sigma_rel=0.05)
+    >>> resolve_ema_profile(0.999)
+    Constant(decay=0.999)
     >>> resolve_ema_profile("powerfunction")
     Traceback (most recent call last):
     ValueError: unknown EMA profile 'powerfunction'; did you mean 'power_function'?
     """
     if isinstance(profile, EMAProfile):
         return profile
-    numbers = dict(profile) if isinstance(profile, Mapping) else {"name": profile}
+    if isinstance(profile, Real) and not isinstance(profile, bool):
+        return Constant(decay=float(profile))
+    if not isinstance(profile, Mapping):
+        return made("EMA profile", profile, EMA_PROFILES)
+    numbers = dict(profile)
     kind = lookup("EMA profile", numbers.pop("name", None), EMA_PROFILES)
     known = [entry.name for entry in fields(kind)]
     if not set(numbers) <= set(known):
