@@ -204,8 +204,8 @@ class Objective(nn.Module):
         super().__init__()
         self.unet, self.noising = unet, noising
 
-    def forward(self, latents: Tensor, text: Tensor, step: int, micro_batch: int, accumulate: int) -> Tensor:
-        noised = self.noising(latents, step=step, micro_batch=micro_batch, accumulate=accumulate)
+    def forward(self, latents: Tensor, text: Tensor, step: int, index: Sequence[int], total: int) -> Tensor:
+        noised = self.noising(latents, step=step, index=index, total=total)
         return noised.loss(self.unet(noised.x, noised.timesteps, encoder_hidden_states=text))
 
 
@@ -248,8 +248,8 @@ class Models:
             self.unet.enable_gradient_checkpointing()
 
     @torch.no_grad()
-    def latents(self, pixels: Tensor, *counters: int) -> Tensor:
-        generators = [seeded(torch.Generator(), self.seed, _ENCODE, *counters, k) for k in range(len(pixels))]
+    def latents(self, pixels: Tensor, step: int, index: Sequence[int]) -> Tensor:
+        generators = [seeded(torch.Generator(), self.seed, _ENCODE, step, i) for i in index]
         posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
         return posterior.sample(generators).float() * self.vae.config.scaling_factor
 
@@ -427,11 +427,14 @@ class Run:
         return iter(self.accelerator.skip_first_batches(self.loader, done) if done else self.loader)
 
     def _learn(self, batch: dict[str, Any], micro_batch: int) -> Tensor:
-        place, process = self.place, self.accelerator.process_index
-        latents = self.models.latents(batch["pixels"], place.step, micro_batch, process)
+        step, args, processes = self.place.step, self.args, self.accelerator.num_processes
+        # accelerate deals out whole batches; this is the first sample of this one in its optimizer step
+        first = (micro_batch * processes + self.accelerator.process_index) * args.train_batch_size
+        index = range(first, first + len(batch["pixels"]))
+        latents = self.models.latents(batch["pixels"], step, index)
         text = self.models.embeddings(batch["captions"])
-        accumulate = self.args.gradient_accumulation_steps
-        loss = self.objective(latents, text, place.step, micro_batch, accumulate)
+        total = args.train_batch_size * processes * args.gradient_accumulation_steps
+        loss = self.objective(latents, text, step, index, total)
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
             self.accelerator.clip_grad_norm_(self.learned, self.args.max_grad_norm)
