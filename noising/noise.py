@@ -26,7 +26,7 @@ class Gaussian(Noise):
     name: ClassVar[str] = "gaussian"
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator, step: int) -> Tensor:
-        return torch.empty(0)
+        return torch.empty(0, dtype=torch.float32)
 
     def apply(self, noise: Tensor, part: Tensor, x0: Tensor) -> Tensor:
         return noise
@@ -57,9 +57,9 @@ class Offset(Noise):
     def draw(self, shape: tuple[int, ...], generator: torch.Generator, step: int) -> Tensor:
         part = self.strength * _per_channel(shape, generator)
         if self.random_strength:
-            part *= torch.rand(1, generator=generator)
+            part *= torch.rand(1, generator=generator, dtype=torch.float32)
         if self.probability < 1:
-            part *= torch.rand(1, generator=generator) < self.probability
+            part *= torch.rand(1, generator=generator, dtype=torch.float32) < self.probability
         return part
 
     def apply(self, noise: Tensor, part: Tensor, x0: Tensor) -> Tensor:
@@ -125,11 +125,11 @@ class Pyramid(Noise):
         """Return what is added to ε, and below its channels the factor that makes the variance of the sum 1."""
         if len(shape) < 2:
             raise ValueError(f"pyramid noise needs samples with axes beside the channels, got shape {shape}")
-        total, variance = torch.zeros(shape), torch.ones(shape[1:], dtype=torch.float64)
+        total, variance = torch.zeros(shape, dtype=torch.float32), torch.ones(shape[1:], dtype=torch.float64)
         for i in range(self.iterations):
             r = 2 + 2 * float(torch.rand((), generator=generator, dtype=torch.float64))
             grid = tuple(max(1, int(n / r**i)) for n in shape[1:])
-            octave = torch.randn((shape[0], *grid), generator=generator)
+            octave = torch.randn((shape[0], *grid), generator=generator, dtype=torch.float32)
             spread = torch.ones((), dtype=torch.float64)
             for axis, (coarse, fine) in enumerate(zip(grid, shape[1:], strict=True), start=1):
                 enlarge = _linear_enlargement(coarse, fine)
@@ -171,9 +171,9 @@ class InputPerturbation(Noise):
         return False
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator, step: int) -> Tensor:
-        part = torch.randn(shape, generator=generator)
+        part = torch.randn(shape, generator=generator, dtype=torch.float32)
         if self.random_strength:
-            part *= torch.rand(1, generator=generator)
+            part *= torch.rand(1, generator=generator, dtype=torch.float32)
         left = 1.0 if self.decay_steps is None else max(0.0, 1 - step / self.decay_steps)
         return part * (self.strength * left)
 
@@ -204,7 +204,7 @@ class Immiscible(Noise):
             )
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator, step: int) -> Tensor:
-        return torch.empty(0)
+        return torch.empty(0, dtype=torch.float32)
 
     def apply(self, noise: Tensor, part: Tensor, x0: Tensor) -> Tensor:
         from scipy.optimize import linear_sum_assignment
@@ -246,7 +246,7 @@ def _require_strength(what: str, strength: float, usual: str) -> None:
 
 
 def _per_channel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.randn((shape[0],) + (1,) * (len(shape) - 1), generator=generator)
+    return torch.randn((shape[0],) + (1,) * (len(shape) - 1), generator=generator, dtype=torch.float32)
 
 
 @lru_cache(maxsize=256)

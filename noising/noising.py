@@ -205,8 +205,9 @@ class Noising(nn.Module):
             for i, x0 in enumerate(data):
                 noised = noising(x0, step=i // 4)
 
-        In training mode calls at the same step count on by themselves. In eval mode nothing is counted: equal arguments give
-        equal noise.
+        In training mode calls at the same step count on by themselves. In eval mode nothing is counted, nor where the call itself
+        is compiled (torch.compile): equal arguments give equal noise, and micro-batches need ``micro_batch``. So does, or
+        ``index``, what computes a forward twice: LBFGS, or activation checkpointing with the Noising inside.
 
         Args:
             x0: the clean batch, floating point, shape (batch, ...).
@@ -306,7 +307,8 @@ class Noising(nn.Module):
         """
         generator = torch.Generator()
         u = torch.empty(len(index), dtype=torch.float64)
-        noise = torch.empty((len(index), *shape), pin_memory=pin_memory)
+        # not the default dtype, which is the network's inside of a Lightning step in half precision
+        noise = torch.empty((len(index), *shape), dtype=torch.float32, pin_memory=pin_memory)
         parts: list[list[Tensor]] = []
         for k, i in enumerate(index):
             seeded(generator, self.seed, _SAMPLE, step, i)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .integers import require_integer
@@ -96,6 +97,10 @@ class MicroBatches:
         """
         if step.index is not None:
             return Place(_given(step.index, batch), _total(step, batch))
+        if torch.compiler.is_compiling():  # a count in the graph would be compiled anew for each number
+            if step.micro_batch is None and step.accumulate not in (None, 1):
+                raise ValueError("a compiled call cannot count micro-batches; give micro_batch with accumulate")
+            counted = False
         if not counted:
             return _strided((step.micro_batch or 0) * batch, batch, step, batch)
         if step.step != self._step:

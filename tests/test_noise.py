@@ -112,6 +112,22 @@ def test_half_precision_latents(kind: str, dtype: torch.dtype) -> None:
         assert not torch.equal(half.x, x0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_matter(kind: str, dtype: torch.dtype) -> None:
+    """It is bfloat16 while Lightning runs a step in bf16-true."""
+    x0, before = batch_of(8), torch.get_default_dtype()
+    expected = Noising(FLOW, noise=KINDS[kind], seed=5)(x0, step=1)
+    torch.set_default_dtype(dtype)
+    try:
+        noised = Noising(FLOW, noise=KINDS[kind], seed=5)(x0, step=1)
+    finally:
+        torch.set_default_dtype(before)
+    for name in ("x", "timesteps", "target", "weight", "noise", "t"):
+        a, b = getattr(noised, name), getattr(expected, name)
+        assert a.dtype == b.dtype and torch.equal(a, b), name
+
+
 # moments
 
 
