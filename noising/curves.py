@@ -151,15 +151,28 @@ def require_factor(name: str, value: float, advice: str = "1 changes nothing") -
     return float(value)
 
 
+def may_look_at(values: Tensor) -> bool:
+    """Return whether a check may read these values: on the CPU, outside torch.compile, torch.export and torch.func's transforms.
+
+    On a GPU the look would be a host sync, in a traced function it would break the graph, and under vmap it is an error.
+
+    >>> may_look_at(torch.zeros(1)), may_look_at(torch.zeros(0))
+    (True, False)
+    """
+    if torch.compiler.is_compiling() or values.device.type != "cpu" or not values.numel():
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(values)
+
+
 def check_times(curve: Curve, t: Tensor) -> None:
-    """Refuse times outside the curve. Only times on the CPU are looked at: on a GPU the look would be a host sync.
+    """Refuse times outside the curve, where their values may be looked at (see :func:`may_look_at`).
 
     >>> from alphabar.noising import Flow
     >>> check_times(Flow(), torch.tensor([1.5]))
     Traceback (most recent call last):
     ValueError: time 1.5 is outside 0.0 ... 1.0 of this flow schedule
     """
-    if t.device.type != "cpu" or not t.numel():
+    if not may_look_at(t):
         return
     low, high = float(t.min()), float(t.max())
     if not (low >= curve.t_min and high <= curve.t_max):  # also catches NaN

@@ -44,6 +44,7 @@ class Discrete(Curve):
     rescale_betas_zero_snr: bool = False
     snr_shift_scale: float = 1.0
     rescaled_snr_shift_scale: float = 1.0
+    _tables: ClassVar[dict[tuple[str, int | None, torch.dtype], _Table]]  # of an instance, and no field
 
     def __init__(
         self,
@@ -85,6 +86,28 @@ class Discrete(Curve):
             raise ValueError(
                 "only the last beta may be 1 (zero terminal SNR); an earlier one leaves pure noise ever after"
             )
+        self._tabulate()
+
+    def _tabulate(self) -> None:
+        # kept with the curve, by device and dtype: torch.compile takes them for inputs, where it would trace the making of a
+        # table through any cache, or take it for a constant that another curve gets as well
+        object.__setattr__(self, "_tables", {("cpu", None, torch.float64): _table_f64(self)})
+
+    def _table(self, device: torch.device, dtype: torch.dtype) -> _Table:
+        key = device.type, device.index, dtype
+        if key in self._tables:
+            return self._tables[key]
+        table = self._tables["cpu", None, torch.float64].to(device, dtype)
+        if not torch.compiler.is_compiling():
+            self._tables[key] = table
+        return table
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_tables"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._tabulate()
 
     def betas(self) -> Tensor:
         """Return the T betas as given, before any rescaling (float64, on the CPU)."""
@@ -104,7 +127,7 @@ class Discrete(Curve):
 
     def _evaluate(self, t: Tensor) -> tuple[Tensor, Tensor]:
         check_times(self, t)
-        table = _table(self, t.device, evaluation_dtype(t))
+        table = self._table(t.device, evaluation_dtype(t))
         if not t.is_floating_point():
             index = t.long()
             return table.alpha[index], table.sigma[index]
@@ -122,7 +145,7 @@ class Discrete(Curve):
         return torch.where(on_table, table.alpha[nearest], alpha), torch.where(on_table, table.sigma[nearest], sigma)
 
     def time(self, log_snr: Tensor) -> Tensor:
-        table = _table(self, log_snr.device, evaluation_dtype(log_snr))
+        table = self._table(log_snr.device, evaluation_dtype(log_snr))
         value = log_snr.to(table.alpha.dtype)
         descending = table.log_snr
         k = (torch.searchsorted(-descending, -value.contiguous(), right=True) - 1).clamp(
@@ -162,6 +185,9 @@ class _Table:
     sigma: Tensor
     log_snr: Tensor  # finite: an infinite last value is replaced by a finite one below all others
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> _Table:
+        return _Table(*(column.to(device, dtype) for column in (self.alpha, self.sigma, self.log_snr)))
+
 
 @lru_cache(maxsize=64)
 def _table_f64(curve: Discrete) -> _Table:
@@ -188,9 +214,3 @@ def _shifted(alpha: Tensor, sigma: Tensor, scale: float) -> tuple[Tensor, Tensor
         return alpha, sigma
     norm = torch.hypot(alpha, math.sqrt(scale) * sigma)
     return alpha / norm, math.sqrt(scale) * sigma / norm
-
-
-@lru_cache(maxsize=64)
-def _table(curve: Discrete, device: torch.device, dtype: torch.dtype) -> _Table:
-    master = _table_f64(curve)
-    return _Table(*(column.to(device, dtype) for column in (master.alpha, master.sigma, master.log_snr)))

@@ -26,6 +26,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from .curves import may_look_at
 from .items import made
 from .registry import lookup
 
@@ -230,7 +231,7 @@ def _check_mask(mask: Tensor, like: Tensor) -> None:
         raise ValueError(
             f"the mask must be bool, or floating point in [0, 1], got {mask.dtype}; divide 0 ... 255 by 255"
         )
-    if mask.device.type == "cpu" and mask.is_floating_point() and mask.numel():
+    if mask.is_floating_point() and may_look_at(mask):
         low, high = float(mask.min()), float(mask.max())
         if not (low >= 0 and high <= 1):  # also catches NaN
             raise ValueError(f"the mask must lie in [0, 1], got values from {low:g} to {high:g}")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.util import find_spec
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from .counter import Draws
 from .items import made
 from .noise_base import Chain, Noise
 
@@ -19,14 +19,14 @@ from .noise_base import Chain, Noise
 class Gaussian(Noise):
     """Independent standard normal noise: nothing beside ε.
 
-    >>> Gaussian().draw((3,), torch.Generator(), step=0)
-    tensor([])
+    >>> Gaussian().draw((3,), Draws(0, [4, 5], step=0, stream=0)).shape
+    torch.Size([2, 0])
     """
 
     name: ClassVar[str] = "gaussian"
 
-    def draw(self, shape: tuple[int, ...], generator: torch.Generator, step: int) -> Tensor:
-        return torch.empty(0, dtype=torch.float32)
+    def draw(self, shape: tuple[int, ...], draws: Draws) -> Tensor:
+        return torch.empty(draws.batch, 0, dtype=torch.float32, device=draws.device)
 
     def apply(self, noise: Tensor, part: Tensor, x0: Tensor) -> Tensor:
         return noise
@@ -40,8 +40,8 @@ class Offset(Noise):
     drawn from U(0, strength), for each sample. ``probability``: of a sample to get an offset at all.
     ValueError for a negative or infinite strength, and for a probability outside 0 ... 1.
 
-    >>> Offset(0.1).draw((3, 8, 8), torch.Generator().manual_seed(0), step=0).shape
-    torch.Size([3, 1, 1])
+    >>> Offset(0.1).draw((3, 8, 8), Draws(0, [4, 5], step=0, stream=0)).shape
+    torch.Size([2, 3, 1, 1])
     """
 
     name: ClassVar[str] = "offset"
@@ -54,12 +54,12 @@ class Offset(Noise):
         if not 0 <= self.probability <= 1:
             raise ValueError(f"the probability of a noise offset must lie in 0 ... 1, got {self.probability}")
 
-    def draw(self, shape: tuple[int, ...], generator: torch.Generator, step: int) -> Tensor:
-        part = self.strength * _per_channel(shape, generator)
+    def draw(self, shape: tuple[int, ...], draws: Draws) -> Tensor:
+        part, one = self.strength * _per_channel(shape, draws), [1] * len(shape)
         if self.random_strength:
-            part *= torch.rand(1, generator=generator, dtype=torch.float32)
+            part *= draws.uniform(*one)
         if self.probability < 1:
-            part *= torch.rand(1, generator=generator, dtype=torch.float32) < self.probability
+            part *= draws.uniform(*one) < self.probability
         return part
 
     def apply(self, noise: Tensor, part: Tensor, x0: Tensor) -> Tensor:
@@ -87,8 +87,8 @@ class AdaptiveOffset(Noise):
         if not abs(self.scale) < float("inf"):
             raise ValueError(f"the scale of an adaptive noise offset must be finite, got {self.scale}")
 
-    def draw(self, shape: tuple[int, ...], generator: torch.Generator, step: int) -> Tensor:
-        return _per_channel(shape, generator)
+    def draw(self, shape: tuple[int, ...], draws: Draws) -> Tensor:
+        return _per_channel(shape, draws)
 
     def apply(self, noise: Tensor, part: Tensor, x0: Tensor) -> Tensor:
         mean = x0.to(noise.dtype).flatten(2).mean(2) if x0.ndim > 2 else x0.to(noise.dtype)
@@ -106,8 +106,8 @@ class Pyramid(Noise):
     is made of the pyramid as well. ValueError for fewer than 1 iteration, for a discount outside 0 ... 1, and for samples
     without an axis beside the channels.
 
-    >>> Pyramid(discount=0.3).draw((3, 8, 8), torch.Generator().manual_seed(0), step=0).shape
-    torch.Size([4, 8, 8])
+    >>> Pyramid(discount=0.3).draw((3, 8, 8), Draws(0, [5, 6], step=0, stream=0)).shape
+    torch.Size([2, 4, 8, 8])
     """
 
     name: ClassVar[str] = "pyramid"
@@ -121,25 +121,33 @@ class Pyramid(Noise):
                 f"got {self.iterations} and {self.discount}; 6 and 0.3 are usual"
             )
 
-    def draw(self, shape: tuple[int, ...], generator: torch.Generator, step: int) -> Tensor:
+    def draw(self, shape: tuple[int, ...], draws: Draws) -> Tensor:
         """Return what is added to ε, and below its channels the factor that makes the variance of the sum 1."""
         if len(shape) < 2:
             raise ValueError(f"pyramid noise needs samples with axes beside the channels, got shape {shape}")
-        total, variance = torch.zeros(shape, dtype=torch.float32), torch.ones(shape[1:], dtype=torch.float64)
+        batch, axes, device = draws.batch, len(shape) - 1, draws.device
+        total = torch.zeros(batch, *shape, device=device, dtype=torch.float32)
+        variance = torch.ones(batch, *shape[1:], device=device, dtype=torch.float32)
+        unfinished = torch.ones(batch, dtype=torch.bool, device=device)
         for i in range(self.iterations):
-            r = 2 + 2 * float(torch.rand((), generator=generator, dtype=torch.float64))
-            grid = tuple(max(1, int(n / r**i)) for n in shape[1:])
-            octave = torch.randn((shape[0], *grid), generator=generator, dtype=torch.float32)
-            spread = torch.ones((), dtype=torch.float64)
-            for axis, (coarse, fine) in enumerate(zip(grid, shape[1:], strict=True), start=1):
-                enlarge = _linear_enlargement(coarse, fine)
-                octave = (octave.movedim(axis, -1) @ enlarge.T.float()).movedim(-1, axis)
-                spread = spread[..., None] * enlarge.square().sum(1)
-            total += self.discount**i * octave
-            variance += self.discount ** (2 * i) * spread
-            if 1 in grid:
-                break
-        return torch.cat([total, variance.rsqrt().float()[None]])
+            r, power = 2 + 2 * draws.uniform(), torch.ones(batch, device=device, dtype=torch.float32)
+            for _ in range(i):
+                power = power * r  # pow() rounds by the place in the batch
+            # each sample has a grid of its own inside the largest, which r >= 2 bounds
+            octave = draws.normal(shape[0], *(max(1, n >> i) for n in shape[1:]))
+            spread, last = torch.ones(batch, *[1] * axes, device=device, dtype=torch.float32), torch.zeros_like(unfinished)
+            for axis, n in enumerate(shape[1:]):
+                grid = (n / power).long().clamp(min=1)
+                below, above, part = _enlargement(grid, n)
+                octave = _interpolate(octave, axis + 2, below, above, part)
+                squares = torch.where(below == above, 1.0, (1 - part) ** 2 + part**2)
+                spread = spread * squares.view(batch, *(n if k == axis else 1 for k in range(axes)))
+                last = last | (grid == 1)
+            counts = unfinished.view(batch, *[1] * axes)
+            total = total + torch.where(counts.unsqueeze(1), self.discount**i * octave, 0.0)
+            variance = variance + torch.where(counts, self.discount ** (2 * i) * spread, 0.0)
+            unfinished = unfinished & ~last
+        return torch.cat([total, variance.rsqrt().unsqueeze(1)], dim=1)
 
     def apply(self, noise: Tensor, part: Tensor, x0: Tensor) -> Tensor:
         return (noise + part[:, :-1]) * part[:, -1:]
@@ -170,11 +178,11 @@ class InputPerturbation(Noise):
     def changes_target(self) -> bool:
         return False
 
-    def draw(self, shape: tuple[int, ...], generator: torch.Generator, step: int) -> Tensor:
-        part = torch.randn(shape, generator=generator, dtype=torch.float32)
+    def draw(self, shape: tuple[int, ...], draws: Draws) -> Tensor:
+        part = draws.normal(*shape)
         if self.random_strength:
-            part *= torch.rand(1, generator=generator, dtype=torch.float32)
-        left = 1.0 if self.decay_steps is None else max(0.0, 1 - step / self.decay_steps)
+            part *= draws.uniform(*[1] * len(shape))
+        left = 1.0 if self.decay_steps is None else max(0.0, 1 - draws.step / self.decay_steps)
         return part * (self.strength * left)
 
     def apply(self, noise: Tensor, part: Tensor, x0: Tensor) -> Tensor:
@@ -203,8 +211,8 @@ class Immiscible(Noise):
                 "immiscible noise needs scipy for its linear assignment; pip install 'alphabar[immiscible]'"
             )
 
-    def draw(self, shape: tuple[int, ...], generator: torch.Generator, step: int) -> Tensor:
-        return torch.empty(0, dtype=torch.float32)
+    def draw(self, shape: tuple[int, ...], draws: Draws) -> Tensor:
+        return torch.empty(draws.batch, 0, dtype=torch.float32, device=draws.device)
 
     def apply(self, noise: Tensor, part: Tensor, x0: Tensor) -> Tensor:
         from scipy.optimize import linear_sum_assignment
@@ -245,12 +253,26 @@ def _require_strength(what: str, strength: float, usual: str) -> None:
         raise ValueError(f"{what} strength must be at least 0, got {strength}; {usual}")
 
 
-def _per_channel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.randn((shape[0],) + (1,) * (len(shape) - 1), generator=generator, dtype=torch.float32)
+def _per_channel(shape: tuple[int, ...], draws: Draws) -> Tensor:
+    return draws.normal(shape[0], *[1] * (len(shape) - 1))
 
 
-@lru_cache(maxsize=256)
-def _linear_enlargement(coarse: int, fine: int) -> Tensor:
-    """Return the matrix of linear interpolation from ``coarse`` cells to ``fine``, shape (fine, coarse), float64."""
-    one_hot = torch.eye(coarse, dtype=torch.float64)[None]
-    return torch.nn.functional.interpolate(one_hot, size=fine, mode="linear", align_corners=False)[0].T
+def _enlargement(grid: Tensor, fine: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the two cells that each of ``fine`` points lies between, and the share of the second: shape (batch, fine).
+
+    ``grid``: the cells of each sample, shape (batch,). As torch's interpolate of mode "linear" has it.
+    """
+    coarse = grid[:, None]
+    at = ((torch.arange(fine, device=grid.device, dtype=torch.float32) + 0.5) * (coarse * (1.0 / fine)) - 0.5).clamp(min=0.0)
+    below = torch.minimum(at.long(), coarse - 1)
+    above = torch.minimum(below + 1, coarse - 1)
+    return below, above, torch.where(above == below, 0.0, at - below)
+
+
+def _interpolate(octave: Tensor, axis: int, below: Tensor, above: Tensor, part: Tensor) -> Tensor:
+    """Return ``octave``, shape (batch, channels, ...), enlarged along an axis: products and sums of elements, no matrix product."""
+    shape = [n if k != axis else below.shape[1] for k, n in enumerate(octave.shape)]
+    along = [below.shape[k > 0] if k in (0, axis) else 1 for k in range(octave.ndim)]
+    low, high = (octave.gather(axis, cells.view(along).expand(shape)) for cells in (below, above))
+    share = part.view(along)
+    return (1 - share) * low + share * high

@@ -3,8 +3,8 @@
     x_t = α x_0 + σ ε_x,    target = c0 x_0 + c1 ε_y,    where ε_y = ε with the kinds that change the target,
                                                          and   ε_x = ε_y with the kinds that do not.
 
-A kind draws its part of one sample on the CPU from that sample's own generator, so that it depends on nothing else in
-the batch; on the device of x_0 the parts of a batch are put onto ε, by operations that round alike on every device.
+A kind draws its parts for the whole batch from counters (counter.py), so that the part of a sample depends on nothing else
+in the batch; on the device of x_0 the parts are put onto ε, by operations that round alike on every device.
 """
 
 from __future__ import annotations
@@ -17,16 +17,24 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .counter import Draws, stream_of
+
 
 @dataclass(frozen=True)
 class Noise(ABC):
-    """A kind of noise; subclasses draw the part of one sample and put the parts of a batch onto the noise.
+    """A kind of noise; subclasses have a ``name`` of their own, draw the parts of a batch and put them onto the noise.
 
-    >>> from alphabar.noising import Offset
-    >>> kind = Offset(0.1)
-    >>> part = kind.draw((3, 8, 8), torch.Generator().manual_seed(0), step=0)
-    >>> kind.apply(torch.zeros(1, 3, 8, 8), part[None], torch.zeros(1, 3, 8, 8)).shape
-    torch.Size([1, 3, 8, 8])
+    The name is the stream that a kind draws from: kinds of different names are independent of each other.
+
+    >>> class Flicker(Noise):  # one number for a sample
+    ...     name = "flicker"
+    ...     def draw(self, shape, draws):
+    ...         return 0.1 * draws.normal(*(1 for _ in shape))
+    ...     def apply(self, noise, part, x0):
+    ...         return noise + part
+    >>> parts = draw_kinds([Flicker()], (3, 8, 8), 0, [4, 5], step=7)
+    >>> Flicker().apply(torch.zeros(2, 3, 8, 8), parts[0], torch.zeros(2, 3, 8, 8)).shape
+    torch.Size([2, 3, 8, 8])
     """
 
     name: ClassVar[str]
@@ -42,10 +50,12 @@ class Noise(ABC):
         return (self,)
 
     @abstractmethod
-    def draw(self, shape: tuple[int, ...], generator: torch.Generator, step: int) -> Tensor:
-        """Return this kind's part of one sample of shape ``shape`` (no batch axis) at an optimizer step.
+    def draw(self, shape: tuple[int, ...], draws: Draws) -> Tensor:
+        """Return this kind's parts of a batch of samples of shape ``shape`` (no batch axis): shape (batch, ...), float32.
 
-        Float32 on the CPU, of a shape that depends on ``shape`` alone.
+        ``draws`` has ``normal(*shape)`` and ``uniform(*shape)``, which put the batch first and go on where the call before
+        ended, and the optimizer ``step``. No row of the parts may depend on another: no mean over the batch, no shape that
+        follows from what was drawn, and no operation (a matrix product, say) that rounds by a row's place in the batch.
         """
 
     @abstractmethod
@@ -84,6 +94,30 @@ class Chain:
     def changes_target(self) -> bool:
         """Whether any of the kinds does."""
         return any(kind.changes_target for kind in self.kinds)
+
+
+def draw_kinds(
+    kinds: Sequence[Noise],
+    shape: tuple[int, ...],
+    seed: int,
+    index: Sequence[int] | Tensor,
+    *,
+    step: int,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, ...]:
+    """Return the parts of each kind for the samples with these global indices; of two kinds of one name the second is numbered.
+
+    >>> from alphabar.noising import Offset
+    >>> one, two = draw_kinds([Offset(1.0), Offset(1.0)], (3, 8, 8), 0, [4, 5], step=7)
+    >>> one.shape, torch.equal(one, two)
+    (torch.Size([2, 3, 1, 1]), False)
+    """
+    names = [kind.name for kind in kinds]
+    streams = [stream_of(name, names[:k].count(name)) for k, name in enumerate(names)]
+    return tuple(
+        kind.draw(shape, Draws(seed, index, step=step, stream=stream, device=device))
+        for kind, stream in zip(kinds, streams, strict=True)
+    )
 
 
 def apply_kinds(kinds: Sequence[Noise], noise: Tensor, parts: Sequence[Tensor], x0: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .counter import seeded
-from .curves import Curve
+from .counter import Draws, Stream, permutation, whole_seed
+from .curves import Curve, may_look_at
 from .importance import Resampled
-from .integers import require_integer
 from .losses import L2, Loss, Over, mean_of_samples, resolve_loss
 from .noise import resolve_noise
-from .noise_base import Chain, Noise, apply_kinds
+from .noise_base import Chain, Noise, apply_kinds, draw_kinds
 from .places import MicroBatches, Step
 from .schedule import NoiseSchedule
 from .shapes import require_same_shape
@@ -28,8 +27,6 @@ from .timesteps import resolve_timesteps
 from .timesteps_base import Timesteps
 from .weighting import Weighting, resolve_weighting
 from .weighting_checks import warn_of_weights
-
-_SAMPLE, _STRATA = 0, 1  # the streams that a seed is split into
 
 
 @dataclass(eq=False)
@@ -177,7 +174,7 @@ class Noising(nn.Module):
         self.timesteps.check(schedule.curve)
         self.loss_history = self.timesteps.history()
         self.noise = resolve_noise(noise)
-        self.seed = require_integer("seed", seed)
+        self.seed = whole_seed(seed)
         self._looked_at_gpu_batch = False
         self._listeners: list[Callable[[Noised, Tensor], None]] = []
         self._micro_batches = MicroBatches()
@@ -249,7 +246,7 @@ class Noising(nn.Module):
         index, total = self._micro_batches.take(x0.shape[0], place, counted=self.training)
         if self.loss_history is not None and self.training:
             self.loss_history.settle(step)
-        drawn = self.draw(index, tuple(x0.shape[1:]), step=step, total=total, pin_memory=x0.is_cuda)
+        drawn = self.draw(index, tuple(x0.shape[1:]), step=step, total=total, device=x0.device)
         if noise is not None:
             require_same_shape("noise", noise, "x0", x0)
             drawn = drawn._replace(noise=noise, parts=())
@@ -293,43 +290,46 @@ class Noising(nn.Module):
         self._micro_batches = MicroBatches()  # a resume begins its step anew
 
     def draw(
-        self, index: Sequence[int], shape: tuple[int, ...], *, step: int, total: int, pin_memory: bool = False
+        self,
+        index: Sequence[int] | Tensor,
+        shape: tuple[int, ...],
+        *,
+        step: int,
+        total: int,
+        pin_memory: bool = False,
+        device: torch.device | str = "cpu",
     ) -> Drawn:
-        """Return times and noise of the samples with these global indices at this step, on the CPU.
+        """Return times and noise of the samples with these global indices at this step.
 
         ``total`` is the number of samples in the whole optimizer step, over which stratified times are spread. Every ``total``
         consecutive indices are spread by themselves, so that there may be more of them.
+        ``device``: where the noise is made, the same everywhere; times are made on the CPU. On the CPU
         ``pin_memory`` puts the noise where a copy to the GPU does not make the host wait.
 
         >>> drawn = Noising(NoiseSchedule.flow(), noise="offset", seed=1).draw([5, 6], (3, 2), step=2, total=8)
         >>> drawn.t.shape, drawn.noise.shape, [part.shape for part in drawn.parts]
         (torch.Size([2]), torch.Size([2, 3, 2]), [torch.Size([2, 3, 1])])
         """
-        generator = torch.Generator()
-        u = torch.empty(len(index), dtype=torch.float64)
+        listed = index.tolist() if isinstance(index, Tensor) else [*index]
+        index = torch.as_tensor(index, dtype=torch.int64)
+        draws = Draws(self.seed, index, step=step, stream=Stream.TRAINING_NOISE, device=device)
         # not the default dtype, which is the network's inside of a Lightning step in half precision
-        noise = torch.empty((len(index), *shape), dtype=torch.float32, pin_memory=pin_memory)
-        parts: list[list[Tensor]] = []
-        for k, i in enumerate(index):
-            seeded(generator, self.seed, _SAMPLE, step, i)
-            u[k : k + 1].uniform_(generator=generator)
-            torch.randn(shape, generator=generator, out=noise[k])
-            parts.append([kind.draw(shape, generator, step) for kind in self.noise.kinds])
-        stacked = tuple(torch.stack(of_kind) for of_kind in zip(*parts, strict=True))
-        u = 1 - u  # which lies in (0, 1]: pure noise can be drawn, a clean sample cannot
+        out = torch.empty(len(listed), *shape, dtype=torch.float32, device=device, pin_memory=pin_memory)
+        noise = draws.normal(*shape, out=out)
+        parts = draw_kinds(self.noise.kinds, shape, self.seed, index, step=step, device=device)
+        index = index.cpu()
+        # 1 - u lies in (0, 1]: pure noise can be drawn, a clean sample cannot
+        u = 1 - Draws(self.seed, index, step=step, stream=Stream.TRAINING_TIME).uniform(dtype=torch.float64)
         if self.timesteps.stratified:
-            places = torch.tensor(index)
-            for group in sorted({i // total for i in index}):
-                here = places // total == group
-                counters = (step, group) if group else (step,)
-                strata = torch.randperm(total, generator=seeded(generator, self.seed, _STRATA, *counters))
-                u[here] = self.timesteps.spread(u[here], places[here], strata)
+            for group in sorted({i // total for i in listed}):
+                spread = self.timesteps.spread(u, index, permutation(self.seed, total, step=step, group=group))
+                u = torch.where(index // total == group, spread, u)
         importance = self.loss_history.resample(u) if self.loss_history is not None else None
         t = self.timesteps.times(u if importance is None else importance.u, self.schedule.curve)
         return Drawn(
             _float32_inside(t, self.schedule.curve) if t.is_floating_point() else t,
             noise,
-            tuple(part.pin_memory() if pin_memory else part for part in stacked),
+            tuple(part.pin_memory() if pin_memory else part for part in parts),
             importance,
         )
 
@@ -386,10 +386,12 @@ class Noising(nn.Module):
             )
         if x0.ndim < 2 or not x0.numel():
             raise ValueError(f"x0 must have shape (batch, ...) and hold something, got {tuple(x0.shape)}")
-        if x0.device.type != "cpu":
-            if self._looked_at_gpu_batch or torch.compiler.is_compiling():
+        if x0.device.type != "cpu" and not torch.compiler.is_compiling():
+            if self._looked_at_gpu_batch:
                 return
             self._looked_at_gpu_batch = True
+        elif not may_look_at(x0):
+            return
         if not bool(x0.isfinite().all()):
             bad = (~x0.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
             raise ValueError(
@@ -421,11 +423,11 @@ def prediction_tensor(prediction: Any) -> Tensor:
 
 def _float32_inside(t: Tensor, curve: Curve) -> Tensor:
     """Return float64 times as float32 ones, which make no float64 batch, rounded into the curve's range."""
-    low, high = torch.tensor([curve.t_min, curve.t_max], dtype=torch.float64), torch.tensor([torch.inf, -torch.inf])
-    ends = low.float()
-    outside = torch.stack([ends[0].double() < low[0], ends[1].double() > low[1]])
-    ends = torch.where(outside, torch.nextafter(ends, high), ends)
-    return t.float().clamp(float(ends[0]), float(ends[1]))
+    exact, inward = torch.tensor([curve.t_min, curve.t_max], dtype=torch.float64), torch.tensor([torch.inf, -torch.inf])
+    ends = exact.float()
+    outside = (ends.double() - exact) * inward < 0
+    low, high = torch.where(outside, torch.nextafter(ends, inward), ends)
+    return t.float().clamp(low, high)
 
 
 def _process() -> tuple[int, int]:

@@ -131,7 +131,7 @@ class LogSNRTimesteps(Timesteps):
 
     def times(self, u: Tensor, curve: Curve) -> Tensor:
         ends = curve.log_snr(torch.tensor([curve.t_max, curve.t_min], dtype=torch.float64))
-        low, high = ends.clamp(-_LOG_SNR_BOUND, _LOG_SNR_BOUND).tolist()
+        low, high = ends.clamp(-_LOG_SNR_BOUND, _LOG_SNR_BOUND)
         t = curve.time(self.log_snr(u).clamp(low, high))
         if curve.is_discrete:
             return t.round().long().clamp(int(curve.t_min), int(curve.t_max))

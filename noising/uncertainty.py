@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .counter import seeded
+from .counter import Draws, Stream
 from .curves import Curve
 from .weighting_published import EDM
 from .weighting_scheme import Weighting, closed_form
@@ -39,9 +39,9 @@ class LogVariance(nn.Module):
 
     def __init__(self, channels: int = 128, seed: int = 0) -> None:
         super().__init__()
-        generator = seeded(torch.Generator(), seed)
-        self.register_buffer("frequencies", 2 * math.pi * torch.randn(channels, generator=generator))
-        self.register_buffer("phases", 2 * math.pi * torch.rand(channels, generator=generator))
+        draws = Draws(seed, [0], step=0, stream=Stream.FEATURES)
+        self.register_buffer("frequencies", 2 * math.pi * draws.normal(channels)[0])
+        self.register_buffer("phases", 2 * math.pi * draws.uniform(channels)[0])
         self.weight = nn.Parameter(torch.zeros(channels))
         self.bias = nn.Parameter(torch.zeros(()))
 

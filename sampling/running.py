@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ..noising import NoiseSchedule
+from ..noising.counter import Draws, Stream, whole_seed
 from ..noising.noising import prediction_tensor
 from ..noising.plain_numbers import whole_number
 from ..noising.shapes import require_same_shape
@@ -132,36 +133,44 @@ class _Outputs:
 
 
 class SeededNoise:
-    """Standard normal noise in which every image has a CPU generator of its own.
+    """Standard normal noise in which every image has a seed of its own, all 64 bits of it; each call is another draw.
+
+    ``seeds``: one for each image, or one that is counted up, modulo 2^64; none: fresh ones. ValueError for another number of
+    them or more than 64 bits, TypeError for what is no integer.
 
     >>> torch.equal(SeededNoise((2, 3), [5, 6], torch.device("cpu"))()[1], SeededNoise((1, 3), 6, torch.device("cpu"))()[0])
     True
     """
 
     def __init__(self, shape: tuple[int, ...], seeds: int | Sequence[int] | None, device: torch.device) -> None:
-        batch = shape[0]
-        if seeds is None:
-            seeds = [Generator().seed() for _ in range(batch)]
-        elif isinstance(seeds, int):
-            seeds = range(seeds, seeds + batch)
-        if len(seeds) != batch:
-            raise ValueError(f"need one seed for each of {batch} images, got {len(seeds)}")
-        self.generators = [Generator().manual_seed(int(seed)) for seed in seeds]
-        self.shape, self.device = shape, device
+        self.seeds = _one_for_each(shape[0], seeds)
+        self.shape, self.device, self.drawn = shape, device, 0
 
     def __call__(self) -> Tensor:
-        return self._filled(self.shape, lambda row, generator: row.normal_(generator=generator))
+        return self._next(Stream.SAMPLING_NOISE).normal(*self.shape[1:])
 
     def uniform(self, *shape: int) -> Tensor:
         """Return numbers in [0, 1), shape (batch, *shape)."""
-        whole = (len(self.generators), *shape)
-        return self._filled(whole, lambda row, generator: row.uniform_(generator=generator))
+        return self._next(Stream.SAMPLING_UNIFORM).uniform(*shape)
 
-    def _filled(self, shape: tuple[int, ...], fill: Callable[[Tensor, Generator], Any]) -> Tensor:
-        noise = torch.empty(shape, dtype=torch.float32, pin_memory=self.device.type == "cuda")
-        for row, generator in zip(noise, self.generators, strict=True):
-            fill(row, generator)
-        return noise.to(self.device, non_blocking=True)
+    def _next(self, stream: Stream) -> Draws:
+        # an image is told from others by its seed, not by its place in the batch
+        draws = Draws(self.seeds, [0] * len(self.seeds), step=self.drawn, stream=stream, device=self.device)
+        self.drawn += 1
+        return draws
+
+
+def _one_for_each(batch: int, seeds: int | Sequence[int] | None) -> list[int]:
+    if seeds is None:
+        return [Generator().seed() for _ in range(batch)]
+    try:
+        count = len(seeds)  # type: ignore[arg-type]
+    except TypeError:  # one number, also of numpy and of torch
+        first = whole_seed(seeds)
+        return [(first + k) % 2**64 for k in range(batch)]
+    if count != batch:
+        raise ValueError(f"need one seed for each of {batch} images, got {count}")
+    return [whole_seed(seed) % 2**64 for seed in seeds]  # type: ignore[union-attr]
 
 
 def checked_shape(shape_or_noise: Sequence[int] | Tensor) -> tuple[int, ...]:

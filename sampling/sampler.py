@@ -195,7 +195,7 @@ def _independent(drawn: SeededNoise, knots: Sequence[Knot]) -> Callable[[float, 
 
 
 def _brownian(drawn: SeededNoise, knots: Sequence[Knot]) -> Callable[[float, float], Tensor]:
-    return BrownianNoise(drawn.generators, drawn.shape, drawn.device, knots)
+    return BrownianNoise(drawn, knots)
 
 
 NOISE_SOURCES: Mapping[str, Callable[[SeededNoise, Sequence[Knot]], Callable[[float, float], Tensor]]] = {

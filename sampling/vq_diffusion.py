@@ -158,7 +158,8 @@ class TokenSchedule:
     def prior(self, noise: SeededNoise, shape: tuple[int, ...]) -> Tensor:
         """Return tokens of p(x_T), nearly all [MASK] (eq. 10)."""
         _, b, c = _cumulative(self)[:, -1].tolist()
-        token = (noise.uniform(*shape[1:]) * self.num_tokens).long()
+        # the product of a number just below 1 is rounded to num_tokens, which is [MASK]
+        token = (noise.uniform(*shape[1:]) * self.num_tokens).long().clamp(max=self.num_tokens - 1)
         return torch.where(noise.uniform(*shape[1:]) < c / (c + self.num_tokens * b), self.num_tokens, token)
 
     def _check(self, x: Tensor, like: Tensor, timesteps: Tensor) -> None:

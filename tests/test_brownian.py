@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Knot, Sampler
 from alphabar.sampling.brownian import BrownianNoise
+from alphabar.sampling.running import SeededNoise
 
 CPU = torch.device("cpu")
 KNOTS = [Knot(9, 0.1, 1.0), Knot(0, 1.0, 0.0)]
@@ -16,7 +17,7 @@ SCHEDULE = NoiseSchedule.scaled_linear(prediction="sample")
 
 
 def noise_of(*seeds: int, size: int = 2000) -> BrownianNoise:
-    return BrownianNoise([Generator().manual_seed(s) for s in seeds], (len(seeds), size), CPU, KNOTS)
+    return BrownianNoise(SeededNoise((len(seeds), size), seeds, CPU), KNOTS)
 
 
 def test_increments_add_up_in_any_order() -> None:
@@ -32,6 +33,12 @@ def test_increments_are_standard_normal_and_independent() -> None:
         assert abs(float(z.mean())) < 5 / math.sqrt(20_000)
         assert float(z.var()) == pytest.approx(1, abs=5 * math.sqrt(2 / 20_000))
     assert abs(float((first * second).mean())) < 5 / math.sqrt(20_000)
+
+
+@pytest.mark.parametrize("apart", [2**31, 2**32, 2**63])
+def test_all_bits_of_a_seed_make_the_path(apart: int) -> None:
+    one, other = noise_of(1)(10.0, 4.0), noise_of(1 + apart)(10.0, 4.0)
+    assert abs(float((one * other).mean())) < 5 / math.sqrt(2000)
 
 
 def test_an_image_does_not_depend_on_its_batch() -> None:
@@ -60,7 +67,7 @@ def test_samples_settle_on_one_path_and_not_without(method: str) -> None:
     assert brownian < independent / 4
 
 
-def test_zero_terminal_snr_starts_from_the_generator() -> None:
+def test_zero_terminal_snr_starts_from_independent_noise() -> None:
     schedule = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
     x = Sampler(schedule, "dpmpp_sde", 5)(lambda x, t: -x, (2, 3), seeds=[1, 2], noise="brownian")
     assert x.isfinite().all()

@@ -14,6 +14,7 @@ from alphabar.sampling import METHODS, Knot, Sampler
 from alphabar.sampling.adaptive import DPMAdaptive
 from alphabar.sampling.clipping import Clip, DynamicThreshold, clipped, resolve_clip
 from alphabar.sampling.kernel import run
+from alphabar.sampling.running import SeededNoise
 
 LINEAR = NoiseSchedule.linear()
 SHAPE = (2, 3, 4, 4)
@@ -75,10 +76,10 @@ def test_agreement_with_ddpm(
     peer_options = {"clip_sample": False, "prediction_type": prediction, "timestep_spacing": "trailing"} | options
     scheduler = exact(diffusers.DDPMScheduler(**peer_options), schedule)
     scheduler.set_timesteps(20)
-    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    noise = SeededNoise(SHAPE, [5, 6], torch.device("cpu"))
 
     def drawn(shape: Any, **_: Any) -> Tensor:  # what seeds=[5, 6] draw
-        return torch.stack([torch.randn(SHAPE[1:], generator=generator) for generator in generators]).double()
+        return noise().double()
 
     monkeypatch.setattr(module, "randn_tensor", drawn)
     theirs = peer_run(scheduler, start())

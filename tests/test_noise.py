@@ -27,6 +27,8 @@ from alphabar.noising import (
     Pyramid,
 )
 from alphabar.noising import noise as noise_module
+from alphabar.noising.counter import Draws, stream_of
+from alphabar.noising.noise_base import draw_kinds
 from oracles import SCHEDULES
 
 EPSILON, V, FLOW = SCHEDULES["scaled_linear"], SCHEDULES["ztsnr"], NoiseSchedule.flow()
@@ -48,6 +50,10 @@ def batch_of(count: int, seed: int = 0) -> Tensor:
 
 def own(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def draws_of(*index: int, step: int = 0, stream: int = 9) -> Draws:
+    return Draws(3, index or [0], step=step, stream=stream)
 
 
 def implied(noised: Noised, x0: Tensor) -> Tensor:
@@ -132,7 +138,7 @@ def test_the_default_dtype_does_not_matter(kind: str, dtype: torch.dtype) -> Non
 
 
 def parts(kind: Noise, shape: tuple[int, ...], count: int = 4000) -> Tensor:
-    return torch.stack([kind.draw(shape, own(i), 0) for i in range(count)]).double()
+    return kind.draw(shape, draws_of(*range(count))).double()
 
 
 def noises(kind: Any, shape: tuple[int, ...], count: int = 4000) -> Tensor:
@@ -151,11 +157,11 @@ def test_gaussian_noise_is_standard_normal() -> None:
 
 
 def test_offset_is_one_number_per_channel() -> None:
-    small, large = Offset(0.1).draw((3, 6, 5), own(), 0), Offset(0.4).draw((3, 6, 5), own(), 0)
-    assert torch.equal(small, 0.1 * torch.randn(3, 1, 1, generator=own()))
+    small, large = (Offset(s).draw((3, 6, 5), draws_of()) for s in (0.1, 0.4))
+    assert torch.equal(small, 0.1 * draws_of().normal(3, 1, 1))
     assert torch.allclose(large, 4 * small)
     noise = torch.randn(1, 3, 6, 5, generator=own(1))
-    assert torch.equal(Offset(0.1).apply(noise, small[None], noise), noise + small)
+    assert torch.equal(Offset(0.1).apply(noise, small, noise), noise + small)
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.1, 1.0])
@@ -186,7 +192,7 @@ def test_offset_with_a_probability() -> None:
 @pytest.mark.parametrize(("strength", "scale"), [(0.1, 0.5), (0.3, -0.5), (0.0, 1.0)])
 def test_adaptive_offset(strength: float, scale: float) -> None:
     x0, noise, kind = batch_of(6), torch.randn(6, 3, 4, 5, generator=own()), AdaptiveOffset(strength, scale)
-    part = torch.stack([kind.draw((3, 4, 5), own(i), 0) for i in range(6)])
+    part = kind.draw((3, 4, 5), draws_of(*range(6)))
     added = (kind.apply(noise, part, x0) - noise).double()
     for i, c in itertools.product(range(6), range(3)):
         s = max(0.0, strength + scale * abs(float(x0[i, c].double().mean())))
@@ -201,14 +207,15 @@ def test_adaptive_offset_of_flat_samples() -> None:
     assert out.tolist() == [pytest.approx([1.1, 2.1])]
 
 
-def reference_pyramid(shape: tuple[int, ...], kind: Pyramid, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The sum of the octaves as torch enlarges them, and the variance of each element from unit impulses."""
+def reference_pyramid(shape: tuple[int, ...], kind: Pyramid, draws: Draws) -> tuple[Tensor, Tensor]:
+    """The sum of the octaves of one sample as torch enlarges them, and the variance of each element from unit impulses."""
     mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(shape) - 1]
     total, variance = torch.zeros(shape, dtype=torch.float64), torch.ones(shape[1:], dtype=torch.float64)
     for i in range(kind.iterations):
-        r = 2 + 2 * float(torch.rand((), generator=generator, dtype=torch.float64))
+        r = 2 + 2 * float(draws.uniform())
         grid = [max(1, int(n / r**i)) for n in shape[1:]]
-        octave = torch.randn((shape[0], *grid), generator=generator).double()
+        octave = draws.normal(shape[0], *(max(1, n >> i) for n in shape[1:]))[0].double()
+        octave = octave[(slice(None), *(slice(n) for n in grid))]
         total += kind.discount**i * interpolate(octave[None], size=shape[1:], mode=mode)[0]
         impulses = torch.eye(math.prod(grid), dtype=torch.float64).view(1, -1, *grid)
         variance += kind.discount ** (2 * i) * (interpolate(impulses, size=shape[1:], mode=mode)[0] ** 2).sum(0)
@@ -220,9 +227,9 @@ def reference_pyramid(shape: tuple[int, ...], kind: Pyramid, generator: torch.Ge
 @pytest.mark.parametrize("shape", [(2, 9), (3, 8, 8), (1, 16, 6), (2, 4, 6, 5)])
 @pytest.mark.parametrize("kind", [Pyramid(), Pyramid(10, 0.9), Pyramid(1, 0.5)], ids=str)
 def test_pyramid_is_enlarged_noise_of_unit_variance(shape: tuple[int, ...], kind: Pyramid) -> None:
-    for seed in range(5):
-        part = kind.draw(shape, own(seed), 0)
-        total, variance = reference_pyramid(shape, kind, own(seed))
+    batch = kind.draw(shape, draws_of(*range(5)))
+    for seed, part in enumerate(batch):
+        total, variance = reference_pyramid(shape, kind, draws_of(seed))
         assert torch.allclose(part[:-1].double(), total, rtol=0, atol=1e-5)
         assert torch.allclose(part[-1].double(), variance.rsqrt(), rtol=1e-6, atol=0)
         noise = torch.randn(1, *shape, generator=own(seed + 9))
@@ -240,9 +247,8 @@ def test_pyramid_variance_is_one_at_every_element() -> None:
 @pytest.mark.parametrize("step", [0, 25, 100, 1000])
 def test_input_perturbation_decays_linearly(step: int) -> None:
     kind, full = InputPerturbation(0.2, decay_steps=100), InputPerturbation(0.2)
-    expected = full.draw((3, 4), own(), 0) * max(0.0, 1 - step / 100)
-    assert torch.allclose(kind.draw((3, 4), own(), step), expected)
-    assert torch.equal(full.draw((3, 4), own(), step), full.draw((3, 4), own(), 0))
+    expected = full.draw((3, 4), draws_of(step=step)) * max(0.0, 1 - step / 100)
+    assert torch.allclose(kind.draw((3, 4), draws_of(step=step)), expected)
     x0 = batch_of(4)
     noising, plain = (Noising(EPSILON, noise=one, seed=3)(x0, step=step) for one in (kind, "gaussian"))
     assert torch.equal(noising.x, plain.x) is (step >= 100)
@@ -258,6 +264,27 @@ def test_input_perturbation_variance() -> None:
     assert_mean(noised.x.double() ** 2, 1 + gamma**2, (1 + gamma**2) * math.sqrt(2))
     assert_mean(noised.x.double() * noised.noise, 1.0, math.sqrt(2 + gamma**2))  # the target's part is whole
     assert_mean(noised.noise.double() ** 2, 1.0, math.sqrt(2))
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - BATCH_WIDE))
+def test_parts_do_not_depend_on_the_batch(kind: str) -> None:
+    """To the bit, also where shapes are odd and samples have pyramids of different grids."""
+    kinds = Noising(EPSILON, noise=KINDS[kind]).noise.kinds
+    for shape in ((3, 4, 5), (2, 17, 9)):
+        whole = draw_kinds(kinds, shape, 5, list(range(23)), step=2)
+        for index in ([0], [22], [3, 19, 7]):
+            for part, row in zip(draw_kinds(kinds, shape, 5, index, step=2), whole, strict=True):
+                assert torch.equal(part, row[index])
+
+
+def test_kinds_are_independent_of_each_other() -> None:
+    """Of one name too: the second has a stream of its own, and a kind's noise is the same in any chain."""
+    one, two, other = draw_kinds([Offset(1.0), Offset(1.0), AdaptiveOffset()], (3, 2), 0, list(range(4000)), step=0)
+    for a, b in ((one, two), (one, other), (two, other)):
+        assert_mean(a.double() * b.double(), 0.0, 1.0)
+    (alone,) = draw_kinds([AdaptiveOffset()], (3, 2), 0, list(range(4000)), step=0)
+    assert torch.equal(alone, other)
+    assert len({stream_of(name, k) for name in NOISES for k in range(4)}) == 4 * len(NOISES)
 
 
 # the assignment

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from alphabar.sampling import Sampler
 from alphabar.sampling.adaptive import DPMAdaptive
 from alphabar.sampling.learned_variance import LearnedVariance
 from alphabar.sampling.repaint import RePaint
-from alphabar.sampling.running import SeededNoise
+from alphabar.sampling.running import SeededNoise, checked_shape
 from alphabar.sampling.score_sde import PredictorCorrector
 from alphabar.sampling.table import Evaluation
 
@@ -180,11 +181,56 @@ def test_cfg_plus_plus_without_guidance_is_ddim(clip: float | None) -> None:
 # noise
 
 
-def test_every_image_has_a_generator() -> None:
-    noise = SeededNoise((3, 2, 5), [5, 6, 7], torch.device("cpu"))
-    first, uniform, second = noise(), noise.uniform(4, 2), noise()
+def draws_of(shape: tuple[int, ...], seeds: Any) -> list[Tensor]:
+    noise = SeededNoise(shape, seeds, torch.device("cpu"))
+    return [noise(), noise.uniform(4, 2), noise()]
+
+
+def test_an_image_is_told_by_its_seed_alone() -> None:
+    batch = draws_of((3, 2, 5), [5, 6, 7])
     for i, seed in enumerate((5, 6, 7)):
-        generator = torch.Generator().manual_seed(seed)
-        assert torch.equal(first[i], torch.randn(2, 5, generator=generator))
-        assert torch.equal(uniform[i], torch.rand(4, 2, generator=generator))
-        assert torch.equal(second[i], torch.randn(2, 5, generator=generator))
+        for drawn, alone in zip(batch, draws_of((1, 2, 5), seed), strict=True):
+            assert torch.equal(drawn[i], alone[0])
+    assert not torch.equal(batch[0], batch[2])  # another draw
+    assert all(torch.equal(a, b) for a, b in zip(batch, draws_of((3, 2, 5), 5), strict=True))  # counted up
+
+
+SEEDS = {
+    "numpy": (np.int64(5), 5),
+    "numpy array": (np.array([5, 6, 7], dtype=np.uint8), 5),
+    "tensor": (torch.tensor([5, 6, 7]), 5),
+    "scalar tensor": (torch.tensor(5), 5),
+    "negative": (-1, [2**64 - 1, 0, 1]),  # as torch has it, and counted up over the end
+    "tuple": ((2**64 - 1, -(2**63), 0), [2**64 - 1, 2**63, 0]),
+}
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_what_is_an_integer_is_a_seed(name: str) -> None:
+    given, same = SEEDS[name]
+    assert all(torch.equal(a, b) for a, b in zip(draws_of((3, 2), given), draws_of((3, 2), same), strict=True))
+
+
+@pytest.mark.parametrize("seed", [True, np.True_, 1.0, "1", [1, 2.5, 3], [True, 1, 2]])
+def test_what_is_no_integer_is_no_seed(seed: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"^a seed must be an integer, got |^need one seed for each"):
+        draws_of((3, 2), seed)
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, [0, 1, 2**64]])
+def test_seeds_of_more_than_64_bits(seed: Any) -> None:
+    with pytest.raises(ValueError, match=r"^a seed has 64 bits, -2\^63 \.\.\. 2\^64 - 1, got "):
+        draws_of((3, 2), seed)
+
+
+def test_all_64_bits_of_a_seed_count() -> None:
+    seen = [draws_of((1, 8), 5 + (1 << bit)) for bit in range(64)] + [draws_of((1, 8), 5)]
+    for drawn in zip(*seen, strict=True):
+        assert len({values.numpy().tobytes() for values in drawn}) == 65
+
+
+def test_shapes_of_numpy_integers() -> None:
+    assert checked_shape(np.array([2, 3])) == checked_shape((np.int32(2), 3)) == (2, 3)
+    for shape in ((2, True), (2, np.int64(0)), (2, 3.0)):
+        with pytest.raises(ValueError, match=r"^the shape must be \(batch, \.\.\.\) of positive integers, got "):
+            checked_shape(shape)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import METHODS, Knot, Method, Sampler, guide, resolve_method
 from alphabar.sampling.kernel import combine, run
+from alphabar.sampling.running import SeededNoise
 from oracles import SCHEDULES, allowed
 
 SHAPE = (3, 2, 4)
@@ -59,7 +60,7 @@ def perfect(schedule: NoiseSchedule, x0: Tensor) -> Callable[[Tensor, Tensor], T
 
 
 def noise_of(*seeds: int) -> Tensor:
-    return torch.stack([torch.randn(SHAPE[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return SeededNoise((len(seeds), *SHAPE[1:]), seeds, torch.device("cpu"))()
 
 
 # names

@@ -33,6 +33,7 @@ from alphabar.callbacks import ScheduleCheckpoint, ValidationSampling, drawing
 from alphabar.callbacks.entering import Entrance, entrance_of
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Sampler
+from alphabar.sampling.running import SeededNoise
 from alphabar.training.images import image_grid, to_pixels
 from callbacks_toy import SCHEDULE, SHAPE, Toy, files, fresh, grids, loader, one_thread, train, trainer, weights
 
@@ -248,7 +249,7 @@ def test_precision_is_that_of_training(tmp_path: Path, precision: Any, dtype: to
     previews = ValidationSampling("euler", steps=2, num_images=2, conditioning=label, on_error="raise")
     train(tmp_path, previews, module=Seen(), max_epochs=1, precision=precision)
     assert set(seen) == {(dtype, torch.int64, dtype, precision == "bf16-mixed")}
-    noise = torch.stack([torch.randn(SHAPE, generator=torch.Generator().manual_seed(i)) for i in range(2)])
+    noise = SeededNoise((2, *SHAPE), 0, torch.device("cpu"))()
     torch.testing.assert_close(starts[0], noise.to(dtype), rtol=0, atol=0)  # drawn in float32, whatever the precision
 
 

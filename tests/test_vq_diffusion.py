@@ -11,6 +11,7 @@ from diffusers import VQDiffusionScheduler
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from alphabar.sampling.running import SeededNoise
 from alphabar.sampling.vq_diffusion import TokenSchedule, VQDiffusion
 
 K, T = 4, 6
@@ -284,11 +285,10 @@ def test_agreement_with_the_peer_s_steps(monkeypatch: pytest.MonkeyPatch) -> Non
         position = torch.arange(8.0).view(1, 1, -1)
         return torch.sin(position + torch.arange(K).view(1, -1, 1) + (x == K).sum(1).view(-1, 1, 1))
 
-    generator = torch.Generator().manual_seed(4)
+    noise = SeededNoise((1, 8), 4, torch.device("cpu"))
 
     def gumbel_noised(logits: Tensor, _: Any) -> Tensor:
-        u = torch.empty(1, K + 1, 8)  # what seeds=4 draws, also where the peer has no logit for [MASK]
-        u[0].uniform_(generator=generator)
+        u = noise.uniform(K + 1, 8)  # what seeds=4 draws, also where the peer has no logit for [MASK]
         return logits - (-u.log()).log()[:, : logits.shape[1]]
 
     monkeypatch.setattr(module, "gumbel_noised", gumbel_noised)
