@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .curves import Curve, check_times, evaluation_dtype, require_factor
+from .curves import Curve, check_times, evaluation_dtype, require_count, require_factor, require_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class Flow(Curve):
     shift: float = 1.0
 
     def __post_init__(self) -> None:
+        require_count(self.num_train_timesteps)
         require_factor("shift", self.shift, "1 is no shift, SD3 uses 3")
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -76,8 +77,9 @@ class VariancePreserving(Curve):
     snr_shift_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        require_count(self.num_train_timesteps)
         require_factor("snr_shift_scale", self.snr_shift_scale, "1 is no shift")
-        if not 0 < self.beta_min < self.beta_max or not 0 <= self.eps < 1:
+        if not 0 < self.beta_min < self.beta_max or not 0 <= self.eps <= 1 - 1e-6:
             raise ValueError(
                 f"need 0 < beta_min < beta_max and 0 <= eps < 1, got {self.beta_min}, {self.beta_max}, {self.eps}"
             )
@@ -169,8 +171,8 @@ class VarianceExploding(Curve):
     sigma_max: float = 1348.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(f"need 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
+        require_count(self.num_train_timesteps, least=2)
+        require_range(self.sigma_min, self.sigma_max)
 
     def alpha(self, t: Tensor) -> Tensor:
         check_times(self, t)
@@ -220,8 +222,11 @@ class Karras(Curve):
     rho: float = 7.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma_min < self.sigma_max or not self.sigma_data > 0 or not self.rho > 0:
-            raise ValueError(f"need 0 < sigma_min < sigma_max and positive sigma_data and rho, got {self}")
+        require_count(self.num_train_timesteps, least=2)
+        require_range(self.sigma_min, self.sigma_max)
+        require_factor("sigma_data", self.sigma_data, "EDM uses 0.5")
+        if not 0.5 <= self.rho <= 100:
+            raise ValueError(f"rho must lie between 0.5 and 100, got {self.rho}; EDM uses 7")
 
     @property
     def t_min(self) -> float:
@@ -280,6 +285,13 @@ class Cosine(Curve):
 
     kind: ClassVar[str] = "cosine"
     log_snr_shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_count(self.num_train_timesteps)
+        if not abs(self.log_snr_shift) <= 60:
+            raise ValueError(
+                f"log_snr_shift must lie between -60 and 60, got {self.log_snr_shift}; 0 is none, 2 log(64 / d) is for d pixels"
+            )
 
     def alpha(self, t: Tensor) -> Tensor:
         return self._levels(t)[0]

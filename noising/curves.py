@@ -20,6 +20,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .registry import shown
+
+MAX_TIMESTEPS = 1_000_000  # of training; tables have an entry for each
+MAX_LEVEL = 1e12  # of σ and of a shift: float32 holds its square, and what it leaves of α
+LEAST_ALPHA = 1e-30  # but for 0 itself, pure noise at the last time: float32 holds it
+
 
 @dataclass(frozen=True)
 class Curve(ABC):
@@ -140,14 +146,18 @@ def evaluation_dtype(t: Tensor) -> torch.dtype:
 
 
 def require_factor(name: str, value: float, advice: str = "1 changes nothing") -> float:
-    """Return a factor that is positive and finite as a float; another is a ValueError.
+    """Return a factor that is positive and finite as a float, at most 1e12 and at least 1e-12; another is a ValueError.
 
     >>> require_factor("factor", 0)
     Traceback (most recent call last):
     ValueError: factor must be positive and finite, got 0; 1 changes nothing
     """
     if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value}; {advice}")
+        raise ValueError(f"{name} must be positive and finite, got {shown(value)}; {advice}")
+    if not 1 / MAX_LEVEL <= value <= MAX_LEVEL:
+        raise ValueError(
+            f"{name} must lie between {1 / MAX_LEVEL:g} and {MAX_LEVEL:g}, got {shown(value)}: float32 holds no such levels"
+        )
     return float(value)
 
 
@@ -162,6 +172,35 @@ def may_look_at(values: Tensor) -> bool:
     if torch.compiler.is_compiling() or values.device.type != "cpu" or not values.numel():
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(values)
+
+
+def require_range(sigma_min: float, sigma_max: float) -> None:
+    """Refuse a range of σ that is empty, or that float32 does not hold with its squares.
+
+    >>> require_range(0.002, 1e30)
+    Traceback (most recent call last):
+    ValueError: need 1e-12 <= sigma_min < sigma_max <= 1e+12, got 0.002 and 1e+30
+    """
+    if not 1 / MAX_LEVEL <= sigma_min < sigma_max * (1 - 1e-6) or not sigma_max <= MAX_LEVEL:
+        raise ValueError(
+            f"need {1 / MAX_LEVEL:g} <= sigma_min < sigma_max <= {MAX_LEVEL:g}, got {shown(sigma_min)} and {shown(sigma_max)}"
+        )
+
+
+def require_count(count: int, least: int = 1) -> int:
+    """Return a number of training timesteps, or raise ValueError where it is none.
+
+    >>> require_count(10**12)
+    Traceback (most recent call last):
+    ValueError: num_train_timesteps must be at most 1000000, got 1000000000000; 1000 is usual
+    """
+    if isinstance(count, float) and not math.isfinite(count):
+        raise ValueError(f"num_train_timesteps must be a whole number, got {count}; 1000 is usual")
+    if int(count) < least:
+        raise ValueError(f"num_train_timesteps must be at least {least}, got {shown(count)}")
+    if int(count) > MAX_TIMESTEPS:
+        raise ValueError(f"num_train_timesteps must be at most {MAX_TIMESTEPS}, got {shown(count)}; 1000 is usual")
+    return int(count)
 
 
 def check_times(curve: Curve, t: Tensor) -> None:

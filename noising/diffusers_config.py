@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .continuous import Flow
+from .diffusers_keys import checked_config
 from .discrete import Discrete
 from .shifts import token_shift
 
@@ -192,6 +193,7 @@ def from_diffusers(config: Mapping[str, Any], tokens: int | None = None) -> Nois
         raise ValueError(
             "not a diffusers scheduler config: none of _class_name, beta_schedule, prediction_type stands in it"
         )
+    config = checked_config(config)
     name = str(config.get("_class_name", ""))
     flow_sigmas = name in _READ_FLOW_SHIFT and config.get("use_flow_sigmas", False)
     if name in _READ_SHIFT or flow_sigmas:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .betas import BETA_SCHEDULES
-from .curves import Curve, check_times, evaluation_dtype, require_factor
+from .curves import MAX_TIMESTEPS, Curve, check_times, evaluation_dtype, require_count, require_factor
 from .registry import lookup
 
+LEAST_BETA = 1e-12  # σ = 1e-6, of which float32 still tells α apart from σ
 TRAINED = "trained_betas"  # the name of a schedule whose betas are given one by one
 
 
@@ -58,6 +59,8 @@ class Discrete(Curve):
         rescaled_snr_shift_scale: float = 1.0,
     ) -> None:
         if trained_betas is not None:
+            if len(trained_betas) > MAX_TIMESTEPS:
+                raise ValueError(f"trained_betas must be at most {MAX_TIMESTEPS}, got {len(trained_betas)}")
             trained_betas = tuple(float(b) for b in trained_betas)
             beta_schedule, num_train_timesteps = TRAINED, len(trained_betas)
             beta_start, beta_end = (trained_betas[0], trained_betas[-1]) if trained_betas else (0.0, 0.0)
@@ -67,7 +70,7 @@ class Discrete(Curve):
             "beta_schedule": beta_schedule,
             "beta_start": float(beta_start),
             "beta_end": float(beta_end),
-            "num_train_timesteps": int(num_train_timesteps),
+            "num_train_timesteps": require_count(num_train_timesteps, least=2),
             "trained_betas": trained_betas,
             "rescale_betas_zero_snr": bool(rescale_betas_zero_snr),
             "snr_shift_scale": require_factor("snr_shift_scale", snr_shift_scale, "1 is no shift, CogVideoX-2b uses 3"),
@@ -75,17 +78,10 @@ class Discrete(Curve):
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
-        if self.num_train_timesteps < 2:
-            raise ValueError(f"num_train_timesteps must be at least 2, got {num_train_timesteps}")
-        bad = [(i, b) for i, b in enumerate(self.betas().tolist()) if not 0 < b <= 1]
-        if bad:
-            raise ValueError(
-                f"betas must lie in (0, 1], got {bad[0][1]} at index {bad[0][0]}; check beta_start and beta_end"
-            )
-        if 1.0 in self.betas()[:-1].tolist():
-            raise ValueError(
-                "only the last beta may be 1 (zero terminal SNR); an earlier one leaves pure noise ever after"
-            )
+        for name, value in (("beta_start", self.beta_start), ("beta_end", self.beta_end)):
+            if not 0 <= value <= 1 and trained_betas is None:  # the square root of a negative one is no number
+                raise ValueError(f"betas must lie in (0, 1], got {value} as {name}; 0.0001 to 0.02 is usual")
+        _require_betas(self.betas())
         self._tabulate()
 
     def _tabulate(self) -> None:
@@ -177,6 +173,18 @@ class Discrete(Curve):
         if self.rescale_betas_zero_snr:
             return replace(self, rescaled_snr_shift_scale=self.rescaled_snr_shift_scale * scale)
         return replace(self, snr_shift_scale=self.snr_shift_scale * scale)
+
+
+def _require_betas(betas: Tensor) -> None:
+    bad = ((betas >= LEAST_BETA) & (betas <= 1)).logical_not_().nonzero().flatten()
+    if len(bad):
+        i = int(bad[0])
+        value = float(betas[i])
+        advice = f"below {LEAST_BETA:g} it adds no noise" if 0 < value < 1 else "check beta_start and beta_end"
+        raise ValueError(f"betas must lie in (0, 1], got {value} at index {i}; {advice}")
+    ones = (betas[:-1] == 1).any()
+    if bool(ones):
+        raise ValueError("only the last beta may be 1 (zero terminal SNR); an earlier one leaves pure noise ever after")
 
 
 @dataclass(frozen=True)

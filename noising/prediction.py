@@ -16,10 +16,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from inspect import signature
 from typing import Any, ClassVar, TypeVar
 
 import torch
 
+from .config_reading import mapping, settings
 from .registry import lookup
 
 Number = TypeVar("Number", float, torch.Tensor)
@@ -161,8 +163,7 @@ class KarrasF(Prediction):
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
-        if not self.sigma_data > 0:
-            raise ValueError(f"sigma_data must be positive, got {self.sigma_data}; EDM uses 0.5 for images in [-1, 1]")
+        _require_positive("sigma_data", self.sigma_data, "EDM uses 0.5 for images in [-1, 1]")
 
     def coefficients(self, alpha: Any, sigma: Any) -> tuple[Any, Any]:
         d = self.sigma_data
@@ -187,10 +188,8 @@ class Consistency(Prediction):
     sigma_min: float = 0.002
 
     def __post_init__(self) -> None:
-        if not self.sigma_data > 0 or not self.sigma_min > 0:
-            raise ValueError(
-                f"sigma_data and sigma_min must be positive, got {self.sigma_data} and {self.sigma_min}; the paper uses 0.5 and 0.002"
-            )
+        _require_positive("sigma_data", self.sigma_data, "the paper uses 0.5")
+        _require_positive("sigma_min", self.sigma_min, "the paper uses 0.002")
 
     def coefficients(self, alpha: Any, sigma: Any) -> tuple[Any, Any]:
         d = self.sigma_data
@@ -199,6 +198,11 @@ class Consistency(Prediction):
         # F = ((1 - c_skip) x_0 - c_skip s ε) / c_out, written in α and σ
         scale = (sigma**2 + (alpha * d) ** 2) ** 0.5 / (above**2 + (alpha * d) ** 2)
         return scale * above / d, -scale * alpha * sigma * d / above
+
+
+def _require_positive(name: str, value: float, advice: str) -> None:
+    if not 1e-12 <= value <= 1e12:  # of which float32 holds the square
+        raise ValueError(f"{name} must be positive, got {value}; {advice}, and float32 holds 1e-12 to 1e12")
 
 
 PREDICTIONS: Mapping[str, type[Prediction]] = {
@@ -219,6 +223,6 @@ def resolve_prediction(prediction: str | Mapping[str, Any] | Prediction) -> Pred
     """
     if isinstance(prediction, Prediction):
         return prediction
-    parameters = dict(prediction) if isinstance(prediction, Mapping) else {"name": prediction}
+    parameters = mapping("the prediction type", prediction) if isinstance(prediction, Mapping) else {"name": prediction}
     kind = lookup("prediction type", parameters.pop("name", None), PREDICTIONS)
-    return kind(**parameters)
+    return kind(**settings(f"prediction type {kind.name}", kind, parameters, signature(kind).parameters))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .config_reading import read_json
 from .diffusers_config import from_diffusers, to_diffusers
 from .files import write_atomically
 
@@ -38,10 +39,12 @@ def load_schedule(folder: Path, tokens: int | None = None) -> NoiseSchedule:
     found = {name: read_json(folder / name) for name in (EXACT_NAME, CONFIG_NAME) if (folder / name).is_file()}
     if not found:
         raise FileNotFoundError(f"no schedule in {str(folder)!r}: neither {EXACT_NAME} nor {CONFIG_NAME} is there")
-    loaded = {
-        name: NoiseSchedule.from_config(config) if name == EXACT_NAME else from_diffusers(config, tokens)
-        for name, config in found.items()
-    }
+    loaded = {}
+    for name, config in found.items():
+        try:
+            loaded[name] = NoiseSchedule.from_config(config) if name == EXACT_NAME else from_diffusers(config, tokens)
+        except ValueError as error:
+            raise ValueError(f"{str(folder / name)!r}: {error}") from error
     if len(loaded) == 2 and not _mean_the_same(*loaded.values()):
         raise ValueError(
             f"the two files in {str(folder)!r} contradict each other: {EXACT_NAME} says {loaded[EXACT_NAME]}, "
@@ -60,20 +63,3 @@ def _mean_the_same(a: NoiseSchedule, b: NoiseSchedule) -> bool:
         b.num_train_timesteps,
     )
     return alike and torch.allclose(a.alphas_cumprod, b.alphas_cumprod, rtol=1e-9, atol=1e-15)
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file; a corrupt one is a ValueError that names it.
-
-    >>> import tempfile
-    >>> path = write_atomically(Path(tempfile.mkdtemp(), "a.json"), "{")
-    >>> read_json(path)  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    ValueError: ...a.json' is not valid JSON (...); restore it from a checkpoint, or write it anew with save_pretrained
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{str(path)!r} is not valid JSON ({error}); restore it from a checkpoint, or write it anew with save_pretrained"
-        ) from error

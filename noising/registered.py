@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
+from .config_reading import mapping, settings
 from .continuous import Cosine, Flow, Karras, SubVariancePreserving, VarianceExploding, VariancePreserving
 from .curves import Curve
 from .discrete import Discrete
@@ -27,14 +28,20 @@ def curve_from_config(config: Mapping[str, Any]) -> Curve:
     >>> curve_from_config({"kind": "flow", "shift": 3.0})
     Flow(num_train_timesteps=1000, shift=3.0)
     """
-    values = dict(config)
+    values = mapping("the curve", config)
     kind = lookup("curve", values.pop("kind", None), {**CURVES, Truncated.kind: Truncated})
-    for key in values:
-        lookup(f"setting of a {kind.kind} curve", key, signature(kind).parameters)
+    known = signature(kind).parameters
+    values = settings(f"a {kind.kind} curve", kind, values, known)
+    missing = [name for name, parameter in known.items() if parameter.default is parameter.empty and name not in values]
+    if missing:
+        of = "the config of what it is a part of under 'curve', and " if kind is Truncated else ""
+        raise ValueError(f"a {kind.kind} curve needs {of}{', '.join(map(repr, missing))}, got {sorted(values)}")
+    betas, count = values.get("trained_betas"), values.get("num_train_timesteps")
+    if betas is not None and count not in (None, len(betas)):
+        raise ValueError(f"num_train_timesteps says {count}, but there are {len(betas)} trained_betas; remove one of the two")
     if kind is Truncated:
-        if not isinstance(values.get("curve"), Mapping):
-            raise ValueError(
-                f"a truncated curve needs the config of what it is a part of under 'curve', got {sorted(values)}"
-            )
-        values["curve"] = curve_from_config(values["curve"])
+        whole = mapping("the curve of a truncated one", values["curve"])
+        if whole.get("kind") == Truncated.kind:
+            raise ValueError("a part of a part of a curve is written as one part; give the whole curve under 'curve'")
+        values["curve"] = curve_from_config(whole)
     return kind(**values)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -19,15 +20,18 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
+from .config_reading import mapping, whole, word
 from .constructors import Constructors
-from .curves import Curve
+from .curves import LEAST_ALPHA, Curve
 from .prediction import Prediction, resolve_prediction
 from .registered import curve_from_config
+from .registry import shown, unknown
 from .shapes import require_same_shape
 from .shifts import resolution_shift, token_shift
 from .truncated import truncate
 
 VERSION = 1  # of the config format
+_KEYS = ("version", "curve", "prediction", "fingerprint")
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,18 @@ class NoiseSchedule(Constructors):
             raise TypeError(_no_curve(curve))
         object.__setattr__(self, "curve", curve)
         object.__setattr__(self, "prediction", resolve_prediction(prediction))
+        self._require_levels()
         self._require_well_posed()
+
+    def _require_levels(self) -> None:
+        count = self.curve.num_train_timesteps
+        last = self.curve.time_at_index(torch.tensor([max(count - 2, 0), count - 1], dtype=torch.float64))
+        before, final = self.curve.alpha(last.clamp(self.curve.t_min, self.curve.t_max)).tolist()
+        if min(before, final or before) < LEAST_ALPHA and count > 1:
+            raise ValueError(
+                f"alpha is {before:g} and {final:g} at the last two of {count} timesteps, less than the {LEAST_ALPHA:g} that "
+                "float32 holds with its powers; add less noise, or the same in fewer timesteps"
+            )
 
     def _require_well_posed(self) -> None:
         end = torch.tensor(self.curve.t_max, dtype=torch.float64)
@@ -326,17 +341,20 @@ class NoiseSchedule(Constructors):
         if (
             not isinstance(config, Mapping)
             or not isinstance(config.get("curve"), Mapping)
-            or "prediction" not in config
+            or not isinstance(config.get("prediction"), str | Mapping)
         ):
             raise ValueError(
                 f"not a noise schedule config: expected the keys 'curve' and 'prediction', got {_shown(config)}"
             )
-        if config.get("version", VERSION) != VERSION:
+        config = mapping("a noise schedule config", config)
+        if whole("version", config.get("version", VERSION)) != VERSION:
             raise ValueError(
-                f"noise schedule config of version {config['version']}, this alphabar reads version {VERSION}; update alphabar"
+                f"noise schedule config of version {shown(config['version'])}, this alphabar reads version {VERSION}; update alphabar"
             )
+        for key in config.keys() - set(_KEYS):
+            warnings.warn(f"{unknown('key of a noise schedule config', key, _KEYS)}; it is left out", stacklevel=2)
         schedule = cls(curve_from_config(config["curve"]), config["prediction"])
-        written = config.get("fingerprint", schedule.fingerprint)
+        written = word("fingerprint", config.get("fingerprint", schedule.fingerprint))
         if written != schedule.fingerprint:
             raise ValueError(
                 f"the noise schedule config says fingerprint {written[:12]} but describes {schedule.fingerprint[:12]} ({schedule}); "
@@ -412,4 +430,6 @@ def _no_curve(given: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    return f"keys {sorted(map(str, value))}" if isinstance(value, Mapping) else repr(value)[:80]
+    if not isinstance(value, Mapping):
+        return shown(value)
+    return f"keys {sorted(map(shown, value))}" if len(value) <= 20 else f"{len(value)} keys"

@@ -61,4 +61,4 @@ def token_shift(
     mu = base_shift + (tokens - base_tokens) * (max_shift - base_shift) / (max_tokens - base_tokens)
     if kind not in ("exponential", "linear"):
         raise ValueError(f"unknown kind of shift {kind!r}; 'exponential' takes e^mu, 'linear' mu")
-    return require_factor("the shift", math.exp(mu) if kind == "exponential" else mu, "check base_shift and max_shift")
+    return require_factor("the shift", math.exp(min(mu, 700.0)) if kind == "exponential" else mu, "check base_shift and max_shift")

@@ -11,6 +11,8 @@ from torch import Tensor
 from .continuous import Karras
 from .curves import Curve, check_times
 
+SHORTEST = 1e-6  # of the whole: float32 tells no shorter part's times apart
+
 
 @dataclass(frozen=True, kw_only=True)
 class Truncated(Curve):
@@ -130,6 +132,8 @@ def _require_inside(curve: Curve, first: float, last: float) -> None:
         raise ValueError(
             f"a part of this {curve.kind} schedule needs {curve.t_min:g} <= first < last <= {curve.t_max:g}, got {first:g} and {last:g}"
         )
+    if last - first < SHORTEST * (curve.t_max - curve.t_min):
+        raise ValueError(f"a part of this {curve.kind} schedule from {first} to {last} is too short for any step")
     if curve.is_discrete and (math.floor(first) != first or math.floor(last) != last):
         raise ValueError(
             f"a part of a discrete schedule begins and ends at whole timesteps, got {first:g} and {last:g}"
