@@ -42,6 +42,7 @@ from alphabar.noising.files import require_writable, write_atomically
 from alphabar.noising.pretrained import CONFIG_NAME, from_diffusers, to_diffusers
 from alphabar.sampling import Sampler
 from alphabar.training import add_noising_arguments, noising_from_arguments
+from alphabar.training.checkpoints import SCHEDULE_KEY, schedule_of
 from alphabar.training.images import image_grid, png_bytes, to_pixels
 
 _AUGMENT, _ENCODE, _CAPTION = 101, 102, 103  # streams of the seed, beside those of the noising
@@ -362,7 +363,7 @@ class Run:
         if self.accelerator.is_main_process:
             parts = {
                 "place": vars(self.place),
-                "schedule": self.plan.schedule.to_config(),
+                SCHEDULE_KEY: self.plan.schedule.to_config(),
                 "objective": trained_state(self.accelerator.unwrap_model(self.objective)),
                 "optimizer": self.optimizer.optimizer.state_dict(),
                 "lr_scheduler": self.schedule.state_dict(),
@@ -375,7 +376,7 @@ class Run:
 
     def load(self, path: Path) -> None:
         parts = torch.load(path, map_location="cpu", weights_only=True)
-        trained = NoiseSchedule.from_config(parts["schedule"])
+        trained = schedule_of(parts, path)
         if trained.fingerprint != self.plan.schedule.fingerprint:
             raise ValueError(
                 f"{str(path)!r} was trained on {trained}, and this run is on {self.plan.schedule}; give the flags of that run"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from alphabar.training import EMA_PROFILES, Constant, EMAProfile, HalfLife, Inve
 from alphabar.training.cli import main
 from alphabar.training.ema import gamma_of_sigma_rel, resolve_ema_profile, sigma_rel_of_gamma
 from alphabar.training.posthoc import (
+    FORMAT,
     inner_product,
     plan_posthoc,
     posthoc_coefficients,
@@ -209,11 +211,34 @@ def test_command(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     folder, _ = run
     out = tmp_path / "new" / "x.safetensors"
     assert main(["ema", str(folder), "--sigma_rel", "0.07", "--out", str(out)]) == 0
-    assert "sigma_rel 0.07 at step 2000 from 80 snapshots, profile matched to 0." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "sigma_rel 0.07 at step 2000 from 80 snapshots, off the profile that was asked for by 0." in said
+    assert "weights alone" in said and "--checkpoint" in said
     for name, value in posthoc_ema(folder, 0.07).items():
         assert torch.equal(load_file(out)[name], value)
-    assert main(["ema", str(folder), "--sigma_rel", "0.002", "--out", str(out)]) == 0
-    assert "too far apart for this average" in capsys.readouterr().out
+    assert main(["ema", str(folder), "--sigma_rel", "0.05", "--out", str(out)]) == 0
+    assert "exactly the average that was asked for" in capsys.readouterr().out
     assert main(["ema", str(folder), "--sigma_rel", "0.5", "--out", str(out)]) == 2
     assert main(["ema", str(tmp_path / "none"), "--sigma_rel", "0.1", "--out", str(out)]) == 2
     assert "sigma_rel must lie between" in capsys.readouterr().err
+
+
+def test_an_average_that_the_snapshots_do_not_give_is_refused_unless_accepted(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = run
+    out = tmp_path / "x.safetensors"
+    command = ["ema", str(folder), "--sigma_rel", "0.002", "--out", str(out)]
+    assert main(command) == 2 and not out.exists()
+    error = capsys.readouterr().err
+    found = re.search(r"the nearest one is off by \d+% of its profile.* accept it with --max_error ([\d.]+)\n", error)
+    assert found is not None and error.count("\n") == 1
+    assert main([*command, "--max_error", found[1]]) == 0
+    assert out.is_file() and "off the profile that was asked for by" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("metadata", [{"step": "-1"}, {"step": "1" * 5000}, {"gamma": "nan"}, {"gamma": "-3"}, {"gamma": "x"}])
+def test_snapshots_that_say_nonsense_are_named(tmp_path: Path, metadata: dict[str, str]) -> None:
+    save_file({"w": torch.ones(1)}, tmp_path / "a.safetensors", {"format": FORMAT, "step": "1", "gamma": "7.0"} | metadata)
+    with pytest.raises(ValueError, match=r"a\.safetensors' is damaged"):
+        read_snapshots(tmp_path)

@@ -1,13 +1,17 @@
 """Training: a LightningModule, command-line flags, checkpoints that can be sampled from, averages, the console command."""
 
+from typing import TYPE_CHECKING, Any
+
 from .arguments import add_noising_arguments, noising_from_arguments, schedule_from_arguments
 from .checkpoints import schedule_from_checkpoint
 from .ema import EMA_PROFILES, Constant, EMAProfile, HalfLife, InverseGamma, PowerFunction, Warmup
 from .inspection import inspect_path
 from .loading import load_checkpoint
-from .module import DiffusionModule
 from .posthoc import posthoc_ema, save_snapshot
 from .safetensors_files import write_markers
+
+if TYPE_CHECKING:
+    from .module import DiffusionModule
 
 __all__ = [
     "EMA_PROFILES",
@@ -28,3 +32,12 @@ __all__ = [
     "schedule_from_checkpoint",
     "write_markers",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Lightning takes seconds and 200 MiB, which the console command and argparse scripts need not spend
+    if name != "DiffusionModule":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .module import DiffusionModule
+
+    return DiffusionModule

@@ -8,7 +8,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -17,6 +17,8 @@ from .sidecars import SUBFOLDER, holds_schedule, own_sidecar, read_sidecar, side
 from .storage import Folder
 
 SCHEDULE_KEY = "noise_schedule"  # top level, so that it is readable without knowing the class that wrote it
+OLD_SCHEDULE_KEY = "schedule"  # of examples/finetune_text_to_image.py, before it took the key above
+MAX_PICKLE = 256 << 20  # bytes of a checkpoint that are no tensors: hyperparameters, states of loaders and loops
 SHARDED_NAME = "meta.pt"  # in the folder of a sharded checkpoint: all but the tensors that are sharded
 
 
@@ -80,13 +82,26 @@ def embedded_schedule(
     >>> embedded_schedule({"state_dict": {}}) is None
     True
     """
-    if SCHEDULE_KEY not in checkpoint:
+    key = schedule_key(checkpoint)
+    if key is None:
         return None
     try:
-        return NoiseSchedule.from_config(checkpoint[SCHEDULE_KEY])
-    except (ValueError, TypeError) as error:
+        return NoiseSchedule.from_config(checkpoint[key])
+    except ValueError as error:
         where = f"of {str(path)!r} " if path is not None else ""
-        raise ValueError(f"the checkpoint's {SCHEDULE_KEY!r} {where}cannot be read: {error}") from error
+        raise ValueError(f"the checkpoint's {key!r} {where}cannot be read: {error}") from error
+
+
+def schedule_key(checkpoint: Mapping[str, Any]) -> str | None:
+    """Return the key under which a checkpoint says its schedule; None where it does not.
+
+    >>> schedule_key({"schedule": NoiseSchedule.flow().to_config()}), schedule_key({"schedule": "cosine"})
+    ('schedule', None)
+    """
+    if SCHEDULE_KEY in checkpoint:
+        return SCHEDULE_KEY
+    old = checkpoint.get(OLD_SCHEDULE_KEY)  # a word that others use for other things
+    return OLD_SCHEDULE_KEY if isinstance(old, Mapping) and {"curve", "prediction"} <= set(old) else None
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -108,16 +123,54 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not local.is_file():
         what = "a folder, not a checkpoint file," if local.is_dir() else "no checkpoint"
         raise FileNotFoundError(f"{what} at {str(path)!r}")
-    local.open("rb").close()  # a file that may not be read says so itself
-    # files of the format before torch 1.6 cannot be mapped
-    return _loaded(local, path, mmap=zipfile.is_zipfile(local))
+    with local.open("rb") as file:  # one that may not be read says so itself
+        # files of the format before torch 1.6 cannot be mapped
+        mmap = _require_honest(file, path)
+    return _loaded(local, path, mmap)
 
 
 def _loaded_from(folder: Folder, name: str, path: str | os.PathLike[str]) -> dict[str, Any]:
     content = folder.read(name) if folder.has(name) else folder.read(f"{name}/{SHARDED_NAME}")
     if content is None:
         raise FileNotFoundError(f"no checkpoint at {str(path)!r}")
+    _require_honest(io.BytesIO(content), path)
     return _loaded(io.BytesIO(content), path, mmap=False)
+
+
+def _require_honest(file: IO[bytes], path: str | os.PathLike[str]) -> bool:
+    """Refuse a file that would take more memory than it has bytes; return whether it is a zip archive, as torch writes.
+
+    torch stores and never compresses, so an archive that promises more than its own size is none of torch's. A bytearray
+    is the one plain value of which a few bytes can ask for any amount.
+    """
+    size = file.seek(0, os.SEEK_END)
+    if not zipfile.is_zipfile(file):
+        file.seek(0)
+        head = file.read(MAX_PICKLE)
+        _require_no_bytearray(head, path)
+        return False
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            packed = [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+            if packed or sum(entry.file_size for entry in entries) > size:
+                raise ValueError(
+                    f"{str(path)!r} is an archive that unpacks to more than its {size} bytes, which torch.save never writes; "
+                    "take the file that the training wrote"
+                )
+            for entry in entries:
+                if entry.filename.endswith(".pkl"):
+                    if entry.file_size > MAX_PICKLE:
+                        raise ValueError(f"{str(path)!r} has {entry.file_size} bytes of values beside its tensors; at most {MAX_PICKLE}")
+                    _require_no_bytearray(archive.read(entry), path)
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(path)!r} {_reason(error)}") from error
+    return True
+
+
+def _require_no_bytearray(pickled: bytes, path: str | os.PathLike[str]) -> None:
+    if b"bytearray\n" in pickled or b"\x09bytearray" in pickled:
+        raise ValueError(f"{str(path)!r} {_reason(ValueError('GLOBAL bytearray'))}")
 
 
 def _loaded(file: Path | io.BytesIO, path: str | os.PathLike[str], mmap: bool) -> dict[str, Any]:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..noising import NoiseSchedule
-from ..noising.pretrained import CONFIG_NAME, EXACT_NAME, from_diffusers, read_json
-from .checkpoints import SCHEDULE_KEY, read_checkpoint
+from ..noising.config_reading import parse_json, read_json
+from ..noising.pretrained import CONFIG_NAME, EXACT_NAME, from_diffusers
+from ..noising.registry import shown
+from .checkpoints import read_checkpoint, schedule_key
 from .safetensors_files import OWN_KEY, Header
 from .sidecars import own_sidecar, sidecar_folder
+
+LARGEST_YAML = 1 << 20  # letters that are looked at; configs of models have some thousands
 
 
 @dataclass(frozen=True)
 class Statement:
-    """What one place says, as far as it says it. ``beside``: not in the file itself. ``problem``: why it cannot be so.
+    """What one place says, as far as it says it. ``beside``: not in the file itself. ``problem``: why it cannot be so. ``told``: what of it
+    is not read.
 
     >>> print(Statement("tensor v_pred", prediction="v_prediction"))
     v_prediction
@@ -31,12 +36,14 @@ class Statement:
     note: str = ""
     beside: bool = False
     problem: str = ""
+    told: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.schedule is not None:
             return str(self.schedule)
         snr = {True: "zero terminal SNR", False: "no zero terminal SNR", None: ""}[self.zero_terminal_snr]
-        return ", ".join(filter(None, [self.prediction, snr, self.note])) or "cannot be read"
+        note = self.note if self.note != self.prediction else ""
+        return ", ".join(filter(None, [self.prediction, snr, note])) or "cannot be read"
 
 
 PREDICTIONS = {
@@ -52,21 +59,26 @@ PREDICTIONS = {
 
 
 def _prediction(source: str, value: Any) -> Statement:
-    name = PREDICTIONS.get(str(value).lower())
-    return Statement(source, prediction=name, note="" if name else f"{value!r}, which is no prediction type known here")
+    name = PREDICTIONS.get(value.lower()) if isinstance(value, str) else None
+    return Statement(source, prediction=name, note="" if name else f"{shown(value)}, which is no prediction type known here")
 
 
 def _zero_snr(source: str, value: Any) -> Statement:
+    if not isinstance(value, bool | int | str):
+        return Statement(source, note=f"{shown(value)}, which is neither yes nor no")
     return Statement(source, zero_terminal_snr=str(value).lower() in ("true", "1"))
 
 
 def _schedule(source: str, load: Callable[[], NoiseSchedule], beside: bool = False) -> Statement:
     try:
-        schedule = load()
-    except (ValueError, TypeError) as error:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            schedule = load()
+    except ValueError as error:
         return Statement(source, beside=beside, problem=f"{source}: {error}")
     zero = schedule.has_zero_terminal_snr if schedule.curve.is_discrete else None
-    return Statement(source, schedule.prediction.name, zero, schedule, beside=beside)
+    told = tuple(f"{source}: {warning.message}" for warning in caught)
+    return Statement(source, schedule.prediction.name, zero, schedule, beside=beside, told=told)
 
 
 TENSORS: Mapping[str, Callable[[str], Statement]] = {
@@ -77,13 +89,78 @@ TENSORS: Mapping[str, Callable[[str], Statement]] = {
 }
 """Tensors whose presence says something to ComfyUI, Forge or A1111."""
 
+FLOWS = ("stable-diffusion-3", "flux", "chroma", "lumina", "sd3", "auraflow", "hunyuan-image", "qwen-image")
+"""How the names of architectures begin whose models are flows."""
+
+
+def _architecture(source: str, value: str) -> Statement:
+    """sd-scripts: 'stable-diffusion-v2-768-v/lora'; its other names leave the prediction type open, but for the flows."""
+    name = value.lower().split("/")[0]
+    said = {"stable-diffusion-v2-768-v": "v_prediction", "stable-diffusion-v2-512": "epsilon"}.get(name)
+    return Statement(source, "flow_prediction" if name.startswith(FLOWS) else said, note=value[:80])
+
+
+def _base_model(source: str, value: str) -> Statement:
+    """sd-scripts: 'sd_v1' and 'sd_v2' with '_v' behind it for v; 'sdxl_base_v1-0', 'sd3_m', 'flux1' of others."""
+    name = value.lower()
+    said = {"sd_v1": "epsilon", "sd_v2": "epsilon", "sd_v1_v": "v_prediction", "sd_v2_v": "v_prediction"}.get(name)
+    return Statement(source, "flow_prediction" if name.startswith(FLOWS) else said, note=value[:80])
+
+
+def _v_parameterization(source: str, value: str) -> Statement:
+    return Statement(source, {"true": "v_prediction", "false": "epsilon"}.get(value.lower()), note=value[:80])
+
+
+def _as_it_is(source: str, value: str) -> Statement:
+    return Statement(source, note=value[:80])
+
+
 METADATA: Mapping[str, Callable[[str, str], Statement]] = {
     "modelspec.prediction_type": _prediction,
     "modelspec.predict_key": _prediction,
+    "modelspec.architecture": _architecture,
+    "ss_base_model_version": _base_model,
+    "ss_v_parameterization": _v_parameterization,
     "ss_zero_terminal_snr": _zero_snr,
-    OWN_KEY: lambda source, text: _schedule(source, lambda: NoiseSchedule.from_config(json.loads(text))),
+    OWN_KEY: lambda source, text: _schedule(source, lambda: NoiseSchedule.from_config(parse_json(text))),
 }
-"""Metadata of safetensors files, as sd-scripts, OneTrainer, ComfyUI and alphabar write them."""
+"""Metadata of safetensors files that says a prediction type or a schedule, as sd-scripts, OneTrainer, ComfyUI and alphabar write it."""
+
+OF_TRAINING = (
+    "modelspec.timestep_range",
+    "ss_v2",
+    "ss_min_snr_gamma",
+    "ss_debiased_estimation",
+    "ss_scale_v_pred_loss_like_noise_pred",
+    "ss_v_pred_like_loss",
+    "ss_noise_offset",
+    "ss_noise_offset_random_strength",
+    "ss_adaptive_noise_scale",
+    "ss_multires_noise_iterations",
+    "ss_multires_noise_discount",
+    "ss_ip_noise_gamma",
+    "ss_ip_noise_gamma_random_strength",
+    "ss_loss_type",
+    "ss_huber_schedule",
+    "ss_huber_scale",
+    "ss_huber_c",
+    "ss_prior_loss_weight",
+    "ss_min_timestep",
+    "ss_max_timestep",
+    "ss_weighting_scheme",
+    "ss_logit_mean",
+    "ss_logit_std",
+    "ss_mode_scale",
+    "ss_timestep_sampling",
+    "ss_sigmoid_scale",
+    "ss_discrete_flow_shift",
+    "ss_training_shift",
+    "ss_model_prediction_type",
+    "ss_guidance_scale",
+)
+"""Metadata of sd-scripts that says how the loss was made; shown as it is, where it says anything."""
+
+SAYS_NOTHING = ("none", "false", "", "null")
 
 HYPERPARAMETERS: Mapping[str, Callable[[str, Any], Statement]] = {
     "prediction_type": _prediction,
@@ -100,8 +177,17 @@ def statements_of_safetensors(header: Header) -> list[Statement]:
     >>> [str(statement) for statement in statements_of_safetensors(header)]
     ['v_prediction', 'zero terminal SNR']
     """
-    said = [METADATA[key](f"metadata {key}", header.metadata[key]) for key in METADATA if key in header.metadata]
-    return [*_marked(header.tensors), *said]
+    given = header.metadata
+    said = [METADATA[key](f"metadata {key}", given[key]) for key in METADATA if key in given]
+    if any(statement.prediction == "flow_prediction" for statement in said):
+        # sd-scripts writes epsilon of every model that is not trained for v, Stable Diffusion 3 among them
+        said = [_open(s) if s.prediction == "epsilon" and "modelspec." in s.source else s for s in said]
+    shown_too = [key for key in OF_TRAINING if given.get(key, "").lower() not in SAYS_NOTHING]
+    return [*_marked(header.tensors), *said, *(_as_it_is(f"metadata {key}", given[key]) for key in shown_too)]
+
+
+def _open(statement: Statement) -> Statement:
+    return replace(statement, prediction=None, note="epsilon, which sd-scripts writes of flows too")
 
 
 def statements_of_checkpoint(path: Path) -> list[Statement]:
@@ -113,9 +199,9 @@ def statements_of_checkpoint(path: Path) -> list[Statement]:
     """
     checkpoint = read_checkpoint(path)
     found = []
-    if SCHEDULE_KEY in checkpoint:
-        config = checkpoint[SCHEDULE_KEY]
-        found.append(_schedule(f"key {SCHEDULE_KEY}", lambda: NoiseSchedule.from_config(config)))
+    key = schedule_key(checkpoint)
+    if key is not None:
+        found.append(_schedule(f"key {key}", lambda: NoiseSchedule.from_config(checkpoint[key])))
     weights = checkpoint.get("state_dict", checkpoint)
     found += _marked(weights if isinstance(weights, Mapping) else {})
     settings = checkpoint.get("hyper_parameters", {})
@@ -137,7 +223,8 @@ def statements_beside(path: Path) -> list[Statement]:
         found += statements_of_folder(folder, path.resolve().parent, beside=True)[0]
     config = path.with_suffix(".yaml")
     if config.is_file():  # of latent-diffusion or sgm; Forge and A1111 read these two words of it
-        text = config.read_text(encoding="utf-8", errors="replace")
+        with config.open(encoding="utf-8", errors="replace") as file:
+            text = file.read(LARGEST_YAML)
         word = re.search(r"^\s*parameterization:\s*[\"']?(\w+)", text, re.MULTILINE)
         scaling = re.search(r"target:\s*\S*\.(V|Eps)Scaling\b", text)
         named = {"V": "v", "Eps": "eps"}[scaling[1]] if scaling else word[1] if word else None

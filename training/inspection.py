@@ -91,7 +91,7 @@ def inspect_path(path: str | os.PathLike[str]) -> Inspection:
     kind, statements, notes = _kind_of(place)(place)
     contradictions = [note for note in (s.problem for s in statements) if note]
     contradictions += _disagreements(statements)
-    missing = [*notes(statements), *_general(statements)]
+    missing = [*notes(statements), *(text for s in statements for text in s.told), *_general(statements)]
     return Inspection(str(path), kind, tuple(statements), tuple(missing), tuple(contradictions))
 
 

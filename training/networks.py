@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ..noising.registry import unknown
+from ..noising.config_reading import mapping
+from ..noising.registry import shown, unknown
+
+LARGEST_SETTING = 1 << 20  # of a network's config: no width, number of layers or vocabulary is larger
 
 
 def network_config(network: nn.Module) -> dict[str, Any] | None:
@@ -27,10 +33,12 @@ def network_config(network: nn.Module) -> dict[str, Any] | None:
     return {"_class_name": type(network).__name__, **{k: v for k, v in plain.items() if k != "_name_or_path"}}
 
 
-def build_network(config: Mapping[str, Any]) -> nn.Module:
+def build_network(config: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> nn.Module:
     """Return a new diffusers model, with random weights, from :func:`network_config`'s dict.
 
-    Only model classes of diffusers are looked up, so a config cannot name other code. Raises ValueError for other names.
+    Only model classes of diffusers are looked up, so a config cannot name other code. ``weights``: what will be loaded into
+    it; a config of a larger network is refused before that takes any memory. Raises ValueError for other names, and for
+    settings of which no network can be made.
 
     >>> build_network({"_class_name": "Popen"})  # doctest: +ELLIPSIS
     Traceback (most recent call last):
@@ -38,21 +46,119 @@ def build_network(config: Mapping[str, Any]) -> nn.Module:
     """
     import diffusers
 
-    name = str(config.get("_class_name"))
-    kind = getattr(diffusers, name, None) if name in dir(diffusers) else None
+    values = mapping("a network's config", config)
+    for key, value in values.items():
+        _require_small(key, value)
+    name = values.get("_class_name")
+    kind = getattr(diffusers, name, None) if isinstance(name, str) and name in dir(diffusers) else None
     if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
         models = [n for n in dir(diffusers) if n.endswith("Model")]
         raise ValueError(unknown("diffusers model", name, models))
-    return cast(nn.Module, cast(Any, kind).from_config(dict(config)))
+    make = cast(Any, kind).from_config
+    if weights is None:
+        return cast(nn.Module, make(values))
+    try:
+        with _no_larger_than(weights):
+            _try_without_memory(make, values)
+            return cast(nn.Module, make(values))
+    except Exception as error:  # whatever the constructor of a class says to settings that are not its own
+        raise ValueError(f"no {name} can be made of the network config: {_in_one_line(error)}") from error
+
+
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Load ``weights`` into a network; ValueError names the first of those that do not fit.
+
+    >>> load_weights(nn.Linear(2, 1), {"weight": torch.ones(1, 2)}, "a.ckpt")
+    Traceback (most recent call last):
+    ValueError: the weights of a.ckpt do not fit Linear: ['bias'] are missing; name the network that was trained
+    """
+    own = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
+    problems = {
+        "are missing": [name for name in own if name not in weights],
+        "are of no part of it": [name for name in weights if name not in own],
+        "have other shapes": [name for name in own if name in weights and own[name].shape != weights[name].shape],
+    }
+    found = [f"{names[:3]} {words}" for words, names in problems.items() if names]
+    if found:
+        raise ValueError(
+            f"the weights of {source} do not fit {type(network).__name__}: {', '.join(found)}; name the network that was trained"
+        )
+    network.load_state_dict(dict(weights))
 
 
 def import_network(path: str) -> nn.Module:
     """Return the network that ``package.module:factory`` makes; for networks of your own, named by you and not by a file.
 
+    Raises ValueError for a name that is none or whose factory makes no module, and ImportError for a module that is not there.
+
     >>> import_network("torch.nn:Identity")
     Identity()
     """
     module, _, factory = path.partition(":")
-    if not factory:
+    if not factory or not module:
         raise ValueError(f"a network is named as 'package.module:factory', got {path!r}")
-    return getattr(importlib.import_module(module), factory)()
+    found = importlib.import_module(module)
+    if not callable(getattr(found, factory, None)):
+        names = [name for name, value in vars(found).items() if callable(value)]
+        raise ValueError(unknown(f"factory of {module}", factory, names))
+    network = getattr(found, factory)()
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{path!r} must make a torch.nn.Module, got {shown(network)}")
+    return network
+
+
+@contextmanager
+def _no_larger_than(weights: Mapping[str, Tensor]) -> Generator[None, None, None]:
+    """Stop a network that is being built as soon as it has clearly more parameters than there are weights to load.
+
+    >>> with _no_larger_than({"w": torch.ones(4)}):
+    ...     _ = nn.Linear(100, 100)
+    Traceback (most recent call last):
+    ValueError: it has more parameters than the 4 weights that are there
+    """
+    whole = sum(value.numel() for value in weights.values())
+    left = {"parameters": 2 * len(weights) + 16, "numbers": 2 * whole + 16}  # a few are made and then replaced
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is None:
+            return
+        left["parameters"] -= 1
+        left["numbers"] -= parameter.numel()
+        if min(left.values()) < 0:
+            raise ValueError(f"it has more parameters than the {whole} weights that are there")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _try_without_memory(make: Any, values: dict[str, Any]) -> None:
+    try:
+        with torch.device("meta"):
+            make(values)
+    except (NotImplementedError, RuntimeError):  # classes that compute with their weights while they are built
+        return
+
+
+def _require_small(what: str, value: Any) -> None:
+    if isinstance(value, Mapping):
+        for key, part in mapping(what, value).items():
+            _require_small(f"{what}.{key}", part)
+    elif isinstance(value, list | tuple):
+        if len(value) > 1000:
+            raise ValueError(f"{what} of the network's config has {len(value)} entries, and no network has more than 1000")
+        for part in value:
+            _require_small(what, part)
+    elif isinstance(value, str) and len(value) <= 1000:
+        return
+    elif value is not None and not isinstance(value, bool | int | float):
+        raise ValueError(f"{what} of the network's config must be a number or a word, got {shown(value)}")
+    elif value is not None and not abs(value) <= LARGEST_SETTING:
+        raise ValueError(f"{what} of the network's config is {shown(value)}, and no network has more than {LARGEST_SETTING}")
+
+
+def _in_one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return (text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}")[:300]

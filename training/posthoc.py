@@ -111,7 +111,7 @@ def read_snapshots(folder: str | os.PathLike[str]) -> tuple[Snapshot, ...]:
             with safe_open(path, "pt") as file:
                 metadata: dict[str, str] = file.metadata() or {}
             if metadata.get("format") == FORMAT:
-                found.append(Snapshot(path, int(metadata["step"]), float(metadata["gamma"])))
+                found.append(_snapshot(path, metadata))
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{str(path)!r} is damaged ({error}); delete it, the others serve without it") from error
     if not found:
@@ -119,6 +119,13 @@ def read_snapshots(folder: str | os.PathLike[str]) -> tuple[Snapshot, ...]:
             f"no snapshots in {str(folder)!r}; train with EMA(['power_function'], snapshot_every_n_steps=...)"
         )
     return tuple(sorted(found, key=lambda snapshot: (snapshot.step, snapshot.gamma)))
+
+
+def _snapshot(path: Path, metadata: Mapping[str, str]) -> Snapshot:
+    step, gamma = int(metadata["step"]), float(metadata["gamma"])
+    if not 0 < step < 10**12 or not -0.5 < gamma < 1e12:
+        raise ValueError(f"it says step {step} and gamma {gamma}")
+    return Snapshot(path, step, gamma)
 
 
 def inner_product(t1: Any, gamma1: Any, t2: Any, gamma2: Any) -> Any:

@@ -6,6 +6,7 @@ A file is the length of a JSON header (8 bytes, little-endian), the header, and 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import struct
@@ -15,13 +16,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
 from ..noising import NoiseSchedule
+from ..noising.config_reading import mapping, parse_json, whole, word
+from ..noising.registry import shown
 
 METADATA = "__metadata__"
 OWN_KEY = "alphabar.noise_schedule"  # of the metadata: the schedule itself, as JSON
+NETWORK_KEY = "alphabar.network"  # the config of a diffusers model, as JSON
+SHAPE_KEY = "alphabar.sample_shape"
 INTERFACE_PREFIX = "model.diffusion_model."  # of the weights in files that ComfyUI, Forge and A1111 load
 PREDICTION_WORDS = {"epsilon": "epsilon", "v_prediction": "v"}  # what modelspec calls them
-_MAX_HEADER = 100_000_000  # what the safetensors library itself accepts
+MAX_HEADER = 32 << 20  # bytes; the safetensors library accepts 100 MB, and the largest in use have a few
+MAX_TENSORS = 100_000
+_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+         "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,19 +63,61 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """
     try:
         with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > _MAX_HEADER:
-                raise ValueError(f"its header would have {length} bytes")
-            header = json.loads(file.read(length))
             size = file.seek(0, os.SEEK_END)
-        tensors = {name: entry for name, entry in header.items() if name != METADATA}
-        end = 8 + length + max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
-        if size < end:
-            raise ValueError(f"it has {size} bytes of {end}")
-        metadata = {str(key): str(value) for key, value in header.get(METADATA, {}).items()}
-    except (ValueError, struct.error, AttributeError, TypeError, KeyError, IndexError) as error:
+            file.seek(0)
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(MAX_HEADER, size - 8):
+                raise ValueError(f"its header would have {length} bytes, of a file of {size}")
+            header = mapping("the header", parse_json(file.read(length), 4 * MAX_TENSORS, 8 * MAX_TENSORS))
+        metadata = {key: word(f"metadata {key}", value) for key, value in mapping("the metadata", header.pop(METADATA, {})).items()}
+        _require_laid_out(header, size - 8 - length)
+        tensors = header
+    except (ValueError, struct.error) as error:
         raise ValueError(f"{str(path)!r} is damaged, or no safetensors file: {error}") from error
     return Header(tensors, metadata, 8 + length)
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file by name, on the CPU.
+
+    Raises FileNotFoundError, and ValueError for a file that is none or that is damaged.
+
+    >>> read_tensors("nowhere.safetensors")
+    Traceback (most recent call last):
+    FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.safetensors'
+    """
+    read_header(path)  # whose words for what is wrong are the better ones
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it has no iterator
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is damaged, or no safetensors file: {error}") from error
+
+
+def _require_laid_out(tensors: Mapping[str, Any], size: int) -> None:
+    """Refuse tensors that do not lie one after another in ``size`` bytes, each as long as its shape says."""
+    spans = []
+    for name, entry in tensors.items():
+        entry = mapping(f"the entry of {shown(name)}", entry)
+        shape, offsets, dtype = (entry.get(key) for key in ("shape", "data_offsets", "dtype"))
+        for numbers, most in ((shape, 64), (offsets, 2)):
+            if not isinstance(numbers, list) or len(numbers) > most or any(whole("a size", n) < 0 for n in numbers):
+                raise ValueError(f"the entry of {shown(name)} has no shape and no place")
+        if len(offsets) != 2 or not offsets[0] <= offsets[1]:
+            raise ValueError(f"the entry of {shown(name)} has no place")
+        if offsets[1] > size:
+            raise ValueError(f"it has {size} bytes of tensors, and {shown(name)} ends at {offsets[1]}")
+        bits = _BITS.get(dtype, 8 if str(dtype).startswith("F8") else None) if isinstance(dtype, str) else None
+        if bits is not None and 8 * (offsets[1] - offsets[0]) != math.prod(shape) * bits:
+            raise ValueError(f"{shown(name)} of shape {shape} has {offsets[1] - offsets[0]} bytes")
+        if bits is None:
+            raise ValueError(f"{shown(name)} has the dtype {shown(dtype)}")
+        spans.append((*offsets, name))
+    end = 0
+    for start, stop, name in sorted(spans):
+        if start != end:
+            raise ValueError(f"the tensor {shown(name)} begins at {start}, and what is before it ends at {end}")
+        end = stop
 
 
 def write_markers(
