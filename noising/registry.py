@@ -30,7 +30,9 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     "unknown grid 'xyz'; known: karras, leading"
     """
     near = get_close_matches(name, list(known), n=1, cutoff=0.5) if isinstance(name, str) and len(name) < 100 else []
-    mend = f"did you mean {near[0]!r}?" if near else "known: " + (", ".join(sorted(known)) or "none")
+    names = sorted(known)
+    few = names if len(names) <= 100 else [*names[:10], f"... and {len(names) - 10} more"]
+    mend = f"did you mean {near[0]!r}?" if near else "known: " + (", ".join(few) or "none")
     return f"unknown {kind} {shown(name)}; {mend}"
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import builtins
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from alphabar.noising import NoiseSchedule
 from alphabar.sampling import GRIDS, METHODS
 from alphabar.sampling.names import all_names
 from alphabar.sampling.outside import OUTSIDE
-from alphabar.training.cli import COMMANDS, main
+from alphabar.training.cli import BROKEN_PIPE, COMMANDS, main
 from alphabar.training.command_plot import KINDS, SCHEDULES, read_schedule
 from alphabar.training.command_samplers import columns, described, listing
 
@@ -211,3 +214,53 @@ def test_every_kind_and_command_has_help(capsys: pytest.CaptureFixture[str]) -> 
             main(arguments)
         assert stop.value.code == 0
         assert "usage: alphabar" in capsys.readouterr().out
+
+
+# starting and ending
+
+
+def run_alphabar(command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run a shell line in which ``alphabar`` is the console command."""
+    alphabar = f"{shlex.quote(sys.executable)} -m alphabar.training.cli"
+    line = command.replace("alphabar ", f"{alphabar} ")
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=timeout)
+
+
+def test_a_reader_that_goes_away_ends_it_quietly() -> None:
+    result = run_alphabar("alphabar samplers | head -1; echo ${PIPESTATUS[@]}")
+    assert result.stderr == ""
+    first, statuses = result.stdout.splitlines()
+    assert first.startswith("name") and statuses == f"{BROKEN_PIPE} 0"
+    result = run_alphabar("alphabar samplers --help | true; alphabar samplers euler > /dev/null; echo $?")
+    assert result.stderr == "" and result.stdout == "0\n"
+
+
+HEAVY = ("lightning", "pytorch_lightning", "diffusers", "transformers", "matplotlib", "datasets", "accelerate", "PIL")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "from alphabar.training.cli import main; main(['samplers'])",
+        "from alphabar.training.cli import main; main(['inspect', FOLDER])",
+        "from alphabar.training.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit: pass",
+        "import argparse, alphabar.training as t\n"
+        "p = argparse.ArgumentParser(); t.add_noising_arguments(p); t.noising_from_arguments(p.parse_args([]))",
+        "import alphabar.noising",
+    ],
+)
+def test_what_needs_no_training_loads_no_lightning(lines: str, tmp_path: Path) -> None:
+    NoiseSchedule.flow(3.0).save_pretrained(tmp_path)
+    code = f"import sys\nFOLDER = {str(tmp_path)!r}\n{lines}\nprint(sorted({HEAVY!r} & sys.modules.keys()), file=sys.stderr)"
+    code = code.replace(f"{HEAVY!r} &", f"set({HEAVY!r}) &")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == "[]\n"
+
+
+def test_the_module_is_where_it_was() -> None:
+    import alphabar.training as training
+
+    assert training.DiffusionModule.__name__ == "DiffusionModule"
+    assert "DiffusionModule" in training.__all__
+    with pytest.raises(AttributeError, match=r"module 'alphabar\.training' has no attribute 'DiffusionModul'"):
+        _ = training.DiffusionModul

@@ -309,6 +309,65 @@ CASES: dict[str, tuple[Any, Any, list[str], list[str]]] = {
         ["schedule: nothing"],
         [],
     ),
+    "a LoRA of sd-scripts for SD 2.1 768": (
+        lambda p: model(
+            p / "a.safetensors", tensors=DIFFUSERS, ss_v2="True", ss_base_model_version="sd_v2_v", ss_min_snr_gamma="5.0",
+            ss_noise_offset="None", modelspec__architecture="stable-diffusion-v2-768-v/lora",
+        ),
+        ("v_prediction", None),
+        ["schedule: nothing"],
+        [],
+    ),
+    "a LoRA of sd-scripts for SD 1.5": (
+        lambda p: model(
+            p / "a.safetensors", tensors=DIFFUSERS, ss_v2="False", ss_base_model_version="sd_v1", ss_zero_terminal_snr="False",
+            modelspec__architecture="stable-diffusion-v1/lora", modelspec__prediction_type="epsilon",
+        ),
+        ("epsilon", False),
+        ["schedule: nothing"],
+        [],
+    ),
+    "a LoRA of sd-scripts for SDXL leaves it open": (
+        lambda p: model(
+            p / "a.safetensors", tensors=DIFFUSERS, ss_base_model_version="sdxl_base_v1-0",
+            modelspec__architecture="stable-diffusion-xl-v1-base/lora",
+        ),
+        (None, None),
+        ["prediction type: tools will guess", "schedule: nothing"],
+        [],
+    ),
+    "a LoRA of sd-scripts for Flux": (
+        lambda p: model(
+            p / "a.safetensors", tensors=DIFFUSERS, ss_base_model_version="flux1", ss_discrete_flow_shift="3.1582",
+            modelspec__architecture="flux-1-dev/lora",
+        ),
+        ("flow_prediction", None),
+        ["schedule: nothing"],
+        [],
+    ),
+    "Stable Diffusion 3, of which sd-scripts says epsilon": (
+        lambda p: model(
+            p / "a.safetensors", modelspec__architecture="stable-diffusion-3-m", modelspec__prediction_type="epsilon"
+        ),
+        ("flow_prediction", None),
+        ["schedule: nothing"],
+        [],
+    ),
+    "an architecture against the prediction type": (
+        lambda p: model(
+            p / "a.safetensors", tensors=DIFFUSERS, modelspec__architecture="stable-diffusion-v2-768-v/lora",
+            modelspec__prediction_type="epsilon",
+        ),
+        (None, None),
+        ["schedule: nothing"],
+        ["prediction type: epsilon (metadata modelspec.prediction_type) against v_prediction (metadata modelspec.architecture)"],
+    ),
+    "a pipeline whose class does not read a key": (
+        lambda p: config(p / "pipe", _class_name="HeunDiscreteScheduler"),
+        ("v_prediction", False),
+        ["HeunDiscreteScheduler does not know rescale_betas_zero_snr=True"],
+        [],
+    ),
     "CosXL": (
         lambda p: model(p / "a.safetensors", "edm_vpred.sigma_max", "v_pred"),
         ("v_prediction", None),
@@ -360,6 +419,14 @@ def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
         "  schedule: nothing says the betas, or the shift; ScheduleCheckpoint and write_markers say them\n"
         "contradicts: nothing\n"
     )
+
+
+def test_what_sd_scripts_says_of_the_loss_is_shown(tmp_path: Path) -> None:
+    said = {"ss_noise_offset": "0.05", "ss_min_snr_gamma": "5.0", "ss_prior_loss_weight": "1.0", "ss_ip_noise_gamma": "None"}
+    text = str(inspect_path(model(tmp_path / "a.safetensors", tensors=DIFFUSERS, **said, ss_tag_frequency="x" * 10_000)))
+    for key, value in said.items():
+        assert (f"metadata {key}" in text) is (value != "None")
+    assert "0.05" in text and "5.0" in text and "says: nothing" not in text and len(text) < 2000
 
 
 def test_what_cannot_be_inspected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

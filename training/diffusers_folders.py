@@ -119,7 +119,7 @@ def load_pipeline(folder: str | Path, device: torch.device) -> LoadedPipeline:
     folder = Path(folder)
     index = mapping(INDEX_NAME, read_json(folder / INDEX_NAME))
     name = index.get("_class_name")
-    if name not in KINDS:
+    if not isinstance(name, str) or name not in KINDS:
         raise ValueError(
             f"{unknown('kind of pipeline', name, KINDS)}; sample from others in Python, with Sampler and the pipeline's network"
         )
@@ -128,7 +128,7 @@ def load_pipeline(folder: str | Path, device: torch.device) -> LoadedPipeline:
             raise ValueError(f"the part {part!r} of {str(folder)!r} is of {shown(made[0])}, and no code but {LIBRARIES} is run")
     schedule = NoiseSchedule.from_pretrained(folder, subfolder="scheduler")
     pipeline = _pipeline(folder, index)
-    kind = KINDS[str(name)]
+    kind = KINDS[name]
     network = getattr(pipeline.to(device), kind.network)
     return LoadedPipeline(pipeline, kind, network, schedule, _sample_shape(network))
 
@@ -173,7 +173,7 @@ def load_vae(folder: str | Path) -> nn.Module:
         raise FileNotFoundError(f"no VAE in {str(folder)!r}: neither config.json nor vae/config.json is there")
     kinds = {name: getattr(diffusers, name) for name in ("AutoencoderKL", "AutoencoderTiny")}
     name = mapping("config.json", read_json(place / "config.json")).get("_class_name")
-    if name not in kinds:
+    if not isinstance(name, str) or name not in kinds:
         raise ValueError(unknown("kind of VAE", name, kinds))
     return kinds[name].from_pretrained(place, local_files_only=True)
 
