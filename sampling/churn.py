@@ -86,7 +86,7 @@ METHODS = [
         euler,
         order=1,
         source="2206.00364",
-        called={"Euler": {}, "EulerDiscreteScheduler": {}, "EDMEulerScheduler": {"grid": "karras"}},
+        called={"Euler": {}, "EulerDiscreteScheduler": {}, "EDMEulerScheduler": {}},
         diffusers={"_class_name": "EulerDiscreteScheduler"},
     ),
     Method(

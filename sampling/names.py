@@ -1,8 +1,8 @@
 """Names that people know a sampler by: our own, those of A1111, k-diffusion and ComfyUI, and diffusers' class names.
 
 A name resolves to a method and what it implies: a grid, and options of the grid and of the method. The words after a method's
-name may say the grid, as in 'DPM++ 2M Karras'. A diffusers class stands for its method; spacings are settings of its
-config, and here options. Case, the kind of separator, and 'k_', 'sample_' and 'gpu' do not matter.
+name may say the grid, as in 'DPM++ 2M Karras'. A diffusers class stands for what it is with default options: its method, its
+spacing, its order; what is said wins over these. Case, the kind of separator, and 'k_', 'sample_' and 'gpu' do not matter.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import cache
+from inspect import Parameter
 from typing import Any, NamedTuple
 
 from ..noising.registry import lookup
@@ -29,8 +30,9 @@ from . import (
     score_sde,
     unipc,
 )
+from .diffusers_classes import CLASSES, class_named, settings_of_class
 from .grids import GRIDS, Grid, choose_grid, grid_parameters
-from .methods import Method
+from .methods import Method, one_of
 from .options import plain_option
 from .outside import OUTSIDE, Outside
 
@@ -66,13 +68,20 @@ ALIASES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "CogVideoXDDIMScheduler": ("ddim", {}),
     "CogVideoXDPMScheduler": ("dpmpp_2m_sde", {}),
     "DDPMParallelScheduler": ("ddpm", {}),
-    "UnCLIPScheduler": ("ddpm", {"variance_type": "fixed_small_log"}),
-    "EDMDPMSolverMultistepScheduler": ("dpm_solver_multistep", {"grid": "karras"}),
-    "FlowMatchEulerDiscreteScheduler": ("euler", {"grid": "flow"}),
-    "FlowMatchHeunDiscreteScheduler": ("flow_heun", {"grid": "flow"}),
-    "FlowMatchLCMScheduler": ("lcm", {"grid": "flow", "timestep_scaling": 1e9}),  # c_skip = 0, c_out = 1
+    "UnCLIPScheduler": ("ddpm", {}),
+    "EDMDPMSolverMultistepScheduler": ("dpm_solver_multistep", {}),
+    "FlowMatchEulerDiscreteScheduler": ("euler", {}),
+    "FlowMatchHeunDiscreteScheduler": ("flow_heun", {}),
+    "FlowMatchLCMScheduler": ("lcm", {}),
 }
-"""Names of other software that are not in a method's own list ``called``: the method, and what the name implies."""
+"""Names of other software that are not in a method's own list ``called``: the method, and what the name implies.
+
+What a class of diffusers implies is in ``diffusers_classes``.
+"""
+
+STARTS = ("marginal", "noise")
+RUN_OPTIONS = {"start": Parameter("start", Parameter.KEYWORD_ONLY, default=STARTS[0], annotation="str")}
+"""Options that every sampler has, beside those of its method and its grid."""
 
 SUFFIXES: Mapping[str, dict[str, Any]] = {name: {"grid": name} for name in GRIDS} | {
     "ka": {"grid": "karras"},
@@ -152,6 +161,10 @@ def settle(
     ('karras', {'rho': 5.0})
     """
     method, implied = resolve_method(name)
+    kind = None if isinstance(name, Method) else class_named(name)
+    if kind is not None:
+        asked = grid if grid is not None else implied["grid"]
+        implied = settings_of_class(kind, asked if isinstance(asked, str) else None)
     own_grid = implied.pop("grid", None)
     if own_grid is None:
         own_grid, implied = method.grid, dict(method.grid_options) | implied
@@ -159,10 +172,11 @@ def settle(
     steps, grid, said = choose_grid(
         steps, own_grid if grid is None and not custom else grid, options or {}, method.inverse
     )
-    known = method.parameters | grid_parameters(grid)
+    known = RUN_OPTIONS | method.parameters | grid_parameters(grid)
     for option in said:
         lookup(f"option of {method.name} on the {grid} grid", option, known)
     merged = {name: value for name, value in implied.items() if name in known} | said
+    one_of("start", merged.get("start", STARTS[0]), STARTS)
     return Settings(method, steps, grid, {name: plain_option(known[name], value) for name, value in merged.items()})
 
 
@@ -195,7 +209,8 @@ def _known_names() -> dict[str, Known]:
     for entry in entries.values():
         known[key_of(entry.name)] = (entry, {})
         known |= {key_of(called): (entry, dict(implied)) for called, implied in entry.called.items()}
-    return known | {key_of(alias): (entries[name], implied) for alias, (name, implied) in ALIASES.items()}
+    known |= {key_of(alias): (entries[name], implied) for alias, (name, implied) in ALIASES.items()}
+    return known | {key_of(name): (known[key_of(name)][0], settings_of_class(name)) for name in CLASSES}
 
 
 def _found(key: str) -> Known | None:

@@ -24,7 +24,9 @@ from .methods import one_of
 Grid = Callable[..., tuple[Knot, ...]]
 """(schedule, steps, **options) -> steps + 1 knots, from the most noise to where sampling ends."""
 
-FINALS = ("zero", "sigma_min")
+FINALS = ("zero", "sigma_min", "stay")
+STANDSTILL = 1e-9
+"""By how much σ falls, relatively, in a step that goes nowhere; knots must fall."""
 INTERPOLATIONS = ("log_snr", "sigma")
 ROUNDINGS: Mapping[str | None, Callable[[float], float]] = {
     None: lambda t: t,
@@ -86,13 +88,22 @@ def lowest_time(curve: Curve) -> float:
 
 
 def final_knot(schedule: NoiseSchedule, final: str) -> Knot:
-    """Return where sampling ends: the clean sample, or the least noise of training.
+    """Return where sampling ends: the clean sample, or the least noise of training ("sigma_min" and "stay").
 
     >>> final_knot(NoiseSchedule.scaled_linear(), "sigma_min").timestep
     0.0
     """
     one_of("final", final, FINALS)
     return CLEAN if final == "zero" else knots_at(schedule, [lowest_time(schedule.curve)])[0]
+
+
+def standing_still(knot: Knot) -> Knot:
+    """Return the end of a step from ``knot`` that goes nowhere.
+
+    >>> standing_still(Knot(0.0, 0.8, 0.6)).sigma < 0.6
+    True
+    """
+    return replace(knot, sigma=knot.sigma * (1 - STANDSTILL))
 
 
 def knots_at_indices(schedule: NoiseSchedule, index: Tensor, interpolation: str = "log_snr") -> tuple[Knot, ...]:

@@ -48,6 +48,7 @@ def start_run(
     network: Network,
     shape_or_noise: Sequence[int] | Tensor,
     *,
+    scale: float | None = None,
     whole: bool = False,
     heads: int = 1,
     halves: bool = False,
@@ -60,7 +61,7 @@ def start_run(
     dtype: torch.dtype | None = None,
     clip: float | Change | None = None,
 ) -> Run:
-    """Return the run that starts at ``first``, the noise scaled to sqrt(α² + σ²) there. Raises ValueError for a bad shape.
+    """Return the run that starts at ``first``, the noise times ``scale``, by default sqrt(α² + σ²) there. Raises ValueError for a bad shape.
 
     From ``seeds`` on these are the arguments that every sampler's call takes; ``Sampler.iterate`` says what they mean.
     ``whole``: the network is given integers as time. ``heads``: its output has so many times the channels of its input, of
@@ -78,7 +79,8 @@ def start_run(
         outputs, conditioning or {}, unconditional, guidance_scale, guidance_rescale, shape[0], halves
     )
     start = shape_or_noise.detach().to(device) if isinstance(shape_or_noise, Tensor) else noise()
-    x = start.to(torch.promote_types(start.dtype, torch.float32)) * (first.alpha**2 + first.sigma**2) ** 0.5
+    scale = (first.alpha**2 + first.sigma**2) ** 0.5 if scale is None else scale
+    x = start.to(torch.promote_types(start.dtype, torch.float32)) * scale
     time_dtype = torch.int64 if whole else torch.promote_types(x.dtype, torch.float32)
 
     def evaluate(x: Tensor, knot: Knot) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -20,19 +21,11 @@ from .identity import exact
 from .kernel import Progress, run
 from .knots import Knot
 from .methods import Method
-from .names import settle
+from .names import RUN_OPTIONS, settle
 from .running import SeededNoise, last, start_run, without_gradients
 from .table import Evaluation, Table, Unconditional, compile_table
 
 DEFAULT_STEPS = 20
-
-DIFFUSERS_SIGMAS = {
-    "karras": "use_karras_sigmas",
-    "exponential": "use_exponential_sigmas",
-    "beta": "use_beta_sigmas",
-    "lu": "use_lu_lambdas",
-}
-"""The grids that scheduler_config.json knows by a flag."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +35,8 @@ class Sampler:
     ``method``: a name of the field ('dpmpp_2m', 'DPM++ 2M Karras', 'DPMSolverMultistepScheduler') or a Method. ``steps``: an
     integer in 1 ... T, by default 20. ``grid``: a name of GRIDS or a function; by default what the name implies, or the
     method's own. ``timesteps=[...]`` or ``sigmas=[...]`` stand in place of steps and grid. Further options belong to the method
-    (``eta``) or the grid (``rho``, ``final``). Frozen and picklable; holds no tensor.
+    (``eta``) or the grid (``rho``, ``final``). ``start="noise"`` begins at σ z instead of the marginal's spread sqrt(α² + σ²) z, as
+    k-diffusion and the Euler family of diffusers do. Frozen and picklable; holds no tensor.
     Raises ValueError for unknown names and options, and steps out of range.
 
     >>> schedule = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
@@ -119,9 +113,18 @@ class Sampler:
 
     @property
     def init_noise_scale(self) -> float:
-        """The spread of x at the first knot for data of unit variance, sqrt(α² + σ²): 1 on variance preserving paths."""
+        """The spread of x at the first knot for data of unit variance, sqrt(α² + σ²): 1 on variance preserving paths.
+
+        With ``start="noise"`` it is σ.
+        """
         first = self.knots[0]
-        return (first.alpha**2 + first.sigma**2) ** 0.5
+        return first.sigma if dict(self.options).get("start") == "noise" else math.hypot(first.alpha, first.sigma)
+
+    @property
+    def method_options(self) -> dict[str, Any]:
+        """The options of the method, defaults included."""
+        said = {name: value for name, value in self.options if name in self.method.options}
+        return self.method.options | said
 
     def __call__(self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any) -> Tensor:
         """Return samples, shape (batch, ...), float32 or better, on the network's device. Arguments as in :meth:`iterate`."""
@@ -162,6 +165,7 @@ class Sampler:
             self.knots[0],
             network,
             shape_or_noise,
+            scale=self.init_noise_scale,
             whole=self.schedule.curve.is_discrete and all(knot.timestep.is_integer() for knot in evaluations),
             halves=any(isinstance(op, Unconditional) for op in ops),
             seeds=seeds,
@@ -176,18 +180,23 @@ class Sampler:
         source = lookup("noise", noise, NOISE_SOURCES)(this.noise, self.knots)
         return without_gradients(run(self.table, this.x, this.evaluate, source, this.beside))
 
-    def to_diffusers(self) -> dict[str, Any]:
-        """Return what scheduler_config.json says of the sampler: its class, spacing and solver options.
+    def to_diffusers(self, nearest: bool = False) -> dict[str, Any]:
+        """Return what scheduler_config.json says of the sampler: its class and every option of it.
 
-        >>> Sampler(NoiseSchedule.scaled_linear(), "DPM++ 2M Karras").to_diffusers()["use_karras_sigmas"]
+        That class, loaded by diffusers, set to as many steps and run on the same noise, gives the same samples; ValueError
+        where none does, naming the nearest and what differs. With ``nearest`` that one is returned and what differs is
+        logged as a warning. The number of steps is not in a config.
+
+        >>> sampler = Sampler(NoiseSchedule.scaled_linear(), "DPM++ 2M Karras", rounding="nearest")
+        >>> sampler.to_diffusers()["use_karras_sigmas"]
         True
+        >>> Sampler(NoiseSchedule.scaled_linear(), "res_multistep").to_diffusers()  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: no scheduler class of diffusers is this sampler (res_multistep, 20 steps on the trailing grid): ...
         """
-        spacing = self.grid if self.grid in ("linspace", "leading", "trailing") else "trailing"
-        offset = dict(self.options).get("steps_offset", 0 if spacing == "leading" else 1)  # pipelines warn of 0
-        sigmas: dict[str, Any] = {flag: True for grid, flag in DIFFUSERS_SIGMAS.items() if grid == self.grid}
-        if dict(self.options).get("final") == "sigma_min":
-            sigmas["final_sigmas_type"] = "sigma_min"
-        return {**self.method.diffusers, "timestep_spacing": spacing, "steps_offset": offset, **sigmas}
+        from .diffusers_writing import sampler_config
+
+        return sampler_config(self, nearest)
 
 
 def _independent(drawn: SeededNoise, knots: Sequence[Knot]) -> Callable[[float, float], Tensor]:
@@ -209,7 +218,9 @@ NOISE_SOURCES: Mapping[str, Callable[[SeededNoise, Sequence[Knot]], Callable[[fl
 def _compiled(sampler: Sampler) -> Table:
     options = dict(sampler.options)
     of_grid = {k: v for k, v in options.items() if k in grid_options(sampler.grid)}
-    of_method = dict(sampler.method.defaults) | {k: v for k, v in options.items() if k not in of_grid}
+    of_method = dict(sampler.method.defaults) | {
+        k: v for k, v in options.items() if k not in of_grid and k not in RUN_OPTIONS
+    }
     if sampler.method.steps_as:
         of_method[sampler.method.steps_as] = sampler.steps
     knots = make_knots(sampler.schedule, sampler.steps, sampler.grid, ascending=sampler.method.inverse, **of_grid)

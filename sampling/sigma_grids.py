@@ -6,7 +6,8 @@ of the timestep-spaced grid of this name (with ``steps_offset``), as the Euler, 
 it. ``ratio``: space σ / α on a flow path too, instead of σ. ``rounding``: "nearest" or "down", see ``knots_at_levels``.
 ``drop_last``: lay one point more and leave out the lowest ("discard next-to-last sigma" in A1111). ``final``: end in the clean
 sample ("zero"), or at ``sigma_min`` or else the least noise of training ("sigma_min"; where the grid itself goes down to
-that, it is laid with one point more, whose last is the end).
+that, it is laid with one point more, whose last is the end; "stay": the least noise of training, where a grid that goes down to
+that goes nowhere in its last step, as diffusers appends its sigma_min to any grid).
 
 With zero terminal SNR σ / α is infinite at the terminal time: the first knot is that terminal step itself, exactly, and
 the others are spaced as from σ = 4096.
@@ -25,7 +26,7 @@ from ..noising.beta_distribution import beta_quantile
 from ..noising.registry import lookup
 from .dpm_fast import block_orders
 from .knots import Knot
-from .placing import Grid, final_knot, grid_of, knots_at_levels, level_at, lowest_time
+from .placing import Grid, final_knot, grid_of, knots_at_levels, level_at, lowest_time, standing_still
 from .timestep_grids import leading, linspace, trailing
 
 SIGMA_CAP = 4096.0
@@ -77,7 +78,10 @@ def _lay(
     if final == "sigma_min" and sigma_min is not None:
         end = knots_at_levels(schedule, torch.tensor([low], dtype=torch.float64), ratio, rounding)[0]
     laid = knots_at_levels(schedule, levels(steps + drop_last), ratio, rounding)
-    if end.sigma and not laid[-1].sigma_ve > end.sigma_ve * (1 + 1e-9):
+    there = bool(end.sigma) and not laid[-1].sigma_ve > end.sigma_ve * (1 + 1e-9)
+    if there and final == "stay":
+        return (*laid, standing_still(laid[-1]))
+    if there:
         laid = knots_at_levels(schedule, levels(steps + 1), ratio, rounding)
     return (*laid, end)
 

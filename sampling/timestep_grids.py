@@ -3,7 +3,8 @@
 Every grid here has these options beside its own:
 ``rounded``: whole indices, as DDIM, DDPM and the DPM-Solver classes of diffusers. ``drop_last``: lay one point more and leave
 out the lowest, as the DPM-Solver classes. ``final``: end in the clean sample ("zero"), or at the least noise of training
-("sigma_min"; where the grid itself goes down to that, it is laid with one point more, whose last is the end).
+("sigma_min"; where the grid itself goes down to that, it is laid with one point more, whose last is the end; "stay": there its
+last step goes nowhere, as diffusers appends its sigma_min to any grid).
 ``interpolation``: see ``knots_at_indices``. With zero terminal SNR the last index is the knot with α = 0 itself.
 """
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..noising import NoiseSchedule
 from ..noising.beta_distribution import beta_quantile
 from .knots import Knot
-from .placing import Grid, final_knot, grid_of, knots_at_indices
+from .placing import Grid, final_knot, grid_of, knots_at_indices, standing_still
 
 Indices = Callable[[NoiseSchedule, int], Tensor]
 
@@ -47,6 +48,9 @@ def _lay(
         if steps == schedule.num_train_timesteps:
             raise ValueError(f"{steps} steps visit the least noise already; with final='sigma_min' take one fewer")
         laid = index(steps + 1)
+    if final == "stay" and float(laid[-1]) <= 0:
+        knots = knots_at_indices(schedule, laid, interpolation)
+        return (*knots, standing_still(knots[-1]))
     return (*knots_at_indices(schedule, laid, interpolation), final_knot(schedule, final))
 
 
@@ -221,6 +225,7 @@ def flow(
     shift_terminal: float | None = None,
     start: float = 1.0,
     end: float | None = None,
+    end_shifted: bool = False,
 ) -> Tensor:
     """Space time evenly and shift it towards the noise, σ = s t / (1 + (s - 1) t) (Esser et al. 2403.03206, eq. 23).
 
@@ -230,7 +235,7 @@ def flow(
     elsewhere it is the part of the training time.
 
     In diffusers FlowMatchEuler and FlowMatchHeun with a static shift end at the shifted 1 / T and shift it again:
-    ``end=shift / (T + shift - 1)``. UniPC: ``drop_last=True``. The other DPM-Solver classes:
+    ``end_shifted=True``, which is ``end=shift / (T + shift - 1)``. UniPC: ``drop_last=True``. The other DPM-Solver classes:
     ``start=1 - 1 / T, end=0.0, drop_last=True``.
 
     >>> [round(k.timestep, 1) for k in flow(NoiseSchedule.flow(shift=3.0), 4)]
@@ -238,7 +243,10 @@ def flow(
     """
     count, curve = schedule.num_train_timesteps, schedule.curve
     s = shift_of(schedule, shift, mu, image_seq_len)
-    t = torch.linspace(start, 1 / count if end is None else end, points, dtype=torch.float64)
+    if end_shifted and end is not None:
+        raise ValueError(f"end_shifted stands for an end of its own; leave out end={end:g}")
+    last = s / (count + s - 1) if end_shifted else 1 / count if end is None else end
+    t = torch.linspace(start, last, points, dtype=torch.float64)
     sigma = s * t / (1 + (s - 1) * t)
     if shift_terminal is not None:
         if not 0 < shift_terminal < 1:
