@@ -90,7 +90,26 @@ _READ_FLOW_SHIFT = {  # classes of betas that sample a flow where use_flow_sigma
 _BEFORE_FLOW_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 _KNOWN_TO_ALL = ("linear", "scaled_linear", "squaredcos_cap_v2")  # beta schedules that every class knows by name
 _OTHER_NAMES = {"laplace": "laplace_diffusers"}  # what its numbers are called here
-_NO_CLIPPING = {"clip_sample": False, "thresholding": False}
+_DDIM_LIKE = {
+    *_READ_SNR_SHIFT,
+    "DDIMInverseScheduler",
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+}
+_DDPM_LIKE = {"DDPMParallelScheduler", "DDPMScheduler"}
+_NO_SPACING = {"DPMSolverSinglestepScheduler", "RePaintScheduler", "UnCLIPScheduler"}
+_ELSE: dict[str, tuple[Any, set[str]]] = {  # what a file says unless a sampler says it: the value, and the classes that read it
+    "timestep_spacing": ("trailing", _DEFAULTS.keys() - _NO_SPACING),
+    "steps_offset": (1, _DEFAULTS.keys() - _NO_SPACING),  # of leading alone; Stable Diffusion's pipelines warn of any other
+    "set_alpha_to_one": (True, _DDIM_LIKE | {"PNDMScheduler"}),
+    "clip_sample": (
+        False,
+        _DDIM_LIKE | _DDPM_LIKE | {"HeunDiscreteScheduler", "RePaintScheduler", "UnCLIPScheduler"},
+    ),
+    "thresholding": (False, (_DDIM_LIKE | _DDPM_LIKE | _READ_FLOW_SHIFT) - _READ_SNR_SHIFT - {"DDIMInverseScheduler"}),
+}
 
 
 def to_diffusers(schedule: NoiseSchedule, sampling: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -132,17 +151,14 @@ def _discrete_config(curve: Discrete, prediction: str, sampling: dict[str, Any])
         raise ValueError(
             f"diffusers has no prediction_type {prediction!r} for discrete schedules; use epsilon, v_prediction or sample"
         )
-    defaults = {
-        "_class_name": "DDIMScheduler",
-        "timestep_spacing": "trailing",
-        "steps_offset": 1,  # counts with leading spacing alone; pipelines of Stable Diffusion warn of any other
-        "set_alpha_to_one": True,
-    }
-    config = defaults | _NO_CLIPPING | sampling
     zero = float(curve.alpha(torch.tensor(curve.t_max, dtype=torch.float64))) == 0.0
-    if zero and config["_class_name"] not in _READ_ZERO_SNR:
-        config["_class_name"] = "DDIMScheduler"
-    config |= {"rescale_betas_zero_snr": zero, "prediction_type": prediction}
+    name = sampling.get("_class_name", "DDIMScheduler")
+    if zero and name not in _READ_ZERO_SNR:
+        name, sampling = "DDIMScheduler", {}
+    config = {key: value for key, (value, classes) in _ELSE.items() if name in classes or name not in _DEFAULTS}
+    config |= sampling | {"_class_name": name, "prediction_type": prediction}
+    if name in _READ_ZERO_SNR:
+        config["rescale_betas_zero_snr"] = zero
     if config["_class_name"] in _READ_SNR_SHIFT:
         before = curve.rescaled_snr_shift_scale == 1  # they shift before they rescale
         config["snr_shift_scale"] = curve.snr_shift_scale if before else 1.0

@@ -259,12 +259,12 @@ CLASSES: Mapping[str, SchedulerClass] = {
         keys={"original_inference_steps": Key("original_steps", 50)},
         step={"eta": 0.3},
     ),
+    "FlowMatchLCMScheduler": replace(_FLOWS, method="lcm", fixed=_OWN_LCM),
     "FlowMatchEulerDiscreteScheduler": replace(
         _FLOWS,
         switch=("stochastic_sampling", False, {False: "euler", True: "lcm"}),
     ),
     "FlowMatchHeunDiscreteScheduler": replace(_FLOWS, method="flow_heun", lays={"flow": {"end_shifted": True}}),
-    "FlowMatchLCMScheduler": replace(_FLOWS, method="lcm", fixed=_OWN_LCM),
     "EDMEulerScheduler": SchedulerClass(
         "euler", {"karras": {}}, "karras", spaced=False, keys={"final_sigmas_type": FINAL}, written=False
     ),

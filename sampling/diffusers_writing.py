@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,17 +65,24 @@ NEAREST: Mapping[tuple[bool, bool], Sequence[tuple[str, Mapping[str, Any]]]] = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """A config of what a sampler adds to its schedule's, how far its samples are, and in words what differs."""
+    """A config of what a sampler adds to its schedule's, read back and laid, with the options that it has no word for."""
 
     config: dict[str, Any]
-    distance: float
-    differences: tuple[str, ...]
-    draws: bool = False
+    reading: Reading
+    knots: tuple[Knot, ...]
+    slips: tuple[str, ...]
+    unsaid: Mapping[str, Any]
+    given: Mapping[str, Any]
+    rank: int
 
     @property
     def name(self) -> str:
         """The class that it names."""
         return str(self.config["_class_name"])
+
+    def table(self, sampler: Sampler) -> Table:
+        """Return the table of the class on its own knots; ValueError where it has none there."""
+        return compiled_reading(self.reading, sampler.schedule, self.knots, self.given)
 
 
 def sampler_config(sampler: Sampler, nearest: bool = False, passed: Collection[str] = ()) -> dict[str, Any]:
@@ -82,39 +90,37 @@ def sampler_config(sampler: Sampler, nearest: bool = False, passed: Collection[s
 
     ``passed``: arguments of ``step()`` (eta) that whoever runs the scheduler passes on from the sampler's options.
     """
-    found = nearest_config(sampler, passed)
-    if found.differences and not nearest:
+    config, differences = nearest_config(sampler, passed)
+    name, what = config["_class_name"], "; ".join(differences)
+    if differences and not nearest:
         raise ValueError(
-            f"no scheduler class of diffusers is this sampler ({described(sampler)}): the nearest, {found.name}, differs: "
-            f"{'; '.join(found.differences)}. Change the sampler, or write that one with nearest=True"
+            f"no scheduler class of diffusers is this sampler ({described(sampler)}): the nearest, {name}, differs: {what}. "
+            "Change the sampler, or write that one with nearest=True"
         )
-    if found.differences:
-        logger.warning(
-            "scheduler config: %s stands for %s and differs: %s", found.name, described(sampler), "; ".join(found.differences)
-        )
-    return found.config
+    if differences:
+        logger.warning("the scheduler config names %s, which is not %s: %s", name, described(sampler), what)
+    return config
 
 
-def nearest_config(sampler: Sampler, passed: Collection[str] = ()) -> Candidate:
-    """Return the config that is the sampler (its ``differences`` are empty) or comes nearest; ValueError where none does.
+def nearest_config(sampler: Sampler, passed: Collection[str] = ()) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the config that is the sampler, or comes nearest, and in words what differs; ValueError where none is near.
 
     >>> from .sampler import Sampler
-    >>> nearest_config(Sampler(NoiseSchedule.scaled_linear(), "dpmpp_2m")).differences
+    >>> nearest_config(Sampler(NoiseSchedule.scaled_linear(), "dpmpp_2m"))[1]
     ()
     """
-    best: Candidate | None = None
-    for again in (False, True):
-        for candidate in _candidates(sampler, again, passed):
-            if not candidate.differences:
-                return candidate
-            if candidate.draws == (sampler.table.draws > 0) and (best is None or candidate.distance < best.distance):
-                best = candidate
-        if best is not None:
-            return best
-    raise ValueError(
-        f"no scheduler class of diffusers is near this sampler ({described(sampler)}); save the schedule without it, and make "
-        "the sampler again with alphabar"
-    )
+    found = list(_candidates(sampler, _relatives(sampler), passed))
+    for candidate in found:
+        differences = _differences(sampler, candidate)
+        if not differences:
+            return candidate.config, ()
+    near = _nearest(sampler, found) or _nearest(sampler, list(_candidates(sampler, _stand_ins(sampler), passed)))
+    if near is None:
+        raise ValueError(
+            f"no scheduler class of diffusers is near this sampler ({described(sampler)}); save the schedule without it, and make "
+            "the sampler again with alphabar"
+        )
+    return near
 
 
 def described(sampler: Sampler) -> str:
@@ -129,21 +135,52 @@ def described(sampler: Sampler) -> str:
     return ", ".join([f"{sampler.method.name}, {sampler.steps} steps on the {grid} grid", *options])
 
 
-def _candidates(sampler: Sampler, again: bool, passed: Collection[str]) -> Iterator[Candidate]:
-    options = sampler.method_options
-    own, method = sampler.method.name, sampler.method
-    if again:
-        tried = NEAREST[sampler.table.draws > 0, method.order > 1] if not method.inverse else []
-        relatives = [(name, {**more}) for name, more in tried]
-    else:
-        relatives = [(own, options), *((name, {**options, **more}) for name, more in SAME.get(own, ()))]
-    for method_name, wanted in relatives:
+Relatives = Sequence[tuple[str, Mapping[str, Any]]]
+
+
+def _relatives(sampler: Sampler) -> Relatives:
+    """Return the methods that may be the sampler's, with their options: itself first."""
+    own, options = sampler.method.name, sampler.method_options
+    return [(own, options), *((name, {**options, **more}) for name, more in SAME.get(own, ()))]
+
+
+def _stand_ins(sampler: Sampler) -> Relatives:
+    return [] if sampler.method.inverse else NEAREST[sampler.table.draws > 0, sampler.method.order > 1]
+
+
+def _candidates(sampler: Sampler, relatives: Relatives, passed: Collection[str]) -> Iterator[Candidate]:
+    for rank, (method, wanted) in enumerate(relatives):
         for name, kind in CLASSES.items():
-            if not kind.written or method_name not in kind.methods:
-                continue
-            for grid, of_grid in _grids(sampler, name):
-                said = {**wanted, **of_grid, "method": method_name}
-                yield from _checked(sampler, name, grid, said, passed, own if again else method_name)
+            if kind.written and method in kind.methods and _holds(sampler.schedule, name):
+                for grid, of_grid in _grids(sampler, name):
+                    said = {**wanted, **of_grid, "method": method}
+                    yield from _laid(sampler, name, grid, said, passed, rank)
+
+
+@lru_cache(maxsize=256)
+def _holds(schedule: NoiseSchedule, name: str) -> bool:
+    """Return whether a config of this class says all of the schedule."""
+    return to_diffusers(schedule, {"_class_name": name})["_class_name"] == name
+
+
+def _laid(
+    sampler: Sampler, name: str, grid: str, said: Mapping[str, Any], passed: Collection[str], rank: int
+) -> Iterator[Candidate]:
+    """Yield the candidate of a class on a grid, unless it has none in so many steps."""
+    schedule, steps = sampler.schedule, sampler.steps
+    config, missing = config_of_class(name, grid, said)
+    if schedule.curve.is_flow and CLASSES[name].flow:
+        if grid in FLAGS:
+            return  # the flag would come before use_flow_sigmas
+        config["use_flow_sigmas"] = True
+    reading = read_config(config)
+    try:
+        knots, slips = reading.lay(schedule, steps), tuple(reading.slips(schedule, steps))
+    except ValueError:
+        return
+    given = {option: value for option, value in missing.items() if option in passed}
+    unsaid = {option: value for option, value in missing.items() if option not in passed}
+    yield Candidate(config, reading, knots, slips, unsaid, given, rank)
 
 
 def _grids(sampler: Sampler, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -166,45 +203,71 @@ def _offset(options: Mapping[str, Any], spacing: str) -> dict[str, Any]:
     return {"steps_offset": options.get("steps_offset", 0)} if spacing == "leading" else {}
 
 
-def _checked(
-    sampler: Sampler, name: str, grid: str, said: dict[str, Any], passed: Collection[str], as_method: str
-) -> Iterator[Candidate]:
-    """Yield the candidate of a class on a grid with what differs, unless the class cannot hold the schedule or run."""
-    schedule = sampler.schedule
-    config, missing = config_of_class(name, grid, said)
-    if schedule.curve.is_flow and CLASSES[name].flow:
-        config["use_flow_sigmas"] = True
-    whole = to_diffusers(schedule, config)
-    if whole["_class_name"] != name or schedule.curve.is_flow != (grid == "flow" or bool(config.get("use_flow_sigmas"))):
-        if not (schedule.curve.is_flow and grid in FLAGS and whole["_class_name"] == name):
-            return
+def _differences(sampler: Sampler, candidate: Candidate) -> tuple[str, ...]:
+    """Return in words what stands between a candidate and the sampler, without samples where the knots differ already."""
+    custom = sampler.grid if sampler.grid in CUSTOM else "a grid of one's own"
+    words = () if isinstance(sampler.grid, str) and sampler.grid not in CUSTOM else (f"a config does not hold {custom}",)
+    words += (*candidate.slips, *_between(sampler, candidate))
+    if words:
+        return words
     try:
-        reading = read_config(config)
-        given = {k: v for k, v in missing.items() if k in passed}
-        knots = reading.lay(schedule, sampler.steps)
-        slips = tuple(reading.slips(schedule, sampler.steps))
-        close = not slips and _close(sampler.knots, knots)
-        table = compiled_reading(reading, schedule, sampler.steps, knots, given)
-    except ValueError:  # the class has no such grid in so many steps
-        return
-    unsaid = tuple(
-        f"{option}={value!r} is {'an argument of its step()' if option in CLASSES[name].step else 'no option of it'}"
-        for option, value in missing.items()
-        if option not in passed
+        distance = sample_distance(sampler.table, candidate.table(sampler))
+    except ValueError as error:
+        return (str(error),)
+    return () if distance <= SAMPLES else _of_the_method(sampler, candidate, distance)
+
+
+def _of_the_method(sampler: Sampler, candidate: Candidate, distance: float) -> tuple[str, ...]:
+    step, method = candidate.reading.kind.step, candidate.reading.method
+    other = () if method in dict(_relatives(sampler)) else (f"its method is {method}",)
+    unsaid = (
+        f"{option}={value!r} is {'an argument of its step()' if option in step else 'no option of it'}"
+        for option, value in candidate.unsaid.items()
     )
-    distance = sample_distance(sampler.table, table)
-    differences = (*slips, *_between(sampler.knots, knots, sampler, reading))
-    if not close or distance > SAMPLES:
-        other = (f"its method is {reading.method}",) if as_method != reading.method else ()
-        differences += (*other, *unsaid, f"samples of a test network differ by {distance:.1e}")
-    if sampler.grid in CUSTOM or not isinstance(sampler.grid, str):
-        what = sampler.grid if isinstance(sampler.grid, str) else "a grid of one's own"
-        differences = (f"a config does not hold {what}", *differences)
-    yield Candidate(config, distance, differences, table.draws > 0)
+    return (*other, *unsaid, f"samples of a test network differ by {distance:.1e}")
+
+
+TRIED = 4
+"""How many candidates are run to find the nearest one."""
+
+
+def _nearest(sampler: Sampler, candidates: Sequence[Candidate]) -> tuple[dict[str, Any], tuple[str, ...]] | None:
+    """Return the nearest candidate: on the sampler's own grid before others, of its own method before relatives, then by samples.
+
+    One that draws noise stands only for a sampler that does.
+    """
+
+    def kinship(candidate: Candidate) -> tuple[bool, int]:
+        return candidate.reading.grid != sampler.grid, candidate.rank
+
+    best: tuple[tuple[bool, int], float, Candidate] | None = None
+    for candidate in sorted(candidates, key=lambda c: (kinship(c), _way(sampler.knots, c.knots)))[:TRIED]:
+        try:
+            table = candidate.table(sampler)
+        except ValueError:
+            continue
+        distance = sample_distance(sampler.table, table)
+        kept = (table.draws > 0) == (sampler.table.draws > 0) and math.isfinite(distance)
+        if kept and (best is None or (kinship(candidate), distance) < best[:2]):
+            best = kinship(candidate), distance, candidate
+    if best is None:
+        return None
+    _, distance, candidate = best
+    differences = _differences(sampler, candidate)
+    of_method = _of_the_method(sampler, candidate, distance) if distance > SAMPLES else ()
+    return candidate.config, tuple(dict.fromkeys([*differences, *of_method]))
+
+
+def _way(ours: Sequence[Knot], theirs: Sequence[Knot]) -> float:
+    """Return how far apart the knots of two grids are."""
+    if len(ours) != len(theirs):
+        return math.inf
+    pairs = list(zip(ours, theirs, strict=True))
+    return max(abs(a.sigma - b.sigma) + abs(a.alpha - b.alpha) + 1e-3 * abs(a.timestep - b.timestep) for a, b in pairs)
 
 
 def compiled_reading(
-    reading: Reading, schedule: NoiseSchedule, steps: int, knots: Sequence[Knot], given: Mapping[str, Any] | None = None
+    reading: Reading, schedule: NoiseSchedule, knots: Sequence[Knot], given: Mapping[str, Any] | None = None
 ) -> Table:
     """Return the table of a class on its own knots; ``given`` replaces options that are arguments of its step."""
     from .names import METHODS
@@ -219,35 +282,33 @@ def compiled_reading(
     return compile_table(method.name, formula, knots, schedule, point_mass=False)
 
 
-def _close(ours: Sequence[Knot], theirs: Sequence[Knot]) -> bool:
-    return len(ours) == len(theirs) and not any(_apart(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
 def _apart(a: Knot, b: Knot) -> bool:
     return max(abs(a.alpha - b.alpha), abs(a.sigma - b.sigma) / max(a.sigma, b.sigma, 1e-12)) > LEVELS
 
 
-def _between(ours: Sequence[Knot], theirs: Sequence[Knot], sampler: Sampler, reading: Reading) -> Iterator[str]:
+def _between(sampler: Sampler, candidate: Candidate) -> Iterator[str]:
     """Yield in words how the knots, the start and the end of a class differ from the sampler's."""
+    ours, theirs, reading = sampler.knots, candidate.knots, candidate.reading
     if len(ours) != len(theirs):
         yield f"it takes {len(theirs) - 1} steps"
         return
+    apart = [(a, b) for a, b in zip(ours, theirs, strict=True) if _apart(a, b)]
+    if apart and apart[0] == (ours[0], theirs[0]) and ours[0].alpha == 0:
+        yield f"it starts at alpha = {theirs[0].alpha:.2g} in the place of 0"
+        apart = apart[1:]
+    if apart:
+        a, b = max(apart, key=lambda pair: abs(pair[0].sigma - pair[1].sigma))
+        yield f"on {_grid_of(reading)} its noise levels are others (sigma {b.sigma:.4g} for {a.sigma:.4g})"
     time = max(abs(a.timestep - b.timestep) for a, b in zip(ours[:-1], theirs, strict=False))
-    levels = [(a.sigma, b.sigma) for a, b in zip(ours, theirs, strict=True) if _apart(a, b)]
-    if levels and ours[0].alpha == 0 < theirs[0].alpha and len(levels) == 0 + sum(map(_apart, ours, theirs)):
-        yield f"it starts at alpha = {theirs[0].alpha:.2g} in the place of zero terminal SNR"
-    inner = list(zip(ours[1:], theirs[1:], strict=True))
-    if any(_apart(a, b) for a, b in inner) or (levels and ours[0].alpha > 0):
-        worst = max(levels, key=lambda pair: abs(pair[0] - pair[1]))
-        yield f"on {_grid_of(reading)} its noise levels are others (sigma {worst[1]:.4g} for {worst[0]:.4g})"
     if time > TIMES:
-        yield f"it gives the network times up to {time:.3g} away" + _mend_of_times(sampler, reading)
-    start = reading.start_scale(theirs[0])
-    if not math.isclose(start, sampler.init_noise_scale, rel_tol=LEVELS):
-        mend = " (start='noise' does so too)" if reading.start == "noise" else ""
-        yield f"a pipeline starts it from {start / sampler.init_noise_scale:.5f} of the noise{mend}"
-    if not math.isclose(reading.end_scale(theirs[-1]), 1.0, rel_tol=LEVELS):
-        yield f"it ends in x / alpha, {reading.end_scale(theirs[-1]):.5f} times the sample"
+        yield f"it gives the network times up to {time:.3g} away{_mend_of_times(sampler, reading)}"
+    start = reading.start_scale(theirs[0]) / sampler.init_noise_scale
+    if not math.isclose(start, 1.0, rel_tol=LEVELS):
+        mend = " (start='noise' does so too)" if reading.start == "noise" and not apart else ""
+        yield f"a pipeline starts it from {start:.5f} of the noise{mend}"
+    end = reading.end_scale(theirs[-1])
+    if not math.isclose(end, 1.0, rel_tol=LEVELS):
+        yield f"it ends in x / alpha, {end:.5f} times the sample"
 
 
 def _mend_of_times(sampler: Sampler, reading: Reading) -> str:
@@ -286,10 +347,13 @@ def _fixed(rows: int, columns: int, phase: float) -> Tensor:
 def _samples(table: Table) -> Tensor:
     inward, outward = _fixed(_CHANNELS, _HIDDEN, 0.0) / _CHANNELS**0.5, _fixed(_HIDDEN, _CHANNELS, 1.0) / _HIDDEN**0.5
     phase, step, drawn = _fixed(1, _HIDDEN, 2.0), 0, 0
+    out = torch.zeros(())
 
     def network(x: Tensor, knot: Knot) -> Tensor:
+        nonlocal out
         t = knot.timestep / 1000
-        return torch.tanh(x @ inward + phase * math.cos(3 * t) + t) @ outward
+        out = torch.tanh(x @ inward + phase * math.cos(3 * t) + t) @ outward
+        return out
 
     def noise(start: float, end: float) -> Tensor:
         nonlocal drawn
@@ -297,6 +361,6 @@ def _samples(table: Table) -> Tensor:
         return _fixed(4, _CHANNELS, 4.0 + step + 0.37 * drawn)
 
     x = _fixed(4, _CHANNELS, 3.0)
-    for progress in run(table, x, network, noise):
+    for progress in run(table, x, network, noise, lambda: 0.7 * out):  # CFG++ takes another half than any class does
         x, step, drawn = progress.x, progress.step, 0
     return x
