@@ -19,6 +19,7 @@ from torch import nn
 from ..noising.continuous import Flow
 from ..noising.pretrained import to_diffusers
 from ..sampling import Sampler
+from ..sampling.diffusers_writing import nearest_config
 from .drawing import Drawing, Painted, paint
 
 
@@ -47,8 +48,10 @@ def components(pipeline: Any) -> list[Any]:
     return list(getattr(pipeline, "components", vars(pipeline)).values())
 
 
-def scheduler_of(sampler: Sampler) -> Any:
+def scheduler_of(sampler: Sampler, pipeline: Any = None) -> Any:
     """Return the diffusers scheduler that samples as ``sampler`` does, on its schedule; ValueError where diffusers has none.
+
+    Where its class differs in something, ``differences_of`` says in what.
 
     >>> from alphabar.noising import NoiseSchedule
     >>> type(scheduler_of(Sampler(NoiseSchedule.scaled_linear(), "dpmpp_2m"))).__name__
@@ -56,15 +59,36 @@ def scheduler_of(sampler: Sampler) -> Any:
     """
     import diffusers
 
-    method, is_flow = sampler.method.name, isinstance(sampler.schedule.curve, Flow)
-    if "_class_name" not in sampler.method.diffusers or (is_flow and method != "euler"):
+    config = to_diffusers(sampler.schedule, _nearest(sampler, pipeline)[0])
+    return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
+def differences_of(sampler: Sampler, pipeline: Any = None) -> tuple[str, ...]:
+    """Return in words how the scheduler that stands for ``sampler`` in a pipeline differs from it; nothing where it is the same.
+
+    >>> from alphabar.noising import NoiseSchedule
+    >>> differences_of(Sampler(NoiseSchedule.scaled_linear(), "dpmpp_2m"))
+    ()
+    """
+    return _nearest(sampler, pipeline)[1]
+
+
+def _nearest(sampler: Sampler, pipeline: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+    is_flow = isinstance(sampler.schedule.curve, Flow)
+    passed = ("eta",) if pipeline is not None and "eta" in inspect.signature(pipeline.__call__).parameters else ()
+    try:
+        config, differences = nearest_config(sampler, passed, stand_ins=False)
+    except ValueError:
+        config, differences = {"_class_name": ""}, ()
+    if not config["_class_name"].startswith("FlowMatch" if is_flow else ""):  # pipelines of flows know these alone
+        config = {"_class_name": ""}
+    if not config["_class_name"]:
         of_flows = " of a flow" if is_flow else ""
         raise ValueError(
-            f"diffusers has no scheduler for {method!r}{of_flows}, which pipeline= needs; use 'euler', or draw with the "
+            f"diffusers has no scheduler for {sampler.method.name!r}{of_flows}, which pipeline= needs; use 'euler', or draw with the "
             "network itself (predict=, decode=)"
         )
-    config = to_diffusers(sampler.schedule, None if is_flow else sampler.to_diffusers())
-    return getattr(diffusers, config["_class_name"]).from_config(config)
+    return config, differences
 
 
 @contextmanager
@@ -117,7 +141,7 @@ def pipeline_steps(
     taken = inspect.signature(pipeline.__call__).parameters
     optional = {key: value for key, value in wanted.items() if key in taken and value is not None}
     generators = [Random().manual_seed(seed) for seed in drawing.seeds_of(images)]
-    with on_training_schedule(pipeline, scheduler_of(sampler)), context():
+    with on_training_schedule(pipeline, scheduler_of(sampler, pipeline)), context():
         output = pipeline(
             generator=generators,
             num_inference_steps=stop or sampler.steps,

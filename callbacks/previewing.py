@@ -20,7 +20,7 @@ from ..sampling import Sampler
 from .agreement import agree, gather
 from .conditions import Conditions
 from .contract import is_rehearsal, predict_of_module
-from .diffusers_pipelines import pipeline_of, pipeline_steps, scheduler_of
+from .diffusers_pipelines import differences_of, pipeline_of, pipeline_steps, scheduler_of
 from .drawing import Drawing, without_a_trace
 from .ema_source import ema_weights
 from .entering import Entrance, entered, share_of
@@ -87,7 +87,9 @@ class Previewer:
         pipeline = None
         if recipe.pipeline is not None:
             pipeline = pipeline_of(recipe.pipeline, module)
-            scheduler_of(sampler)
+            name, differences = type(scheduler_of(sampler, pipeline)).__name__, differences_of(sampler, pipeline)
+            if differences:
+                rank_zero_warn(f"the pipeline draws with {name}, which is not the sampler: {'; '.join(differences)}")
         encode = recipe.conditions.encode
         if encode is None:
             return cls(recipe, sampler, entrance, recipe.conditioned(), pipeline, recipe.batch_size)
@@ -160,7 +162,7 @@ class Previewer:
             images=pixels,
             seeds=tuple(self.drawing.seeds_of(range(len(pixels)))),
             captions=self.recipe.conditions.captions[: len(pixels)],
-            sampler=self.sampler.method.name if self.pipeline is None else type(scheduler_of(self.sampler)).__name__,
+            sampler=self.sampler.method.name if self.pipeline is None else type(scheduler_of(self.sampler, self.pipeline)).__name__,
             steps=self.sampler.steps,
             guidance_scale=self.recipe.guidance["guidance_scale"],
             fingerprint=self.sampler.schedule.fingerprint,

@@ -87,6 +87,11 @@ _READ_FLOW_SHIFT = {  # classes of betas that sample a flow where use_flow_sigma
     "SASolverScheduler",
     "UniPCMultistepScheduler",
 }
+_READ_DYNAMIC_SHIFT = {
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchLCMScheduler",
+    *(_READ_FLOW_SHIFT - {"DPMSolverMultistepInverseScheduler", "SASolverScheduler"}),
+}
 _BEFORE_FLOW_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 _KNOWN_TO_ALL = ("linear", "scaled_linear", "squaredcos_cap_v2")  # beta schedules that every class knows by name
 _OTHER_NAMES = {"laplace": "laplace_diffusers"}  # what its numbers are called here
@@ -140,14 +145,16 @@ def _flow_config(curve: Flow, prediction: str, sampling: dict[str, Any]) -> dict
     name, count = sampling.get("_class_name"), {"num_train_timesteps": curve.num_train_timesteps}
     if name in _READ_FLOW_SHIFT and not any(sampling.get(key) for key in _BEFORE_FLOW_SIGMAS):
         flow = {"use_flow_sigmas": True, "flow_shift": curve.shift, "prediction_type": prediction}
-        return sampling | count | flow | {"use_dynamic_shifting": False, "thresholding": False}
+        still = {"use_dynamic_shifting": False} if name in _READ_DYNAMIC_SHIFT else {}
+        return sampling | count | flow | still | {"thresholding": False}
     if name not in _READ_SHIFT:
-        name = "FlowMatchEulerDiscreteScheduler"
-    return sampling | count | {"_class_name": name, "shift": curve.shift, "use_dynamic_shifting": False}
+        name, sampling = "FlowMatchEulerDiscreteScheduler", {}
+    still = {"use_dynamic_shifting": False} if name in _READ_DYNAMIC_SHIFT else {}
+    return sampling | count | still | {"_class_name": name, "shift": curve.shift}
 
 
 def _discrete_config(curve: Discrete, prediction: str, sampling: dict[str, Any]) -> dict[str, Any]:
-    if prediction not in ("epsilon", "v_prediction", "sample", "flow_prediction"):
+    if prediction not in ("epsilon", "v_prediction", "sample"):
         raise ValueError(
             f"diffusers has no prediction_type {prediction!r} for discrete schedules; use epsilon, v_prediction or sample"
         )

@@ -23,13 +23,27 @@ CONFIG_NAME = "scheduler_config.json"
 EXACT_NAME = "noise_schedule.json"
 
 
-def save_schedule(schedule: NoiseSchedule, folder: str | os.PathLike[str], sampler: Any = None) -> Path:
+def save_schedule(
+    schedule: NoiseSchedule, folder: str | os.PathLike[str], sampler: Any = None, nearest: bool = False
+) -> Path:
     """Write both files atomically; see :meth:`NoiseSchedule.save_pretrained`."""
-    sampling = sampler.to_diffusers() if sampler is not None else None
+    sampling = None if sampler is None else _sampling_of(schedule, sampler, nearest)
     files = {CONFIG_NAME: to_diffusers(schedule, sampling), EXACT_NAME: schedule.to_config()}
     for name, content in files.items():
         write_atomically(Path(folder, name), json.dumps(content, indent=2, sort_keys=True) + "\n")
     return Path(folder)
+
+
+def _sampling_of(schedule: NoiseSchedule, sampler: Any, nearest: bool) -> Any:
+    if not hasattr(sampler, "to_diffusers"):
+        raise ValueError(
+            f"sampler must be a Sampler, got {type(sampler).__name__}, which diffusers has no config for; save the schedule alone"
+        )
+    if sampler.schedule.fingerprint != schedule.fingerprint:
+        raise ValueError(
+            f"the sampler is made for {sampler.schedule}, and the schedule to save is {schedule}; make it for this one"
+        )
+    return sampler.to_diffusers(nearest=nearest)
 
 
 def load_schedule(folder: Path, tokens: int | None = None) -> NoiseSchedule:

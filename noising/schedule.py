@@ -362,10 +362,12 @@ class NoiseSchedule(Constructors):
             )
         return schedule
 
-    def save_pretrained(self, folder: str | os.PathLike[str], sampler: Any = None) -> Path:
+    def save_pretrained(self, folder: str | os.PathLike[str], sampler: Any = None, nearest: bool = False) -> Path:
         """Write ``scheduler_config.json``, which diffusers loads, and ``noise_schedule.json``, which says it exactly.
 
-        ``sampler`` may be a Sampler: its class and spacing are written too. Without one the file names DDIM with trailing
+        ``sampler`` may be a Sampler of this schedule: the file then names a class with the options that make it this sampler,
+        which diffusers loads and sets to as many steps. Raises ValueError where no class is, with the nearest and what
+        differs; ``nearest=True`` writes that one and logs what differs. Without a sampler the file names DDIM with trailing
         spacing (a flow: FlowMatchEuler). Returns the folder.
 
         >>> import tempfile
@@ -375,7 +377,7 @@ class NoiseSchedule(Constructors):
         """
         from .pretrained import save_schedule
 
-        return save_schedule(self, folder, sampler)
+        return save_schedule(self, folder, sampler, nearest)
 
     @classmethod
     def from_pretrained(

@@ -197,7 +197,6 @@ METHODS = [
         order=4,
         source="k-diffusion",
         called={"LMS": {}, "LMSDiscreteScheduler": {}},
-        diffusers={"_class_name": "LMSDiscreteScheduler"},
     ),
     Method(
         "deis",
@@ -205,7 +204,6 @@ METHODS = [
         order=3,
         source="2204.13902",
         called={"DEIS": {}, "DEISMultistepScheduler": {}},
-        diffusers={"_class_name": "DEISMultistepScheduler"},
     ),
     Method(
         "ipndm", ipndm, order=1, source="2202.09778", called={"iPNDM": {}, "IPNDMScheduler": {"grid": "sine_squared"}}
@@ -220,7 +218,6 @@ METHODS = [
         order=1,
         source="2202.09778",
         called={"PLMS": {}},
-        diffusers={"_class_name": "PNDMScheduler", "skip_prk_steps": True},
     ),
     Method(
         "pndm",
@@ -228,6 +225,5 @@ METHODS = [
         order=1,
         source="2202.09778",
         called={"PNDM": {}, "PNDMScheduler": {}},
-        diffusers={"_class_name": "PNDMScheduler"},
     ),
 ]

@@ -87,7 +87,6 @@ METHODS = [
         order=1,
         source="2206.00364",
         called={"Euler": {}, "EulerDiscreteScheduler": {}, "EDMEulerScheduler": {}},
-        diffusers={"_class_name": "EulerDiscreteScheduler"},
     ),
     Method(
         "heun",
@@ -96,13 +95,12 @@ METHODS = [
         evaluations=2,
         source="2206.00364",
         called={"Heun": {}, "HeunDiscreteScheduler": {}},
-        diffusers={"_class_name": "HeunDiscreteScheduler"},
     ),
     Method(
         "stochastic_karras_ve",
         heun,
-        order=2,
-        order_options={"s_churn": 10.0, "s_noise": 1.0},
+        order=0,
+        reaches=(2, {"s_churn": 10.0, "s_noise": 1.0}),
         evaluations=2,
         source="2206.00364, algorithm 2",
         stochastic=True,

@@ -80,7 +80,6 @@ METHODS = [
         stochastic=True,
         grid="lcm",
         called={"LCM": {}, "LCMScheduler": {}},
-        diffusers={"_class_name": "LCMScheduler"},
     ),
     Method(
         "tcd",
@@ -90,6 +89,5 @@ METHODS = [
         stochastic=True,
         grid="lcm",
         called={"TCD": {}, "TCDScheduler": {}},
-        diffusers={"_class_name": "TCDScheduler"},
     ),
 ]

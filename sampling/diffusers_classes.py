@@ -333,23 +333,28 @@ class Reading:
         """Return what a run's end is multiplied by, in a class that ends in x / α."""
         return 1 / last.alpha if self.kind.in_sigma else 1.0
 
+    def fails(self, schedule: NoiseSchedule, steps: int) -> str | None:
+        """Return, in words, why the class does not finish so many steps, if it does not."""
+        name = schedule.prediction.name
+        if name not in self.kind.predictions and not (self.flow and name == "flow_prediction"):
+            return f"it does not know prediction_type {name!r}"
+        return next((words for applies, words in FAILURES if applies(self, self.options, steps)), None)
+
     def slips(self, schedule: NoiseSchedule, steps: int) -> Iterator[str]:
-        """Yield, in words, where the class does in so many steps what the reading does not say, or fails."""
-        kind, options, name = self.kind, self.options, schedule.prediction.name
+        """Yield, in words, where the class does in so many steps what the reading does not say."""
+        kind, options = self.kind, self.options
         discrete = isinstance(schedule.curve, Discrete)
-        if name not in kind.predictions and not (self.flow and name == "flow_prediction"):
-            yield f"it does not know prediction_type {name!r}"
         if discrete and "trailing" in (self.grid, options.get("range_from")) and not _trails(schedule, steps):
             yield f"its trailing spacing has another number of steps than {steps}"
         if kind.cut and self.grid in FLAGS and not self._rounds(schedule):
             yield "its times are cut to whole ones, and rounding errors decide to which"
         if kind.cut and steps + 1 > schedule.num_train_timesteps and self.grid in SPACINGS:
             yield f"it shows a time twice in {steps} steps"
+        first = self.lay(schedule, steps)[0]
+        if kind.in_sigma and first.sigma_ve > ROUNDED_FROM:
+            yield f"its x / alpha from sigma = {first.sigma_ve:.3g} down loses the digits of float32"
         if kind.strides and not self._strides(schedule, steps):
             yield f"it steps by T // N, which is not the gap between its timesteps in {steps} steps"
-        for applies, words in FAILURES:
-            if applies(self, options, steps):
-                yield words
         if self.method == "ddpm" and options["variance_type"] == "fixed_large" and self.lay(schedule, steps)[-2].timestep:
             yield "it ends with the noise of fixed_large"
 
@@ -368,6 +373,9 @@ class Reading:
 
 
 CLAMPED = 2.0**-12
+"""The α that stands for 0 at zero terminal SNR (ᾱ = 2^-24)."""
+ROUNDED_FROM = 1000.0
+"""The σ / α from which on the classes that keep x / α in float32 are off by more than 1e-4 (measured on the cosine betas)."""
 
 
 def _trails(schedule: NoiseSchedule, steps: int) -> bool:

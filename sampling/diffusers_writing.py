@@ -102,8 +102,12 @@ def sampler_config(sampler: Sampler, nearest: bool = False, passed: Collection[s
     return config
 
 
-def nearest_config(sampler: Sampler, passed: Collection[str] = ()) -> tuple[dict[str, Any], tuple[str, ...]]:
+def nearest_config(
+    sampler: Sampler, passed: Collection[str] = (), stand_ins: bool = True
+) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return the config that is the sampler, or comes nearest, and in words what differs; ValueError where none is near.
+
+    ``stand_ins``: where no class has the method, one of another method may stand for it.
 
     >>> from .sampler import Sampler
     >>> nearest_config(Sampler(NoiseSchedule.scaled_linear(), "dpmpp_2m"))[1]
@@ -114,7 +118,9 @@ def nearest_config(sampler: Sampler, passed: Collection[str] = ()) -> tuple[dict
         differences = _differences(sampler, candidate)
         if not differences:
             return candidate.config, ()
-    near = _nearest(sampler, found) or _nearest(sampler, list(_candidates(sampler, _stand_ins(sampler), passed)))
+    near = _nearest(sampler, found)
+    if near is None and stand_ins:
+        near = _nearest(sampler, list(_candidates(sampler, _stand_ins(sampler), passed)))
     if near is None:
         raise ValueError(
             f"no scheduler class of diffusers is near this sampler ({described(sampler)}); save the schedule without it, and make "
@@ -169,11 +175,13 @@ def _laid(
     """Yield the candidate of a class on a grid, unless it has none in so many steps."""
     schedule, steps = sampler.schedule, sampler.steps
     config, missing = config_of_class(name, grid, said)
-    if schedule.curve.is_flow and CLASSES[name].flow:
-        if grid in FLAGS:
-            return  # the flag would come before use_flow_sigmas
+    if schedule.curve.is_flow and CLASSES[name].predictions != ("flow_prediction",):
+        if CLASSES[name].flow is None or grid in FLAGS:
+            return  # use_flow_sigmas is not read, or after the flag
         config["use_flow_sigmas"] = True
     reading = read_config(config)
+    if reading.fails(schedule, steps):
+        return
     try:
         knots, slips = reading.lay(schedule, steps), tuple(reading.slips(schedule, steps))
     except ValueError:
@@ -218,8 +226,11 @@ def _differences(sampler: Sampler, candidate: Candidate) -> tuple[str, ...]:
 
 
 def _of_the_method(sampler: Sampler, candidate: Candidate, distance: float) -> tuple[str, ...]:
-    step, method = candidate.reading.kind.step, candidate.reading.method
-    other = () if method in dict(_relatives(sampler)) else (f"its method is {method}",)
+    step, method, ours = candidate.reading.kind.step, candidate.reading.method, sampler.method_options
+    other: tuple[str, ...] = () if method in dict(_relatives(sampler)) else (f"its method is {method}",)
+    if method == sampler.method.name:
+        said = [(k, v) for k, v in candidate.reading.of_method.items() if k in ours and k not in candidate.unsaid]
+        other += tuple(f"{option}={value!r} for {ours[option]!r}" for option, value in said if value != ours[option])
     unsaid = (
         f"{option}={value!r} is {'an argument of its step()' if option in step else 'no option of it'}"
         for option, value in candidate.unsaid.items()

@@ -250,7 +250,6 @@ METHODS = [
         order=2,
         source="2211.01095",
         called={"DPMSolverMultistepScheduler": {}},
-        diffusers={"_class_name": "DPMSolverMultistepScheduler"},
     ),
     Method(
         "dpm_solver_inverse",
@@ -261,7 +260,6 @@ METHODS = [
         grid="linspace",
         grid_options={"final": "sigma_min"},
         called={"DPMSolverMultistepInverseScheduler": {}},
-        diffusers={"_class_name": "DPMSolverMultistepInverseScheduler"},
     ),
     Method(
         "dpm_solver_singlestep",
@@ -270,7 +268,6 @@ METHODS = [
         block=2,
         source="2206.00927",
         called={"DPMSolverSinglestepScheduler": {}},
-        diffusers={"_class_name": "DPMSolverSinglestepScheduler"},
     ),
     Method(
         "dpmpp_2m",
@@ -278,7 +275,6 @@ METHODS = [
         order=2,
         source="2211.01095",
         called={"DPM++ 2M": {}},
-        diffusers={"_class_name": "DPMSolverMultistepScheduler"},
     ),
     Method(
         "dpmpp_3m",
@@ -286,7 +282,6 @@ METHODS = [
         order=2,
         source="2211.01095",
         called={"DPM++ 3M": {}},
-        diffusers={"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3},
     ),
     Method(
         "dpmpp_2m_sde",
@@ -295,7 +290,6 @@ METHODS = [
         source="2211.01095",
         stochastic=True,
         called={"DPM++ 2M SDE": {}, "DPM++ 2M SDE Heun": {"solver_type": "heun"}},
-        diffusers={"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"},
     ),
     Method(
         "dpmpp_3m_sde",
@@ -304,6 +298,5 @@ METHODS = [
         source="k-diffusion",
         stochastic=True,
         called={"DPM++ 3M SDE": {}},
-        diffusers={"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"},
     ),
 ]

@@ -200,7 +200,6 @@ METHODS = [
         order=1,
         source="2010.02502",
         called={"DDIM": {}, "DDIMScheduler": {}},
-        diffusers={"_class_name": "DDIMScheduler"},
     ),
     Method(
         "ddim_inverse",
@@ -209,7 +208,6 @@ METHODS = [
         source="2010.02502",
         inverse=True,
         called={"DDIMInverseScheduler": {}},
-        diffusers={"_class_name": "DDIMInverseScheduler"},
     ),
     Method(
         "ddim_cfg_pp",
@@ -225,7 +223,6 @@ METHODS = [
         source="2006.11239",
         stochastic=True,
         called={"DDPM": {}, "DDPMScheduler": {}},
-        diffusers={"_class_name": "DDPMScheduler"},
     ),
     Method(
         "euler_ancestral",
@@ -234,7 +231,6 @@ METHODS = [
         source="k-diffusion",
         stochastic=True,
         called={"Euler a": {}, "EulerAncestralDiscreteScheduler": {}},
-        diffusers={"_class_name": "EulerAncestralDiscreteScheduler"},
     ),
     Method(
         "euler_ancestral_cfg_pp",

@@ -20,8 +20,9 @@ class Method:
     """A sampler's formula and its facts: ``order`` of convergence (weak order where it draws noise), ``evaluations`` of the
     network per step, what it is ``called`` elsewhere, and its ``source``.
 
-    ``order`` holds on any grid, with exact starting values for methods that remember, under ``order_options``; 0 is for
-    samplers that do not converge with the number of steps, those of distilled models above all. ``block``: steps after which a method
+    ``order`` holds with default options on any grid, with exact starting values for methods that remember; 0 is for samplers
+    that do not converge with the number of steps, those of distilled models above all. ``reaches`` is a higher order with
+    the options that it takes. ``block``: steps after which a method
     that climbs in blocks has that order. ``rewrites``: places of the memory that hold an earlier x.
 
     ``inverse``: it runs upwards, from the least noise. ``grid``, with ``grid_options``: where it runs unless told otherwise.
@@ -43,7 +44,7 @@ class Method:
     stochastic: bool = False
     point_mass: bool = True
     inverse: bool = False
-    order_options: dict[str, Any] = field(default_factory=dict)
+    reaches: tuple[int, dict[str, Any]] | None = None
     block: int = 1
     rewrites: tuple[int, ...] = ()
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -52,7 +53,6 @@ class Method:
     steps_as: str | None = None
     blocks: Callable[[int, bool, bool], list[int]] | None = None
     called: dict[str, dict[str, Any]] = field(default_factory=dict)
-    diffusers: dict[str, Any] = field(default_factory=dict)
 
     def boundaries(self, knots: Sequence[Knot]) -> tuple[Knot, ...]:
         """Return those knots of a grid that the method's own steps go between.

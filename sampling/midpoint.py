@@ -109,7 +109,6 @@ METHODS = [
         evaluations=2,
         source="2206.00364",
         called={"DPM2": {}, "KDPM2DiscreteScheduler": {}},
-        diffusers={"_class_name": "KDPM2DiscreteScheduler"},
     ),
     Method(
         "dpm_2_ancestral",
@@ -119,7 +118,6 @@ METHODS = [
         source="k-diffusion",
         stochastic=True,
         called={"DPM2 a": {}, "KDPM2AncestralDiscreteScheduler": {}},
-        diffusers={"_class_name": "KDPM2AncestralDiscreteScheduler"},
     ),
     Method(
         "dpmpp_2s_ancestral",
@@ -129,7 +127,6 @@ METHODS = [
         source="2211.01095",
         stochastic=True,
         called={"DPM++ 2S a": {}},
-        diffusers={"_class_name": "DPMSolverSinglestepScheduler"},
     ),
     Method(
         "dpmpp_sde",
@@ -139,6 +136,5 @@ METHODS = [
         source="2211.01095",
         stochastic=True,
         called={"DPM++ SDE": {}, "DPMSolverSDEScheduler": {}},
-        diffusers={"_class_name": "DPMSolverSDEScheduler"},
     ),
 ]

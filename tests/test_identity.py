@@ -131,9 +131,9 @@ def test_methods_are_equal_in_every_fact() -> None:
     ancestral = METHODS["euler_ancestral"]
     changes = {
         "name": "other", "order": 2, "source": "", "evaluations": 2, "stochastic": False, "point_mass": False,
-        "inverse": True, "order_options": {"eta": 1}, "block": 2, "rewrites": (1,), "defaults": {"eta": 0.0},
+        "inverse": True, "reaches": (2, {"eta": 0.0}), "block": 2, "rewrites": (1,), "defaults": {"eta": 0.0},
         "grid": "karras", "grid_options": {"rho": 5.0}, "steps_as": "eta", "blocks": len, "called": {"x": {}},
-        "diffusers": {}, "formula": METHODS["ddim"].formula,
+        "formula": METHODS["ddim"].formula,
     }  # fmt: skip
     assert {*changes} == {*Method.__dataclass_fields__}
     for name, value in changes.items():

@@ -20,7 +20,8 @@ from ..sampling.outside import OUTSIDE, Outside
 
 HEADINGS = ("name", "order", "calls", "noise", "source", "also called")
 LEGEND = (
-    "order: of convergence, weak where it draws noise (-: does not converge with the steps, as those for distilled models); "
+    "order: of convergence with default options and exact starting values, weak where it draws noise (-: does not converge "
+    "with the steps, as those for distilled models); "
     "calls: of the network per step (?: it decides); noise: whether it draws any on the way. "
     "A name may end in a grid, as in 'DPM++ 2M Karras'; alphabar samplers NAME says more of one."
 )
@@ -66,6 +67,9 @@ def _described_sampler(name: str) -> str:
     entry, implied = resolve(name)
     calls = "the network as often as it needs" if entry.evaluations is None else _calls(entry.evaluations)
     order = f"order {entry.order}" if entry.order else "does not converge with the steps"
+    if isinstance(entry, Method) and entry.reaches:
+        best, options = entry.reaches
+        order += f" (order {best} with {', '.join(f'{k}={v!r}' for k, v in options.items())})"
     head = f"{entry.name}: {order}, {calls}, {'draws noise' if entry.stochastic else 'draws no noise'}; {entry.source}"
     lines = [head, "", _without_examples(entry.documentation), "", *_options(entry.options)]
     lines += ["also called: " + ", ".join(all_names()[entry.name])] if all_names()[entry.name] else []
