@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -146,8 +146,8 @@ _LCM = SchedulerClass(
     keys={"original_inference_steps": Key("original_steps", 50), "timestep_scaling": Key("timestep_scaling", 10.0)},
     off=_CLIP,
 )
-_FLOW_SIGMAS: Lays = {"flow": {"end_shifted": True}, **PLAIN_SIGMAS}
-_FLOWS = SchedulerClass("euler", _FLOW_SIGMAS, "flow", spaced=False, predictions=("flow_prediction",), ranged=True)
+_FLOW_SIGMAS: Lays = {"flow": {"end_shifted": True}, **dict.fromkeys(PLAIN_SIGMAS, {"range_from": "flow"})}
+_FLOWS = SchedulerClass("euler", _FLOW_SIGMAS, "flow", spaced=False, predictions=("flow_prediction",))
 _OWN_LCM = {"timestep_scaling": 1e9}  # c_skip = 0, c_out = 1
 
 CLASSES: Mapping[str, SchedulerClass] = {
@@ -170,6 +170,7 @@ CLASSES: Mapping[str, SchedulerClass] = {
         spacing="linspace",
         spaced=False,
         keys={"variance_type": Key("variance_type", "fixed_small_log")},
+        off=("clip_sample",),
         written=False,
     ),
     "PNDMScheduler": SchedulerClass(
@@ -310,20 +311,13 @@ class Reading:
         options = self.of_grid
         if self.flow and self.kind.flow == "early":
             options["start"] = 1 - 1 / schedule.num_train_timesteps
-        if self.kind.flow is None and self.grid in FLAGS and schedule.curve.is_flow:
-            options |= self._flow_range(schedule, steps)
         ascending = self.method.endswith("_inverse")
-        knots = make_knots(schedule, steps, self.grid, ascending=ascending, **options)
+        knots = _knots(schedule, steps, self.grid, ascending, tuple(sorted(options.items())))
         if self.flow:
             knots = tuple(replace(k, timestep=float(int(k.timestep))) for k in knots)
         if knots[0].alpha == 0 and self.kind.clamped:
             knots = (Knot(knots[0].timestep, CLAMPED, math.sqrt(1 - CLAMPED**2)), *knots[1:])
         return knots
-
-    @staticmethod
-    def _flow_range(schedule: NoiseSchedule, steps: int) -> dict[str, Any]:
-        first, *_, last, _ = make_knots(schedule, max(steps, 2), "flow", end_shifted=True)
-        return {"range_from": None, "sigma_min": last.sigma, "sigma_max": first.sigma}
 
     def start_scale(self, first: Knot) -> float:
         """Return the spread of the x, in the coordinates of ours, that a pipeline starts from."""
@@ -376,6 +370,13 @@ CLAMPED = 2.0**-12
 """The α that stands for 0 at zero terminal SNR (ᾱ = 2^-24)."""
 ROUNDED_FROM = 1000.0
 """The σ / α from which on the classes that keep x / α in float32 are off by more than 1e-4 (measured on the cosine betas)."""
+
+
+@lru_cache(maxsize=128)
+def _knots(
+    schedule: NoiseSchedule, steps: int, grid: str, ascending: bool, options: tuple[tuple[str, Any], ...]
+) -> tuple[Knot, ...]:
+    return make_knots(schedule, steps, grid, ascending=ascending, **dict(options))
 
 
 def _trails(schedule: NoiseSchedule, steps: int) -> bool:

@@ -231,11 +231,17 @@ def _of_the_method(sampler: Sampler, candidate: Candidate, distance: float) -> t
     if method == sampler.method.name:
         said = [(k, v) for k, v in candidate.reading.of_method.items() if k in ours and k not in candidate.unsaid]
         other += tuple(f"{option}={value!r} for {ours[option]!r}" for option, value in said if value != ours[option])
-    unsaid = (
-        f"{option}={value!r} is {'an argument of its step()' if option in step else 'no option of it'}"
-        for option, value in candidate.unsaid.items()
-    )
+    elsewhere = {k: v for k, v in sampler.options if k in ours and k not in candidate.reading.options} if not other else {}
+    lost = {k: v for k, v in {**elsewhere, **candidate.unsaid}.items() if k not in candidate.given}
+    unsaid = (f"{option}={value!r} is {_whose(option, sampler.method.name, step)}" for option, value in lost.items())
     return (*other, *unsaid, f"samples of a test network differ by {distance:.1e}")
+
+
+def _whose(option: str, method: str, step: Mapping[str, Any]) -> str:
+    if option in step:
+        return "an argument of its step()"
+    takers = [name for name, kind in CLASSES.items() if kind.written and method in kind.methods and option in kind.step]
+    return f"an argument of step() in {takers[0]}" if takers else "no option of it"
 
 
 TRIED = 4

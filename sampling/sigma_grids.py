@@ -3,7 +3,7 @@
 Every grid here has these options beside its own:
 ``sigma_min``, ``sigma_max``: the range, by default from the schedule's last training time to its first. ``range_from``: or that
 of the timestep-spaced grid of this name (with ``steps_offset``), as the Euler, Heun, LMS and KDPM2 classes of diffusers take
-it. ``ratio``: space σ / α on a flow path too, instead of σ. ``rounding``: "nearest" or "down", see ``knots_at_levels``.
+it ("flow": as its FlowMatch classes). ``ratio``: space σ / α on a flow path too, instead of σ. ``rounding``: "nearest" or "down", see ``knots_at_levels``.
 ``drop_last``: lay one point more and leave out the lowest ("discard next-to-last sigma" in A1111). ``final``: end in the clean
 sample ("zero"), or at ``sigma_min`` or else the least noise of training ("sigma_min"; where the grid itself goes down to
 that, it is laid with one point more, whose last is the end; "stay": the least noise of training, where a grid that goes down to
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,12 +28,17 @@ from ..noising.registry import lookup
 from .dpm_fast import block_orders
 from .knots import Knot
 from .placing import Grid, final_knot, grid_of, knots_at_levels, level_at, lowest_time, standing_still
-from .timestep_grids import leading, linspace, trailing
+from .timestep_grids import flow, leading, linspace, trailing
 
 SIGMA_CAP = 4096.0
 """Where σ-spaced grids take an infinite σ / α to lie when they space the other knots (2**12; diffusers clamps ᾱ to 2**-24)."""
 
-RANGES = {"linspace": linspace, "leading": leading, "trailing": trailing}
+RANGES = {
+    "linspace": linspace,
+    "leading": leading,
+    "trailing": trailing,
+    "flow": partial(flow, end_shifted=True),
+}
 
 
 def sigma_spaced(
