@@ -18,6 +18,7 @@ from .timesteps_base import LogSNRTimesteps, QuantileTimesteps, Timesteps
 from .timesteps_custom import (
     CustomTimesteps,
     ListedTimesteps,
+    NoiseLevelTimesteps,
     ReversedTimesteps,
     WeightedTimesteps,
     WithinTimesteps,
@@ -92,6 +93,7 @@ __all__ = [
     "MinSNR",
     "ModeTimesteps",
     "Noise",
+    "NoiseLevelTimesteps",
     "NoiseSchedule",
     "Noised",
     "Noising",

@@ -51,8 +51,7 @@ class Offset(Noise):
 
     def __post_init__(self) -> None:
         _require_strength("noise offset", self.strength, "0.05 to 0.1 are usual")
-        if not 0 <= self.probability <= 1:
-            raise ValueError(f"the probability of a noise offset must lie in 0 ... 1, got {self.probability}")
+        _require_probability(self.probability)
 
     def draw(self, shape: tuple[int, ...], draws: Draws) -> Tensor:
         part, one = self.strength * _per_channel(shape, draws), [1] * len(shape)
@@ -71,7 +70,8 @@ class AdaptiveOffset(Noise):
     """Offset noise whose strength follows the sample: s = max(0, strength + scale · |mean of the channel of x_0|).
 
     kohya's --noise_offset with --adaptive_noise_scale. The target is made of the offset noise as well. ``scale`` may be
-    negative. ValueError for a negative or infinite strength and an infinite scale.
+    negative. ``random_strength`` and ``probability`` as in :class:`Offset`: the strength before the scale is added is drawn
+    from U(0, strength). ValueError for a negative or infinite strength, an infinite scale, and a probability outside 0 ... 1.
 
     >>> kind = AdaptiveOffset(strength=0.0, scale=0.5)
     >>> kind.apply(torch.zeros(1, 1, 2), torch.ones(1, 1, 1), torch.tensor([[[-2.0, -1.0]]]))
@@ -81,19 +81,30 @@ class AdaptiveOffset(Noise):
     name: ClassVar[str] = "adaptive_offset"
     strength: float = 0.1
     scale: float = 0.1
+    random_strength: bool = False
+    probability: float = 1.0
 
     def __post_init__(self) -> None:
         _require_strength("noise offset", self.strength, "0.05 to 0.1 are usual")
+        _require_probability(self.probability)
         if not abs(self.scale) < float("inf"):
             raise ValueError(f"the scale of an adaptive noise offset must be finite, got {self.scale}")
 
     def draw(self, shape: tuple[int, ...], draws: Draws) -> Tensor:
-        return _per_channel(shape, draws)
+        """Return ξ of each channel, and below them, where the strength is random, the share of it that is drawn."""
+        part, one = _per_channel(shape, draws), [1] * len(shape)
+        share = draws.uniform(*one) if self.random_strength else None
+        if self.probability < 1:
+            part *= draws.uniform(*one) < self.probability
+        return part if share is None else torch.cat([part, share], dim=1)
 
     def apply(self, noise: Tensor, part: Tensor, x0: Tensor) -> Tensor:
+        strength: Tensor | float = self.strength
+        if self.random_strength:
+            part, share = part[:, :-1], part[:, -1:]
+            strength = self.strength * share
         mean = x0.to(noise.dtype).flatten(2).mean(2) if x0.ndim > 2 else x0.to(noise.dtype)
-        strength = (self.strength + self.scale * mean.abs()).clamp(min=0.0)
-        return noise + strength.view(part.shape) * part
+        return noise + (strength + self.scale * mean.abs().view(part.shape)).clamp(min=0.0) * part
 
 
 @dataclass(frozen=True)
@@ -255,6 +266,11 @@ def _require_strength(what: str, strength: float, usual: str) -> None:
 
 def _per_channel(shape: tuple[int, ...], draws: Draws) -> Tensor:
     return draws.normal(shape[0], *[1] * (len(shape) - 1))
+
+
+def _require_probability(probability: float) -> None:
+    if not 0 <= probability <= 1:
+        raise ValueError(f"the probability of a noise offset must lie in 0 ... 1, got {probability}")
 
 
 def _enlargement(grid: Tensor, fine: int) -> tuple[Tensor, Tensor, Tensor]:

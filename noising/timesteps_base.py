@@ -130,9 +130,19 @@ class LogSNRTimesteps(Timesteps):
         """Return λ(u), not increasing in u; for u in [0, 1] of any shape, in float64; infinite at the ends is fine."""
 
     def times(self, u: Tensor, curve: Curve) -> Tensor:
-        ends = curve.log_snr(torch.tensor([curve.t_max, curve.t_min], dtype=torch.float64))
-        low, high = ends.clamp(-_LOG_SNR_BOUND, _LOG_SNR_BOUND)
-        t = curve.time(self.log_snr(u).clamp(low, high))
-        if curve.is_discrete:
-            return t.round().long().clamp(int(curve.t_min), int(curve.t_max))
-        return t.clamp(curve.t_min, curve.t_max)
+        return nearest_time(self.log_snr(u), curve)
+
+
+def nearest_time(log_snr: Tensor, curve: Curve) -> Tensor:
+    """Return the times at which a curve has these log SNRs, those of its ends beyond them; timesteps on a discrete one.
+
+    >>> from alphabar.noising import Flow
+    >>> nearest_time(torch.tensor([0.0, -torch.inf]), Flow())
+    tensor([0.5000, 1.0000])
+    """
+    ends = curve.log_snr(torch.tensor([curve.t_max, curve.t_min], dtype=torch.float64))
+    low, high = ends.clamp(-_LOG_SNR_BOUND, _LOG_SNR_BOUND)
+    t = curve.time(log_snr.clamp(low, high))
+    if curve.is_discrete:
+        return t.round().long().clamp(int(curve.t_min), int(curve.t_max))
+    return t.clamp(curve.t_min, curve.t_max)

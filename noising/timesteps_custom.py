@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .curves import Curve
-from .timesteps_base import LEAST, QuantileTimesteps, Timesteps
+from .timesteps_base import LEAST, QuantileTimesteps, Timesteps, nearest_time
 
 _EDGE = 2.0**-40  # kept from the edges of a bin, so that no rounding leads into its neighbour, which may have weight 0
 _CHECKED = 1025  # points at which a quantile function of one's own is looked at
@@ -192,6 +192,44 @@ class ReversedTimesteps(_Around):
 
     def times(self, u: Tensor, curve: Curve) -> Tensor:
         return curve.time_at_quantile(self.quantile(u).clamp(LEAST, 1.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseLevelTimesteps(_Around):
+    """A density over the noise level σ of the flow path itself, whatever the shift of the schedule.
+
+    σ = low + (high - low) · s q / (1 + (s - 1) q) with the share q that ``density`` draws. kohya's Flux and SD3 scripts draw so:
+    uniformly (``--timestep_sampling uniform``), as a sigmoid of a normal (``sigmoid``), and with a shift of training alone
+    (``--training_shift``). On curves that are no flow σ stands for σ / (α + σ). ValueError unless ``density`` is one over training
+    time, s is positive and 0 <= low < high <= 1.
+
+    >>> from alphabar.noising import NoiseSchedule, UniformTimesteps
+    >>> flow = NoiseSchedule.flow(shift=3.0)
+    >>> t = NoiseLevelTimesteps(density=UniformTimesteps()).times(torch.tensor([0.25, 0.75]), flow.curve)
+    >>> flow.sigma(t)
+    tensor([0.2500, 0.7500], dtype=torch.float64)
+    """
+
+    name: ClassVar[str] = "noise_level"
+    shift: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.density, QuantileTimesteps | ReversedTimesteps):
+            raise ValueError(f"{self.density.name} timesteps are no density over training time, e.g. uniform, logit_normal")
+        if not 0 < self.shift < math.inf or not 0 <= self.low < self.high <= 1:
+            raise ValueError(
+                "noise level timesteps need a positive shift and 0 <= low < high <= 1, "
+                f"got {self.shift}, {self.low} and {self.high}"
+            )
+
+    def times(self, u: Tensor, curve: Curve) -> Tensor:
+        assert isinstance(self.density, QuantileTimesteps | ReversedTimesteps)
+        q = self.density.quantile(u.double()).clamp(LEAST, 1.0)
+        level = self.low + (self.high - self.low) * self.shift * q / (1 + (self.shift - 1) * q)
+        return nearest_time(2 * ((1 - level).log() - level.log()), curve)
 
 
 def bin_of(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

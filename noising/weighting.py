@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from .items import made
 from .uncertainty import LearnedUncertainty
 from .weighting_peers import (
+    DiffusersCosMapX0,
     DiffusersMinSNRPlusOneV,
     DiffusersPixArtMinSNRV,
     KohyaDebiasedEpsilon,
@@ -41,8 +42,8 @@ _PUBLISHED: tuple[type[Weighting], ...] = (
     *(P2, Debiased, EDM, CosMap, SigmaSqrt, VLike),
 )
 _PEERS: tuple[type[Weighting], ...] = (
-    *(DiffusersMinSNRPlusOneV, DiffusersPixArtMinSNRV, KohyaDebiasedEpsilon, KohyaDebiasedV, KohyaScaleVPred),
-    *(KohyaVPredLike, OneTrainerDebiasedV, OneTrainerP2V, OneTrainerSigma),
+    *(DiffusersCosMapX0, DiffusersMinSNRPlusOneV, DiffusersPixArtMinSNRV, KohyaDebiasedEpsilon, KohyaDebiasedV),
+    *(KohyaScaleVPred, KohyaVPredLike, OneTrainerDebiasedV, OneTrainerP2V, OneTrainerSigma),
 )
 
 WEIGHTINGS: Mapping[str, type[Weighting]] = {

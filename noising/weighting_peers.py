@@ -8,6 +8,7 @@ outside: 1 / (min(SNR, 1000) + 1) = max(σ² / (α² + σ²), 1 / 1001).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -62,6 +63,24 @@ class DiffusersPixArtMinSNRV(MinSNR, Peer):
 
     def numerator(self, alpha2: Tensor, sigma2: Tensor, det2: Tensor) -> Tensor:
         return minimum(alpha2 + sigma2, self.gamma * sigma2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusersCosMapX0(Peer):
+    """2 / (π (1 - 2σ + 2σ²)) on x_0, σ of the flow path, of diffusers' SD3 script (``cosmap`` with ``--precondition_outputs 1``).
+
+    Truly ``cosmap`` times σ²: the weight is meant for the flow loss, and stands there on the error of x_0.
+
+    >>> import torch
+    >>> DiffusersCosMapX0()(torch.tensor([0.5]), torch.tensor([0.5]), 0.5) * torch.pi  # on x_0
+    tensor([4.])
+    """
+
+    name: ClassVar[str] = "diffusers_cosmap_x0"
+    target: ClassVar[str] = "sample"
+
+    def numerator(self, alpha2: Tensor, sigma2: Tensor, det2: Tensor) -> Tensor:
+        return (2 / math.pi) * sigma2 * flow_determinant2(alpha2, sigma2) / (alpha2 + sigma2)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from alphabar.noising import (
     Huber,
     Immiscible,
     InputPerturbation,
+    ListedTimesteps,
     LogitNormalTimesteps,
     LogNormalSigmaTimesteps,
     Loss,
@@ -26,6 +27,7 @@ from alphabar.noising import (
     MinSNR,
     ModeTimesteps,
     Noise,
+    NoiseLevelTimesteps,
     NoiseSchedule,
     Offset,
     PerRange,
@@ -41,9 +43,10 @@ from alphabar.noising import (
     VLike,
     Weighting,
 )
-from alphabar.noising.weighting_peers import KohyaDebiasedV
+from alphabar.noising.weighting_peers import KohyaDebiasedEpsilon, KohyaDebiasedV, KohyaScaleVPred, KohyaVPredLike
 from alphabar.training import add_noising_arguments, noising_from_arguments, schedule_from_arguments
 from alphabar.training.flags import KINDS, Kind
+from alphabar.training.options import read_options
 
 BASE = NoiseSchedule.scaled_linear()
 
@@ -64,7 +67,7 @@ def test_every_flag_arrives() -> None:
     flags = (
         "--beta_schedule linear --beta_start 0.001 --beta_end 0.03 --num_train_timesteps 500 --prediction_type sample"
     )
-    flags += " --rescale_betas_zero_snr --snr_gamma 3 --loss_weight_floor 0.1 --timestep_sampling stratified --noise_offset 0.05"
+    flags += " --rescale_betas_zero_snr --snr_gamma 3 --loss_weight_floor 0.1 --timestep_density stratified --noise_offset 0.05"
     noising = noising_from_arguments(parse(*flags.split(), "--noise_seed", "7"))
     assert noising.schedule == NoiseSchedule.linear(0.001, 0.03, 500, "sample").zero_terminal_snr()
     assert noising.weighting == MinSNR(gamma=3.0, floor=0.1)
@@ -82,9 +85,13 @@ def test_every_flag_arrives() -> None:
         ("--p2_gamma 0.5", P2(gamma=0.5)),
         ("--p2_gamma 0.5 --p2_k 2", P2(gamma=0.5, k=2.0)),
         ("--sigmoid_bias -3", Sigmoid(bias=-3.0)),
-        ("--debiased_estimation_loss", Debiased()),
-        ("--scale_v_pred_loss_like_noise_pred", SNR()),
-        ("--v_pred_like_loss 0.5", VLike(strength=0.5)),
+        ("--debiased_estimation_loss", KohyaDebiasedEpsilon()),
+        ("--debiased_estimation_loss --v_parameterization", KohyaDebiasedV()),
+        ("--loss_weighting debiased", Debiased()),
+        ("--scale_v_pred_loss_like_noise_pred --v_parameterization", KohyaScaleVPred()),
+        ("--loss_weighting snr", SNR()),
+        ("--v_pred_like_loss 0.5", KohyaVPredLike(strength=0.5)),
+        ("--loss_weighting v_like:strength=0.5", VLike(strength=0.5)),
         ("--weighting_scheme cosmap", CosMap()),
         ("--weighting_scheme sigma_sqrt", SigmaSqrt()),
         ("--weighting_scheme mode", Uniform()),
@@ -104,22 +111,31 @@ def test_weightings(flags: str, weighting: Weighting) -> None:
 @pytest.mark.parametrize(
     ("flags", "density"),
     [
-        ("--timestep_sampling logit_normal", LogitNormalTimesteps()),
-        ("--timestep_sampling sigmoid --sigmoid_scale 2", LogitNormalTimesteps(std=2.0)),
+        ("--timestep_density logit_normal", LogitNormalTimesteps()),
+        ("--timestep_sampling shift --sigmoid_scale 2 --flow_shift 3", LogitNormalTimesteps(std=2.0)),
+        (
+            "--timestep_sampling sigmoid --sigmoid_scale 2 --flow_shift 3",
+            NoiseLevelTimesteps(density=LogitNormalTimesteps(std=2.0)),
+        ),
+        ("--timestep_sampling uniform --flow_shift 3", NoiseLevelTimesteps(density=UniformTimesteps())),
+        (
+            "--training_shift 2 --flow_shift 3 --weighting_scheme logit_normal --logit_mean 1 --max_timestep 500",
+            NoiseLevelTimesteps(density=LogitNormalTimesteps(mean=1.0), shift=2.0, high=0.5),
+        ),
         ("--timestep_sampling shift --discrete_flow_shift 3", LogitNormalTimesteps()),
-        ("--logit_mean 0.5 --logit_std 0.8", LogitNormalTimesteps(mean=0.5, std=0.8)),
-        ("--timestep_sampling stratified_logit_normal --logit_mean 1", LogitNormalTimesteps(mean=1.0, stratified=True)),
-        ("--weighting_scheme logit_normal --logit_mean 0.5", LogitNormalTimesteps(mean=0.5)),
-        ("--weighting_scheme mode --mode_scale 0.8", ModeTimesteps(scale=0.8)),
+        ("--weighting_scheme logit_normal --logit_mean 0.5 --logit_std 0.8", LogitNormalTimesteps(mean=-0.5, std=0.8)),
+        ("--timestep_density stratified_logit_normal:mean=1.0", LogitNormalTimesteps(mean=1.0, stratified=True)),
+                ("--weighting_scheme mode --mode_scale 0.8", ModeTimesteps(scale=0.8)),
         ("--weighting_scheme none", UniformTimesteps()),
         ("--p_mean -0.4 --p_std 1", LogNormalSigmaTimesteps(mean=-0.4, std=1.0)),
-        ("--timestep_sampling beta:a=2,b=3", BetaTimesteps(a=2, b=3)),
+        ("--timestep_density beta:a=2,b=3", BetaTimesteps(a=2, b=3)),
         ("--min_timestep 200 --max_timestep 800", UniformTimesteps().within(200, 799)),
         ("--min_timestep 200", UniformTimesteps().within(200, 999)),
-        ("--flow_shift 3 --max_timestep 500", UniformTimesteps().within(0.0, 0.5)),
-        ("--reversed_timesteps --logit_mean 1", LogitNormalTimesteps(mean=1.0).reversed()),
+        ("--flow_shift 3 --max_timestep 500", UniformTimesteps().within(0.0, 0.25)),  # where sigma is 0.5
+        ("--min_timestep 200 --max_timestep 201", ListedTimesteps(listed=(200,))),
+        ("--reversed_timesteps --timestep_density logit_normal:mean=1.0", LogitNormalTimesteps(mean=1.0).reversed()),
         (
-            "--timestep_sampling loss_second_moment:bins=10 --min_timestep 200 --max_timestep 800",
+            "--timestep_density loss_second_moment:bins=10 --min_timestep 200 --max_timestep 800",
             LossSecondMoment(bins=10, density=UniformTimesteps().within(200, 799)),
         ),
     ],
@@ -161,7 +177,7 @@ def test_noises(flags: str, noise: Noise) -> None:
         ("--loss_type huber --huber_c 0.2 --huber_schedule exponential", PseudoHuber(c=0.2, schedule="exponential")),
         ("--loss_type smooth_l1 --huber_schedule snr", SmoothL1(schedule="snr")),
         ("--loss_type torch_huber", Huber()),
-        ("--huber_c 0.2", PseudoHuber(c=0.2)),
+        ("--loss_type huber --huber_c 0.2", PseudoHuber(c=0.2)),
         ("--loss_type huber --huber_schedule constant --huber_scale 2", PseudoHuber(schedule="constant", scale=2.0)),
     ],
 )
@@ -187,13 +203,15 @@ def test_schedules(flags: str, schedule: NoiseSchedule) -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.what)
 def test_every_name_and_every_flag_is_known_to_the_registry(kind: Kind) -> None:
+    by_name = {kind.flag, *(name for flag in kind.flags for name in flag.names)}
     for name in kind.registry:
         needs = [p for p in inspect.signature(kind.registry[name]).parameters.values() if p.default is p.empty]
         if not needs:
             meant = (kind.also or {}).get(name, name)
-            assert kind.chosen(parse(kind.flag, name)) == [kind.registry[meant]()]
+            said = read_options(parse(kind.flag, name), kind.options)
+            assert kind.chosen(said) == [kind.registry[meant]()]
     for flag in kind.flags:
-        assert flag.help
+        assert flag.help and set(flag.schemes) <= set(kind.registry) and flag.needs in (None, *by_name)
         for scheme in flag.schemes:
             assert flag.field is None or flag.field in inspect.signature(kind.registry[scheme]).parameters
     assert set((kind.also or {}).values()) <= set(kind.registry)
@@ -218,7 +236,8 @@ def test_flow() -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--rescale_betas_zero_snr"], ["epsilon", "ill-posed", "with_prediction('v_prediction')"]),
+        (["--rescale_betas_zero_snr"], ["epsilon", "ill-posed", "--prediction_type v_prediction"]),
+        (["--zero_terminal_snr"], ["--zero_terminal_snr", "ill-posed", "--prediction_type v_prediction"]),
         (
             ["--rescale_betas_zero_snr", "--flow_shift", "3"],
             ["--rescale_betas_zero_snr", "--flow_shift", "leave it out"],
@@ -235,18 +254,18 @@ def test_flow() -> None:
         (["--prediction_type", "karras"], ["karras needs --sigma_data", "0.5"]),
         (["--sigma_data", "0.5"], ["--sigma_data 0.5", "epsilon", "uniform", "leave it out"]),
         (["--min_timestep", "500", "--max_timestep", "500"], ["--min_timestep must be below", "500 and 500"]),
-        (["--min_timestep", "900", "--max_timestep", "2000"], ["1999", "0 ... 999"]),
+        (["--min_timestep", "900", "--max_timestep", "2000"], ["900 and 2000", "0 ... 999"]),
         (["--loss_weighting", "min_snrr"], ["min_snrr", "did you mean 'min_snr'"]),
         (["--loss_weighting", "min_snr:gama=5"], ["gama", "gamma"]),
-        (["--timestep_sampling", "logitnormal"], ["logitnormal", "logit_normal"]),
+        (["--timestep_density", "logitnormal"], ["logitnormal", "logit_normal"]),
         (["--noise", "piramid"], ["piramid", "pyramid"]),
         (["--loss_type", "hubber"], ["hubber", "huber"]),
         (["--snr_gamma", "5", "--p2_gamma", "1"], ["--snr_gamma", "--p2_gamma", "give one of the two"]),
         (
-            ["--weighting_scheme", "mode", "--timestep_sampling", "beta"],
-            ["--weighting_scheme mode", "--timestep_sampling beta"],
+            ["--weighting_scheme", "mode", "--timestep_density", "beta"],
+            ["--weighting_scheme mode", "--timestep_density beta"],
         ),
-        (["--logit_mean", "0", "--timestep_sampling", "mode"], ["--logit_mean", "--timestep_sampling mode"]),
+        (["--logit_mean", "0", "--timestep_density", "mode"], ["--logit_mean", "--timestep_density mode"]),
         (["--huber_c", "0.1", "--loss_type", "l2"], ["--huber_c", "--loss_type l2"]),
         (["--schedule_shift", "-1"], ["-1"]),
         (

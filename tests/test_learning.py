@@ -23,7 +23,7 @@ FALLS_SLOWLY = {("score", "uniform"): 0.8}
 def test_the_loss_falls(prediction: str, weighting: str, noise: str, tmp_path: Path) -> None:
     example = load("train_brightness")
     flags = (
-        f"--prediction_type {prediction} --loss_weighting {weighting} --noise {noise} --timestep_sampling stratified"
+        f"--prediction_type {prediction} --loss_weighting {weighting} --noise {noise} --timestep_density stratified"
     )
     flags += f" --max_steps {STEPS} --batch_size 16 --preview_every 1000 --num_samples 4 --sampling_steps 2"
     if prediction in ("karras", "consistency"):

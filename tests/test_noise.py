@@ -36,6 +36,7 @@ KINDS: dict[str, Any] = {
     **{name: make() for name, make in NOISES.items()},
     "offset random": Offset(0.5, random_strength=True, probability=0.5),
     "adaptive down": AdaptiveOffset(0.3, scale=-0.5),
+    "adaptive random": AdaptiveOffset(0.5, scale=0.5, random_strength=True),
     "perturbation random": InputPerturbation(0.3, random_strength=True),
     "perturbation decaying": InputPerturbation(0.3, decay_steps=100),
     "chain": Chain((Pyramid(), Offset(0.2), InputPerturbation(0.1))),

@@ -144,6 +144,7 @@ W_X0: dict[str, Callable[[Tensor], Tensor]] = {
     "v_like": lambda snr: snr + 1.0 * (snr + 1),
 }
 BY_PEERS: dict[str, Callable[[Tensor], Tensor]] = {  # on their target, as their code has it
+    "diffusers_cosmap_x0": lambda snr: 2 / (math.pi * (1 - 2 * flow_sigma(snr) + 2 * flow_sigma(snr) ** 2)),
     "diffusers_min_snr_plus_one_v": lambda snr: snr.clamp(max=5.0) / snr + 1,
     "diffusers_pixart_min_snr_v": lambda snr: (snr + 1).clamp(max=5.0) / (snr + 1),
     "kohya_debiased_epsilon": lambda snr: 1 / snr.clamp(max=1000.0).sqrt(),
@@ -155,6 +156,7 @@ BY_PEERS: dict[str, Callable[[Tensor], Tensor]] = {  # on their target, as their
     "onetrainer_sigma": lambda snr: flow_sigma(snr),
 }
 TRULY: dict[str, Callable[[Tensor], Tensor]] = {  # w_x0 that they amount to, below their cap
+    "diffusers_cosmap_x0": lambda snr: W_X0["cosmap"](snr) * flow_sigma(snr) ** 2,
     "diffusers_min_snr_plus_one_v": lambda snr: (snr + 1) * (1 + (5 / snr).clamp(max=1)),
     "diffusers_pixart_min_snr_v": lambda snr: (snr + 1).clamp(max=5.0),
     "kohya_debiased_epsilon": W_X0["debiased"],
@@ -327,6 +329,7 @@ AT_THE_END = {  # exactly, on v, where SNR is 0
     "edm": 4.0,
     "learned_uncertainty": 4.0,
     "cosmap": 2 / math.pi,
+    "diffusers_cosmap_x0": 2 / math.pi,
     "onetrainer_p2_v": 0.5,
     "diffusers_min_snr_plus_one_v": 2.0,
 }

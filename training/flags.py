@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from ..noising import LOSSES, NOISES, TIMESTEPS, WEIGHTINGS
 from ..noising.items import make, parse_item
-
-T = TypeVar("T")
+from .options import Option, Said
 
 
 @dataclass(frozen=True)
@@ -18,7 +16,8 @@ class Flag:
     """A flag that is one option of a scheme.
 
     ``names``: how it is written, the first one is ours. ``schemes``: those that have the option; the first is meant where none
-    is named. ``field``: the option, or none, where the flag only says the scheme. ``type``: of its value; bool for a switch.
+    is named, ``for_v`` where v is predicted. ``field``: the option, or none, where the flag only says the scheme. ``needs``: the
+    flag that must say the scheme, for one that says it in no trainer. ``type``: of its value; bool for a switch.
 
     >>> Flag(("--snr_gamma",), ("min_snr",), "gamma").key
     'snr_gamma'
@@ -29,16 +28,46 @@ class Flag:
     field: str | None = None
     type: Callable[[str], Any] = float
     help: str = ""
+    needs: str | None = None
+    for_v: str | None = None
+    zero_is_none: bool = False
+    instead_of: str | None = None
+    """A scheme that the flag's own one replaces, so that the two are not combined."""
+
+    @property
+    def option(self) -> Option:
+        """The flag as an option of a parser."""
+        return Option(self.names, self.type, self.help, zero_is_none=self.zero_is_none)
 
     @property
     def key(self) -> str:
-        """The name under which argparse keeps the value."""
-        return self.names[0].lstrip("-")
+        """The name under which its value is read back."""
+        return self.option.key
 
-    def add_to(self, group: Any) -> None:
-        """Add the flag to an argparse group."""
-        how: dict[str, Any] = {"action": "store_const", "const": True} if self.type is bool else {"type": self.type}
-        group.add_argument(*self.names, dest=self.key, default=None, help=self.help, **how)
+    def scheme(self, prediction: str | None) -> str:
+        """Return the scheme that is meant where none is named."""
+        return self.for_v if self.for_v and prediction == "v_prediction" else self.schemes[0]
+
+
+@dataclass
+class Named:
+    """A scheme that is being put together: its options, and the flags that said it and each of them."""
+
+    name: str
+    options: dict[str, Any]
+    said: str
+    words: dict[str, str]
+    """How each option was written."""
+    by_item: bool = False
+
+    def take(self, field: str, value: Any, written: str) -> None:
+        """Set an option; ValueError where it is set already, to something else."""
+        if field in self.options and self.options[field] != value:
+            raise ValueError(
+                f"{written} and {self.words[field]} say the same option, {field} of {self.name}, differently; give one of the two"
+            )
+        self.options.setdefault(field, value)
+        self.words.setdefault(field, written)
 
 
 @dataclass(frozen=True)
@@ -47,9 +76,11 @@ class Kind:
 
     ``several``: whether schemes can be combined. ``also``: names of other trainers for a scheme.
 
+    >>> from .options import read_options
     >>> parser = argparse.ArgumentParser()
-    >>> WEIGHTING.add_to(parser)
-    >>> WEIGHTING.chosen(parser.parse_args(["--loss_weighting", "soft_min_snr", "--snr_gamma", "3"]))
+    >>> add_options(WEIGHTING.options, parser, parser)
+    >>> args = parser.parse_args(["--loss_weighting", "soft_min_snr", "--snr_gamma", "3"])
+    >>> WEIGHTING.chosen(read_options(args, WEIGHTING.options))
     [SoftMinSNR(floor=0.0, gamma=3.0)]
     """
 
@@ -63,49 +94,98 @@ class Kind:
 
     @property
     def key(self) -> str:
-        """The name under which argparse keeps what was named."""
-        return self.flag.lstrip("-")
+        """The name under which what was named is read back."""
+        return self.option.key
 
-    def add_to(self, group: Any) -> None:
-        """Add the flag and those of the options to an argparse group."""
-        help = (
-            f"{self.what}, NAME or NAME:option=value,...; names: {', '.join(self.registry)} (default: {self.default})"
-        )
-        group.add_argument(self.flag, default=None, nargs="+" if self.several else None, metavar="ITEM", help=help)
-        for flag in self.flags:
-            flag.add_to(group)
+    @property
+    def option(self) -> Option:
+        """The flag that names schemes, as an option of a parser."""
+        names = [name for name in {**self.registry, **(self.also or {})}]
+        help = f"{self.what}, NAME or NAME:option=value,...; names: {', '.join(names)} (default: {self.default})"
+        return Option((self.flag,), str, help, several=self.several, metavar="ITEM")
 
-    def chosen(self, args: argparse.Namespace, **more: Any) -> list[Any]:
-        """Return what the flags say, made; ``more`` are options that every scheme has. Contradictions are a ValueError."""
-        named = getattr(args, self.key) or []
-        items = [parse_item(item) for item in ([named] if isinstance(named, str) else named)]
-        schemes = [(self._registered(name), dict(options), f"{self.flag} {name}") for name, options in items]
-        given = [flag for flag in self.flags if getattr(args, flag.key) is not None]
-        for flag in sorted(given, key=lambda flag: len(flag.schemes)):  # those that leave least choice come first
-            self._place(flag, getattr(args, flag.key), schemes)
-        schemes = schemes or [(self.default, {}, "")]
-        return [make(self.what, name, {**options, **more}, self.registry) for name, options, _ in schemes]
+    @property
+    def options(self) -> tuple[Option, ...]:
+        """The flag and those of the options of its schemes."""
+        return (self.option, *(flag.option for flag in self.flags))
 
-    def _registered(self, name: str) -> str:
-        return (self.also or {}).get(name, name)
+    def chosen(self, said: Said, prediction: str | None = None, common: Mapping[str, str] | None = None) -> list[Any]:
+        """Return what the flags say, made; contradictions are a ValueError that names both.
 
-    def _place(self, flag: Flag, value: Any, schemes: list[tuple[str, dict[str, Any], str]]) -> None:
+        ``prediction``: the prediction type, which some flags of kohya depend on. ``common``: the options that every scheme has,
+        with the keys of their flags.
+        """
+        schemes = self.named(said, prediction)
+        for key, field in (common or {}).items():
+            for scheme in schemes if key in said.given else ():
+                scheme.take(field, said.given[key], said.written(key))
+        return [self._made(scheme) for scheme in schemes]
+
+    def named(self, said: Said, prediction: str | None = None) -> list[Named]:
+        """Return the schemes that the flags say with their options; at least one."""
+        schemes = self._items(said.given.get(self.key), said)
+        count = len(schemes)
+        for flag in self._in_order(said.given):
+            self._place(flag, said.given[flag.key], schemes, said, prediction)
+        if not schemes:
+            schemes += self._items(said.weak.get(self.key), said)
+            count = len(schemes)
+        for flag in self._in_order(said.weak):
+            self._fill(flag, said.weak[flag.key], schemes, count, said, prediction)
+        order = list(self.registry)
+        made_of_flags = sorted(schemes[count:], key=lambda scheme: order.index(scheme.name))
+        return [*schemes[:count], *made_of_flags] or [Named(self.default, {}, "", {})]
+
+    def _made(self, scheme: Named) -> Any:
+        try:
+            return make(self.what, scheme.name, scheme.options, self.registry)
+        except ValueError as error:
+            flags = dict.fromkeys([scheme.said, *scheme.words.values()])
+            raise ValueError(f"{', '.join(filter(None, flags))}: {error}") from error
+
+    def _items(self, text: str | None, said: Said) -> list[Named]:
+        schemes = []
+        for item in [] if text is None else text.split() if self.several else [text]:
+            name, options = parse_item(item)
+            written = f"{said.names.get(self.key, self.flag)} {item}"
+            known = (self.also or {}).get(name, name)
+            schemes.append(Named(known, dict(options), written, dict.fromkeys(options, written), by_item=True))
+        return schemes
+
+    def _in_order(self, values: Mapping[str, Any]) -> list[Flag]:
+        # those that leave least choice come first
+        return sorted((flag for flag in self.flags if flag.key in values), key=lambda flag: len(flag.schemes))
+
+    def _place(self, flag: Flag, value: Any, schemes: list[Named], said: Said, prediction: str | None) -> None:
         """Give the flag's value to the first scheme that has its option; where none does, add the flag's own scheme."""
-        options = next((options for name, options, _ in schemes if name in flag.schemes), None)
-        if options is None:
-            if schemes and (not self.several or schemes[0][0] == self.default):  # the default says: nothing else
+        written = said.written(flag.key)
+        scheme = next((scheme for scheme in schemes if scheme.name in flag.schemes), None)
+        if scheme is None:
+            refused = next((other for other in schemes if other.name == flag.instead_of), None)
+            if refused is not None:
+                raise ValueError(f"{written} makes another {refused.name} noise beside {refused.said}; give one of the two")
+            if schemes and (not self.several or schemes[0].name == self.default):  # the default says: nothing else
                 raise ValueError(
-                    f"{flag.names[0]} is an option of {flag.schemes[0]} and contradicts {schemes[0][2]}; give one of the two"
+                    f"{written} is an option of {flag.scheme(prediction)} and contradicts {schemes[0].said}; give one of the two"
                 )
-            options = {}
-            schemes.append((flag.schemes[0], options, flag.names[0]))
+            if flag.needs is not None and said.value(flag.needs.lstrip("-")) is None:
+                raise ValueError(f"{written} is an option of {flag.needs} and says nothing alone; give {flag.needs} as well")
+            scheme = Named(flag.scheme(prediction), {}, written, {})
+            schemes.append(scheme)
         if flag.field is not None:
-            options[flag.field] = value
+            scheme.take(flag.field, value, written)
 
-
-def _or_none(text: str) -> float | None:
-    """A strength, of which 0 means that there is none."""
-    return float(text) or None
+    def _fill(
+        self, flag: Flag, value: Any, schemes: list[Named], count: int, said: Said, prediction: str | None
+    ) -> None:
+        """Give a weak value to the scheme that has its option and does not say it; where nothing else is said, it says one."""
+        scheme = next((scheme for scheme in schemes if scheme.name in flag.schemes), None)
+        nothing_else = not schemes or (self.several and schemes[0].name != self.default)
+        if scheme is None and nothing_else and (flag.needs is None or flag.needs.lstrip("-") in said.weak):
+            scheme = Named(flag.scheme(prediction), {}, said.written(flag.key), {})
+            schemes.append(scheme)
+        if scheme is not None and flag.field is not None and flag.field not in scheme.options:
+            scheme.take(flag.field, value, said.written(flag.key))
 
 
 WEIGHTING = Kind(
@@ -116,37 +196,43 @@ WEIGHTING = Kind(
     (
         Flag(
             ("--snr_gamma", "--min_snr_gamma"),
-            ("min_snr", "soft_min_snr"),
+            ("min_snr", "soft_min_snr", "diffusers_min_snr_plus_one_v", "diffusers_pixart_min_snr_v"),
             "gamma",
             help="min-SNR weighting with this gamma (2303.09556; the paper uses 5)",
         ),
         Flag(
             ("--p2_gamma",), ("p2",), "gamma", help="P2 weighting with this gamma (2204.00227; the paper uses 0.5, 1)"
         ),
-        Flag(("--p2_k",), ("p2",), "k", help="k of the P2 weighting (the paper uses 1)"),
+        Flag(("--p2_k",), ("p2",), "k", help="k of the P2 weighting (the paper uses 1)", needs="--p2_gamma"),
         Flag(
             ("--sigmoid_bias",), ("sigmoid",), "bias", help="sigmoid weighting with this bias (2303.00848, 2410.19324)"
         ),
         Flag(
             ("--debiased_estimation_loss",),
-            ("debiased",),
+            ("kohya_debiased_epsilon", "kohya_debiased_v"),
             type=bool,
-            help="debiased weighting (2310.08442), for every prediction type as the paper has it",
+            for_v="kohya_debiased_v",
+            help="as in kohya: 1 / sqrt(SNR), where v is predicted 1 / (SNR + 1), SNR at most 1000; the paper's "
+            "(2310.08442) is --loss_weighting debiased",
         ),
         Flag(
             ("--scale_v_pred_loss_like_noise_pred",),
-            ("snr",),
+            ("kohya_scale_v_pred",),
             type=bool,
-            help="weigh as the plain epsilon loss does, whatever is predicted",
+            help="as in kohya: weigh the v loss as the plain epsilon loss, SNR at most 1000; for every prediction type and "
+            "without the limit --loss_weighting snr",
         ),
         Flag(
             ("--v_pred_like_loss",),
-            ("v_like",),
+            ("kohya_v_pred_like",),
             "strength",
-            help="add this much of the plain v loss to the epsilon loss",
+            zero_is_none=True,
+            help="as in kohya: add this much of the plain v loss to the epsilon loss, SNR at most 1000",
         ),
     ),
 )
+
+_THRESHOLD = ("pseudo_huber", "smooth_l1", "huber")
 
 LOSS = Kind(
     "--loss_type",
@@ -154,38 +240,32 @@ LOSS = Kind(
     LOSSES,
     "l2",
     (
-        Flag(("--huber_c",), ("pseudo_huber", "smooth_l1", "huber"), "c", help="threshold of the Huber losses"),
+        Flag(("--huber_c",), _THRESHOLD, "c", help="threshold of the Huber losses", needs="--loss_type"),
         Flag(
             ("--huber_schedule",),
-            ("pseudo_huber", "smooth_l1", "huber"),
+            _THRESHOLD,
             "schedule",
             type=str,
             help="how the threshold follows the noise level: constant, exponential, snr",
+            needs="--loss_type",
         ),
-        Flag(("--huber_scale",), ("pseudo_huber", "smooth_l1", "huber"), "scale", help="factor of the threshold"),
+        Flag(("--huber_scale",), _THRESHOLD, "scale", help="factor of the threshold", needs="--loss_type"),
     ),
     # a script that says huber means what sd-scripts and diffusers call so
     also={"huber": "pseudo_huber", "torch_huber": "huber"},
 )
 
-_LOGIT_NORMAL = ("logit_normal", "stratified_logit_normal")
 _LOGNORMAL = ("lognormal_sigma", "stratified_lognormal_sigma")
 
 TIMESTEP = Kind(
-    "--timestep_sampling",
+    "--timestep_density",
     "timestep density",
     TIMESTEPS,
     "uniform",
     (
-        Flag(("--logit_mean",), _LOGIT_NORMAL, "mean", help="mean of logit-normal timesteps; positive is more noise"),
-        Flag(("--logit_std", "--sigmoid_scale"), _LOGIT_NORMAL, "std", help="spread of logit-normal timesteps"),
-        Flag(
-            ("--mode_scale",), ("mode", "stratified_mode"), "scale", help="scale of mode timesteps (2403.03206, eq. 20)"
-        ),
         Flag(("--p_mean",), _LOGNORMAL, "mean", help="mean of ln sigma (2206.00364; EDM -1.2, EDM2 -0.4)"),
         Flag(("--p_std",), _LOGNORMAL, "std", help="spread of ln sigma (EDM 1.2, EDM2 1.0)"),
     ),
-    also={"sigmoid": "logit_normal", "shift": "logit_normal", "sigma": "uniform"},  # the shift is the schedule's
 )
 
 NOISE = Kind(
@@ -198,31 +278,54 @@ NOISE = Kind(
             ("--noise_offset",),
             ("offset", "adaptive_offset"),
             "strength",
-            _or_none,
-            "strength of offset noise (0: none)",
+            zero_is_none=True,
+            help="strength of offset noise (0: none)",
         ),
         Flag(
             ("--noise_offset_random_strength",),
-            ("offset",),
+            ("offset", "adaptive_offset"),
             "random_strength",
             bool,
             "draw the strength of the offset from 0 ... noise_offset for each sample",
+            needs="--noise_offset",
         ),
-        Flag(("--noise_offset_probability",), ("offset",), "probability", help="share of samples that get an offset"),
+        Flag(
+            ("--noise_offset_probability",),
+            ("offset", "adaptive_offset"),
+            "probability",
+            help="share of samples that get an offset",
+            needs="--noise_offset",
+        ),
         Flag(
             ("--adaptive_noise_scale",),
             ("adaptive_offset",),
             "scale",
-            help="let the offset follow the mean of the sample's channel by this factor",
+            zero_is_none=True,
+            help="add this times the mean of the sample's channel to the strength of the offset",
+            needs="--noise_offset",
+            instead_of="offset",
         ),
-        Flag(("--multires_noise_iterations",), ("pyramid",), "iterations", int, "octaves of pyramid noise"),
-        Flag(("--multires_noise_discount",), ("pyramid",), "discount", help="factor from one octave to the next"),
+        Flag(
+            ("--multires_noise_iterations",),
+            ("pyramid",),
+            "iterations",
+            int,
+            "octaves of pyramid noise (0: none)",
+            zero_is_none=True,
+        ),
+        Flag(
+            ("--multires_noise_discount",),
+            ("pyramid",),
+            "discount",
+            help="factor from one octave to the next",
+            needs="--multires_noise_iterations",
+        ),
         Flag(
             ("--input_perturbation", "--ip_noise_gamma"),
             ("input_perturbation",),
             "strength",
-            _or_none,
-            "strength of input perturbation (2301.11706; 0: none, the paper uses 0.1)",
+            zero_is_none=True,
+            help="strength of input perturbation (2301.11706; 0: none, the paper uses 0.1)",
         ),
         Flag(
             ("--ip_noise_gamma_random_strength",),
@@ -230,6 +333,7 @@ NOISE = Kind(
             "random_strength",
             bool,
             "draw that strength from 0 ... input_perturbation for each sample",
+            needs="--input_perturbation",
         ),
         Flag(
             ("--input_perturbation_steps",),
@@ -237,6 +341,7 @@ NOISE = Kind(
             "decay_steps",
             int,
             "optimizer steps over which input perturbation decays to 0",
+            needs="--input_perturbation",
         ),
         Flag(("--immiscible",), ("immiscible",), type=bool, help="assign noises to the nearest samples (2406.12303)"),
     ),
