@@ -218,7 +218,9 @@ class NoiseLevelTimesteps(_Around):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.density, QuantileTimesteps | ReversedTimesteps):
-            raise ValueError(f"{self.density.name} timesteps are no density over training time, e.g. uniform, logit_normal")
+            raise ValueError(
+                f"{self.density.name} timesteps are no density over training time, e.g. uniform, logit_normal"
+            )
         if not 0 < self.shift < math.inf or not 0 <= self.low < self.high <= 1:
             raise ValueError(
                 "noise level timesteps need a positive shift and 0 <= low < high <= 1, "

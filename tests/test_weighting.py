@@ -379,7 +379,7 @@ def test_the_first_weight_is_not_lost_in_float32() -> None:
 
 DEAD = (
     r"^weighting '{name}' is 0 at t = {end}, where SNR is 0: the step that sampling starts from gets no gradient; "
-    r"give it a floor \(e.g. floor=0.05\), or use weighting='uniform'$"
+    r"give it a floor \(floor=0.05, as a flag --loss_weight_floor 0.05\), or use weighting 'uniform'$"
 )
 
 

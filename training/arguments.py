@@ -113,7 +113,9 @@ TRAINING_OPTIONS = (
 OPTIONS = (*SCHEDULE_OPTIONS, *(option for kind in KINDS for option in kind.options), *TRAINING_OPTIONS)
 """Every option that :func:`add_noising_arguments` adds."""
 
-_NOT_HERE: Mapping[str, tuple[Any, str]] = {  # flags of other trainers that change what is trained: the value that does not
+_NOT_HERE: Mapping[
+    str, tuple[Any, str]
+] = {  # flags of other trainers that change what is trained: the value that does not
     "model_prediction_type": ("raw", "give --model_prediction_type raw, as sd-scripts' documentation advises"),
     "timestep_bias_strategy": ("none", "leave it out; --timestep_density and --min_timestep say what is trained"),
     "dream_training": (False, "leave it out"),
@@ -460,7 +462,9 @@ def _of_scheme(said: Said, scheme: str, curve: Curve) -> Timesteps | None:
     if shift is None:
         return density
     if not curve.is_flow:
-        raise ValueError(f"{said.written('training_shift')} is for flows, and this schedule is {curve.kind}; leave it out")
+        raise ValueError(
+            f"{said.written('training_shift')} is for flows, and this schedule is {curve.kind}; leave it out"
+        )
     low, high = _range(said, float(curve.num_train_timesteps))
     count = curve.num_train_timesteps
     return _made(
@@ -509,7 +513,9 @@ def _within(said: Said, density: Timesteps, curve: Curve) -> Timesteps:
     low, high = _range(said, float(curve.num_train_timesteps))
     if curve.is_discrete:
         if low != int(low) or high != int(high):
-            raise ValueError(f"--min_timestep and --max_timestep must be integers on this schedule, got {low} and {high}")
+            raise ValueError(
+                f"--min_timestep and --max_timestep must be integers on this schedule, got {low} and {high}"
+            )
         if low == high - 1:
             return ListedTimesteps(listed=(low,))
         return _made(said, "max_timestep", lambda: WithinTimesteps(density=density, low=low, high=high - 1))

@@ -76,7 +76,8 @@ class Kind:
 
     ``several``: whether schemes can be combined. ``also``: names of other trainers for a scheme.
 
-    >>> from .options import read_options
+    >>> import argparse
+    >>> from alphabar.training.options import add_options, read_options
     >>> parser = argparse.ArgumentParser()
     >>> add_options(WEIGHTING.options, parser, parser)
     >>> args = parser.parse_args(["--loss_weighting", "soft_min_snr", "--snr_gamma", "3"])
@@ -100,7 +101,7 @@ class Kind:
     @property
     def option(self) -> Option:
         """The flag that names schemes, as an option of a parser."""
-        names = [name for name in {**self.registry, **(self.also or {})}]
+        names = list({**self.registry, **(self.also or {})})
         help = f"{self.what}, NAME or NAME:option=value,...; names: {', '.join(names)} (default: {self.default})"
         return Option((self.flag,), str, help, several=self.several, metavar="ITEM")
 
@@ -163,13 +164,17 @@ class Kind:
         if scheme is None:
             refused = next((other for other in schemes if other.name == flag.instead_of), None)
             if refused is not None:
-                raise ValueError(f"{written} makes another {refused.name} noise beside {refused.said}; give one of the two")
+                raise ValueError(
+                    f"{written} makes another {refused.name} noise beside {refused.said}; give one of the two"
+                )
             if schemes and (not self.several or schemes[0].name == self.default):  # the default says: nothing else
                 raise ValueError(
                     f"{written} is an option of {flag.scheme(prediction)} and contradicts {schemes[0].said}; give one of the two"
                 )
             if flag.needs is not None and said.value(flag.needs.lstrip("-")) is None:
-                raise ValueError(f"{written} is an option of {flag.needs} and says nothing alone; give {flag.needs} as well")
+                raise ValueError(
+                    f"{written} is an option of {flag.needs} and says nothing alone; give {flag.needs} as well"
+                )
             scheme = Named(flag.scheme(prediction), {}, written, {})
             schemes.append(scheme)
         if flag.field is not None:

@@ -64,7 +64,10 @@ class Option:
         return {"type": self.type, "choices": self.choices, **joined, **shown}
 
     def _require_same(self, name: str, existing: argparse.Action) -> None:
-        takes, own = _takes(existing.nargs, existing.type), "several" if self.several else _takes(self._nargs, self.type)
+        takes, own = (
+            _takes(existing.nargs, existing.type),
+            "several" if self.several else _takes(self._nargs, self.type),
+        )
         same = takes in _READ_AS[own]
         if same and self.choices and existing.choices is not None:
             same = bool(set(self.choices) & set(map(str, existing.choices)))
@@ -148,9 +151,7 @@ def add_options(
 
 
 def _only(option: Option, names: tuple[str, ...]) -> Option:
-    return Option(
-        names, option.type, option.help, option.choices, option.zero_is_none, option.several, option.metavar
-    )
+    return Option(names, option.type, option.help, option.choices, option.zero_is_none, option.several, option.metavar)
 
 
 @dataclass(frozen=True)
