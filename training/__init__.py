@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from .arguments import add_noising_arguments, noising_from_arguments, schedule_from_arguments
 from .checkpoints import schedule_from_checkpoint
+from .diffusers_base import diffusers_scheduler
 from .ema import EMA_PROFILES, Constant, EMAProfile, HalfLife, InverseGamma, PowerFunction, Warmup
 from .inspection import inspect_path
 from .loading import load_checkpoint
@@ -23,6 +24,7 @@ __all__ = [
     "PowerFunction",
     "Warmup",
     "add_noising_arguments",
+    "diffusers_scheduler",
     "inspect_path",
     "load_checkpoint",
     "noising_from_arguments",

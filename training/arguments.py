@@ -28,7 +28,7 @@ from ..noising import (
     WithinTimesteps,
 )
 from ..noising.items import parse_item
-from .base_model import schedule_of_base_model
+from .diffusers_base import schedule_of_base_model
 from .flags import KINDS, LOSS, NOISE, TIMESTEP, WEIGHTING
 from .items import SCHEDULES, read_schedule
 from .options import Option, Said, add_options, read_options
