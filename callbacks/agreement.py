@@ -1,13 +1,16 @@
 """Ranks that agree before they meet: an error on one rank becomes the same decision on all.
 
 An exception that only one rank notices leaves the others waiting in their next collective until the process group times
-out (30 minutes in Lightning). So errors are exchanged first, and raised or passed over on all ranks together.
+out (30 minutes in Lightning). So errors are exchanged first, and raised or passed over on all ranks together. Ranks may come to
+such a meeting at very different times, where one alone encodes, decodes or reads a slow disk: they wait for each other in a
+group of their own, for as long as ``PATIENCE``, and whatever follows in the group of the training begins on all at once.
 """
 
 from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,9 +21,24 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+PATIENCE = timedelta(hours=6)  # how long ranks wait for one that works alone; a rank that dies is noticed at once
+_patient: list[tuple[Any, Any]] = []  # (the world, its patient group): one, of the world that there is
+
 
 class AgreedError(RuntimeError):
     """What went wrong on some rank, raised on every rank: none is left waiting for another."""
+
+
+def patient_group() -> Any:
+    """Return a gloo group of all ranks that waits for ``PATIENCE``, made at the first call, which every rank makes.
+
+    None, the world's own group, where torch has no gloo.
+    """
+    world = dist.group.WORLD
+    if not _patient or _patient[0][0] is not world:
+        made = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.is_gloo_available() else None
+        _patient[:] = [(world, made)]
+    return _patient[0][1]
 
 
 def any_rank(flags: Sequence[bool], world_size: int = 1, device: torch.device | str = "cpu") -> list[bool]:
@@ -31,8 +49,9 @@ def any_rank(flags: Sequence[bool], world_size: int = 1, device: torch.device | 
     """
     if world_size == 1:
         return list(flags)
-    votes = torch.tensor(flags, dtype=torch.int32, device=device)
-    dist.all_reduce(votes, dist.ReduceOp.MAX)
+    group = patient_group()
+    votes = torch.tensor(flags, dtype=torch.int32, device=device if group is None else "cpu")
+    dist.all_reduce(votes, dist.ReduceOp.MAX, group=group)
     return votes.bool().tolist()
 
 
@@ -76,7 +95,7 @@ def errors_of_all_ranks(error: BaseException | None, world_size: int = 1) -> str
     if world_size == 1:
         return own
     words: list[str | None] = [None] * world_size
-    dist.all_gather_object(words, own)
+    dist.all_gather_object(words, own, group=patient_group())
     failed = [f"rank {rank}: {text}" for rank, text in enumerate(words) if text is not None]
     return "; ".join(failed) or None
 
@@ -92,7 +111,7 @@ def gather(own: Tensor, world_size: int = 1) -> Tensor:
     if world_size == 1:
         return own[None]
     shapes: list[tuple[int, ...]] = [()] * world_size
-    dist.all_gather_object(shapes, tuple(own.shape))
+    dist.all_gather_object(shapes, tuple(own.shape), group=patient_group())
     if len(set(shapes)) > 1:
         raise AgreedError(f"ranks have images of different shapes, {sorted(set(shapes))}; all must draw the same shape")
     parts = [torch.empty_like(own) for _ in range(world_size)]
@@ -111,12 +130,22 @@ def on_rank_zero(trainer: Trainer, act: Callable[[], object]) -> None:
             act()
         except Exception as raised:
             error = raised
-    told = trainer.strategy.broadcast((isinstance(error, OSError), str(error)) if error is not None else None)
+    told = _from_rank_zero(trainer, (isinstance(error, OSError), str(error)) if error is not None else None)
     if error is not None:
         raise error
     if told is not None:
         is_os_error, text = told
         raise (OSError if is_os_error else ValueError)(text)
+
+
+def _from_rank_zero(trainer: Trainer, value: T) -> T:
+    if trainer.world_size == 1:
+        return value
+    if not dist.is_initialized():  # a strategy with means of its own
+        return trainer.strategy.broadcast(value)
+    held: list[Any] = [value]
+    dist.broadcast_object_list(held, src=0, group=patient_group())
+    return held[0]
 
 
 def _in_words(error: BaseException) -> str:

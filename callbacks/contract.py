@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from ..noising import NoiseSchedule
 from ..sampling import Method, Sampler, resolve_method
+from ..training.images import require_image_shape
 from .triggers import at_least_one
 
 DEFAULT_STEPS = 20
@@ -62,6 +63,25 @@ def shape_of_module(module: LightningModule) -> tuple[int, ...] | None:
         )
     shape: Any = module.sample_shape
     return None if shape is None else tuple(int(n) for n in shape)
+
+
+def require_drawable(shape: tuple[int, ...], decode: object) -> None:
+    """Raise ValueError for samples that are no pictures and that nothing makes pictures of: videos, sounds, vectors.
+
+    >>> require_drawable((3, 16, 32, 32), decode=None)
+    Traceback (most recent call last):
+    ValueError: a picture needs samples of shape (channels, height, width), got (3, 16, 32, 32); give decode=, a function from \
+samples to images in [-1, 1], e.g. of a video its first frame: decode=lambda x: x[:, :, 0]
+    """
+    if decode is not None:
+        return
+    try:
+        require_image_shape(shape)
+    except ValueError as error:
+        example = "of a video its first frame: decode=lambda x: x[:, :, 0]"
+        if len(shape) != 4:
+            example = "a plot of it"
+        raise ValueError(f"{error}; give decode=, a function from samples to images in [-1, 1], e.g. {example}") from None
 
 
 def is_rehearsal(trainer: Trainer) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Generator as Random
-from torch import nn
+from torch import Tensor, nn
 
 from ..noising.continuous import Flow
 from ..noising.pretrained import to_diffusers
@@ -60,7 +60,7 @@ def scheduler_of(sampler: Sampler, pipeline: Any = None) -> Any:
     import diffusers
 
     config = to_diffusers(sampler.schedule, _nearest(sampler, pipeline)[0])
-    return getattr(diffusers, config["_class_name"]).from_config(config)
+    return _complete(getattr(diffusers, config["_class_name"]).from_config(config))
 
 
 def differences_of(sampler: Sampler, pipeline: Any = None) -> tuple[str, ...]:
@@ -89,6 +89,19 @@ def _nearest(sampler: Sampler, pipeline: Any) -> tuple[dict[str, Any], tuple[str
             "network itself (predict=, decode=)"
         )
     return config, differences
+
+
+def _complete(scheduler: Any) -> Any:
+    """Give a scheduler of flows what pipelines ask of the others: noise of spread 1, and samples that are not scaled."""
+    if not hasattr(scheduler, "init_noise_sigma"):
+        scheduler.init_noise_sigma = 1.0
+    if not hasattr(scheduler, "scale_model_input"):
+        scheduler.scale_model_input = _as_it_is
+    return scheduler
+
+
+def _as_it_is(sample: Tensor, timestep: Any = None) -> Tensor:
+    return sample
 
 
 @contextmanager
@@ -148,7 +161,11 @@ def pipeline_steps(
             output_type="np",
             **{**optional, **conditions["conditioning"], **_negative(conditions["unconditional"])},
         )
-    samples = torch.as_tensor(output.images).movedim(-1, 1).float()  # (n, height, width, channels) in [0, 1]
+    drawn = getattr(output, "images", None)
+    if drawn is None or getattr(drawn, "ndim", 0) != 4:
+        got = f"{type(output).__name__} with {sorted(vars(output))}" if drawn is None else tuple(drawn.shape)
+        raise ValueError(f"a {type(pipeline).__name__} draws no images that can be shown, got {got}; use predict= and decode=")
+    samples = torch.as_tensor(drawn).movedim(-1, 1).float()  # (n, height, width, channels) in [0, 1]
     yield paint(samples * 2 - 1)
 
 

@@ -14,7 +14,7 @@ from ..noising.noising import prediction_tensor
 from ..sampling import Sampler
 from ..sampling.guidance import guided_network
 from ..training.images import to_pixels
-from .guards import evaluating, randomness_restored
+from .guards import buffers_restored, evaluating, randomness_restored
 from .plan import require_rows, take_rows
 
 NAN_SQUARE = 4  # pixels; NaN is shown as a chequered field, which no image looks like
@@ -119,7 +119,7 @@ class Drawing:
             if progress.step == stop:
                 break
         assert x is not None  # there is at least one step
-        yield paint(x if decode is None else decode(x))
+        yield paint(x if decode is None else _images(decode(x), len(images)))
 
     def arguments(self, images: Sequence[int], device: torch.device) -> dict[str, Any]:
         """Return the arguments of the sampler that say under which conditions these images are drawn."""
@@ -133,7 +133,9 @@ class Drawing:
 
 @contextmanager
 def without_a_trace(device: torch.device | str, modules: Sequence[object]) -> Generator[None, None, None]:
-    """Draw with these modules in eval mode, without gradients; generators, flags, modes and graphs are as before afterwards.
+    """Draw with these modules in eval mode, without gradients; what that may move is as before afterwards.
+
+    That is generators, flags, modes, graphs and buffers.
 
     >>> with without_a_trace("cpu", []):
     ...     torch.is_grad_enabled()
@@ -142,6 +144,7 @@ def without_a_trace(device: torch.device | str, modules: Sequence[object]) -> Ge
     with (
         randomness_restored(device),
         evaluating(*modules),
+        buffers_restored(*modules),
         torch.compiler.set_stance("force_eager"),  # a graph for previews would count against training's limit
         torch.no_grad(),  # not inference_mode: tensors that a network caches must stay usable in training
     ):
@@ -163,6 +166,15 @@ def paint(samples: Tensor) -> Painted:
     squares = torch.arange(height)[:, None] // NAN_SQUARE + torch.arange(width) // NAN_SQUARE
     chequered = (squares % 2 * 255).to(torch.uint8)
     return Painted(torch.where(where, chequered, pixels), where.float().mean((1, 2, 3)))
+
+
+def _images(decoded: Tensor, count: int) -> Tensor:
+    if decoded.ndim != 4 or len(decoded) != count:
+        raise ValueError(
+            f"decode= must return images of shape (n, channels, height, width) in [-1, 1], one for each of {count} samples, "
+            f"got {tuple(decoded.shape)}"
+        )
+    return decoded
 
 
 def in_slices(decode: Any, size: int) -> Callable[[Tensor], Tensor]:

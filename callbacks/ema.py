@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +29,8 @@ from ..noising.registry import lookup
 from ..training.ema import EMAProfile, PowerFunction, resolve_ema_profile
 from ..training.posthoc import SNAPSHOT_DTYPES, save_snapshot
 from .agreement import on_rank_zero
+from .background import AFTER_AN_ERROR, AT_THE_END, BEFORE_A_CHECKPOINT, Background, finish
+from .complaints import Complaints, Failure
 from .contract import is_rehearsal
 from .ema_source import Pairs
 from .shards import Layout, clean_name, is_sharded_state, local, require_parameters, reshard, root_of, values_swapped
@@ -77,7 +80,8 @@ class EMA(Callback):
         validate: validate with the average. Before its first update the weights themselves are used.
         snapshot_every_n_steps: write a snapshot of each ``power_function`` average every so many steps after ``start_step``,
             from which ``alphabar ema`` and ``posthoc_ema`` make averages of other lengths.
-        folder: of the snapshots, by default ``ema`` in the log directory.
+        folder: of the snapshots, by default ``ema`` in the log directory. They are written beside the training, on a thread of
+            rank 0, from a copy on the CPU; one that cannot be written is a warning.
         snapshot_dtype: float32 or float16.
 
     Raises ValueError for profiles and numbers that do not fit: at once, or before training starts, then also for two callbacks
@@ -120,6 +124,11 @@ class EMA(Callback):
         self.snapshot_dtype = snapshot_dtype
         lookup("snapshot_dtype", snapshot_dtype, SNAPSHOT_DTYPES)
         self._validating: ExitStack | None = None
+        # a lane of its own, which no logger holds up; a copy of all weights waits in it, so that there is room for one of each
+        self._lane = Background(room=max(1, sum(isinstance(profile, PowerFunction) for profile in self.profiles)))
+        self._failed: list[tuple[int, Failure]] = []  # by the thread: the step, and what went wrong
+        self._complaints = Complaints("EMA")
+        self._over = False
         self._reset()
 
     def _reset(self) -> None:
@@ -129,6 +138,7 @@ class EMA(Callback):
     # -- before training -----------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._over = False
         if stage == "fit" and trainer.global_step != self._step:
             self._reset()  # another run; the same Trainer's second fit goes on
 
@@ -153,6 +163,7 @@ class EMA(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._catch_up(trainer, pl_module)
+        self._complain()
 
     def _catch_up(self, trainer: Trainer, module: LightningModule) -> None:
         """Update for the optimizer steps since the last update; others may ask for it before this callback's own turn."""
@@ -188,15 +199,42 @@ class EMA(Callback):
         for average in self._averages:
             if isinstance(average.profile, PowerFunction):
                 whole = self._whole(trainer, module, average)  # on all ranks
-                if trainer.is_global_zero:
-                    self._write(folder, whole, average.profile)
+                on_rank_zero(trainer, partial(self._hand_over, folder, whole, average.profile))
 
-    def _write(self, folder: Path, weights: Mapping[str, Tensor], profile: PowerFunction) -> None:
-        t, sigma_rel = self._step - self.start_step, profile.sigma_rel
+    def _hand_over(self, folder: Path, weights: Mapping[str, Tensor], profile: PowerFunction) -> None:
+        """Have a copy of these weights written beside the training; the other snapshots serve without one that fails."""
+        step = self._step
         try:
-            save_snapshot(folder, weights, step=t, sigma_rel=sigma_rel, dtype=self.snapshot_dtype)
-        except (OSError, ValueError) as error:  # the other snapshots serve without this one
-            rank_zero_warn(f"the snapshot at step {self._step} was not written: {error}; training goes on")
+            if not self._lane.wait_for_room():
+                raise TimeoutError("the snapshot before it is still being written")
+            kind = SNAPSHOT_DTYPES[self.snapshot_dtype]
+            frozen = {name: value.detach().to("cpu", kind, copy=True) for name, value in weights.items()}
+            act = partial(save_snapshot, folder, frozen, step=step - self.start_step, sigma_rel=profile.sigma_rel)
+            self._lane.submit(
+                partial(act, dtype=self.snapshot_dtype), lambda error: self._note(step, folder, error)
+            )
+        except Exception as error:
+            self._note(step, folder, error)
+
+    def _note(self, step: int, folder: Path, error: Exception) -> None:
+        self._failed.append((step, Failure(str(folder), error)))
+
+    def _complain(self) -> None:
+        while self._failed:
+            step, failure = self._failed.pop(0)
+            self._complaints.tell(f"the snapshot at step {step} was not written: {failure}", failure.kind)
+
+    def _finish(self, trainer: Trainer, seconds: float) -> None:
+        """Wait for the snapshots that are being written; every rank must call it."""
+        if self.snapshot_every_n_steps is not None and not is_rehearsal(trainer):
+            finish(trainer, self._lane, seconds)
+            self._complain()
+            if self._lane.pending:
+                rank_zero_warn(f"EMA: a snapshot is still being written after {seconds:g} seconds; going on without it")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish(trainer, AT_THE_END)
+        self._complaints.sum_up()
 
     # -- use -----------------------------------------------------------------------------------------------------------
 
@@ -231,6 +269,9 @@ class EMA(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._swap_out()  # callbacks that save a checkpoint now come later in the list
+        self._over = True  # for this rank, perhaps not for others
+        self._lane.wait(AFTER_AN_ERROR)
+        self._complain()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._swap_out()
@@ -239,6 +280,8 @@ class EMA(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._catch_up(trainer, pl_module)
+        if not self._over:
+            self._finish(trainer, BEFORE_A_CHECKPOINT)  # a run that resumes from it does not write them again
         if self._validating is not None:  # what was collected is the average
             self._swap_out()
             own = trainer.strategy.lightning_module_state_dict()

@@ -19,6 +19,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
+LARGEST_BUFFER = 1 << 24  # bytes
+
 
 @contextmanager
 def randomness_restored(device: torch.device | str = "cpu") -> Generator[None, None, None]:
@@ -68,6 +70,39 @@ def evaluating(*roots: object) -> Generator[None, None, None]:
     finally:
         for module, training in flags:
             module.training = training
+
+
+@contextmanager
+def buffers_restored(*roots: object) -> Generator[None, None, None]:
+    """Give every buffer of these modules its tensor and its values back, as far as they were changed.
+
+    Buffers above ``LARGEST_BUFFER`` bytes, such as quantized weights, are not copied: they are given back as they are.
+
+    >>> net = nn.BatchNorm1d(2)
+    >>> with buffers_restored(net):
+    ...     _ = net.num_batches_tracked.add_(5)
+    >>> int(net.num_batches_tracked)
+    0
+    """
+    kept = []
+    for module in {id(m): m for root in roots if isinstance(root, nn.Module) for m in root.modules()}.values():
+        for name, buffer in module._buffers.items():
+            small = buffer is not None and buffer.numel() * buffer.element_size() <= LARGEST_BUFFER
+            kept.append((module, name, buffer, buffer.clone() if small else None, _version(buffer)))
+    try:
+        yield
+    finally:
+        for module, name, buffer, values, version in kept:
+            if module._buffers.get(name) is not buffer:
+                module._buffers[name] = buffer
+            if values is not None and _version(buffer) != version:
+                with torch.no_grad():
+                    buffer.copy_(values)
+
+
+def _version(buffer: Any) -> int | None:
+    """Return how often a tensor was written to in place; None where torch does not count."""
+    return None if buffer is None or buffer.is_inference() else buffer._version
 
 
 @dataclass

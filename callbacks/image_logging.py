@@ -2,6 +2,11 @@
 
 A logger is known by the name of its class or of one that it inherits from, so that no logger's package is imported. Others
 are asked for ``log_image`` as Weights & Biases has it, then for ``experiment.add_image`` as TensorBoard has it.
+
+Images are shown on a thread beside the training, one after another; numbers are logged on the thread that trains, as Lightning
+itself does. Of Lightning's loggers TensorBoard's and Weights & Biases' put both into queues of their own, which are locked;
+MLflow's client and LitLogger's hold no state that a call changes; Comet's experiment is made for several threads. CSVLogger,
+which gathers rows without a lock, takes no images.
 """
 
 from __future__ import annotations
@@ -64,6 +69,19 @@ def log_image(
     if callable(getattr(getattr(logger, "experiment", None), "add_image", None)):
         return _tensorboard(logger, picture)
     return False
+
+
+def takes_images(logger: Any) -> bool:
+    """Return whether a logger can be shown images, as far as it tells without one; what it raises is raised.
+
+    >>> takes_images(object())
+    False
+    """
+    kind = next((kind.__name__ for kind in type(logger).__mro__ if kind.__name__ in LOGGERS), None)
+    if LOGGERS.get(kind or "") is _none:
+        return False
+    experiment = getattr(logger, "experiment", None) if kind or not hasattr(logger, "log_image") else None
+    return kind is not None or callable(getattr(logger, "log_image", None) or getattr(experiment, "add_image", None))
 
 
 def _wandb(logger: Any, picture: Picture) -> bool:

@@ -6,7 +6,8 @@ import importlib.util
 import io
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from ..noising.noising import Noised
 from ..noising.plain_numbers import whole_number
 from ..training.snr_buckets import COUNT, Buckets, findings, means, plot
 from .agreement import on_rank_zero
+from .background import AFTER_AN_ERROR, AT_THE_END, finish, pictures_of
+from .complaints import Complaints, Failure
 from .contract import is_rehearsal
 from .image_logging import log_image
 
@@ -41,7 +44,7 @@ class LossBySNR(Callback):
         every_n_train_steps: optimizer steps from one report to the next.
         buckets: how many between the ends of the schedule; infinite log SNR has its own.
         folder: where ``step_00000500.png`` goes, by default ``loss_by_snr`` in the log directory. Plots need matplotlib; without
-            it there are none, which is said.
+            it there are none, which is said. Files and pictures in loggers go out on a thread of rank 0, beside the training.
 
     Raises ValueError for numbers that do not fit; before training TypeError for a module without a Noising, and OSError for a
     folder that cannot be written. With ``fast_dev_run`` nothing is written.
@@ -62,6 +65,8 @@ class LossBySNR(Callback):
         self.folder = Path(folder) if folder is not None else None
         self._stop: Callable[[], None] | None = None
         self._folder: Path | None = None
+        self._failed: list[tuple[str, Exception]] = []  # by the thread that publishes
+        self._complaints = Complaints("LossBySNR")
         self._reset()
 
     def _reset(self) -> None:
@@ -119,9 +124,15 @@ class LossBySNR(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end()
+        if not is_rehearsal(trainer):
+            finish(trainer, pictures_of(trainer), AT_THE_END)
+            self._complain()
+            self._complaints.sum_up()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._end()
+        pictures_of(trainer).wait(AFTER_AN_ERROR)
+        self._complain()
 
     # -- counting ------------------------------------------------------------------------------------------------------
 
@@ -141,6 +152,7 @@ class LossBySNR(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
+        self._complain()
         if step in (0, self._last_step) or step % self.every_n_train_steps:
             return
         self._last_step = step
@@ -166,7 +178,14 @@ class LossBySNR(Callback):
         try:
             act()
         except Exception as error:
-            rank_zero_warn(f"LossBySNR: {what} failed: {type(error).__name__}: {error}; training goes on")
+            self._failed.append((what, error))
+            self._complain()
+
+    def _complain(self) -> None:
+        while self._failed:
+            what, error = self._failed.pop(0)
+            failure = Failure(what, error)
+            self._complaints.tell(f"LossBySNR: {what} failed: {type(error).__name__}: {error}", failure.kind)
 
     def _log(self, trainer: Trainer, sums: Tensor, step: int) -> None:
         metrics = means(self._buckets, sums)
@@ -188,12 +207,22 @@ class LossBySNR(Callback):
             (rank_zero_warn if warning else rank_zero_info)(text)
 
     def _plot(self, trainer: Trainer, sums: Tensor, step: int) -> None:
-        assert self._folder is not None
+        folder, lane = self._folder, pictures_of(trainer)
+        assert folder is not None
+        if lane.pending >= lane.room:  # the next one shows as much
+            raise TimeoutError("publishing lags behind, so that the plot is left out")
         png = plot(self._buckets, sums, f"loss by log SNR, step {step}")
-        write_atomically(self._folder / f"step_{step:08d}.png", png)
         image = torch.from_numpy(np.array(Image.open(io.BytesIO(png)).convert("RGB")))
-        for logger in trainer.loggers:
-            log_image(logger, "loss_by_snr", image, step)
+        acts: list[Callable[[], object]] = [lambda: write_atomically(folder / f"step_{step:08d}.png", png)]
+        acts += [partial(log_image, logger, "loss_by_snr", image, step) for logger in trainer.loggers]
+        lane.submit(lambda: self._publish(acts))
+
+    def _publish(self, acts: Sequence[Callable[[], object]]) -> None:
+        for act in acts:
+            try:
+                act()
+            except Exception as error:
+                self._failed.append(("the plot", error))
 
 
 def _noising_of(module: LightningModule) -> Noising:

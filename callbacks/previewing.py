@@ -170,6 +170,26 @@ class Previewer:
             note="; ".join(notes),
         )
 
+    def trial(
+        self, trainer: Trainer, module: LightningModule, shape: tuple[int, ...] | None, termination: Termination
+    ) -> None:
+        """Draw one image by one step (a pipeline: by two) and decode it on every rank, and show it nobody.
+
+        Whatever of the model a preview uses is used: the averages, the network under its conditions, the decoder, the
+        gather. Raises AgreedError on every rank for an error on any.
+        """
+        size, share = share_of(trainer.strategy, trainer.world_size, trainer.global_rank)
+        plan, device = Plan(1, 1, size), trainer.strategy.root_device
+        stop = REHEARSAL_STEPS if self.pipeline is not None else 1
+        rounds = Rounds(1, trainer.world_size, trainer.global_rank, device, interrupted=lambda: termination.arrived)
+        with ExitStack() as stack:
+            stack.callback(reshard, root_of(trainer, module))
+            start, _ = self._ready(trainer, module, self.recipe.weights != "raw", shape, stop, stack)
+            drawn = rounds.draw(plan.batches(share), start)
+        termination.agreed = rounds.stopped == "signal"
+        if not termination.agreed:
+            _in_order(trainer, plan, share, drawn.pixels)
+
     def _ready(
         self,
         trainer: Trainer,

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..training.images import image_grid, png_bytes
 from ..training.storage import Folder
-from .image_logging import log_image
+from .complaints import Failure
+from .image_logging import log_image, takes_images
 from .page import PAGE_NAME, RECORDS_NAME, read_records, render
 
 
@@ -91,11 +92,11 @@ class Preview:
         ]
 
 
-def publish(preview: Preview, folder: str, loggers: Sequence[Any], told: set[str]) -> list[str]:
+def publish(preview: Preview, folder: str, loggers: Sequence[Any], told: set[str]) -> list[Failure]:
     """Write a preview under ``folder`` (a path or any URL that fsspec knows) and show it in ``loggers``.
 
-    Returns what failed, in words; a place that fails does not keep the picture from the others. ``told`` remembers the
-    loggers of which it was said that they take no images. For rank 0 alone.
+    Returns what failed; a place that fails does not keep the picture from the others. ``told`` remembers the loggers of
+    which it was said that they take no images. For rank 0 alone; on any thread, one at a time.
 
     >>> import tempfile, torch
     >>> images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
@@ -106,14 +107,14 @@ def publish(preview: Preview, folder: str, loggers: Sequence[Any], told: set[str
     place, images = Folder(folder), preview.images.cpu()
     grid = image_grid(images)
     singles = [image.permute(1, 2, 0).contiguous() for image in images]
-    failed: list[str] = []
+    failed: list[Failure] = []
 
     def attempt(act: Callable[[], object]) -> None:
         try:
             act()
         except Exception as error:  # whatever a store raises: the images are worth more than one place to keep them
-            words = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-            failed.extend([words] if words not in failed else [])
+            found = Failure(folder, error)
+            failed.extend([found] if str(found) not in map(str, failed) else [])
 
     attempt(lambda: place.write(preview.grid_name, png_bytes(grid)))
     attempt(lambda: _write_images(place, preview, singles))
@@ -129,7 +130,28 @@ def publish(preview: Preview, folder: str, loggers: Sequence[Any], told: set[str
                 told.add(name)
                 rank_zero_warn(f"{name} takes no images; previews are in {folder!r} alone")
         except Exception as error:
-            failed.append(f"{name}: {type(error).__name__}: {error}")
+            failed.append(Failure(name, error))
+    return failed
+
+
+def try_out(folder: str, loggers: Sequence[Any], told: set[str]) -> list[Failure]:
+    """Try what publishing needs, before training: the folder, the page of what is in it, and loggers that take images.
+
+    Raises OSError for a folder that cannot be written. Says of which loggers there will be no images, and returns what
+    failed of the others. A logger's own experiment is made here, on the thread that trains. For rank 0 alone.
+    """
+    place = Folder(folder)
+    place.require_writable()
+    render(read_records(place.read(RECORDS_NAME) or b""), place.name)
+    failed: list[Failure] = []
+    for logger in loggers:
+        name = type(logger).__name__
+        try:
+            if not takes_images(logger) and name not in told:
+                told.add(name)
+                rank_zero_warn(f"{name} takes no images; previews are in {folder!r} alone")
+        except Exception as error:
+            failed.append(Failure(name, error))
     return failed
 
 

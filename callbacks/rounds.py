@@ -89,7 +89,8 @@ class Rounds:
     def _to_be_broken_off(self, error: Exception | None, finished: bool) -> bool:
         """Hear all ranks, and decide."""
         out_of_memory = isinstance(error, torch.OutOfMemoryError)
-        late = self.rank == 0 and time.monotonic() > self.deadline and not finished
+        limited = self.rank == 0 and self.deadline < math.inf
+        late = limited and time.monotonic() > self.deadline and not finished
         flags = [error is not None and not out_of_memory, out_of_memory, self.interrupted(), late]
         failed, out_of_memory, signal, late = any_rank(flags, self.world_size, self.device)
         if failed or (out_of_memory and self.batch_size == 1):

@@ -22,6 +22,7 @@ from ..training.checkpoints import SCHEDULE_KEY, embedded_schedule, read_checkpo
 from ..training.sidecars import SUBFOLDER, holds_schedule, own_sidecar, read_sidecar, sidecar_folder, write_sidecar
 from ..training.storage import Folder
 from .agreement import on_rank_zero
+from .complaints import Complaints, Failure
 from .contract import is_rehearsal, schedule_of_module
 from .saves import SavesFollowed
 
@@ -76,11 +77,13 @@ class ScheduleCheckpoint(Callback):
         self._compared = False
         self._compared_samplers: object = None
         self._followed: SavesFollowed | None = None
+        self._over = False
+        self._complaints = Complaints("ScheduleCheckpoint")
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._compared, self._compared_samplers = False, None
+        self._compared, self._compared_samplers, self._over = False, None, False
         if stage == "fit" and self.per_checkpoint and not is_rehearsal(trainer):
             self._follow(trainer, pl_module)
 
@@ -197,17 +200,35 @@ class ScheduleCheckpoint(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         schedule = schedule_of_module(pl_module)
         checkpoint[SCHEDULE_KEY] = schedule.to_config()
-        if trainer.is_global_zero:
+
+        def act() -> None:
             for folder in self._folders(trainer):
                 self._write(schedule, folder)
+
+        # not beside the training: the checkpoint itself goes to the same place next, and the ranks wait for that as well
+        if not self._over:
+            on_rank_zero(trainer, act)
+        elif trainer.is_global_zero:
+            act()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._over = True  # for this rank, perhaps not for others
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._complaints.sum_up()
 
     def _write(self, schedule: NoiseSchedule, folder: Folder) -> None:
         try:
             other = write_sidecar(schedule, folder)
             if other is not None:
                 rank_zero_warn(f"{str(folder)!r} had come to say {other}; it says {schedule} again")
-        except OSError as error:  # the checkpoint, which holds its schedule, is worth more than the folder
-            rank_zero_warn(f"the noise schedule could not be written to {str(folder)!r}: {error}")
+        except Exception as error:  # the checkpoint, which holds its schedule, is worth more than the folder
+            self._complain(f"the noise schedule could not be written to {str(folder)!r}", error)
+
+    def _complain(self, what: str, error: Exception) -> None:
+        # folders of checkpoints have a name each, and lie on one disk
+        failure = Failure("the folders of the noise schedule", error)
+        self._complaints.tell(f"{what}: {failure}", failure.kind)
 
     def _folders(self, trainer: Trainer) -> list[Folder]:
         """Return where the schedule belongs: beside every checkpoint callback's files."""
@@ -226,8 +247,13 @@ class ScheduleCheckpoint(Callback):
             checkpoint.setdefault(SCHEDULE_KEY, schedule_of_module(module).to_config())
 
         def saved(path: str) -> None:
-            if trainer.is_global_zero:
+            def act() -> None:
                 self._write(schedule_of_module(module), own_sidecar(path, self.subfolder))
+
+            if not self._over:
+                on_rank_zero(trainer, act)
+            elif trainer.is_global_zero:
+                act()
 
         def removed(path: str) -> Callable[[], object]:
             folder = own_sidecar(path, self.subfolder)
@@ -243,8 +269,8 @@ class ScheduleCheckpoint(Callback):
                 folder.remove(name)
             if folder.local is not None and folder.local.is_dir() and not any(folder.local.iterdir()):
                 folder.local.rmdir()
-        except OSError as error:
-            rank_zero_warn(f"the noise schedule in {str(folder)!r} outlived its checkpoint: {error}")
+        except Exception as error:
+            self._complain(f"the noise schedule in {str(folder)!r} outlived its checkpoint", error)
 
 
 _MEND_CHECKPOINT = (

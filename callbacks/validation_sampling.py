@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,13 +19,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from ..noising.registry import lookup
 from ..sampling import Method, Sampler
-from ..training.images import require_image_shape
-from ..training.storage import Folder
 from .agreement import AgreedError, agree, any_rank, on_rank_zero, together
+from .background import AFTER_AN_ERROR, AT_THE_END, BEFORE_A_CHECKPOINT, finish, pictures_of
+from .complaints import Complaints, Failure
 from .conditions import Conditions
 from .contract import (
     is_rehearsal,
     predict_of_module,
+    require_drawable,
     require_steps,
     sampler_for,
     schedule_of_module,
@@ -34,7 +36,7 @@ from .drawing import Drawing
 from .entering import Entrance, entrance_of
 from .guards import sigterm_deferred
 from .previewing import WEIGHTS, Previewer, Recipe
-from .publishing import Preview, publish
+from .publishing import Preview, publish, try_out
 from .triggers import Triggers, at_least_one, is_last_epoch
 
 DEFAULT_IMAGES = 16
@@ -161,7 +163,7 @@ class ValidationSampling(Callback):
         _require_fit(self.recipe)
         self.shape = tuple(shape) if shape is not None else None
         if self.shape is not None:
-            require_image_shape(self.shape)
+            require_drawable(self.shape, decode)
         self.folder = os.fspath(folder) if folder is not None else None
         self.on_error = lookup("on_error", on_error, {mode: mode for mode in ("warn", "raise")})
         self._last_step = 0
@@ -170,6 +172,9 @@ class ValidationSampling(Callback):
         self._previewer: Previewer | None = None
         self._folder: str | None = None
         self._loggers_told: set[str] = set()
+        self._failed: list[tuple[int, Failure]] = []  # by the thread that publishes: the step, and what went wrong
+        self._complaints = Complaints("ValidationSampling")
+        self._untried = self._over = False
 
     # -- state: no preview twice at one step, neither under accumulation nor after a resume ----------------------------
 
@@ -194,6 +199,7 @@ class ValidationSampling(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self._last_step, self._folder = 0, None  # an earlier run's; a resume restores its own step after this
+            self._untried = self._over = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._previewer = None
@@ -211,11 +217,12 @@ class ValidationSampling(Callback):
             if self.recipe.predict is None:
                 predict_of_module(pl_module)
             shape = self._sample_shape(pl_module)
-            if shape is not None and self.recipe.decode is None:
-                require_image_shape(shape)
+            if shape is not None:
+                require_drawable(shape, self.recipe.decode)
         if not is_rehearsal(trainer):
             folder = self._folder = self._choose_folder(trainer)
-            on_rank_zero(trainer, Folder(folder).require_writable)
+            on_rank_zero(trainer, lambda: self._note(0, try_out(folder, trainer.loggers, self._loggers_told)))
+            self._complain("showing previews")
 
     def _sample_shape(self, module: LightningModule) -> tuple[int, ...] | None:
         if self.shape is not None or self.recipe.pipeline is not None:  # which knows its own
@@ -246,15 +253,54 @@ class ValidationSampling(Callback):
         self._previewer = together(
             lambda: Previewer.prepare(self.recipe, sampler, entrance, trainer, pl_module), trainer.world_size
         )
-        if trainer.global_step == 0 and self.triggers.at_step(0) and not is_rehearsal(trainer):
+        if is_rehearsal(trainer):  # which is itself a trial
+            return
+        at_once = trainer.global_step == 0 and self.triggers.at_step(0)
+        self._try(trainer, pl_module, required=at_once)
+        if at_once:
             self._preview(trainer, pl_module)
+
+    def _try(self, trainer: Trainer, module: LightningModule, required: bool = False) -> None:
+        """Draw a little for nobody, so that what cannot be drawn is known before a long run, and not hours into it.
+
+        Where the shape of a sample comes with the first batch, this waits for it.
+        """
+        shape = trainer.strategy.broadcast(self._sample_shape(module))
+        self._untried = shape is None and self.recipe.pipeline is None
+        if self._untried:
+            if required:
+                raise ValueError(
+                    "a preview before training (extra_steps has 0) needs the shape of a sample, which "
+                    f"{type(module).__name__} does not know before its first batch; give shape=(channels, height, width), or "
+                    "set the module's sample_shape"
+                )
+            return
+        if shape is not None and self.recipe.pipeline is None:
+            require_drawable(shape, self.recipe.decode)
+        assert self._previewer is not None  # since on_train_start
+        failure: AgreedError | None = None
+        with sigterm_deferred(trainer) as termination:
+            try:
+                self._previewer.trial(trainer, module, shape, termination)
+            except AgreedError as error:
+                failure = error
+        if failure is not None:
+            raise RuntimeError(
+                f"previews cannot be drawn; one image was tried, at step {trainer.global_step}: {failure}"
+            ) from failure
 
     # -- when ----------------------------------------------------------------------------------------------------------
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._previewer is None or is_rehearsal(trainer) or trainer.global_step in (0, self._last_step):
+        if self._previewer is None or is_rehearsal(trainer):
+            return
+        self._complain()
+        if self._untried:
+            self._try(trainer, pl_module)
+            self._untried = False  # a module that does not know it now is told of at its first preview
+        if trainer.global_step in (0, self._last_step):
             return
         due = self.triggers.at_time(trainer, time.monotonic() - self._last_time)
         if due or self.triggers.at_step(trainer.global_step):
@@ -288,7 +334,9 @@ class ValidationSampling(Callback):
                     if termination.agreed:
                         break
                 else:
-                    agree(self._publish(trainer, shown), trainer.world_size)
+                    self._publish(trainer, shown)
+                    if self.on_error == "raise":
+                        self._require_published(trainer)
             except AgreedError as error:
                 failure = error
             # also what came during publishing, so that all ranks stop at the same place
@@ -299,18 +347,66 @@ class ValidationSampling(Callback):
         if failure is not None:
             self._react(f"the preview at step {trainer.global_step} failed: {failure}", failure)
 
-    def _publish(self, trainer: Trainer, previews: Sequence[Preview]) -> Exception | None:
-        """Show what was drawn, on rank 0; a place that fails costs a word and not the other places."""
-        if not trainer.is_global_zero or is_rehearsal(trainer):
-            return None
-        assert self._folder is not None  # since on_fit_start
-        failed: list[str] = []
+    def _publish(self, trainer: Trainer, previews: Sequence[Preview]) -> None:
+        """Have what was drawn shown beside the training, by rank 0; a place that fails costs a word and not the other places."""
+        if not is_rehearsal(trainer):
+            on_rank_zero(trainer, lambda: self._hand_over(trainer, previews))
+
+    def _hand_over(self, trainer: Trainer, previews: Sequence[Preview]) -> None:
+        lane, loggers = pictures_of(trainer), list(trainer.loggers)
         for preview in previews:
-            try:
-                failed += publish(preview, self._folder, trainer.loggers, self._loggers_told)
-            except Exception as error:
-                failed.append(f"{type(error).__name__}: {error}")
-        return RuntimeError("; ".join(failed)) if failed else None
+            if lane.wait_for_room():
+                lane.submit(partial(self._show, preview, loggers), partial(self._lost, preview.step))
+            else:
+                words = f"{lane.pending} others are still being published, and none was finished for long"
+                self._lost(preview.step, TimeoutError(words))
+
+    def _show(self, preview: Preview, loggers: Sequence[Any]) -> None:
+        assert self._folder is not None  # since on_fit_start
+        self._note(preview.step, publish(preview, self._folder, loggers, self._loggers_told))
+
+    def _lost(self, step: int, error: Exception) -> None:
+        self._note(step, [Failure("its publication", error)])
+
+    def _note(self, step: int, failures: Sequence[Failure]) -> None:
+        self._failed += [(step, failure) for failure in failures]
+
+    def _complain(self, what: str | None = None) -> None:
+        """Say what failed beside the training, on the thread that trains."""
+        while self._failed:
+            step, failure = self._failed.pop(0)
+            self._complaints.tell(f"{what or f'publishing the preview at step {step}'} failed: {failure}", failure.kind)
+
+    def _require_published(self, trainer: Trainer) -> None:
+        """Raise AgreedError on every rank where rank 0 could not show what was drawn; every rank must call it."""
+        finish(trainer, pictures_of(trainer), AT_THE_END)
+        failed, self._failed = self._failed, []
+        error = RuntimeError("; ".join(str(failure) for _, failure in failed)) if failed else None
+        agree(error, trainer.world_size)
+
+    # -- what is still to be shown ---------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if not self._over:  # a run that resumes from it does not draw them again
+            self._finish(trainer, BEFORE_A_CHECKPOINT)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish(trainer, AT_THE_END)
+        self._complaints.sum_up()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._over = True  # for this rank, perhaps not for others: nothing is agreed on any more
+        pictures_of(trainer).wait(AFTER_AN_ERROR)
+        self._complain()
+
+    def _finish(self, trainer: Trainer, seconds: float) -> None:
+        if self._previewer is None or is_rehearsal(trainer):
+            return
+        lane = pictures_of(trainer)
+        finish(trainer, lane, seconds)
+        self._complain()
+        if lane.pending:
+            rank_zero_warn(f"{lane.pending} previews are still being published after {seconds:g} seconds; going on meanwhile")
 
     def _react(self, message: str, error: AgreedError) -> None:
         if self.on_error == "raise":

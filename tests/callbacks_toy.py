@@ -144,7 +144,7 @@ class Averages(Callback):
         self.averages = [(a + b) / 2 for a, b in zip(self.averages or now, now, strict=True)]
 
     def ema_pairs(self, trainer: Any, module: Any) -> Any:
-        if self.fails:
+        if self.fails and self.averages:
             raise RuntimeError("the averages are lost")
         return list(zip(module.parameters(), self.averages, strict=True)) if self.averages else []
 

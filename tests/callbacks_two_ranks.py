@@ -139,10 +139,11 @@ class Decoder(nn.Module):
 
     def __init__(self, rank: int | None = None) -> None:
         super().__init__()
-        self.rank = rank
+        self.rank, self.calls = rank, 0
 
     def forward(self, z: Tensor) -> Tensor:
-        if self.rank == RANK:
+        self.calls += 1
+        if self.rank == RANK and self.calls > 1:  # the first is the trial
             raise RuntimeError("the decoder is broken")
         return z
 

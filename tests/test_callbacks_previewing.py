@@ -220,7 +220,9 @@ def test_averages_of_lightning_and_none_yet(tmp_path: Path, published: list[Any]
 
 def test_averages_are_given_back_when_a_preview_fails(tmp_path: Path, reference: Toy) -> None:
     def broken(x: Tensor, t: Tensor) -> Tensor:
-        raise RuntimeError("no")
+        if len(x) > 1:  # and not in the trial
+            raise RuntimeError("no")
+        return x
 
     with pytest.warns(UserWarning, match="RuntimeError: no"):
         module = train(tmp_path, Averages(), previews(weights="ema", predict=broken, on_error="warn"))
@@ -238,7 +240,7 @@ def test_latents_are_decoded_in_slices(tmp_path: Path, published: list[Any]) -> 
         return z.repeat_interleave(2, -1).repeat_interleave(2, -2)
 
     module = train(tmp_path, previews(decode=decode, batch_size=3, decode_batch_size=2), max_epochs=1).eval()
-    assert sizes == [2, 1]
+    assert sizes == [1, 2, 1]  # the trial, and slices of two
     drawn = Sampler(SCHEDULE, "euler", 2)(module.predict, (3, *SHAPE), seeds=[0, 1, 2])
     assert torch.equal(published[0].images, to_pixels(drawn).repeat_interleave(2, -1).repeat_interleave(2, -2))
 
@@ -359,12 +361,14 @@ def test_memory_that_runs_out_halves_the_batch_until_it_fits(tmp_path: Path, pub
     settings: Any = {"num_images": 5, "batch_size": 5}
     with pytest.warns(UserWarning, match="drawn 1 at a time from now on, and batch_size=1 would"):
         train(tmp_path, previews(**settings), module=fresh(Small))
-    assert sizes == [5, 3, 2] + [1] * 20  # twice five images, of two steps
+    assert sizes == [1] + [5, 3, 2] + [1] * 20  # the trial; twice five images, of two steps
     train(tmp_path / "b", previews(**settings))
     assert [torch.equal(p.images, q.images) for p, q in zip(published[:2], published[2:], strict=True)] == [True] * 2
     Small.room = 0
-    with pytest.raises(RuntimeError, match="step 6 failed: OutOfMemoryError: out of memory"):
-        train(tmp_path, previews(**settings), module=fresh(Small))
+    module = fresh(Small)
+    with pytest.raises(RuntimeError, match="previews cannot be drawn; .* at step 0: OutOfMemoryError: out of memory"):
+        train(tmp_path, previews(**settings), module=module)
+    assert module.losses == []
 
 
 def test_exhausted_memory_is_free_before_the_next_try() -> None:
@@ -437,7 +441,7 @@ def test_a_full_disk_costs_a_warning(tmp_path: Path, reference: Toy) -> None:
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        with pytest.warns(UserWarning, match="the preview at step 12 failed: .*File too large"):
+        with pytest.warns(UserWarning, match="the preview at step 6 failed: .*File too large"):
             module = train(tmp_path, Full(), previews(on_error="warn"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -188,21 +188,23 @@ def test_a_place_that_fails_is_told_and_costs_no_other(tmp_path: Path) -> None:
     (tmp_path / "previews").write_text("in the way")
     shown = Wandb()
     failed = publish(PREVIEW, str(tmp_path / "previews"), [Broken(), shown], set())
-    assert all(text.startswith(f"cannot write to '{tmp_path / 'previews'}': ") for text in failed[:-1])
-    assert failed[-1] == "Broken: ConnectionError: no network"
+    assert all(str(failure).startswith(f"cannot write to '{tmp_path / 'previews'}': ") for failure in failed[:-1])
+    assert str(failed[-1]) == "Broken: ConnectionError: no network"
     assert len(shown.calls) == 1
 
 
 def test_one_file_in_the_way_costs_that_file_alone(tmp_path: Path) -> None:
     (tmp_path / "step_00000500.png").mkdir()
     (failure,) = publish(PREVIEW, str(tmp_path), [], set())
-    assert failure.startswith(f"cannot write to '{tmp_path}': ") and "step_00000500.png" in failure
+    assert str(failure).startswith(f"cannot write to '{tmp_path}': ") and "step_00000500.png" in str(failure)
     assert {"index.html", "previews.jsonl"} <= set(files(tmp_path)) and len(files(tmp_path)) == 5
 
 
 def test_an_unknown_store_is_told() -> None:
     failed = publish(PREVIEW, "nowhere://bucket/previews", [], set())
-    assert failed == ["cannot reach 'nowhere://bucket/previews': Protocol not known: nowhere"]
+    assert [str(failure) for failure in failed] == [
+        "cannot reach 'nowhere://bucket/previews': Protocol not known: nowhere"
+    ]
 
 
 # Storage

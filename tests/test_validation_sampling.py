@@ -98,7 +98,7 @@ def test_training_is_bit_identical_with_previews(tmp_path: Path, reference: Toy)
     assert grids(tmp_path) == [f"previews/step_{step:08d}.png" for step in (2, 4, 6, 8, 10, 12)]
 
 
-@pytest.mark.parametrize("fail_at", [1, 3, 1000])
+@pytest.mark.parametrize("fail_at", [2, 3, 1000])  # the first call is the trial before training
 def test_training_is_bit_identical_with_careless_and_failing_previews(
     tmp_path: Path, reference: Toy, fail_at: int
 ) -> None:
@@ -152,7 +152,7 @@ def test_accumulation_neither_doubles_previews_nor_notices_them(tmp_path: Path) 
     predict = Calls()
     previews = ValidationSampling("euler", steps=2, every_n_train_steps=2, num_images=1, predict=predict)
     module = train(tmp_path / "seen", previews, accumulate_grad_batches=3, max_epochs=3)
-    assert len(predict.seen) == 3 * 2  # at the optimizer steps 2, 4, 6, two evaluations each
+    assert len(predict.seen) == 1 + 3 * 2  # the trial; at the optimizer steps 2, 4, 6, two evaluations each
     assert grids(tmp_path / "seen") == [f"previews/step_{step:08d}.png" for step in (2, 4, 6)]
     assert module.losses == plain.losses and len(plain.losses) == 18
 
@@ -250,7 +250,8 @@ def test_precision_is_that_of_training(tmp_path: Path, precision: Any, dtype: to
     train(tmp_path, previews, module=Seen(), max_epochs=1, precision=precision)
     assert set(seen) == {(dtype, torch.int64, dtype, precision == "bf16-mixed")}
     noise = SeededNoise((2, *SHAPE), 0, torch.device("cpu"))()
-    torch.testing.assert_close(starts[0], noise.to(dtype), rtol=0, atol=0)  # drawn in float32, whatever the precision
+    torch.testing.assert_close(starts[0], noise[:1].to(dtype), rtol=0, atol=0)  # the trial
+    torch.testing.assert_close(starts[1], noise.to(dtype), rtol=0, atol=0)  # drawn in float32, whatever the precision
 
 
 def test_shape_recorded_from_the_first_batch(tmp_path: Path) -> None:
@@ -287,9 +288,9 @@ def test_sanity_check_and_validation_draw_nothing(tmp_path: Path) -> None:
     module = Validate()
     validating = trainer(tmp_path, previews, num_sanity_val_steps=1, max_epochs=1)
     validating.fit(module, loader(), loader(4))
-    assert validations == [(True, 0), (False, 1)]
+    assert validations == [(True, 0), (False, 2)]  # the trial and the preview at step 4
     validating.validate(module, loader(4), verbose=False)
-    assert len(predict.seen) == 1
+    assert len(predict.seen) == 2
 
 
 def test_fast_dev_run_rehearses_one_preview_and_writes_nothing(tmp_path: Path, monkeypatch: Any) -> None:
@@ -348,7 +349,7 @@ def test_resume_between_micro_batches_repeats_no_preview(tmp_path: Path) -> None
     again_state = ValidationSampling("euler", steps=1, every_n_train_steps=2)
     assert again.state_key == again_state.state_key
     train(tmp_path, again, max_steps=3, ckpt_path=tmp_path / "step=2.ckpt", **settings)
-    assert len(predict.seen) == 0
+    assert [tuple(x.shape) for x, *_ in predict.seen] == [(1, *SHAPE)]  # the trial
 
 
 KILLED = """
@@ -357,13 +358,15 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import torch
 from test_validation_sampling import _resumable, ValidationSampling
+from alphabar.callbacks.background import pictures_of
 
 torch.set_num_threads(1)
 
 class Killed(ValidationSampling):
-    def _publish(self, trainer, grid):
-        super()._publish(trainer, grid)
+    def _publish(self, trainer, previews):
+        super()._publish(trainer, previews)
         if trainer.global_step == 9:
+            assert pictures_of(trainer).wait(60)
             os.kill(os.getpid(), signal.SIGKILL)
 
 Killed.__qualname__ = "ValidationSampling"
@@ -431,8 +434,12 @@ def test_loggers_of_every_kind(tmp_path: Path) -> None:
 def test_a_broken_logger_costs_neither_training_nor_the_file_nor_other_loggers(tmp_path: Path, reference: Toy) -> None:
     broken, album = Album(broken=True), Album()
     folder = tmp_path / "pictures"
-    with pytest.warns(UserWarning, match="step 12 failed: RuntimeError: Album: ConnectionError: no network"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         module = train(tmp_path, ValidationSampling("euler", steps=1, folder=folder), logger=[broken, album])
+    told = [str(w.message) for w in caught if "Album" in str(w.message)]  # once, and the sum of it
+    assert len(told) == 2 and "the preview at step 6 failed: Album: ConnectionError: no network; training" in told[0]
+    assert told[1] == "ValidationSampling: 2 times in this run at Album: ConnectionError"
     assert grids(folder) == ["step_00000006.png", "step_00000012.png"]
     assert [step for *_, step in album.shown] == [6, 12] and album.shown[0][0] == "pictures"
     assert module.losses == reference.losses
@@ -447,7 +454,7 @@ def test_a_folder_that_vanishes_or_fills_up_costs_a_warning(tmp_path: Path, refe
             (tmp_path / "previews").rmdir()
             (tmp_path / "previews").write_text("in the way")
 
-    with pytest.warns(UserWarning, match="the preview at step 6 failed: RuntimeError: cannot write to .*previews"):
+    with pytest.warns(UserWarning, match="the preview at step 6 failed: cannot write to .*previews"):
         module = train(tmp_path, Blocked("euler", steps=1))
     assert module.losses == reference.losses and files(tmp_path) == ["previews"]
 
@@ -563,7 +570,7 @@ def test_a_schedule_alone_and_functions_given_are_enough(tmp_path: Path) -> None
     predict = Calls()
     previews = ValidationSampling("euler", steps=2, shape=SHAPE, num_images=2, predict=predict, on_error="raise")
     train(tmp_path, previews, module=Bare(), max_epochs=1)
-    assert len(predict.seen) == 2 and grids(tmp_path) == ["previews/step_00000006.png"]
+    assert len(predict.seen) == 1 + 2 and grids(tmp_path) == ["previews/step_00000006.png"]
 
 
 def test_nan_and_an_unknown_shape_are_told(tmp_path: Path) -> None:
@@ -585,12 +592,13 @@ def test_nan_and_an_unknown_shape_are_told(tmp_path: Path) -> None:
 
 def test_objects_with_sample_and_raise(tmp_path: Path) -> None:
     class Output:
-        sample = torch.zeros(2, *SHAPE)
+        def __init__(self, x: Tensor) -> None:
+            self.sample = torch.zeros_like(x)
 
-    previews = ValidationSampling("euler", steps=1, num_images=2, predict=lambda x, t: Output(), on_error="raise")
+    previews = ValidationSampling("euler", steps=1, num_images=2, predict=lambda x, t: Output(x), on_error="raise")
     train(tmp_path, previews, max_epochs=1)
     with pytest.raises(RuntimeError, match="preview at step 6 failed: RuntimeError: no memory left"):
-        train(tmp_path, ValidationSampling(steps=1, predict=Calls(fail_at=1), on_error="raise"))
+        train(tmp_path, ValidationSampling(steps=1, predict=Calls(fail_at=2), on_error="raise"))
 
 
 def test_how_each_strategy_is_entered() -> None:

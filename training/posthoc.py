@@ -80,12 +80,18 @@ def save_snapshot(
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    """Write a safetensors file so that a reader sees the old file or the new one, never a part."""
+    """Write a safetensors file so that a reader sees the old file or the new one, never a part.
+
+    Raises OSError where it cannot be written, a full disk included.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         temporary = Path(folder, "whole")  # not through memory: weights are large
-        save_file(_unshared(tensors), temporary, dict(metadata))
+        try:
+            save_file(_unshared(tensors), temporary, dict(metadata))
+        except SafetensorError as error:  # which is no OSError, though it stands for one
+            raise OSError(f"cannot write {str(path)!r}: {error}") from error
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)

@@ -1,0 +1,72 @@
+"""What went wrong beside the training, said once for each kind of cause and counted after that."""
+
+from __future__ import annotations
+
+import errno
+from collections import Counter
+from dataclasses import dataclass, field
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error at a place: a file that was not written, a logger that was not reached.
+
+    >>> failure = Failure("runs/previews", OSError(28, "No space left on device"))
+    >>> str(failure), failure.kind
+    ('runs/previews: OSError: [Errno 28] No space left on device', ('runs/previews', 'ENOSPC'))
+    """
+
+    place: str
+    error: Exception
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """The place and the cause, without the step and the file that it happened at."""
+        return self.place, _cause(self.error)
+
+    def __str__(self) -> str:
+        words = str(self.error)
+        named = isinstance(self.error, OSError) and self.place in words  # an error of ours, which says it all
+        return words if named else f"{self.place}: {type(self.error).__name__}: {words}"
+
+
+@dataclass
+class Complaints:
+    """``who`` complains. For one run on one rank.
+
+    >>> import warnings
+    >>> complaints = Complaints("EMA")
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     for step in (5, 10):
+    ...         complaints.tell(f"the snapshot at step {step} was not written: disk full", ("runs/ema", "ENOSPC"))
+    ...     complaints.sum_up()
+    >>> [str(told.message) for told in caught][1]
+    'EMA: 2 times in this run at runs/ema: ENOSPC'
+    """
+
+    who: str
+    _counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def tell(self, message: str, kind: tuple[str, str]) -> None:
+        """Warn, the first time that there is something of this kind; it is counted every time."""
+        self._counts[kind] += 1
+        if self._counts[kind] == 1:
+            rank_zero_warn(f"{message}; training goes on (more of this kind is counted, and told at the end)")
+
+    def sum_up(self) -> None:
+        """Warn how often there was what came more than once, and begin anew."""
+        for (place, cause), count in self._counts.items():
+            if count > 1:
+                rank_zero_warn(f"{self.who}: {count} times in this run at {place}: {cause}")
+        self._counts.clear()
+
+
+def _cause(error: BaseException) -> str:
+    """Return the name of an error of the system, or the type of the first error in the chain that is none of ours."""
+    while isinstance(error, OSError) and error.errno is None and error.__cause__ is not None:
+        error = error.__cause__
+    number = getattr(error, "errno", None)
+    return errno.errorcode.get(number, str(number)) if isinstance(number, int) else type(error).__name__
