@@ -38,7 +38,8 @@ def reshard(root: nn.Module) -> None:
         elif isinstance(unit, FullyShardedDataParallel) and unit._handle is not None:
             from torch.distributed.fsdp._runtime_utils import _reshard  # FSDP1 has no public call
 
-            _reshard(unit, unit._handle, True)
+            if hasattr(unit._handle.flat_param, "_local_shard"):  # else there was no forward yet, and nothing to undo
+                _reshard(unit, unit._handle, True)
 
 
 def local(tensor: Tensor) -> Tensor:
