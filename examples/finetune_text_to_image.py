@@ -6,7 +6,9 @@
 
 The schedule starts from the pipeline's own scheduler_config.json; what the flags say replaces it. It is the same object in
 the loss, in the previews and in the saved pipeline, which ``DiffusionPipeline.from_pretrained`` loads with that scheduler.
-``--rank N`` trains LoRA matrices of that rank instead of the whole U-Net. All randomness (order of the data, crops, flips,
+``--rank N`` trains LoRA matrices of that rank instead of the whole U-Net; the file says its schedule, and the call that loads it
+with its scheduler is printed. A folder that holds a run is gone on with (``--resume_from_checkpoint latest``), or replaced
+(``--overwrite_output_dir``), and never taken for an empty one. All randomness (order of the data, crops, flips,
 encoder, noise, timesteps) is a function of the seed and of counters, so a run that was killed goes on to the same losses.
 Pipelines with one text encoder and a conditional U-Net (Stable Diffusion 1.x and 2.x and their relatives).
 """
@@ -41,12 +43,13 @@ from alphabar.noising.counter import seeded
 from alphabar.noising.files import require_writable, write_atomically
 from alphabar.noising.pretrained import CONFIG_NAME, from_diffusers, to_diffusers
 from alphabar.sampling import Sampler
-from alphabar.training import add_noising_arguments, noising_from_arguments
+from alphabar.training import add_noising_arguments, noising_from_arguments, write_markers
 from alphabar.training.checkpoints import SCHEDULE_KEY, schedule_of
 from alphabar.training.images import image_grid, png_bytes, to_pixels
 
 _AUGMENT, _ENCODE, _CAPTION = 101, 102, 103  # streams of the seed, beside those of the noising
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+LORA_NAME = "pytorch_lora_weights.safetensors"  # diffusers' own
 _LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 
 
@@ -81,6 +84,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--checkpointing_steps", type=int, default=500, help="optimizer steps between checkpoints (default: 500)")
     add("--checkpoints_total_limit", type=int, default=2, help="checkpoints that are kept (default: %(default)s)")
     add("--resume_from_checkpoint", default=None, help="'latest', or the path of a checkpoint of this run")
+    add("--overwrite_output_dir", action="store_true", help="begin anew where --output_dir holds another run")
     add("--dataloader_num_workers", type=int, default=0, help="processes that read images (default: %(default)s)")
     add("--validation_prompts", nargs="*", default=[], help="prompts that are previewed")
     add("--validation_steps", type=int, default=500, help="optimizer steps between previews (default: %(default)s)")
@@ -127,8 +131,40 @@ def settle(args: argparse.Namespace) -> Plan:
     to_diffusers(noising.schedule)  # a schedule that the saved pipeline could not hold is refused here
     sampler = Sampler(noising.schedule, args.validation_sampler, steps=args.num_inference_steps)
     output = Path(args.output_dir)
+    require_unused(args, output)
     require_writable(output)
     return Plan(args, noising, sampler, output)
+
+
+def require_unused(args: argparse.Namespace, output: Path) -> None:
+    """Refuse a folder that holds a run, unless that run is gone on with or is to be replaced."""
+    if output.resolve() == Path(args.pretrained_model_name_or_path).resolve():
+        raise ValueError(f"--output_dir {str(output)!r} is the pipeline that is trained from; give another folder")
+    if args.resume_from_checkpoint and args.overwrite_output_dir:
+        raise ValueError("--resume_from_checkpoint goes on with a run, --overwrite_output_dir begins anew; give one of them")
+    found = [path.name for pattern in WRITTEN for path in sorted(output.glob(pattern))]
+    if not found or args.overwrite_output_dir:
+        return
+    resumed = args.resume_from_checkpoint
+    if resumed == "latest" and (checkpoints(output) or not any((output / name).exists() for name in RESULTS)):
+        return
+    if resumed not in (None, "latest") and Path(resumed).resolve().parent == output.resolve():
+        return
+    raise ValueError(
+        f"--output_dir {str(output)!r} holds a run already ({', '.join(found[:4])}); go on with it by "
+        "--resume_from_checkpoint latest, give another folder, or replace it by --overwrite_output_dir"
+    )
+
+
+RESULTS = ("model_index.json", LORA_NAME)
+WRITTEN = ("checkpoint-*.pt", "losses.jsonl", "previews/step_*.png", *RESULTS)  # what tells that a folder holds a run
+
+
+def begin_anew(output: Path) -> None:
+    """Remove what an earlier run left that this one would take for its own."""
+    for pattern in ("checkpoint-*.pt", "losses.jsonl", "previews/step_*.png"):
+        for path in output.glob(pattern):
+            path.unlink()
 
 
 def schedule_of_pipeline(args: argparse.Namespace) -> NoiseSchedule:
@@ -304,14 +340,21 @@ def save_checkpoint(path: Path, parts: dict[str, Any], keep: int) -> None:
     partial = path.with_suffix(".partial")
     torch.save(parts, partial)
     os.replace(partial, path)
-    for old in checkpoints(path.parent)[:-keep] if keep else []:
+    mine = [old for old in checkpoints(path.parent) if old.name <= path.name]
+    for old in mine[:-keep] if keep else []:
         old.unlink()
+
+
+def set_aside(output: Path, step: int) -> list[Path]:
+    """Rename the checkpoints of later steps, which a run that goes on from ``step`` leaves behind; return their new names."""
+    later = [path for path in checkpoints(output) if path.name > f"checkpoint-{step:07d}.pt"]
+    return [path.replace(path.with_name(path.name.replace("checkpoint", "replaced"))) for path in later]
 
 
 def find_checkpoint(plan: Plan) -> Path | None:
     wanted = plan.args.resume_from_checkpoint
     if wanted == "latest":
-        return next(reversed(checkpoints(plan.output)), None)
+        return max(checkpoints(plan.output), default=None)
     if wanted is not None and not Path(wanted).is_file():
         raise FileNotFoundError(f"no checkpoint at {wanted!r}; there are {[str(p) for p in checkpoints(plan.output)]}")
     return Path(wanted) if wanted is not None else None
@@ -395,6 +438,13 @@ class Run:
             self.ema.to(self.accelerator.device)
         self.place = Place(**parts["place"])
 
+    def say_where_it_goes_on(self, path: Path) -> None:
+        self.accelerator.print(f"going on from {str(path)!r} at step {self.place.step}")
+        self.accelerator.wait_for_everyone()  # all have read it
+        aside = set_aside(self.plan.output, self.place.step) if self.accelerator.is_main_process else []
+        if aside:
+            self.accelerator.print(f"later checkpoints are set aside: {', '.join(path.name for path in aside)}")
+
     # -- training ------------------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
@@ -467,10 +517,11 @@ class Run:
         return self.plan.output / "losses.jsonl"
 
     def _forget_later_losses(self) -> None:
-        """Drop the losses of steps after the checkpoint, which are trained again."""
+        """Drop the losses of steps after the checkpoint, which are trained again, and what a kill left of a line."""
         if self.accelerator.is_main_process and self._losses.is_file():
-            lines = self._losses.read_text(encoding="utf-8").splitlines(keepends=True)[: self.place.step]
-            write_atomically(self._losses, "".join(lines))
+            lines = [line for line in self._losses.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line)["step"] <= self.place.step]
+            write_atomically(self._losses, "".join(f"{line}\n" for line in kept))
 
     # -- previews and the result -------------------------------------------------------------------------------------------------
 
@@ -527,18 +578,31 @@ class Run:
             return
         schedule, output = self.plan.schedule, self.plan.output
         folder = schedule.save_pretrained(output / "scheduler")
+        name = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["_class_name"]
         with self.averaged():
             if self.args.rank:
                 from peft.utils import get_peft_model_state_dict
 
                 layers = get_peft_model_state_dict(self.models.unet)
                 self.models.pipeline.save_lora_weights(output, unet_lora_layers=layers)
+                write_markers(output / LORA_NAME, schedule)
+                print(self._how_to_load(name))
                 return
-            name = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["_class_name"]
             scheduler = getattr(diffusers, name).from_pretrained(folder)
             unet = self.accelerator.unwrap_model(self.objective).unet
             # the frozen parts are written as they came, not in the precision of this training
             load_pipeline(self.args, unet=unet, scheduler=scheduler).save_pretrained(output)
+
+
+    def _how_to_load(self, scheduler: str) -> str:
+        base, folder = self.args.pretrained_model_name_or_path, str(self.plan.output)
+        return (
+            f"\nThe LoRA is trained on {self.plan.schedule}: it needs the scheduler beside it.\n\n"
+            f"from diffusers import DiffusionPipeline, {scheduler}\n"
+            f'scheduler = {scheduler}.from_pretrained({folder!r}, subfolder="scheduler")\n'
+            f"pipeline = DiffusionPipeline.from_pretrained({base!r}, scheduler=scheduler)\n"
+            f"pipeline.load_lora_weights({folder!r})\n"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -557,9 +621,14 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         raise ValueError(f"this script trains on one process or with DDP, not with {accelerator.distributed_type}")
     set_seed(args.seed)  # of the LoRA's first weights; training draws from counters
     accelerator.init_trackers("finetune_text_to_image")
+    if args.overwrite_output_dir and accelerator.is_main_process:
+        begin_anew(plan.output)
     run = Run(plan, accelerator)
     if checkpoint is not None:
         run.load(checkpoint)
+        run.say_where_it_goes_on(checkpoint)
+    elif args.resume_from_checkpoint is not None:
+        accelerator.print(f"no checkpoint in {str(plan.output)!r}: training begins at step 0")
     run.train()
     run.save_result()
     accelerator.end_training()

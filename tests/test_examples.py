@@ -50,9 +50,21 @@ def test_brightness_goes_on_from_its_checkpoint(tmp_path: Path, capsys: pytest.C
 def test_brightness_refuses_another_schedule_in_the_same_folder(tmp_path: Path) -> None:
     example = load("train_brightness")
     example.main([*V_ZERO_SNR, *SHORT, "--out", str(tmp_path)])
-    with pytest.raises(Exception, match=r"beta_end=0\.02"):
+    with pytest.raises(ValueError, match=r"beta_end=0\.02"):
         example.main([*V_ZERO_SNR, "--beta_end", "0.02", *SHORT, "--max_steps", "4", "--out", str(tmp_path)])
 
+
+def test_brightness_refuses_to_report_another_run_as_its_own(tmp_path: Path) -> None:
+    example = load("train_brightness")
+    example.require_same_run(example.parse([*V_ZERO_SNR, *SHORT]), tmp_path)
+    (tmp_path / "brightness.ckpt").touch()
+    example.require_same_run(example.parse([*V_ZERO_SNR, *SHORT, "--max_steps", "9", "--compare"]), tmp_path)
+    for flags in (["--snr_gamma", "5", "--loss_weight_floor", "0.1"], ["--seed", "1"], ["--channels", "3"]):
+        with pytest.raises(ValueError, match=rf"was trained with .*, and this run has .*{flags[0][2:]}={flags[1]}"):
+            example.main([*V_ZERO_SNR, *SHORT, *flags, "--out", str(tmp_path)])
+    (tmp_path / "flags.json").unlink()
+    with pytest.raises(ValueError, match="holds a checkpoint and no flags"):
+        example.main([*V_ZERO_SNR, *SHORT, "--out", str(tmp_path)])
 
 @pytest.mark.parametrize("channels", ["1", "3"])
 def test_brightness_on_a_folder_of_images(tmp_path: Path, channels: str) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
@@ -17,6 +18,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from alphabar.noising import NoiseSchedule
+from alphabar.training.safetensors_files import read_header
 from test_examples import EXAMPLES, V_ZERO_SNR, load
 from tiny_pipeline import make_images, make_pipeline
 
@@ -42,6 +44,10 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(autouse=True)
 def as_in_a_new_process() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one precision for the whole process
+
+
+def names_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
 
 
 def losses(folder: Path) -> list[float]:
@@ -118,19 +124,89 @@ def test_killed_and_resumed_it_learns_the_same(given: list[str], tmp_path: Path)
     assert kept == ["checkpoint-0000006.pt", "checkpoint-0000007.pt"]
 
 
-def test_lora_loads_into_the_pipeline_with_its_scheduler(given: list[str], tmp_path: Path) -> None:
+def test_lora_loads_into_the_pipeline_with_its_scheduler(
+    given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("peft")
     flags = ["--max_train_steps", "2", "--rank", "2", "--snr_gamma", "5", "--loss_weight_floor", "0.05"]
     flags += ["--mixed_precision", "bf16", "--gradient_checkpointing"]
     load("finetune_text_to_image").main([*given, *V_ZERO_SNR, *SHORT, *flags, "--output_dir", str(tmp_path)])
     pipeline = diffusers.DiffusionPipeline.from_pretrained(given[1])
     before = pipeline.unet(torch.ones(1, 4, 8, 8), 5, torch.ones(1, 16, 32)).sample
-    pipeline.load_lora_weights(tmp_path)
+    named: dict[str, Any] = {}
+    exec(capsys.readouterr().out.split("beside it.\n")[1], named)  # the call that is printed, as it stands
+    pipeline = named["pipeline"]
     after = pipeline.unet(torch.ones(1, 4, 8, 8), 5, torch.ones(1, 16, 32)).sample
     assert not torch.equal(before, after)
-    scheduler = diffusers.DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
-    assert scheduler.alphas_cumprod[-1] == 0 and scheduler.config["prediction_type"] == "v_prediction"
+    assert pipeline.scheduler.alphas_cumprod[-1] == 0
+    assert pipeline.scheduler.config["prediction_type"] == "v_prediction"
     assert not (tmp_path / "unet").exists()
+
+
+def test_a_lora_file_says_its_schedule_and_keeps_its_weights(given: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    flags = ["--max_train_steps", "1", "--rank", "2", "--output_dir", str(tmp_path)]
+    load("finetune_text_to_image").main([*given, *V_ZERO_SNR, *SHORT, *flags])
+    header = read_header(tmp_path / "pytorch_lora_weights.safetensors")
+    assert header.metadata["modelspec.prediction_type"] == "v" and header.metadata["ss_zero_terminal_snr"] == "True"
+    schedule = NoiseSchedule.from_config(json.loads(header.metadata["alphabar.noise_schedule"]))
+    assert schedule == NoiseSchedule.from_pretrained(tmp_path, subfolder="scheduler")
+    assert all(".lora" in name for name in header.tensors)  # no tensor that a loader of LoRA would not know
+
+
+def test_a_folder_that_holds_a_run_is_refused(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = load("finetune_text_to_image")
+    flags = [*given, *SHORT, "--checkpointing_steps", "2", "--output_dir", str(tmp_path)]
+    example.main([*flags, *V_ZERO_SNR, "--max_train_steps", "6"])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr(example, "Models", None)  # before any model is loaded
+        for more, words in [
+            ([], "holds a run already .checkpoint-0000004.pt, .*--resume_from_checkpoint latest, .*--overwrite_output_dir"),
+            (["--resume_from_checkpoint", given[1] + "/model_index.json"], "holds a run already"),
+            (["--overwrite_output_dir", "--resume_from_checkpoint", "latest"], "give one of them"),
+        ]:
+            with pytest.raises(ValueError, match=words):
+                example.main([*flags, "--max_train_steps", "4", *more])
+        with pytest.raises(ValueError, match="is the pipeline that is trained from"):
+            example.main([*given, *SHORT, "--output_dir", given[1], "--overwrite_output_dir"])
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    # to be replaced: the run's own checkpoints are kept, though the old ones had higher numbers
+    AcceleratorState._reset_state(reset_partial_state=True)
+    example.main([*flags, "--max_train_steps", "4", "--overwrite_output_dir"])
+    assert names_of(tmp_path) == ["checkpoint-0000002.pt", "checkpoint-0000004.pt"] and len(losses(tmp_path)) == 4
+    assert NoiseSchedule.from_pretrained(tmp_path, subfolder="scheduler").prediction.name == "epsilon"
+    # gone on with, from its last checkpoint and from an earlier one
+    first = losses(tmp_path)
+    capsys.readouterr()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    example.main([*flags, "--max_train_steps", "6", "--resume_from_checkpoint", "latest"])
+    assert losses(tmp_path)[:4] == first and len(losses(tmp_path)) == 6
+    assert "checkpoint-0000004.pt' at step 4" in capsys.readouterr().out
+    whole = losses(tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    earlier = str(tmp_path / "checkpoint-0000004.pt")
+    example.main([*flags, "--max_train_steps", "5", "--resume_from_checkpoint", earlier])
+    assert losses(tmp_path) == whole[:5]
+    assert names_of(tmp_path) == ["checkpoint-0000004.pt", "checkpoint-0000005.pt"]
+    assert (tmp_path / "replaced-0000006.pt").is_file()  # of the run that was left
+    assert "set aside: replaced-0000006.pt" in capsys.readouterr().out
+
+
+def test_latest_says_when_it_finds_nothing(
+    given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = load("finetune_text_to_image")
+    (tmp_path / "losses.jsonl").write_text('{"step": 1, "loss": 9.0, "lr": 0.0}\n{"st')  # killed before its first checkpoint
+    flags = [*given, *SHORT, "--max_train_steps", "1", "--resume_from_checkpoint", "latest"]
+    example.main([*flags, "--output_dir", str(tmp_path)])
+    assert f"no checkpoint in {str(tmp_path)!r}: training begins at step 0" in capsys.readouterr().out
+    assert len(losses(tmp_path)) == 1 and losses(tmp_path) != [9.0]
+    (tmp_path / "checkpoint-0000001.pt").unlink()
+    with pytest.raises(ValueError, match="holds a run already"):  # its result, and nothing to go on from
+        example.main([*flags, "--output_dir", str(tmp_path)])
 
 
 def test_another_schedule_is_not_resumed(given: list[str], tmp_path: Path) -> None:
