@@ -81,7 +81,9 @@ samples to images in [-1, 1], e.g. of a video its first frame: decode=lambda x: 
         example = "of a video its first frame: decode=lambda x: x[:, :, 0]"
         if len(shape) != 4:
             example = "a plot of it"
-        raise ValueError(f"{error}; give decode=, a function from samples to images in [-1, 1], e.g. {example}") from None
+        raise ValueError(
+            f"{error}; give decode=, a function from samples to images in [-1, 1], e.g. {example}"
+        ) from None
 
 
 def is_rehearsal(trainer: Trainer) -> bool:

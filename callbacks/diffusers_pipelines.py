@@ -164,7 +164,9 @@ def pipeline_steps(
     drawn = getattr(output, "images", None)
     if drawn is None or getattr(drawn, "ndim", 0) != 4:
         got = f"{type(output).__name__} with {sorted(vars(output))}" if drawn is None else tuple(drawn.shape)
-        raise ValueError(f"a {type(pipeline).__name__} draws no images that can be shown, got {got}; use predict= and decode=")
+        raise ValueError(
+            f"a {type(pipeline).__name__} draws no images that can be shown, got {got}; use predict= and decode="
+        )
     samples = torch.as_tensor(drawn).movedim(-1, 1).float()  # (n, height, width, channels) in [0, 1]
     yield paint(samples * 2 - 1)
 

@@ -210,9 +210,7 @@ class EMA(Callback):
             kind = SNAPSHOT_DTYPES[self.snapshot_dtype]
             frozen = {name: value.detach().to("cpu", kind, copy=True) for name, value in weights.items()}
             act = partial(save_snapshot, folder, frozen, step=step - self.start_step, sigma_rel=profile.sigma_rel)
-            self._lane.submit(
-                partial(act, dtype=self.snapshot_dtype), lambda error: self._note(step, folder, error)
-            )
+            self._lane.submit(partial(act, dtype=self.snapshot_dtype), lambda error: self._note(step, folder, error))
         except Exception as error:
             self._note(step, folder, error)
 

@@ -406,7 +406,9 @@ class ValidationSampling(Callback):
         finish(trainer, lane, seconds)
         self._complain()
         if lane.pending:
-            rank_zero_warn(f"{lane.pending} previews are still being published after {seconds:g} seconds; going on meanwhile")
+            rank_zero_warn(
+                f"{lane.pending} previews are still being published after {seconds:g} seconds; going on meanwhile"
+            )
 
     def _react(self, message: str, error: AgreedError) -> None:
         if self.on_error == "raise":

@@ -141,7 +141,9 @@ def require_unused(args: argparse.Namespace, output: Path) -> None:
     if output.resolve() == Path(args.pretrained_model_name_or_path).resolve():
         raise ValueError(f"--output_dir {str(output)!r} is the pipeline that is trained from; give another folder")
     if args.resume_from_checkpoint and args.overwrite_output_dir:
-        raise ValueError("--resume_from_checkpoint goes on with a run, --overwrite_output_dir begins anew; give one of them")
+        raise ValueError(
+            "--resume_from_checkpoint goes on with a run, --overwrite_output_dir begins anew; give one of them"
+        )
     found = [path.name for pattern in WRITTEN for path in sorted(output.glob(pattern))]
     if not found or args.overwrite_output_dir:
         return
@@ -592,7 +594,6 @@ class Run:
             unet = self.accelerator.unwrap_model(self.objective).unet
             # the frozen parts are written as they came, not in the precision of this training
             load_pipeline(self.args, unet=unet, scheduler=scheduler).save_pretrained(output)
-
 
     def _how_to_load(self, scheduler: str) -> str:
         base, folder = self.args.pretrained_model_name_or_path, str(self.plan.output)

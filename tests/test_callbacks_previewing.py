@@ -366,7 +366,7 @@ def test_memory_that_runs_out_halves_the_batch_until_it_fits(tmp_path: Path, pub
     assert [torch.equal(p.images, q.images) for p, q in zip(published[:2], published[2:], strict=True)] == [True] * 2
     Small.room = 0
     module = fresh(Small)
-    with pytest.raises(RuntimeError, match="previews cannot be drawn; .* at step 0: OutOfMemoryError: out of memory"):
+    with pytest.raises(RuntimeError, match=r"previews cannot be drawn; .* at step 0: OutOfMemoryError: out of memory"):
         train(tmp_path, previews(**settings), module=module)
     assert module.losses == []
 

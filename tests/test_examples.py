@@ -66,6 +66,7 @@ def test_brightness_refuses_to_report_another_run_as_its_own(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="holds a checkpoint and no flags"):
         example.main([*V_ZERO_SNR, *SHORT, "--out", str(tmp_path)])
 
+
 @pytest.mark.parametrize("channels", ["1", "3"])
 def test_brightness_on_a_folder_of_images(tmp_path: Path, channels: str) -> None:
     from sklearn.datasets import load_digits

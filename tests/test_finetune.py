@@ -164,7 +164,10 @@ def test_a_folder_that_holds_a_run_is_refused(
     with monkeypatch.context() as patch:
         patch.setattr(example, "Models", None)  # before any model is loaded
         for more, words in [
-            ([], "holds a run already .checkpoint-0000004.pt, .*--resume_from_checkpoint latest, .*--overwrite_output_dir"),
+            (
+                [],
+                "holds a run already .checkpoint-0000004.pt, .*--resume_from_checkpoint latest, .*--overwrite_output_dir",
+            ),
             (["--resume_from_checkpoint", given[1] + "/model_index.json"], "holds a run already"),
             (["--overwrite_output_dir", "--resume_from_checkpoint", "latest"], "give one of them"),
         ]:
@@ -199,7 +202,9 @@ def test_latest_says_when_it_finds_nothing(
     given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     example = load("finetune_text_to_image")
-    (tmp_path / "losses.jsonl").write_text('{"step": 1, "loss": 9.0, "lr": 0.0}\n{"st')  # killed before its first checkpoint
+    (tmp_path / "losses.jsonl").write_text(
+        '{"step": 1, "loss": 9.0, "lr": 0.0}\n{"st'
+    )  # killed before its first checkpoint
     flags = [*given, *SHORT, "--max_train_steps", "1", "--resume_from_checkpoint", "latest"]
     example.main([*flags, "--output_dir", str(tmp_path)])
     assert f"no checkpoint in {str(tmp_path)!r}: training begins at step 0" in capsys.readouterr().out
