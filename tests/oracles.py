@@ -69,10 +69,11 @@ class Gaussian:
         return slope, self.mean - slope * mean
 
     def output(self, prediction: Prediction, knot: Knot) -> tuple[float, float]:
-        """(a, b) of the network's raw output a x + b."""
+        """(a, b) of the network's raw output a x + b, x as it is shown to the network."""
         a, b = self.denoiser(knot)
         c0, c1 = (float(c) for c in prediction.coefficients(knot.alpha, knot.sigma))
-        return c0 * a + c1 * (1 - knot.alpha * a) / knot.sigma, c0 * b - c1 * knot.alpha * b / knot.sigma
+        slope = c0 * a + c1 * (1 - knot.alpha * a) / knot.sigma
+        return slope / knot.input_scale, c0 * b - c1 * knot.alpha * b / knot.sigma
 
     def flow(self, x: torch.Tensor, s: Knot, n: Knot) -> torch.Tensor:
         """Carry x from s to n along the exact probability flow: it keeps its place in units of the deviation."""

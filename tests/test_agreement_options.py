@@ -31,6 +31,7 @@ from test_agreement_diffusers import (
     STEPS,
     constant,
     difference,
+    last_output,
     network,
     ours,
     peers,
@@ -155,14 +156,16 @@ def test_flow_sigmas_of_every_solver(
         assert difference(ours(laid(schedule, method, where_theirs_stand(scheduler), **options)), their) < RELATIVE
 
 
-def test_bh1_of_unipc_on_a_flow_is_not_a_number_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bh1_of_unipc_on_a_flow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into σ = 0 theirs multiply h = ∞ by 0; what it must return is the x_0 of the last evaluation."""
+    schedule = NoiseSchedule.flow()
+    config = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "solver_type": "bh1"}
     for steps in STEPS:
-        scheduler = peers.UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, solver_type="bh1"
-        )
-        assert theirs(scheduler, steps, monkeypatch).isnan().any()
-        bh1, bh2 = (Sampler(NoiseSchedule.flow(), "unipc", steps, solver_type=kind) for kind in ("bh1", "bh2"))
-        assert difference(ours(bh1), ours(bh2)) < 0.1
+        scheduler = peers.UniPCMultistepScheduler(**config)
+        scheduler.set_timesteps(steps)
+        mine = ours(laid(schedule, "unipc", where_theirs_stand(scheduler), solver_type="bh1"))
+        scheduler = peers.UniPCMultistepScheduler(**config, final_sigmas_type="sigma_min")
+        assert difference(mine, last_output(scheduler, schedule, steps, monkeypatch, in_double=True)) < RELATIVE
 
 
 @pytest.mark.parametrize("mu", [0.5, 1.15])

@@ -230,9 +230,7 @@ def test_bfloat16_batches_get_noise_at_the_first_timestep() -> None:
     one, t = torch.ones(1, 1, dtype=torch.bfloat16), torch.tensor([0])
     ours = NoiseSchedule.scaled_linear().add_noise(0 * one, one, t)
     assert ours.dtype == torch.bfloat16
-    assert ours.item() == pytest.approx(0.02915, rel=2**-8)
-    peer = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    assert peer.add_noise(0 * one, one, t).item() == 0.0  # what must not happen here
+    assert ours.item() == pytest.approx(0.02915, rel=2**-8)  # and not 0, the root of 1 - ᾱ with an ᾱ in bfloat16
 
 
 @curves
