@@ -24,6 +24,7 @@ from diffusers.schedulers.deprecated import KarrasVeScheduler, ScoreSdeVpSchedul
 from torch import Tensor
 
 import test_agreement_diffusers as agreement
+from all_pairs import all_pairs
 from alphabar.noising import Discrete, NoiseSchedule
 from alphabar.sampling import Clip, DynamicThreshold, Knot, Sampler, make_knots
 from alphabar.sampling.names import all_names
@@ -43,7 +44,6 @@ from test_agreement_diffusers import (
     constant,
     difference,
     network,
-    normal,
     ours,
     peers,
     theirs,
@@ -100,6 +100,7 @@ def without_noise(sampler: Sampler, start: Tensor, clip: Any) -> Tensor:
     return x
 
 
+IMAGES = torch.randn(4, 2, agreement.CHANNELS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 CLIPPING = {
     "thresholding": (
         {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 4.0},
@@ -118,7 +119,7 @@ ONE_STEP = [(option, case) for option in CLIPPING for case in of_each_class(has=
 
 @pytest.mark.parametrize(("option", "case"), [*CLIPPED, *ONE_STEP], ids=str)
 def test_thresholds_in_every_class(option: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    start = normal(4, 2, agreement.CHANNELS)  # their thresholds need images
+    start = IMAGES  # which their thresholds need
     monkeypatch.setattr(agreement, "START", start)
     monkeypatch.setattr(agreement, "DRAWS", [(torch.zeros_like(start),) * 2] * len(DRAWS))
     config, clip = CLIPPING[option]
@@ -144,15 +145,17 @@ def test_thresholds_in_every_class(option: str, case: Case, monkeypatch: pytest.
 # SA-Solver in the noise prediction
 
 
-@pytest.mark.parametrize("orders", [(1, 1), (2, 1), (2, 2), (3, 3), (3, 4)], ids=str)
-@pytest.mark.parametrize("tau", [None, 0.0, 0.5, 1.0])
-@pytest.mark.parametrize("spacing", DROPPED)
+@pytest.mark.parametrize(
+    ("orders", "tau", "spacing"),
+    all_pairs([(1, 1), (2, 1), (2, 2), (3, 3), (3, 4)], [None, 0.0, 0.5, 1.0], list(DROPPED)),
+    ids=str,
+)
 def test_noise_prediction_of_sa_solver(
     orders: tuple[int, int], tau: float | None, spacing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = dict(zip(("predictor_order", "corrector_order"), orders, strict=True))
     strength = {} if tau is None else {"tau": tau, "tau_timesteps": EVERYWHERE}
-    for prediction, steps in product(("epsilon", "v_prediction", "sample"), STEPS):
+    for prediction, steps in zip(("epsilon", "v_prediction", "sample"), (*STEPS, 7), strict=True):
         schedule = NoiseSchedule.scaled_linear(prediction=prediction)
         case = Case(
             peers.SASolverScheduler,

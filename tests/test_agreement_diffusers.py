@@ -183,8 +183,14 @@ class Case:
         of_method = {k: v for k, v in self.options.items() if k not in of_grid}
         return Sampler(schedule, self.method, steps, lambda schedule, steps: knots, **of_method)
 
+    def runs(self) -> Iterator[tuple[NoiseSchedule, int]]:
+        """Every prediction and every number of steps, in turn, paired in one way or the other from case to case."""
+        schedules, turn = list(self.schedules()), len(str(self))
+        for k in range(max(len(schedules), len(self.steps))):
+            yield schedules[k % len(schedules)], self.steps[(k + turn) % len(self.steps)]
+
     def differences(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, float]]:
-        for schedule, steps in product(self.schedules(), self.steps):
+        for schedule, steps in self.runs():
             scheduler = self.scheduler(schedule)
             their = theirs(
                 scheduler,

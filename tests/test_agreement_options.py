@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from all_pairs import all_pairs
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Sampler
 from alphabar.sampling.grids import make_knots
@@ -78,9 +79,9 @@ def on_sigmas(
     return difference(ours(laid(schedule, method, repeated(knots, scheduler.timesteps.tolist()), **options)), their)
 
 
-@pytest.mark.parametrize("grid", SIGMAS)
-@pytest.mark.parametrize("tau", [None, 0.5, 1.0])
-@pytest.mark.parametrize("orders", [(1, 1), (2, 2), (3, 4), (1, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("orders", "tau", "grid"), all_pairs([(1, 1), (2, 2), (3, 4), (1, 4)], [None, 0.5, 1.0], list(SIGMAS)), ids=str
+)
 def test_sa_solver_on_sigmas(
     orders: tuple[int, int], tau: float | None, grid: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,9 +94,9 @@ def test_sa_solver_on_sigmas(
         assert on_sigmas("sa_solver", scheduler, grid, steps, options, monkeypatch) < RELATIVE
 
 
-@pytest.mark.parametrize("grid", SIGMAS)
-@pytest.mark.parametrize("lower_order_final", [True, False])
-@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("order", "lower_order_final", "grid"), all_pairs([1, 2, 3], [True, False], list(SIGMAS)), ids=str
+)
 def test_deis_on_sigmas(order: int, lower_order_final: bool, grid: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for steps, prediction in product(STEPS, PREDICTIONS):
         scheduler = peers.DEISMultistepScheduler(

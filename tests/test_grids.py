@@ -14,6 +14,7 @@ import pytest
 import torch
 from scipy import special, stats
 
+from all_pairs import all_pairs
 from alphabar.noising import NoiseSchedule
 from alphabar.noising.beta_distribution import beta_cdf, beta_quantile
 from alphabar.sampling import CLEAN, GRIDS, METHODS, Knot, Method, Sampler, knots_at, make_knots
@@ -81,9 +82,9 @@ def test_the_tutorials_digits_come_out_of_its_float32_table() -> None:
 # shape
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+@pytest.mark.parametrize(
+    ("grid", "name", "final"), all_pairs(list(GRIDS), list(SCHEDULES), ["zero", "sigma_min"]), ids=str
+)
 def test_shape(grid: str, name: str, final: str) -> None:
     schedule = SCHEDULES[name]
     curve = schedule.curve
