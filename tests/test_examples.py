@@ -2,9 +2,11 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import diffusers
 import pytest
@@ -27,8 +29,31 @@ def load(name: str) -> ModuleType:
     return module
 
 
+def small(channels: int) -> diffusers.UNet2DModel:
+    blocks: dict[str, Any] = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    size = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 32}
+    return diffusers.UNet2DModel(in_channels=channels, out_channels=channels, **size, **blocks)
+
+
+def brightness(network: Any = small) -> ModuleType:
+    """The example with 16 discs, and with its own network where ``network`` is None."""
+    example = load("train_brightness")
+    discs = example.discs
+    example.discs = lambda count, *rest: discs(min(count, 16), *rest)
+    example.make_network = network or example.make_network
+    return example
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("trained")
+    brightness().main([*V_ZERO_SNR, *SHORT, "--out", str(folder)])
+    return folder
+
+
 def test_brightness_leaves_what_the_readme_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ratios = load("train_brightness").main([*V_ZERO_SNR, *SHORT, "--compare", "--out", str(tmp_path)])
+    ratios = brightness().main([*V_ZERO_SNR, *SHORT, "--compare", "--out", str(tmp_path)])
     assert set(ratios) == {"v_prediction + zero terminal SNR", "epsilon, ordinary"}
     assert json.loads((tmp_path / "brightness.json").read_text()) == ratios
     for name in ("brightness.ckpt", "brightness.png", "scheduler/scheduler_config.json", "ordinary/brightness.ckpt"):
@@ -41,21 +66,20 @@ def test_brightness_leaves_what_the_readme_promises(tmp_path: Path, capsys: pyte
     assert "epsilon, ordinary" in capsys.readouterr().out
 
 
-def test_brightness_goes_on_from_its_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    example = load("train_brightness")
-    first = example.main([*V_ZERO_SNR, *SHORT, "--out", str(tmp_path)])
-    assert example.main([*V_ZERO_SNR, *SHORT, "--out", str(tmp_path)]) == first  # nothing is left to train
+def test_brightness_goes_on_from_its_checkpoint(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    first = json.loads((tmp_path / "brightness.json").read_text())
+    assert brightness().main([*V_ZERO_SNR, *SHORT, "--out", str(tmp_path)]) == first  # nothing is left to train
 
 
-def test_brightness_refuses_another_schedule_in_the_same_folder(tmp_path: Path) -> None:
-    example = load("train_brightness")
-    example.main([*V_ZERO_SNR, *SHORT, "--out", str(tmp_path)])
+def test_brightness_refuses_another_schedule_in_the_same_folder(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     with pytest.raises(ValueError, match=r"beta_end=0\.02"):
-        example.main([*V_ZERO_SNR, "--beta_end", "0.02", *SHORT, "--max_steps", "4", "--out", str(tmp_path)])
+        brightness().main([*V_ZERO_SNR, "--beta_end", "0.02", *SHORT, "--max_steps", "4", "--out", str(tmp_path)])
 
 
 def test_brightness_refuses_to_report_another_run_as_its_own(tmp_path: Path) -> None:
-    example = load("train_brightness")
+    example = brightness()
     example.require_same_run(example.parse([*V_ZERO_SNR, *SHORT]), tmp_path)
     (tmp_path / "brightness.ckpt").touch()
     example.require_same_run(example.parse([*V_ZERO_SNR, *SHORT, "--max_steps", "9", "--compare"]), tmp_path)
@@ -77,6 +101,8 @@ def test_brightness_on_a_folder_of_images(tmp_path: Path, channels: str) -> None
     flags = [
         *V_ZERO_SNR,
         *SHORT,
+        "--preview_every",
+        "2",
         "--data",
         str(tmp_path / "data"),
         "--channels",
@@ -84,7 +110,7 @@ def test_brightness_on_a_folder_of_images(tmp_path: Path, channels: str) -> None
         "--out",
         str(tmp_path / "run"),
     ]
-    assert load("train_brightness").main(flags)
+    assert brightness(None if channels == "3" else small).main(flags)
     assert (tmp_path / "run" / "brightness.ckpt").is_file()
 
 
