@@ -9,10 +9,10 @@ PACKAGES := noising sampling training callbacks
 SOURCES := $(PACKAGES) $(wildcard $(addsuffix /*.py,$(PACKAGES)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint clean
+.PHONY: help install demo test test-random test-slow lint clean
 
 help:  ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed  ## set up .venv: torch, then alphabar (editable) with all that its tests need
 
@@ -21,6 +21,9 @@ demo: $(VENV)/.installed  ## train the small demo model on two CPU cores, sample
 
 test: $(VENV)/.installed  ## run the tests, without the slow ones
 	$(BIN)/pytest $(ARGS)
+
+test-random: $(VENV)/.installed  ## run the same tests in a random order; ARGS="--randomly-seed=N" repeats one
+	$(BIN)/pytest -p randomly $(ARGS)
 
 test-slow: $(VENV)/.installed  ## run the slow tests
 	$(BIN)/pytest -m slow $(ARGS)
