@@ -9,7 +9,7 @@ PACKAGES := noising sampling training callbacks
 SOURCES := $(PACKAGES) $(wildcard $(addsuffix /*.py,$(PACKAGES)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-random test-slow lint clean
+.PHONY: help install demo test test-random test-slow mutants lint clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ test-random: $(VENV)/.installed  ## run the same tests in a random order; ARGS="
 
 test-slow: $(VENV)/.installed  ## run the slow tests
 	$(BIN)/pytest -m slow $(ARGS)
+
+mutants: $(VENV)/.installed  ## see whether the tests notice mistakes made on purpose; ARGS="unipc" for some files
+	$(BIN)/python tests/mutants/run.py $(ARGS)
 
 lint: $(VENV)/.installed .lint/installed  ## ruff, and types checked against the installed wheel
 	$(BIN)/ruff check .

@@ -1,0 +1,271 @@
+"""What run.py changes: (file, pytest arguments) -> pairs of a text that stands once in the file, and the mistake.
+
+A test selection is one path, or a path and ``-k words``. Keep texts short and the tests near, so that a run takes minutes.
+"""
+
+from __future__ import annotations
+
+CURVES, SHIFTS = "tests/test_curves.py", "tests/test_shifts.py"
+WEIGHTING, METHODS = "tests/test_weighting.py", "tests/test_methods_order.py"
+GRIDS, PEERS = "tests/test_grids.py", "tests/test_agreement_diffusers.py"
+SAMPLER = "tests/test_sampler.py"
+ORDER = "global_order or local_order or every_variant or weak_order or third_order_blocks"
+
+MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
+    # noising
+    ("noising/betas.py", CURVES): [
+        ("torch.linspace(start**0.5, end**0.5, n", "torch.linspace(start, end, n"),
+        ("_times(n) + 0.008) / 1.008", "_times(n) + 0.008) / 1.0"),
+        ("math.expm1(-12 / n)", "math.expm1(-11 / n)"),
+        ("torch.linspace(-6, 6, n", "torch.linspace(-5, 6, n"),
+        ("distance.abs() + 1e-6).log()", "distance.abs() + 1e-3).log()"),
+        ("_laplace_log_snr(n)).sqrt())", "_laplace_log_snr(n)))"),
+    ],
+    ("noising/discrete.py", CURVES): [
+        ("scale = alpha[0] / (alpha[0] - alpha[-1])", "scale = 1 / (alpha[0] - alpha[-1])"),
+        ("torch.sqrt(one_minus * (1 + rescaled))", "torch.sqrt(one_minus * (1 - rescaled))"),
+        ("torch.cumsum(torch.log1p(-curve.betas()), 0)", "torch.cumsum(-curve.betas(), 0)"),
+        ("(1 - f) * table.alpha[k], alpha)", "f * table.alpha[k], alpha)"),
+        ("k = t.floor().clamp(0", "k = t.round().clamp(0"),
+        ("on_table = t == nearest", "on_table = t < 0"),
+        (".ceil().long().sub(1).clamp(0, self.num_train_timesteps - 1)", ".floor().long().clamp(0, self.num_train_timesteps - 1)"),
+        ("f = torch.where(to_zero, (1 - alpha / table.alpha[k])", "f = torch.where(to_zero, (alpha / table.alpha[k])"),
+    ],
+    ("noising/discrete.py", SHIFTS): [
+        ('require_factor("factor", factor) ** 2', 'require_factor("factor", factor)'),
+        ("torch.hypot(alpha, math.sqrt(scale) * sigma)", "torch.hypot(alpha, scale * sigma)"),
+        ("snr_shift_scale=before, rescaled_snr", "snr_shift_scale=self.snr_shift_scale, rescaled_snr"),
+    ],
+    ("noising/continuous.py", CURVES): [
+        ("return (1 - t) / (1 + (self.shift - 1) * t)", "return (1 - t) / (1 + self.shift * t)"),
+        ("- 0.5 * t * self.beta_min", "- 0.25 * t * self.beta_min"),
+        ("log_alpha.exp(), -torch.expm1(2 * log_alpha)\n", "log_alpha.exp(), -torch.expm1(log_alpha)\n"),
+        ("return 2 / (r + (r**2 + 4).sqrt())", "return 2 / (r + (r**2 + 2).sqrt())"),
+        ("(2 / math.pi) * torch.atan((-0.5 * value).exp())", "(2 / math.pi) * torch.atan((-value).exp())"),
+        ("return 0.25 * t.to(evaluation_dtype(t)).log()", "return 0.5 * t.to(evaluation_dtype(t)).log()"),
+        ("((low + u * (high - low)) ** self.rho)", "((low + u * high) ** self.rho)"),
+        ("return index / (self.num_train_timesteps - 1)", "return index / self.num_train_timesteps"),
+    ],
+    ("noising/continuous.py", "tests/test_grids_diffusers.py -k edm"): [
+        ("** 2 + self.sigma_data**2).rsqrt()", "** 2 + self.sigma_data).rsqrt()"),
+    ],
+    ("noising/shifts.py", SHIFTS): [
+        ("mu = base_shift + (tokens - base_tokens)", "mu = base_shift + tokens"),
+        ("return sides[0] * sides[1]", "return sides[0] ** 2"),
+        ('math.exp(mu) if kind == "exponential"', 'math.exp(mu) if kind == "linear"'),
+    ],
+    ("noising/prediction.py", "tests/test_prediction.py"): [
+        ("return -sigma, alpha", "return sigma, alpha"),
+        ("return -1.0, 1.0", "return 1.0, -1.0"),
+        ("return 0.0, -1.0 / sigma", "return 0.0, -sigma"),
+        ("return (sigma * out - c1 * x_t) /", "return (sigma * out + c1 * x_t) /"),
+        ("return (c0 * x_t - alpha * out) /", "return (c0 * x_t - sigma * out) /"),
+        ("return sigma / (d * norm), -(alpha * d) / norm", "return sigma / (d * norm), -alpha / norm"),
+    ],
+    ("noising/weighting_scheme.py", WEIGHTING): [
+        ("det**2) / det**2", "det**2) / det"),
+        ("return weight.clamp(min=self.floor) if self.floor else weight", "return weight + self.floor"),
+    ],
+    ("noising/weighting_published.py", WEIGHTING): [
+        ("return minimum(alpha2, self.gamma * sigma2)", "return minimum(alpha2, self.gamma * (alpha2 + sigma2))"),
+        ("self.gamma / (alpha2 + self.gamma * sigma2)", "self.gamma / (alpha2 + sigma2)"),
+        ("math.exp(-self.bias))", "math.exp(self.bias))"),
+        ("(self.k * sigma2 + alpha2)) ** self.gamma", "(self.k * sigma2 + alpha2))"),
+        ("return alpha2.sqrt() * sigma2.sqrt()", "return alpha2.sqrt() * sigma2"),
+        ("return alpha2 + sigma2 / self.sigma_data**2", "return alpha2 + sigma2 / self.sigma_data"),
+        ("** 2 / (alpha2 + sigma2)", "** 2 / (2 * alpha2 + sigma2)"),
+        ("return alpha2 + self.strength * (alpha2 + sigma2)", "return alpha2 + self.strength * alpha2"),
+    ],
+    ("noising/weighting_peers.py", WEIGHTING): [
+        ("return minimum(alpha2 + sigma2, self.gamma * sigma2)", "return minimum(alpha2, self.gamma * sigma2)"),
+        ("alpha2 / CAP**0.5)", "alpha2 / CAP)"),
+        ("(2 * sigma2 + alpha2)) ** self.gamma", "(sigma2 + alpha2)) ** self.gamma"),
+        ("(CAP / (CAP + 1)))", "1.0)"),
+    ],
+    ("noising/timesteps_published.py", "tests/test_timesteps.py"): [
+        ("u - self.scale * (torch.sin(0.5 * math.pi * u) ** 2 - u)", "u - self.scale * (torch.sin(0.5 * math.pi * u) - u)"),
+        ("return sine / (sine + cosine)", "return sine / (sine + 2 * cosine)"),
+        ("return beta_quantile(u, self.a, self.b)", "return beta_quantile(u, self.b, self.a)"),
+        ("return -2 * (self.mean + self.std", "return -(self.mean + self.std"),
+    ],
+    ("noising/losses.py", "tests/test_losses.py"): [
+        ("return within * (d - 0.5 * within)", "return within * (d - within)"),
+        ("return d**2 / ((d**2 + c**2).sqrt() + c)", "return d**2 / ((d**2 + c**2).sqrt() - c)"),
+    ],
+    ("noising/truncated.py", SHIFTS): [
+        ("((1 - u) * self.first + u * self.last)", "(u * self.first + (1 - u) * self.last)"),
+        ("return index + int(self.first) if", "return index if"),
+    ],
+    ("noising/diffusers_config.py", "tests/test_pretrained.py"): [
+        ('"rescale_betas_zero_snr": zero, "prediction_type"', '"rescale_betas_zero_snr": False, "prediction_type"'),
+        ('"beta_end": curve.beta_end,', '"beta_end": curve.beta_start,'),
+        ("-torch.expm1(log_alpha_bar.diff(", "-torch.expm1(0.5 * log_alpha_bar.diff("),
+        ('"flow_shift": curve.shift, "prediction_type"', '"flow_shift": 1.0, "prediction_type"'),
+        ('"timestep_spacing": "trailing",', '"timestep_spacing": "leading",'),
+        ('return NoiseSchedule.flow(shift, config.get("num_train', 'return NoiseSchedule.flow(1.0, config.get("num_train'),
+        ("_DISCRETE_DEFAULTS | _DEFAULTS.get(name, {}) | said", "_DISCRETE_DEFAULTS | said"),
+    ],
+    # sampling: methods
+    ("sampling/first_order.py", f"{METHODS} -k point_mass or posterior or beta_tilde or weak or global"): [
+        ("math.sqrt(max(n.sigma**2 - r**2, 0.0)) / s.sigma", "max(n.sigma - r, 0.0) / s.sigma"),
+        ("(n.alpha - keep * s.alpha) * D", "(s.alpha - keep * n.alpha) * D"),
+        ("return n.sigma * math.sqrt(max(1 - ratio**2, 0.0))", "return n.sigma * max(1 - ratio**2, 0.0)"),
+        ("math.expm1(-2 * eta *", "math.expm1(-eta *"),
+    ],
+    ("sampling/first_order.py", f"{PEERS} -k DDPM or DDIM or zero_terminal"): [
+        ("beta = 1 - (s.alpha / n.alpha) ** 2", "beta = 1 - s.alpha / n.alpha"),
+        ("trace.evaluate(x, Knot(n.timestep,", "trace.evaluate(x, Knot(s.timestep,"),
+        ("r = eta * posterior_spread(s, n)\n    return", "r = eta**2 * posterior_spread(s, n)\n    return"),
+    ],
+    ("sampling/dpm_solver.py", f"{METHODS} -k {ORDER} or spread_of_the_data"): [
+        ("return min(order, steps - i) if lower_order_final", "return order if lower_order_final"),
+        ("[value, *past[: order - 2]] if order > 1 else []\n    if n.sigma", "[value] if order > 1 else []\n    if n.sigma"),
+        ("E = weighted_mean(m, lambdas, h, -h, solver_type)", "E = weighted_mean(m, lambdas, h, h, solver_type)"),
+        ("(phi_3(H) / whole) * D2\n\n\nMETHODS", "0.5 * (phi_3(H) / whole) * D2\n\n\nMETHODS"),
+        ("D2 = 2.0 * (slope[1] - slope[0]) / (r2 - r1)", "D2 = (slope[1] - slope[0]) / (r2 - r1)"),
+    ],
+    ("sampling/dpm_solver.py", f"{PEERS} -k DPMSolver"): [
+        ("1 if euler_at_final and i == steps - 1 else order", "order"),
+        ("drift = 2 * (n.sigma - n.alpha", "drift = (n.sigma - n.alpha"),
+        ("orders[-order:] = [*climb[:-1], 1]", "orders[-order:] = climb"),
+        ("lower_order_final and steps < 15", "lower_order_final and steps < 25"),
+        ('return m[0] + (0.5 if solver_type == "midpoint"', 'return m[0] + (0.5 if solver_type == "heun"'),
+    ],
+    ("sampling/churn.py", f"{METHODS} -k {ORDER} or point_mass or spread_of"): [
+        ("0.5 * (e + e_n)", "0.4 * e + 0.6 * e_n"),
+        ("(0.5 * whole_n * gone)", "(0.5 * whole * gone)"),
+    ],
+    ("sampling/churn.py", f"{PEERS} -k churn or karras_ve"): [
+        ("math.sqrt(2) - 1)", "math.sqrt(2))"),
+        ("math.sqrt((1 + gamma) ** 2 - 1)", "math.sqrt((1 + gamma) - 1)"),
+        ("if s_tmin <= s.sigma_ve <= s_tmax", "if s_tmin <= s.sigma_ve"),
+    ],
+    ("sampling/midpoint.py", f"{METHODS} -k {ORDER} or point_mass or eta"): [
+        ("ratio: float = 0.5", "ratio: float = 0.4"),
+        ("(D_m - D) / (2 * r)", "(D_m - D) / r"),
+        ("math.sqrt(max(n.sigma**2 - r**2, 0.0)))", "n.sigma)"),
+        ("r = check_eta(eta) * posterior_spread(s, n)\n    d = lowered", "r = posterior_spread(s, n)\n    d = lowered"),
+    ],
+    ("sampling/adams.py", f"{METHODS} -k {ORDER} or point_mass or spread_of"): [
+        ("4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)", "4: (55 / 24, -58 / 24, 36 / 24, -9 / 24)"),
+        ("-n.half_log_snr, rate=1.0)", "-n.half_log_snr, rate=0.9)"),
+        ("(gamma - 1) * (e - past[0])", "(gamma - 1) * (past[0] - e)"),
+        ("mean = 0.5 * (value + _combined", "mean = 0.6 * (value + _combined"),
+    ],
+    ("sampling/adams.py", f"{PEERS} -k PNDM or ipndm or LMS"): [
+        ("[1 / 6, 1 / 3, 1 / 3, 1 / 6]", "[1 / 3, 1 / 6, 1 / 6, 1 / 3]"),
+        ("return [x_n, value]", "return [x_n, mean]"),
+        ("v3 = stage(v2, m)", "v3 = stage(v1, m)"),
+        ("4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)", "4: (55 / 24, -58 / 24, 36 / 24, -9 / 24)"),
+    ],
+    ("sampling/unipc.py", f"{METHODS} -k {ORDER} or point_mass"): [
+        ("return [0.5] * len(ratios)", "return [0.4] * len(ratios)"),
+        ("h_phi = h_phi / hh - 1 / factorial", "h_phi = h_phi / hh + 1 / factorial"),
+        ("[*residuals, corrected - values[0]]", "[*residuals, corrected]"),
+    ],
+    ("sampling/unipc.py", f"{PEERS} -k UniPC or unipc"): [
+        ('hh if solver_type == "bh1"', 'hh if solver_type == "bh2"'),
+        ("i - 1 not in disable_corrector", "i not in disable_corrector"),
+        ("return min(order, steps - j, history + 1) if lower_order_final", "return min(order, history + 1) if lower_order_final"),
+        ("alone = n.sigma == 0 or s.alpha == 0", "alone = s.alpha == 0"),
+    ],
+    ("sampling/sa_solver.py", f"{PEERS} -k SASolver"): [
+        ("return tau**2 if", "return tau if"),
+        ("span = h if corrector else nodes[0] - nodes[1]", "span = h"),
+        ("steps - i + 2 if lower_order_final", "steps - i if lower_order_final"),
+    ],
+    ("sampling/sa_solver.py", "tests/test_agreement_classes.py -k noise_prediction"): [
+        ("(1 + eta) * n.sigma * w", "n.sigma * w"),
+        ("math.sqrt(eta) * n.sigma", "eta * n.sigma"),
+    ],
+    ("sampling/exponential.py", f"{METHODS} -k {ORDER} or point_mass"): [
+        ("D + (phi_2(H) / -math.expm1(-H) / r_2) * (D2 - D)", "D + (phi_2(H) / -math.expm1(-H)) * (D2 - D)"),
+        ("math.exp(-stretch) * self.gathered", "self.gathered"),
+        ("H = 1 + eta\n        weights", "H = 1 - eta\n        weights"),
+    ],
+    ("sampling/consistency.py", f"{PEERS} -k LCM or TCD or consistency"): [
+        ("c_skip = sigma_data**2 / (scaled", "c_skip = sigma_data / (scaled"),
+        ("c_out = scaled / math.sqrt(", "c_out = scaled / ("),
+        ("up = n.alpha / low.alpha", "up = low.alpha / n.alpha"),
+        ("(1 - eta) * (trace.time(n) - t_min)", "eta * (trace.time(n) - t_min)"),
+    ],
+    ("sampling/cfg_plus_plus.py", "tests/test_comfyui_methods.py"): [
+        ("(n.alpha * -math.expm1(-h) / (2 * r)) * (D - past[0])", "(n.alpha * -math.expm1(-h) / r) * (D - past[0])"),
+        ("transfer(x, U, s, n) + n.alpha * (D - U)", "transfer(x, D, s, n)"),
+        ("x_n = n.alpha * D + n.sigma * e_u", "x_n = n.alpha * D + n.sigma * s.sigma * e_u"),
+    ],
+    # sampling: grids
+    ("sampling/sigma_grids.py", "tests/test_grids_diffusers.py"): [
+        ("(low ** (1 / rho) - high ** (1 / rho))) ** rho", "(low ** (1 / rho) - high ** (1 / rho))) ** (rho + 1)"),
+        ("beta_quantile(1 - _ramp(points), alpha, beta)", "beta_quantile(1 - _ramp(points), alpha, 1.0)"),
+        ("for k in (knots[0], knots[-2]))", "for k in (knots[0], knots[-1]))"),
+        ("levels(steps + drop_last), ratio", "levels(steps), ratio"),
+    ],
+    ("sampling/sigma_grids.py", GRIDS): [
+        ("u * math.atan(low) + (1 - u) * math.atan(high)", "u * low + (1 - u) * math.atan(high)"),
+        ("* (log_low / eps_s - log_high) / (eps_s - 1)", "* (log_low / eps_s - log_high) / eps_s"),
+        ("1 - threshold_noise * points / m", "1 - threshold_noise"),
+        ("u * math.log(high / low))", "u * math.log(high))"),
+        ("high = SIGMA_CAP if math.isinf(top)", "high = 80.0 if math.isinf(top)"),
+    ],
+    ("sampling/timestep_grids.py", "tests/test_grids_diffusers.py"): [
+        ("index = stride * _from_the_top(points) + offset", "index = stride * _from_the_top(points)"),
+        ("return values.round() if rounded", "return values.floor() if rounded"),
+        ("(position.round() if schedule.curve.is_discrete else position) - 1", "position - 1"),
+        ("sigma = s * t / (1 + (s - 1) * t)", "sigma = s * t / (1 + s * t)"),
+        ("(1 - shift_terminal) / (1 - sigma[-1])", "shift_terminal / (1 - sigma[-1])"),
+        ("1 / count if end is None", "0.0 if end is None"),
+        ("torch.sin(0.5 * math.pi * u) ** 2)", "torch.sin(0.5 * math.pi * u))"),
+        ("* (count // original_steps) - 1", "* (count // original_steps)"),
+    ],
+    # sampling: guidance, clipping, kernel, table
+    ("sampling/guidance.py", SAMPLER): [
+        ("guided = torch.lerp(unconditional, out, guidance_scale)", "guided = torch.lerp(out, unconditional, guidance_scale)"),
+        ("(out.std(axes, keepdim=True) / guided.std(axes", "(unconditional.std(axes, keepdim=True) / guided.std(axes"),
+        ("torch.lerp(guided, rescaled, guidance_rescale)", "torch.lerp(rescaled, guided, guidance_rescale)"),
+    ],
+    ("sampling/clipping.py", "tests/test_clipping.py"): [
+        ("(change(x0) - x0) / q", "(change(x0) - x0) * q"),
+        ("(p / knot.input_scale) * x", "p * x"),
+        (".clamp(1.0, self.max_value)", ".clamp(0.0, self.max_value)"),
+    ],
+    ("sampling/kernel.py", SAMPLER): [
+        ("total.add_(basis[k], alpha=c)", "total.add_(basis[k], alpha=abs(c))"),
+        ("new = unconditional() if unconditional else basis[-1]", "new = basis[-1]"),
+        ("total = basis[k] * c", "total = basis[k].mul_(c)"),
+        ("new.to(basis[0].dtype)", "new.half().to(basis[0].dtype)"),
+    ],
+    ("sampling/table.py", f"{METHODS} -k {ORDER} or birth or point_mass or declared or brownian"): [
+        ("(abs(draw.end - draw.start) ** 0.5) * z", "abs(draw.end - draw.start) * z"),
+        ("return total / abs(b - a) ** 0.5", "return total"),
+        ("if defect > 1e-9 + 1e3 * rounding", "if defect > 1e9"),
+        ("(knot.sigma / det) * out - (c1 / det) * x", "(knot.sigma / det) * out + (c1 / det) * x"),
+        ("if not all(math.isfinite(c)", "if not any(math.isfinite(c)"),
+    ],
+    # callbacks: policy
+    ("callbacks/triggers.py", "tests/test_callbacks_previewing.py"): [
+        ("step > 0 and step % n == 0", "step % n == 0"),
+        ("(epoch + 1) % n == 0", "epoch % n == 0"),
+        ("return step in self.extra_steps or", "return"),
+        ("trainer.global_step >= trainer.max_steps", "trainer.global_step > trainer.max_steps"),
+        ("trainer.current_epoch + 1 >= int", "trainer.current_epoch >= int"),
+        ("if len(given) > 1:", "if len(given) > 2:"),
+    ],
+    ("callbacks/guards.py", "tests/test_callbacks_parts.py"): [
+        ("torch.set_rng_state(states[2])", "pass"),
+        ("np.random.set_state(states[1])", "pass"),
+        ("random.setstate(states[0])", "pass"),
+        ("module.training = training", "module.training = True"),
+        ("            module.training = False\n", "            pass\n"),
+    ],
+    ("callbacks/agreement.py", "tests/test_callbacks_parts.py"): [
+        ("raise error if error is not None else AgreedError(words)", "return result"),
+        ("(OSError if is_os_error else ValueError)(text)", "ValueError(text)"),
+        ("raise AgreedError(words) from error", "return"),
+    ],
+    # files
+    ("noising/files.py", "tests/test_pretrained.py"): [
+        ("Path(temporary).unlink(missing_ok=True)", "pass"),
+        ("os.chmod(temporary, 0o666 & ~_umask())", "pass"),
+    ],
+}
