@@ -240,6 +240,12 @@ def test_shape_follows_t(curve: Curve) -> None:
         assert curve.alpha(t).shape == curve.sigma(t).shape == curve.log_snr(t).shape == torch.Size(shape)
 
 
+def test_training_indices_of_edm_are_spaced_as_its_sampler_s_grid() -> None:
+    curve, i = Karras(num_train_timesteps=18), torch.arange(18, dtype=torch.float64)
+    expected = (80.0 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80.0 ** (1 / 7))) ** 7  # 2206.00364, eq. 5
+    assert torch.allclose(curve.sigma(curve.time_at_index(i)).flip(0), expected, rtol=1e-12)
+
+
 # agreement with diffusers
 
 

@@ -196,6 +196,23 @@ def test_weights_of_every_target(scheme: str, name: str) -> None:
         assert worst(weights(WEIGHTINGS[scheme](), PREDICTIONS[prediction](), alpha, sigma), expected) < TOLERANCE
 
 
+OF_PARAMETERS: dict[Weighting, Callable[[Tensor], Tensor]] = {  # w_x0 of other parameters than the defaults
+    MinSNR(gamma=20.0): lambda snr: snr.clamp(max=20.0),
+    SoftMinSNR(gamma=1.0): lambda snr: snr / (snr + 1),
+    Sigmoid(bias=-3.0): lambda snr: snr * torch.sigmoid(-3.0 - snr.log()),
+    P2(k=0.5, gamma=0.7): lambda snr: snr / (0.5 + snr) ** 0.7,
+    EDM(sigma_data=1.0): lambda snr: snr + 1,
+    VLike(strength=0.3): lambda snr: snr + 0.3 * (snr + 1),
+}
+
+
+@pytest.mark.parametrize("scheme", OF_PARAMETERS, ids=repr)
+def test_parameters_of_the_schemes(scheme: Weighting) -> None:
+    alpha, sigma = levels(SCHEDULES["scaled_linear"])
+    expected = OF_PARAMETERS[scheme]((alpha / sigma) ** 2)
+    assert worst(weights(scheme, PREDICTIONS["sample"](), alpha, sigma), expected) < TOLERANCE
+
+
 @pytest.mark.parametrize("scheme", W_X0)
 def test_weights_of_the_flow_velocity(scheme: str) -> None:
     schedule = SCHEDULES["flow"]

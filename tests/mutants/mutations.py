@@ -1,6 +1,6 @@
 """What run.py changes: (file, pytest arguments) -> pairs of a text that stands once in the file, and the mistake.
 
-A test selection is one path, or a path and ``-k words``. Keep texts short and the tests near, so that a run takes minutes.
+A test selection is some paths, or some paths and ``-k words``. Keep texts short and the tests near, so that a run takes minutes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,12 @@ CURVES, SHIFTS = "tests/test_curves.py", "tests/test_shifts.py"
 WEIGHTING, METHODS = "tests/test_weighting.py", "tests/test_methods_order.py"
 GRIDS, PEERS = "tests/test_grids.py", "tests/test_agreement_diffusers.py"
 SAMPLER = "tests/test_sampler.py"
-ORDER = "global_order or local_order or every_variant or weak_order or third_order_blocks"
+
+
+def of(*methods: str) -> str:
+    """The measurements of these methods."""
+    return f"{METHODS} -k (point_mass or local_order or weak_order or every_variant) and ({' or '.join(methods)})"
+
 
 MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
     # noising
@@ -28,8 +33,13 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("(1 - f) * table.alpha[k], alpha)", "f * table.alpha[k], alpha)"),
         ("k = t.floor().clamp(0", "k = t.round().clamp(0"),
         ("on_table = t == nearest", "on_table = t < 0"),
-        (".ceil().long().sub(1).clamp(0, self.num_train_timesteps - 1)", ".floor().long().clamp(0, self.num_train_timesteps - 1)"),
         ("f = torch.where(to_zero, (1 - alpha / table.alpha[k])", "f = torch.where(to_zero, (alpha / table.alpha[k])"),
+    ],
+    ("noising/discrete.py", "tests/test_timesteps.py"): [
+        (
+            ".ceil().long().sub(1).clamp(0, self.num_train_timesteps - 1)",
+            ".floor().long().clamp(0, self.num_train_timesteps - 1)",
+        ),
     ],
     ("noising/discrete.py", SHIFTS): [
         ('require_factor("factor", factor) ** 2', 'require_factor("factor", factor)'),
@@ -42,12 +52,14 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("log_alpha.exp(), -torch.expm1(2 * log_alpha)\n", "log_alpha.exp(), -torch.expm1(log_alpha)\n"),
         ("return 2 / (r + (r**2 + 4).sqrt())", "return 2 / (r + (r**2 + 2).sqrt())"),
         ("(2 / math.pi) * torch.atan((-0.5 * value).exp())", "(2 / math.pi) * torch.atan((-value).exp())"),
-        ("return 0.25 * t.to(evaluation_dtype(t)).log()", "return 0.5 * t.to(evaluation_dtype(t)).log()"),
-        ("((low + u * (high - low)) ** self.rho)", "((low + u * high) ** self.rho)"),
         ("return index / (self.num_train_timesteps - 1)", "return index / self.num_train_timesteps"),
     ],
-    ("noising/continuous.py", "tests/test_grids_diffusers.py -k edm"): [
+    ("noising/continuous.py", f"{PEERS} -k edm"): [
+        ("return 0.25 * t.to(evaluation_dtype(t)).log()", "return 0.5 * t.to(evaluation_dtype(t)).log()"),
         ("** 2 + self.sigma_data**2).rsqrt()", "** 2 + self.sigma_data).rsqrt()"),
+    ],
+    ("noising/continuous.py", "tests/test_timesteps.py tests/test_noising.py tests/test_curves.py"): [
+        ("((low + u * (high - low)) ** self.rho)", "((low + u * high) ** self.rho)"),
     ],
     ("noising/shifts.py", SHIFTS): [
         ("mu = base_shift + (tokens - base_tokens)", "mu = base_shift + tokens"),
@@ -106,10 +118,12 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("_DISCRETE_DEFAULTS | _DEFAULTS.get(name, {}) | said", "_DISCRETE_DEFAULTS | said"),
     ],
     # sampling: methods
-    ("sampling/first_order.py", f"{METHODS} -k point_mass or posterior or beta_tilde or weak or global"): [
+    ("sampling/first_order.py", of("ddim", "ddpm", "euler_ancestral") + " or posterior or beta_tilde"): [
         ("math.sqrt(max(n.sigma**2 - r**2, 0.0)) / s.sigma", "max(n.sigma - r, 0.0) / s.sigma"),
         ("(n.alpha - keep * s.alpha) * D", "(s.alpha - keep * n.alpha) * D"),
         ("return n.sigma * math.sqrt(max(1 - ratio**2, 0.0))", "return n.sigma * max(1 - ratio**2, 0.0)"),
+    ],
+    ("sampling/first_order.py", of("dpmpp_2m_sde")): [
         ("math.expm1(-2 * eta *", "math.expm1(-eta *"),
     ],
     ("sampling/first_order.py", f"{PEERS} -k DDPM or DDIM or zero_terminal"): [
@@ -117,7 +131,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("trace.evaluate(x, Knot(n.timestep,", "trace.evaluate(x, Knot(s.timestep,"),
         ("r = eta * posterior_spread(s, n)\n    return", "r = eta**2 * posterior_spread(s, n)\n    return"),
     ],
-    ("sampling/dpm_solver.py", f"{METHODS} -k {ORDER} or spread_of_the_data"): [
+    ("sampling/dpm_solver.py", of("dpm_solver", "dpmpp")): [
         ("return min(order, steps - i) if lower_order_final", "return order if lower_order_final"),
         ("[value, *past[: order - 2]] if order > 1 else []\n    if n.sigma", "[value] if order > 1 else []\n    if n.sigma"),
         ("E = weighted_mean(m, lambdas, h, -h, solver_type)", "E = weighted_mean(m, lambdas, h, h, solver_type)"),
@@ -131,7 +145,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("lower_order_final and steps < 15", "lower_order_final and steps < 25"),
         ('return m[0] + (0.5 if solver_type == "midpoint"', 'return m[0] + (0.5 if solver_type == "heun"'),
     ],
-    ("sampling/churn.py", f"{METHODS} -k {ORDER} or point_mass or spread_of"): [
+    ("sampling/churn.py", of("heun")): [
         ("0.5 * (e + e_n)", "0.4 * e + 0.6 * e_n"),
         ("(0.5 * whole_n * gone)", "(0.5 * whole * gone)"),
     ],
@@ -140,13 +154,13 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("math.sqrt((1 + gamma) ** 2 - 1)", "math.sqrt((1 + gamma) - 1)"),
         ("if s_tmin <= s.sigma_ve <= s_tmax", "if s_tmin <= s.sigma_ve"),
     ],
-    ("sampling/midpoint.py", f"{METHODS} -k {ORDER} or point_mass or eta"): [
+    ("sampling/midpoint.py", of("dpm_2", "dpmpp_2s", "dpmpp_sde")): [
         ("ratio: float = 0.5", "ratio: float = 0.4"),
         ("(D_m - D) / (2 * r)", "(D_m - D) / r"),
         ("math.sqrt(max(n.sigma**2 - r**2, 0.0)))", "n.sigma)"),
         ("r = check_eta(eta) * posterior_spread(s, n)\n    d = lowered", "r = posterior_spread(s, n)\n    d = lowered"),
     ],
-    ("sampling/adams.py", f"{METHODS} -k {ORDER} or point_mass or spread_of"): [
+    ("sampling/adams.py", of("deis", "gradient", "plms", "pndm")): [
         ("4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)", "4: (55 / 24, -58 / 24, 36 / 24, -9 / 24)"),
         ("-n.half_log_snr, rate=1.0)", "-n.half_log_snr, rate=0.9)"),
         ("(gamma - 1) * (e - past[0])", "(gamma - 1) * (past[0] - e)"),
@@ -158,7 +172,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("v3 = stage(v2, m)", "v3 = stage(v1, m)"),
         ("4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)", "4: (55 / 24, -58 / 24, 36 / 24, -9 / 24)"),
     ],
-    ("sampling/unipc.py", f"{METHODS} -k {ORDER} or point_mass"): [
+    ("sampling/unipc.py", of("unipc")): [
         ("return [0.5] * len(ratios)", "return [0.4] * len(ratios)"),
         ("h_phi = h_phi / hh - 1 / factorial", "h_phi = h_phi / hh + 1 / factorial"),
         ("[*residuals, corrected - values[0]]", "[*residuals, corrected]"),
@@ -178,7 +192,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("(1 + eta) * n.sigma * w", "n.sigma * w"),
         ("math.sqrt(eta) * n.sigma", "eta * n.sigma"),
     ],
-    ("sampling/exponential.py", f"{METHODS} -k {ORDER} or point_mass"): [
+    ("sampling/exponential.py", of("res_multistep", "seeds")): [
         ("D + (phi_2(H) / -math.expm1(-H) / r_2) * (D2 - D)", "D + (phi_2(H) / -math.expm1(-H)) * (D2 - D)"),
         ("math.exp(-stretch) * self.gathered", "self.gathered"),
         ("H = 1 + eta\n        weights", "H = 1 - eta\n        weights"),
@@ -235,7 +249,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("total = basis[k] * c", "total = basis[k].mul_(c)"),
         ("new.to(basis[0].dtype)", "new.half().to(basis[0].dtype)"),
     ],
-    ("sampling/table.py", f"{METHODS} -k {ORDER} or birth or point_mass or declared or brownian"): [
+    ("sampling/table.py", f"{METHODS} -k birth or brownian or (point_mass and dpmpp)"): [
         ("(abs(draw.end - draw.start) ** 0.5) * z", "abs(draw.end - draw.start) * z"),
         ("return total / abs(b - a) ** 0.5", "return total"),
         ("if defect > 1e-9 + 1e3 * rounding", "if defect > 1e9"),

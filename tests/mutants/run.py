@@ -51,6 +51,8 @@ def copy_of_the_tree(folder: Path) -> Path:
 
 def passes(tree: Path, tests: str) -> bool:
     """Run these pytest arguments on the tree, in a fork; what they print is in ``tree/.log``."""
+    files, _, words = tests.partition(" -k ")
+    arguments = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *files.split()]
     sys.stdout.flush()
     child = os.fork()
     if not child:
@@ -63,7 +65,7 @@ def passes(tree: Path, tests: str) -> bool:
             os.chdir(tree)
             sys.path.insert(0, str(tree / ".import"))
             os.environ["PYTHONPATH"] = str(tree / ".import")
-            code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *tests.split(" ", 2)]))
+            code = int(pytest.main(arguments + (["-k", words] if words else [])))
         finally:
             os._exit(code)
     _, status = os.waitpid(child, 0)
