@@ -20,9 +20,9 @@ from .custom_grids import CUSTOM, given_points, number_of_steps
 from .knots import Knot
 from .options import plain_option
 from .placing import Grid, keyword_parameters
-from .sigma_grids import SIGMA_CAP
+from .sigma_grids import TERMINAL_SIGMA
 
-__all__ = ["GRIDS", "SIGMA_CAP", "Grid", "check_knots", "choose_grid", "grid_options", "make_knots", "number_of_knots"]
+__all__ = ["GRIDS", "TERMINAL_SIGMA", "Grid", "check_knots", "choose_grid", "grid_options", "make_knots", "number_of_knots"]
 
 GRIDS: Mapping[str, Grid] = {
     "linspace": timestep_grids.linspace,

@@ -18,7 +18,7 @@ from all_pairs import all_pairs
 from alphabar.noising import NoiseSchedule
 from alphabar.noising.beta_distribution import beta_cdf, beta_quantile
 from alphabar.sampling import CLEAN, GRIDS, METHODS, Knot, Method, Sampler, knots_at, make_knots
-from alphabar.sampling.grids import SIGMA_CAP, grid_options, number_of_knots
+from alphabar.sampling.grids import TERMINAL_SIGMA, grid_options, number_of_knots
 from alphabar.sampling.placing import final_knot, lowest_time
 from laying import (
     FLOW,
@@ -239,12 +239,31 @@ def test_vp_is_that_of_k_diffusion_and_of_the_schedules_own_range() -> None:
 
 
 @pytest.mark.parametrize("grid", ["karras", "exponential", "beta", "lu", "kl_optimal"])
-def test_zero_terminal_snr_starts_at_the_terminal_step_and_goes_on_as_from_the_cap(grid: str) -> None:
-    knots = make_knots(ZTSNR, 10, grid)
-    assert (knots[0].timestep, knots[0].alpha, knots[0].sigma) == (999.0, 0.0, 1.0)
-    assert SIGMA_CAP == 4096.0
+def test_zero_terminal_snr_starts_at_the_terminal_step_and_goes_on_as_from_terminal_sigma(grid: str) -> None:
     formula = next(formula for name, options, formula in CLOSED_FORMS if name == grid and not options)
-    assert ratios(knots)[1:-1] == pytest.approx(formula(10, ratios(knots)[-2], SIGMA_CAP)[1:], rel=1e-9)
+    for options, terminal_sigma in (
+        ({}, TERMINAL_SIGMA),
+        ({"terminal_sigma": 4096.0}, 4096.0),
+    ):  # the latter: diffusers
+        knots = make_knots(ZTSNR, 10, grid, **options)
+        assert (knots[0].timestep, knots[0].alpha, knots[0].sigma) == (999.0, 0.0, 1.0)
+        assert ratios(knots)[1:-1] == pytest.approx(formula(10, ratios(knots)[-2], terminal_sigma)[1:], rel=1e-9)
+
+
+@pytest.mark.parametrize("terminal_sigma", [0.01, 0.0, math.inf, math.nan])
+def test_a_terminal_sigma_below_the_range_or_not_finite_is_refused(terminal_sigma: float) -> None:
+    with pytest.raises(ValueError, match="terminal_sigma"):
+        make_knots(ZTSNR, 10, "karras", terminal_sigma=terminal_sigma)
+
+
+def test_steps_on_zero_terminal_snr_are_spent_where_a_wide_component_of_the_data_shows() -> None:
+    """Of 20 Karras steps at most a quarter lie above sigma / alpha = 100; spaced from 4096 half of them do."""
+
+    def above(**options: float) -> int:
+        return sum(sigma > 100 for sigma in ratios(make_knots(ZTSNR, 20, "karras", **options))[:-1])
+
+    assert above() <= 5
+    assert above(terminal_sigma=4096.0) == 10
 
 
 def test_a_large_but_finite_noise_is_not_capped() -> None:
@@ -258,7 +277,7 @@ def test_a_flow_is_spaced_in_sigma_or_in_its_ratio() -> None:
     assert flow_sigmas(make_knots(FLOW, 6, "karras"))[:-1] == pytest.approx(karras(6, 0.001, 1.0), rel=1e-9)
     ratio = ratios(make_knots(FLOW, 6, "karras", ratio=True))
     assert ratio[0] == math.inf
-    assert ratio[1:-1] == pytest.approx(karras(6, 0.001 / 0.999, 4096.0)[1:], rel=1e-9)
+    assert ratio[1:-1] == pytest.approx(karras(6, 0.001 / 0.999, TERMINAL_SIGMA)[1:], rel=1e-9)
     assert make_knots(FLOW, 6, "lu") == make_knots(FLOW, 6, "exponential", ratio=True)
     assert make_knots(SCALED, 6, "lu") == make_knots(SCALED, 6, "exponential")
 

@@ -220,7 +220,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("* (log_low / eps_s - log_high) / (eps_s - 1)", "* (log_low / eps_s - log_high) / eps_s"),
         ("1 - threshold_noise * points / m", "1 - threshold_noise"),
         ("u * math.log(high / low))", "u * math.log(high))"),
-        ("high = SIGMA_CAP if math.isinf(top)", "high = 80.0 if math.isinf(top)"),
+        ("high = terminal_sigma if math.isinf(top)", "high = 80.0 if math.isinf(top)"),
     ],
     ("sampling/timestep_grids.py", "tests/test_grids_diffusers.py"): [
         ("index = stride * _from_the_top(points) + offset", "index = stride * _from_the_top(points)"),
