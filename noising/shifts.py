@@ -13,9 +13,10 @@ sqrt(snr_shift_scale). Flux takes e^μ with μ linear in the number of tokens.
 from __future__ import annotations
 
 import math
-from numbers import Integral
+from collections.abc import Iterable
 
 from .curves import require_factor
+from .plain_numbers import whole_number
 
 
 def resolution_shift(size: int | tuple[int, ...], base_size: int | tuple[int, ...]) -> float:
@@ -31,7 +32,8 @@ def resolution_shift(size: int | tuple[int, ...], base_size: int | tuple[int, ..
 
 
 def _pixels(name: str, size: int | tuple[int, ...]) -> int:
-    sides = (size, size) if isinstance(size, Integral) else tuple(size)
+    several = isinstance(size, Iterable) and getattr(size, "ndim", 1) > 0
+    sides = [whole_number(name, side) for side in (size if several else (size, size))]
     if len(sides) != 2 or min(sides) < 1:
         raise ValueError(f"{name} must be a positive side or (height, width), got {size}; e.g. 1024 or (768, 1344)")
     return sides[0] * sides[1]

@@ -174,4 +174,3 @@ def check_knots(knots: tuple[Knot, ...], steps: int) -> tuple[Knot, ...]:
 
 def _function(grid: str | Grid) -> Grid:
     return grid if callable(grid) else lookup("grid", grid, {**GRIDS, **CUSTOM} if grid in tuple(CUSTOM) else GRIDS)
-

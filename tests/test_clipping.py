@@ -65,6 +65,90 @@ def test_agreement_with_ddim(options: dict[str, Any], clip: Any, prediction: str
     assert not torch.allclose(sampler(wild, start()), theirs, rtol=1e-2, atol=1e-2)
 
 
+def drawing(module: Any, seeds: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a peer draw what seeds=... draw here."""
+    noise = SeededNoise(SHAPE, seeds, torch.device("cpu"))
+
+    def drawn(shape: Any, **_: Any) -> Tensor:
+        return noise().double()
+
+    monkeypatch.setattr(module, "randn_tensor", drawn)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize(("options", "clip"), PEER_OPTIONS)
+@pytest.mark.parametrize("eta", [0.0, 0.6])
+def test_agreement_with_ddim_that_keeps_its_noise(
+    options: dict[str, Any], clip: Any, prediction: str, eta: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What DDIMScheduler's step does by default: x_0 is clipped, and ε stays that of the network's own output."""
+    import diffusers.schedulers.scheduling_ddim as module
+
+    schedule = LINEAR.with_prediction(prediction)
+    peer_options = {"clip_sample": False, "prediction_type": prediction, "timestep_spacing": "leading"} | options
+    scheduler = exact(diffusers.DDIMScheduler(**peer_options), schedule)
+    scheduler.set_timesteps(20)
+    drawing(module, (5, 6), monkeypatch)
+    theirs = peer_run(scheduler, start(), eta=eta)
+    kept = {"eta": eta, "use_clipped_model_output": False}
+    ours = Sampler(schedule, "ddim", 20, "leading", **kept)(wild, start(), clip=clip, seeds=(5, 6))
+    # where x_0 is close to x, ε = (x - α x_0) / σ loses digits: the sample prediction's, at σ = 0.01
+    assert torch.allclose(ours, theirs, rtol=1e-8, atol=1e-8)
+    derived = Sampler(schedule, "ddim", 20, "leading", eta=eta)(wild, start(), clip=clip, seeds=(5, 6))
+    assert not torch.allclose(derived, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_noise_that_is_kept_changes_nothing_without_clipping() -> None:
+    for method in ("ddim", "ddim_inverse"):
+        ours, plain = (
+            Sampler(LINEAR, method, 8, use_clipped_model_output=derived)(wild, start()) for derived in (False, True)
+        )
+        assert torch.allclose(ours, plain, rtol=1e-9, atol=1e-9)
+
+
+def test_agreement_with_inverse_ddim() -> None:
+    """DDIMInverseScheduler has no other way than to keep ε. It starts from an image, which lies inside the limit."""
+    scheduler = exact(diffusers.DDIMInverseScheduler(clip_sample_range=0.7, timestep_spacing="leading"), LINEAR)
+    scheduler.initial_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
+    scheduler.set_timesteps(10)
+    image = start().clamp(-0.7, 0.7)
+    theirs = peer_run(scheduler, image)
+    ours = {
+        derived: Sampler(LINEAR, "ddim_inverse", 10, "leading", use_clipped_model_output=derived)(wild, image, clip=0.7)
+        for derived in (False, True)
+    }
+    assert torch.allclose(ours[False], theirs, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(ours[True], theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [option for option, _ in PEER_OPTIONS])
+def test_tcd_has_the_options_and_clips_nothing(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """TCDScheduler takes clip_sample and thresholding, and no line of its step reads them: here that is no clip."""
+    import diffusers.schedulers.scheduling_tcd as module
+
+    scheduler = exact(diffusers.TCDScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, **options), LINEAR)
+    scheduler.set_timesteps(4)
+    drawing(module, (5, 6), monkeypatch)
+    theirs = peer_run(scheduler, start(), eta=0.3)
+    ours = Sampler(LINEAR, "tcd", 4, eta=0.3)(wild, start(), seeds=(5, 6))
+    assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("options", "clip"), PEER_OPTIONS[::2])
+def test_agreement_with_lcm(options: dict[str, Any], clip: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """x_0 is clipped before c_skip x is added, as here; the last of their steps stays a little below α = 1."""
+    import diffusers.schedulers.scheduling_lcm as module
+
+    config = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02} | options
+    scheduler = exact(diffusers.LCMScheduler(**config), LINEAR)
+    scheduler.set_timesteps(4)
+    drawing(module, (5, 6), monkeypatch)
+    theirs = peer_run(scheduler, start())
+    ours = Sampler(LINEAR, "lcm", 4)(wild, start(), seeds=(5, 6), clip=clip)
+    assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(Sampler(LINEAR, "lcm", 4)(wild, start(), seeds=(5, 6)), theirs, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(("options", "clip"), PEER_OPTIONS[::2])
 def test_agreement_with_ddpm(
@@ -76,12 +160,7 @@ def test_agreement_with_ddpm(
     peer_options = {"clip_sample": False, "prediction_type": prediction, "timestep_spacing": "trailing"} | options
     scheduler = exact(diffusers.DDPMScheduler(**peer_options), schedule)
     scheduler.set_timesteps(20)
-    noise = SeededNoise(SHAPE, [5, 6], torch.device("cpu"))
-
-    def drawn(shape: Any, **_: Any) -> Tensor:  # what seeds=[5, 6] draw
-        return noise().double()
-
-    monkeypatch.setattr(module, "randn_tensor", drawn)
+    drawing(module, (5, 6), monkeypatch)
     theirs = peer_run(scheduler, start())
     ours = Sampler(schedule, "ddpm", 20)(wild, start(), seeds=[5, 6], clip=clip)
     assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9)

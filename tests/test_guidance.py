@@ -131,7 +131,9 @@ def test_a_run_with_conditioning_of_any_kind(kind: str) -> None:
 def test_one_image_is_a_batch() -> None:
     f = guided_network(network, {"y": ONE}, {"y": NONE}, 2.0, 0.0, batch=1)
     assert isinstance(f.both, dict)  # type: ignore[union-attr]
-    longer = guided_network(lambda x, t, y: x + y.mean(), {"y": torch.ones(1, 5)}, {"y": torch.zeros(1, 3)}, 2.0, 0.0, 1)
+    longer = guided_network(
+        lambda x, t, y: x + y.mean(), {"y": torch.ones(1, 5)}, {"y": torch.zeros(1, 3)}, 2.0, 0.0, 1
+    )
     assert torch.equal(longer(torch.zeros(1, 2), torch.zeros(1)), torch.full((1, 2), 2.0))
 
 
@@ -152,8 +154,16 @@ def test_what_a_network_keeps_is_of_the_conditional_half() -> None:
 @pytest.mark.parametrize(
     ("one", "other", "message"),
     [
-        ({"a": EACH}, {"b": EACH}, r"^conditioning 'y' has the keys \['a'\] and unconditional \['b'\]; give both the same$"),
-        (EACH, ONE, r"^conditioning 'y' has shape \(3, 1, 1\) and its unconditional one \(1, 1, 1\); give both the same$"),
+        (
+            {"a": EACH},
+            {"b": EACH},
+            r"^conditioning 'y' has the keys \['a'\] and unconditional \['b'\]; give both the same$",
+        ),
+        (
+            EACH,
+            ONE,
+            r"^conditioning 'y' has shape \(3, 1, 1\) and its unconditional one \(1, 1, 1\); give both the same$",
+        ),
         ([EACH], [EACH[:2]], r"^conditioning 'y\[0\]' has shape "),
     ],
 )

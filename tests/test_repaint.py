@@ -16,7 +16,7 @@ from torch import Tensor
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Knot, Sampler
 from alphabar.sampling.repaint import RePaint, time_travel
-from alphabar.sampling.running import Run
+from alphabar.sampling.running import Run, SeededNoise
 
 LINEAR = NoiseSchedule.linear()
 ZTSNR = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
@@ -122,9 +122,11 @@ def peer_run(scheduler: Any, x: Tensor, known: Tensor, mask: Tensor) -> Iterator
         yield x
 
 
-def exact_peer(steps: int, jump_length: int, jump_n_sample: int, eta: float, trained: int) -> Any:
+def exact_peer(
+    steps: int, jump_length: int, jump_n_sample: int, eta: float, trained: int, clip_sample: bool = False
+) -> Any:
     """The peer with its tables in float64."""
-    scheduler = peer.RePaintScheduler(num_train_timesteps=trained, clip_sample=False, eta=eta)
+    scheduler = peer.RePaintScheduler(num_train_timesteps=trained, clip_sample=clip_sample, eta=eta)
     scheduler.set_timesteps(steps, jump_length, jump_n_sample)
     scheduler.betas = torch.linspace(1e-4, 2e-2, trained, dtype=torch.float64)
     scheduler.alphas_cumprod = torch.cumprod(1 - scheduler.betas, 0)
@@ -149,6 +151,23 @@ def test_agreement_with_the_peer(
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_agreement_with_the_peer_that_clips(eta: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its default: x_0 is clipped to -1 ... 1, and ε stays the network's own."""
+    known, mask = *drawn(1, seed=9), half_known()
+    schedule = NoiseSchedule.linear(num_train_timesteps=1000)
+    draws = drawn(22)
+    start = draws.pop(0)
+    left = iter(draws)
+    monkeypatch.setattr(peer, "randn_tensor", lambda *a, **k: next(left))
+    *_, theirs = peer_run(exact_peer(20, 5, 1, eta, 1000, clip_sample=True), start, known, mask)
+    noises = iter(draws)
+    monkeypatch.setattr(SeededNoise, "__call__", lambda self: next(noises))
+    sampler = RePaint(schedule, 20, 5, 1, eta, "leading", use_clipped_model_output=False)
+    ours = sampler(lambda x, t: bumpy(x, t.double()), start, known=known, mask=mask, clip=1.0)
+    assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])

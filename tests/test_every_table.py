@@ -1,0 +1,197 @@
+"""Every method on every schedule in few steps: a right table or an error in words, and the same numbers however they are said."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from alphabar.noising import NoiseSchedule, resolution_shift
+from alphabar.noising.plain_numbers import real_number, whole_number
+from alphabar.sampling import CLEAN, METHODS, RePaint, Sampler, VQDiffusion, make_knots
+from alphabar.sampling.table import ROUNDINGS, point_mass_defects
+from alphabar.sampling.vq_diffusion import TokenSchedule
+from oracles import Gaussian, moments
+
+SCALED = NoiseSchedule.scaled_linear()
+SCHEDULES = {
+    "linear": NoiseSchedule.linear(),
+    "scaled_linear": SCALED,
+    "squaredcos_cap_v2": NoiseSchedule.squaredcos_cap_v2(),
+    "sigmoid": NoiseSchedule.sigmoid(),
+    "laplace": NoiseSchedule.laplace(),
+    "exp": NoiseSchedule.exp(),
+    "zero_snr": NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr(),
+    "variance_preserving": NoiseSchedule.variance_preserving(),
+    "variance_exploding": NoiseSchedule.variance_exploding(),
+    "sub_variance_preserving": NoiseSchedule.sub_variance_preserving(),
+    "cosine": NoiseSchedule.cosine(),
+    "flow": NoiseSchedule.flow(),
+    "flow_shifted": NoiseSchedule.flow(shift=3.0),
+    "karras": NoiseSchedule.karras(),
+}
+REFUSED = {("ddim_inverse", "variance_exploding")}
+"""A score says nothing of the noise of an image that has none."""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_on_every_schedule(method: str) -> None:
+    for name, schedule in SCHEDULES.items():
+        for steps in (1, 2, 3, 10):
+            if (method, name) in REFUSED:
+                with pytest.raises(
+                    ValueError, match="do not say the noise of an image that has none; start at the least"
+                ):
+                    Sampler(schedule, method, steps)
+                continue
+            table = Sampler(schedule, method, steps).table  # checks itself: finite, and right for data of one point
+            assert all(math.isfinite(knot.timestep) for knot in table.knots), (name, steps)
+            assert table.steps[-1].carry[0], (name, steps)
+            if steps == 10 and name in TAME and METHODS[method].order and not METHODS[method].inverse:
+                *_, (mean, variance) = moments(table, Gaussian(0.0, 0.5))
+                assert abs(mean) < 1e-6, name
+                assert abs(variance - 0.25) < 0.4, name
+
+
+TAME = ("scaled_linear", "zero_snr", "flow_shifted")
+"""Schedules on which ten steps are no longer than formulas of high order can bear."""
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"tau": 0.0}, {"predictor_order": 3, "corrector_order": 4, "tau": 0.0}], ids=str
+)
+@pytest.mark.parametrize("sigma_max", [50.0, 1348.0, 1e5])
+@pytest.mark.parametrize("grid", ["trailing", "karras"])
+def test_rounding_is_no_wrong_formula(options: dict[str, Any], sigma_max: float, grid: str) -> None:
+    """Down from a σ of thousands in few steps the rounding of that σ is seen in x, times what the formula makes of it."""
+    schedule = NoiseSchedule.variance_exploding(sigma_max=sigma_max)
+    for steps in (2, 3, 4, 5, 8, 20):
+        for by_data in (False, True):
+            Sampler(schedule, "sa_solver", steps, grid, predict_x0=by_data, **options)
+
+
+def test_a_wrong_formula_is_seen_in_well_conditioned_tables() -> None:
+    """The bound is a few thousand roundings of the numbers that went in, not a fixed distance."""
+    for schedule in (SCALED, SCHEDULES["flow_shifted"]):
+        bounds = [ROUNDINGS * rounding for _, rounding in point_mass_defects(Sampler(schedule, "dpmpp_2m", 20).table)]
+        assert max(bounds) < 1e-6
+
+
+# one step
+
+
+@pytest.mark.parametrize("grid", ["karras", "exponential", "beta", "lu", "kl_optimal", "polyexponential"])
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+def test_one_step_from_the_range_of_a_timestep_grid(grid: str, spacing: str) -> None:
+    """The range is one point: the peer goes from it to the clean sample, and so does this."""
+    flags = {"karras": "use_karras_sigmas", "exponential": "use_exponential_sigmas", "beta": "use_beta_sigmas"}
+    schedule = NoiseSchedule.linear()
+    first, last = Sampler(schedule, "euler", 1, grid, range_from=spacing).knots
+    (expected, _) = make_knots(schedule, 1, spacing)
+    assert first.sigma_ve == pytest.approx(expected.sigma_ve, rel=1e-9)
+    assert last == CLEAN
+    if grid in flags and spacing != "linspace":  # theirs starts at the least noise, where one step does nothing
+        scheduler = diffusers.EulerDiscreteScheduler(timestep_spacing=spacing, **{flags[grid]: True})
+        scheduler.set_timesteps(1)
+        assert scheduler.sigmas.tolist() == pytest.approx([first.sigma_ve, 0.0], rel=1e-3)
+
+
+def test_a_range_of_one_point_is_refused_for_more_steps() -> None:
+    with pytest.raises(ValueError, match=r"^need 0 < sigma_min < sigma_max, got 2 and 2$"):
+        Sampler(SCALED, "euler", 2, "karras", sigma_min=2.0, sigma_max=2.0)
+    assert Sampler(SCALED, "euler", 1, "karras", sigma_min=2.0, sigma_max=2.0).sigmas == pytest.approx([2.0, 0.0])
+
+
+# numbers of other libraries
+
+
+def still(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return -x
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, np.int32, np.uint8, np.array, torch.tensor], ids=str)
+def test_integers_of_any_kind(kind: Any) -> None:
+    schedule = SCALED.with_prediction("v_prediction")
+    sampler = Sampler(schedule, "dpmpp_2m", kind(4), "leading", steps_offset=kind(1))
+    plain = Sampler(schedule, "dpmpp_2m", 4, "leading", steps_offset=1)
+    assert sampler == plain
+    assert type(sampler.steps) is int
+    expected = plain(still, (2, 1, 3), seeds=[5, 6])
+    shape = (kind(2), kind(1), kind(3))
+    for seeds in (kind(5), [kind(5), kind(6)], np.array([5, 6]), torch.tensor([5, 6]), range(5, 7)):
+        assert torch.equal(sampler(still, shape, seeds=seeds), expected)
+    assert torch.equal(sampler(still, torch.Size([2, 1, 3]), seeds=5), expected)
+    assert Sampler(schedule, "unipc", 4, order=kind(3)) == Sampler(schedule, "unipc", 4, order=3)
+    assert RePaint(schedule, kind(8), kind(2), kind(2)) == RePaint(schedule, 8, 2, 2)
+    assert VQDiffusion(TokenSchedule(5, 10), kind(4)) == VQDiffusion(TokenSchedule(5, 10), 4)
+    assert resolution_shift(kind(128), 64) == 2.0
+
+
+@pytest.mark.parametrize("kind", [float, np.float64, np.float32, np.array, torch.tensor], ids=str)
+def test_floats_of_any_kind(kind: Any) -> None:
+    sampler = Sampler(SCALED, "ddim", 4, "karras", eta=kind(0.5), rho=kind(6))
+    assert sampler == Sampler(SCALED, "ddim", 4, "karras", eta=0.5, rho=6)
+    assert [type(value) for _, value in sampler.options] == [float, float]
+
+
+BOOLS = [True, np.bool_(True), torch.tensor(True), np.array(True)]
+
+
+@pytest.mark.parametrize(
+    "value", [*BOOLS, 20.0, np.float64(20), torch.tensor(20.0), "20", None, [20], np.array([20])], ids=repr
+)
+def test_what_is_no_integer(value: Any) -> None:
+    for make in (
+        lambda: whole_number("steps", value),
+        lambda: Sampler(SCALED, "unipc", 4, order=value),
+        *([lambda: Sampler(SCALED, "ddim", value)] if value is not None else []),
+    ):
+        with pytest.raises(ValueError, match="must be an integer, got "):
+            make()
+    if value is not None and not isinstance(value, list | np.ndarray):
+        for seeds in (value, [value, value]):
+            with pytest.raises(ValueError, match="must be an integer, got "):
+                Sampler(SCALED, "ddim", 2)(still, (2, 3), seeds=seeds)
+    with pytest.raises(ValueError, match=r"^the shape must be \(batch, ...\) of positive integers"):
+        Sampler(SCALED, "ddim", 2)(still, (2, value))
+
+
+@pytest.mark.parametrize("value", [*BOOLS, "0.5", b"1", [0.5], 1j, torch.ones(2)], ids=repr)
+def test_what_is_no_number(value: Any) -> None:
+    for make in (
+        lambda: real_number("eta", value),
+        lambda: Sampler(SCALED, "ddim", 4, eta=value),
+    ):
+        with pytest.raises(ValueError, match=r"^eta must be a number, got "):
+            make()
+
+
+# arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("ddim", 20.0), {}, r"^steps must be an integer, got 20\.0$"),
+        (("ddim", 4, 7), {}, r"^grid must be a name or a function, got 7; points of one's own are timesteps"),
+        (("ddim", 4, [999, 500]), {}, r"^grid must be a name or a function, got \[999, 500\]; points"),
+        (("ddim", 4, np.linspace(14, 0, 5)), {}, "^grid must be a name or a function, got "),
+        (("ddim", 4, ""), {}, "^unknown grid ''; known: "),
+        (("ddim", 4, "kerras"), {}, "^unknown grid 'kerras'; did you mean 'karras'"),
+        (("ddim", 4), {"etha": 0.5}, "^unknown option of ddim on the trailing grid 'etha'; did you mean 'eta'"),
+        (("unipc", 4), {"solver_typ": "bh1"}, "did you mean 'solver_type'"),
+        (("unipc", 4), {"solver_type": 1}, "^solver_type must be a name, got 1$"),
+        (("unipc", 4), {"predict_x0": 1}, "^predict_x0 must be True or False, got 1$"),
+        (("unipc", 4), {"disable_corrector": 1}, "^disable_corrector must be a sequence, got 1$"),
+        (("unipc", 4), {"disable_corrector": [0.5]}, r"^disable_corrector\[0\] must be an integer, got 0.5$"),
+        (("sa_solver", 4), {"tau_timesteps": [1]}, r"^tau_timesteps must hold 2 values, got \[1\]$"),
+        (("ddim",), {"timesteps": [True, False]}, r"^timesteps must be a sequence of numbers, got \[True, False\]$"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_named(arguments: tuple[Any, ...], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sampler(SCALED, *arguments, **options)
