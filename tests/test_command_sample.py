@@ -10,8 +10,10 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    DiffusionPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
@@ -27,7 +29,7 @@ from alphabar.training.cli import main
 from alphabar.training.images import save_grid
 from alphabar.training.networks import network_config
 from alphabar.training.posthoc import save_snapshot
-from tiny_pipeline import make_pipeline
+from tiny_pipeline import make_pipeline, make_pipeline_xl
 
 SCHEDULE = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
 FAST = ["--steps", "2", "--num_images", "3", "--batch_size", "2"]
@@ -230,16 +232,17 @@ def test_a_pipeline_draws_prompts_with_our_sampler(pipeline: Path, tmp_path: Pat
     assert (got.int() - drawn(images, tmp_path).int()).abs().max() <= 2
 
 
-def test_the_tiny_pipeline_as_diffusers_draws_it(pipeline: Path, tmp_path: Path) -> None:
-    """One prompt through diffusers' own call from the same noise, where DDIM's steps are the same: both images agree."""
-    from diffusers import DDIMScheduler
-
-    theirs = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None, requires_safety_checker=False)
+@pytest.mark.parametrize("make", [make_pipeline, make_pipeline_xl])
+def test_a_pipeline_as_diffusers_itself_draws_it(make: Any, tmp_path: Path) -> None:
+    """From the same noise, by DDIM, whose steps are the same there."""
+    folder = make(tmp_path)
+    theirs = DiffusionPipeline.from_pretrained(folder)
     theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config, timestep_spacing="trailing", clip_sample=False)
     theirs.set_progress_bar_config(disable=True)
     noise = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)])
-    out = theirs(["a red square"] * 3, num_inference_steps=2, latents=noise, guidance_scale=7.5, output_type="pt").images
-    got = sampled(tmp_path, pipeline, "--prompt", "a red square", "--method", "ddim", "--grid", "trailing")
+    options: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 7.5, "output_type": "pt", "height": 16, "width": 16}
+    out = theirs(["a red square"] * 3, latents=noise, **options).images.float()
+    got = sampled(tmp_path, folder, "--prompt", "a red square", "--method", "ddim", "--grid", "trailing")
     assert (got.int() - drawn(out * 2 - 1, tmp_path).int()).abs().max() <= 3
 
 

@@ -38,17 +38,9 @@ def _stable_diffusion_xl(pipeline: Any, texts: list[str], negative: str | None, 
     return conditions(words, pooled), conditions(no_words, no_pooled) if guided else None
 
 
-def _stable_diffusion_3(pipeline: Any, texts: list[str], negative: str | None, guided: bool, side: int) -> Encoded:
-    words, no_words, pooled, no_pooled = _encoded(pipeline, texts, negative, guided)
-    empty = {"encoder_hidden_states": no_words, "pooled_projections": no_pooled}
-    return {"encoder_hidden_states": words, "pooled_projections": pooled}, empty if guided else None
-
-
 def _encoded(pipeline: Any, texts: list[str], negative: str | None, guided: bool) -> Any:
-    names = ("prompt", "prompt_2", "prompt_3")
-    several = {name: texts for name in names if name in pipeline.encode_prompt.__code__.co_varnames}
     return pipeline.encode_prompt(
-        **several,
+        texts,
         device=pipeline.device,
         num_images_per_prompt=1,
         do_classifier_free_guidance=guided,
@@ -69,7 +61,6 @@ KINDS: Mapping[str, Kind] = {
     "DDIMPipeline": Kind("unet"),
     "StableDiffusionPipeline": Kind("unet", _stable_diffusion),
     "StableDiffusionXLPipeline": Kind("unet", _stable_diffusion_xl),
-    "StableDiffusion3Pipeline": Kind("transformer", _stable_diffusion_3),
 }
 """The pipelines that are sampled from by their class; a new one is a function above and a line here."""
 
