@@ -162,7 +162,9 @@ class Previewer:
             images=pixels,
             seeds=tuple(self.drawing.seeds_of(range(len(pixels)))),
             captions=self.recipe.conditions.captions[: len(pixels)],
-            sampler=self.sampler.method.name if self.pipeline is None else type(scheduler_of(self.sampler, self.pipeline)).__name__,
+            sampler=self.sampler.method.name
+            if self.pipeline is None
+            else type(scheduler_of(self.sampler, self.pipeline)).__name__,
             steps=self.sampler.steps,
             guidance_scale=self.recipe.guidance["guidance_scale"],
             fingerprint=self.sampler.schedule.fingerprint,

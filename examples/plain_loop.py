@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> float:
 
     sampler = Sampler(schedule, "DPM++ 2M", steps=20)
     save_grid(sampler(network.eval(), (16, 1, 16, 16), seeds=range(16)), args.out / "squares.png")
-    schedule.save_pretrained(args.out / "scheduler", sampler=sampler)
+    schedule.save_pretrained(args.out / "scheduler", sampler=sampler, nearest=True)  # says what differs
     return loss.item()
 
 

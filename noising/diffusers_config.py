@@ -105,9 +105,14 @@ _DDIM_LIKE = {
 }
 _DDPM_LIKE = {"DDPMParallelScheduler", "DDPMScheduler"}
 _NO_SPACING = {"DPMSolverSinglestepScheduler", "RePaintScheduler", "UnCLIPScheduler"}
-_ELSE: dict[str, tuple[Any, set[str]]] = {  # what a file says unless a sampler says it: the value, and the classes that read it
+_ELSE: dict[
+    str, tuple[Any, set[str]]
+] = {  # what a file says unless a sampler says it: the value, and the classes that read it
     "timestep_spacing": ("trailing", _DEFAULTS.keys() - _NO_SPACING),
-    "steps_offset": (1, _DEFAULTS.keys() - _NO_SPACING),  # of leading alone; Stable Diffusion's pipelines warn of any other
+    "steps_offset": (
+        1,
+        _DEFAULTS.keys() - _NO_SPACING,
+    ),  # of leading alone; Stable Diffusion's pipelines warn of any other
     "set_alpha_to_one": (True, _DDIM_LIKE | {"PNDMScheduler"}),
     "clip_sample": (
         False,

@@ -36,7 +36,11 @@ Lays = Mapping[str, Mapping[str, Any]]
 WHOLE: Lays = {"linspace": {"rounded": True}, "leading": {}, "trailing": {}}
 BETWEEN: Lays = {"linspace": {"interpolation": "sigma"}, "leading": {}, "trailing": {}}
 DROPPED: Lays = {"linspace": {"rounded": True, "drop_last": True}, "leading": {"drop_last": True}, "trailing": {}}
-ROUNDED_SIGMAS: Lays = {"karras": {"rounding": "nearest"}, "exponential": {"rounding": "down"}, "beta": {"rounding": "down"}}
+ROUNDED_SIGMAS: Lays = {
+    "karras": {"rounding": "nearest"},
+    "exponential": {"rounding": "down"},
+    "beta": {"rounding": "down"},
+}
 PLAIN_SIGMAS: Lays = {"karras": {}, "exponential": {}, "beta": {}}
 
 
@@ -146,7 +150,7 @@ _LCM = SchedulerClass(
     keys={"original_inference_steps": Key("original_steps", 50), "timestep_scaling": Key("timestep_scaling", 10.0)},
     off=_CLIP,
 )
-_FLOW_SIGMAS: Lays = {"flow": {"end_shifted": True}, **dict.fromkeys(PLAIN_SIGMAS, {"range_from": "flow"})}
+_FLOW_SIGMAS: Lays = {"flow": {"end_shifted": True}, **{grid: {"range_from": "flow"} for grid in PLAIN_SIGMAS}}
 _FLOWS = SchedulerClass("euler", _FLOW_SIGMAS, "flow", spaced=False, predictions=("flow_prediction",))
 _OWN_LCM = {"timestep_scaling": 1e9}  # c_skip = 0, c_out = 1
 
@@ -247,7 +251,9 @@ CLASSES: Mapping[str, SchedulerClass] = {
         keys={
             "predictor_order": Key("predictor_order", 2),
             "corrector_order": Key("corrector_order", 2),
-            "algorithm_type": Key("predict_x0", "data_prediction", {"data_prediction": True, "noise_prediction": False}),
+            "algorithm_type": Key(
+                "predict_x0", "data_prediction", {"data_prediction": True, "noise_prediction": False}
+            ),
             "lower_order_final": LOWER,
             **_LAMBDA,
         },
@@ -278,7 +284,11 @@ CLASSES: Mapping[str, SchedulerClass] = {
         written=False,
     ),
     "CMStochasticIterativeScheduler": SchedulerClass(
-        "consistency", {"trailing": {"whole_stride": True, "final": "sigma_min"}}, "trailing", spaced=False, written=False
+        "consistency",
+        {"trailing": {"whole_stride": True, "final": "sigma_min"}},
+        "trailing",
+        spaced=False,
+        written=False,
     ),
 }
 """Every class that a sampler of a fixed table is named after, but for those whose names say all (``Method.called``)."""
@@ -349,7 +359,11 @@ class Reading:
             yield f"its x / alpha from sigma = {first.sigma_ve:.3g} down loses the digits of float32"
         if kind.strides and not self._strides(schedule, steps):
             yield f"it steps by T // N, which is not the gap between its timesteps in {steps} steps"
-        if self.method == "ddpm" and options["variance_type"] == "fixed_large" and self.lay(schedule, steps)[-2].timestep:
+        if (
+            self.method == "ddpm"
+            and options["variance_type"] == "fixed_large"
+            and self.lay(schedule, steps)[-2].timestep
+        ):
             yield "it ends with the noise of fixed_large"
 
     def _rounds(self, schedule: NoiseSchedule) -> bool:
@@ -395,7 +409,9 @@ FAILURES: tuple[tuple[_Applies, str], ...] = (
         "its SDE of order 3 has a wrong coefficient, or none",
     ),
     (
-        lambda r, o, n: r.method.startswith("dpm_solver") and o["algorithm"].endswith("dpmsolver") and o.get("final") == "zero",
+        lambda r, o, n: (
+            r.method.startswith("dpm_solver") and o["algorithm"].endswith("dpmsolver") and o.get("final") == "zero"
+        ),
         "it refuses the noise prediction with final_sigmas_type 'zero'",
     ),
     (
@@ -407,9 +423,11 @@ FAILURES: tuple[tuple[_Applies, str], ...] = (
         "it lowers its order at the end of so many steps",
     ),
     (
-        lambda r, o, n: r.method == "unipc"
-        and o["final"] == "zero"
-        and (o["solver_type"] == "bh1" or not o["predict_x0"] or not o["lower_order_final"]),
+        lambda r, o, n: (
+            r.method == "unipc"
+            and o["final"] == "zero"
+            and (o["solver_type"] == "bh1" or not o["predict_x0"] or not o["lower_order_final"])
+        ),
         "it is not finite into final_sigmas_type 'zero' with these options",
     ),
     (lambda r, o, n: r.method == "sa_solver" and o["corrector_order"] == 0, "it needs a corrector"),
@@ -473,14 +491,19 @@ def config_of_class(name: str, grid: str, options: Mapping[str, Any]) -> tuple[d
     spacing = (options.get("range_from") or kind.spacing) if grid in FLAGS else grid
     config: dict[str, Any] = {"_class_name": name}
     if kind.spaced:
-        config |= {"timestep_spacing": spacing, "steps_offset": options.get("steps_offset", 0 if spacing == "leading" else 1)}
+        config |= {
+            "timestep_spacing": spacing,
+            "steps_offset": options.get("steps_offset", 0 if spacing == "leading" else 1),
+        }
     config |= {flag: False for flagged, flag in FLAGS.items() if flagged in kind.lays}
     if grid in FLAGS:
         config[FLAGS[grid]] = True
     if kind.switch:
         key, default, methods = kind.switch
         config[key] = next((said for said, method in methods.items() if method == options.get("method")), default)
-    missing = {k: v for k, v in {**kind.fixed, **kind.step}.items() if k in options and options[k] != v and k != "final"}
+    missing = {
+        k: v for k, v in {**kind.fixed, **kind.step}.items() if k in options and options[k] != v and k != "final"
+    }
     for key_name, key in kind.keys.items():
         value = options.get(key.option, key.ours(key.default))
         value = "stay" if key.option == "final" and value == "sigma_min" else value

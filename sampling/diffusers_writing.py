@@ -214,7 +214,9 @@ def _offset(options: Mapping[str, Any], spacing: str) -> dict[str, Any]:
 def _differences(sampler: Sampler, candidate: Candidate) -> tuple[str, ...]:
     """Return in words what stands between a candidate and the sampler, without samples where the knots differ already."""
     custom = sampler.grid if sampler.grid in CUSTOM else "a grid of one's own"
-    words = () if isinstance(sampler.grid, str) and sampler.grid not in CUSTOM else (f"a config does not hold {custom}",)
+    words = (
+        () if isinstance(sampler.grid, str) and sampler.grid not in CUSTOM else (f"a config does not hold {custom}",)
+    )
     words += (*candidate.slips, *_between(sampler, candidate))
     if words:
         return words
@@ -231,7 +233,9 @@ def _of_the_method(sampler: Sampler, candidate: Candidate, distance: float) -> t
     if method == sampler.method.name:
         said = [(k, v) for k, v in candidate.reading.of_method.items() if k in ours and k not in candidate.unsaid]
         other += tuple(f"{option}={value!r} for {ours[option]!r}" for option, value in said if value != ours[option])
-    elsewhere = {k: v for k, v in sampler.options if k in ours and k not in candidate.reading.options} if not other else {}
+    elsewhere = (
+        {k: v for k, v in sampler.options if k in ours and k not in candidate.reading.options} if not other else {}
+    )
     lost = {k: v for k, v in {**elsewhere, **candidate.unsaid}.items() if k not in candidate.given}
     unsaid = (f"{option}={value!r} is {_whose(option, sampler.method.name, step)}" for option, value in lost.items())
     return (*other, *unsaid, f"samples of a test network differ by {distance:.1e}")

@@ -175,6 +175,9 @@ def settle(
     known = RUN_OPTIONS | method.parameters | grid_parameters(grid)
     for option in said:
         lookup(f"option of {method.name} on the {grid} grid", option, known)
+    if kind is not None:  # of a class only what is no default here
+        usual = {name: parameter.default for name, parameter in known.items()} | dict(method.defaults)
+        implied = {name: value for name, value in implied.items() if value != usual.get(name)}
     merged = {name: value for name, value in implied.items() if name in known} | said
     one_of("start", merged.get("start", STARTS[0]), STARTS)
     return Settings(method, steps, grid, {name: plain_option(known[name], value) for name, value in merged.items()})

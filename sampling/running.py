@@ -61,7 +61,7 @@ def start_run(
     dtype: torch.dtype | None = None,
     clip: float | Change | None = None,
 ) -> Run:
-    """Return the run that starts at ``first``, the noise times ``scale``, by default sqrt(α² + σ²) there. Raises ValueError for a bad shape.
+    """Return the run that starts at ``first``, the noise times ``scale`` (sqrt(α² + σ²) there). Raises ValueError for a bad shape.
 
     From ``seeds`` on these are the arguments that every sampler's call takes; ``Sampler.iterate`` says what they mean.
     ``whole``: the network is given integers as time. ``heads``: its output has so many times the channels of its input, of

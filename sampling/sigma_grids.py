@@ -3,7 +3,8 @@
 Every grid here has these options beside its own:
 ``sigma_min``, ``sigma_max``: the range, by default from the schedule's last training time to its first. ``range_from``: or that
 of the timestep-spaced grid of this name (with ``steps_offset``), as the Euler, Heun, LMS and KDPM2 classes of diffusers take
-it ("flow": as its FlowMatch classes). ``ratio``: space σ / α on a flow path too, instead of σ. ``rounding``: "nearest" or "down", see ``knots_at_levels``.
+it ("flow": as its FlowMatch classes).
+``ratio``: space σ / α on a flow path too, instead of σ. ``rounding``: "nearest" or "down", see ``knots_at_levels``.
 ``drop_last``: lay one point more and leave out the lowest ("discard next-to-last sigma" in A1111). ``final``: end in the clean
 sample ("zero"), or at ``sigma_min`` or else the least noise of training ("sigma_min"; where the grid itself goes down to
 that, it is laid with one point more, whose last is the end; "stay": the least noise of training, where a grid that goes down to

@@ -60,7 +60,7 @@ def as_a_pipeline(scheduler: Any, steps: int, monkeypatch: pytest.MonkeyPatch, n
     )
     scheduler.set_timesteps(steps)
     x = START * float(getattr(scheduler, "init_noise_sigma", 1.0))
-    for i, t in enumerate(scheduler.timesteps):
+    for i, t in enumerate(scheduler.timesteps):  # noqa: B007 (read in the draw)
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         x = scheduler.step(net(scaled, t), t, x).prev_sample
     return x.double()
@@ -127,7 +127,8 @@ SOME = [
 @pytest.mark.parametrize("name", ["epsilon", "zero_snr", "flow"])
 def test_some_pairs_load_into_the_same_sampler_or_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = outcomes(SCHEDULES[name], SOME if name == "epsilon" else SOME[::3], 10, monkeypatch)
-    assert counts["same"] >= (1 if name == "zero_snr" else 0) + 8 * (name == "epsilon") and counts["refused"] > 4
+    assert counts["same"] >= {"epsilon": 8, "zero_snr": 1, "flow": 0}[name]
+    assert counts["refused"] > 4
 
 
 @pytest.mark.slow
@@ -192,6 +193,8 @@ def test_a_sampler_by_class_name_is_written_as_that_class(name: str, monkeypatch
                 continue
             if name == "PNDMScheduler" and steps == 8:
                 continue  # half of its stride is no timestep
+            if "KDPM2" in name and case.get("grid", "karras") != "karras":
+                continue  # which take a second to set their timesteps
             sampler = Sampler(schedule, name, steps, **case)
             config = sampler.to_diffusers()
             assert config["_class_name"] == name or case.get("eta") == 1.0, case
@@ -225,7 +228,7 @@ def test_a_class_name_is_the_class_with_its_defaults(name: str, monkeypatch: pyt
     def net(x: Tensor, t: Any) -> Tensor:
         return network(x, t, unit=2.0 if name.startswith("EDM") else 1000)
 
-    for steps in (7, 20):
+    for steps in (7,) if "KDPM2" in name else (7, 20):
         for prediction in set(CLASSES[name].predictions) & {"epsilon", "v_prediction"} or {"flow_prediction"}:
             schedule, scheduler = default_pair(name, prediction)
             their = as_a_pipeline(scheduler, steps, monkeypatch, net)
@@ -235,9 +238,9 @@ def test_a_class_name_is_the_class_with_its_defaults(name: str, monkeypatch: pyt
 def test_the_defaults_of_the_table_are_those_of_the_classes() -> None:
     for name, kind in CLASSES.items():
         theirs = {k: p.default for k, p in inspect.signature(getattr(peers, name)).parameters.items()}
-        for key, ours in kind.keys.items():
+        for key, said in kind.keys.items():
             default = theirs[key]
-            assert ours.default == (tuple(default) if isinstance(default, list) else default), (name, key)
+            assert said.default == (tuple(default) if isinstance(default, list) else default), (name, key)
         if kind.spaced:
             assert theirs["timestep_spacing"] == kind.spacing, name
         elif not name.startswith(("LCM", "TCD")):
@@ -257,7 +260,7 @@ def test_every_class_name_is_in_the_table_or_says_all_itself() -> None:
 
 def test_what_is_said_wins_over_the_class() -> None:
     sampler = Sampler(EPSILON, "DEISMultistepScheduler", 10, order=3)
-    assert (sampler.grid, dict(sampler.options)["order"]) == ("linspace", 3)
+    assert (sampler.grid, dict(sampler.options).get("order", 3), sampler.method_options["order"]) == ("linspace", 3, 3)
     trailing = Sampler(EPSILON, "DEISMultistepScheduler", 10, "trailing", final="zero")
     assert trailing.table.steps == Sampler(EPSILON, "deis", 10, "trailing", order=2).table.steps
     karras = Sampler(EPSILON, "DPMSolverMultistepScheduler Karras", 10)
@@ -288,7 +291,8 @@ def test_the_start_of_the_euler_family() -> None:
 def test_a_refusal_names_the_nearest_class_and_what_differs(tmp_path: Path) -> None:
     sampler = Sampler(EPSILON, "DPM++ 2M Karras", 10)
     with pytest.raises(
-        ValueError, match=r"DPMSolverMultistepScheduler, differs: .* times up to 0\.\d+ away \(rounding='nearest' is what"
+        ValueError,
+        match=r"DPMSolverMultistepScheduler, differs: .* times up to 0\.\d+ away \(rounding='nearest' is what",
     ):
         EPSILON.save_pretrained(tmp_path, sampler=sampler)
     assert not (tmp_path / CONFIG_NAME).exists()
@@ -333,11 +337,12 @@ def test_what_differs_is_put_in_words(arguments: Any, options: dict[str, Any], w
 
 
 @pytest.mark.parametrize("name", ["epsilon", "flow"])
-def test_the_nearest_of_every_method_runs_and_draws_noise_where_it_does(
+def test_the_nearest_of_a_method_that_no_class_has_runs_and_draws_noise_where_it_does(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     schedule = SCHEDULES[name]
-    for method in METHODS:
+    has_a_class = {method for kind in CLASSES.values() for method in kind.methods}
+    for method in METHODS.keys() - (has_a_class if name == "epsilon" else {"dpm_2", "dpm_2_ancestral"}):
         sampler = built(schedule, method, METHODS[method].grid, 6)
         try:
             config = sampler.to_diffusers(nearest=True) if sampler else {}

@@ -226,7 +226,7 @@ def test_every_grid_is_an_ending(grid: str) -> None:
 def test_what_a_name_implies() -> None:
     assert resolve("DPM++ 2M SDE Heun Karras")[1] == {"solver_type": "heun", "grid": "karras"}
     assert resolve("uni_pc")[1] == {"order": 3, "solver_type": "bh1"}
-    assert resolve("FlowMatchEulerDiscreteScheduler")[1] == {"grid": "flow"}
+    assert resolve("FlowMatchEulerDiscreteScheduler")[1] == {"grid": "flow", "end_shifted": True}
     assert resolve("DPM++ 2M AYS SDXL")[1] == {"grid": "align_your_steps", "variant": "sdxl"}
     assert resolve("DPM adaptive")[1] == {"final": "sigma_min"}  # as k-diffusion ends
     for implied in (implied for _, implied in map(resolve, [*A1111, *CLASSES, *COMFYUI, *ALIASES])):
@@ -382,18 +382,18 @@ def test_a_name_samples(shape: tuple[int, ...] = (2, 1, 4, 4)) -> None:
 
 def test_scheduler_config_names_the_grid() -> None:
     def flags(name: str, **options: Any) -> dict[str, Any]:
-        return Sampler(SCHEDULE, name, 10, **options).to_diffusers()
+        return Sampler(SCHEDULE, name, 10, **options).to_diffusers(nearest=True)
 
     assert flags("DPM++ 2M Karras")["use_karras_sigmas"]
     assert flags("DPM++ 2M Exponential")["use_exponential_sigmas"]
     assert flags("DPM++ 2M Beta")["use_beta_sigmas"]
     assert flags("DPM++ 2M lu")["use_lu_lambdas"]
     assert flags("DPM++ 2M", final="sigma_min")["final_sigmas_type"] == "sigma_min"
-    assert flags("DPM++ 2M", grid="leading", steps_offset=1) == {
-        "_class_name": "DPMSolverMultistepScheduler", "timestep_spacing": "leading", "steps_offset": 1,
-    }  # fmt: skip
+    leading = flags("DPM++ 2M", grid="leading", steps_offset=1, drop_last=True)
+    assert (leading["timestep_spacing"], leading["steps_offset"], leading["lower_order_final"]) == ("leading", 1, False)
+    assert not any(value for key, value in leading.items() if key.startswith("use_"))
 
 
 def test_an_inverse_runs_upwards() -> None:
     knots: tuple[Knot, ...] = Sampler(SCHEDULE, "DDIMInverseScheduler", 5).knots
-    assert knots == Sampler(SCHEDULE, "ddim", 5).knots[::-1]
+    assert knots == Sampler(SCHEDULE, "ddim", 5, "leading").knots[::-1]

@@ -67,8 +67,12 @@ def test_diffusers_reads_the_same_schedule(name: str, kind: str, tmp_path: Path)
 
 def test_a_class_that_ignores_zero_terminal_snr_is_not_named() -> None:
     schedule = SCHEDULES["ztsnr"]
-    assert to_diffusers(schedule, Sampler(schedule, "heun").to_diffusers())["_class_name"] == "DDIMScheduler"
-    assert to_diffusers(schedule, Sampler(schedule, "euler").to_diffusers())["_class_name"] == "EulerDiscreteScheduler"
+    assert to_diffusers(schedule, {"_class_name": "HeunDiscreteScheduler"})["_class_name"] == "DDIMScheduler"
+    assert to_diffusers(schedule, {"_class_name": "EulerDiscreteScheduler"})["_class_name"] == "EulerDiscreteScheduler"
+    with pytest.raises(ValueError, match="no scheduler class of diffusers is this sampler"):
+        Sampler(schedule, "heun").to_diffusers()
+    euler = Sampler(schedule, "euler", 20).to_diffusers()  # DDIM has α = 0 itself, where EulerDiscrete has 2^-12
+    assert to_diffusers(schedule, euler)["_class_name"] == "DDIMScheduler"
 
 
 NAMED = [
@@ -211,7 +215,7 @@ def test_diffusers_reads_a_flow(tmp_path: Path) -> None:
 
 def test_a_sampler_is_written_too(tmp_path: Path) -> None:
     schedule = SCHEDULES["v"]
-    schedule.save_pretrained(tmp_path, sampler=Sampler(schedule, "DPM++ 2M Karras", 20))
+    schedule.save_pretrained(tmp_path, sampler=Sampler(schedule, "DPM++ 2M Karras", 20, rounding="nearest"))
     config = json.loads((tmp_path / CONFIG_NAME).read_text())
     assert config["_class_name"] == "DPMSolverMultistepScheduler"
     assert config["use_karras_sigmas"] is True
