@@ -1,7 +1,7 @@
 """The README's Python is run as it stands, with small things in the place of the reader's own."""
 
-import argparse
 import re
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,9 +10,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from alphabar.noising import LogitNormalTimesteps, MinSNR, NoiseSchedule, Noising
+from alphabar.noising import NoiseSchedule, Noising
 from alphabar.sampling import Sampler
-from alphabar.training import add_noising_arguments, noising_from_arguments
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -34,7 +33,7 @@ def test_readme(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     network = Network()
     schedule = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
     names: dict[str, Any] = {
-        "data": [torch.randn(2, 3, 8, 8) for _ in range(2)],
+        "data": [torch.randn(2, 3, 8, 8) for _ in range(4)],
         "dataloader": DataLoader(cast(Any, torch.randn(4, 3, 8, 8)), batch_size=2),
         "network": network,
         "optimizer": torch.optim.SGD(network.parameters(), 0.1),
@@ -43,18 +42,16 @@ def test_readme(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "noising": Noising(schedule),
         "Sampler": Sampler,
         "Noising": Noising,
-        "MinSNR": MinSNR,
-        "LogitNormalTimesteps": LogitNormalTimesteps,
-        "argparse": argparse,
-        "add_noising_arguments": add_noising_arguments,
-        "noising_from_arguments": noising_from_arguments,
     }
     code = (
         BLOCKS[number]
         .replace("max_steps=10_000", "max_steps=2")
         .replace("every_n_train_steps=500", "every_n_train_steps=2")
     )
-    exec(compile(code, "README.md", "exec"), names)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", category=UserWarning, module="alphabar|README")
+        warnings.filterwarnings("error", message="weighting")
+        exec(compile(code, "README.md", "exec"), names)
     if "save_pretrained" in code:
         assert names["images"].shape == (4, 3, 64, 64)
         assert NoiseSchedule.from_pretrained("out/scheduler") == names["schedule"]

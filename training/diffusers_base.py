@@ -57,7 +57,9 @@ def schedule_of_base_model(args: argparse.Namespace) -> NoiseSchedule | None:
         return _of_pipeline(str(source), getattr(args, "revision", None))
     except Exception as error:  # whatever the hub's client raises: the mend is the same
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"no schedule is known of --pretrained_model_name_or_path {source} ({reason}); {_MEND}") from error
+        raise ValueError(
+            f"no schedule is known of --pretrained_model_name_or_path {source} ({reason}); {_MEND}"
+        ) from error
 
 
 def _of_pipeline(source: str, revision: str | None) -> NoiseSchedule:

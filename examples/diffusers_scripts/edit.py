@@ -34,9 +34,12 @@ class Edit:
 
 
 _IMPORT = Edit(
-    "check_min_version(", "from alphabar.training import add_noising_arguments, diffusers_scheduler, noising_from_arguments\n\n"
+    "check_min_version(",
+    "from alphabar.training import add_noising_arguments, diffusers_scheduler, noising_from_arguments\n\n",
 )
-_STEP = "step=global_step, micro_batch=step % args.gradient_accumulation_steps, accumulate=args.gradient_accumulation_steps"
+_STEP = (
+    "step=global_step, micro_batch=step % args.gradient_accumulation_steps, accumulate=args.gradient_accumulation_steps"
+)
 _PARSE = Edit("args = parser.parse_args()", instead="args = add_noising_arguments(parser).parse_args()")
 
 EDITS: dict[str, tuple[Edit, ...]] = {
@@ -48,7 +51,9 @@ EDITS: dict[str, tuple[Edit, ...]] = {
             "pipeline = pipeline.to(accelerator.device)",
             "pipeline.scheduler = diffusers_scheduler(noising_from_arguments(args).schedule, like=pipeline.scheduler)\n",
         ),
-        Edit("# Sample noise that we'll add", f"noised = noising(latents, {_STEP})\n\n", until="# Get the text embedding"),
+        Edit(
+            "# Sample noise that we'll add", f"noised = noising(latents, {_STEP})\n\n", until="# Get the text embedding"
+        ),
         Edit(
             "# Get the target for loss depending",
             "loss = noised.loss(unet(noised.x, noised.timesteps, encoder_hidden_states))\n\n",
@@ -140,7 +145,9 @@ def _with(lines: list[str], edit: Edit) -> list[str]:
 def _find(lines: list[str], words: str, start: int) -> int:
     found = next((i for i in range(start, len(lines)) if words in lines[i]), None)
     if found is None:
-        raise ValueError(f"the script has no line with {words!r}; put alphabar's lines in by hand, see EDITS in {Path(__file__).name}")
+        raise ValueError(
+            f"the script has no line with {words!r}; put alphabar's lines in by hand, see EDITS in {Path(__file__).name}"
+        )
     return found
 
 
