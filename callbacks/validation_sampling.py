@@ -61,7 +61,7 @@ class ValidationSampling(Callback):
         batch_size: images that a rank draws at a time, and the share that ranks take in turn. Where a rank runs out of
             memory it is halved on all.
         shape: of one sample, (channels, height, width). One or three channels are shown as they are, other numbers
-            (latents) by their first three, each stretched to its range.
+            (latents) by their first three, each stretched to its range. Videos and sounds need ``decode``.
         prompts, negative_prompt, encode: texts, taken by the images in turn, and the function that makes of a list of texts
             a mapping of tensors, a row for each: arguments of ``predict``. Called once, before training. The last text
             is the negative prompt, for guidance.
@@ -86,6 +86,16 @@ class ValidationSampling(Callback):
     ModelParallel (FSDP2) strategies, and DeepSpeed. An error inside a forward of a sharded model (FSDP, ZeRO-3) ends
     training on all ranks whatever ``on_error`` says, and the process of the rank that it befell within ten seconds: the
     others are waiting for it in that forward, and cannot agree on anything else.
+    Before training starts everything that a preview needs is tried, at the cost of one sampling step of one image and its
+    decoding on every rank (a pipeline: two steps): what fails then is raised, whatever ``on_error`` says. Where the shape of a
+    sample comes with the first batch, the trial waits for it; a preview at step 0 needs ``shape`` or ``sample_shape`` then.
+
+    Rank 0 writes files and calls loggers on a thread, beside the training: what is slow there holds no rank up, and what fails
+    is a warning, once for each kind of cause. Up to 8 previews wait for their turn; one more waits a minute for room, and is
+    dropped with a warning where there is none. What waits is shown before a checkpoint that has this callback's state (for a
+    minute), at the end of fit (for five) and after an error or a signal (for ten seconds); with ``on_error='raise'`` after each
+    preview. Ranks wait for one that encodes or decodes alone beyond the process group's timeout. What that timeout still
+    limits: a single forward of a sharded model, and numbers that are logged, which Lightning does on the thread that trains.
     NaN is no error but shown, as chequered fields, with a warning. With ``fast_dev_run`` one image is drawn in two steps
     and nothing is written; with ``barebones`` nothing is drawn.
 
