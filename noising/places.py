@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .integers import require_integer
+from .plain_numbers import require_integer
 
 
 class Place(NamedTuple):

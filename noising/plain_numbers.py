@@ -16,14 +16,26 @@ def whole_number(name: str, value: Any, least: int | None = None) -> int:
     Traceback (most recent call last):
     ValueError: steps must be an integer of at least 1, got 20.0
     """
-    if not _is_bool(value) and getattr(value, "ndim", 0) == 0:
-        try:
-            whole = operator.index(value)
-        except TypeError:
-            whole = None
-        if whole is not None and (least is None or whole >= least):
-            return whole
+    whole = _index(value)
+    if whole is not None and (least is None or whole >= least):
+        return whole
     raise ValueError(f"{name} must be an integer{'' if least is None else f' of at least {least}'}, got {value!r}")
+
+
+def require_integer(name: str, value: Any, advice: str = "") -> int:
+    """Return an integer as Python's int; TypeError for anything else, bools and whole floats included.
+
+    >>> import numpy as np
+    >>> require_integer("step", np.int64(3))
+    3
+    >>> require_integer("step", 3.0, "count optimizer steps")
+    Traceback (most recent call last):
+    TypeError: step must be an integer, got 3.0 (float); count optimizer steps
+    """
+    whole = _index(value)
+    if whole is not None:
+        return whole
+    raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__}){f'; {advice}' if advice else ''}")
 
 
 def real_number(name: str, value: Any) -> float:
@@ -39,6 +51,17 @@ def real_number(name: str, value: Any) -> float:
         except (TypeError, ValueError, OverflowError):
             pass
     raise ValueError(f"{name} must be a number, got {value!r}")
+
+
+def _index(value: Any) -> int | None:
+    if type(value) is int:
+        return value
+    if _is_bool(value) or getattr(value, "ndim", 0) != 0:
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def _is_bool(value: Any) -> bool:

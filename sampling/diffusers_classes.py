@@ -303,7 +303,7 @@ class Reading:
     method: str
     grid: str
     options: Mapping[str, Any]
-    start: str
+    init_noise: str
     flow: bool = False
 
     @property
@@ -331,7 +331,7 @@ class Reading:
 
     def start_scale(self, first: Knot) -> float:
         """Return the spread of the x, in the coordinates of ours, that a pipeline starts from."""
-        return first.sigma if self.start == "noise" else math.hypot(first.alpha, first.sigma)
+        return first.sigma if self.init_noise == "sigma" else math.hypot(first.alpha, first.sigma)
 
     def end_scale(self, last: Knot) -> float:
         """Return what a run's end is multiplied by, in a class that ends in x / α."""
@@ -465,8 +465,8 @@ def read_config(config: Mapping[str, Any]) -> Reading:
     if options.get("final") == "stay" and method.endswith("_inverse"):
         options["final"] = "sigma_min"
     options = {name: value for name, value in options.items() if not _unread(name, value, grid)}
-    start = "noise" if kind.in_sigma and spacing != "leading" else "marginal"
-    return Reading(kind, spacing, method, grid, options, start, flow)
+    init_noise = "sigma" if kind.in_sigma and spacing != "leading" else "marginal"
+    return Reading(kind, spacing, method, grid, options, init_noise, flow)
 
 
 FLOW_LAYS: Lays = {"early": {"end": 0.0, "drop_last": True}, "top": {"drop_last": True}}
@@ -537,7 +537,7 @@ def settings_of_class(name: str, grid: str | None = None) -> dict[str, Any]:
     """Return ``grid`` and the options that a class stands for with default options, on its own grid or on this one of its.
 
     >>> settings_of_class("EulerDiscreteScheduler")
-    {'grid': 'linspace', 'final': 'zero', 'interpolation': 'sigma', 'start': 'noise'}
+    {'grid': 'linspace', 'final': 'zero', 'interpolation': 'sigma', 'init_noise': 'sigma'}
     """
     kind = CLASSES[name]
     config: dict[str, Any] = {"_class_name": name}
@@ -546,7 +546,7 @@ def settings_of_class(name: str, grid: str | None = None) -> dict[str, Any]:
     elif grid in kind.lays:
         config["timestep_spacing"] = grid
     reading = read_config(config)
-    options = dict(reading.options) | ({"start": "noise"} if reading.start == "noise" else {})
+    options = dict(reading.options) | ({"init_noise": "sigma"} if reading.init_noise == "sigma" else {})
     if grid is not None and reading.grid != grid:  # a grid that the class does not have: its method is left
-        options = {**reading.of_method, **{k: v for k, v in options.items() if k == "start"}}
+        options = {**reading.of_method, **{k: v for k, v in options.items() if k == "init_noise"}}
     return {"grid": reading.grid if grid is None else grid, **options}

@@ -325,7 +325,7 @@ def _between(sampler: Sampler, candidate: Candidate) -> Iterator[str]:
         yield f"it gives the network times up to {time:.3g} away{_mend_of_times(sampler, reading)}"
     start = reading.start_scale(theirs[0]) / sampler.init_noise_scale
     if not math.isclose(start, 1.0, rel_tol=LEVELS):
-        mend = " (start='noise' does so too)" if reading.start == "noise" and not apart else ""
+        mend = " (init_noise='sigma' does so too)" if reading.init_noise == "sigma" and not apart else ""
         yield f"a pipeline starts it from {start:.5f} of the noise{mend}"
     end = reading.end_scale(theirs[-1])
     if not math.isclose(end, 1.0, rel_tol=LEVELS):

@@ -79,8 +79,10 @@ ALIASES: Mapping[str, tuple[str, dict[str, Any]]] = {
 What a class of diffusers implies is in ``diffusers_classes``.
 """
 
-STARTS = ("marginal", "noise")
-RUN_OPTIONS = {"start": Parameter("start", Parameter.KEYWORD_ONLY, default=STARTS[0], annotation="str")}
+INIT_NOISES = ("marginal", "sigma")
+RUN_OPTIONS = {
+    "init_noise": Parameter("init_noise", Parameter.KEYWORD_ONLY, default=INIT_NOISES[0], annotation="str")
+}
 """Options that every sampler has, beside those of its method and its grid."""
 
 SUFFIXES: Mapping[str, dict[str, Any]] = {name: {"grid": name} for name in GRIDS} | {
@@ -179,7 +181,7 @@ def settle(
         usual = {name: parameter.default for name, parameter in known.items()} | dict(method.defaults)
         implied = {name: value for name, value in implied.items() if value != usual.get(name)}
     merged = {name: value for name, value in implied.items() if name in known} | said
-    one_of("start", merged.get("start", STARTS[0]), STARTS)
+    one_of("init_noise", merged.get("init_noise", INIT_NOISES[0]), INIT_NOISES)
     return Settings(method, steps, grid, {name: plain_option(known[name], value) for name, value in merged.items()})
 
 

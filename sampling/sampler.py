@@ -35,7 +35,7 @@ class Sampler:
     ``method``: a name of the field ('dpmpp_2m', 'DPM++ 2M Karras', 'DPMSolverMultistepScheduler') or a Method. ``steps``: an
     integer in 1 ... T, by default 20. ``grid``: a name of GRIDS or a function; by default what the name implies, or the
     method's own. ``timesteps=[...]`` or ``sigmas=[...]`` stand in place of steps and grid. Further options belong to the method
-    (``eta``) or the grid (``rho``, ``final``). ``start="noise"`` begins at σ z instead of the marginal's spread sqrt(α² + σ²) z, as
+    (``eta``) or the grid (``rho``, ``final``). ``init_noise="sigma"`` begins at σ z instead of the marginal's spread sqrt(α² + σ²) z, as
     k-diffusion and the Euler family of diffusers do. Frozen and picklable; holds no tensor.
     Raises ValueError for unknown names and options, and steps out of range.
 
@@ -115,10 +115,10 @@ class Sampler:
     def init_noise_scale(self) -> float:
         """The spread of x at the first knot for data of unit variance, sqrt(α² + σ²): 1 on variance preserving paths.
 
-        With ``start="noise"`` it is σ.
+        With ``init_noise="sigma"`` it is σ.
         """
         first = self.knots[0]
-        return first.sigma if dict(self.options).get("start") == "noise" else math.hypot(first.alpha, first.sigma)
+        return first.sigma if dict(self.options).get("init_noise") == "sigma" else math.hypot(first.alpha, first.sigma)
 
     @property
     def method_options(self) -> dict[str, Any]:

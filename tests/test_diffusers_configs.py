@@ -266,7 +266,7 @@ def test_what_is_said_wins_over_the_class() -> None:
     karras = Sampler(EPSILON, "DPMSolverMultistepScheduler Karras", 10)
     assert karras == Sampler(EPSILON, "DPMSolverMultistepScheduler", 10, "karras")
     assert all(t.is_integer() for t in karras.timesteps), "as with use_karras_sigmas"
-    assert Sampler(EPSILON, "EulerDiscreteScheduler", 10, start="marginal").init_noise_scale == pytest.approx(1.0)
+    assert Sampler(EPSILON, "EulerDiscreteScheduler", 10, init_noise="marginal").init_noise_scale == pytest.approx(1.0)
     assert Sampler(EPSILON, "DEISMultistepScheduler", sigmas=[10.0, 1.0]).steps == 2
     assert class_named("DPM++ 2M") is None and class_named("ddimscheduler") == "DDIMScheduler"
 
@@ -322,7 +322,7 @@ def test_the_nearest_is_written_where_it_is_asked_for(tmp_path: Path, caplog: py
         (("euler", None), {"timesteps": [900, 300]}, "a config does not hold timesteps"),
         (("euler", None), {"sigmas": [10.0, 1.0]}, "a config does not hold sigmas"),
         (("heun", 10, "trailing"), {}, r"starts it from 0\.99767 of the noise \(start='noise' does so too\)"),
-        (("euler", 10, "trailing"), {"final": "sigma_min", "start": "noise"}, "x / alpha"),
+        (("euler", 10, "trailing"), {"final": "sigma_min", "init_noise": "sigma"}, "x / alpha"),
         (("ddim", 10, "linspace"), {"rounded": True}, "steps by T // N"),
         (("dpm_solver_multistep", 10, "beta"), {"rounding": "down"}, "rounding errors decide"),
         (("dpmpp_2s_ancestral", 10), {}, "its method is"),

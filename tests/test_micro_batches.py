@@ -16,8 +16,8 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from alphabar.noising import LearnedUncertainty, LossSecondMoment, Noised, NoiseSchedule, Noising, UniformTimesteps
-from alphabar.noising.integers import require_integer
 from alphabar.noising.places import MicroBatches, Step
+from alphabar.noising.plain_numbers import require_integer
 
 FLOW = NoiseSchedule.flow()
 
@@ -187,7 +187,7 @@ def test_bad_indices_are_refused(index: Any, message: str) -> None:
 
 
 def test_index_and_micro_batch_are_one_too_many() -> None:
-    with pytest.raises(ValueError, match="^index already says where each sample lies in the optimizer step; leave micro_batch out"):
+    with pytest.raises(ValueError, match=r"^index already says where each sample lies in the optimizer step; leave micro_batch out"):
         Noising(FLOW)(zeros(2), step=0, index=[0, 1], micro_batch=0)
 
 
@@ -250,7 +250,7 @@ def test_other_numbers_are_refused(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize("seed", [True, 1.5, "0", None])
 def test_a_seed_is_an_integer(seed: Any) -> None:
-    with pytest.raises(TypeError, match="^seed must be an integer, got "):
+    with pytest.raises(TypeError, match=r"^a seed must be an integer, got "):
         Noising(FLOW, seed=seed)
 
 
@@ -259,7 +259,7 @@ def test_whole_numbers_pass_as_they_are() -> None:
 
 
 def test_a_total_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="^total must be at least 1, the samples of the whole optimizer step, got 0$"):
+    with pytest.raises(ValueError, match=r"^total must be at least 1, the samples of the whole optimizer step, got 0$"):
         Noising(FLOW)(zeros(2), step=0, total=0)
 
 

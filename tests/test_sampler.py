@@ -92,7 +92,7 @@ def test_names_of_the_field(name: str, method: str, grid: str) -> None:
     assert sampler.grid == grid
     of_class = {
         "DPMSolverMultistepScheduler": {"rounded": True, "drop_last": True},
-        "EulerAncestralDiscreteScheduler": {"interpolation": "sigma", "start": "noise"},
+        "EulerAncestralDiscreteScheduler": {"interpolation": "sigma", "init_noise": "sigma"},
     }
     assert sampler == Sampler(V, METHODS[method], 5, grid, **of_class.get(name, {}))
 

@@ -106,7 +106,8 @@ def test_the_warning() -> None:
         "weighting 'v' on prediction 'sample' has no finite mean under 'uniform' timesteps: it grows without bound towards t = 0"
     )
     assert warned(schedule=FLOW.with_prediction("sample"), weighting="v", timesteps="logit_normal") == []
-    for weighting in ("min_snr:floor=0.1", "uniform", "cosmap", "sigma_sqrt", PerRange(of="sigma_sqrt"), LearnedUncertainty(of="sigma_sqrt")):
+    bounded = PerRange(of="sigma_sqrt"), LearnedUncertainty(of="sigma_sqrt")
+    for weighting in ("min_snr:floor=0.1", "uniform", "cosmap", "sigma_sqrt", *bounded):
         assert warned(schedule=FLOW, weighting=weighting) == []
     assert len(warned(schedule=FLOW, weighting=SigmaSqrt(sigma_min=0.0))) == 1  # the bound taken away
 
