@@ -95,6 +95,8 @@ def _rows(rows: Mapping[str, Any], indices: Sequence[int]) -> dict[str, Any]:
 def _detached(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _detached(part) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_detached(part) for part in value)
     return value.detach() if isinstance(value, Tensor) else value
 
 
@@ -102,6 +104,8 @@ def _require_text_rows(rows: Mapping[str, Any], texts: int, name: str = "encode'
     for key, value in rows.items():
         if isinstance(value, Mapping):
             _require_text_rows(value, texts, f"{name} {key!r}")
+        elif type(value) in (list, tuple):
+            _require_text_rows(dict(enumerate(value)), texts, f"{name} {key!r}")
         elif isinstance(value, Tensor) and (value.ndim == 0 or value.shape[0] != texts):
             raise ValueError(
                 f"{name} {key!r} must have a row for each of {texts} texts (the prompts and the negative prompt), "

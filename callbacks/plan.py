@@ -51,9 +51,9 @@ class Plan:
 def take_rows(
     values: Mapping[str, Any], indices: Sequence[int], device: torch.device | str | None = "cpu"
 ) -> dict[str, Any]:
-    """Return the rows of every tensor in a (nested) mapping; a single row serves every image.
+    """Return the rows of every tensor in a (nested) mapping, in lists and tuples too; a single row serves every image.
 
-    They are moved to ``device``, or with None left where they are. What is no tensor and no mapping is passed on as it is.
+    They are moved to ``device``, or with None left where they are. What else there is is passed on as it is.
 
     >>> take_rows({"y": torch.arange(4), "deep": {"z": torch.ones(1, 2)}, "scale": 0.5}, [1, 3])
     {'y': tensor([1, 3]), 'deep': {'z': tensor([[1., 1.],
@@ -63,6 +63,8 @@ def take_rows(
     def taken(value: Any) -> Any:
         if isinstance(value, Mapping):
             return take_rows(value, indices, device)
+        if type(value) in (list, tuple):
+            return type(value)(taken(part) for part in value)
         if not isinstance(value, Tensor):
             return value
         rows = [0] * len(indices) if value.shape[0] == 1 else list(indices)
@@ -72,7 +74,7 @@ def take_rows(
 
 
 def require_rows(name: str, values: Mapping[str, Any], num_images: int) -> None:
-    """Raise ValueError unless every tensor in a (nested) mapping has a row for each image, or one row for all.
+    """Raise ValueError unless every tensor in a (nested) mapping, list or tuple has a row for each image, or one row for all.
 
     >>> require_rows("conditioning", {"y": torch.zeros(3, 2)}, 4)
     Traceback (most recent call last):
@@ -81,6 +83,8 @@ def require_rows(name: str, values: Mapping[str, Any], num_images: int) -> None:
     for key, value in values.items():
         if isinstance(value, Mapping):
             require_rows(f"{name} {key!r}", value, num_images)
+        elif type(value) in (list, tuple):
+            require_rows(f"{name} {key!r}", dict(enumerate(value)), num_images)
         elif isinstance(value, Tensor) and (value.ndim == 0 or value.shape[0] not in (1, num_images)):
             rows = f"a row for each of {num_images} images (or one for all)"
             raise ValueError(f"{name} {key!r} must have {rows}, got shape {tuple(value.shape)}")

@@ -6,8 +6,9 @@ is in x. In σ̄ = σ/α and x̄ = x/α that is
     x̄_n = D + σ̄_n ε̂_u = U + σ̄_n/σ̄_s (x̄ - U) + (D - U),
 
 so every method here takes its own step on the unconditional path and adds the guidance D - U, whole and once in each step:
-how much guidance a run gets depends on its number of steps, whence scales of 0 ... 2. Without guidance U is D, each is the
-method that its name says, and the declared order is meant so. The last step goes to D, as in the first-order forms.
+how much guidance a run gets depends on its number of steps, whence scales of 0 ... 2. At a scale of 1 D is the conditional
+estimate and U still the unconditional one, where its input is given. Without it U is D, each is the method that its name
+says, and the declared order is meant so. The last step goes to D, as in the first-order forms.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 No table can do this, for it is not linear; but it changes only what an evaluation returns. With x kept, moving x_0 by Δx_0
 moves the network's output by Δout = (det / σ) Δx_0 (see noising.prediction), so the clipped estimate is folded back into the
 raw output, exactly, for every prediction type, and the tables know nothing of it. ε̂ moves along: it is what x and the
-clipped x_0 imply, as DDPM has it and DDIM with ``use_clipped_model_output=True``.
+clipped x_0 imply, as DDPM has it and DDIM with ``use_clipped_model_output=True``. With False DDIM, its inverse and RePaint ask
+for the ε̂ before clipping as well, which is kept beside. TCDScheduler of diffusers has the settings and clips nothing.
 """
 
 from __future__ import annotations

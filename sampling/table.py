@@ -48,11 +48,11 @@ class Combination:
             object.__setattr__(self, "sizes", {k: abs(c) for k, c in self.terms.items()})
 
     def __add__(self, other: Combination) -> Combination:
-        keys = {**self.terms, **other.terms}
-        return Combination(
-            {k: self.terms.get(k, 0.0) + other.terms.get(k, 0.0) for k in keys},
-            {k: self.sizes.get(k, 0.0) + other.sizes.get(k, 0.0) for k in keys},
-        )
+        terms, sizes = dict(self.terms), dict(self.sizes)
+        for k, c in other.terms.items():
+            terms[k] = terms.get(k, 0.0) + c
+            sizes[k] = sizes.get(k, 0.0) + other.sizes[k]
+        return Combination(terms, sizes)
 
     def __sub__(self, other: Combination) -> Combination:
         return self + -1.0 * other
@@ -377,10 +377,11 @@ def point_mass_defects(table: Table) -> Iterable[tuple[float, float]]:
 
 
 def _apply(row: Row, basis: Sequence[Combination]) -> Combination:
-    total = Combination({})
+    total: dict[int, float] = {}
     for k, c in row:
-        total = total + c * basis[k]
-    return total
+        for part, value in basis[k].terms.items():
+            total[part] = total.get(part, 0.0) + c * value
+    return Combination(total)
 
 
 def _size(row: Row, bounds: Sequence[float]) -> float:

@@ -13,10 +13,11 @@ from PIL import Image
 from torch import nn
 
 from alphabar.callbacks.agreement import errors_of_all_ranks
+from alphabar.callbacks.conditions import Conditions
 from alphabar.callbacks.drawing import Drawing
 from alphabar.callbacks.guards import evaluating, randomness_restored
 from alphabar.callbacks.image_logging import log_image
-from alphabar.callbacks.plan import Plan, take_rows
+from alphabar.callbacks.plan import Plan, require_rows, take_rows
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Sampler
 from alphabar.training.images import image_grid, png_bytes, to_pixels
@@ -61,6 +62,28 @@ def test_take_rows_keeps_what_is_no_tensor() -> None:
     taken = take_rows({"text": torch.arange(6).view(3, 2), "one": torch.ones(1, 2), "note": note}, [2, 0, 2])
     assert taken["text"].tolist() == [[4, 5], [0, 1], [4, 5]]
     assert taken["one"].shape == (3, 2) and taken["note"] is note
+
+
+def test_rows_of_tensors_in_lists() -> None:
+    """A list is walked as a mapping is: each image has its own rows, and what does not fit is refused."""
+    values = {"parts": [torch.arange(3), (torch.ones(1, 2), "text")], "deep": {"list": [torch.arange(3) * 10]}}
+    taken = take_rows(values, [2, 0])
+    assert taken["parts"][0].tolist() == [2, 0]
+    assert taken["parts"][1][0].shape == (2, 2) and taken["parts"][1][1] == "text"
+    assert taken["deep"]["list"][0].tolist() == [20, 0]
+    require_rows("conditioning", values, 3)
+    with pytest.raises(ValueError, match=r"^conditioning 'parts' 0 must have a row for each of 4 images"):
+        require_rows("conditioning", values, 4)
+
+
+def test_rows_of_encoded_texts_in_lists() -> None:
+    conditions = Conditions(
+        3, prompts=("a", "b"), encode=lambda texts: {"states": [torch.arange(len(texts)), torch.arange(len(texts)) * 10]}
+    )
+    conditioning, unconditional = conditions.encoded()
+    assert [part.tolist() for part in conditioning["states"]] == [[0, 1, 0], [0, 10, 0]]
+    assert unconditional is not None
+    assert [part.tolist() for part in unconditional["states"]] == [[2, 2, 2], [20, 20, 20]]
 
 
 # Guards
