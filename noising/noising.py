@@ -142,8 +142,9 @@ class Noising(nn.Module):
 
     ``weighting``, ``timesteps``, ``noise`` and ``loss`` are names of their registries or objects; ``noise`` also a sequence of
     them. It is a module so that what is learned or measured (weights, loss history) travels with the checkpoint; it has no
-    parameters unless a scheme has. Raises ValueError for unknown names and for times that do not fit the schedule; warns where
-    the weight of a zero-SNR terminal step is 0.
+    parameters unless a scheme has. torch.compile takes a whole step, fullgraph too, but for beta densities, importance sampling
+    and immiscible noise: there compile what follows :meth:`draw`, that is :meth:`at` and the loss. Raises ValueError for
+    unknown names and for times that do not fit the schedule; warns where the weight of a zero-SNR terminal step is 0.
 
     >>> schedule = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
     >>> noising = Noising(schedule, weighting="uniform", timesteps="stratified", seed=0)

@@ -141,6 +141,7 @@ class WithinTimesteps(_Around):
     """
 
     name: ClassVar[str] = "within"
+    _known: ClassVar[tuple[Curve, tuple[float, float]] | None] = None  # an instance's shares of the curve it was checked for
     low: float
     high: float
 
@@ -150,7 +151,9 @@ class WithinTimesteps(_Around):
             raise ValueError(f"a range of timesteps needs low < high, got {self.low} and {self.high}")
 
     def times(self, u: Tensor, curve: Curve) -> Tensor:
-        first, last = _shares(self.density, curve, self.low, self.high)
+        known = self._known  # torch.compile, which no cache stops, would trace the search
+        same = known is not None and known[0] is curve
+        first, last = known[1] if same else _shares(self.density, curve, self.low, self.high)
         t = self.density.times(first + u * (last - first), curve)
         low, high = (int(self.low), int(self.high)) if curve.is_discrete else (self.low, self.high)
         return t.clamp(low, high)  # where u was rounded to the share below
@@ -159,7 +162,7 @@ class WithinTimesteps(_Around):
         super().check(curve)
         _require_time("low", self.low, curve)
         _require_time("high", self.high, curve)
-        _shares(self.density, curve, self.low, self.high)
+        object.__setattr__(self, "_known", (curve, _shares(self.density, curve, self.low, self.high)))
 
 
 @dataclass(frozen=True, kw_only=True)
