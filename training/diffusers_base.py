@@ -34,7 +34,7 @@ def diffusers_scheduler(schedule: NoiseSchedule, like: Any = None) -> Any:
 
     name = None if like is None else type(like).__name__
     config = to_diffusers(schedule, None if name is None else {"_class_name": name})
-    if config["_class_name"] == name:
+    if like is not None and config["_class_name"] == name:
         written = _OF_SCHEDULE | (_SPACING if schedule.has_zero_terminal_snr else set())
         config |= {key: value for key, value in like.config.items() if key not in written and not key.startswith("_")}
     return getattr(diffusers, config["_class_name"]).from_config(config)
