@@ -22,7 +22,7 @@ from callbacks_toy import fresh, strategy, train
 
 RANK = int(os.environ["LOCAL_RANK"])
 ROOT = Path(sys.argv[1])
-TIMEOUT, LONG = 4, 7.0
+TIMEOUT, LONG = 10, 14.0
 torch.set_num_threads(1)
 
 
@@ -69,6 +69,13 @@ def run(name: str, *callbacks: Any, seconds: float = 0.0, **settings: Any) -> di
     return {"error": error, "losses": module.losses, "shown": logger.steps, "seconds": time.monotonic() - start}
 
 
+def meet() -> None:
+    """Wait until both have imported everything: the timeout limits how far apart they may come to their first meeting."""
+    (ROOT / f"ready{RANK}").touch()
+    while not (ROOT / f"ready{1 - RANK}").exists():
+        time.sleep(0.05)
+
+
 def slow_disk() -> dict[str, Any]:
     save = ema_module.save_snapshot
 
@@ -81,6 +88,7 @@ def slow_disk() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    meet()
     report: dict[str, Any] = {
         "timeout": TIMEOUT,
         "none": run("none"),

@@ -241,7 +241,7 @@ def test_the_thread_ends_and_begins_with_the_work() -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     root = tmp_path_factory.mktemp("ranks")
-    assert run_two_ranks(SCRIPT, root) == [0, 0], last_words(root)
+    assert run_two_ranks(SCRIPT, root, timeout=600) == [0, 0], last_words(root)
     return [json.loads((root / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
