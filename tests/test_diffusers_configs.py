@@ -182,7 +182,9 @@ def of_class(name: str) -> NoiseSchedule:
     return SCHEDULES["flow_shifted" if name.startswith("FlowMatch") else "epsilon"]
 
 
-@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if "KDPM2" in name else ()) for name in WRITTEN]
+)
 def test_a_sampler_by_class_name_is_written_as_that_class(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, schedule = CLASSES[name], of_class(name)
     cases: list[dict[str, Any]] = [{}, *({"grid": grid} for grid in kind.lays), *VARIANTS.get(name, [])]
