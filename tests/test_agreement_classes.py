@@ -641,17 +641,17 @@ ELSEWHERE: dict[str, str] = {
 }
 """Options that mean the same in every class that has them; test_other_betas stands for the tables, which are one here."""
 OF_CLASSES: dict[str, dict[str, str]] = {
-    "DDIMInverseScheduler": dict.fromkeys(
-        ("clip_sample", "clip_sample_range"),
-        "clips x_0 and keeps the ε of the x_0 before: no marginal has that; here ε follows, as with use_clipped_model_output",
-    ),
+    "DDIMInverseScheduler": dict.fromkeys(("clip_sample", "clip_sample_range"), "test_agreement_with_inverse_ddim"),
     **dict.fromkeys(
         ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"),
         dict.fromkeys(("snr_shift_scale", "timestep_spacing", "steps_offset", "set_alpha_to_one"), "test_cogvideox"),
     ),
     "PNDMScheduler": {"timestep_spacing": "test_plms_in_few_steps"},
     "FlowMatchLCMScheduler": dict.fromkeys(("scale_factors", "upscale_mode"), "resize the images between the steps"),
-    "DDIMScheduler": {"thresholding": "test_agreement_with_ddim"},
+    "DDIMScheduler": {
+        "thresholding": "test_agreement_with_ddim",
+        **dict.fromkeys(("clip_sample", "clip_sample_range"), "test_agreement_with_ddim_that_keeps_its_noise"),
+    },
     "DDPMScheduler": {"variance_type": "test_agreement_with_the_peer", "thresholding": "test_agreement_with_ddpm"},
     "UnCLIPScheduler": {
         "variance_type": "test_fixed_large_log_is_fixed_large",
@@ -728,7 +728,10 @@ OF_CLASSES: dict[str, dict[str, str]] = {
     "KarrasVeScheduler": dict.fromkeys(
         ("sigma_min", "sigma_max", "s_noise", "s_churn", "s_min", "s_max"), "test_karras_ve"
     ),
-    "RePaintScheduler": {"eta": "test_agreement_with_the_peer_on_a_coarser_grid"},
+    "RePaintScheduler": {
+        "eta": "test_agreement_with_the_peer_on_a_coarser_grid",
+        "clip_sample": "test_agreement_with_the_peer_that_clips",
+    },
     "LCMScheduler": {
         "original_inference_steps": "test_lcm",
         "timestep_scaling": "test_agreement",
@@ -740,7 +743,7 @@ OF_CLASSES: dict[str, dict[str, str]] = {
         **dict.fromkeys(("timestep_spacing", "steps_offset"), "is read nowhere: the times are those of distillation"),
         **dict.fromkeys(
             ("thresholding", "dynamic_thresholding_ratio", "sample_max_value", "clip_sample", "clip_sample_range"),
-            "is read nowhere in its step",
+            "test_tcd_has_the_options_and_clips_nothing",
         ),
         "set_alpha_to_one": "test_the_final_alpha_of_tcd",
         "timestep_scaling": "is read nowhere: TCD has no boundary condition to scale",
