@@ -78,7 +78,9 @@ def test_rows_of_tensors_in_lists() -> None:
 
 def test_rows_of_encoded_texts_in_lists() -> None:
     conditions = Conditions(
-        3, prompts=("a", "b"), encode=lambda texts: {"states": [torch.arange(len(texts)), torch.arange(len(texts)) * 10]}
+        3,
+        prompts=("a", "b"),
+        encode=lambda texts: {"states": [torch.arange(len(texts)), torch.arange(len(texts)) * 10]},
     )
     conditioning, unconditional = conditions.encoded()
     assert [part.tolist() for part in conditioning["states"]] == [[0, 1, 0], [0, 10, 0]]
