@@ -141,7 +141,9 @@ class WithinTimesteps(_Around):
     """
 
     name: ClassVar[str] = "within"
-    _known: ClassVar[tuple[Curve, tuple[float, float]] | None] = None  # an instance's shares of the curve it was checked for
+    _known: ClassVar[tuple[Curve, tuple[float, float]] | None] = (
+        None  # an instance's shares of the curve it was checked for
+    )
     low: float
     high: float
 

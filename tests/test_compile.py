@@ -202,7 +202,12 @@ def test_kinds_of_noise_compile(kind: Any) -> None:
 
 
 SETTINGS = [*({"weighting": name} for name in WEIGHTINGS), *({"loss": name} for name in LOSSES)]
-OFTEN = [{"weighting": "min_snr"}, {"weighting": "per_range"}, {"weighting": "learned_uncertainty"}, {"loss": "pseudo_huber"}]
+OFTEN = [
+    {"weighting": "min_snr"},
+    {"weighting": "per_range"},
+    {"weighting": "learned_uncertainty"},
+    {"loss": "pseudo_huber"},
+]
 
 
 @pytest.mark.filterwarnings("ignore:weighting .* is 0 at t")

@@ -95,7 +95,9 @@ def test_numpy_and_torch_draw_the_same(shape: tuple[int, ...], seeds: Any, in_to
 @pytest.mark.slow  # torch loads its shape functions
 def test_other_devices_take_the_same_way() -> None:
     source = draws(range(3), [1, 2, 3], device="meta")
-    assert source.normal(4, 5).shape == (3, 4, 5) and source.uniform(2).device.type == source.bits(2).device.type == "meta"
+    assert (
+        source.normal(4, 5).shape == (3, 4, 5) and source.uniform(2).device.type == source.bits(2).device.type == "meta"
+    )
     noising = Noising(NoiseSchedule.flow(), noise=["offset", "pyramid", "input_perturbation"])
     drawn = noising.draw(range(3), (2, 8, 8), step=0, total=3, device="meta")
     assert drawn.noise.device.type == "meta" and drawn.t.device.type == "cpu"
@@ -154,7 +156,12 @@ def kolmogorov(values: Tensor) -> float:
 
 def standard(values: Tensor) -> None:
     z = values.double().flatten()
-    for power, moment, spread in ((1, 0.0, 1.0), (2, 1.0, math.sqrt(2)), (3, 0.0, math.sqrt(15)), (4, 3.0, math.sqrt(96))):
+    for power, moment, spread in (
+        (1, 0.0, 1.0),
+        (2, 1.0, math.sqrt(2)),
+        (3, 0.0, math.sqrt(15)),
+        (4, 3.0, math.sqrt(96)),
+    ):
         assert abs(float((z**power).mean()) - moment) < 4.5 * spread / math.sqrt(z.numel()), power
     assert kolmogorov(torch.special.ndtr(z)) < 1.95
 
@@ -196,7 +203,9 @@ def test_uniform_numbers() -> None:
 
 def test_no_repeats_in_a_million() -> None:
     """Of 64 bits each: along samples, elements, steps, streams and seeds together."""
-    drawn = [draws(range(1000), seed, step, stream).bits(250) for seed in (0, 2**32) for step in (0, 1) for stream in (0, 1)]
+    drawn = [
+        draws(range(1000), seed, step, stream).bits(250) for seed in (0, 2**32) for step in (0, 1) for stream in (0, 1)
+    ]
     bits = torch.stack(drawn)
     assert bits.numel() == 2_000_000 and len(bits.unique()) == bits.numel()
 
@@ -212,7 +221,13 @@ def test_seeds_are_torch_s() -> None:
     for seed, same in ((-1, 2**64 - 1), (-(2**63), 2**63), (np.int64(5), 5)):
         assert torch.equal(draws(seed=seed).normal(4), draws(seed=same).normal(4))
         assert torch.Generator().manual_seed(int(seed)).initial_seed() == same
-    for wrong, error in ((2**64, ValueError), (-(2**63) - 1, ValueError), (1.0, TypeError), (False, TypeError), ("1", TypeError)):
+    for wrong, error in (
+        (2**64, ValueError),
+        (-(2**63) - 1, ValueError),
+        (1.0, TypeError),
+        (False, TypeError),
+        ("1", TypeError),
+    ):
         with pytest.raises(error, match=r"^a seed (has|must)"):
             whole_seed(wrong)
         with pytest.raises(error, match=r"^a seed (has|must)"):
