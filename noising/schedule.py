@@ -353,7 +353,12 @@ class NoiseSchedule(Constructors):
             )
         for key in config.keys() - set(_KEYS):
             warnings.warn(f"{unknown('key of a noise schedule config', key, _KEYS)}; it is left out", stacklevel=2)
-        schedule = cls(curve_from_config(config["curve"]), config["prediction"])
+        try:
+            schedule = cls(curve_from_config(config["curve"]), config["prediction"])
+        except ValueError as error:
+            if "fingerprint" not in config:
+                raise
+            raise ValueError(f"{error} (it has the fingerprint of a schedule: the file was edited or damaged)") from error
         written = word("fingerprint", config.get("fingerprint", schedule.fingerprint))
         if written != schedule.fingerprint:
             raise ValueError(
