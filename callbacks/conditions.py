@@ -100,7 +100,7 @@ def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def _require_text_rows(rows: Mapping[str, Any], texts: int, name: str = "encode's") -> None:
+def _require_text_rows(rows: Mapping[Any, Any], texts: int, name: str = "encode's") -> None:
     for key, value in rows.items():
         if isinstance(value, Mapping):
             _require_text_rows(value, texts, f"{name} {key!r}")

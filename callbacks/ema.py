@@ -109,7 +109,8 @@ class EMA(Callback):
         snapshot_dtype: str = "float32",
     ) -> None:
         super().__init__()
-        several = [profiles] if isinstance(profiles, str | Real | Mapping | EMAProfile) else list(profiles)
+        alone = isinstance(profiles, str | float | int | Real | Mapping | EMAProfile)
+        several: list[Any] = [profiles] if alone else list(cast(Iterable[Any], profiles))
         self.profiles = tuple(resolve_ema_profile(profile) for profile in several)
         labels = [profile.label for profile in self.profiles]
         if not labels or len(set(labels)) < len(labels):

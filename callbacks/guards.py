@@ -88,7 +88,7 @@ def buffers_restored(*roots: object) -> Generator[None, None, None]:
     for module in {id(m): m for root in roots if isinstance(root, nn.Module) for m in root.modules()}.values():
         for name, buffer in module._buffers.items():
             small = buffer is not None and buffer.numel() * buffer.element_size() <= LARGEST_BUFFER
-            kept.append((module, name, buffer, buffer.clone() if small else None, _version(buffer)))
+            kept.append((module, name, buffer, buffer.clone() if buffer is not None and small else None, _version(buffer)))
     try:
         yield
     finally:

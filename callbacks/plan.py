@@ -73,7 +73,7 @@ def take_rows(
     return {key: taken(value) for key, value in values.items()}
 
 
-def require_rows(name: str, values: Mapping[str, Any], num_images: int) -> None:
+def require_rows(name: str, values: Mapping[Any, Any], num_images: int) -> None:
     """Raise ValueError unless every tensor in a (nested) mapping, list or tuple has a row for each image, or one row for all.
 
     >>> require_rows("conditioning", {"y": torch.zeros(3, 2)}, 4)

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from .curves import MAX_TIMESTEPS
 from .registry import lookup, shown
@@ -159,7 +159,7 @@ def numbers(what: str, value: Any) -> tuple[float, ...] | None:
         raise ValueError(f"{what} must be a list of numbers, got {shown(value)}")
     if len(value) > MAX_TIMESTEPS:  # before an array becomes a list: one number may be shown as any number of them
         raise ValueError(f"{what} must have at most {MAX_TIMESTEPS} numbers, got {len(value)}")
-    value = value.tolist() if array else value
+    value = cast(Any, value).tolist() if array else value
     return tuple(
         entry if type(entry) is float and math.isfinite(entry) else number(f"{what}[{i}]", entry)
         for i, entry in enumerate(value)

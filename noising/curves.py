@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -171,7 +171,7 @@ def may_look_at(values: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or values.device.type != "cpu" or not values.numel():
         return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(values)
+    return not cast(Any, torch._C)._functorch.is_functorch_wrapped_tensor(values)
 
 
 def require_range(sigma_min: float, sigma_max: float) -> None:

@@ -102,7 +102,7 @@ class Discrete(Curve):
         return {name: value for name, value in self.__dict__.items() if name != "_tables"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        vars(self).update(state)
         self._tabulate()
 
     def betas(self) -> Tensor:

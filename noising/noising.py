@@ -244,7 +244,8 @@ class Noising(nn.Module):
             total,
         )
         step = place.step
-        index, total = self._micro_batches.take(x0.shape[0], place, counted=self.training)
+        taken = self._micro_batches.take(x0.shape[0], place, counted=self.training)
+        index, total = taken.index, taken.total
         if self.loss_history is not None and self.training:
             self.loss_history.settle(step)
         drawn = self.draw(index, tuple(x0.shape[1:]), step=step, total=total, device=x0.device)

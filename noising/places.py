@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from torch import Tensor
 from .plain_numbers import require_integer
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """The global indices of a batch, and the number of samples over which stratified times are spread.
 
     >>> MicroBatches().take(2, Step(step=0, rank=1, world_size=2), counted=True)
@@ -144,7 +145,7 @@ def _total(step: Step, size: int) -> int:
 
 
 def _given(index: Sequence[int] | Tensor, batch: int) -> list[int]:
-    values: Any = index.tolist() if hasattr(index, "tolist") else list(index)  # a tensor, or an array of numpy
+    values: Any = cast(Any, index).tolist() if hasattr(index, "tolist") else list(index)  # a tensor, or an array of numpy
     if not isinstance(values, list) or len(values) != batch:
         raise ValueError(f"index must have shape ({batch},), a global index for each sample, got {index!r}")
     values = [require_integer("an index", value, "count the samples of the whole optimizer step") for value in values]

@@ -225,4 +225,6 @@ def resolve_prediction(prediction: str | Mapping[str, Any] | Prediction) -> Pred
         return prediction
     parameters = mapping("the prediction type", prediction) if isinstance(prediction, Mapping) else {"name": prediction}
     kind = lookup("prediction type", parameters.pop("name", None), PREDICTIONS)
+    if not parameters:  # torch.compile does not follow the reading of fields
+        return kind()
     return kind(**settings(f"prediction type {kind.name}", kind, parameters, signature(kind).parameters))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import cast
 
 from .curves import require_factor
 from .plain_numbers import whole_number
@@ -33,7 +34,7 @@ def resolution_shift(size: int | tuple[int, ...], base_size: int | tuple[int, ..
 
 def _pixels(name: str, size: int | tuple[int, ...]) -> int:
     several = isinstance(size, Iterable) and getattr(size, "ndim", 1) > 0
-    sides = [whole_number(name, side) for side in (size if several else (size, size))]
+    sides = [whole_number(name, side) for side in (cast(Iterable[int], size) if several else (size, size))]
     if len(sides) != 2 or min(sides) < 1:
         raise ValueError(f"{name} must be a positive side or (height, width), got {size}; e.g. 1024 or (768, 1344)")
     return sides[0] * sides[1]

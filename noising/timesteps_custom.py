@@ -155,7 +155,7 @@ class WithinTimesteps(_Around):
     def times(self, u: Tensor, curve: Curve) -> Tensor:
         known = self._known  # torch.compile, which no cache stops, would trace the search
         same = known is not None and known[0] is curve
-        first, last = known[1] if same else _shares(self.density, curve, self.low, self.high)
+        first, last = known[1] if known is not None and same else _shares(self.density, curve, self.low, self.high)
         t = self.density.times(first + u * (last - first), curve)
         low, high = (int(self.low), int(self.high)) if curve.is_discrete else (self.low, self.high)
         return t.clamp(low, high)  # where u was rounded to the share below

@@ -31,7 +31,7 @@ def warn_of_weights(weighting: Weighting, timesteps: Timesteps, schedule: NoiseS
         zero_snr = ", where SNR is 0" if schedule.has_zero_terminal_snr else ""
         warnings.warn(
             f"weighting {weighting.name!r} is 0 at t = {curve.t_max:g}{zero_snr}: the step that sampling starts from "
-            "gets no gradient; give it a floor (floor=0.05, as a flag --loss_weight_floor 0.05), or use weighting='uniform'",
+            "gets no gradient; give it a floor (floor=0.05, as a flag --loss_weight_floor 0.05), or use weighting 'uniform'",
             stacklevel=3,
         )
     end = end_without_mean(weighting, timesteps, schedule)

@@ -21,10 +21,10 @@ from ..noising.diffusers_config import to_diffusers
 from .custom_grids import CUSTOM
 from .diffusers_classes import CLASSES, FLAGS, SPACINGS, Reading, config_of_class, read_config
 from .grids import grid_options
-from .kernel import run
+from .kernel import Beside, run
 from .knots import Knot
 from .methods import Method
-from .table import Table, compile_table
+from .table import Table, Unconditional, compile_table
 
 if TYPE_CHECKING:
     from .sampler import Sampler
@@ -382,6 +382,7 @@ def _samples(table: Table) -> Tensor:
         return _fixed(4, _CHANNELS, 4.0 + step + 0.37 * drawn)
 
     x = _fixed(4, _CHANNELS, 3.0)
-    for progress in run(table, x, network, noise, lambda: 0.7 * out):  # CFG++ takes another half than any class does
+    beside: Beside = {Unconditional: lambda: 0.7 * out}  # CFG++ takes another half than any class does
+    for progress in run(table, x, network, noise, beside):
         x, step, drawn = progress.x, progress.step, 0
     return x

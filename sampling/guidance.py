@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from enum import Enum
 from types import NoneType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -126,7 +126,7 @@ def _joined(key: str, a: Any, b: Any, batch: int) -> Any:
     kind = type(a)
     if kind is type(b):
         if kind is dict:
-            return _joined_mappings(key, a, b, batch)
+            return _joined_mappings(key, cast(Any, a), cast(Any, b), batch)
         # a list as long as the batch may hold something for each image
         if kind in (list, tuple) and len(a) == len(b) != batch:
             return kind(_joined(f"{key}[{i}]", *pair, batch) for i, pair in enumerate(zip(a, b, strict=True)))

@@ -79,8 +79,8 @@ def start_run(
         outputs, conditioning or {}, unconditional, guidance_scale, guidance_rescale, shape[0], halves
     )
     start = shape_or_noise.detach().to(device) if isinstance(shape_or_noise, Tensor) else noise()
-    scale = (first.alpha**2 + first.sigma**2) ** 0.5 if scale is None else scale
-    x = start.to(torch.promote_types(start.dtype, torch.float32)) * scale
+    spread = (first.alpha**2 + first.sigma**2) ** 0.5 if scale is None else scale
+    x = start.to(torch.promote_types(start.dtype, torch.float32)) * spread
     time_dtype = torch.int64 if whole else torch.promote_types(x.dtype, torch.float32)
 
     def evaluate(x: Tensor, knot: Knot) -> Tensor:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -256,7 +257,7 @@ def _fast_steps(
     steps_offset: int = 0,
     ratio: bool = True,
     final: str = "sigma_min",
-    **_: object,
+    **unread: Any,
 ) -> int:
     top = 1.0 if sigma_max is None else sigma_max
     if schedule is not None and sigma_max is None:

@@ -51,7 +51,7 @@ def run(name: str, *callbacks: Any, **settings: Any) -> dict[str, Any]:
     return seen
 
 
-def publish(preview: Any, *arguments: Any) -> list[str]:
+def publish(preview: Any, *arguments: Any) -> list[Any]:
     PUBLISHED.append((preview.step, preview.weights, len(preview.images), preview.note))
     return PUBLISH(preview, *arguments)
 

@@ -99,7 +99,7 @@ Density = Callable[[torch.Generator], Tensor]
 
 def flow_sigmas(shift: float) -> tuple[Tensor, Tensor]:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    return scheduler.timesteps, scheduler.sigmas
+    return torch.as_tensor(scheduler.timesteps), torch.as_tensor(scheduler.sigmas)
 
 
 def diffusers_sigmas(scheme: str, shift: float, **options: float) -> Density:

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import safetensors
@@ -334,7 +334,7 @@ def test_the_trial_gives_buffers_and_generators_back(tmp_path: Path, reference: 
         def predict(self, x: Tensor, timesteps: Tensor, **conditioning: Any) -> Tensor:
             if not torch.is_grad_enabled():
                 self.calls.add_(torch.rand(2))
-            return super().predict(x, timesteps) * (1 + self.calls[0])
+            return super().predict(x, timesteps) * (1 + cast(Tensor, self.calls)[0])
 
     module = train(tmp_path, previews(), module=fresh(Counting))
     assert module.losses == reference.losses and not module.calls.any()

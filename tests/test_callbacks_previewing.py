@@ -25,6 +25,7 @@ from alphabar.callbacks.drawing import in_slices
 from alphabar.callbacks.rounds import Rounds
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Sampler
+from alphabar.sampling.running import SeededNoise
 from alphabar.training.images import to_pixels
 from callbacks_toy import SCHEDULE, SHAPE, Averages, Toy, fresh, grids, loader, one_thread, train, trainer, weights
 
@@ -48,7 +49,7 @@ def published(monkeypatch: Any) -> list[Any]:
     seen: list[Any] = []
     publish = validation_sampling.publish
 
-    def record(preview: Any, *arguments: Any) -> list[str]:
+    def record(preview: Any, *arguments: Any) -> list[Any]:
         seen.append(preview)
         return publish(preview, *arguments)
 
@@ -270,8 +271,16 @@ class WithUNet(Toy):
         return self.unet(x, timesteps).sample
 
 
-def test_a_pipeline_draws_what_the_sampler_does(tmp_path: Path, published: list[Any]) -> None:
-    """Both on the training schedule, though the pipeline's own scheduler says otherwise."""
+def test_a_pipeline_draws_what_the_sampler_does(
+    tmp_path: Path, published: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both on the training schedule, though the pipeline's own scheduler says otherwise; from the same noise, which a pipeline
+    draws from torch's generators."""
+
+    def noise_of_seeds(shape: Any, generator: Any = None, **_: Any) -> Tensor:
+        return SeededNoise(tuple(shape), [g.initial_seed() for g in generator], torch.device("cpu"))()
+
+    monkeypatch.setattr("diffusers.pipelines.ddpm.pipeline_ddpm.randn_tensor", noise_of_seeds)
     theirs = DDIMScheduler(prediction_type="epsilon", clip_sample=True)
     before = dict(vars(theirs))
     made: list[Any] = []

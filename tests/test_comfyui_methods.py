@@ -22,7 +22,7 @@ from alphabar.sampling import CLEAN, METHODS, Knot, Sampler, knots_at, resolve_m
 from alphabar.sampling.integrals import lagrange_integrals
 from alphabar.sampling.kernel import run
 from alphabar.sampling.knots import knot_at_half_log_snr
-from alphabar.sampling.table import compile_table
+from alphabar.sampling.table import Unconditional, compile_table
 
 SCHEDULES = {
     "vp": NoiseSchedule.scaled_linear(prediction="v_prediction"),
@@ -93,7 +93,7 @@ def by_table(
         return outputs[0]
 
     noise = iter(draws())
-    return [progress.x for progress in run(table, x, evaluate, lambda a, b: next(noise), lambda: half[0])]
+    return [progress.x for progress in run(table, x, evaluate, lambda a, b: next(noise), {Unconditional: lambda: half[0]})]
 
 
 # the published formulas as loops

@@ -24,6 +24,7 @@ from torch import nn
 
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Sampler
+from alphabar.sampling.running import SeededNoise
 from alphabar.training import load_checkpoint
 from alphabar.training.cli import main
 from alphabar.training.images import save_grid
@@ -239,7 +240,7 @@ def test_a_pipeline_as_diffusers_itself_draws_it(make: Any, tmp_path: Path) -> N
     theirs = DiffusionPipeline.from_pretrained(folder)
     theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config, timestep_spacing="trailing", clip_sample=False)
     theirs.set_progress_bar_config(disable=True)
-    noise = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)])
+    noise = SeededNoise((3, 4, 8, 8), 0, torch.device("cpu"))()
     options: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 7.5, "output_type": "pt", "height": 16, "width": 16}
     out = theirs(["a red square"] * 3, latents=noise, **options).images.float()
     got = sampled(tmp_path, folder, "--prompt", "a red square", "--method", "ddim", "--grid", "trailing")

@@ -209,7 +209,7 @@ def test_a_config_is_not_believed_before_its_weights(monkeypatch: pytest.MonkeyP
     """A network of 40 GB, of which the file has the weights of none, takes no memory and little time."""
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match="it has more parameters than the"):
-        build_network({**CONFIG, "block_out_channels": [100_000]}, {"w": torch.ones(1)})
+        build_network({**(CONFIG or {}), "block_out_channels": [100_000]}, {"w": torch.ones(1)})
     assert time.perf_counter() - start < SECONDS and grown_since(before) < MIB
     linear = nn.Linear(2, 2)  # the hook that counted is gone
     assert linear.weight.shape == (2, 2)

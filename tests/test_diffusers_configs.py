@@ -283,8 +283,8 @@ def test_the_start_of_the_euler_family() -> None:
     noise, seen = torch.ones(1, 2), []
     sampler(lambda x, t: seen.append(x) or x, noise)  # type: ignore[func-returns-value]
     assert seen[0] == pytest.approx(expected, rel=1e-6)
-    with pytest.raises(ValueError, match="start must be one of marginal, noise"):
-        Sampler(EPSILON, "euler", 5, start="sigma")
+    with pytest.raises(ValueError, match="init_noise must be one of marginal, sigma"):
+        Sampler(EPSILON, "euler", 5, init_noise="noise")
 
 
 # refusals, and the nearest
@@ -323,7 +323,7 @@ def test_the_nearest_is_written_where_it_is_asked_for(tmp_path: Path, caplog: py
         (("lms", 10, "leading"), {"order": 2}, r"order=2 is an argument of its step\(\)"),
         (("euler", None), {"timesteps": [900, 300]}, "a config does not hold timesteps"),
         (("euler", None), {"sigmas": [10.0, 1.0]}, "a config does not hold sigmas"),
-        (("heun", 10, "trailing"), {}, r"starts it from 0\.99767 of the noise \(start='noise' does so too\)"),
+        (("heun", 10, "trailing"), {}, r"starts it from 0\.99767 of the noise \(init_noise='sigma' does so too\)"),
         (("euler", 10, "trailing"), {"final": "sigma_min", "init_noise": "sigma"}, "x / alpha"),
         (("ddim", 10, "linspace"), {"rounded": True}, "steps by T // N"),
         (("dpm_solver_multistep", 10, "beta"), {"rounding": "down"}, "rounding errors decide"),

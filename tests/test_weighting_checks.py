@@ -44,7 +44,7 @@ DENSITIES = {name: make() for name, make in TIMESTEPS.items() if not name.starts
 # there, no scheme grows but sigma_sqrt, which a Noising bounds. σ is proportional to t on these curves.
 POWER_ON_SAMPLE = {
     "uniform": 0, "x0": 0, "min_snr": 0, "soft_min_snr": 0, "sigmoid": 0, "p2": 0, "onetrainer_p2_v": 0,
-    "diffusers_pixart_min_snr_v": 0, "per_range": 0, "debiased": 1, "onetrainer_sigma": 1,
+    "diffusers_pixart_min_snr_v": 0, "per_range": 0, "debiased": 1, "onetrainer_sigma": 1, "diffusers_cosmap_x0": 0,
 }  # fmt: skip
 # and the density of times falls as t^q towards the data, where it falls at all; faster than any power is 99
 POWER_OF_DENSITY = {"beta": 1, "logit_normal": 99, "lognormal_sigma": 99}
@@ -118,7 +118,7 @@ def test_the_warning() -> None:
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_sigma_sqrt_is_bounded_as_the_peer_s(shift: float) -> None:
     peer = FlowMatchEulerDiscreteScheduler(shift=shift)
-    theirs = compute_loss_weighting_for_sd3("sigma_sqrt", peer.sigmas[: peer.config.num_train_timesteps]).double()
+    theirs = compute_loss_weighting_for_sd3("sigma_sqrt", torch.as_tensor(peer.sigmas)[: peer.config.num_train_timesteps]).double()
     noising = Noising(NoiseSchedule.flow(shift), weighting="sigma_sqrt")
     schedule, weighting = noising.schedule, noising.weighting
     index = torch.arange(1000, dtype=torch.float64)

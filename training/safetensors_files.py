@@ -99,6 +99,8 @@ def _require_laid_out(tensors: Mapping[str, Any], size: int) -> None:
     spans = []
     for name, entry in tensors.items():
         entry = mapping(f"the entry of {shown(name)}", entry)
+        shape: Any
+        offsets: Any
         shape, offsets, dtype = (entry.get(key) for key in ("shape", "data_offsets", "dtype"))
         for numbers, most in ((shape, 64), (offsets, 2)):
             if not isinstance(numbers, list) or len(numbers) > most or any(whole("a size", n) < 0 for n in numbers):
