@@ -279,7 +279,8 @@ def _enlargement(grid: Tensor, fine: int) -> tuple[Tensor, Tensor, Tensor]:
     ``grid``: the cells of each sample, shape (batch,). As torch's interpolate of mode "linear" has it.
     """
     coarse = grid[:, None]
-    at = ((torch.arange(fine, device=grid.device, dtype=torch.float32) + 0.5) * (coarse.to(torch.float32) * (1.0 / fine)) - 0.5).clamp(min=0.0)
+    centres = torch.arange(fine, device=grid.device, dtype=torch.float32) + 0.5
+    at = (centres * (coarse.to(torch.float32) * (1.0 / fine)) - 0.5).clamp(min=0.0)
     below = torch.minimum(at.long(), coarse - 1)
     above = torch.minimum(below + 1, coarse - 1)
     return below, above, torch.where(above == below, 0.0, at - below)
