@@ -122,6 +122,7 @@ _DDIM = SchedulerClass(
     WHOLE,
     "leading",
     keys={"set_alpha_to_one": ALPHA_TO_ONE},
+    fixed={"use_clipped_model_output": False},
     step={"eta": 0.0},
     strides=True,
     off=_CLIP,
@@ -164,8 +165,8 @@ CLASSES: Mapping[str, SchedulerClass] = {
         step={},
         off=("clip_sample",),
     ),
-    "CogVideoXDDIMScheduler": replace(_DDIM, step={}, off=(), written=False),
-    "CogVideoXDPMScheduler": replace(_DDIM, method="dpmpp_2m_sde", step={}, off=(), written=False),
+    "CogVideoXDDIMScheduler": replace(_DDIM, fixed={}, step={}, off=(), written=False),
+    "CogVideoXDPMScheduler": replace(_DDIM, method="dpmpp_2m_sde", fixed={}, step={}, off=(), written=False),
     "DDPMScheduler": _DDPM,
     "DDPMParallelScheduler": replace(_DDPM, written=False),
     "UnCLIPScheduler": replace(

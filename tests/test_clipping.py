@@ -313,3 +313,12 @@ def test_bad_ratios(ratio: float) -> None:
 def test_bad_max_value() -> None:
     with pytest.raises(ValueError, match=r"^max_value must be at least 1, the range of the data, got 0.5$"):
         DynamicThreshold(max_value=0.5)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDIMParallelScheduler", "DDIMInverseScheduler"])
+def test_a_class_name_clips_as_the_class(name: str) -> None:
+    """The step of these classes keeps the network's own noise unless told otherwise; "ddim" takes what the clipped x_0 implies."""
+    schedule = NoiseSchedule.scaled_linear()
+    assert Sampler(schedule, name, 5).method_options["use_clipped_model_output"] is False
+    assert Sampler(schedule, name, 5, use_clipped_model_output=True).method_options["use_clipped_model_output"] is True
+    assert Sampler(schedule, "ddim", 5).method_options["use_clipped_model_output"] is True
