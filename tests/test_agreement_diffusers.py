@@ -480,6 +480,7 @@ FEW = [
         for c, o in (
             ({}, {}),
             ({"timestep_scaling": 5.0}, {"timestep_scaling": 5.0}),
+            ({"timestep_scaling": 0.001}, {"timestep_scaling": 0.001}),  # where c_skip is seen
             ({"original_inference_steps": 25}, {"original_steps": 25}),
         )
     ),

@@ -396,7 +396,7 @@ def test_a_table_with_a_wrong_formula_is_refused_at_birth() -> None:
 
 def test_a_table_that_is_not_finite_is_refused_at_birth() -> None:
     def blows_up(trace: Any, knots: Any, i: int, x: Any) -> list[Any]:
-        return [math.nan * x]
+        return [math.nan * x + trace.denoise(x, knots[i])]
 
     with pytest.raises(
         ValueError,

@@ -38,7 +38,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("noising/discrete.py", "tests/test_timesteps.py"): [
         (
             ".ceil().long().sub(1).clamp(0, self.num_train_timesteps - 1)",
-            ".floor().long().clamp(0, self.num_train_timesteps - 1)",
+            ".ceil().long().clamp(0, self.num_train_timesteps - 1)",
         ),
     ],
     ("noising/discrete.py", SHIFTS): [
@@ -123,7 +123,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("(n.alpha - keep * s.alpha) * D", "(s.alpha - keep * n.alpha) * D"),
         ("return n.sigma * math.sqrt(max(1 - ratio**2, 0.0))", "return n.sigma * max(1 - ratio**2, 0.0)"),
     ],
-    ("sampling/first_order.py", of("dpmpp_2m_sde")): [
+    ("sampling/first_order.py", f"{PEERS} -k dpmpp_2m_sde"): [
         ("math.expm1(-2 * eta *", "math.expm1(-eta *"),
     ],
     ("sampling/first_order.py", f"{PEERS} -k DDPM or DDIM or zero_terminal"): [
@@ -149,6 +149,8 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("sampling/churn.py", of("heun")): [
         ("0.5 * (e + e_n)", "0.4 * e + 0.6 * e_n"),
+    ],
+    ("sampling/churn.py", f"{PEERS} -k flow_shift"): [
         ("(0.5 * whole_n * gone)", "(0.5 * whole * gone)"),
     ],
     ("sampling/churn.py", f"{PEERS} -k churn or karras_ve"): [
@@ -160,12 +162,12 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("ratio: float = 0.5", "ratio: float = 0.4"),
         ("(D_m - D) / (2 * r)", "(D_m - D) / r"),
         ("math.sqrt(max(n.sigma**2 - r**2, 0.0)))", "n.sigma)"),
+    ],
+    ("sampling/midpoint.py", f"{METHODS} -k test_eta and dpmpp_2s"): [
         ("r = check_eta(eta) * posterior_spread(s, n)\n    d = lowered", "r = posterior_spread(s, n)\n    d = lowered"),
     ],
     ("sampling/adams.py", of("deis", "gradient", "plms", "pndm")): [
-        ("4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)", "4: (55 / 24, -58 / 24, 36 / 24, -9 / 24)"),
         ("-n.half_log_snr, rate=1.0)", "-n.half_log_snr, rate=0.9)"),
-        ("(gamma - 1) * (e - past[0])", "(gamma - 1) * (past[0] - e)"),
         ("mean = 0.5 * (value + _combined", "mean = 0.6 * (value + _combined"),
     ],
     ("sampling/adams.py", f"{PEERS} -k PNDM or ipndm or LMS"): [
@@ -197,7 +199,6 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("sampling/exponential.py", of("res_multistep", "seeds")): [
         ("D + (phi_2(H) / -math.expm1(-H) / r_2) * (D2 - D)", "D + (phi_2(H) / -math.expm1(-H)) * (D2 - D)"),
         ("math.exp(-stretch) * self.gathered", "self.gathered"),
-        ("H = 1 + eta\n        weights", "H = 1 - eta\n        weights"),
     ],
     ("sampling/consistency.py", f"{PEERS} -k LCM or TCD or consistency"): [
         ("c_skip = sigma_data**2 / (scaled", "c_skip = sigma_data / (scaled"),
@@ -209,6 +210,15 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("(n.alpha * -math.expm1(-h) / (2 * r)) * (D - past[0])", "(n.alpha * -math.expm1(-h) / r) * (D - past[0])"),
         ("transfer(x, U, s, n) + n.alpha * (D - U)", "transfer(x, D, s, n)"),
         ("x_n = n.alpha * D + n.sigma * e_u", "x_n = n.alpha * D + n.sigma * s.sigma * e_u"),
+    ],
+    ("sampling/adams.py", "tests/test_comfyui_methods.py"): [
+        ("(gamma - 1) * (e - past[0])", "(gamma - 1) * (past[0] - e)"),
+    ],
+    ("sampling/exponential.py", "tests/test_comfyui_methods.py"): [
+        ("H = 1 + eta\n        weights", "H = 1 - eta\n        weights"),
+    ],
+    ("sampling/kernel.py", "tests/test_comfyui_methods.py tests/test_sampler.py"): [
+        ("new = unconditional() if unconditional else basis[-1]", "new = basis[-1]"),
     ],
     # sampling: grids
     ("sampling/sigma_grids.py", "tests/test_grids_diffusers.py"): [
@@ -247,7 +257,6 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("sampling/kernel.py", SAMPLER): [
         ("total.add_(basis[k], alpha=c)", "total.add_(basis[k], alpha=abs(c))"),
-        ("new = unconditional() if unconditional else basis[-1]", "new = basis[-1]"),
         ("total = basis[k] * c", "total = basis[k].mul_(c)"),
         ("new.to(basis[0].dtype)", "new.half().to(basis[0].dtype)"),
     ],
