@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# two processes, each with whole files, whose expensive fixtures are then made once; ARGS="-n 0" for one
+TWO := -n 2 --dist loadfile
 
 PACKAGES := noising sampling training callbacks
 SOURCES := $(PACKAGES) $(wildcard $(addsuffix /*.py,$(PACKAGES)))
@@ -20,10 +22,10 @@ demo: $(VENV)/.installed  ## train the small demo model on two CPU cores, sample
 	$(BIN)/python examples/train_brightness.py --prediction_type v_prediction --rescale_betas_zero_snr --out runs/demo $(ARGS)
 
 test: $(VENV)/.installed  ## run the tests, without the slow ones
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest $(TWO) $(ARGS)
 
 test-random: $(VENV)/.installed  ## run the same tests in a random order; ARGS="--randomly-seed=N" repeats one
-	$(BIN)/pytest -p randomly $(ARGS)
+	$(BIN)/pytest -p randomly $(TWO) $(ARGS)
 
 test-slow: $(VENV)/.installed  ## run the slow tests
 	$(BIN)/pytest -m slow $(ARGS)

@@ -441,8 +441,12 @@ UNIPC += [
 UNIPC += solver_sigmas(solver(peers.UniPCMultistepScheduler, "unipc", solver_order=2))
 
 
-def constant(tau: float) -> Callable[[Any], float]:
-    return lambda t: tau
+@dataclass(frozen=True)
+class constant:  # a function whose printed form says its value
+    tau: float
+
+    def __call__(self, t: Any) -> float:
+        return self.tau
 
 
 SA = [

@@ -98,9 +98,10 @@ def test_a_full_disk_is_said_once_and_training_is_the_same(
         module = train(tmp_path, FillsUp(monkeypatch, where), *ours)
     assert module.losses == reference.losses and weights(module) == weights(reference)
     told = [str(w.message) for w in caught if "; training goes on (" in str(w.message)]
-    expected = {"safetensors": 1, "stores": 1, "lines": 1, "syncing": 3, "renaming": 3, "temporary files": 2}
-    # by ValidationSampling, LossBySNR and EMA; once each and not at all six steps
-    assert len(told) == expected[where], told
+    # by ValidationSampling, LossBySNR and EMA, those that write so; once each and not at all six steps. How many have written before
+    # the disk is full depends on the threads that write
+    most = {"safetensors": 1, "stores": 1, "lines": 1}
+    assert 1 <= len(told) <= most.get(where, 3) and len(set(told)) == len(told), told
     sums = [str(w.message) for w in caught if "times in this run at" in str(w.message)]
     assert len(sums) == len(told) and not of_ours()
 

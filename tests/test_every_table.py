@@ -113,7 +113,7 @@ def still(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return -x
 
 
-@pytest.mark.parametrize("kind", [int, np.int64, np.int32, np.uint8, np.array, torch.tensor], ids=str)
+@pytest.mark.parametrize("kind", [int, np.int64, np.int32, np.uint8, np.array, torch.tensor], ids=lambda kind: kind.__name__)
 def test_integers_of_any_kind(kind: Any) -> None:
     schedule = SCALED.with_prediction("v_prediction")
     sampler = Sampler(schedule, "dpmpp_2m", kind(4), "leading", steps_offset=kind(1))
@@ -131,7 +131,7 @@ def test_integers_of_any_kind(kind: Any) -> None:
     assert resolution_shift(kind(128), 64) == 2.0
 
 
-@pytest.mark.parametrize("kind", [float, np.float64, np.float32, np.array, torch.tensor], ids=str)
+@pytest.mark.parametrize("kind", [float, np.float64, np.float32, np.array, torch.tensor], ids=lambda kind: kind.__name__)
 def test_floats_of_any_kind(kind: Any) -> None:
     sampler = Sampler(SCALED, "ddim", 4, "karras", eta=kind(0.5), rho=kind(6))
     assert sampler == Sampler(SCALED, "ddim", 4, "karras", eta=0.5, rho=6)

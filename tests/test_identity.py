@@ -119,7 +119,7 @@ def test_the_same_sampler_said_in_other_ways_is_equal_and_has_one_table() -> Non
     assert given == Sampler(SCALED, "heun", sigmas=np.array([14.0, 1.0, 0.0])) == pickle.loads(pickle.dumps(given))
 
 
-@pytest.mark.parametrize("sampler", [s for s in all_different() if "lambda" not in repr(s)], ids=repr)
+@pytest.mark.parametrize("sampler", [s for s in all_different() if "lambda" not in repr(s)], ids=lambda s: s.method.name)
 def test_pickles_are_equal(sampler: Sampler) -> None:
     hash(sampler)  # what a hash keeps is no part of the pickle
     twin = pickle.loads(pickle.dumps(sampler))
