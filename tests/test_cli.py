@@ -52,7 +52,20 @@ def test_samplers_lists_every_one_with_its_facts(capsys: pytest.CaptureFixture[s
 def test_the_listing_fits_its_width(width: int) -> None:
     lines = listing(width).splitlines()
     narrowest = 20 + max(len(line) - len(line.split("  ")[-1]) for line in lines if "  " in line.strip())
-    assert max(map(len, lines)) <= max(width, narrowest)
+    # a name is not cut, so that a line that holds one alone may be longer
+    several = [line for line in lines if " " in line.split("  ")[-1].strip()]
+    assert max(map(len, several)) <= max(width, narrowest)
+    assert len(several) > 20
+
+
+@pytest.mark.parametrize("columns", ["60", "80", "200"])
+def test_no_name_is_cut_on_any_terminal(
+    columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main(["samplers"]) == 0
+    words = set(capsys.readouterr().out.replace(",", " ").split())
+    assert {name for names in all_names().values() for name in names if " " not in name} <= words
 
 
 def test_columns() -> None:

@@ -91,7 +91,7 @@ def columns(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int) 
     out = []
     for *cells, last in lines:
         start = "  ".join(cell.ljust(w) for cell, w in zip(cells, widths, strict=True))
-        wrapped = textwrap.wrap(last, max(width - indent, 20), break_on_hyphens=False) or [""]
+        wrapped = textwrap.wrap(last, max(width - indent, 20), break_long_words=False, break_on_hyphens=False) or [""]
         out += [f"{start}  {wrapped[0]}".rstrip(), *(" " * indent + line for line in wrapped[1:])]
     return "\n".join(out)
 
