@@ -78,7 +78,7 @@ def _described_sampler(name: str) -> str:
 
 
 def columns(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> str:
-    """Return rows in columns; the last column is wrapped so that a line is no longer than ``width``.
+    """Return rows in columns; the last column is wrapped at spaces to ``width``; a longer word is not cut.
 
     >>> print(columns(("a", "b"), [("1", "one two three")], 10))
     a  b
