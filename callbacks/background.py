@@ -48,6 +48,7 @@ class Background:
         self._tasks: deque[tuple[Task, Callable[[Exception], object]]] = deque()
         self._changed = threading.Condition()
         self._running = False
+        self._thread: threading.Thread | None = None
         self._stuck: object = None  # the task that a wait for room was given up for
 
     def __reduce__(self) -> Any:
@@ -65,13 +66,19 @@ class Background:
             if self._running:
                 return
             self._running = True
+        thread = threading.Thread(target=self._work, name="alphabar-background", daemon=True)
         try:
-            threading.Thread(target=self._work, name="alphabar-background", daemon=True).start()
+            thread.start()
         except RuntimeError:  # no thread can be started: here and now
             self._work()
+        else:
+            self._thread = thread
 
     def wait(self, seconds: float, interrupted: Callable[[], bool] = lambda: False, left: int = 0) -> bool:
-        """Wait until no more than ``left`` tasks are unfinished; return whether that was so in time."""
+        """Wait until no more than ``left`` tasks are unfinished; return whether that was so in time.
+
+        Where none is left, the thread has ended as well.
+        """
         deadline = time.monotonic() + seconds
         with self._changed:
             while len(self._tasks) > left:
@@ -79,6 +86,8 @@ class Background:
                 if rest <= 0 or interrupted():
                     return False
                 self._changed.wait(min(rest, _LOOK))
+        if left == 0 and self._thread is not None:
+            self._thread.join(_LOOK)  # after its last task it only returns
         return True
 
     def wait_for_room(self, seconds: float = FOR_ROOM, interrupted: Callable[[], bool] = lambda: False) -> bool:

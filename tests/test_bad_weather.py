@@ -197,6 +197,17 @@ def test_a_logger_that_hangs_costs_what_does_not_fit_and_says_so(
     assert lane.wait(10)
 
 
+def test_no_thread_is_left_after_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow_to_end(lane: Background, work: Any = Background._work) -> None:
+        work(lane)
+        time.sleep(0.05)
+
+    monkeypatch.setattr(Background, "_work", slow_to_end)
+    lane = Background()
+    lane.submit(lambda: None)
+    assert lane.wait(10) and not of_ours()
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_error_in_training_waits_for_what_was_drawn(tmp_path: Path, error: type[BaseException]) -> None:
     class Fails(Callback):
