@@ -22,6 +22,7 @@ from alphabar.sampling import (
     CLEAN,
     GRIDS,
     METHODS,
+    Knot,
     Method,
     Sampler,
     Table,
@@ -229,6 +230,19 @@ def test_a_consistency_model_is_sampled_exactly(name: str) -> None:
             *_, last = run(table, points, consistency_function, lambda start, end, draws=draws: next(draws))
             variance += float(last.x[0] - noiseless[0]) ** 2
         assert math.sqrt(variance) == pytest.approx(data.spread, abs=1e-4)
+
+
+def test_flow_heun_follows_the_straight_path_on_every_curve() -> None:
+    """x / (α + σ) on a variance preserving path is x on the flow of the same SNRs."""
+    preserving = zigzag_grid(10)
+    straight = [Knot(k.timestep, k.alpha / (k.alpha + k.sigma), k.sigma / (k.alpha + k.sigma)) for k in preserving]
+    ends = []
+    for knots in (preserving, straight):
+        table = traced(METHODS["flow_heun"].formula, knots, oracles.V)
+        start = oracles.START * (knots[0].alpha + knots[0].sigma)
+        *_, last = run(table, start, oracles.DATA.network(oracles.V), oracles.no_noise)
+        ends.append(last.x / (knots[-1].alpha + knots[-1].sigma))
+    assert torch.allclose(*ends, rtol=1e-12)
 
 
 # the posterior, which the marginals do not see: they come out right for any amount of renewed noise

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -319,3 +320,12 @@ def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match=r"cannot write to the output folder .*name a folder that can be written"):
         require_writable(tmp_path / "file" / "out")
+
+
+def test_files_are_as_readable_as_the_umask_says(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        path = write_atomically(tmp_path / "a.json", "{}")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640

@@ -150,7 +150,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("sampling/churn.py", of("heun")): [
         ("0.5 * (e + e_n)", "0.4 * e + 0.6 * e_n"),
     ],
-    ("sampling/churn.py", f"{PEERS} -k flow_shift"): [
+    ("sampling/churn.py", f"{METHODS} -k straight_path"): [
         ("(0.5 * whole_n * gone)", "(0.5 * whole * gone)"),
     ],
     ("sampling/churn.py", f"{PEERS} -k churn or karras_ve"): [
