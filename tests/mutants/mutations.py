@@ -225,9 +225,9 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("(low ** (1 / rho) - high ** (1 / rho))) ** rho", "(low ** (1 / rho) - high ** (1 / rho))) ** (rho + 1)"),
         ("beta_quantile(1 - _ramp(points), alpha, beta)", "beta_quantile(1 - _ramp(points), alpha, 1.0)"),
         ("for k in (knots[0], knots[-2]))", "for k in (knots[0], knots[-1]))"),
-        ("levels(steps + drop_last), ratio", "levels(steps), ratio"),
     ],
     ("sampling/sigma_grids.py", GRIDS): [
+        ("levels(steps + drop_last), ratio", "levels(steps), ratio"),
         ("u * math.atan(low) + (1 - u) * math.atan(high)", "u * low + (1 - u) * math.atan(high)"),
         ("* (log_low / eps_s - log_high) / (eps_s - 1)", "* (log_low / eps_s - log_high) / eps_s"),
         ("1 - threshold_noise * points / m", "1 - threshold_noise"),
