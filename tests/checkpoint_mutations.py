@@ -96,13 +96,17 @@ def damaged_bytes(content: bytes, rng: random.Random) -> bytes:
     if damage < 0.08:
         return content[: rng.randrange(len(content))]
     if damage < 0.16:
-        changed = bytearray(content)
-        for _ in range(rng.choice((1, 10, 100))):
-            changed[rng.randrange(len(changed))] = rng.randrange(256)
-        return bytes(changed)
+        return changed_bytes(content, rng)
     if damage < 0.2:
         return packed(content)
     return content
+
+
+def changed_bytes(content: bytes, rng: random.Random) -> bytes:
+    changed = bytearray(content)
+    for _ in range(rng.choice((1, 10, 100))):
+        changed[rng.randrange(len(changed))] = rng.randrange(256)
+    return bytes(changed)
 
 
 def packed(content: bytes, more: bytes = b"") -> bytes:
@@ -151,7 +155,7 @@ def mutated_safetensors(rng: random.Random, content: bytes) -> bytes:
     if damage == "cut":
         return content[: rng.randrange(len(content))]
     if damage == "bytes":
-        return damaged_bytes(content, random.Random(rng.random() * 0.16))
+        return changed_bytes(content, rng)
     if damage == "text":
         text = rng.choice(("[]", "{", "null", '{"a": NaN}', '{"a": 1, "a": 2}', "[" * 5000 + "]" * 5000, "{}" + " " * 1000))
         return struct.pack("<Q", len(text)) + text.encode() + data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -54,6 +55,8 @@ def build_network(config: Mapping[str, Any], weights: Mapping[str, Tensor] | Non
     if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
         models = [n for n in dir(diffusers) if n.endswith("Model")]
         raise ValueError(unknown("diffusers model", name, models))
+    for key, parameter in inspect.signature(kind).parameters.items():
+        _require_no_truth_for_a_number(key, values.get(key), parameter.default)
     make = cast(Any, kind).from_config
     if weights is None:
         return cast(nn.Module, make(values))
@@ -157,6 +160,15 @@ def _require_small(what: str, value: Any) -> None:
         raise ValueError(f"{what} of the network's config must be a number or a word, got {shown(value)}")
     elif value is not None and not abs(value) <= LARGEST_SETTING:
         raise ValueError(f"{what} of the network's config is {shown(value)}, and no network has more than {LARGEST_SETTING}")
+
+
+def _require_no_truth_for_a_number(what: str, value: Any, default: Any) -> None:
+    """Refuse True and False where a class has numbers: it may be built with them, and fails when it is called."""
+    if isinstance(default, list | tuple) and isinstance(value, list | tuple):
+        for part in value:
+            _require_no_truth_for_a_number(what, part, default[0] if default else None)
+    elif isinstance(value, bool) and isinstance(default, int | float) and not isinstance(default, bool):
+        raise ValueError(f"{what} of the network's config must be a number, got {value}")
 
 
 def _in_one_line(error: BaseException) -> str:
