@@ -27,7 +27,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from alphabar.callbacks import ValidationSampling, validation_sampling
+from alphabar.callbacks import ValidationSampling
+from alphabar.callbacks.previews import callback as validation_sampling
 from alphabar.noising import NoiseSchedule, Noising
 
 BAR = 0.6

@@ -23,17 +23,26 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from ..noising.files import require_writable
-from ..noising.plain_numbers import whole_number
-from ..noising.registry import lookup
-from ..training.ema import EMAProfile, PowerFunction, resolve_ema_profile
-from ..training.posthoc import SNAPSHOT_DTYPES, save_snapshot
-from .agreement import on_rank_zero
-from .background import AFTER_AN_ERROR, AT_THE_END, BEFORE_A_CHECKPOINT, Background, finish
-from .complaints import Complaints, Failure
-from .contract import is_rehearsal
-from .ema_source import Pairs
-from .shards import Layout, clean_name, is_sharded_state, local, require_parameters, reshard, root_of, values_swapped
+from ..noising.utils.atomic import require_writable
+from ..noising.utils.registry import lookup
+from ..noising.utils.validation import whole_number
+from ..training.ema.posthoc import SNAPSHOT_DTYPES, save_snapshot
+from ..training.ema.profiles import EMAProfile, PowerFunction, resolve_ema_profile
+from .ema_weights import Pairs
+from .support.background import AFTER_AN_ERROR, AT_THE_END, BEFORE_A_CHECKPOINT, Background, finish
+from .support.collectives import on_rank_zero
+from .support.complaints import Complaints, Failure
+from .support.module_api import is_rehearsal
+from .support.sharding import (
+    Layout,
+    clean_name,
+    is_sharded_state,
+    local,
+    require_parameters,
+    reshard,
+    root_of,
+    values_swapped,
+)
 
 STATE_KEY = "ema"  # top level: the averages are tensors, of which callbacks' own states should have none
 

@@ -20,15 +20,15 @@ from PIL import Image
 from torch import Tensor
 
 from ..noising import Noising
-from ..noising.files import require_writable, write_atomically
 from ..noising.noising import Noised
-from ..noising.plain_numbers import whole_number
+from ..noising.utils.atomic import require_writable, write_atomically
+from ..noising.utils.validation import whole_number
 from ..training.snr_buckets import COUNT, Buckets, findings, means, plot
-from .agreement import on_rank_zero
-from .background import AFTER_AN_ERROR, AT_THE_END, finish, pictures_of
-from .complaints import Complaints, Failure
-from .contract import is_rehearsal
-from .image_logging import log_image
+from .support.background import AFTER_AN_ERROR, AT_THE_END, finish, pictures_of
+from .support.collectives import on_rank_zero
+from .support.complaints import Complaints, Failure
+from .support.loggers import log_image
+from .support.module_api import is_rehearsal
 
 
 class LossBySNR(Callback):

@@ -15,16 +15,23 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from ..noising import NoiseSchedule
-from ..noising.pretrained import CONFIG_NAME, EXACT_NAME
-from ..noising.registry import lookup
+from ..noising.io.files import CONFIG_NAME, EXACT_NAME
+from ..noising.utils.registry import lookup
 from ..sampling import Sampler
-from ..training.checkpoints import SCHEDULE_KEY, embedded_schedule, read_checkpoint
-from ..training.sidecars import SUBFOLDER, holds_schedule, own_sidecar, read_sidecar, sidecar_folder, write_sidecar
-from ..training.storage import Folder
-from .agreement import on_rank_zero
-from .complaints import Complaints, Failure
-from .contract import is_rehearsal, schedule_of_module
-from .saves import SavesFollowed
+from ..training.checkpoints.read import SCHEDULE_KEY, embedded_schedule, read_checkpoint
+from ..training.checkpoints.sidecars import (
+    SUBFOLDER,
+    holds_schedule,
+    own_sidecar,
+    read_sidecar,
+    sidecar_folder,
+    write_sidecar,
+)
+from ..training.checkpoints.storage import Folder
+from .checkpoint_hooks import SavesFollowed
+from .support.collectives import on_rank_zero
+from .support.complaints import Complaints, Failure
+from .support.module_api import is_rehearsal, schedule_of_module
 
 
 class ScheduleCheckpoint(Callback):

@@ -39,12 +39,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from alphabar.noising import NoiseSchedule, Noising
-from alphabar.noising.counter import seeded
-from alphabar.noising.files import require_writable, write_atomically
-from alphabar.noising.pretrained import CONFIG_NAME, from_diffusers, to_diffusers
+from alphabar.noising.io.files import CONFIG_NAME, from_diffusers, to_diffusers
+from alphabar.noising.utils.atomic import require_writable, write_atomically
+from alphabar.noising.utils.rng import seeded
 from alphabar.sampling import Sampler
 from alphabar.training import add_noising_arguments, noising_from_arguments, write_markers
-from alphabar.training.checkpoints import SCHEDULE_KEY, schedule_of
+from alphabar.training.checkpoints.read import SCHEDULE_KEY, schedule_of
 from alphabar.training.images import image_grid, png_bytes, to_pixels
 
 _AUGMENT, _ENCODE, _CAPTION = 101, 102, 103  # streams of the seed, beside those of the noising

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 
 from alphabar.callbacks import EMA, ScheduleCheckpoint, ValidationSampling
 from alphabar.noising import NoiseSchedule, Noising
-from alphabar.noising.files import require_writable, write_atomically
+from alphabar.noising.utils.atomic import require_writable, write_atomically
 from alphabar.sampling import Sampler
 from alphabar.training import Constant, DiffusionModule, add_noising_arguments, load_checkpoint, noising_from_arguments
 

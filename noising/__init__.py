@@ -1,21 +1,21 @@
 """Noise schedules and what training needs of them: curves, prediction types, weights, timesteps, noise."""
 
-from .betas import BETA_SCHEDULES
-from .continuous import Cosine, Flow, Karras, SubVariancePreserving, VarianceExploding, VariancePreserving
-from .curves import Curve
-from .discrete import Discrete
-from .importance import LossSecondMoment
+from .curves import CURVES
+from .curves.base import Curve
+from .curves.betas import BETA_SCHEDULES
+from .curves.continuous import Cosine, Flow, Karras, SubVariancePreserving, VarianceExploding, VariancePreserving
+from .curves.discrete import Discrete
+from .curves.shifts import resolution_shift, token_shift
+from .curves.truncated import Truncated
 from .losses import L1, L2, LOSSES, Huber, Loss, PseudoHuber, SmoothL1
 from .noise import NOISES, AdaptiveOffset, Gaussian, Immiscible, InputPerturbation, Offset, Pyramid
 from .noise_base import Chain, Noise
 from .noising import Drawn, Noised, Noising
 from .prediction import PREDICTIONS, Prediction
-from .registered import CURVES
 from .schedule import NoiseSchedule
-from .shifts import resolution_shift, token_shift
 from .timesteps import TIMESTEPS
-from .timesteps_base import LogSNRTimesteps, QuantileTimesteps, Timesteps
-from .timesteps_custom import (
+from .timesteps.base import LogSNRTimesteps, QuantileTimesteps, Timesteps
+from .timesteps.custom import (
     CustomTimesteps,
     ListedTimesteps,
     NoiseLevelTimesteps,
@@ -23,7 +23,7 @@ from .timesteps_custom import (
     WeightedTimesteps,
     WithinTimesteps,
 )
-from .timesteps_published import (
+from .timesteps.densities import (
     BetaTimesteps,
     CosMapTimesteps,
     LogitNormalTimesteps,
@@ -31,8 +31,7 @@ from .timesteps_published import (
     ModeTimesteps,
     UniformTimesteps,
 )
-from .truncated import Truncated
-from .uncertainty import LearnedUncertainty
+from .timesteps.importance import LossSecondMoment
 from .weighting import (
     EDM,
     P2,
@@ -52,6 +51,7 @@ from .weighting import (
     VLike,
     Weighting,
 )
+from .weighting.learned import LearnedUncertainty
 
 __all__ = [
     "BETA_SCHEDULES",

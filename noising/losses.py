@@ -26,9 +26,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .curves import may_look_at
-from .items import made
-from .registry import lookup
+from .curves.base import may_look_at
+from .utils.items import made
+from .utils.registry import lookup
 
 Over = Literal["all", "mask"]
 

@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .counter import Draws
-from .items import made
 from .noise_base import Chain, Noise
+from .utils.items import made
+from .utils.rng import Draws
 
 
 @dataclass(frozen=True)

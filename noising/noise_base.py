@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .counter import Draws, stream_of
+from .utils.rng import Draws, stream_of
 
 
 @dataclass(frozen=True)

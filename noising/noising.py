@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .counter import Draws, Stream, permutation, whole_seed
-from .curves import Curve, may_look_at
-from .importance import Resampled
+from .curves.base import Curve, may_look_at
 from .losses import L2, Loss, Over, mean_of_samples, resolve_loss
+from .micro_batches import MicroBatches, Step
 from .noise import resolve_noise
 from .noise_base import Chain, Noise, apply_kinds, draw_kinds
-from .places import MicroBatches, Step
 from .schedule import NoiseSchedule
-from .shapes import require_same_shape
 from .timesteps import resolve_timesteps
-from .timesteps_base import Timesteps
+from .timesteps.base import Timesteps
+from .timesteps.importance import Resampled
+from .utils.rng import Draws, Stream, permutation, whole_seed
+from .utils.shapes import require_same_shape
 from .weighting import Weighting, resolve_weighting
-from .weighting_checks import warn_of_weights
+from .weighting.checks import warn_of_weights
 
 
 @dataclass(eq=False)

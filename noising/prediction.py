@@ -21,8 +21,8 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from .config_reading import mapping, settings
-from .registry import lookup
+from .utils.config_reading import mapping, settings
+from .utils.registry import lookup
 
 Number = TypeVar("Number", float, torch.Tensor)
 

@@ -20,15 +20,15 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from .config_reading import mapping, whole, word
-from .constructors import Constructors
-from .curves import LEAST_ALPHA, Curve
+from .curves import curve_from_config
+from .curves.base import LEAST_ALPHA, Curve
+from .curves.shifts import resolution_shift, token_shift
+from .curves.truncated import truncate
+from .named_schedules import Constructors
 from .prediction import Prediction, resolve_prediction
-from .registered import curve_from_config
-from .registry import shown, unknown
-from .shapes import require_same_shape
-from .shifts import resolution_shift, token_shift
-from .truncated import truncate
+from .utils.config_reading import mapping, whole, word
+from .utils.registry import shown, unknown
+from .utils.shapes import require_same_shape
 
 VERSION = 1  # of the config format
 _KEYS = ("version", "curve", "prediction", "fingerprint")
@@ -380,7 +380,7 @@ class NoiseSchedule(Constructors):
         >>> NoiseSchedule.from_pretrained(folder) == NoiseSchedule.flow(3.0)
         True
         """
-        from .pretrained import save_schedule
+        from .io.files import save_schedule
 
         return save_schedule(self, folder, sampler, nearest)
 
@@ -393,7 +393,7 @@ class NoiseSchedule(Constructors):
         ``tokens``: the number of image tokens, for a pipeline whose shift depends on it (Flux; see :func:`token_shift`).
         Raises FileNotFoundError where there is no such file, and ValueError for a corrupt one or for two that contradict.
         """
-        from .pretrained import load_schedule
+        from .io.files import load_schedule
 
         return load_schedule(Path(folder, subfolder) if subfolder else Path(folder), tokens)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..noising.registry import lookup
+from ..noising.utils.registry import lookup
 from .names import resolve
-from .outside import Outside
 from .sampler import Sampler
+from .standalone import Outside
 
 
 def make_sampler(schedule: Any, name: str = "dpmpp_2m", steps: int | None = None, **options: Any) -> Any:

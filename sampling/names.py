@@ -14,27 +14,18 @@ from functools import cache
 from inspect import Parameter
 from typing import Any, NamedTuple
 
-from ..noising.registry import lookup
-from . import (
-    adams,
-    cfg_plus_plus,
-    churn,
-    consistency,
-    dpm_fast,
-    dpm_solver,
-    exponential,
-    first_order,
-    heun_variants,
-    midpoint,
-    sa_solver,
-    score_sde,
-    unipc,
-)
-from .diffusers_classes import CLASSES, class_named, settings_of_class
+from ..noising.utils.registry import lookup
 from .grids import GRIDS, Grid, choose_grid, grid_parameters
-from .methods import Method, one_of
+from .interop.diffusers_classes import CLASSES, class_named, settings_of_class
+from .methods import adams, churn, consistency, dpm_solver, exponential, sa_solver, unipc
+from .methods import cfg_pp as cfg_plus_plus
+from .methods import dpm2 as midpoint
+from .methods import dpm_singlestep as dpm_fast
+from .methods import euler as first_order
+from .methods import heun as heun_variants
+from .methods.base import Method, one_of
 from .options import plain_option
-from .outside import OUTSIDE, Outside
+from .standalone import OUTSIDE, Outside, score_sde
 
 FAMILIES = (
     first_order,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..noising.plain_numbers import real_number, whole_number
+from ..noising.utils.validation import real_number, whole_number
 
 
 def plain_option(parameter: Parameter, value: Any) -> Any:

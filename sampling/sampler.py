@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from ..noising import NoiseSchedule
-from ..noising.registry import lookup
-from .brownian import BrownianNoise
+from ..noising.utils.registry import lookup
 from .clipping import Change
 from .grids import Grid, counts_evaluations, grid_options, make_knots
 from .guidance import Network
 from .identity import exact
+from .inference import SeededNoise, last, start_run, without_gradients
 from .kernel import Progress, run
 from .knots import Knot
-from .methods import Method
+from .methods.base import Method
 from .names import RUN_OPTIONS, settle
-from .running import SeededNoise, last, start_run, without_gradients
+from .noise_sources import BrownianNoise
 from .table import Evaluation, Table, Unconditional, compile_table
 
 DEFAULT_STEPS = 20
@@ -194,7 +194,7 @@ class Sampler:
         Traceback (most recent call last):
         ValueError: no scheduler class of diffusers is this sampler (res_multistep, 20 steps on the trailing grid): ...
         """
-        from .diffusers_writing import sampler_config
+        from .interop.diffusers_configs import sampler_config
 
         return sampler_config(self, nearest)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
-from alphabar.callbacks.shards import local, reshard, root_of
+from alphabar.callbacks.support.sharding import local, reshard, root_of
 from alphabar.noising import NoiseSchedule, Noising
 
 SHAPE = (3, 8, 8)

@@ -18,7 +18,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
-from alphabar.callbacks import ScheduleCheckpoint, ValidationSampling, entering, rounds, validation_sampling
+from alphabar.callbacks import ScheduleCheckpoint, ValidationSampling
+from alphabar.callbacks.previews import callback as validation_sampling
+from alphabar.callbacks.previews import loop as rounds
+from alphabar.callbacks.support import strategies as entering
 from alphabar.noising import NoiseSchedule
 from callbacks_toy import Averages, Held, Toy, Units, fresh, strategy, train, weights
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from alphabar.noising import Discrete, NoiseSchedule
+from alphabar.noising.io.files import to_diffusers
 from alphabar.noising.prediction import Consistency
-from alphabar.noising.pretrained import to_diffusers
 
 ZERO = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
 EXACT = [

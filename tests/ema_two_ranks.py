@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from alphabar.callbacks import EMA, LossBySNR, ema_weights
-from alphabar.callbacks.shards import clean_name, local, reshard, root_of
+from alphabar.callbacks.support.sharding import clean_name, local, reshard, root_of
 from alphabar.training import Constant, PowerFunction
 from callbacks_toy import SCHEDULE, Toy, fresh, loader, train
 

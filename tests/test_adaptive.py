@@ -14,10 +14,10 @@ from torch import Tensor
 
 from alphabar.noising import NoiseSchedule, Prediction
 from alphabar.sampling import Combination, Knot, Trace
-from alphabar.sampling.adaptive import AdaptiveProgress, DPMAdaptive, dpm_solver_2, dpm_solver_3
+from alphabar.sampling.inference import Run
 from alphabar.sampling.kernel import run as run_table
 from alphabar.sampling.knots import knot_at_half_log_snr
-from alphabar.sampling.running import Run
+from alphabar.sampling.standalone.adaptive import AdaptiveProgress, DPMAdaptive, dpm_solver_2, dpm_solver_3
 from alphabar.sampling.table import compile_table
 
 FROZEN = json.loads((Path(__file__).parent / "frozen" / "k_diffusion.json").read_text())

@@ -43,10 +43,15 @@ from alphabar.noising import (
     VLike,
     Weighting,
 )
-from alphabar.noising.weighting_peers import KohyaDebiasedEpsilon, KohyaDebiasedV, KohyaScaleVPred, KohyaVPredLike
+from alphabar.noising.weighting.trainer_compat import (
+    KohyaDebiasedEpsilon,
+    KohyaDebiasedV,
+    KohyaScaleVPred,
+    KohyaVPredLike,
+)
 from alphabar.training import add_noising_arguments, noising_from_arguments, schedule_from_arguments
-from alphabar.training.flags import KINDS, Kind
-from alphabar.training.options import read_options
+from alphabar.training.flags.options import read_options
+from alphabar.training.flags.table import KINDS, Kind
 
 BASE = NoiseSchedule.scaled_linear()
 

@@ -19,11 +19,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 
-from alphabar.callbacks import EMA, LossBySNR, ScheduleCheckpoint, ValidationSampling, background
-from alphabar.callbacks.background import Background
-from alphabar.callbacks.guards import buffers_restored
-from alphabar.noising import NoiseSchedule, files
-from alphabar.training import PowerFunction, posthoc, storage
+from alphabar.callbacks import EMA, LossBySNR, ScheduleCheckpoint, ValidationSampling
+from alphabar.callbacks.support import background
+from alphabar.callbacks.support.background import Background
+from alphabar.callbacks.support.isolation import buffers_restored
+from alphabar.noising import NoiseSchedule
+from alphabar.noising.utils import atomic as files
+from alphabar.training import PowerFunction
+from alphabar.training.checkpoints.read import storage
+from alphabar.training.ema.profiles import posthoc
 from callbacks_toy import SHAPE, Toy, fresh, grids, one_thread, train, weights
 from tiny_pipeline import make_pipeline
 from two_processes import last_words, run_two_ranks
@@ -181,10 +185,10 @@ def test_a_logger_that_hangs_costs_what_does_not_fit_and_says_so(
     logger = Slow(seconds=1000)
     for name in ("AT_THE_END", "FOR_ROOM"):
         monkeypatch.setattr(background, name, 0.5)
-    monkeypatch.setattr("alphabar.callbacks.validation_sampling.AT_THE_END", 0.5)
+    monkeypatch.setattr("alphabar.callbacks.previews.callback.AT_THE_END", 0.5)
     monkeypatch.setattr(Background.wait_for_room, "__defaults__", (0.5, lambda: False))
     lane = Background(room=2)
-    monkeypatch.setattr("alphabar.callbacks.validation_sampling.pictures_of", lambda trainer: lane)
+    monkeypatch.setattr("alphabar.callbacks.previews.callback.pictures_of", lambda trainer: lane)
     start = time.monotonic()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

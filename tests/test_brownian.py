@@ -8,8 +8,8 @@ from torch import Tensor
 
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Knot, Sampler
-from alphabar.sampling.brownian import BrownianNoise
-from alphabar.sampling.running import SeededNoise
+from alphabar.sampling.inference import SeededNoise
+from alphabar.sampling.noise_sources import BrownianNoise
 
 CPU = torch.device("cpu")
 KNOTS = [Knot(9, 0.1, 1.0), Knot(0, 1.0, 0.0)]

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from alphabar.callbacks.agreement import errors_of_all_ranks
-from alphabar.callbacks.conditions import Conditions
-from alphabar.callbacks.drawing import Drawing
-from alphabar.callbacks.guards import evaluating, randomness_restored
-from alphabar.callbacks.image_logging import log_image
-from alphabar.callbacks.plan import Plan, require_rows, take_rows
+from alphabar.callbacks.previews.batches import Plan, require_rows, take_rows
+from alphabar.callbacks.previews.conditioning import Conditions
+from alphabar.callbacks.previews.render import Drawing
+from alphabar.callbacks.support.collectives import errors_of_all_ranks
+from alphabar.callbacks.support.isolation import evaluating, randomness_restored
+from alphabar.callbacks.support.loggers import log_image
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Sampler
 from alphabar.training.images import image_grid, png_bytes, to_pixels

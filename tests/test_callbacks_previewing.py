@@ -19,13 +19,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_avg_fn
 
-from alphabar.callbacks import ValidationSampling, previewing, rounds, validation_sampling
-from alphabar.callbacks.diffusers_pipelines import pipeline_steps, scheduler_of
-from alphabar.callbacks.drawing import in_slices
-from alphabar.callbacks.rounds import Rounds
+from alphabar.callbacks import ValidationSampling
+from alphabar.callbacks.previews import callback as validation_sampling
+from alphabar.callbacks.previews import loop as rounds
+from alphabar.callbacks.previews import preview as previewing
+from alphabar.callbacks.previews.diffusers_pipelines import pipeline_steps, scheduler_of
+from alphabar.callbacks.previews.loop import Rounds
+from alphabar.callbacks.previews.render import in_slices
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Sampler
-from alphabar.sampling.running import SeededNoise
+from alphabar.sampling.inference import SeededNoise
 from alphabar.training.images import to_pixels
 from callbacks_toy import SCHEDULE, SHAPE, Averages, Toy, fresh, grids, loader, one_thread, train, trainer, weights
 
@@ -396,7 +399,7 @@ def test_exhausted_memory_is_free_before_the_next_try() -> None:
         yield previewing_paint()
 
     def previewing_paint() -> Any:
-        from alphabar.callbacks.drawing import paint
+        from alphabar.callbacks.previews.render import paint
 
         return paint(torch.zeros(1, 1, 4, 4))
 

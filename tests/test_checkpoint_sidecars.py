@@ -16,12 +16,12 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from alphabar.callbacks import ScheduleCheckpoint
 from alphabar.noising import NoiseSchedule
-from alphabar.noising.pretrained import CONFIG_NAME, EXACT_NAME
+from alphabar.noising.io.files import CONFIG_NAME, EXACT_NAME
 from alphabar.sampling import Sampler
 from alphabar.training import schedule_from_checkpoint
-from alphabar.training.checkpoints import read_checkpoint
-from alphabar.training.sidecars import own_sidecar, read_sidecar, sidecar_folder, write_sidecar
-from alphabar.training.storage import Folder
+from alphabar.training.checkpoints.read import read_checkpoint
+from alphabar.training.checkpoints.sidecars import own_sidecar, read_sidecar, sidecar_folder, write_sidecar
+from alphabar.training.checkpoints.storage import Folder
 from callbacks_toy import SCHEDULE, Toy, files, fresh, loader, one_thread, train, trainer
 
 OTHER = {

@@ -16,10 +16,10 @@ import pytest
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import GRIDS, METHODS
 from alphabar.sampling.names import all_names
-from alphabar.sampling.outside import OUTSIDE
+from alphabar.sampling.standalone import OUTSIDE
 from alphabar.training.cli import BROKEN_PIPE, COMMANDS, main
-from alphabar.training.command_plot import KINDS, SCHEDULES, read_schedule
-from alphabar.training.command_samplers import columns, described, listing
+from alphabar.training.cli.plot import KINDS, SCHEDULES, read_schedule
+from alphabar.training.cli.samplers import columns, described, listing
 
 
 def row_of(name: str, text: str) -> str:

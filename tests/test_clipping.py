@@ -11,10 +11,10 @@ from torch import Tensor
 
 from alphabar.noising import PREDICTIONS, NoiseSchedule
 from alphabar.sampling import METHODS, Knot, Sampler
-from alphabar.sampling.adaptive import DPMAdaptive
 from alphabar.sampling.clipping import Clip, DynamicThreshold, clipped, resolve_clip
+from alphabar.sampling.inference import SeededNoise
 from alphabar.sampling.kernel import run
-from alphabar.sampling.running import SeededNoise
+from alphabar.sampling.standalone.adaptive import DPMAdaptive
 
 LINEAR = NoiseSchedule.linear()
 SHAPE = (2, 3, 4, 4)

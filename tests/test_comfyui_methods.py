@@ -19,9 +19,9 @@ from torch import Tensor
 import oracles
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import CLEAN, METHODS, Knot, Sampler, knots_at, resolve_method
-from alphabar.sampling.integrals import lagrange_integrals
 from alphabar.sampling.kernel import run
 from alphabar.sampling.knots import knot_at_half_log_snr
+from alphabar.sampling.methods.integrals import lagrange_integrals
 from alphabar.sampling.table import Unconditional, compile_table
 
 SCHEDULES = {

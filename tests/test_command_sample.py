@@ -24,12 +24,12 @@ from torch import nn
 
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Sampler
-from alphabar.sampling.running import SeededNoise
+from alphabar.sampling.inference import SeededNoise
 from alphabar.training import load_checkpoint
 from alphabar.training.cli import main
+from alphabar.training.ema.posthoc import save_snapshot
 from alphabar.training.images import save_grid
 from alphabar.training.networks import network_config
-from alphabar.training.posthoc import save_snapshot
 from tiny_pipeline import make_pipeline, make_pipeline_xl
 
 SCHEDULE = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()

@@ -25,8 +25,8 @@ from alphabar.noising import (
     UniformTimesteps,
     WeightedTimesteps,
 )
-from alphabar.noising.counter import Draws
-from alphabar.noising.curves import may_look_at
+from alphabar.noising.curves.base import may_look_at
+from alphabar.noising.utils.rng import Draws
 from oracles import SCHEDULES
 
 EVERY = {

@@ -14,10 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alphabar.noising import Discrete, NoiseSchedule, curves
-from alphabar.noising.config_reading import MAX_BYTES, parse_json, read_json
-from alphabar.noising.diffusers_keys import KNOWN_TO_CLASS, OTHERS, READERS
-from alphabar.noising.pretrained import CONFIG_NAME, EXACT_NAME, from_diffusers, load_schedule
+from alphabar.noising import Discrete, NoiseSchedule
+from alphabar.noising.curves.base import base as curves
+from alphabar.noising.io.diffusers_keys import KNOWN_TO_CLASS, OTHERS, READERS
+from alphabar.noising.io.files import CONFIG_NAME, EXACT_NAME, from_diffusers, load_schedule
+from alphabar.noising.utils.config_reading import MAX_BYTES, parse_json, read_json
 from alphabar.sampling import Sampler
 from config_mutations import configs, mutated, text_of
 

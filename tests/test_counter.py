@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from alphabar.noising import NoiseSchedule, Noising, counter
-from alphabar.noising.counter import Draws, Stream, permutation, whole_seed
+from alphabar.noising import NoiseSchedule, Noising
+from alphabar.noising.utils import rng as counter
+from alphabar.noising.utils.rng import Draws, Stream, permutation, whole_seed
 
 WORD = 2**32 - 1
 BACKENDS = pytest.mark.parametrize("xp", [np, torch], ids=["numpy", "torch"])

@@ -20,9 +20,9 @@ from torch import nn
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Sampler
 from alphabar.training import inspect_path, load_checkpoint
+from alphabar.training.checkpoints.safetensors import NETWORK_KEY, OWN_KEY, SHAPE_KEY, read_header
 from alphabar.training.cli import main
 from alphabar.training.networks import build_network, network_config
-from alphabar.training.safetensors_files import NETWORK_KEY, OWN_KEY, SHAPE_KEY, read_header
 from checkpoint_mutations import (
     SCHEDULE,
     Asks,
@@ -202,7 +202,7 @@ def test_an_error_of_alphabar_itself_keeps_its_traceback(monkeypatch: pytest.Mon
     def broken(*_: Any) -> Any:
         raise KeyError("a mistake of ours")
 
-    monkeypatch.setattr("alphabar.training.command_inspect.inspect_path", broken)
+    monkeypatch.setattr("alphabar.training.cli.inspect.inspect_path", broken)
     with pytest.raises(KeyError, match="a mistake of ours"):
         main(["inspect", "a.ckpt"])
 

@@ -21,12 +21,12 @@ from diffusers import schedulers as peers
 from torch import Tensor
 
 import test_agreement_diffusers as agreement
-from alphabar.callbacks.diffusers_pipelines import differences_of
+from alphabar.callbacks.previews.diffusers_pipelines import differences_of
 from alphabar.noising import NoiseSchedule
-from alphabar.noising.diffusers_config import to_diffusers
-from alphabar.noising.pretrained import CONFIG_NAME
+from alphabar.noising.io.diffusers import to_diffusers
+from alphabar.noising.io.files import CONFIG_NAME
 from alphabar.sampling import GRIDS, METHODS, Sampler
-from alphabar.sampling.diffusers_classes import CLASSES, FLAGS, class_named, read_config
+from alphabar.sampling.interop.diffusers_classes import CLASSES, FLAGS, class_named, read_config
 from alphabar.sampling.names import all_names
 from test_agreement_diffusers import BETAS, DRAWS, RELATIVE, START, Network, network, ours
 

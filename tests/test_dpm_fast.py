@@ -11,7 +11,7 @@ import torch
 import oracles
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import GRIDS, METHODS, Method, Sampler, Table, make_knots
-from alphabar.sampling.dpm_fast import block_orders
+from alphabar.sampling.methods.dpm_singlestep import block_orders
 from alphabar.sampling.table import Evaluation
 
 SCALED = NoiseSchedule.scaled_linear()

@@ -16,8 +16,7 @@ from scipy.integrate import quad
 
 from alphabar.training import EMA_PROFILES, Constant, EMAProfile, HalfLife, InverseGamma, PowerFunction, Warmup
 from alphabar.training.cli import main
-from alphabar.training.ema import gamma_of_sigma_rel, resolve_ema_profile, sigma_rel_of_gamma
-from alphabar.training.posthoc import (
+from alphabar.training.ema.posthoc import (
     FORMAT,
     inner_product,
     plan_posthoc,
@@ -26,6 +25,7 @@ from alphabar.training.posthoc import (
     read_snapshots,
     save_snapshot,
 )
+from alphabar.training.ema.profiles import gamma_of_sigma_rel, resolve_ema_profile, sigma_rel_of_gamma
 
 STEPS = [*range(1, 40), 100, 1000, 100_000]
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from alphabar.noising import NoiseSchedule, resolution_shift
-from alphabar.noising.plain_numbers import real_number, whole_number
+from alphabar.noising.utils.validation import real_number, whole_number
 from alphabar.sampling import CLEAN, METHODS, RePaint, Sampler, VQDiffusion, make_knots
+from alphabar.sampling.standalone.vq_diffusion import TokenSchedule
 from alphabar.sampling.table import ROUNDINGS, point_mass_defects
-from alphabar.sampling.vq_diffusion import TokenSchedule
 from oracles import Gaussian, moments
 
 SCALED = NoiseSchedule.scaled_linear()

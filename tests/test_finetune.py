@@ -18,7 +18,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from alphabar.noising import NoiseSchedule
-from alphabar.training.safetensors_files import read_header
+from alphabar.training.checkpoints.safetensors import read_header
 from test_examples import EXAMPLES, V_ZERO_SNR, load
 from tiny_pipeline import make_images, make_pipeline
 

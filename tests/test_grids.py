@@ -16,10 +16,10 @@ from scipy import special, stats
 
 from all_pairs import all_pairs
 from alphabar.noising import NoiseSchedule
-from alphabar.noising.beta_distribution import beta_cdf, beta_quantile
+from alphabar.noising.utils.beta_distribution import beta_cdf, beta_quantile
 from alphabar.sampling import CLEAN, GRIDS, METHODS, Knot, Method, Sampler, knots_at, make_knots
 from alphabar.sampling.grids import TERMINAL_SIGMA, grid_options, number_of_knots
-from alphabar.sampling.placing import final_knot, lowest_time
+from alphabar.sampling.grids.base import final_knot, lowest_time
 from laying import (
     FLOW,
     FLOW_3,

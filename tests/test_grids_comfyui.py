@@ -12,7 +12,7 @@ from scipy import stats
 
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import make_knots
-from alphabar.sampling.align_your_steps import SIGMAS, STABLE_DIFFUSION_TIMESTEPS
+from alphabar.sampling.grids.align_your_steps import SIGMAS, STABLE_DIFFUSION_TIMESTEPS
 from laying import (
     FLOW,
     FLOW_3,

@@ -12,7 +12,7 @@ from diffusers.schedulers.deprecated import KarrasVeScheduler, ScoreSdeVpSchedul
 
 from alphabar.noising import Karras, NoiseSchedule
 from alphabar.sampling import make_knots
-from alphabar.sampling.timestep_grids import shift_of
+from alphabar.sampling.grids.timesteps import shift_of
 from laying import (
     CONVERSIONS,
     FLOW,

@@ -14,7 +14,7 @@ from torch import Tensor
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import METHODS, Sampler, guide
 from alphabar.sampling.guidance import guided_network
-from alphabar.sampling.learned_variance import LearnedVariance
+from alphabar.sampling.standalone.learned_variance import LearnedVariance
 from alphabar.sampling.table import Unconditional
 
 V = NoiseSchedule.scaled_linear(prediction="v_prediction")

@@ -15,8 +15,8 @@ import torch
 
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import METHODS, OUTSIDE, Clip, DynamicThreshold, Knot, Method, Sampler, make_knots
-from alphabar.sampling.first_order import euler_ancestral
 from alphabar.sampling.identity import exact
+from alphabar.sampling.methods.euler import euler_ancestral
 
 SCALED = NoiseSchedule.scaled_linear()
 

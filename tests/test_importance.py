@@ -28,7 +28,7 @@ from alphabar.noising import (
     Timesteps,
     UniformTimesteps,
 )
-from alphabar.noising.importance import LossHistory
+from alphabar.noising.timesteps.importance import LossHistory
 from oracles import SCHEDULES
 
 ZTSNR, FLOW = SCHEDULES["ztsnr"], NoiseSchedule.flow()

@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from alphabar.noising import NoiseSchedule
-from alphabar.noising.pretrained import CONFIG_NAME, EXACT_NAME
+from alphabar.noising.io.files import CONFIG_NAME, EXACT_NAME
 from alphabar.training import inspect_path, schedule_from_checkpoint, write_markers
+from alphabar.training.checkpoints.safetensors import MARKERS, METADATA_KEYS, OWN_KEY, read_header
 from alphabar.training.cli import main
-from alphabar.training.safetensors_files import MARKERS, METADATA_KEYS, OWN_KEY, read_header
 from callbacks_toy import files
 
 EPSILON = NoiseSchedule.scaled_linear()

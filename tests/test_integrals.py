@@ -5,7 +5,7 @@ import math
 import pytest
 from scipy.integrate import quad
 
-from alphabar.sampling.integrals import lagrange_integrals, phi_2, phi_3
+from alphabar.sampling.methods.integrals import lagrange_integrals, phi_2, phi_3
 
 STEPS = [-9.0, -2.0, -0.3, -0.1, -0.06, -0.04, -1e-3, 1e-6, 0.04, 0.06, 0.099, 0.101, 0.5, 3.0, 12.0]
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Knot, Sampler
-from alphabar.sampling.first_order import posterior_spread
-from alphabar.sampling.learned_variance import LearnedVariance
-from alphabar.sampling.running import Run
+from alphabar.sampling.inference import Run
+from alphabar.sampling.methods.euler import posterior_spread
+from alphabar.sampling.standalone.learned_variance import LearnedVariance
 
 LINEAR = NoiseSchedule.linear()
 ZTSNR = NoiseSchedule.linear(prediction="v_prediction").zero_terminal_snr()

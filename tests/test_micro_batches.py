@@ -16,8 +16,8 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from alphabar.noising import LearnedUncertainty, LossSecondMoment, Noised, NoiseSchedule, Noising, UniformTimesteps
-from alphabar.noising.places import MicroBatches, Step
-from alphabar.noising.plain_numbers import require_integer
+from alphabar.noising.micro_batches import MicroBatches, Step
+from alphabar.noising.utils.validation import require_integer
 
 FLOW = NoiseSchedule.flow()
 

@@ -13,10 +13,10 @@ import torch
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import GRIDS, METHODS, Knot, Method, Sampler, make_sampler, resolve_method
 from alphabar.sampling.names import ALIASES, SUFFIXES, all_names, key_of, resolve, settle
-from alphabar.sampling.outside import OUTSIDE, Outside
-from alphabar.sampling.repaint import RePaint
-from alphabar.sampling.score_sde import PredictorCorrector
-from alphabar.sampling.vq_diffusion import TokenSchedule
+from alphabar.sampling.standalone import OUTSIDE, Outside
+from alphabar.sampling.standalone.repaint import RePaint
+from alphabar.sampling.standalone.score_sde import PredictorCorrector
+from alphabar.sampling.standalone.vq_diffusion import TokenSchedule
 
 SCHEDULE = NoiseSchedule.scaled_linear(prediction="v_prediction")
 

@@ -27,8 +27,8 @@ from alphabar.noising import (
     Pyramid,
 )
 from alphabar.noising import noise as noise_module
-from alphabar.noising.counter import Draws, stream_of
 from alphabar.noising.noise_base import draw_kinds
+from alphabar.noising.utils.rng import Draws, stream_of
 from oracles import SCHEDULES
 
 EPSILON, V, FLOW = SCHEDULES["scaled_linear"], SCHEDULES["ztsnr"], NoiseSchedule.flow()

@@ -28,7 +28,7 @@ from alphabar.noising import (
     Offset,
     UniformTimesteps,
 )
-from alphabar.noising.counter import Draws
+from alphabar.noising.utils.rng import Draws
 from oracles import EVERY_SCHEDULE, SCHEDULES, allowed
 
 FLOW, ZTSNR = SCHEDULES["flow"], SCHEDULES["ztsnr"]

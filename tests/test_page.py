@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from alphabar.callbacks.page import render
-from alphabar.callbacks.publishing import Preview, publish
+from alphabar.callbacks.previews.html import render
+from alphabar.callbacks.previews.publish import Preview, publish
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 in_browser = pytest.mark.skipif(BROWSER is None, reason="needs chromium")
@@ -253,6 +253,6 @@ def test_package_data_is_declared() -> None:
     """What lies beside the modules is in the wheel only where pyproject.toml names it."""
     root = Path(__file__).resolve().parent.parent
     text = (root / "pyproject.toml").read_text(encoding="utf-8")
-    lying = {path.name for path in (root / "callbacks").iterdir() if path.suffix not in (".py", "") and path.is_file()}
-    assert lying == {"py.typed", "page.html"}
-    assert '"alphabar.callbacks" = ["page.html"]' in text
+    lying = {path.relative_to(root).as_posix() for path in (root / "callbacks").rglob("*") if path.suffix == ".html"}
+    assert lying == {"callbacks/previews/page.html"}
+    assert '"alphabar.callbacks.previews" = ["page.html"]' in text

@@ -14,14 +14,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from alphabar.noising import CURVES, TIMESTEPS, WEIGHTINGS, MinSNR, NoiseSchedule, QuantileTimesteps, UniformTimesteps
-from alphabar.noising.importance import LossHistory
-from alphabar.noising.items import made, parse_item
+from alphabar.noising.timesteps.importance import LossHistory
+from alphabar.noising.utils.items import made, parse_item
 from alphabar.sampling import GRIDS, METHODS, Sampler, make_knots
 from alphabar.sampling.plotting import COLOURS, coefficients, plot_grids, plot_table
 from alphabar.sampling.table import Evaluation
-from alphabar.training.command_plot import drawable
-from alphabar.training.items import SCHEDULES, read_schedule
-from alphabar.training.plotting import densities_of, is_learned, plot_schedules, plot_timesteps, plot_weights
+from alphabar.training.cli.plot import drawable
+from alphabar.training.flags.items import SCHEDULES, read_schedule
+from alphabar.training.plots import densities_of, is_learned, plot_schedules, plot_timesteps, plot_weights
 
 SCALED = NoiseSchedule.scaled_linear(prediction="v_prediction")
 ZTSNR = SCALED.zero_terminal_snr()

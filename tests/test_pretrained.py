@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from alphabar.noising import Discrete, NoiseSchedule
-from alphabar.noising.files import require_writable, write_atomically
-from alphabar.noising.pretrained import CONFIG_NAME, EXACT_NAME, from_diffusers, to_diffusers
+from alphabar.noising.io.files import CONFIG_NAME, EXACT_NAME, from_diffusers, to_diffusers
+from alphabar.noising.utils.atomic import require_writable, write_atomically
 from alphabar.sampling import Sampler
 
 SCHEDULES = {

@@ -14,11 +14,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 
-from alphabar.callbacks.image_logging import LOGGERS
-from alphabar.callbacks.page import read_records
-from alphabar.callbacks.publishing import Preview, publish
+from alphabar.callbacks.previews.html import read_records
+from alphabar.callbacks.previews.publish import Preview, publish
+from alphabar.callbacks.support.loggers import LOGGERS
+from alphabar.training.checkpoints.storage import Folder
 from alphabar.training.images import image_grid, png_bytes
-from alphabar.training.storage import Folder
 from callbacks_toy import files
 
 GENERATOR = torch.Generator().manual_seed(0)

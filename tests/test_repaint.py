@@ -15,8 +15,8 @@ from torch import Tensor
 
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Knot, Sampler
-from alphabar.sampling.repaint import RePaint, time_travel
-from alphabar.sampling.running import Run, SeededNoise
+from alphabar.sampling.inference import Run, SeededNoise
+from alphabar.sampling.standalone.repaint import RePaint, time_travel
 
 LINEAR = NoiseSchedule.linear()
 ZTSNR = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Sampler
-from alphabar.sampling.adaptive import DPMAdaptive
-from alphabar.sampling.learned_variance import LearnedVariance
-from alphabar.sampling.repaint import RePaint
-from alphabar.sampling.running import SeededNoise, checked_shape
-from alphabar.sampling.score_sde import PredictorCorrector
+from alphabar.sampling.inference import SeededNoise, checked_shape
+from alphabar.sampling.standalone.adaptive import DPMAdaptive
+from alphabar.sampling.standalone.learned_variance import LearnedVariance
+from alphabar.sampling.standalone.repaint import RePaint
+from alphabar.sampling.standalone.score_sde import PredictorCorrector
 from alphabar.sampling.table import Evaluation
 
 V = NoiseSchedule.scaled_linear(prediction="v_prediction")

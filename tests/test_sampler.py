@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from all_pairs import all_pairs
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import METHODS, Knot, Method, Sampler, guide, resolve_method
-from alphabar.sampling.diffusers_classes import CLASSES
+from alphabar.sampling.inference import SeededNoise
+from alphabar.sampling.interop.diffusers_classes import CLASSES
 from alphabar.sampling.kernel import combine, run
-from alphabar.sampling.running import SeededNoise
 from oracles import SCHEDULES, allowed
 
 SHAPE = (3, 2, 4)

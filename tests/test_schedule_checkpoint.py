@@ -17,9 +17,9 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnException
 
 from alphabar.callbacks import ScheduleCheckpoint
 from alphabar.noising import NoiseSchedule
-from alphabar.noising.pretrained import CONFIG_NAME, EXACT_NAME
+from alphabar.noising.io.files import CONFIG_NAME, EXACT_NAME
 from alphabar.training import schedule_from_checkpoint
-from alphabar.training.checkpoints import read_checkpoint
+from alphabar.training.checkpoints.read import read_checkpoint
 from callbacks_toy import SCHEDULE, Toy, files, fresh, loader, one_thread, train, trainer
 
 PLAIN = NoiseSchedule.scaled_linear(prediction="v_prediction")

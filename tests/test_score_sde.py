@@ -16,9 +16,9 @@ from torch import Tensor
 from alphabar.noising import NoiseSchedule, VarianceExploding
 from alphabar.sampling import Combination, Knot, Method, Sampler, Table, Trace
 from alphabar.sampling.grids import make_knots
+from alphabar.sampling.inference import Run
 from alphabar.sampling.knots import knot_at_half_log_snr
-from alphabar.sampling.running import Run
-from alphabar.sampling.score_sde import METHODS, PredictorCorrector, score_sde_vp
+from alphabar.sampling.standalone.score_sde import METHODS, PredictorCorrector, score_sde_vp
 from alphabar.sampling.table import Draw, Evaluation, compile_table
 
 (VP_METHOD,) = METHODS

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from alphabar.training import schedule_from_checkpoint
+from alphabar.training.checkpoints.sidecars import own_sidecar, read_sidecar
 from alphabar.training.cli import main
-from alphabar.training.sidecars import own_sidecar, read_sidecar
 from callbacks_toy import SCHEDULE, files
 from two_processes import last_words, run_two_ranks
 

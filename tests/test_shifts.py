@@ -24,7 +24,7 @@ from alphabar.noising import (
     resolution_shift,
     token_shift,
 )
-from alphabar.noising.truncated import truncate
+from alphabar.noising.curves.truncated import truncate
 from alphabar.sampling import GRIDS, Sampler, make_knots
 
 SD = NoiseSchedule.scaled_linear(prediction="v_prediction")

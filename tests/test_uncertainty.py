@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from alphabar.noising import LearnedUncertainty, NoiseSchedule, Noising, PerRange, Uniform
-from alphabar.noising.uncertainty import LogVariance
+from alphabar.noising.weighting.learned import LogVariance
 from alphabar.training import DiffusionModule
 from oracles import SCHEDULES, allowed
 

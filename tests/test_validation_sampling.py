@@ -29,11 +29,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from alphabar.callbacks import ScheduleCheckpoint, ValidationSampling, drawing
-from alphabar.callbacks.entering import Entrance, entrance_of
+from alphabar.callbacks import ScheduleCheckpoint, ValidationSampling
+from alphabar.callbacks.previews import render as drawing
+from alphabar.callbacks.support.strategies import Entrance, entrance_of
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Sampler
-from alphabar.sampling.running import SeededNoise
+from alphabar.sampling.inference import SeededNoise
 from alphabar.training.images import image_grid, to_pixels
 from callbacks_toy import SCHEDULE, SHAPE, Toy, files, fresh, grids, loader, one_thread, train, trainer, weights
 
@@ -358,7 +359,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import torch
 from test_validation_sampling import _resumable, ValidationSampling
-from alphabar.callbacks.background import pictures_of
+from alphabar.callbacks.support.background import pictures_of
 
 torch.set_num_threads(1)
 

@@ -11,8 +11,8 @@ from diffusers import VQDiffusionScheduler
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from alphabar.sampling.running import SeededNoise
-from alphabar.sampling.vq_diffusion import TokenSchedule, VQDiffusion
+from alphabar.sampling.inference import SeededNoise
+from alphabar.sampling.standalone.vq_diffusion import TokenSchedule, VQDiffusion
 
 K, T = 4, 6
 SMALL = TokenSchedule(K + 1, T, 0.9, 0.05, 0.05, 0.6)  # every probability is large enough to see

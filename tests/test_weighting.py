@@ -36,9 +36,9 @@ from alphabar.noising import (
 )
 from alphabar.noising.prediction import KarrasF
 from alphabar.noising.weighting import resolve_weighting
-from alphabar.noising.weighting_peers import Peer
-from alphabar.noising.weighting_published import P2
-from alphabar.noising.weighting_scheme import Scheme
+from alphabar.noising.weighting.base import Scheme
+from alphabar.noising.weighting.schemes import P2
+from alphabar.noising.weighting.trainer_compat import Peer
 from oracles import ALL_PREDICTIONS, EVERY_SCHEDULE, SCHEDULES, allowed
 
 TOLERANCE = 1e-12

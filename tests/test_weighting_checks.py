@@ -24,7 +24,7 @@ from alphabar.noising import (
     VariancePreserving,
 )
 from alphabar.noising.weighting import resolve_weighting
-from alphabar.noising.weighting_checks import end_without_mean
+from alphabar.noising.weighting.checks import end_without_mean
 from oracles import allowed
 
 FLOW = NoiseSchedule.flow()

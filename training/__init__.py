@@ -2,14 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .arguments import add_noising_arguments, noising_from_arguments, schedule_from_arguments
-from .checkpoints import schedule_from_checkpoint
-from .diffusers_base import diffusers_scheduler
-from .ema import EMA_PROFILES, Constant, EMAProfile, HalfLife, InverseGamma, PowerFunction, Warmup
-from .inspection import inspect_path
-from .loading import load_checkpoint
-from .posthoc import posthoc_ema, save_snapshot
-from .safetensors_files import write_markers
+from .checkpoints.inspect import inspect_path
+from .checkpoints.loading import load_checkpoint
+from .checkpoints.read import schedule_from_checkpoint
+from .checkpoints.safetensors import write_markers
+from .ema.posthoc import posthoc_ema, save_snapshot
+from .ema.profiles import EMA_PROFILES, Constant, EMAProfile, HalfLife, InverseGamma, PowerFunction, Warmup
+from .flags.base_model import diffusers_scheduler
+from .flags.parsing import add_noising_arguments, noising_from_arguments, schedule_from_arguments
 
 if TYPE_CHECKING:
     from .module import DiffusionModule

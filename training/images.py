@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..noising.files import write_atomically
+from ..noising.utils.atomic import write_atomically
 
 BACKGROUND = 128  # mid grey: black and white images both stand out from it
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ..noising.config_reading import mapping
-from ..noising.registry import shown, unknown
+from ..noising.utils.config_reading import mapping
+from ..noising.utils.registry import shown, unknown
 
 LARGEST_SETTING = 1 << 20  # of a network's config: no width, number of layers or vocabulary is larger
 

@@ -18,7 +18,7 @@ def of(*methods: str) -> str:
 
 MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
     # noising
-    ("noising/betas.py", CURVES): [
+    ("noising/curves/betas.py", CURVES): [
         ("torch.linspace(start**0.5, end**0.5, n", "torch.linspace(start, end, n"),
         ("_times(n) + 0.008) / 1.008", "_times(n) + 0.008) / 1.0"),
         ("math.expm1(-12 / n)", "math.expm1(-11 / n)"),
@@ -26,7 +26,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("distance.abs() + 1e-6).log()", "distance.abs() + 1e-3).log()"),
         ("_laplace_log_snr(n)).sqrt())", "_laplace_log_snr(n)))"),
     ],
-    ("noising/discrete.py", CURVES): [
+    ("noising/curves/discrete.py", CURVES): [
         ("scale = alpha[0] / (alpha[0] - alpha[-1])", "scale = 1 / (alpha[0] - alpha[-1])"),
         ("torch.sqrt(one_minus * (1 + rescaled))", "torch.sqrt(one_minus * (1 - rescaled))"),
         ("torch.cumsum(torch.log1p(-curve.betas()), 0)", "torch.cumsum(-curve.betas(), 0)"),
@@ -35,18 +35,18 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("on_table = t == nearest", "on_table = t < 0"),
         ("f = torch.where(to_zero, (1 - alpha / table.alpha[k])", "f = torch.where(to_zero, (alpha / table.alpha[k])"),
     ],
-    ("noising/discrete.py", "tests/test_timesteps.py"): [
+    ("noising/curves/discrete.py", "tests/test_timesteps.py"): [
         (
             ".ceil().long().sub(1).clamp(0, self.num_train_timesteps - 1)",
             ".ceil().long().clamp(0, self.num_train_timesteps - 1)",
         ),
     ],
-    ("noising/discrete.py", SHIFTS): [
+    ("noising/curves/discrete.py", SHIFTS): [
         ('require_factor("factor", factor) ** 2', 'require_factor("factor", factor)'),
         ("torch.hypot(alpha, math.sqrt(scale) * sigma)", "torch.hypot(alpha, scale * sigma)"),
         ("snr_shift_scale=before, rescaled_snr", "snr_shift_scale=self.snr_shift_scale, rescaled_snr"),
     ],
-    ("noising/continuous.py", CURVES): [
+    ("noising/curves/continuous.py", CURVES): [
         ("return (1 - t) / (1 + (self.shift - 1) * t)", "return (1 - t) / (1 + self.shift * t)"),
         ("- 0.5 * t * self.beta_min", "- 0.25 * t * self.beta_min"),
         ("log_alpha.exp(), -torch.expm1(2 * log_alpha)\n", "log_alpha.exp(), -torch.expm1(log_alpha)\n"),
@@ -54,14 +54,14 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("(2 / math.pi) * torch.atan((-0.5 * value).exp())", "(2 / math.pi) * torch.atan((-value).exp())"),
         ("return index / (self.num_train_timesteps - 1)", "return index / self.num_train_timesteps"),
     ],
-    ("noising/continuous.py", f"{PEERS} -k edm"): [
+    ("noising/curves/continuous.py", f"{PEERS} -k edm"): [
         ("return 0.25 * t.to(evaluation_dtype(t)).log()", "return 0.5 * t.to(evaluation_dtype(t)).log()"),
         ("** 2 + self.sigma_data**2).rsqrt()", "** 2 + self.sigma_data).rsqrt()"),
     ],
-    ("noising/continuous.py", "tests/test_timesteps.py tests/test_noising.py tests/test_curves.py"): [
+    ("noising/curves/continuous.py", "tests/test_timesteps.py tests/test_noising.py tests/test_curves.py"): [
         ("((low + u * (high - low)) ** self.rho)", "((low + u * high) ** self.rho)"),
     ],
-    ("noising/shifts.py", SHIFTS): [
+    ("noising/curves/shifts.py", SHIFTS): [
         ("mu = base_shift + (tokens - base_tokens)", "mu = base_shift + tokens"),
         ("return sides[0] * sides[1]", "return sides[0] ** 2"),
         ('math.exp(mu) if kind == "exponential"', 'math.exp(mu) if kind == "linear"'),
@@ -74,11 +74,11 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("return (c0 * x_t - alpha * out) /", "return (c0 * x_t - sigma * out) /"),
         ("return sigma / (d * norm), -(alpha * d) / norm", "return sigma / (d * norm), -alpha / norm"),
     ],
-    ("noising/weighting_scheme.py", WEIGHTING): [
+    ("noising/weighting/base.py", WEIGHTING): [
         ("det**2) / det**2", "det**2) / det"),
         ("return weight.clamp(min=self.floor) if self.floor else weight", "return weight + self.floor"),
     ],
-    ("noising/weighting_published.py", WEIGHTING): [
+    ("noising/weighting/schemes.py", WEIGHTING): [
         ("return minimum(alpha2, self.gamma * sigma2)", "return minimum(alpha2, self.gamma * (alpha2 + sigma2))"),
         ("self.gamma / (alpha2 + self.gamma * sigma2)", "self.gamma / (alpha2 + sigma2)"),
         ("math.exp(-self.bias))", "math.exp(self.bias))"),
@@ -88,13 +88,13 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("** 2 / (alpha2 + sigma2)", "** 2 / (2 * alpha2 + sigma2)"),
         ("return alpha2 + self.strength * (alpha2 + sigma2)", "return alpha2 + self.strength * alpha2"),
     ],
-    ("noising/weighting_peers.py", WEIGHTING): [
+    ("noising/weighting/trainer_compat.py", WEIGHTING): [
         ("return minimum(alpha2 + sigma2, self.gamma * sigma2)", "return minimum(alpha2, self.gamma * sigma2)"),
         ("alpha2 / CAP**0.5)", "alpha2 / CAP)"),
         ("(2 * sigma2 + alpha2)) ** self.gamma", "(sigma2 + alpha2)) ** self.gamma"),
         ("(CAP / (CAP + 1)))", "1.0)"),
     ],
-    ("noising/timesteps_published.py", "tests/test_timesteps.py"): [
+    ("noising/timesteps/densities.py", "tests/test_timesteps.py"): [
         ("u - self.scale * (torch.sin(0.5 * math.pi * u) ** 2 - u)", "u - self.scale * (torch.sin(0.5 * math.pi * u) - u)"),
         ("return sine / (sine + cosine)", "return sine / (sine + 2 * cosine)"),
         ("return beta_quantile(u, self.a, self.b)", "return beta_quantile(u, self.b, self.a)"),
@@ -104,11 +104,11 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("return within * (d - 0.5 * within)", "return within * (d - within)"),
         ("return d**2 / ((d**2 + c**2).sqrt() + c)", "return d**2 / ((d**2 + c**2).sqrt() - c)"),
     ],
-    ("noising/truncated.py", SHIFTS): [
+    ("noising/curves/truncated.py", SHIFTS): [
         ("((1 - u) * self.first + u * self.last)", "(u * self.first + (1 - u) * self.last)"),
         ("return index + int(self.first) if", "return index if"),
     ],
-    ("noising/diffusers_config.py", "tests/test_pretrained.py"): [
+    ("noising/io/diffusers.py", "tests/test_pretrained.py"): [
         ('"rescale_betas_zero_snr": zero, "prediction_type"', '"rescale_betas_zero_snr": False, "prediction_type"'),
         ('"beta_end": curve.beta_end,', '"beta_end": curve.beta_start,'),
         ("-torch.expm1(log_alpha_bar.diff(", "-torch.expm1(0.5 * log_alpha_bar.diff("),
@@ -118,27 +118,27 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("_DISCRETE_DEFAULTS | _DEFAULTS.get(name, {}) | said", "_DISCRETE_DEFAULTS | said"),
     ],
     # sampling: methods
-    ("sampling/first_order.py", of("ddim", "ddpm", "euler_ancestral") + " or posterior or beta_tilde"): [
+    ("sampling/methods/euler.py", of("ddim", "ddpm", "euler_ancestral") + " or posterior or beta_tilde"): [
         ("math.sqrt(max(n.sigma**2 - r**2, 0.0)) / s.sigma", "max(n.sigma - r, 0.0) / s.sigma"),
         ("(n.alpha - keep * s.alpha) * D", "(s.alpha - keep * n.alpha) * D"),
         ("return n.sigma * math.sqrt(max(1 - ratio**2, 0.0))", "return n.sigma * max(1 - ratio**2, 0.0)"),
     ],
-    ("sampling/first_order.py", f"{PEERS} -k dpmpp_2m_sde"): [
+    ("sampling/methods/euler.py", f"{PEERS} -k dpmpp_2m_sde"): [
         ("math.expm1(-2 * eta *", "math.expm1(-eta *"),
     ],
-    ("sampling/first_order.py", f"{PEERS} -k DDPM or DDIM or zero_terminal"): [
+    ("sampling/methods/euler.py", f"{PEERS} -k DDPM or DDIM or zero_terminal"): [
         ("beta = 1 - (s.alpha / n.alpha) ** 2", "beta = 1 - s.alpha / n.alpha"),
         ("trace.evaluate(x, Knot(n.timestep,", "trace.evaluate(x, Knot(s.timestep,"),
         ("r = eta * posterior_spread(s, n)\n    return", "r = eta**2 * posterior_spread(s, n)\n    return"),
     ],
-    ("sampling/dpm_solver.py", f"{METHODS} -k third_order_blocks"): [
+    ("sampling/methods/dpm_solver.py", f"{METHODS} -k third_order_blocks"): [
         ("(phi_3(H) / whole) * D2\n\n\nMETHODS", "0.5 * (phi_3(H) / whole) * D2\n\n\nMETHODS"),
         ("D2 = 2.0 * (slope[1] - slope[0]) / (r2 - r1)", "D2 = (slope[1] - slope[0]) / (r2 - r1)"),
     ],
-    ("sampling/dpm_solver.py", "tests/test_agreement_classes.py -k end_of_an_inversion"): [
+    ("sampling/methods/dpm_solver.py", "tests/test_agreement_classes.py -k end_of_an_inversion"): [
         ("1 if euler_at_final and i == steps - 1 else order", "order"),
     ],
-    ("sampling/dpm_solver.py", f"{PEERS} -k DPMSolver"): [
+    ("sampling/methods/dpm_solver.py", f"{PEERS} -k DPMSolver"): [
         ("return min(order, steps - i) if lower_order_final", "return order if lower_order_final"),
         ("[value, *past[: order - 2]] if order > 1 else []\n    if n.sigma", "[value] if order > 1 else []\n    if n.sigma"),
         ("E = weighted_mean(m, lambdas, h, -h, solver_type)", "E = weighted_mean(m, lambdas, h, h, solver_type)"),
@@ -147,86 +147,86 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("lower_order_final and steps < 15", "lower_order_final and steps < 25"),
         ('return m[0] + (0.5 if solver_type == "midpoint"', 'return m[0] + (0.5 if solver_type == "heun"'),
     ],
-    ("sampling/churn.py", of("heun")): [
+    ("sampling/methods/churn.py", of("heun")): [
         ("0.5 * (e + e_n)", "0.4 * e + 0.6 * e_n"),
     ],
-    ("sampling/churn.py", f"{METHODS} -k straight_path"): [
+    ("sampling/methods/churn.py", f"{METHODS} -k straight_path"): [
         ("(0.5 * whole_n * gone)", "(0.5 * whole * gone)"),
     ],
-    ("sampling/churn.py", f"{PEERS} -k churn or karras_ve"): [
+    ("sampling/methods/churn.py", f"{PEERS} -k churn or karras_ve"): [
         ("math.sqrt(2) - 1)", "math.sqrt(2))"),
         ("math.sqrt((1 + gamma) ** 2 - 1)", "math.sqrt((1 + gamma) - 1)"),
         ("if s_tmin <= s.sigma_ve <= s_tmax", "if s_tmin <= s.sigma_ve"),
     ],
-    ("sampling/midpoint.py", of("dpm_2", "dpmpp_2s", "dpmpp_sde")): [
+    ("sampling/methods/dpm2.py", of("dpm_2", "dpmpp_2s", "dpmpp_sde")): [
         ("ratio: float = 0.5", "ratio: float = 0.4"),
         ("(D_m - D) / (2 * r)", "(D_m - D) / r"),
         ("math.sqrt(max(n.sigma**2 - r**2, 0.0)))", "n.sigma)"),
     ],
-    ("sampling/midpoint.py", f"{METHODS} -k test_eta and dpmpp_2s"): [
+    ("sampling/methods/dpm2.py", f"{METHODS} -k test_eta and dpmpp_2s"): [
         ("r = check_eta(eta) * posterior_spread(s, n)\n    d = lowered", "r = posterior_spread(s, n)\n    d = lowered"),
     ],
-    ("sampling/adams.py", of("deis", "gradient", "plms", "pndm")): [
+    ("sampling/methods/adams.py", of("deis", "gradient", "plms", "pndm")): [
         ("-n.half_log_snr, rate=1.0)", "-n.half_log_snr, rate=0.9)"),
         ("mean = 0.5 * (value + _combined", "mean = 0.6 * (value + _combined"),
     ],
-    ("sampling/adams.py", f"{PEERS} -k PNDM or ipndm or LMS"): [
+    ("sampling/methods/adams.py", f"{PEERS} -k PNDM or ipndm or LMS"): [
         ("[1 / 6, 1 / 3, 1 / 3, 1 / 6]", "[1 / 3, 1 / 6, 1 / 6, 1 / 3]"),
         ("return [x_n, value]", "return [x_n, mean]"),
         ("v3 = stage(v2, m)", "v3 = stage(v1, m)"),
         ("4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)", "4: (55 / 24, -58 / 24, 36 / 24, -9 / 24)"),
     ],
-    ("sampling/unipc.py", of("unipc")): [
+    ("sampling/methods/unipc.py", of("unipc")): [
         ("return [0.5] * len(ratios)", "return [0.4] * len(ratios)"),
         ("h_phi = h_phi / hh - 1 / factorial", "h_phi = h_phi / hh + 1 / factorial"),
         ("[*residuals, corrected - values[0]]", "[*residuals, corrected]"),
     ],
-    ("sampling/unipc.py", f"{PEERS} -k UniPC or unipc"): [
+    ("sampling/methods/unipc.py", f"{PEERS} -k UniPC or unipc"): [
         ('hh if solver_type == "bh1"', 'hh if solver_type == "bh2"'),
         ("i - 1 not in disable_corrector", "i not in disable_corrector"),
         ("return min(order, steps - j, history + 1) if lower_order_final", "return min(order, history + 1) if lower_order_final"),
         ("alone = n.sigma == 0 or s.alpha == 0", "alone = s.alpha == 0"),
     ],
-    ("sampling/sa_solver.py", f"{PEERS} -k SASolver"): [
+    ("sampling/methods/sa_solver.py", f"{PEERS} -k SASolver"): [
         ("return tau**2 if", "return tau if"),
         ("span = h if corrector else nodes[0] - nodes[1]", "span = h"),
         ("steps - i + 2 if lower_order_final", "steps - i if lower_order_final"),
     ],
-    ("sampling/sa_solver.py", "tests/test_agreement_classes.py -k noise_prediction"): [
+    ("sampling/methods/sa_solver.py", "tests/test_agreement_classes.py -k noise_prediction"): [
         ("(1 + eta) * n.sigma * w", "n.sigma * w"),
         ("math.sqrt(eta) * n.sigma", "eta * n.sigma"),
     ],
-    ("sampling/exponential.py", of("res_multistep", "seeds")): [
+    ("sampling/methods/exponential.py", of("res_multistep", "seeds")): [
         ("D + (phi_2(H) / -math.expm1(-H) / r_2) * (D2 - D)", "D + (phi_2(H) / -math.expm1(-H)) * (D2 - D)"),
         ("math.exp(-stretch) * self.gathered", "self.gathered"),
     ],
-    ("sampling/consistency.py", f"{PEERS} -k LCM or TCD or consistency"): [
+    ("sampling/methods/consistency.py", f"{PEERS} -k LCM or TCD or consistency"): [
         ("c_skip = sigma_data**2 / (scaled", "c_skip = sigma_data / (scaled"),
         ("c_out = scaled / math.sqrt(", "c_out = scaled / ("),
         ("up = n.alpha / low.alpha", "up = low.alpha / n.alpha"),
         ("(1 - eta) * (trace.time(n) - t_min)", "eta * (trace.time(n) - t_min)"),
     ],
-    ("sampling/cfg_plus_plus.py", "tests/test_comfyui_methods.py"): [
+    ("sampling/methods/cfg_pp.py", "tests/test_comfyui_methods.py"): [
         ("(n.alpha * -math.expm1(-h) / (2 * r)) * (D - past[0])", "(n.alpha * -math.expm1(-h) / r) * (D - past[0])"),
         ("transfer(x, U, s, n) + n.alpha * (D - U)", "transfer(x, D, s, n)"),
         ("x_n = n.alpha * D + n.sigma * e_u", "x_n = n.alpha * D + n.sigma * s.sigma * e_u"),
     ],
-    ("sampling/adams.py", "tests/test_comfyui_methods.py"): [
+    ("sampling/methods/adams.py", "tests/test_comfyui_methods.py"): [
         ("(gamma - 1) * (e - past[0])", "(gamma - 1) * (past[0] - e)"),
     ],
-    ("sampling/exponential.py", "tests/test_comfyui_methods.py"): [
+    ("sampling/methods/exponential.py", "tests/test_comfyui_methods.py"): [
         ("H = 1 + eta\n        weights", "H = 1 - eta\n        weights"),
     ],
     ("sampling/kernel.py", "tests/test_comfyui_methods.py tests/test_sampler.py"): [
         ("new = unconditional() if unconditional else basis[-1]", "new = basis[-1]"),
     ],
     # sampling: grids
-    ("sampling/sigma_grids.py", "tests/test_grids_diffusers.py"): [
+    ("sampling/grids/sigmas.py", "tests/test_grids_diffusers.py"): [
         ("(low ** (1 / rho) - high ** (1 / rho))) ** rho", "(low ** (1 / rho) - high ** (1 / rho))) ** (rho + 1)"),
         ("beta_quantile(1 - _ramp(points), alpha, beta)", "beta_quantile(1 - _ramp(points), alpha, 1.0)"),
         ("for k in (knots[0], knots[-2]))", "for k in (knots[0], knots[-1]))"),
     ],
-    ("sampling/sigma_grids.py", GRIDS): [
+    ("sampling/grids/sigmas.py", GRIDS): [
         ("levels(steps + drop_last), ratio", "levels(steps), ratio"),
         ("u * math.atan(low) + (1 - u) * math.atan(high)", "u * low + (1 - u) * math.atan(high)"),
         ("* (log_low / eps_s - log_high) / (eps_s - 1)", "* (log_low / eps_s - log_high) / eps_s"),
@@ -234,7 +234,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("u * math.log(high / low))", "u * math.log(high))"),
         ("high = terminal_sigma if math.isinf(top)", "high = 80.0 if math.isinf(top)"),
     ],
-    ("sampling/timestep_grids.py", "tests/test_grids_diffusers.py"): [
+    ("sampling/grids/timesteps.py", "tests/test_grids_diffusers.py"): [
         ("index = stride * _from_the_top(points) + offset", "index = stride * _from_the_top(points)"),
         ("return values.round() if rounded", "return values.floor() if rounded"),
         ("(position.round() if schedule.curve.is_discrete else position) - 1", "position - 1"),
@@ -268,7 +268,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("if not all(math.isfinite(c)", "if not any(math.isfinite(c)"),
     ],
     # callbacks: policy
-    ("callbacks/triggers.py", "tests/test_callbacks_previewing.py"): [
+    ("callbacks/previews/triggers.py", "tests/test_callbacks_previewing.py"): [
         ("step > 0 and step % n == 0", "step % n == 0"),
         ("(epoch + 1) % n == 0", "epoch % n == 0"),
         ("return step in self.extra_steps or", "return"),
@@ -276,20 +276,20 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("trainer.current_epoch + 1 >= int", "trainer.current_epoch >= int"),
         ("if len(given) > 1:", "if len(given) > 2:"),
     ],
-    ("callbacks/guards.py", "tests/test_callbacks_parts.py"): [
+    ("callbacks/support/isolation.py", "tests/test_callbacks_parts.py"): [
         ("torch.set_rng_state(states[2])", "pass"),
         ("np.random.set_state(states[1])", "pass"),
         ("random.setstate(states[0])", "pass"),
         ("module.training = training", "module.training = True"),
         ("            module.training = False\n", "            pass\n"),
     ],
-    ("callbacks/agreement.py", "tests/test_callbacks_parts.py"): [
+    ("callbacks/support/collectives.py", "tests/test_callbacks_parts.py"): [
         ("raise error if error is not None else AgreedError(words)", "return result"),
         ("(OSError if is_os_error else ValueError)(text)", "ValueError(text)"),
         ("raise AgreedError(words) from error", "return"),
     ],
     # files
-    ("noising/files.py", "tests/test_pretrained.py"): [
+    ("noising/utils/atomic.py", "tests/test_pretrained.py"): [
         ("Path(temporary).unlink(missing_ok=True)", "pass"),
         ("os.chmod(temporary, 0o666 & ~_umask())", "pass"),
     ],

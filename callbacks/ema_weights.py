@@ -1,0 +1,133 @@
+"""Draw with the averaged weights, whoever keeps them: one context manager for every kind of EMA that is in use.
+
+The averages are copied into the live module and the live weights are put back afterwards, so the network that draws is the
+one that trains, with its hooks, wrappers and shards; the averages are only read. Training goes on bit-identically.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Protocol, cast, runtime_checkable
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from .support.sharding import reshard, root_of, values_swapped
+
+Pairs = Sequence[tuple[Tensor, Tensor]]
+"""(live parameter or buffer, this rank's part of its average)."""
+
+
+@runtime_checkable
+class KeepsEMA(Protocol):
+    """A callback that keeps averaged weights: ``ema_pairs`` returns them with the live ones, empty before the first update."""
+
+    def ema_pairs(self, trainer: Trainer, module: LightningModule) -> Pairs: ...
+
+
+@contextmanager
+def ema_weights(trainer: Trainer, module: LightningModule) -> Generator[bool, None, None]:
+    """Put the EMA weights into ``module`` for the time of the block; yield whether there are any.
+
+    Looked for in this order: a callback with ``ema_pairs``, as :class:`EMA` has; Lightning's ``WeightAveraging``; the module's
+    own ``ema_scope()`` (sgm); attributes that are a diffusers ``EMAModel`` or a torch ``AveragedModel``. Where there is none, or
+    none has been updated yet, False is yielded and nothing is touched. The weights come back to the last bit, also after an
+    error. Every rank must enter under FSDP. Not between ``on_validation_epoch_start`` and ``_end`` of Lightning's
+    ``WeightAveraging``, which has swapped the weights itself then. Raises ValueError for an average of which the live part of
+    the module cannot be found.
+
+    >>> class Own(LightningModule):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.net = nn.Linear(1, 1)
+    ...         self.average = AveragedModel(self.net)
+    >>> module = Own()
+    >>> with ema_weights(Trainer(logger=False, accelerator="cpu", enable_checkpointing=False), module) as used:
+    ...     used
+    False
+    """
+    root = root_of(trainer, module)
+    reshard(root)  # parameters of an unsharded unit are not those that are averaged
+    callbacks: list[Any] = cast(Any, trainer).callbacks
+    for callback in callbacks:
+        if isinstance(callback, KeepsEMA):
+            pairs = callback.ema_pairs(trainer, module)
+            break
+        if isinstance(getattr(callback, "_average_model", None), AveragedModel):
+            pairs = _of_averaged_model(callback._average_model, module, buffers=callback._use_buffers)
+            break
+    else:
+        if callable(getattr(module, "ema_scope", None)):
+            with _own_scope(root, module) as used:
+                yield used
+            return
+        pairs = _of_attributes(module)
+    with values_swapped(root, pairs) if pairs else nullcontext():
+        yield bool(pairs)
+
+
+@contextmanager
+def _own_scope(root: nn.Module, module: Any) -> Generator[bool, None, None]:
+    """Enter the module's ``ema_scope``, unless sgm's own flags say that there is no average (yet)."""
+    updates = getattr(getattr(module, "model_ema", None), "num_updates", 1)  # sgm counts -1 where it does not count
+    if not getattr(module, "use_ema", True) or int(updates) == 0:
+        yield False
+        return
+    with module.ema_scope():
+        try:
+            yield True
+        finally:
+            reshard(root)  # before the scope writes the live weights back
+
+
+def _of_attributes(module: LightningModule) -> Pairs:
+    """Return the averages that lie in the module itself, diffusers' and torch's."""
+    found: list[tuple[Tensor, Tensor]] = []
+    attributes: dict[str, Any] = {**vars(module), **module._modules}
+    for name, value in attributes.items():
+        if isinstance(value, AveragedModel):
+            found += _of_averaged_model(value, _live_part(module, name, list(value.module.parameters())))
+        elif isinstance(getattr(value, "shadow_params", None), list) and getattr(value, "optimization_step", 0) > 0:
+            found += zip(_live_part(module, name, value.shadow_params).parameters(), value.shadow_params, strict=True)
+    return found
+
+
+def _of_averaged_model(average: AveragedModel, live: nn.Module, buffers: bool | None = None) -> Pairs:
+    if int(average.n_averaged) == 0:  # its weights are the initial ones
+        return []
+    pairs: list[tuple[Tensor, Tensor]] = list(zip(live.parameters(), average.module.parameters(), strict=True))
+    if average.use_buffers if buffers is None else buffers:
+        pairs += zip(live.buffers(), average.module.buffers(), strict=True)
+    return [(weight, value.detach()) for weight, value in pairs]
+
+
+def _live_part(module: LightningModule, name: str, averages: Sequence[Tensor]) -> nn.Module:
+    """Return the part of ``module`` whose parameters have the shapes of these averages; by name where several have.
+
+    >>> class Own(LightningModule):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.teacher, self.student = nn.Linear(1, 1), nn.Linear(1, 1)
+    >>> module = Own()
+    >>> _live_part(module, "ema_student", list(module.teacher.parameters())) is module.student
+    True
+    """
+    shapes = [tensor.shape for tensor in averages]
+    averaged = {id(part) for own in module.modules() if isinstance(own, AveragedModel) for part in own.modules()}
+    parts: dict[tuple[int, ...], tuple[str, nn.Module]] = {}
+    for path, part in module.named_modules():
+        weights = list(part.parameters())
+        if id(part) not in averaged and [weight.shape for weight in weights] == shapes:
+            parts.setdefault(tuple(map(id, weights)), (path, part))  # a wrapper and what it wraps are the same weights
+    named = [
+        part for path, part in parts.values() if path and path.split(".")[-1] in name.split("_ema")[0].split("ema_")
+    ]
+    candidates = named if len(parts) > 1 else [part for _, part in parts.values()]
+    if len(candidates) == 1:
+        return candidates[0]
+    raise ValueError(
+        f"{type(module).__name__}.{name} averages {len(shapes)} parameters, and {len(parts) or 'no'} parts of the module have "
+        "such: name it ema_<the part>, e.g. ema_unet for unet"
+    )

@@ -1,0 +1,443 @@
+"""Previews while a model trains: images drawn on all ranks, from the schedule that is trained on, without a trace.
+
+What a preview must leave as it was is restored also when it fails: the random generators, the train / eval flag of
+every submodule, the gradient mode, the weights, the compiled graphs. What only one rank notices is told to all before
+they meet again. So training with previews, without them, and with previews that fail, is the same to the last bit.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from functools import partial
+from typing import Any, Literal, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from ...noising.utils.registry import lookup
+from ...sampling import Method, Sampler
+from ..support.background import AFTER_AN_ERROR, AT_THE_END, BEFORE_A_CHECKPOINT, finish, pictures_of
+from ..support.collectives import AgreedError, agree, any_rank, on_rank_zero, together
+from ..support.complaints import Complaints, Failure
+from ..support.isolation import sigterm_deferred
+from ..support.module_api import (
+    is_rehearsal,
+    predict_of_module,
+    require_drawable,
+    require_steps,
+    sampler_for,
+    schedule_of_module,
+    shape_of_module,
+)
+from ..support.strategies import Entrance, entrance_of
+from .conditioning import Conditions
+from .preview import WEIGHTS, Previewer, Recipe
+from .publish import Preview, publish, try_out
+from .render import Drawing
+from .triggers import Triggers, at_least_one, is_last_epoch
+
+DEFAULT_IMAGES = 16
+
+
+class ValidationSampling(Callback):
+    """Draw images with the model while it trains, and show them as a grid: a PNG file, and in loggers that take images.
+
+    The LightningModule (any) has ``noising`` or ``schedule``, a method ``predict(x, timesteps, **conditioning)`` that
+    returns a tensor or an object with ``.sample``, and ``sample_shape``; ``predict=`` and ``shape=`` here stand in for
+    the latter two. All ranks draw; an image depends on its seed and condition, not on the number of ranks.
+
+    Args:
+        sampler: a name ('dpmpp_2m', 'DPM++ 2M Karras') or a Sampler, which must be of the schedule that is trained on.
+        steps: sampling steps, 20 by default; a Sampler brings its own.
+        num_images: images in a grid; by default one for each of ``seeds``, else 16, or one for each prompt or class.
+        every_n_train_steps, every_n_epochs, train_time_interval: when; one of the three, by default every epoch. Steps
+            are optimizer steps. The interval is a timedelta on rank 0's clock.
+        extra_steps: further steps with a preview, e.g. (0, 10, 100); 0 is before training.
+        at_end: whether there is a preview at the end of fit too.
+        seed, seeds: of the first image, each further one counting up; or of every image.
+        batch_size: images that a rank draws at a time, and the share that ranks take in turn. Where a rank runs out of
+            memory it is halved on all.
+        shape: of one sample, (channels, height, width). One or three channels are shown as they are, other numbers
+            (latents) by their first three, each stretched to its range. Videos and sounds need ``decode``.
+        prompts, negative_prompt, encode: texts, taken by the images in turn, and the function that makes of a list of texts
+            a mapping of tensors, a row for each: arguments of ``predict``. Called once, before training. The last text
+            is the negative prompt, for guidance.
+        classes, class_key, null_class: labels, taken in turn, the argument of ``predict`` they go to, and the label that
+            means none, for guidance.
+        conditioning, unconditional: arguments of ``predict``; tensors have a row for each image, or one for all.
+        guidance_scale, guidance_rescale: classifier-free guidance, as in Sampler.
+        weights: 'raw', 'ema' or 'both', as pictures of their own; see ``ema_weights`` for whose averages are found. As
+            long as there are none, the raw weights draw, and the picture says so.
+        decode, decode_batch_size: function (or diffusers VAE) from latents to images in [-1, 1], and its batch size.
+        pipeline: a diffusers pipeline, or a function from the module to one, that draws instead of the network alone, with
+            the training schedule as its scheduler. It must hold a network of the module.
+        max_seconds: a preview that takes longer is broken off; what was finished by then is shown.
+        folder: where ``step_00000500.png`` goes, by default ``previews`` in the log directory. Its last part is also
+            the picture's name in the loggers.
+        predict: called in place of the module's ``predict``.
+        on_error: a preview that fails is a warning and training goes on ('warn'), or stops on all ranks ('raise').
+
+    Raises ValueError for names, numbers and conditioning that do not fit: at once, or, where module and trainer must be
+    known, before training starts; then also TypeError for a module that lacks what is named above, OSError for a
+    folder that cannot be written, and what ``encode`` or ``pipeline`` raise. For single-device, DDP, FSDP and
+    ModelParallel (FSDP2) strategies, and DeepSpeed. An error inside a forward of a sharded model (FSDP, ZeRO-3) ends
+    training on all ranks whatever ``on_error`` says, and the process of the rank that it befell within ten seconds: the
+    others are waiting for it in that forward, and cannot agree on anything else.
+    Before training starts everything that a preview needs is tried, at the cost of one sampling step of one image and its
+    decoding on every rank (a pipeline: two steps): what fails then is raised, whatever ``on_error`` says. Where the shape of a
+    sample comes with the first batch, the trial waits for it; a preview at step 0 needs ``shape`` or ``sample_shape`` then.
+
+    Rank 0 writes files and calls loggers on a thread, beside the training: what is slow there holds no rank up, and what fails
+    is a warning, once for each kind of cause. Up to 8 previews wait for their turn; one more waits a minute for room, and is
+    dropped with a warning where there is none. What waits is shown before a checkpoint that has this callback's state (for a
+    minute), at the end of fit (for five) and after an error or a signal (for ten seconds); with ``on_error='raise'`` after each
+    preview. Ranks wait for one that encodes or decodes alone beyond the process group's timeout. What that timeout still
+    limits: a single forward of a sharded model, and numbers that are logged, which Lightning does on the thread that trains.
+    NaN is no error but shown, as chequered fields, with a warning. With ``fast_dev_run`` one image is drawn in two steps
+    and nothing is written; with ``barebones`` nothing is drawn.
+
+    >>> previews = ValidationSampling("dpmpp_2m", steps=20, every_n_train_steps=500)
+    >>> ValidationSampling("dpm2m")
+    Traceback (most recent call last):
+    ValueError: unknown method 'dpm2m'; did you mean 'DPM2', 'DPM++ 2M' or 'DPM2 a'?
+    """
+
+    def __init__(
+        self,
+        sampler: str | Method | Sampler = "dpmpp_2m",
+        steps: int | None = None,
+        *,
+        num_images: int | None = None,
+        every_n_train_steps: int | None = None,
+        every_n_epochs: int | None = None,
+        train_time_interval: timedelta | None = None,
+        extra_steps: Sequence[int] = (),
+        at_end: bool = False,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        batch_size: int = 4,
+        shape: Sequence[int] | None = None,
+        prompts: Sequence[str] = (),
+        negative_prompt: str = "",
+        encode: Callable[[list[str]], Mapping[str, Any]] | None = None,
+        classes: Sequence[int] = (),
+        class_key: str = "class_labels",
+        null_class: int | None = None,
+        conditioning: Mapping[str, Any] | None = None,
+        unconditional: Mapping[str, Any] | None = None,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        weights: Literal["raw", "ema", "both"] = "raw",
+        decode: Callable[..., Any] | None = None,
+        decode_batch_size: int = 1,
+        pipeline: Any = None,
+        max_seconds: float | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        predict: Callable[..., Any] | None = None,
+        on_error: Literal["warn", "raise"] = "warn",
+    ) -> None:
+        super().__init__()
+        self.sampler, self.steps = sampler, require_steps(sampler, steps)
+        self.triggers = Triggers(
+            every_n_train_steps, every_n_epochs, train_time_interval, tuple(extra_steps), bool(at_end)
+        )
+        seeds = () if seeds is None else tuple(int(s) for s in seeds)
+        if num_images is None:
+            num_images = len(seeds or prompts or classes) or DEFAULT_IMAGES
+        num_images = at_least_one("num_images", num_images)
+        self.recipe = Recipe(
+            drawing=Drawing(num_images, int(seed), seeds=seeds),
+            conditions=Conditions(
+                num_images,
+                tuple(prompts),
+                negative_prompt,
+                encode,
+                tuple(classes),
+                class_key,
+                null_class,
+                dict(conditioning or {}),
+                unconditional,
+            ),
+            guidance={"guidance_scale": float(guidance_scale), "guidance_rescale": float(guidance_rescale)},
+            batch_size=min(at_least_one("batch_size", batch_size), num_images),
+            predict=predict,
+            decode=decode,
+            decode_batch_size=at_least_one("decode_batch_size", decode_batch_size),
+            pipeline=pipeline,
+            max_seconds=max_seconds,
+            weights=lookup("weights", weights, {kind: kind for kind in WEIGHTS}),
+        )
+        _require_fit(self.recipe)
+        self.shape = tuple(shape) if shape is not None else None
+        if self.shape is not None:
+            require_drawable(self.shape, decode)
+        self.folder = os.fspath(folder) if folder is not None else None
+        self.on_error = lookup("on_error", on_error, {mode: mode for mode in ("warn", "raise")})
+        self._last_step = 0
+        self._last_time = 0.0
+        self._entrance: Entrance | None = None
+        self._previewer: Previewer | None = None
+        self._folder: str | None = None
+        self._loggers_told: set[str] = set()
+        self._failed: list[tuple[int, Failure]] = []  # by the thread that publishes: the step, and what went wrong
+        self._complaints = Complaints("ValidationSampling")
+        self._untried = self._over = False
+
+    # -- state: no preview twice at one step, neither under accumulation nor after a resume ----------------------------
+
+    @property
+    def state_key(self) -> str:
+        method = self.sampler.method if isinstance(self.sampler, Sampler) else self.sampler
+        return self._generate_state_key(
+            sampler=method if isinstance(method, str) else method.name,
+            steps=self.steps,
+            triggers=repr(self.triggers),
+            folder=_name(self.folder) if self.folder else None,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_step": self._last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._last_step = int(state_dict["last_step"])
+
+    # -- before training -----------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._last_step, self._folder = 0, None  # an earlier run's; a resume restores its own step after this
+            self._untried = self._over = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._previewer = None
+        if trainer.barebones:
+            rank_zero_info("no previews: Trainer(barebones=True) leaves out what could slow training down")
+            return
+        self._entrance = entrance_of(trainer.strategy)
+        if self._entrance.sharded and self.recipe.pipeline is not None:
+            raise ValueError(
+                f"a pipeline calls its networks by itself, which {type(trainer.strategy).__name__} does not allow for a "
+                "sharded model; draw with predict= and decode=, or train under 'ddp'"
+            )
+        sampler_for(schedule_of_module(pl_module), self.sampler, self.steps)
+        if self.recipe.pipeline is None:
+            if self.recipe.predict is None:
+                predict_of_module(pl_module)
+            shape = self._sample_shape(pl_module)
+            if shape is not None:
+                require_drawable(shape, self.recipe.decode)
+        if not is_rehearsal(trainer):
+            folder = self._folder = self._choose_folder(trainer)
+            on_rank_zero(trainer, lambda: self._note(0, try_out(folder, trainer.loggers, self._loggers_told)))
+            self._complain("showing previews")
+
+    def _sample_shape(self, module: LightningModule) -> tuple[int, ...] | None:
+        if self.shape is not None or self.recipe.pipeline is not None:  # which knows its own
+            return self.shape
+        return shape_of_module(module)
+
+    def _choose_folder(self, trainer: Trainer) -> str:
+        log_dir = trainer.log_dir or trainer.default_root_dir  # log_dir is a collective: every rank asks for it
+        instances = [c for c in cast(Any, trainer).callbacks if isinstance(c, ValidationSampling)]
+        number = [c for c in instances if c.folder is None or c is self].index(self) + 1
+        name = "previews" if number == 1 else f"previews_{number}"
+        folder = self.folder if self.folder is not None else f"{os.fspath(log_dir).rstrip('/')}/{name}"
+        if _name(folder) in [_name(c._folder) for c in instances if c._folder is not None]:
+            raise ValueError(
+                f"two ValidationSampling callbacks have folders named {_name(folder)!r}, which also names the picture in "
+                "the loggers; give each a folder of another name"
+            )
+        return folder
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # here and not in on_fit_start: sharded strategies restore their weights in between, and encode may need them
+        self._last_time = time.monotonic()
+        if trainer.barebones:
+            return
+        entrance = self._entrance
+        assert entrance is not None  # since on_fit_start
+        sampler = sampler_for(schedule_of_module(pl_module), self.sampler, self.steps)
+        self._previewer = together(
+            lambda: Previewer.prepare(self.recipe, sampler, entrance, trainer, pl_module), trainer.world_size
+        )
+        if is_rehearsal(trainer):  # which is itself a trial
+            return
+        at_once = trainer.global_step == 0 and self.triggers.at_step(0)
+        self._try(trainer, pl_module, required=at_once)
+        if at_once:
+            self._preview(trainer, pl_module)
+
+    def _try(self, trainer: Trainer, module: LightningModule, required: bool = False) -> None:
+        """Draw a little for nobody, so that what cannot be drawn is known before a long run, and not hours into it.
+
+        Where the shape of a sample comes with the first batch, this waits for it.
+        """
+        shape = trainer.strategy.broadcast(self._sample_shape(module))
+        self._untried = shape is None and self.recipe.pipeline is None
+        if self._untried:
+            if required:
+                raise ValueError(
+                    "a preview before training (extra_steps has 0) needs the shape of a sample, which "
+                    f"{type(module).__name__} does not know before its first batch; give shape=(channels, height, width), or "
+                    "set the module's sample_shape"
+                )
+            return
+        if shape is not None and self.recipe.pipeline is None:
+            require_drawable(shape, self.recipe.decode)
+        assert self._previewer is not None  # since on_train_start
+        failure: AgreedError | None = None
+        with sigterm_deferred(trainer) as termination:
+            try:
+                self._previewer.trial(trainer, module, shape, termination)
+            except AgreedError as error:
+                failure = error
+        if failure is not None:
+            raise RuntimeError(
+                f"previews cannot be drawn; one image was tried, at step {trainer.global_step}: {failure}"
+            ) from failure
+
+    # -- when ----------------------------------------------------------------------------------------------------------
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._previewer is None or is_rehearsal(trainer):
+            return
+        self._complain()
+        if self._untried:
+            self._try(trainer, pl_module)
+            self._untried = False  # a module that does not know it now is told of at its first preview
+        if trainer.global_step in (0, self._last_step):
+            return
+        due = self.triggers.at_time(trainer, time.monotonic() - self._last_time)
+        if due or self.triggers.at_step(trainer.global_step):
+            self._preview_once(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        due = is_rehearsal(trainer) or self.triggers.at_epoch(trainer.current_epoch)
+        # not in on_train_end, where other callbacks may have put averages into the model
+        if due or (self.triggers.at_end and is_last_epoch(trainer)):
+            self._preview_once(trainer, pl_module)
+
+    def _preview_once(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.global_step not in (0, self._last_step):
+            self._preview(trainer, module)
+
+    # -- what ----------------------------------------------------------------------------------------------------------
+
+    def _preview(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._previewer is None:
+            return
+        before, self._last_step = self._last_step, trainer.global_step
+        failure: AgreedError | None = None
+        with sigterm_deferred(trainer) as termination:
+            try:
+                # ranks may have recorded different shapes (bucketed data), and only equal ones can be gathered
+                shape = trainer.strategy.broadcast(self._sample_shape(module))
+                shown: list[Preview] = []
+                for weights in self.recipe.kinds:
+                    drawn = self._previewer.preview(trainer, module, weights, shape, termination)
+                    shown += [drawn] if drawn is not None else []
+                    if termination.agreed:
+                        break
+                else:
+                    self._publish(trainer, shown)
+                    if self.on_error == "raise":
+                        self._require_published(trainer)
+            except AgreedError as error:
+                failure = error
+            # also what came during publishing, so that all ranks stop at the same place
+            (termination.agreed,) = any_rank([termination.arrived], trainer.world_size, trainer.strategy.root_device)
+        self._last_time = time.monotonic()
+        if termination.agreed:
+            self._last_step = before  # what a resumed run is to draw
+        if failure is not None:
+            self._react(f"the preview at step {trainer.global_step} failed: {failure}", failure)
+
+    def _publish(self, trainer: Trainer, previews: Sequence[Preview]) -> None:
+        """Have what was drawn shown beside the training, by rank 0; a place that fails costs a word and not the other places."""
+        if not is_rehearsal(trainer):
+            on_rank_zero(trainer, lambda: self._hand_over(trainer, previews))
+
+    def _hand_over(self, trainer: Trainer, previews: Sequence[Preview]) -> None:
+        lane, loggers = pictures_of(trainer), list(trainer.loggers)
+        for preview in previews:
+            if lane.wait_for_room():
+                lane.submit(partial(self._show, preview, loggers), partial(self._lost, preview.step))
+            else:
+                words = f"{lane.pending} others are still being published, and none was finished for long"
+                self._lost(preview.step, TimeoutError(words))
+
+    def _show(self, preview: Preview, loggers: Sequence[Any]) -> None:
+        assert self._folder is not None  # since on_fit_start
+        self._note(preview.step, publish(preview, self._folder, loggers, self._loggers_told))
+
+    def _lost(self, step: int, error: Exception) -> None:
+        self._note(step, [Failure("its publication", error)])
+
+    def _note(self, step: int, failures: Sequence[Failure]) -> None:
+        self._failed += [(step, failure) for failure in failures]
+
+    def _complain(self, what: str | None = None) -> None:
+        """Say what failed beside the training, on the thread that trains."""
+        while self._failed:
+            step, failure = self._failed.pop(0)
+            self._complaints.tell(f"{what or f'publishing the preview at step {step}'} failed: {failure}", failure.kind)
+
+    def _require_published(self, trainer: Trainer) -> None:
+        """Raise AgreedError on every rank where rank 0 could not show what was drawn; every rank must call it."""
+        finish(trainer, pictures_of(trainer), AT_THE_END)
+        failed, self._failed = self._failed, []
+        error = RuntimeError("; ".join(str(failure) for _, failure in failed)) if failed else None
+        agree(error, trainer.world_size)
+
+    # -- what is still to be shown ---------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if not self._over:  # a run that resumes from it does not draw them again
+            self._finish(trainer, BEFORE_A_CHECKPOINT)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish(trainer, AT_THE_END)
+        self._complaints.sum_up()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._over = True  # for this rank, perhaps not for others: nothing is agreed on any more
+        pictures_of(trainer).wait(AFTER_AN_ERROR)
+        self._complain()
+
+    def _finish(self, trainer: Trainer, seconds: float) -> None:
+        if self._previewer is None or is_rehearsal(trainer):
+            return
+        lane = pictures_of(trainer)
+        finish(trainer, lane, seconds)
+        self._complain()
+        if lane.pending:
+            rank_zero_warn(
+                f"{lane.pending} previews are still being published after {seconds:g} seconds; going on meanwhile"
+            )
+
+    def _react(self, message: str, error: AgreedError) -> None:
+        if self.on_error == "raise":
+            raise RuntimeError(message) from error
+        rank_zero_warn(f"{message}; training goes on as if there had been none")
+
+
+def _require_fit(recipe: Recipe) -> None:
+    """Raise ValueError for arguments that contradict each other, as far as is known before prompts are encoded."""
+    encode, pipeline = recipe.conditions.encode, recipe.pipeline
+    if recipe.conditions.prompts and encode is None and pipeline is None:
+        raise ValueError("prompts need encode=, a function from a list of texts to arguments of the network")
+    if pipeline is not None and (recipe.predict is not None or recipe.decode is not None):
+        raise ValueError("a pipeline brings its own network and decoder; leave predict and decode out, or pipeline")
+    if recipe.max_seconds is not None and not recipe.max_seconds > 0:
+        raise ValueError(f"max_seconds must be above 0, got {recipe.max_seconds}; leave it out for no limit")
+    if encode is None:
+        recipe.conditioned()
+
+
+def _name(folder: str) -> str:
+    return folder.rstrip("/").rsplit("/", 1)[-1]

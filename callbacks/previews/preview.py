@@ -1,0 +1,264 @@
+"""One preview, from the live model to its pictures: everything that can fail first, then the images, then the gather."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from tqdm import tqdm
+
+from ...sampling import Sampler
+from ..ema_weights import ema_weights
+from ..support.collectives import agree, gather
+from ..support.isolation import Termination
+from ..support.module_api import is_rehearsal, predict_of_module
+from ..support.sharding import reshard, root_of
+from ..support.strategies import Entrance, entered, share_of
+from .batches import Plan
+from .conditioning import Conditions
+from .diffusers_pipelines import differences_of, pipeline_of, pipeline_steps, scheduler_of
+from .loop import Rounds, Start
+from .publish import Preview
+from .recipe import decoder_of, may_use, modules_of, network_of, pipeline_context
+from .render import Drawing, without_a_trace
+
+REHEARSAL_STEPS = 2  # of the one image that fast_dev_run draws
+WEIGHTS: dict[str, tuple[str, ...]] = {"raw": ("raw",), "ema": ("ema",), "both": ("raw", "ema")}
+BAR_AFTER = 3.0  # seconds, after which a preview is long
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is drawn and how, apart from the model: the arguments of ValidationSampling."""
+
+    drawing: Drawing
+    conditions: Conditions
+    guidance: dict[str, float]
+    batch_size: int
+    predict: Callable[..., Any] | None = None
+    decode: Any = None
+    decode_batch_size: int = 1
+    pipeline: Any = None
+    max_seconds: float | None = None
+    weights: str = "raw"
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Which weights are drawn with, one after the other."""
+        return WEIGHTS[self.weights]
+
+    @property
+    def seconds(self) -> float | None:
+        """The time that each kind of weights has."""
+        return None if self.max_seconds is None else self.max_seconds / len(self.kinds)
+
+    def conditioned(self) -> Drawing:
+        """Return the drawing under its conditions; raises ValueError where these do not fit each other or the guidance."""
+        conditioning, unconditional = self.conditions.encoded()
+        guidance: dict[str, Any] = {} if self.pipeline is not None else self.guidance  # a pipeline guides by itself
+        return replace(self.drawing, conditioning=conditioning, unconditional=unconditional, **guidance)
+
+
+@dataclass
+class Previewer:
+    """A recipe on one model, for the time of a fit. ``batch_size`` is what was found to fit the memory."""
+
+    recipe: Recipe
+    sampler: Sampler
+    entrance: Entrance
+    drawing: Drawing
+    pipeline: Any
+    batch_size: int
+
+    @classmethod
+    def prepare(
+        cls, recipe: Recipe, sampler: Sampler, entrance: Entrance, trainer: Trainer, module: LightningModule
+    ) -> Previewer:
+        """Encode the prompts and make the pipeline; what a user's functions raise is raised as it is."""
+        pipeline = None
+        if recipe.pipeline is not None:
+            pipeline = pipeline_of(recipe.pipeline, module)
+            name, differences = type(scheduler_of(sampler, pipeline)).__name__, differences_of(sampler, pipeline)
+            if differences:
+                rank_zero_warn(f"the pipeline draws with {name}, which is not the sampler: {'; '.join(differences)}")
+        encode = recipe.conditions.encode
+        if encode is None:
+            return cls(recipe, sampler, entrance, recipe.conditioned(), pipeline, recipe.batch_size)
+        entering = entered(trainer, module, entrance, encode) if may_use(module, encode) else encode
+        try:
+            with without_a_trace(trainer.strategy.root_device, modules_of(module, encode)):
+                drawing = replace(recipe, conditions=replace(recipe.conditions, encode=entering)).conditioned()
+        finally:
+            reshard(root_of(trainer, module))
+        return cls(recipe, sampler, entrance, drawing, pipeline, recipe.batch_size)
+
+    def preview(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        weights: str,
+        shape: tuple[int, ...] | None,
+        termination: Termination,
+    ) -> Preview | None:
+        """Return the pictures of these weights, 'raw' or 'ema', or None where there are none to show; the same on every rank.
+
+        Raises AgreedError on every rank for an error on any. Sets ``termination.agreed`` where a rank was told to stop.
+        """
+        started, rehearsal = time.monotonic(), is_rehearsal(trainer)
+        size, share = share_of(trainer.strategy, trainer.world_size, trainer.global_rank)
+        plan = Plan(1, 1, size) if rehearsal else Plan(self.drawing.num_images, self.recipe.batch_size, size)
+        stop = REHEARSAL_STEPS if rehearsal else None
+        rounds = Rounds(
+            min(self.batch_size, plan.batch_size),
+            trainer.world_size,
+            trainer.global_rank,
+            trainer.strategy.root_device,
+            started + (self.recipe.seconds or math.inf),
+            lambda: termination.arrived,
+        )
+        with ExitStack() as stack:
+            # else training's first step would see, in the outermost unit, what was put there for the preview
+            stack.callback(reshard, root_of(trainer, module))
+            start, averaged = self._ready(trainer, module, weights == "ema", shape, stop, stack)
+            if weights == "ema" and not averaged and self.recipe.weights == "both":
+                return None  # the raw ones are drawn anyway
+            bar = _bar(
+                trainer, weights, plan.rounds * -(-plan.batch_size // rounds.batch_size) * (self.sampler.steps + 1)
+            )
+            rounds.tick = stack.enter_context(bar).update
+            drawn = rounds.draw(plan.batches(share), start)
+        self._remember(rounds)
+        termination.agreed = rounds.stopped == "signal"
+        if termination.agreed:
+            return None
+        if drawn.pixels.numel() == 0:
+            mend = "raise it, or draw fewer images or steps"
+            limit = f"in max_seconds={self.recipe.max_seconds}"
+            rank_zero_warn(f"the preview at step {trainer.global_step} finished no image {limit}; {mend}")
+            return None
+        notes = []
+        if weights == "ema" and not averaged:
+            notes.append("there are no EMA weights yet: drawn with the raw ones")
+        pixels, nan = (_in_order(trainer, plan, share, part) for part in drawn)
+        if rounds.stopped:
+            notes.append(f"{len(pixels)} of {plan.num_images} images: max_seconds={self.recipe.max_seconds} had passed")
+        if nan.any():
+            notes.append(f"NaN in {int((nan > 0).sum())} of {len(nan)} images, {float(nan.mean()):.1%} of the pixels")
+            mend = "chequered in the picture; look at the loss and at the dtype that is sampled in"
+            rank_zero_warn(f"the preview at step {trainer.global_step} has {notes[-1]} ({mend})")
+        return Preview(
+            step=trainer.global_step,
+            epoch=trainer.current_epoch,
+            weights="ema" if averaged else "raw",
+            images=pixels,
+            seeds=tuple(self.drawing.seeds_of(range(len(pixels)))),
+            captions=self.recipe.conditions.captions[: len(pixels)],
+            sampler=self.sampler.method.name
+            if self.pipeline is None
+            else type(scheduler_of(self.sampler, self.pipeline)).__name__,
+            steps=self.sampler.steps,
+            guidance_scale=self.recipe.guidance["guidance_scale"],
+            fingerprint=self.sampler.schedule.fingerprint,
+            seconds=time.monotonic() - started,
+            note="; ".join(notes),
+        )
+
+    def trial(
+        self, trainer: Trainer, module: LightningModule, shape: tuple[int, ...] | None, termination: Termination
+    ) -> None:
+        """Draw one image by one step (a pipeline: by two) and decode it on every rank, and show it nobody.
+
+        Whatever of the model a preview uses is used: the averages, the network under its conditions, the decoder, the
+        gather. Raises AgreedError on every rank for an error on any.
+        """
+        size, share = share_of(trainer.strategy, trainer.world_size, trainer.global_rank)
+        plan, device = Plan(1, 1, size), trainer.strategy.root_device
+        stop = REHEARSAL_STEPS if self.pipeline is not None else 1
+        rounds = Rounds(1, trainer.world_size, trainer.global_rank, device, interrupted=lambda: termination.arrived)
+        with ExitStack() as stack:
+            stack.callback(reshard, root_of(trainer, module))
+            start, _ = self._ready(trainer, module, self.recipe.weights != "raw", shape, stop, stack)
+            drawn = rounds.draw(plan.batches(share), start)
+        termination.agreed = rounds.stopped == "signal"
+        if not termination.agreed:
+            _in_order(trainer, plan, share, drawn.pixels)
+
+    def _ready(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        average: bool,
+        shape: tuple[int, ...] | None,
+        stop: int | None,
+        stack: ExitStack,
+    ) -> tuple[Start, bool]:
+        """Do all that may fail before the first forward, and hear the other ranks: later a sharded model cannot wait."""
+        error, start, averaged = None, None, False
+        try:
+            start = self._start(trainer, module, shape, stop)
+            averaged = average and stack.enter_context(ema_weights(trainer, module))
+        except Exception as raised:
+            error = raised
+        agree(error, trainer.world_size)
+        assert start is not None  # or there was an error
+        modules = modules_of(module, self.recipe.predict, self.recipe.decode, pipeline=self.pipeline)
+        stack.enter_context(without_a_trace(trainer.strategy.root_device, modules))
+        return start, averaged
+
+    def _start(
+        self, trainer: Trainer, module: LightningModule, shape: tuple[int, ...] | None, stop: int | None
+    ) -> Start:
+        recipe = self.recipe
+        if self.pipeline is not None:
+            return lambda images: pipeline_steps(
+                self.pipeline,
+                self.drawing,
+                self.sampler,
+                images,
+                prompts=recipe.conditions.prompts if recipe.conditions.encode is None else (),
+                negative_prompt=recipe.conditions.negative_prompt,
+                shape=shape,
+                stop=stop,
+                context=partial(pipeline_context, trainer),
+                **recipe.guidance,
+            )
+        if shape is None:
+            raise ValueError("the shape of a sample is not known; set the module's sample_shape, or give shape=")
+        predict = recipe.predict if recipe.predict is not None else predict_of_module(module)
+        network = network_of(trainer, module, self.entrance, predict)
+        decode = decoder_of(trainer, module, self.entrance, recipe.decode, recipe.decode_batch_size)
+        device = trainer.strategy.root_device
+        return lambda images: self.drawing.steps(network, self.sampler, shape, images, device, decode=decode, stop=stop)
+
+    def _remember(self, rounds: Rounds) -> None:
+        if rounds.out_of_memory:
+            self.batch_size = rounds.batch_size
+            rank_zero_warn(
+                f"a preview ran out of memory; it is drawn {self.batch_size} at a time from now on, and "
+                f"batch_size={self.batch_size} would do so at once"
+            )
+
+
+def _bar(trainer: Trainer, weights: str, total: int) -> Any:
+    """Return a progress bar, which shows itself where a preview takes long and the trainer shows progress at all."""
+    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+    return tqdm(total=total, desc=f"preview ({weights})", delay=BAR_AFTER, leave=False, disable=not shown)
+
+
+def _in_order(trainer: Trainer, plan: Plan, share: int, own: Tensor) -> Tensor:
+    """Gather what each rank drew, (rounds, batch, ...), as (num_images, ...) on the CPU."""
+    device = trainer.strategy.root_device
+    gathered = gather(own.to(device), trainer.world_size).cpu()
+    if plan.world_size < trainer.world_size:  # ranks of a tensor-parallel group have drawn the same
+        shares = gather(torch.tensor([share], device=device), trainer.world_size).flatten().tolist()
+        gathered = gathered[[shares.index(k) for k in range(plan.world_size)]]
+    return plan.in_order(gathered)

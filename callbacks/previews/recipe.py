@@ -1,0 +1,69 @@
+"""How the images of a preview are made: the live network as the sampler calls it, a decoder, or a whole pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
+
+from ..support.strategies import Entrance, entered
+from .diffusers_pipelines import components
+from .render import in_slices
+
+
+def network_of(
+    trainer: Trainer, module: LightningModule, entrance: Entrance, predict: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return ``predict`` as a sampler may call it between training steps, in the precision of training."""
+    precision = trainer.precision_plugin
+    predict = entered(trainer, module, entrance, predict)
+
+    def network(x: Tensor, timesteps: Tensor, **conditioning: Any) -> Any:
+        # as in training: inputs are converted, times are not. Around the call and not around the loop, because half
+        # precision changes the default dtype, in which the noise would then be drawn
+        with precision.forward_context():
+            return predict(precision.convert_input(x), timesteps, **precision.convert_input(conditioning))
+
+    return network
+
+
+def decoder_of(
+    trainer: Trainer, module: LightningModule, entrance: Entrance, decode: Any, size: int
+) -> Callable[[Tensor], Tensor] | None:
+    """Return ``decode`` in slices of ``size``, entered as a part of the model unless it is a network of its own."""
+    if decode is None:
+        return None
+    sliced = in_slices(decode, size)
+    return entered(trainer, module, entrance, sliced) if may_use(module, decode) else sliced
+
+
+def may_use(module: nn.Module, function: object) -> bool:
+    """Return whether ``function`` may call parts of ``module``: False for a network, or a method of one, that is no part.
+
+    >>> net = nn.Sequential(nn.Linear(1, 1))
+    >>> may_use(net, net[0]), may_use(net, nn.Linear(1, 1).forward), may_use(net, lambda x: net(x))
+    (True, False, True)
+    """
+    owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
+    return owner in list(module.modules()) if isinstance(owner, nn.Module) else True
+
+
+def pipeline_context(trainer: Trainer) -> AbstractContextManager[Any]:
+    """Return autocast where training has it. Half precision proper changes the default dtype, and with it schedulers' tables."""
+    plugin = trainer.precision_plugin
+    return plugin.forward_context() if isinstance(plugin, MixedPrecision) else nullcontext()
+
+
+def modules_of(*parts: Any, pipeline: Any = None) -> list[nn.Module]:
+    """Return the modules that draw: those among ``parts``, the owners of methods, and what a pipeline consists of.
+
+    >>> net = nn.Linear(1, 1)
+    >>> modules_of(net.forward, None)
+    [Linear(in_features=1, out_features=1, bias=True)]
+    """
+    owners = [getattr(part, "__self__", part) for part in parts]
+    return [part for part in owners + (components(pipeline) if pipeline else []) if isinstance(part, nn.Module)]

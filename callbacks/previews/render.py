@@ -1,0 +1,208 @@
+"""Drawing the images of a preview: batches through a sampler to pixels. Knows no Trainer, and leaves no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...noising.noising import prediction_tensor
+from ...sampling import Sampler
+from ...sampling.guidance import guided_network
+from ...training.images import to_pixels
+from ..support.isolation import buffers_restored, evaluating, randomness_restored
+from .batches import require_rows, take_rows
+
+NAN_SQUARE = 4  # pixels; NaN is shown as a chequered field, which no image looks like
+
+
+class Painted(NamedTuple):
+    """``pixels``: uint8 (n, 1 or 3, height, width), on the CPU. ``nan``: for each image the share of pixels that are NaN."""
+
+    pixels: Tensor
+    nan: Tensor
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Which images are drawn: their number, their seeds (image i: ``seeds[i]``, or ``seed + i``), and the conditions.
+
+    ``conditioning`` and ``unconditional`` are keyword arguments of the network; tensors in them have a row for each
+    image, or one for all. Raises ValueError where the rows do not fit, or guidance is asked for and cannot be had.
+
+    >>> from alphabar.noising import NoiseSchedule
+    >>> sampler = Sampler(NoiseSchedule.flow(), "euler", steps=4)
+    >>> drawing = Drawing(num_images=3)
+    >>> drawing.pixels(lambda x, t: x, sampler, (1, 8, 8), batches=[[0, 1], [2, 2]]).shape
+    torch.Size([2, 2, 1, 8, 8])
+    """
+
+    num_images: int
+    seed: int = 0
+    conditioning: Mapping[str, Any] = field(default_factory=dict)
+    unconditional: Mapping[str, Any] | None = None
+    guidance_scale: float = 1.0
+    guidance_rescale: float = 0.0
+    seeds: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.seeds) not in (0, self.num_images):
+            raise ValueError(f"seeds must name one for each of {self.num_images} images, got {len(self.seeds)}")
+        require_rows("conditioning", self.conditioning, self.num_images)
+        require_rows("unconditional", self.unconditional or {}, self.num_images)
+        first = self.arguments([0], torch.device("cpu"))
+        guided_network(
+            lambda *_: None,
+            first["conditioning"],
+            first["unconditional"],
+            self.guidance_scale,
+            self.guidance_rescale,
+            batch=1,
+        )
+
+    def seeds_of(self, images: Sequence[int]) -> list[int]:
+        """Return the seed of each of these images.
+
+        >>> Drawing(3, seed=5).seeds_of([0, 2]), Drawing(2, seeds=(9, 1)).seeds_of([1])
+        ([5, 7], [1])
+        """
+        return [self.seeds[i] if self.seeds else self.seed + i for i in images]
+
+    def pixels(
+        self,
+        network: Callable[..., Any],
+        sampler: Sampler,
+        shape: tuple[int, ...],
+        batches: Sequence[Sequence[int]],
+        *,
+        modules: Sequence[object] = (),
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """Return the images of each batch, uint8 (batches, images, 1 or 3, height, width).
+
+        ``shape``: of one sample. ``modules`` are in eval mode meanwhile.
+        """
+        drawn = []
+        with without_a_trace(device, modules):
+            for batch in batches:
+                drawn += [
+                    part.pixels for part in self.steps(network, sampler, shape, batch, device) if part is not None
+                ]
+        return torch.stack(drawn)
+
+    def steps(
+        self,
+        network: Callable[..., Any],
+        sampler: Sampler,
+        shape: tuple[int, ...],
+        images: Sequence[int],
+        device: torch.device | str = "cpu",
+        *,
+        decode: Callable[[Tensor], Tensor] | None = None,
+        stop: int | None = None,
+    ) -> Iterator[Painted | None]:
+        """Yield None after each step of sampling these images, and what they came to at last. ``stop``: after so many steps.
+
+        To be run within :func:`without_a_trace`.
+        """
+        device = torch.device(device)
+        seeds = self.seeds_of(images)
+        x = None
+        arguments = self.arguments(images, device)
+        for progress in sampler.iterate(network, (len(images), *shape), seeds=seeds, device=device, **arguments):
+            x = progress.x
+            yield None
+            if progress.step == stop:
+                break
+        assert x is not None  # there is at least one step
+        yield paint(x if decode is None else _images(decode(x), len(images)))
+
+    def arguments(self, images: Sequence[int], device: torch.device) -> dict[str, Any]:
+        """Return the arguments of the sampler that say under which conditions these images are drawn."""
+        return {
+            "conditioning": take_rows(self.conditioning, images, device),
+            "unconditional": None if self.unconditional is None else take_rows(self.unconditional, images, device),
+            "guidance_scale": self.guidance_scale,
+            "guidance_rescale": self.guidance_rescale,
+        }
+
+
+@contextmanager
+def without_a_trace(device: torch.device | str, modules: Sequence[object]) -> Generator[None, None, None]:
+    """Draw with these modules in eval mode, without gradients; what that may move is as before afterwards.
+
+    That is generators, flags, modes, graphs and buffers.
+
+    >>> with without_a_trace("cpu", []):
+    ...     torch.is_grad_enabled()
+    False
+    """
+    with (
+        randomness_restored(device),
+        evaluating(*modules),
+        buffers_restored(*modules),
+        torch.compiler.set_stance("force_eager"),  # a graph for previews would count against training's limit
+        torch.no_grad(),  # not inference_mode: tensors that a network caches must stay usable in training
+    ):
+        yield
+
+
+def paint(samples: Tensor) -> Painted:
+    """Return samples (n, channels, height, width) as pixels; a pixel with NaN in any channel is part of a chequered field.
+
+    >>> paint(torch.full((1, 1, 8, 8), torch.nan)).pixels[0, 0, 0].tolist()
+    [0, 0, 0, 0, 255, 255, 255, 255]
+    """
+    bad = samples.isnan()
+    if not bad.any():
+        return Painted(to_pixels(samples).cpu(), torch.zeros(len(samples)))
+    pixels = to_pixels(samples.masked_fill(bad, 0.0)).cpu()
+    where = bad.any(1, keepdim=True).cpu()
+    height, width = pixels.shape[-2:]
+    squares = torch.arange(height)[:, None] // NAN_SQUARE + torch.arange(width) // NAN_SQUARE
+    chequered = (squares % 2 * 255).to(torch.uint8)
+    return Painted(torch.where(where, chequered, pixels), where.float().mean((1, 2, 3)))
+
+
+def _images(decoded: Tensor, count: int) -> Tensor:
+    if decoded.ndim != 4 or len(decoded) != count:
+        raise ValueError(
+            f"decode= must return images of shape (n, channels, height, width) in [-1, 1], one for each of {count} samples, "
+            f"got {tuple(decoded.shape)}"
+        )
+    return decoded
+
+
+def in_slices(decode: Any, size: int) -> Callable[[Tensor], Tensor]:
+    """Return ``decode``, a function of latents or a diffusers VAE, as a function that takes ``size`` latents at a time.
+
+    What a VAE is given is z / scaling_factor + shift_factor, in its own dtype, as in diffusers' pipelines.
+
+    >>> in_slices(lambda z: z.repeat(1, 1, 8, 8)[:, :3], size=1)(torch.zeros(2, 4, 8, 8)).shape
+    torch.Size([2, 3, 64, 64])
+    """
+    function = _vae(decode) if hasattr(decode, "decode") else decode
+
+    def sliced(latents: Tensor) -> Tensor:
+        return torch.cat([prediction_tensor(function(part)) for part in latents.split(size)])
+
+    return sliced
+
+
+def _vae(vae: Any) -> Callable[[Tensor], Any]:
+    decoded: Callable[[Tensor], Any] = vae.decode
+    config = getattr(vae, "config", None)
+    scale = getattr(config, "scaling_factor", None) or 1.0
+    shift = getattr(config, "shift_factor", None) or 0.0
+    parameter = next(vae.parameters(), None) if isinstance(vae, nn.Module) else None
+
+    def decode(latents: Tensor) -> Any:
+        if parameter is not None:
+            latents = latents.to(parameter.dtype)
+        return decoded(latents / scale + shift)
+
+    return decode

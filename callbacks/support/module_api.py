@@ -1,0 +1,126 @@
+"""What the callbacks ask of a module: ``noising`` or ``schedule``, ``predict``, ``sample_shape``; and of a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from lightning.pytorch import LightningModule, Trainer
+
+from ...noising import NoiseSchedule
+from ...sampling import Method, Sampler, resolve_method
+from ...training.images import require_image_shape
+from ..previews.triggers import at_least_one
+
+DEFAULT_STEPS = 20
+
+
+def schedule_of_module(module: LightningModule) -> NoiseSchedule:
+    """Return ``module.noising.schedule``, or ``module.schedule``; raises TypeError where there is neither.
+
+    >>> class Own(LightningModule):
+    ...     schedule = NoiseSchedule.flow()
+    >>> schedule_of_module(Own()).prediction.name
+    'flow_prediction'
+    """
+    holder = getattr(module, "noising", None)
+    schedule = getattr(module if holder is None else holder, "schedule", None)
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(
+            f"{type(module).__name__} has no noise schedule: give it an attribute noising (a Noising) or schedule "
+            "(a NoiseSchedule), the one that it trains with"
+        )
+    return schedule
+
+
+def predict_of_module(module: LightningModule) -> Callable[..., Any]:
+    """Return ``module.predict``; raises TypeError where there is none.
+
+    >>> predict_of_module(LightningModule())
+    Traceback (most recent call last):
+    TypeError: LightningModule has no method predict(x, timesteps, **conditioning); give predict=
+    """
+    predict = getattr(module, "predict", None)
+    if not callable(predict):
+        raise TypeError(f"{type(module).__name__} has no method predict(x, timesteps, **conditioning); give predict=")
+    return predict
+
+
+def shape_of_module(module: LightningModule) -> tuple[int, ...] | None:
+    """Return ``module.sample_shape``, the shape of one sample; None as long as the module does not know it.
+
+    Raises TypeError where the module has no such attribute.
+
+    >>> class Own(LightningModule):
+    ...     sample_shape = [3, 32, 32]
+    >>> shape_of_module(Own())
+    (3, 32, 32)
+    """
+    if not hasattr(module, "sample_shape"):
+        raise TypeError(
+            f"{type(module).__name__} has no attribute sample_shape; give it one (channels, height, width), "
+            "or give the callback shape="
+        )
+    shape: Any = module.sample_shape
+    return None if shape is None else tuple(int(n) for n in shape)
+
+
+def require_drawable(shape: tuple[int, ...], decode: object) -> None:
+    """Raise ValueError for samples that are no pictures and that nothing makes pictures of: videos, sounds, vectors.
+
+    >>> require_drawable((3, 16, 32, 32), decode=None)
+    Traceback (most recent call last):
+    ValueError: a picture needs samples of shape (channels, height, width), got (3, 16, 32, 32); give decode=, a function from \
+samples to images in [-1, 1], e.g. of a video its first frame: decode=lambda x: x[:, :, 0]
+    """
+    if decode is not None:
+        return
+    try:
+        require_image_shape(shape)
+    except ValueError as error:
+        example = "of a video its first frame: decode=lambda x: x[:, :, 0]"
+        if len(shape) != 4:
+            example = "a plot of it"
+        raise ValueError(
+            f"{error}; give decode=, a function from samples to images in [-1, 1], e.g. {example}"
+        ) from None
+
+
+def is_rehearsal(trainer: Trainer) -> bool:
+    """Return whether this is a run with ``fast_dev_run``, which tries everything once and writes nothing.
+
+    >>> from types import SimpleNamespace
+    >>> is_rehearsal(SimpleNamespace(fast_dev_run=1))
+    True
+    """
+    return bool(cast(Any, trainer).fast_dev_run)  # Lightning sets it without declaring it
+
+
+def require_steps(sampler: str | Method | Sampler, steps: int | None) -> int:
+    """Return the number of steps, 20 by default; raises ValueError for an unknown sampler and steps that it contradicts.
+
+    >>> require_steps("euler", None)
+    20
+    """
+    if isinstance(sampler, Sampler):
+        if steps not in (None, sampler.steps):
+            raise ValueError(f"the sampler has {sampler.steps} steps, and steps={steps} contradicts it; leave it out")
+        return sampler.steps
+    resolve_method(sampler)
+    return DEFAULT_STEPS if steps is None else at_least_one("steps", steps)
+
+
+def sampler_for(schedule: NoiseSchedule, sampler: str | Method | Sampler, steps: int) -> Sampler:
+    """Return the sampler, made for ``schedule`` where it is a name; raises ValueError where it is made for another.
+
+    >>> sampler_for(NoiseSchedule.flow(), "euler", 4).steps
+    4
+    """
+    if not isinstance(sampler, Sampler):
+        return Sampler(schedule, sampler, steps)
+    if sampler.schedule.fingerprint != schedule.fingerprint:
+        raise ValueError(
+            f"the sampler is made for {sampler.schedule}, but the model trains on {schedule}: its previews would not show "
+            "what the model learned; make it as Sampler(module.noising.schedule, ...)"
+        )
+    return sampler

@@ -1,0 +1,224 @@
+"""Discrete curves: T training timesteps with betas, as in DDPM and Stable Diffusion."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..utils.registry import lookup
+from .base import MAX_TIMESTEPS, Curve, check_times, evaluation_dtype, require_count, require_factor
+from .betas import BETA_SCHEDULES
+
+LEAST_BETA = 1e-12  # σ = 1e-6, of which float32 still tells α apart from σ
+TRAINED = "trained_betas"  # the name of a schedule whose betas are given one by one
+
+
+@dataclass(frozen=True)
+class Discrete(Curve):
+    """T training timesteps with betas: α_t² = ᾱ_t = Π (1 - β_i), σ_t² = 1 - ᾱ_t (Ho et al. 2006.11239, eq. 4).
+
+    Times are indices 0 ... T - 1. Between them log SNR is piecewise linear; in an interval that ends in zero SNR, α is.
+    With ``rescale_betas_zero_snr`` α is shifted and scaled so that α at T - 1 is exactly 0 and the first is kept
+    (Lin et al. 2305.08891, algorithm 1). ``snr_shift_scale`` divides the SNR before that, as CogVideoX does (2408.06072), and
+    ``rescaled_snr_shift_scale`` after it; α = 0 stays 0.
+
+    >>> curve = Discrete("scaled_linear", 0.00085, 0.012)
+    >>> curve.sigma_ve(torch.tensor([0, 999]))
+    tensor([ 0.0292, 14.6146])
+    >>> curve.zero_terminal_snr().alpha(torch.tensor(999)).item()
+    0.0
+    """
+
+    kind: ClassVar[str] = "discrete"
+    is_discrete: ClassVar[bool] = True
+    # the fields stand in the order in which people write them; the base class's comes by keyword
+    beta_schedule: str = "scaled_linear"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    num_train_timesteps: int = 1000
+    trained_betas: tuple[float, ...] | None = None
+    rescale_betas_zero_snr: bool = False
+    snr_shift_scale: float = 1.0
+    rescaled_snr_shift_scale: float = 1.0
+    _tables: ClassVar[dict[tuple[str, int | None, torch.dtype], _Table]]  # of an instance, and no field
+
+    def __init__(
+        self,
+        beta_schedule: str = "scaled_linear",
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        num_train_timesteps: int = 1000,
+        trained_betas: Any = None,
+        rescale_betas_zero_snr: bool = False,
+        snr_shift_scale: float = 1.0,
+        rescaled_snr_shift_scale: float = 1.0,
+    ) -> None:
+        if trained_betas is not None:
+            if len(trained_betas) > MAX_TIMESTEPS:
+                raise ValueError(f"trained_betas must be at most {MAX_TIMESTEPS}, got {len(trained_betas)}")
+            trained_betas = tuple(float(b) for b in trained_betas)
+            beta_schedule, num_train_timesteps = TRAINED, len(trained_betas)
+            beta_start, beta_end = (trained_betas[0], trained_betas[-1]) if trained_betas else (0.0, 0.0)
+        else:
+            lookup("beta schedule", beta_schedule, BETA_SCHEDULES)
+        values = {
+            "beta_schedule": beta_schedule,
+            "beta_start": float(beta_start),
+            "beta_end": float(beta_end),
+            "num_train_timesteps": require_count(num_train_timesteps, least=2),
+            "trained_betas": trained_betas,
+            "rescale_betas_zero_snr": bool(rescale_betas_zero_snr),
+            "snr_shift_scale": require_factor("snr_shift_scale", snr_shift_scale, "1 is no shift, CogVideoX-2b uses 3"),
+            "rescaled_snr_shift_scale": require_factor("rescaled_snr_shift_scale", rescaled_snr_shift_scale),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        for name, value in (("beta_start", self.beta_start), ("beta_end", self.beta_end)):
+            if not 0 <= value <= 1 and trained_betas is None:  # the square root of a negative one is no number
+                raise ValueError(f"betas must lie in (0, 1], got {value} as {name}; 0.0001 to 0.02 is usual")
+        _require_betas(self.betas())
+        self._tabulate()
+
+    def _tabulate(self) -> None:
+        # kept with the curve, by device and dtype: torch.compile takes them for inputs, where it would trace the making of a
+        # table through any cache, or take it for a constant that another curve gets as well
+        object.__setattr__(self, "_tables", {("cpu", None, torch.float64): _table_f64(self)})
+
+    def _table(self, device: torch.device, dtype: torch.dtype) -> _Table:
+        key = device.type, device.index, dtype
+        if key in self._tables:
+            return self._tables[key]
+        table = self._tables["cpu", None, torch.float64].to(device, dtype)
+        if not torch.compiler.is_compiling():
+            self._tables[key] = table
+        return table
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_tables"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._tabulate()
+
+    def betas(self) -> Tensor:
+        """Return the T betas as given, before any rescaling (float64, on the CPU)."""
+        if self.trained_betas is not None:
+            return torch.tensor(self.trained_betas, dtype=torch.float64)
+        return BETA_SCHEDULES[self.beta_schedule](self.num_train_timesteps, self.beta_start, self.beta_end)
+
+    @property
+    def t_max(self) -> float:
+        return float(self.num_train_timesteps - 1)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._evaluate(t)[0]
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self._evaluate(t)[1]
+
+    def _evaluate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        check_times(self, t)
+        table = self._table(t.device, evaluation_dtype(t))
+        if not t.is_floating_point():
+            index = t.long()
+            return table.alpha[index], table.sigma[index]
+        t = t.to(table.alpha.dtype)
+        k = t.floor().clamp(0, self.num_train_timesteps - 2).long()
+        f = t - k
+        # λ is linear inside an interval; the substitute for an infinite λ keeps the branch that is not taken finite
+        half = 0.5 * (table.log_snr[k] + f * (table.log_snr[k + 1] - table.log_snr[k]))
+        alpha, sigma = torch.rsqrt(1 + torch.exp(-2 * half)), torch.rsqrt(1 + torch.exp(2 * half))
+        to_zero = table.alpha[k + 1] == 0
+        alpha = torch.where(to_zero, (1 - f) * table.alpha[k], alpha)
+        sigma = torch.where(to_zero, (1 - alpha**2).sqrt(), sigma)
+        nearest = t.round().long().clamp(0, self.num_train_timesteps - 1)
+        on_table = t == nearest
+        return torch.where(on_table, table.alpha[nearest], alpha), torch.where(on_table, table.sigma[nearest], sigma)
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        table = self._table(log_snr.device, evaluation_dtype(log_snr))
+        value = log_snr.to(table.alpha.dtype)
+        descending = table.log_snr
+        k = (torch.searchsorted(-descending, -value.contiguous(), right=True) - 1).clamp(
+            0, self.num_train_timesteps - 2
+        )
+        f = ((descending[k] - value) / (descending[k] - descending[k + 1])).clamp(0, 1)
+        to_zero = table.alpha[k + 1] == 0
+        alpha = torch.rsqrt(1 + torch.exp(-value))
+        f = torch.where(to_zero, (1 - alpha / table.alpha[k]).clamp(0, 1), f)
+        return k + f
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return t
+
+    def time_at_index(self, index: Tensor) -> Tensor:
+        return index
+
+    def time_at_quantile(self, u: Tensor) -> Tensor:
+        return (u * self.num_train_timesteps).ceil().long().sub(1).clamp(0, self.num_train_timesteps - 1)
+
+    def zero_terminal_snr(self) -> Discrete:
+        if not float(_table_f64(self).alpha[-1]):
+            return self
+        before = self.snr_shift_scale * self.rescaled_snr_shift_scale  # all that was shifted until now
+        return replace(self, rescale_betas_zero_snr=True, snr_shift_scale=before, rescaled_snr_shift_scale=1.0)
+
+    def shifted(self, factor: float) -> Discrete:
+        scale = require_factor("factor", factor) ** 2
+        if self.rescale_betas_zero_snr:
+            return replace(self, rescaled_snr_shift_scale=self.rescaled_snr_shift_scale * scale)
+        return replace(self, snr_shift_scale=self.snr_shift_scale * scale)
+
+
+def _require_betas(betas: Tensor) -> None:
+    bad = ((betas >= LEAST_BETA) & (betas <= 1)).logical_not_().nonzero().flatten()
+    if len(bad):
+        i = int(bad[0])
+        value = float(betas[i])
+        advice = f"below {LEAST_BETA:g} it adds no noise" if 0 < value < 1 else "check beta_start and beta_end"
+        raise ValueError(f"betas must lie in (0, 1], got {value} at index {i}; {advice}")
+    ones = (betas[:-1] == 1).any()
+    if bool(ones):
+        raise ValueError("only the last beta may be 1 (zero terminal SNR); an earlier one leaves pure noise ever after")
+
+
+@dataclass(frozen=True)
+class _Table:
+    alpha: Tensor
+    sigma: Tensor
+    log_snr: Tensor  # finite: an infinite last value is replaced by a finite one below all others
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> _Table:
+        return _Table(*(column.to(device, dtype) for column in (self.alpha, self.sigma, self.log_snr)))
+
+
+@lru_cache(maxsize=64)
+def _table_f64(curve: Discrete) -> _Table:
+    log_alpha_bar = torch.cumsum(torch.log1p(-curve.betas()), 0)  # never 1 - ᾱ, which cancels near t = 0
+    alpha, sigma = torch.exp(0.5 * log_alpha_bar), torch.sqrt(-torch.expm1(log_alpha_bar))
+    alpha, sigma = _shifted(alpha, sigma, curve.snr_shift_scale)
+    if curve.rescale_betas_zero_snr and float(alpha[-1]) > 0:
+        # algorithm 1: α' = (α - α_T) α_0 / (α_0 - α_T); 1 - α'² is formed from 1 - α', again without cancellation
+        scale = alpha[0] / (alpha[0] - alpha[-1])
+        rescaled = (alpha - alpha[-1]) * scale
+        one_minus = sigma[0] ** 2 / (1 + alpha[0]) + (alpha[0] - alpha) * scale
+        alpha, sigma = rescaled, torch.sqrt(one_minus * (1 + rescaled))
+    alpha, sigma = _shifted(alpha, sigma, curve.rescaled_snr_shift_scale)
+    log_snr = 2 * (alpha.log() - sigma.log())
+    if float(alpha[-1]) == 0:
+        sigma[-1] = 1.0  # where rounding had left 1 - 1e-16
+        log_snr[-1] = log_snr[-2] - 2 * math.log(2) - 60.0
+    return _Table(alpha, sigma, log_snr)
+
+
+def _shifted(alpha: Tensor, sigma: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return the levels whose SNR is 1 / scale of these, on the variance preserving path."""
+    if scale == 1:
+        return alpha, sigma
+    norm = torch.hypot(alpha, math.sqrt(scale) * sigma)
+    return alpha / norm, math.sqrt(scale) * sigma / norm

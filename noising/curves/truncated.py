@@ -1,0 +1,155 @@
+"""A part of a curve: the noise levels of an expert or a refiner, which was trained on some of the times only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from .base import Curve, check_times
+from .continuous import Karras
+
+SHORTEST = 1e-6  # of the whole: float32 tells no shorter part's times apart
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truncated(Curve):
+    """The part of ``curve`` from the time ``first`` (least noise) to ``last`` (most noise), both included.
+
+    A time means what it means on the whole curve: α, σ, and what the network is given are the same there. What is relative to
+    the range is its own: densities and training indices run over the part, and ``num_train_timesteps`` of a discrete curve counts
+    the timesteps inside. A time of the part is given as such: on discrete curves a whole number.
+
+    Raises ValueError for times outside the curve, and for a part without any length.
+
+    >>> import torch
+    >>> from alphabar.noising import Discrete
+    >>> refiner = Truncated(Discrete(), 0, 199)
+    >>> refiner.num_train_timesteps, refiner.t_max, refiner.sigma(torch.tensor(199)) == Discrete().sigma(torch.tensor(199))
+    (200, 199.0, tensor(True))
+    """
+
+    kind: ClassVar[str] = "truncated"
+    curve: Curve
+    first: float
+    last: float
+
+    def __init__(self, curve: Curve, first: float, last: float) -> None:
+        if isinstance(curve, Karras):
+            raise ValueError("a karras curve has no part but another range of its own: give it sigma_min and sigma_max")
+        if isinstance(curve, Truncated):  # a part of a part is a part
+            _require_inside(curve, first, last)
+            curve = curve.curve
+        _require_inside(curve, first, last)
+        count = round(last - first) + 1 if curve.is_discrete else curve.num_train_timesteps
+        values = {"curve": curve, "first": float(first), "last": float(last), "num_train_timesteps": count}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def is_discrete(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.curve.is_discrete
+
+    @property
+    def is_flow(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.curve.is_flow
+
+    @property
+    def t_min(self) -> float:
+        return self.first
+
+    @property
+    def t_max(self) -> float:
+        return self.last
+
+    def alpha(self, t: Tensor) -> Tensor:
+        check_times(self, t)
+        return self.curve.alpha(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        check_times(self, t)
+        return self.curve.sigma(t)
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        return self.curve.time(log_snr).clamp(self.first, self.last)
+
+    def level_of(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return self.curve.level_of(alpha, sigma)
+
+    def time_at_noise_level(self, level: Tensor) -> Tensor:
+        return self.curve.time_at_noise_level(level).clamp(self.first, self.last)
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return self.curve.timestep(t)
+
+    def levels_at(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+        return self.curve.levels_at(log_snr)
+
+    def fraction(self, t: Tensor) -> Tensor:
+        return self.curve.fraction(t)
+
+    def input_scale(self, t: Tensor) -> Tensor:
+        return self.curve.input_scale(t)
+
+    @property
+    def scales_input(self) -> bool:
+        return self.curve.scales_input
+
+    def time_at_index(self, index: Tensor) -> Tensor:
+        return index + int(self.first) if self.is_discrete else self._part(self.curve.time_at_index(index))
+
+    def time_at_quantile(self, u: Tensor) -> Tensor:
+        if self.is_discrete:
+            count = self.num_train_timesteps
+            return (u * count).ceil().long().sub(1).clamp(0, count - 1) + int(self.first)
+        return self._part(self.curve.time_at_quantile(u))
+
+    def _part(self, t: Tensor) -> Tensor:
+        """Carry times of the whole curve to the part, evenly."""
+        low, high = self.curve.t_min, self.curve.t_max
+        u = (t - low) / (high - low)
+        return ((1 - u) * self.first + u * self.last).clamp(self.first, self.last)
+
+    def zero_terminal_snr(self) -> Curve:
+        if self.last < self.curve.t_max:
+            raise ValueError(
+                f"this curve was truncated at t = {self.last:g}, before the end at {self.curve.t_max:g}, and has no terminal time "
+                "to rescale; call zero_terminal_snr() before truncated()"
+            )
+        return Truncated(self.curve.zero_terminal_snr(), self.first, self.last)
+
+    def shifted(self, factor: float) -> Curve:
+        return Truncated(self.curve.shifted(factor), self.first, self.last)
+
+    def to_config(self) -> dict[str, Any]:
+        return {"kind": self.kind, "curve": self.curve.to_config(), "first": self.first, "last": self.last}
+
+
+def _require_inside(curve: Curve, first: float, last: float) -> None:
+    if not curve.t_min <= first < last <= curve.t_max:  # also catches NaN
+        raise ValueError(
+            f"a part of this {curve.kind} schedule needs {curve.t_min:g} <= first < last <= {curve.t_max:g}, got {first:g} and {last:g}"
+        )
+    if last - first < SHORTEST * (curve.t_max - curve.t_min):
+        raise ValueError(f"a part of this {curve.kind} schedule from {first} to {last} is too short for any step")
+    if curve.is_discrete and (math.floor(first) != first or math.floor(last) != last):
+        raise ValueError(
+            f"a part of a discrete schedule begins and ends at whole timesteps, got {first:g} and {last:g}"
+        )
+
+
+def truncate(curve: Curve, first: float, last: float) -> Curve:
+    """Return the part of a curve from the time ``first`` to ``last``; an EDM curve, whose time is σ, with another range of σ.
+
+    >>> from alphabar.noising import Flow, Karras
+    >>> truncate(Karras(), 0.5, 80.0).sigma_min, truncate(Flow(), 0.0, 1.0)
+    (0.5, Flow(num_train_timesteps=1000, shift=1.0))
+    """
+    if (first, last) == (curve.t_min, curve.t_max):
+        return curve
+    if isinstance(curve, Karras):
+        _require_inside(curve, first, last)
+        return replace(curve, sigma_min=first, sigma_max=last)
+    return Truncated(curve, first, last)

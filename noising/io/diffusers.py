@@ -1,0 +1,274 @@
+"""scheduler_config.json of diffusers: a schedule from one, and one from a schedule.
+
+diffusers is not imported: its config is a JSON file. Every key that describes the curve is written out, because a key left at
+its default would be replaced by another class's own default when that class reads the file. A class is named only where it
+reads all that the schedule holds; betas that a class does not know by name are written one by one, as ``trained_betas``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..curves.continuous import Flow
+from ..curves.discrete import Discrete
+from ..curves.shifts import token_shift
+from .diffusers_keys import checked_config
+
+if TYPE_CHECKING:
+    from ..schedule import NoiseSchedule
+
+# what diffusers' classes assume where a file leaves a key out (diffusers 0.42.1)
+_DISCRETE_DEFAULTS: dict[str, Any] = {
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "num_train_timesteps": 1000,
+    "trained_betas": None,
+    "rescale_betas_zero_snr": False,
+}
+_PLAIN = (
+    "DDIMInverseScheduler",
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "RePaintScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+)
+_SD_BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012}
+_SCALED: dict[str, Any] = {"beta_schedule": "scaled_linear"} | _SD_BETAS
+_DEFAULTS: dict[str, dict[str, Any]] = {  # every class that reads betas, with the defaults that are its own
+    **{name: {} for name in _PLAIN},
+    "UnCLIPScheduler": {"beta_schedule": "squaredcos_cap_v2"},
+    "HeunDiscreteScheduler": _SD_BETAS,
+    "KDPM2DiscreteScheduler": _SD_BETAS,
+    "KDPM2AncestralDiscreteScheduler": _SD_BETAS,
+    "DPMSolverSDEScheduler": _SD_BETAS,
+    "LCMScheduler": _SCALED,
+    "TCDScheduler": _SCALED,
+    "CogVideoXDDIMScheduler": _SCALED | {"snr_shift_scale": 3.0},
+    "CogVideoXDPMScheduler": _SCALED | {"snr_shift_scale": 3.0},
+}
+_READ_SNR_SHIFT = {name for name, defaults in _DEFAULTS.items() if "snr_shift_scale" in defaults}
+_READ_ZERO_SNR = {  # classes that know rescale_betas_zero_snr; the others would silently sample on the betas as they were
+    *_READ_SNR_SHIFT,
+    "DDIMInverseScheduler",
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+}
+_READ_SHIFT = {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"}
+_READ_FLOW_SHIFT = {  # classes of betas that sample a flow where use_flow_sigmas says so
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+}
+_READ_DYNAMIC_SHIFT = {
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchLCMScheduler",
+    *(_READ_FLOW_SHIFT - {"DPMSolverMultistepInverseScheduler", "SASolverScheduler"}),
+}
+_BEFORE_FLOW_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+_KNOWN_TO_ALL = ("linear", "scaled_linear", "squaredcos_cap_v2")  # beta schedules that every class knows by name
+_OTHER_NAMES = {"laplace": "laplace_diffusers"}  # what its numbers are called here
+_DDIM_LIKE = {
+    *_READ_SNR_SHIFT,
+    "DDIMInverseScheduler",
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+}
+_DDPM_LIKE = {"DDPMParallelScheduler", "DDPMScheduler"}
+_NO_SPACING = {"DPMSolverSinglestepScheduler", "RePaintScheduler", "UnCLIPScheduler"}
+_ELSE: dict[
+    str, tuple[Any, set[str]]
+] = {  # what a file says unless a sampler says it: the value, and the classes that read it
+    "timestep_spacing": ("trailing", _DEFAULTS.keys() - _NO_SPACING),
+    "steps_offset": (
+        1,
+        _DEFAULTS.keys() - _NO_SPACING,
+    ),  # of leading alone; Stable Diffusion's pipelines warn of any other
+    "set_alpha_to_one": (True, _DDIM_LIKE | {"PNDMScheduler"}),
+    "clip_sample": (
+        False,
+        _DDIM_LIKE | _DDPM_LIKE | {"HeunDiscreteScheduler", "RePaintScheduler", "UnCLIPScheduler"},
+    ),
+    "thresholding": (False, (_DDIM_LIKE | _DDPM_LIKE | _READ_FLOW_SHIFT) - _READ_SNR_SHIFT - {"DDIMInverseScheduler"}),
+}
+
+
+def to_diffusers(schedule: NoiseSchedule, sampling: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the scheduler_config.json of this schedule as a dict of plain values.
+
+    ``sampling`` holds what a sampler adds: ``_class_name``, ``timestep_spacing``, solver options. A class that would ignore
+    something of the schedule gives way to DDIMScheduler, on a flow to FlowMatchEulerDiscreteScheduler. Raises ValueError for a
+    curve or a prediction that diffusers has no config for.
+
+    >>> from alphabar.noising import NoiseSchedule
+    >>> config = to_diffusers(NoiseSchedule.linear(prediction="v_prediction").zero_terminal_snr())
+    >>> config["_class_name"], config["prediction_type"], config["rescale_betas_zero_snr"], config["timestep_spacing"]
+    ('DDIMScheduler', 'v_prediction', True, 'trailing')
+    """
+    curve = schedule.curve
+    if isinstance(curve, Flow):
+        return _flow_config(curve, schedule.prediction.name, dict(sampling or {}))
+    if isinstance(curve, Discrete):
+        return _discrete_config(curve, schedule.prediction.name, dict(sampling or {}))
+    raise ValueError(f"diffusers has no scheduler config for a {curve.kind} curve")
+
+
+def _flow_config(curve: Flow, prediction: str, sampling: dict[str, Any]) -> dict[str, Any]:
+    if prediction != "flow_prediction":
+        raise ValueError(
+            f"diffusers samples a flow with flow_prediction only, got {prediction!r}; convert the prediction or sample with alphabar"
+        )
+    name, count = sampling.get("_class_name"), {"num_train_timesteps": curve.num_train_timesteps}
+    if name in _READ_FLOW_SHIFT and not any(sampling.get(key) for key in _BEFORE_FLOW_SIGMAS):
+        flow = {"use_flow_sigmas": True, "flow_shift": curve.shift, "prediction_type": prediction}
+        still = {"use_dynamic_shifting": False} if name in _READ_DYNAMIC_SHIFT else {}
+        return sampling | count | flow | still | {"thresholding": False}
+    if name not in _READ_SHIFT:
+        name, sampling = "FlowMatchEulerDiscreteScheduler", {}
+    still = {"use_dynamic_shifting": False} if name in _READ_DYNAMIC_SHIFT else {}
+    return sampling | count | still | {"_class_name": name, "shift": curve.shift}
+
+
+def _discrete_config(curve: Discrete, prediction: str, sampling: dict[str, Any]) -> dict[str, Any]:
+    if prediction not in ("epsilon", "v_prediction", "sample"):
+        raise ValueError(
+            f"diffusers has no prediction_type {prediction!r} for discrete schedules; use epsilon, v_prediction or sample"
+        )
+    zero = float(curve.alpha(torch.tensor(curve.t_max, dtype=torch.float64))) == 0.0
+    name = sampling.get("_class_name", "DDIMScheduler")
+    if zero and name not in _READ_ZERO_SNR:
+        name, sampling = "DDIMScheduler", {}
+    config = {key: value for key, (value, classes) in _ELSE.items() if name in classes or name not in _DEFAULTS}
+    config |= sampling | {"_class_name": name, "prediction_type": prediction}
+    if name in _READ_ZERO_SNR:
+        config["rescale_betas_zero_snr"] = zero
+    if config["_class_name"] in _READ_SNR_SHIFT:
+        before = curve.rescaled_snr_shift_scale == 1  # they shift before they rescale
+        config["snr_shift_scale"] = curve.snr_shift_scale if before else 1.0
+        curve = replace(curve, snr_shift_scale=1.0) if before else curve
+    return config | _beta_keys(curve)
+
+
+def _beta_keys(curve: Discrete) -> dict[str, Any]:
+    plain = curve.snr_shift_scale == curve.rescaled_snr_shift_scale == 1
+    by_name = plain and curve.beta_schedule in _KNOWN_TO_ALL
+    return {
+        "num_train_timesteps": curve.num_train_timesteps,
+        "beta_schedule": curve.beta_schedule if by_name else "linear",
+        "beta_start": curve.beta_start,
+        "beta_end": curve.beta_end,
+        "trained_betas": None if by_name else (curve.betas() if plain else _shifted_betas(curve)).tolist(),
+    }
+
+
+def _shifted_betas(curve: Discrete) -> Tensor:
+    """Return the betas of a shifted curve, before the rescaling where no shift comes after it."""
+    if curve.rescaled_snr_shift_scale == 1:
+        curve = replace(curve, rescale_betas_zero_snr=False)
+    index = torch.arange(curve.num_train_timesteps, dtype=torch.float64)
+    alpha, sigma = curve.alpha(index), curve.sigma(index)
+    log_alpha_bar = torch.where(sigma < 0.5, torch.log1p(-(sigma**2)), 2 * alpha.log())  # neither end cancels
+    return -torch.expm1(log_alpha_bar.diff(prepend=torch.zeros(1, dtype=torch.float64)))
+
+
+def from_diffusers(config: Mapping[str, Any], tokens: int | None = None) -> NoiseSchedule:
+    """Return the schedule that a diffusers scheduler config describes, keys left out filled with that class's defaults.
+
+    ``config`` is the content of scheduler_config.json, or ``dict(scheduler.config)``. Where it says ``use_dynamic_shifting``
+    (Flux) the shift depends on the image: ``tokens`` is the number of image tokens. Raises ValueError for a config that is
+    none, for one without the tokens it needs, and for a class whose curve its config does not say.
+
+    >>> from_diffusers({"_class_name": "LCMScheduler"}).curve.beta_start
+    0.00085
+    >>> flux = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "use_dynamic_shifting": True}
+    >>> round(from_diffusers(flux, tokens=4096).curve.shift, 4)
+    3.1582
+    """
+    from ..schedule import NoiseSchedule
+
+    if not isinstance(config, Mapping) or not (
+        {"_class_name", "beta_schedule", "trained_betas", "prediction_type"} & set(config)
+    ):
+        raise ValueError(
+            "not a diffusers scheduler config: none of _class_name, beta_schedule, prediction_type stands in it"
+        )
+    config = checked_config(config)
+    name = str(config.get("_class_name", ""))
+    flow_sigmas = name in _READ_FLOW_SHIFT and config.get("use_flow_sigmas", False)
+    if name in _READ_SHIFT or flow_sigmas:
+        shift = _shift_of(config, "flow_shift" if flow_sigmas else "shift", tokens)
+        prediction = config.get("prediction_type", "epsilon") if flow_sigmas else "flow_prediction"
+        return NoiseSchedule.flow(shift, config.get("num_train_timesteps", 1000), prediction)
+    if tokens is not None:
+        raise ValueError(
+            f"tokens are for a config that says use_dynamic_shifting; this one of {name or 'no class'} does not"
+        )
+    said = {key: value for key, value in config.items() if key in _DISCRETE_DEFAULTS}
+    if name and name not in _DEFAULTS and not (said.get("beta_schedule") or said.get("trained_betas")):
+        raise ValueError(
+            f"a config of {name} does not say its noise schedule in a form that is known here; make it, e.g. with "
+            "NoiseSchedule.flow() or NoiseSchedule.karras()"
+        )
+    values = _DISCRETE_DEFAULTS | _DEFAULTS.get(name, {}) | said
+    if name in _READ_SNR_SHIFT or not name:  # other classes leave it unread
+        values |= {key: config[key] for key in ("snr_shift_scale",) if key in config}
+    values["beta_schedule"] = _OTHER_NAMES.get(values["beta_schedule"], values["beta_schedule"])
+    return NoiseSchedule(Discrete(**values), config.get("prediction_type", "epsilon"))
+
+
+_TOKEN_SHIFT_KEYS = {
+    "base_image_seq_len": "base_tokens",
+    "max_image_seq_len": "max_tokens",
+    "base_shift": "base_shift",
+    "max_shift": "max_shift",
+    "time_shift_type": "kind",
+}
+
+
+def _shift_of(config: Mapping[str, Any], key: str, tokens: int | None) -> float:
+    if config.get("invert_sigmas"):
+        raise ValueError(
+            "invert_sigmas runs time from noise to data with the network given 1 - σ; no schedule here does"
+        )
+    if not config.get("use_dynamic_shifting"):
+        if tokens is not None:
+            raise ValueError(
+                f"tokens are for a config that says use_dynamic_shifting; this one has {key} {config.get(key, 1.0)}"
+            )
+        return config.get(key, 1.0)
+    if tokens is None:
+        raise ValueError(
+            "the config says use_dynamic_shifting: its shift depends on the size of the image; give tokens=, the number of image "
+            "tokens that the network sees (Flux at 1024 x 1024: 4096)"
+        )
+    line = {ours: config[theirs] for theirs, ours in _TOKEN_SHIFT_KEYS.items() if config.get(theirs) is not None}
+    return token_shift(tokens, **line)

@@ -1,0 +1,148 @@
+"""Which keys of a scheduler_config.json describe a schedule, how each is read, and which of them a class of diffusers knows.
+
+diffusers passes over a key that its class does not know: HeunDiscreteScheduler samples without ``rescale_betas_zero_snr``
+whatever the file says. Such a key is not honoured here either, and a warning names it, as it names keys that no class knows.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..utils.config_reading import flag, mapping, number, numbers, whole, word
+from ..utils.registry import shown, unknown
+
+READERS: Mapping[str, Callable[[str, Any], Any]] = {
+    "_class_name": word,
+    "num_train_timesteps": whole,
+    "beta_schedule": word,
+    "beta_start": number,
+    "beta_end": number,
+    "trained_betas": numbers,
+    "prediction_type": word,
+    "rescale_betas_zero_snr": flag,
+    "snr_shift_scale": number,
+    "timestep_spacing": word,
+    "use_flow_sigmas": flag,
+    "flow_shift": number,
+    "shift": number,
+    "invert_sigmas": flag,
+    "use_dynamic_shifting": flag,
+    "base_image_seq_len": whole,
+    "max_image_seq_len": whole,
+    "base_shift": number,
+    "max_shift": number,
+    "time_shift_type": word,
+}
+"""How each key that describes a schedule is read."""
+
+MAY_BE_NULL = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift", "time_shift_type", "timestep_spacing")
+
+_BETAS = frozenset(
+    {"num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "prediction_type"}
+)
+_ZERO = _BETAS | {"rescale_betas_zero_snr"}
+_FLOW = {"use_flow_sigmas", "flow_shift"}
+_SHIFT = frozenset({"num_train_timesteps", "shift"})
+_DYNAMIC = {"use_dynamic_shifting", "time_shift_type"}
+_TOKENS = _DYNAMIC | {"base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift", "invert_sigmas"}
+_COUNT = frozenset({"num_train_timesteps"})
+
+KNOWN_TO_CLASS: Mapping[str, frozenset[str]] = {
+    "CogVideoXDDIMScheduler": _ZERO | {"snr_shift_scale"},
+    "CogVideoXDPMScheduler": _ZERO | {"snr_shift_scale"},
+    "DDIMInverseScheduler": _ZERO,
+    "DDIMParallelScheduler": _ZERO,
+    "DDIMScheduler": _ZERO,
+    "DDPMParallelScheduler": _ZERO,
+    "DDPMScheduler": _ZERO,
+    "DEISMultistepScheduler": _BETAS | _FLOW | _DYNAMIC,
+    "DPMSolverMultistepInverseScheduler": _BETAS | _FLOW,
+    "DPMSolverMultistepScheduler": _ZERO | _FLOW | _DYNAMIC,
+    "DPMSolverSDEScheduler": _BETAS,
+    "DPMSolverSinglestepScheduler": _BETAS | _FLOW | _DYNAMIC,
+    "EulerAncestralDiscreteScheduler": _ZERO,
+    "EulerDiscreteScheduler": _ZERO,
+    "FlowMatchEulerDiscreteScheduler": _SHIFT | _TOKENS,
+    "FlowMatchHeunDiscreteScheduler": _SHIFT,
+    "FlowMatchLCMScheduler": _SHIFT | _TOKENS,
+    "HeunDiscreteScheduler": _BETAS,
+    "KDPM2AncestralDiscreteScheduler": _BETAS,
+    "KDPM2DiscreteScheduler": _BETAS,
+    "LCMScheduler": _ZERO,
+    "LMSDiscreteScheduler": _BETAS,
+    "PNDMScheduler": _BETAS,
+    "RePaintScheduler": _BETAS - {"prediction_type"},
+    "SASolverScheduler": _BETAS | _FLOW,
+    "TCDScheduler": _ZERO,
+    "UnCLIPScheduler": _COUNT | {"beta_schedule", "prediction_type"},
+    "UniPCMultistepScheduler": _ZERO | _FLOW | _DYNAMIC,
+    # those whose schedule is not betas and no flow: a file that says betas is none of theirs
+    "CMStochasticIterativeScheduler": _COUNT,
+    "CosineDPMSolverMultistepScheduler": _COUNT | {"prediction_type"},
+    "EDMDPMSolverMultistepScheduler": _COUNT | {"prediction_type"},
+    "EDMEulerScheduler": _COUNT | {"prediction_type"},
+    "IPNDMScheduler": _COUNT | {"trained_betas"},
+    "KarrasVeScheduler": frozenset(),
+    "SCMScheduler": _COUNT | {"prediction_type"},
+    "ScoreSdeVeScheduler": _COUNT,
+}
+"""The keys of ``READERS`` that a class of diffusers reads (diffusers 0.42.1); of other classes nothing is known here."""
+
+FOR_PIPELINES = {"base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift", "timestep_spacing", "_class_name"}
+"""Keys that are read by others than the class: pipelines, samplers."""
+
+OTHERS = frozenset(
+    {
+        "algorithm_type", "clip_denoised", "clip_sample", "clip_sample_range", "correct_steps",
+        "corrector_order", "disable_corrector", "dynamic_thresholding_ratio", "editing_threshold", "eps", "eta",
+        "euler_at_final", "final_sigmas_type", "interpolation_type", "lambda_min_clipped", "lower_order_final",
+        "noise_sampler_seed", "num_inference_steps", "original_inference_steps", "predict_x0",
+        "predictor_order", "rho", "s_churn", "s_max", "s_min", "s_noise", "sample_max_value", "sampling_eps",
+        "scale_factors", "set_alpha_to_one", "shift_terminal", "sigma_data", "sigma_max", "sigma_min",
+        "sigma_schedule", "skip_prk_steps", "snr", "solver_order", "solver_p", "solver_type", "steps_offset",
+        "stochastic_sampling", "t_max", "t_min", "tau_func", "tensor_format", "thresholding",
+        "timestep_scaling", "timestep_type", "upscale_mode", "use_beta_sigmas", "use_exponential_sigmas",
+        "use_karras_sigmas", "use_lu_lambdas", "variance_type",
+    }
+)  # fmt: skip
+"""Keys that say how a class samples, and nothing of the schedule."""
+
+_NEUTRAL = {"prediction_type": ("epsilon", "flow_prediction"), "snr_shift_scale": (1,), "shift": (1,), "flow_shift": (1,)}
+
+
+def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a scheduler config of diffusers whose values can be what their keys say, without what its class does not read.
+
+    Raises ValueError for values of another type and for numbers that are not finite. Warns of keys that the class passes over
+    although they describe the schedule, and of keys that no class knows.
+
+    >>> checked_config({"_class_name": "DDIMScheduler", "beta_end": "0.02"})
+    Traceback (most recent call last):
+    ValueError: beta_end must be a finite number, got '0.02'
+    """
+    values = mapping("a scheduler config", config)
+    for key in values.keys() & READERS.keys():
+        if values[key] is not None or key not in MAY_BE_NULL:
+            values[key] = READERS[key](key, values[key])
+    betas, count = values.get("trained_betas"), values.get("num_train_timesteps")
+    if betas is not None and count not in (None, len(betas)):
+        raise ValueError(f"num_train_timesteps says {count}, but there are {len(betas)} trained_betas; remove one of the two")
+    name = values.get("_class_name", "")
+    known = KNOWN_TO_CLASS.get(name)
+    if known is None:
+        return values
+    ignored = [key for key in values if key in READERS and key not in known and key not in FOR_PIPELINES]
+    told = [key for key in ignored if values[key] and values[key] not in _NEUTRAL.get(key, ())]
+    if told:
+        words = ", ".join(f"{key}={shown(values[key])}" for key in told)
+        warnings.warn(
+            f"{name} does not know {words}: diffusers samples without, and it is left out here too; name a class that reads it, "
+            "if the model was trained so",
+            stacklevel=3,
+        )
+    strange = [key for key in values if not key.startswith("_") and key not in READERS and key not in OTHERS]
+    for key in strange:
+        warnings.warn(f"{unknown(f'key of a {name} config', key, READERS)}; it is left out", stacklevel=3)
+    return {key: value for key, value in values.items() if key not in ignored}

@@ -1,0 +1,105 @@
+"""What a weighting scheme is; the schemes themselves are in the files beside this one, their names in weighting.py.
+
+A loss is one function w_x0(SNR) >= 0 on ||Δx_0||². An output error Δout is an x_0 error (σ / det) Δout (see prediction.py),
+so the weight on ||Δout||² that means the same is w_x0 σ² / det². A scheme states W = w_x0 σ² in α² and σ², never dividing
+by SNR, and the weight is W / det²: finite at both ends of the schedule, and the same objective for every target.
+
+A scheme that is published as a weight on the error of one target is carried over by that target's det²:
+
+    epsilon: W = w_ε α²        v: W = w_v (α² + σ²)        flow velocity: W = w_u (α + σ)²        x_0: W = w_x0 σ²
+
+(v's determinant is α² + σ², which is 1 on a variance preserving path; off such a path its square would make w_x0 depend on
+more than SNR, so that the sum stands once: a scheme is a function of SNR alone.)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..curves.base import Curve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighting(ABC):
+    """What weighs the error of a target; subclasses state ``on_target``, most of them through :class:`Scheme`.
+
+    ``floor`` is a lower bound of the weight on the target, for schemes that are 0 at a zero-SNR terminal step.
+
+    >>> from alphabar.noising import MinSNR
+    >>> one = torch.tensor([1.0])
+    >>> MinSNR(gamma=5.0)(alpha=0.8 * one, sigma=0.6 * one, det=-one)  # v: min(SNR, 5) / (SNR + 1)
+    tensor([0.6400])
+    """
+
+    name: ClassVar[str]
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.floor < float("inf"):
+            raise ValueError(f"floor must be at least 0, got {self.floor}")
+
+    @abstractmethod
+    def on_target(self, alpha: Tensor, sigma: Tensor, det: Tensor, fraction: Tensor | None) -> Tensor:
+        """Return the weight before the floor; see :meth:`__call__`."""
+
+    def __call__(self, alpha: Tensor, sigma: Tensor, det: Tensor | float, fraction: Tensor | None = None) -> Tensor:
+        """Return the weight on the squared error of the target whose determinant is ``det``; shape of ``alpha``.
+
+        ``fraction``: the fraction of training time, ``curve.fraction(t)``, shape of ``alpha``; for schemes that ask for it.
+        """
+        det = torch.as_tensor(det, dtype=alpha.dtype, device=alpha.device)
+        weight = self.on_target(alpha, sigma, det, fraction)
+        return weight.clamp(min=self.floor) if self.floor else weight
+
+    def on_curve(self, curve: Curve) -> Weighting:
+        """Return this weighting as it is on a curve, for those that have a bound of the curve's; by default itself."""
+        return self
+
+    def log_variance(self) -> nn.Module | None:
+        """Return a new module that learns u(α, σ) of the loss w / e^u · error + u, or None where nothing is learned."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme(Weighting):
+    """A weighting in closed form; subclasses state W(α², σ²) = w_x0 σ²."""
+
+    @abstractmethod
+    def numerator(self, alpha2: Tensor, sigma2: Tensor, det2: Tensor) -> Tensor:
+        """Return W = w_x0 σ², given α², σ² and det²."""
+
+    def on_target(self, alpha: Tensor, sigma: Tensor, det: Tensor, fraction: Tensor | None) -> Tensor:
+        return self.numerator(alpha**2, sigma**2, det**2) / det**2
+
+
+def require_positive(owner: str, **values: float) -> None:
+    """Raise ValueError unless all are positive and finite.
+
+    >>> require_positive("p2", k=0.0)
+    Traceback (most recent call last):
+    ValueError: k of weighting 'p2' must be positive and finite, got 0.0
+    """
+    for name, value in values.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name} of weighting {owner!r} must be positive and finite, got {value}")
+
+
+def closed_form(owner: str, weighting: str | Weighting) -> Weighting:
+    """Return the weighting that another one is made of, for a name or an object; ValueError for one that is learned.
+
+    >>> closed_form("per_range", "snr")
+    SNR(floor=0.0)
+    """
+    from . import resolve_weighting  # the registry holds those that are made of others
+
+    resolved = resolve_weighting(weighting)
+    if type(resolved).log_variance is not Weighting.log_variance:
+        raise ValueError(
+            f"weighting {owner!r} cannot be made of {resolved.name!r}, which is learned; give it a closed form"
+        )
+    return resolved

@@ -1,0 +1,91 @@
+"""Learned uncertainty: the loss w / e^u · error + u with a trained u(noise level) (Karras et al. 2312.02696, eq. 21).
+
+At the minimum over u, e^u = E[w error] at each noise level, and the loss is 1 + log E[w error]: every noise level then counts
+by its relative error, and the static weight w cancels. It matters only until u has caught up, and where it is 0: there
+the loss is 0, u included.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..curves.base import Curve
+from ..utils.rng import Draws, Stream
+from .base import Weighting, closed_form
+from .schemes import EDM
+
+WIDEST = (
+    5.0  # of |c_noise|; log(σ / α) = ±20: α = 0 and σ = 0 are further than any other float32 level, but not infinite
+)
+
+
+class LogVariance(nn.Module):
+    """u(α, σ): a linear layer on random Fourier features of c_noise = log(σ / α) / 4 (2312.02696, eq. 75).
+
+    u starts at 0. Features and phases are drawn from ``seed``; they are buffers, saved and loaded with the weights. It is
+    computed in float32 or better, under autocast too.
+
+    >>> LogVariance(channels=8)(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
+    tensor([0., 0.], grad_fn=<AddBackward0>)
+    """
+
+    frequencies: Tensor
+    phases: Tensor
+
+    def __init__(self, channels: int = 128, seed: int = 0) -> None:
+        super().__init__()
+        draws = Draws(seed, [0], step=0, stream=Stream.FEATURES)
+        self.register_buffer("frequencies", 2 * math.pi * draws.normal(channels)[0])
+        self.register_buffer("phases", 2 * math.pi * draws.uniform(channels)[0])
+        self.weight = nn.Parameter(torch.zeros(channels))
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Return u, shape of ``alpha``."""
+        c_noise = ((sigma.log() - alpha.log()) / 4).clamp(-WIDEST, WIDEST)
+        dtype = c_noise.dtype
+        phase = c_noise[..., None] * self.frequencies.to(dtype) + self.phases.to(dtype)
+        features = math.sqrt(2) * phase.cos()
+        # no nn.Linear, which autocast would run in half precision
+        return (features * self.weight.to(dtype)).sum(-1) + self.bias.to(dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedUncertainty(Weighting):
+    """The weights of ``of`` divided by a learned variance of the loss: w / e^u · error + u (Karras et al. 2312.02696, eq. 21).
+
+    ``Noising`` makes the module that learns u, as its submodule ``log_variance``: put ``noising.parameters()`` into the
+    optimizer, without weight decay, as DiffusionModule does. All of them take part in every loss, so DistributedDataParallel
+    may wrap a module that holds the Noising; where it wraps the network alone, average their gradients too. ``channels``:
+    Fourier features. ``seed``: of the features.
+
+    >>> from alphabar.noising import NoiseSchedule, Noising
+    >>> noising = Noising(NoiseSchedule.flow(), LearnedUncertainty(channels=16))
+    >>> sorted(noising.state_dict())
+    ['log_variance.bias', 'log_variance.frequencies', 'log_variance.phases', 'log_variance.weight']
+    """
+
+    name: ClassVar[str] = "learned_uncertainty"
+    of: Weighting = field(default_factory=EDM)
+    channels: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.channels < 1:
+            raise ValueError(f"channels must be at least 1, got {self.channels}; the paper uses 128")
+        object.__setattr__(self, "of", closed_form(self.name, self.of))
+
+    def on_curve(self, curve: Curve) -> Weighting:
+        return replace(self, of=self.of.on_curve(curve))
+
+    def on_target(self, alpha: Tensor, sigma: Tensor, det: Tensor, fraction: Tensor | None) -> Tensor:
+        return self.of(alpha, sigma, det, fraction)
+
+    def log_variance(self) -> LogVariance:
+        return LogVariance(self.channels, self.seed)

@@ -1,0 +1,313 @@
+"""The weighting schemes of the literature, each as W = w_x0 σ² (see base.py), right for every target."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, minimum
+
+from ..curves.base import Curve
+from .base import Scheme, require_positive
+
+
+def flow_determinant2(alpha2: Tensor, sigma2: Tensor) -> Tensor:
+    """Return (α + σ)², the square of the flow velocity's determinant; 1 on a flow path.
+
+    >>> import torch
+    >>> flow_determinant2(torch.tensor([0.25]), torch.tensor([0.25]))
+    tensor([1.])
+    """
+    return (alpha2.sqrt() + sigma2.sqrt()) ** 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform(Scheme):
+    """1 on the target: the plain loss of whatever the network predicts. The only scheme that depends on the target.
+
+    >>> import torch
+    >>> Uniform()(torch.tensor([0.6]), torch.tensor([0.8]), torch.tensor([-0.6]))
+    tensor([1.])
+    """
+
+    name: ClassVar[str] = "uniform"
+
+    def numerator(self, alpha2: Tensor, sigma2: Tensor, det2: Tensor) -> Tensor:
+        return det2
+
+
+@dataclass(frozen=True, kw_only=True)
+class SNR(Scheme):
+    """w_x0 = SNR: the plain epsilon loss, whatever the network predicts (Salimans & Ho 2202.00512, §4).
+
+    On x_0 at α = 1 it is σ^-2: sgm's EpsWeighting, the weight of EDM's VP and VE losses, and k-diffusion's "snr".
+
+    >>> import torch
+    >>> SNR()(torch.tensor([0.6]), torch.tensor([0.8]), torch.tensor([-0.6]))
+    tensor([1.])
+    """
+
+    name: ClassVar[str] = "snr"
+
+    def numerator(self, alpha2: Tensor, sigma2: Tensor, det2: Tensor) -> Tensor:
+        return alpha2
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainV(Scheme):
+    """w_x0 = SNR + 1: the plain v loss, whatever the network predicts (Salimans & Ho 2202.00512, §4, "SNR+1"); sgm's VWeighting.
+
+    >>> import torch
+    >>> PlainV()(torch.tensor([0.6]), torch.tensor([0.8]), 1.0)
+    tensor([1.])
+    """
+
+    name: ClassVar[str] = "v"
+
+    def numerator(self, alpha2: Tensor, sigma2: Tensor, det2: Tensor) -> Tensor:
+        return alpha2 + sigma2
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainX0(Scheme):
+    """w_x0 = 1: the plain loss of the clean sample, whatever the network predicts; sgm's UnitWeighting.
+
+    For v this is 1 / (SNR + 1), which sd-scripts calls debiased (but see :class:`Debiased`).
+
+    >>> import torch
+    >>> PlainX0()(torch.tensor([0.6]), torch.tensor([0.8]), 0.8)
+    tensor([1.])
+    """
+
+    name: ClassVar[str] = "x0"
+
+    def numerator(self, alpha2: Tensor, sigma2: Tensor, det2: Tensor) -> Tensor:
+        return sigma2
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainFlow(Scheme):
+    """w_x0 = (1 + √SNR)²: the plain loss of the flow velocity ε - x_0, whatever the network predicts.
+
+    >>> import torch
+    >>> PlainFlow()(torch.tensor([0.75]), torch.tensor([0.25]), -1.0)
+    tensor([1.])
+    """
+
+    name: ClassVar[str] = "flow"
+
+    def numerator(self, alpha2: Tensor, sigma2: Tensor, det2: Tensor) -> Tensor:
+        return flow_determinant2(alpha2, sigma2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinSNR(Scheme):
+    """w_x0 = min(SNR, γ) (Hang et al. 2303.09556, eq. 7 and 8); γ > 0.
+
+    For epsilon this is min(SNR, γ) / SNR, for v min(SNR, γ) / (SNR + 1).
+
+    >>> MinSNR(gamma=0.0)
+    Traceback (most recent call last):
+    ValueError: snr gamma must be positive and finite, got 0.0; the paper uses 5
+    """
+
+    name: ClassVar[str] = "min_snr"
+    gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.gamma < float("inf"):
+            raise ValueError(f"snr gamma must be positive and finite, got {self.gamma}; the paper uses 5")
+
+    def numerator(self, alpha2: Tensor, sigma2: Tensor, det2: Tensor) -> Tensor:
+        return minimum(alpha2, self.gamma * sigma2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftMinSNR(Scheme):
+    """w_x0 = SNR γ / (SNR + γ), a smooth min(SNR, γ) (Crowson et al. 2401.11605); γ > 0.
+
+    With γ = 1 / σ_d² it is w_x0 = 1 / (s² + σ_d²) at s = σ / α, as k-diffusion writes it.
+
+    >>> import torch
+    >>> SoftMinSNR(gamma=1.0)(torch.tensor([0.6]), torch.tensor([0.8]), 0.8)  # on x_0, SNR = 0.5625
+    tensor([0.3600])
+    """
+
+    name: ClassVar[str] = "soft_min_snr"
+    gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self.name, gamma=self.gamma)
+
+    def numerator(self, alpha2: Tensor, sigma2: Tensor, det2: Tensor) -> Tensor:
+        return alpha2 * sigma2 * self.gamma / (alpha2 + self.gamma * sigma2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sigmoid(Scheme):
+    """w_ε = sigmoid(b - λ), λ = log SNR (Kingma & Gao 2303.00848; Hoogeboom et al. 2410.19324).
+
+    This is soft-min-SNR with γ = e^b. The papers integrate over λ, i.e. divide by the
+    density that λ is drawn with; here the density of the times stays what it is.
+
+    >>> import torch
+    >>> Sigmoid(bias=0.0)(torch.tensor([0.6]), torch.tensor([0.8]), -0.6)  # on ε: 1 / (1 + SNR)
+    tensor([0.6400])
+    """
+
+    name: ClassVar[str] = "sigmoid"
+    bias: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not abs(self.bias) <= 80:  # beyond it e^-b leaves float32
+            raise ValueError(f"bias of weighting 'sigmoid' must lie in -80 ... 80, got {self.bias}; it is a log SNR")
+
+    def numerator(self, alpha2: Tensor, sigma2: Tensor, det2: Tensor) -> Tensor:
+        return alpha2 * sigma2 / (sigma2 + alpha2 * math.exp(-self.bias))
+
+
+@dataclass(frozen=True, kw_only=True)
+class P2(Scheme):
+    """w_ε = 1 / (k + SNR)^γ (Choi et al. 2204.00227); k > 0, γ >= 0. The paper uses k = 1 and γ of 0.5 or 1.
+
+    >>> import torch
+    >>> P2()(torch.tensor([0.6]), torch.tensor([0.8]), -0.6)
+    tensor([0.6400])
+    """
+
+    name: ClassVar[str] = "p2"
+    k: float = 1.0
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self.name, k=self.k)
+        if not 0 <= self.gamma < float("inf"):
+            raise ValueError(
+                f"gamma of weighting 'p2' must be at least 0 and finite, got {self.gamma}; the paper uses 1"
+            )
+
+    def numerator(self, alpha2: Tensor, sigma2: Tensor, det2: Tensor) -> Tensor:
+        return alpha2 * (sigma2 / (self.k * sigma2 + alpha2)) ** self.gamma
+
+
+@dataclass(frozen=True, kw_only=True)
+class Debiased(Scheme):
+    """w_ε = 1 / √SNR (Yu et al. 2310.08442), so for v √SNR / (SNR + 1).
+
+    What other trainers compute for v under this name is not this: see ``kohya_debiased_v`` and ``onetrainer_debiased_v``.
+
+    >>> import torch
+    >>> Debiased()(torch.tensor([0.6]), torch.tensor([0.8]), 1.0)  # on v
+    tensor([0.4800])
+    """
+
+    name: ClassVar[str] = "debiased"
+
+    def numerator(self, alpha2: Tensor, sigma2: Tensor, det2: Tensor) -> Tensor:
+        return alpha2.sqrt() * sigma2.sqrt()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EDM(Scheme):
+    """w_x0 = SNR + 1 / σ_d², i.e. (s² + σ_d²) / (s σ_d)² at s = σ / α (Karras et al. 2206.00364, table 1).
+
+    On EDM's own network F (prediction "karras" of the same σ_d) this is 1; with σ_d = 1 it is the plain v loss.
+
+    >>> import torch
+    >>> EDM(sigma_data=1.0)(torch.tensor([0.6]), torch.tensor([0.8]), 1.0)
+    tensor([1.])
+    """
+
+    name: ClassVar[str] = "edm"
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self.name, sigma_data=self.sigma_data)
+
+    def numerator(self, alpha2: Tensor, sigma2: Tensor, det2: Tensor) -> Tensor:
+        return alpha2 + sigma2 / self.sigma_data**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosMap(Scheme):
+    """w_u = 2 / (π (1 - 2σ + 2σ²)) on the flow loss, σ of the flow path (Esser et al. 2403.03206, §3.1).
+
+    It is the density of the noise levels of a cosine schedule, as a weight over uniform ones: use it or the density, not both.
+
+    >>> import torch
+    >>> CosMap()(torch.tensor([0.5]), torch.tensor([0.5]), -1.0) * torch.pi
+    tensor([4.])
+    """
+
+    name: ClassVar[str] = "cosmap"
+
+    def numerator(self, alpha2: Tensor, sigma2: Tensor, det2: Tensor) -> Tensor:
+        # with the flow's σ = σ / (α + σ): 1 - 2σ + 2σ² = (α² + σ²) / (α + σ)²
+        return (2 / math.pi) * flow_determinant2(alpha2, sigma2) ** 2 / (alpha2 + sigma2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SigmaSqrt(Scheme):
+    """w_u = max(σ, sigma_min)^-2 on the flow loss, σ of the flow path; so w_x0 = σ^-4.
+
+    The name is that of diffusers' and sd-scripts' ``weighting_scheme``, and a misnomer: it is no root, but the inverse square.
+    σ^-2 has no mean over the times of a continuous flow. diffusers takes σ from a table of 1000 timesteps, so that none is above
+    10^6. ``sigma_min`` is the least σ of that table, which a Noising fills in: σ at the first of the schedule's training
+    timesteps, shift included. None: no bound, infinite where σ = 0.
+
+    >>> import torch
+    >>> SigmaSqrt()(torch.tensor([0.5]), torch.tensor([0.5]), -1.0)
+    tensor([4.])
+    >>> from alphabar.noising import NoiseSchedule
+    >>> round(SigmaSqrt().on_curve(NoiseSchedule.flow(shift=3.0).curve).sigma_min, 6)  # 3 / 1002
+    0.002994
+    """
+
+    name: ClassVar[str] = "sigma_sqrt"
+    sigma_min: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sigma_min is not None and not 0 <= self.sigma_min <= 1:
+            raise ValueError(f"sigma_min of weighting 'sigma_sqrt' must lie in 0 ... 1, got {self.sigma_min}; it is a σ of the flow path")
+
+    def on_curve(self, curve: Curve) -> SigmaSqrt:
+        if self.sigma_min is not None or curve.is_discrete:  # which has no time before its first
+            return self
+        first = curve.time_at_index(torch.zeros(1, dtype=torch.float64))
+        alpha, sigma = curve.alpha(first), curve.sigma(first)
+        return replace(self, sigma_min=float(sigma / (alpha + sigma)))
+
+    def numerator(self, alpha2: Tensor, sigma2: Tensor, det2: Tensor) -> Tensor:
+        flow = flow_determinant2(alpha2, sigma2)
+        return flow**2 / (sigma2 if self.sigma_min is None else torch.maximum(sigma2, self.sigma_min**2 * flow))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLike(Scheme):
+    """w_x0 = SNR + k (SNR + 1): the plain epsilon loss and k times the plain v loss; k > 0.
+
+    What sd-scripts' ``--v_pred_like_loss k`` adds to the loss of an epsilon model, without its cap of SNR at 1000.
+    Unlike the epsilon loss alone it does not vanish where SNR is 0.
+
+    >>> import torch
+    >>> VLike(strength=1.0)(torch.tensor([0.6]), torch.tensor([0.8]), 1.0)  # on v
+    tensor([1.3600])
+    """
+
+    name: ClassVar[str] = "v_like"
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self.name, strength=self.strength)
+
+    def numerator(self, alpha2: Tensor, sigma2: Tensor, det2: Tensor) -> Tensor:
+        return alpha2 + self.strength * (alpha2 + sigma2)

@@ -1,0 +1,177 @@
+"""Grids: which points of the path a sampler visits, from the most noise to where sampling ends.
+
+A grid is a function (schedule, steps, **options) -> steps + 1 knots with falling noise; the network is called at all but the
+last. One name has one definition here; where a peer's grid of the same name differs, an option says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from inspect import Parameter
+from itertools import pairwise
+from typing import Any
+
+from ...noising import NoiseSchedule
+from ...noising.utils.registry import lookup
+from ...noising.utils.validation import whole_number
+from ..knots import Knot
+from ..options import plain_option
+from . import sigmas as sigma_grids
+from . import timesteps as timestep_grids
+from .align_your_steps import align_your_steps
+from .base import Grid, keyword_parameters
+from .given import CUSTOM, given_points, number_of_steps
+from .sigmas import TERMINAL_SIGMA
+
+__all__ = ["GRIDS", "TERMINAL_SIGMA", "Grid", "check_knots", "choose_grid", "grid_options", "make_knots", "number_of_knots"]
+
+GRIDS: Mapping[str, Grid] = {
+    "linspace": timestep_grids.linspace,
+    "leading": timestep_grids.leading,
+    "trailing": timestep_grids.trailing,
+    "simple": timestep_grids.simple,
+    "normal": timestep_grids.normal,
+    "sgm_uniform": timestep_grids.sgm_uniform,
+    "ddim_uniform": timestep_grids.ddim_uniform,
+    "beta_timesteps": timestep_grids.beta_timesteps,
+    "flow": timestep_grids.flow,
+    "lcm": timestep_grids.lcm,
+    "score_sde": timestep_grids.score_sde,
+    "sine_squared": timestep_grids.sine_squared,
+    "karras": sigma_grids.karras,
+    "exponential": sigma_grids.exponential,
+    "polyexponential": sigma_grids.polyexponential,
+    "beta": sigma_grids.beta,
+    "lu": sigma_grids.lu,
+    "vp": sigma_grids.vp,
+    "kl_optimal": sigma_grids.kl_optimal,
+    "linear_quadratic": sigma_grids.linear_quadratic,
+    "dpm_fast": sigma_grids.dpm_fast,
+    "align_your_steps": align_your_steps,
+}
+"""Every grid by its name; a new one is a formula in its file and a word here."""
+
+DEFAULT_GRID = "trailing"
+
+
+def make_knots(
+    schedule: NoiseSchedule,
+    steps: int | None = None,
+    grid: str | Grid | None = None,
+    *,
+    ascending: bool = False,
+    **options: Any,
+) -> tuple[Knot, ...]:
+    """Return the steps + 1 knots of a named grid, of a function of the same form, or of given points, checked.
+
+    ``timesteps=[...]`` or ``sigmas=[...]`` stand in place of steps and grid. ``ascending``: from the least noise to the most, for
+    methods that run upwards. Raises ValueError for steps that are no integer in 1 ... T, an unknown grid or option, a value
+    that an option cannot have, and knots out of order.
+
+    >>> len(make_knots(NoiseSchedule.flow(), 8, "linspace"))
+    9
+    >>> [k.timestep for k in make_knots(NoiseSchedule.linear(), timesteps=[900, 100])]
+    [900.0, 100.0, -1.0]
+    """
+    steps, grid, options = choose_grid(steps, grid, options, ascending)
+    steps = whole_number("steps", steps)
+    if not 1 <= steps <= schedule.num_train_timesteps:
+        raise ValueError(
+            f"steps must be between 1 and the {schedule.num_train_timesteps} training timesteps, got {steps}"
+        )
+    function = _function(grid)
+    options = {
+        name: plain_option(lookup(f"option of grid {grid!r}", name, keyword_parameters(function)), value)
+        for name, value in options.items()
+    }
+    if grid in CUSTOM and ascending:
+        options = {name: value[::-1] if name == grid else value for name, value in options.items()}
+    knots = check_knots(function(schedule, steps, **options), number_of_knots(grid, steps, schedule, **options) - 1)
+    return knots[::-1] if ascending else knots
+
+
+def choose_grid(
+    steps: int | None, grid: str | Grid | None, options: Mapping[str, Any], ascending: bool = False
+) -> tuple[int | None, str | Grid, dict[str, Any]]:
+    """Return (steps, grid, options) of what a caller said: given points number the steps and stand in place of a grid.
+
+    >>> choose_grid(None, None, {"sigmas": [10, 1, 0]})
+    (2, 'sigmas', {'sigmas': (10.0, 1.0, 0.0)})
+    """
+    options = dict(options)
+    steps = None if steps is None else whole_number("steps", steps)
+    if not (grid is None or isinstance(grid, str) or callable(grid)):
+        raise ValueError(
+            f"grid must be a name or a function, got {grid!r}; points of one's own are timesteps=[...] or sigmas=[...]"
+        )
+    names = [name for name in CUSTOM if name in options]
+    if not names:
+        return steps, DEFAULT_GRID if grid is None else grid, options
+    (name, *others) = names
+    if others or grid not in (None, name):
+        raise ValueError(f"{name} stand in place of a grid; leave out {others[0] if others else f'grid {grid!r}'}")
+    points = given_points(name, options[name], ascending)
+    counted = number_of_steps(name, points)
+    if steps not in (None, counted):
+        raise ValueError(f"{len(points)} {name} make {counted} steps, got steps={steps}; leave steps out")
+    return counted, name, options | {name: points}
+
+
+def grid_options(grid: str | Grid) -> dict[str, Any]:
+    """Return the options that a grid has, with their defaults.
+
+    >>> grid_options("karras")["rho"]
+    7.0
+    """
+    return {name: p.default for name, p in grid_parameters(grid).items()}
+
+
+def grid_parameters(grid: str | Grid) -> dict[str, Parameter]:
+    """Return the parameters of a grid that are its options, by their names.
+
+    >>> grid_parameters("karras")["rho"].annotation
+    'float'
+    """
+    return keyword_parameters(_function(grid))
+
+
+def number_of_knots(grid: str | Grid, steps: int, schedule: NoiseSchedule | None = None, **options: Any) -> int:
+    """Return how many knots a grid has: steps + 1, but for one that is asked for a number of evaluations (dpm_fast).
+
+    That depends on the grid's ends: without a ``schedule`` it is told for one of finite σ / α.
+
+    >>> number_of_knots("karras", 20), number_of_knots("dpm_fast", 20)
+    (21, 8)
+    """
+    count = getattr(_function(grid), "count", None)
+    return (count(steps, schedule, **options) if count else steps) + 1
+
+
+def counts_evaluations(grid: str | Grid) -> bool:
+    """Say whether a grid is asked for a number of evaluations, and lays the steps that these make.
+
+    >>> counts_evaluations("karras"), counts_evaluations("dpm_fast")
+    (False, True)
+    """
+    return getattr(_function(grid), "count", None) is not None
+
+
+def check_knots(knots: tuple[Knot, ...], steps: int) -> tuple[Knot, ...]:
+    """Return the knots, or raise ValueError where they are not steps + 1 with strictly falling noise.
+
+    >>> len(check_knots((Knot(999, 0.0, 1.0), Knot(1, 0.8, 0.6)), 1))
+    2
+    """
+    if len(knots) != steps + 1:
+        raise ValueError(f"a grid of {steps} steps must have {steps + 1} knots, got {len(knots)}")
+    for i, (k, n) in enumerate(pairwise(knots)):
+        if not n.sigma_ve < k.sigma_ve:
+            raise ValueError(
+                f"noise must fall at every step, but σ/α goes from {k.sigma_ve:g} to {n.sigma_ve:g} in step {i + 1} of {steps}; "
+                "use fewer steps or another grid"
+            )
+    return knots
+
+
+def _function(grid: str | Grid) -> Grid:
+    return grid if callable(grid) else lookup("grid", grid, {**GRIDS, **CUSTOM} if grid in tuple(CUSTOM) else GRIDS)

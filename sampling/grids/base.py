@@ -1,0 +1,178 @@
+"""From numbers to knots: where a training index or a noise level lies on a schedule, and what all grids share.
+
+Two kinds of grid: *timestep-spaced* ones lay training indices 0 ... T - 1 (``timestep_grids``), *σ-spaced* ones lay noise
+levels (``sigma_grids``). A discrete curve has its timesteps as indices; on a continuous one index i is the time of the
+(i + 1)-th of T equal parts (EDM: σ^(1/ρ) in equal parts; VE: log σ). A noise level is σ / α, or σ itself on a flow path.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...noising import NoiseSchedule
+from ...noising.curves.base import Curve
+from ..knots import CLEAN, Knot, knots_at
+from ..methods.base import one_of
+
+Grid = Callable[..., tuple[Knot, ...]]
+"""(schedule, steps, **options) -> steps + 1 knots, from the most noise to where sampling ends."""
+
+FINALS = ("zero", "sigma_min", "stay")
+STANDSTILL = 1e-9
+"""By how much σ falls, relatively, in a step that goes nowhere; knots must fall."""
+INTERPOLATIONS = ("log_snr", "sigma")
+ROUNDINGS: Mapping[str | None, Callable[[float], float]] = {
+    None: lambda t: t,
+    "nearest": lambda t: float(round(t)),
+    "down": lambda t: float(int(t)),
+}
+TOLERANCE = 0.01
+"""How far outside the schedule a noise level may lie (published tables are rounded); it is then the schedule's end."""
+
+
+def keyword_parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Return the keyword-only parameters of a function by their names.
+
+    >>> keyword_parameters(lambda x, *, rho=7.0: x)["rho"].default
+    7.0
+    """
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def grid_of(
+    lay: Callable[..., tuple[Knot, ...]],
+    formula: Callable[..., Tensor],
+    defaults: Mapping[str, Any],
+    count: Callable[..., int] | None = None,
+) -> Grid:
+    """Return the grid that lays a formula's numbers: its options are the formula's own and those of ``lay``.
+
+    ``lay(formula with its options bound, schedule, steps, **shared options)``; ``defaults`` replaces shared defaults, and
+    ``count(steps, schedule, **shared options)`` says how many steps the number is that the grid is asked for, where that is not
+    itself.
+    """
+    own, shared = keyword_parameters(formula), keyword_parameters(lay)
+    shared |= {name: shared[name].replace(default=default) for name, default in defaults.items()}
+    places = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("schedule", "steps")]
+    signature = inspect.Signature([*places, *own.values(), *shared.values()])
+
+    @wraps(formula)
+    def grid(*arguments: Any, **given: Any) -> tuple[Knot, ...]:
+        bound = signature.bind(*arguments, **given)
+        bound.apply_defaults()
+        schedule, steps, *_ = bound.args
+        laid = partial(formula, **{name: bound.kwargs[name] for name in own})
+        options = {name: bound.kwargs[name] for name in shared}
+        return lay(laid, schedule, count(steps, schedule, **options) if count else steps, **options)
+
+    vars(grid).update(__signature__=signature, count=count)
+    return grid
+
+
+def lowest_time(curve: Curve) -> float:
+    """Return the time of the least noise that training shows: the curve's first, or where that is clean, index 0.
+
+    >>> lowest_time(NoiseSchedule.flow().curve), lowest_time(NoiseSchedule.karras().curve)
+    (0.001, 0.002)
+    """
+    first = torch.tensor([curve.t_min], dtype=torch.float64)
+    return curve.t_min if float(curve.sigma(first)) > 0 else float(curve.time_at_index(torch.zeros_like(first)))
+
+
+def final_knot(schedule: NoiseSchedule, final: str) -> Knot:
+    """Return where sampling ends: the clean sample, or the least noise of training ("sigma_min" and "stay").
+
+    >>> final_knot(NoiseSchedule.scaled_linear(), "sigma_min").timestep
+    0.0
+    """
+    one_of("final", final, FINALS)
+    return CLEAN if final == "zero" else knots_at(schedule, [lowest_time(schedule.curve)])[0]
+
+
+def standing_still(knot: Knot) -> Knot:
+    """Return the end of a step from ``knot`` that goes nowhere.
+
+    >>> standing_still(Knot(0.0, 0.8, 0.6)).sigma < 0.6
+    True
+    """
+    return replace(knot, sigma=knot.sigma * (1 - STANDSTILL))
+
+
+def knots_at_indices(schedule: NoiseSchedule, index: Tensor, interpolation: str = "log_snr") -> tuple[Knot, ...]:
+    """Return the knots at (fractional) training indices, shape (steps,).
+
+    Between the timesteps of a discrete schedule log SNR is linear, or σ / α with ``interpolation="sigma"``, as numpy.interp
+    has it in the Euler family of diffusers; the interval that ends in zero SNR is the curve's own either way.
+
+    >>> schedule, index = NoiseSchedule.scaled_linear(), torch.tensor([998.5], dtype=torch.float64)
+    >>> [round(knots_at_indices(schedule, index, how)[0].sigma_ve, 5) for how in ("log_snr", "sigma")]
+    [14.57039, 14.57046]
+    """
+    one_of("interpolation", interpolation, INTERPOLATIONS)
+    curve = schedule.curve
+    time = curve.time_at_index(index)
+    knots = knots_at(schedule, time)
+    if interpolation == "log_snr":
+        return knots
+    if not curve.is_discrete:
+        raise ValueError(
+            f"interpolation='sigma' is for discrete schedules; a {curve.kind} curve is exact at every time"
+        )
+    low, high = curve.sigma_ve(time.floor()), curve.sigma_ve(time.ceil())
+    between = (low + (time - time.floor()) * (high - low)).tolist()
+    inside = ((time.frac() > 0) & high.isfinite()).tolist()
+    return tuple(_at_ratio(k, s) if there else k for k, s, there in zip(knots, between, inside, strict=True))
+
+
+def _at_ratio(knot: Knot, ratio: float) -> Knot:
+    norm = (1 + ratio**2) ** 0.5  # variance preserving, as discrete schedules are
+    return replace(knot, alpha=1 / norm, sigma=ratio / norm)
+
+
+def level_at(curve: Curve, t: float, ratio: bool) -> float:
+    """Return the noise level at a time: σ / α, or σ on a flow path unless ``ratio``; infinite where α is 0.
+
+    >>> [round(level_at(NoiseSchedule.flow().curve, 0.75, ratio), 6) for ratio in (False, True)]
+    [0.75, 3.0]
+    """
+    time = torch.tensor([t], dtype=torch.float64)
+    return float((curve.sigma_ve if ratio else curve.noise_level)(time))
+
+
+def knots_at_levels(
+    schedule: NoiseSchedule, levels: Tensor, ratio: bool = False, rounding: str | None = None
+) -> tuple[Knot, ...]:
+    """Return the knots at noise levels, shape (steps,), in the coordinate of :func:`level_at`; inf is the terminal time.
+
+    ``rounding`` ("nearest" or "down") gives the network of a discrete schedule a whole timestep and leaves the level as it
+    is, as diffusers does. Raises ValueError for levels more than 1 % outside what the schedule was trained on.
+
+    >>> levels = torch.tensor([14.615, 1.0], dtype=torch.float64)
+    >>> [(k.timestep, round(k.sigma_ve, 4)) for k in knots_at_levels(NoiseSchedule.scaled_linear(), levels, rounding="nearest")]
+    [(999.0, 14.6146), (354.0, 1.0)]
+    """
+    curve = schedule.curve
+    low, high = level_at(curve, curve.t_min, ratio), level_at(curve, curve.t_max, ratio)
+    for level in levels.tolist():
+        if not low / (1 + TOLERANCE) <= level <= high * (1 + TOLERANCE):
+            raise ValueError(
+                f"noise level {level:g} is outside {low:g} ... {high:g}, which this schedule was trained on; "
+                "lay the grid inside"
+            )
+    inside = levels.clamp(low, high)
+    times = curve.time(-2 * inside.log()) if ratio else curve.time_at_noise_level(inside)
+    if curve.is_discrete:  # the inverse of a level of the table is its index but for rounding
+        times = torch.where((times - times.round()).abs() < 1e-9, times.round(), times)
+    knots = knots_at(schedule, torch.where(levels >= high, curve.t_max, times))
+    one_of("rounding", rounding, tuple(ROUNDINGS))
+    if rounding and not curve.is_discrete:
+        raise ValueError(f"rounding={rounding!r} is for discrete schedules; a {curve.kind} network takes any time")
+    return tuple(replace(k, timestep=ROUNDINGS[rounding](k.timestep)) for k in knots) if rounding else knots

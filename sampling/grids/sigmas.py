@@ -1,0 +1,286 @@
+"""σ-spaced grids: formulas for the noise levels at which the network is called, from the highest down to the lowest.
+
+Every grid here has these options beside its own:
+``sigma_min``, ``sigma_max``: the range, by default from the schedule's last training time to its first. ``range_from``: or that
+of the timestep-spaced grid of this name (with ``steps_offset``), as the Euler, Heun, LMS and KDPM2 classes of diffusers take
+it ("flow": as its FlowMatch classes).
+``ratio``: space σ / α on a flow path too, instead of σ. ``rounding``: "nearest" or "down", see ``knots_at_levels``.
+``drop_last``: lay one point more and leave out the lowest ("discard next-to-last sigma" in A1111). ``final``: end in the clean
+sample ("zero"), or at ``sigma_min`` or else the least noise of training ("sigma_min"; where the grid itself goes down to
+that, it is laid with one point more, whose last is the end; "stay": the least noise of training, where a grid that goes down to
+that goes nowhere in its last step, as diffusers appends its sigma_min to any grid).
+
+With zero terminal SNR σ / α is infinite at the terminal time: the first knot is that terminal step itself, exactly, and
+the others are spaced as if it were at ``terminal_sigma``, by default 200. Diffusers clamps ᾱ to 2^-24 and so spaces from
+4096, which spends half of 20 Karras steps above 100, where little happens. A lower value costs amplitude where the data are
+widest: the first step loses the share (S / σ)² / 2 of a component of spread S at the second knot σ. Latents of 64 x 64 have
+S near 30 in their mean, those of 128 x 128 near 60. ``benchmarks/terminal_sigma.py`` measures both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...noising import NoiseSchedule
+from ...noising.utils.beta_distribution import beta_quantile
+from ...noising.utils.registry import lookup
+from ..knots import Knot
+from ..methods.dpm_singlestep import block_orders
+from .base import Grid, final_knot, grid_of, knots_at_levels, level_at, lowest_time, standing_still
+from .timesteps import flow, leading, linspace, trailing
+
+TERMINAL_SIGMA = 200.0
+"""Where σ-spaced grids take an infinite σ / α to lie when they space the other knots."""
+
+RANGES = {
+    "linspace": linspace,
+    "leading": leading,
+    "trailing": trailing,
+    "flow": partial(flow, end_shifted=True),
+}
+
+
+def sigma_spaced(
+    count: Callable[..., int] | None = None, **defaults: object
+) -> Callable[[Callable[..., Tensor]], Grid]:
+    """Make a grid of a formula (points, low, high, *, options) -> noise levels, shape (points,), falling.
+
+    ``count``: how many steps the grid has, where the number that it is asked for is one of evaluations.
+    """
+
+    return lambda formula: grid_of(_lay, formula, defaults, count)
+
+
+def _lay(
+    formula: Callable[[int, float, float], Tensor],
+    schedule: NoiseSchedule,
+    steps: int,
+    *,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    range_from: str | None = None,
+    steps_offset: int = 0,
+    ratio: bool = False,
+    rounding: str | None = None,
+    drop_last: bool = False,
+    final: str = "zero",
+    terminal_sigma: float = TERMINAL_SIGMA,
+) -> tuple[Knot, ...]:
+    lowest, most = _training_range(schedule, ratio)
+    if range_from is not None:
+        lowest, most = _subsampled_range(schedule, steps, range_from, steps_offset, ratio)
+    low = lowest if sigma_min is None else float(sigma_min)
+    top = most if sigma_max is None else float(sigma_max)
+    high = terminal_sigma if math.isinf(top) else top
+    if math.isinf(top) and not low < terminal_sigma < math.inf:
+        raise ValueError(
+            f"terminal_sigma must be finite and above sigma_min {low:g}, got {terminal_sigma}; {TERMINAL_SIGMA:g} is usual, "
+            "diffusers spaces from 4096"
+        )
+    if not (0 < low < high or (steps == 1 and 0 < low == high)):
+        raise ValueError(f"need 0 < sigma_min < sigma_max, got {low:g} and {high:g}")
+
+    def levels(points: int) -> Tensor:
+        laid = formula(points, low, high)[:steps]
+        laid[0] = top if math.isclose(float(laid[0]), high, rel_tol=1e-12) else laid[0]
+        return laid
+
+    end = final_knot(schedule, final)
+    if final == "sigma_min" and sigma_min is not None:
+        end = knots_at_levels(schedule, torch.tensor([low], dtype=torch.float64), ratio, rounding)[0]
+    laid = knots_at_levels(schedule, levels(steps + drop_last), ratio, rounding)
+    there = bool(end.sigma) and not laid[-1].sigma_ve > end.sigma_ve * (1 + 1e-9)
+    if there and final == "stay":
+        return (*laid, standing_still(laid[-1]))
+    if there:
+        laid = knots_at_levels(schedule, levels(steps + 1), ratio, rounding)
+    return (*laid, end)
+
+
+def _training_range(schedule: NoiseSchedule, ratio: bool) -> tuple[float, float]:
+    curve = schedule.curve
+    return level_at(curve, lowest_time(curve), ratio), level_at(curve, curve.t_max, ratio)
+
+
+def _subsampled_range(
+    schedule: NoiseSchedule, steps: int, name: str, steps_offset: int, ratio: bool
+) -> tuple[float, float]:
+    grid = lookup("timestep grid", name, RANGES)
+    knots = grid(schedule, steps, **({"steps_offset": steps_offset} if name == "leading" else {}))
+    in_sigma = schedule.curve.is_flow and not ratio
+    first, last = (k.sigma if in_sigma else k.sigma_ve for k in (knots[0], knots[-2]))
+    return last, first
+
+
+def _ramp(points: int) -> Tensor:
+    return torch.linspace(0, 1, points, dtype=torch.float64)
+
+
+def _log_linear(points: int, low: float, high: float) -> Tensor:
+    return torch.linspace(math.log(high), math.log(low), points, dtype=torch.float64).exp()
+
+
+@sigma_spaced()
+def karras(points: int, low: float, high: float, *, rho: float = 7.0) -> Tensor:
+    """Space σ^(1/ρ) evenly (Karras et al. 2206.00364, eq. 5).
+
+    >>> [round(k.sigma_ve, 3) for k in karras(NoiseSchedule.scaled_linear(), 3)]
+    [14.615, 1.274, 0.029, 0.0]
+    """
+    _require_positive("rho", rho, "Karras et al. use 7")
+    return (high ** (1 / rho) + _ramp(points) * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+
+
+@sigma_spaced()
+def exponential(points: int, low: float, high: float) -> Tensor:
+    """Space log σ evenly (k-diffusion's get_sigmas_exponential).
+
+    >>> [round(k.sigma_ve, 3) for k in exponential(NoiseSchedule.scaled_linear(), 3)]
+    [14.615, 0.653, 0.029, 0.0]
+    """
+    return _log_linear(points, low, high)
+
+
+@sigma_spaced()
+def polyexponential(points: int, low: float, high: float, *, rho: float = 1.0) -> Tensor:
+    """Let log σ fall as u^ρ, u even from 1 to 0 (k-diffusion's get_sigmas_polyexponential); ρ = 1 is ``exponential``.
+
+    >>> [round(k.sigma_ve, 3) for k in polyexponential(NoiseSchedule.scaled_linear(), 3, rho=0.5)]
+    [14.615, 2.366, 0.029, 0.0]
+    """
+    _require_positive("rho", rho, "1 is the exponential grid")
+    u = _ramp(points).flip(0) ** rho if points > 1 else torch.ones(1, dtype=torch.float64)
+    return torch.exp(math.log(low) + u * math.log(high / low))
+
+
+@sigma_spaced()
+def beta(points: int, low: float, high: float, *, alpha: float = 0.6, beta: float = 0.6) -> Tensor:
+    """Take quantiles of a Beta distribution over σ, close at both ends (diffusers' use_beta_sigmas, A1111's Beta).
+
+    The paper (Lee et al. 2407.12173) and ComfyUI take them over the timesteps: that is the grid ``beta_timesteps``.
+
+    >>> [round(k.sigma_ve, 3) for k in beta(NoiseSchedule.scaled_linear(), 3)]
+    [14.615, 7.322, 0.029, 0.0]
+    """
+    return low + beta_quantile(1 - _ramp(points), alpha, beta) * (high - low)
+
+
+@sigma_spaced(ratio=True)
+def lu(points: int, low: float, high: float) -> Tensor:
+    """Space λ = log(α / σ) evenly (Lu et al. 2206.00927, 'logSNR' steps; diffusers' use_lu_lambdas).
+
+    >>> [round(k.half_log_snr, 3) for k in lu(NoiseSchedule.scaled_linear(), 3)]
+    [-2.682, 0.426, 3.535, inf]
+    """
+    return _log_linear(points, low, high)
+
+
+@sigma_spaced(ratio=True)
+def vp(
+    points: int,
+    low: float,
+    high: float,
+    *,
+    beta_d: float | None = None,
+    beta_min: float | None = None,
+    eps_s: float = 1e-3,
+) -> Tensor:
+    """Space the time of a VP SDE evenly, σ = sqrt(exp(β_d t² / 2 + β_min t) - 1) from t = 1 to ε_s (2206.00364, table 1).
+
+    β_d and β_min default to those whose σ span the range (as in EDM's generate.py): on a VP schedule its own, so that its
+    time is spaced evenly. k-diffusion's get_sigmas_vp has 19.9 and 0.1.
+
+    >>> [round(k.timestep) for k in vp(NoiseSchedule.variance_preserving(), 3)]
+    [1000, 500, 1, -1]
+    """
+    if not 0 < eps_s < 1:
+        raise ValueError(f"eps_s must be between 0 and 1, got {eps_s}; Karras et al. use 1e-3")
+    log_low, log_high = math.log1p(low**2), math.log1p(high**2)
+    beta_d = 2 * (log_low / eps_s - log_high) / (eps_s - 1) if beta_d is None else beta_d
+    beta_min = log_high - 0.5 * beta_d if beta_min is None else beta_min
+    t = torch.linspace(1, eps_s, points, dtype=torch.float64)
+    return torch.expm1(0.5 * beta_d * t**2 + beta_min * t).sqrt()
+
+
+@sigma_spaced(ratio=True)
+def kl_optimal(points: int, low: float, high: float) -> Tensor:
+    """Space arctan σ evenly: optimal in KL divergence for Gaussian data (Sabour et al. 2404.14507; ComfyUI).
+
+    A1111 lays n + 1 points and ends at the last: ``final="sigma_min"``. ComfyUI's on a flow path: ``ratio=False``.
+
+    >>> [round(k.sigma_ve, 3) for k in kl_optimal(NoiseSchedule.scaled_linear(), 3)]
+    [14.615, 0.962, 0.029, 0.0]
+    """
+    u = _ramp(points)
+    return torch.tan(u * math.atan(low) + (1 - u) * math.atan(high))
+
+
+@sigma_spaced()
+def linear_quadratic(
+    points: int, low: float, high: float, *, threshold_noise: float = 0.025, linear_steps: int | None = None
+) -> Tensor:
+    """Go down linearly by ``threshold_noise`` in the first half, then quadratically to 0 (Mochi; ComfyUI).
+
+    A noise schedule of flow models; elsewhere σ / α takes the same parts of its range, as in ComfyUI. ``linear_steps``
+    defaults to half of the steps; the lowest level of the range is not used.
+
+    >>> [round(k.sigma, 4) for k in linear_quadratic(NoiseSchedule.flow(), 4)]
+    [1.0, 0.9875, 0.975, 0.725, 0.0]
+    """
+    if points == 1:
+        return torch.tensor([high], dtype=torch.float64)
+    m = points // 2 if linear_steps is None else linear_steps
+    if not 1 <= m < points or not 0 < threshold_noise < m / points:
+        raise ValueError(
+            f"need 1 <= linear_steps < steps and 0 < threshold_noise < linear_steps / steps, got {m} of {points} and "
+            f"{threshold_noise}; Mochi uses half of the steps and 0.025"
+        )
+    i = torch.arange(points, dtype=torch.float64)
+    # the parabola meets the line in value and slope at i = m, and 1 at i = points
+    slope, excess = threshold_noise / m, 1 - threshold_noise * points / m
+    gone = slope * i + excess * ((i - m).clamp(min=0) / (points - m)) ** 2
+    return high * (1 - gone)
+
+
+def _fast_steps(
+    evaluations: int,
+    schedule: NoiseSchedule | None = None,
+    *,
+    sigma_max: float | None = None,
+    range_from: str | None = None,
+    steps_offset: int = 0,
+    ratio: bool = True,
+    final: str = "sigma_min",
+    **unread: Any,
+) -> int:
+    top = 1.0 if sigma_max is None else sigma_max
+    if schedule is not None and sigma_max is None:
+        _, top = _training_range(schedule, ratio)
+        if range_from is not None:
+            top = _subsampled_range(schedule, evaluations // 3 + 1, range_from, steps_offset, ratio)[1]
+    return len(block_orders(evaluations, from_noise=math.isinf(top), to_clean=final == "zero"))
+
+
+@sigma_spaced(count=_fast_steps, ratio=True, final="sigma_min")
+def dpm_fast(points: int, low: float, high: float) -> Tensor:
+    """Space log(σ / α) evenly for steps of three evaluations each (k-diffusion's sample_dpm_fast; 2206.00927, DPM-Solver-fast).
+
+    The number it is asked for is that of evaluations n: it has n // 3 + 1 steps, of which the last one or two take the
+    rest. It ends at the least noise. A first step from α = 0 and a last one into σ = 0 have one evaluation, see
+    ``dpm_fast.block_orders``.
+
+    >>> len(dpm_fast(NoiseSchedule.scaled_linear(), 20)) - 1
+    7
+    """
+    return _log_linear(points, low, high)
+
+
+def _require_positive(name: str, value: float, mend: str) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}; {mend}")

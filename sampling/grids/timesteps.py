@@ -1,0 +1,316 @@
+"""Timestep-spaced grids: formulas for the training indices at which the network is called, from the most noise down.
+
+Every grid here has these options beside its own:
+``rounded``: whole indices, as DDIM, DDPM and the DPM-Solver classes of diffusers. ``drop_last``: lay one point more and leave
+out the lowest, as the DPM-Solver classes. ``final``: end in the clean sample ("zero"), or at the least noise of training
+("sigma_min"; where the grid itself goes down to that, it is laid with one point more, whose last is the end; "stay": there its
+last step goes nowhere, as diffusers appends its sigma_min to any grid).
+``interpolation``: see ``knots_at_indices``. With zero terminal SNR the last index is the knot with α = 0 itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ...noising import NoiseSchedule
+from ...noising.utils.beta_distribution import beta_quantile
+from ..knots import Knot
+from .base import Grid, final_knot, grid_of, knots_at_indices, standing_still
+
+Indices = Callable[[NoiseSchedule, int], Tensor]
+
+
+def timestep_spaced(**defaults: object) -> Callable[[Callable[..., Tensor]], Grid]:
+    """Make a grid of a formula (schedule, points, *, options) -> indices, shape (points,), falling."""
+    return lambda formula: grid_of(_lay, formula, defaults)
+
+
+def _lay(
+    formula: Indices,
+    schedule: NoiseSchedule,
+    steps: int,
+    *,
+    rounded: bool = False,
+    drop_last: bool = False,
+    interpolation: str = "log_snr",
+    final: str = "zero",
+) -> tuple[Knot, ...]:
+    def index(points: int) -> Tensor:
+        values = formula(schedule, points)[:steps]
+        return values.round() if rounded else values
+
+    laid = index(steps + drop_last)
+    if final == "sigma_min" and float(laid[-1]) <= 0:
+        if steps == schedule.num_train_timesteps:
+            raise ValueError(f"{steps} steps visit the least noise already; with final='sigma_min' take one fewer")
+        laid = index(steps + 1)
+    if final == "stay" and float(laid[-1]) <= 0:
+        knots = knots_at_indices(schedule, laid, interpolation)
+        return (*knots, standing_still(knots[-1]))
+    return (*knots_at_indices(schedule, laid, interpolation), final_knot(schedule, final))
+
+
+def _from_the_top(points: int) -> Tensor:
+    return torch.arange(points - 1, -1, -1, dtype=torch.float64)
+
+
+def _even(points: int, last: int) -> Tensor:
+    # counted up from 0 as numpy does, so that the ties of rounding fall as in diffusers
+    index = _from_the_top(points) * (last / max(points - 1, 1))
+    index[0] = last
+    return index
+
+
+def _usable(schedule: NoiseSchedule, lambda_min: float) -> int:
+    """Return how many indices, from 0 on, have log(α / σ) of at least ``lambda_min``."""
+    count = schedule.num_train_timesteps
+    if lambda_min == -math.inf:
+        return count
+    times = schedule.curve.time_at_index(torch.arange(count, dtype=torch.float64))
+    usable = int((schedule.curve.log_snr(times) >= 2 * lambda_min).sum())
+    if not usable:
+        raise ValueError(
+            f"no timestep has log(α / σ) of at least lambda_min = {lambda_min:g}; lower it (-5.1 is usual)"
+        )
+    return usable
+
+
+@timestep_spaced()
+def linspace(schedule: NoiseSchedule, points: int, *, lambda_min: float = -math.inf) -> Tensor:
+    """Space timesteps evenly from the last to the first (2305.08891, table 2), then the clean sample.
+
+    ``lambda_min``: start at the last timestep that has log(α / σ) of at least this (2211.01095, appendix; -5.1 with the cosine
+    betas); 'lambda_min_clipped' in diffusers.
+
+    >>> [k.timestep for k in linspace(NoiseSchedule.linear(), 3)]
+    [999.0, 499.5, 0.0, -1.0]
+    >>> [k.timestep for k in linspace(NoiseSchedule.linear(), 3, drop_last=True, final="sigma_min")]
+    [999.0, 666.0, 333.0, 0.0]
+    """
+    return _even(points, _usable(schedule, lambda_min) - 1)
+
+
+@timestep_spaced()
+def score_sde(schedule: NoiseSchedule, points: int) -> Tensor:
+    """Space training times evenly from the curve's last to its very first, as the code of Song et al. 2011.13456.
+
+    On discrete schedules, and where the first time is the clean sample itself, it is ``linspace``.
+
+    >>> from alphabar.sampling import make_knots
+    >>> [round(k.timestep, 1) for k in make_knots(NoiseSchedule.variance_preserving(), 4, "score_sde")]
+    [1000.0, 667.0, 334.0, 1.0, -1.0]
+    """
+    curve, top = schedule.curve, schedule.num_train_timesteps - 1
+    start = torch.tensor(curve.t_min, dtype=torch.float64)
+    is_index = bool(curve.time_at_index(torch.zeros((), dtype=torch.float64)) == start)
+    first = 0 if is_index or float(curve.sigma(start)) == 0 else -1  # the index of the first time
+    return _even(points, top - first) + first
+
+
+@timestep_spaced()
+def leading(schedule: NoiseSchedule, points: int, *, steps_offset: int = 0, lambda_min: float = -math.inf) -> Tensor:
+    """Take every (T // points)-th timestep from the first on (2305.08891, table 2); it never visits the last one.
+
+    ``steps_offset`` is added to each; Stable Diffusion uses 1. ``lambda_min`` as in :func:`linspace`.
+
+    >>> [k.timestep for k in leading(NoiseSchedule.linear(), 4, steps_offset=1)]
+    [751.0, 501.0, 251.0, 1.0, -1.0]
+    """
+    return _strided(schedule, points, _usable(schedule, lambda_min) // points, steps_offset)
+
+
+def _strided(schedule: NoiseSchedule, points: int, stride: int, offset: int) -> Tensor:
+    last = schedule.num_train_timesteps - 1
+    index = stride * _from_the_top(points) + offset
+    if float(index[0]) > last:
+        raise ValueError(
+            f"{points} points from timestep {offset} on, {stride} apart, go past the last timestep {last}; "
+            "lower steps_offset or the number of steps, or use 'trailing'"
+        )
+    if offset < 0:
+        raise ValueError(f"steps_offset must be at least 0, got {offset}")
+    return index
+
+
+@timestep_spaced()
+def trailing(
+    schedule: NoiseSchedule, points: int, *, whole_stride: bool = False, lambda_min: float = -math.inf
+) -> Tensor:
+    """Count down from the last timestep in even strides (2305.08891, table 2): sampling starts where training ended.
+
+    Whole timesteps on discrete schedules. ``whole_stride``: strides of T // points, as CMStochasticIterativeScheduler.
+    ``lambda_min`` as in :func:`linspace`.
+
+    >>> [k.timestep for k in trailing(NoiseSchedule.linear(), 4)]
+    [999.0, 749.0, 499.0, 249.0, -1.0]
+    """
+    count = schedule.num_train_timesteps
+    # as numpy.arange rounds its stride, so that the ties of rounding fall as in diffusers
+    stride = float(count // points) if whole_stride else count - (count - count / points)
+    position = _usable(schedule, lambda_min) - torch.arange(points, dtype=torch.float64) * stride
+    return (position.round() if schedule.curve.is_discrete else position) - 1
+
+
+@timestep_spaced()
+def simple(schedule: NoiseSchedule, points: int) -> Tensor:
+    """Count down from the last timestep in even strides, cut to whole ones: ComfyUI's 'simple'.
+
+    >>> [k.timestep for k in simple(NoiseSchedule.linear(), 3)]
+    [999.0, 666.0, 333.0, -1.0]
+    """
+    count = schedule.num_train_timesteps
+    return count - 1 - (torch.arange(points, dtype=torch.float64) * (count / points)).floor()
+
+
+@timestep_spaced()
+def normal(schedule: NoiseSchedule, points: int) -> Tensor:
+    """ComfyUI's and A1111's name for :func:`linspace`.
+
+    On a flow path theirs shifts the lower end twice; say ``flow(end=shift / (T + shift - 1))`` for that.
+
+    >>> [k.timestep for k in normal(NoiseSchedule.linear(), 3)]
+    [999.0, 499.5, 0.0, -1.0]
+    """
+    return _even(points, schedule.num_train_timesteps - 1)
+
+
+@timestep_spaced(drop_last=True)
+def sgm_uniform(schedule: NoiseSchedule, points: int) -> Tensor:
+    """Space timesteps evenly and leave out the lowest (ComfyUI, A1111; the sgm code of SDXL and SVD).
+
+    >>> [k.timestep for k in sgm_uniform(NoiseSchedule.linear(), 3)]
+    [999.0, 666.0, 333.0, -1.0]
+    """
+    return _even(points, schedule.num_train_timesteps - 1)
+
+
+@timestep_spaced()
+def ddim_uniform(schedule: NoiseSchedule, points: int, *, stride: int | None = None) -> Tensor:
+    """Take every (T // points)-th timestep from 1 on (ComfyUI, A1111): ``leading`` with an offset of 1.
+
+    ComfyUI takes as many as fit, more than it was asked for where the steps do not divide T: say the number that fits and
+    ``stride`` = T // the number asked for.
+
+    >>> [k.timestep for k in ddim_uniform(NoiseSchedule.linear(), 4)]
+    [751.0, 501.0, 251.0, 1.0, -1.0]
+    """
+    return _strided(schedule, points, schedule.num_train_timesteps // points if stride is None else stride, 1)
+
+
+@timestep_spaced()
+def beta_timesteps(schedule: NoiseSchedule, points: int, *, alpha: float = 0.6, beta: float = 0.6) -> Tensor:
+    """Take quantiles of a Beta distribution over the timesteps, close at both ends (Lee et al. 2407.12173).
+
+    With ``rounded=True`` ComfyUI's scheduler 'beta'; that of diffusers and A1111 is the grid ``beta``.
+
+    >>> [round(k.timestep) for k in beta_timesteps(NoiseSchedule.linear(), 4)]
+    [999, 823, 500, 176, -1]
+    """
+    u = 1 - torch.arange(points, dtype=torch.float64) / points
+    return (schedule.num_train_timesteps - 1) * beta_quantile(u, alpha, beta)
+
+
+@timestep_spaced()
+def flow(
+    schedule: NoiseSchedule,
+    points: int,
+    *,
+    shift: float | None = None,
+    mu: float | None = None,
+    image_seq_len: int | None = None,
+    shift_terminal: float | None = None,
+    start: float = 1.0,
+    end: float | None = None,
+    end_shifted: bool = False,
+) -> Tensor:
+    """Space time evenly and shift it towards the noise, σ = s t / (1 + (s - 1) t) (Esser et al. 2403.03206, eq. 23).
+
+    ``shift`` is s, by default the schedule's own; or s = e^μ with ``mu``, or with the μ that Flux takes for
+    ``image_seq_len`` tokens, linear from 0.5 at 256 to 1.15 at 4096. ``shift_terminal`` stretches σ so that the last is
+    this (LTX-Video). Time runs from ``start`` to ``end``, by default 1 / T. On a flow path σ is the noise level itself;
+    elsewhere it is the part of the training time.
+
+    In diffusers FlowMatchEuler and FlowMatchHeun with a static shift end at the shifted 1 / T and shift it again:
+    ``end_shifted=True``, which is ``end=shift / (T + shift - 1)``. UniPC: ``drop_last=True``. The other DPM-Solver classes:
+    ``start=1 - 1 / T, end=0.0, drop_last=True``.
+
+    >>> [round(k.timestep, 1) for k in flow(NoiseSchedule.flow(shift=3.0), 4)]
+    [1000.0, 857.3, 600.7, 3.0, -1.0]
+    """
+    count, curve = schedule.num_train_timesteps, schedule.curve
+    s = shift_of(schedule, shift, mu, image_seq_len)
+    if end_shifted and end is not None:
+        raise ValueError(f"end_shifted stands for an end of its own; leave out end={end:g}")
+    last = s / (count + s - 1) if end_shifted else 1 / count if end is None else end
+    t = torch.linspace(start, last, points, dtype=torch.float64)
+    sigma = s * t / (1 + (s - 1) * t)
+    if shift_terminal is not None:
+        if not 0 < shift_terminal < 1:
+            raise ValueError(f"shift_terminal must be between 0 and 1, got {shift_terminal}; LTX-Video uses 0.1")
+        sigma = 1 - (1 - sigma) * (1 - shift_terminal) / (1 - sigma[-1]) if points > 1 else sigma
+    time = curve.time_at_noise_level(sigma) if curve.kind == "flow" else sigma
+    return count * time - 1
+
+
+SEQ_LENS, MUS = (256, 4096), (0.5, 1.15)
+
+
+def shift_of(
+    schedule: NoiseSchedule, shift: float | None = None, mu: float | None = None, image_seq_len: int | None = None
+) -> float:
+    """Return the shift s that at most one of the three says, or the schedule's own (1 where it has none).
+
+    >>> round(math.log(shift_of(NoiseSchedule.flow(), image_seq_len=4096)), 6)
+    1.15
+    """
+    given = [
+        name for name, value in (("shift", shift), ("mu", mu), ("image_seq_len", image_seq_len)) if value is not None
+    ]
+    if len(given) > 1:
+        raise ValueError(f"give one of shift, mu and image_seq_len, got {' and '.join(given)}")
+    if image_seq_len is not None:
+        mu = MUS[0] + (image_seq_len - SEQ_LENS[0]) * (MUS[1] - MUS[0]) / (SEQ_LENS[1] - SEQ_LENS[0])
+    if mu is not None:
+        return math.exp(mu)
+    s = float(getattr(schedule.curve, "shift", 1.0)) if shift is None else float(shift)
+    if not s > 0:
+        raise ValueError(f"shift must be positive, got {s:g}; 1 is no shift, SD3 uses 3")
+    return s
+
+
+@timestep_spaced()
+def lcm(schedule: NoiseSchedule, points: int, *, original_steps: int = 50) -> Tensor:
+    """Take some of the ``original_steps`` timesteps that latent consistency models are distilled at (Luo et al. 2310.04378, §4.3).
+
+    LCMScheduler and TCDScheduler in diffusers.
+
+    >>> [k.timestep for k in lcm(NoiseSchedule.scaled_linear(), 4)]
+    [999.0, 759.0, 499.0, 259.0, -1.0]
+    """
+    count = schedule.num_train_timesteps
+    if not points <= original_steps <= count:
+        raise ValueError(
+            f"need steps <= original_steps <= {count}, got {points} and {original_steps}; take fewer steps or another grid"
+        )
+    taught = torch.arange(original_steps, 0, -1, dtype=torch.float64) * (count // original_steps) - 1
+    return taught[(torch.arange(points, dtype=torch.float64) * (original_steps / points)).floor().long()]
+
+
+@timestep_spaced()
+def sine_squared(schedule: NoiseSchedule, points: int) -> Tensor:
+    """Let σ = sin²(π u / 2) with u even on a variance preserving path (v-diffusion; IPNDMScheduler in diffusers).
+
+    Made for the cosine schedule, where σ = sin(π t / 2); on others it is the same part t of the time.
+
+    >>> [round(k.sigma, 4) for k in sine_squared(NoiseSchedule.cosine(), 3)]
+    [1.0, 0.75, 0.25, 0.0]
+    """
+    u = torch.arange(points, 0, -1, dtype=torch.float64) / points
+    t = torch.asin(torch.sin(0.5 * math.pi * u) ** 2) * (2 / math.pi)
+    first = schedule.curve.sigma(torch.tensor(schedule.curve.t_min, dtype=torch.float64))
+    low = -1 if float(first) == 0 else 0  # the index of t = 0
+    return low + (schedule.num_train_timesteps - 1 - low) * t

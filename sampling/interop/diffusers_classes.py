@@ -1,0 +1,553 @@
+"""diffusers' scheduler classes as data: the method, the grid and the options that a class with a config stands for (0.42).
+
+One entry of CLASSES says what a class reads and how it lays its grid; ``read_config`` turns a scheduler config into the terms of
+``Sampler``, ``config_of_class`` writes one. Where a class leaves the grid that it names, ``Reading.lay`` follows it there, or
+``Reading.slips`` says what cannot be followed. diffusers is not imported.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from ...noising import Discrete, NoiseSchedule
+from ...noising.utils.registry import lookup
+from ..grids import grid_options, make_knots
+from ..knots import Knot
+
+SPACINGS = ("linspace", "leading", "trailing")
+FLAGS = {
+    "karras": "use_karras_sigmas",
+    "exponential": "use_exponential_sigmas",
+    "beta": "use_beta_sigmas",
+    "lu": "use_lu_lambdas",
+}
+"""The grids that a config knows by a flag."""
+
+Lays = Mapping[str, Mapping[str, Any]]
+"""The grids that a class has, with the options by which ours lie where its do."""
+
+WHOLE: Lays = {"linspace": {"rounded": True}, "leading": {}, "trailing": {}}
+BETWEEN: Lays = {"linspace": {"interpolation": "sigma"}, "leading": {}, "trailing": {}}
+DROPPED: Lays = {"linspace": {"rounded": True, "drop_last": True}, "leading": {"drop_last": True}, "trailing": {}}
+ROUNDED_SIGMAS: Lays = {
+    "karras": {"rounding": "nearest"},
+    "exponential": {"rounding": "down"},
+    "beta": {"rounding": "down"},
+}
+PLAIN_SIGMAS: Lays = {"karras": {}, "exponential": {}, "beta": {}}
+
+
+@dataclass(frozen=True)
+class Key:
+    """A config key: the option of ours that it is, the class's default, and what its values are called here."""
+
+    option: str
+    default: Any
+    values: Mapping[Any, Any] = field(default_factory=dict)
+
+    def ours(self, value: Any) -> Any:
+        """Return our word for a value of the config."""
+        value = tuple(value) if isinstance(value, list) else value
+        return self.values.get(value, value)
+
+    def theirs(self, value: Any) -> Any:
+        """Return the config's word for a value of ours; raises ValueError where it has none."""
+        if not self.values:
+            return list(value) if isinstance(value, tuple) else value
+        return next(theirs for theirs, ours in self.values.items() if ours == value)
+
+    def has(self, value: Any) -> bool:
+        """Return whether the config has a word for this value."""
+        return not self.values or value in self.values.values()
+
+
+ENDS = {"zero": "zero", "sigma_min": "stay"}
+FINAL = Key("final", "zero", ENDS)
+ALPHA_TO_ONE = Key("final", True, {True: "zero", False: "stay"})
+ALWAYS_SIGMA_MIN = {"final": "stay"}
+LOWER = Key("lower_order_final", True)
+ALL = ("epsilon", "v_prediction", "sample")
+EPSILON_V = ("epsilon", "v_prediction")
+
+
+@dataclass(frozen=True)
+class SchedulerClass:
+    """What a class stands for.
+
+    ``spacing`` is its default ``timestep_spacing``, or where ``spaced`` is False (it has no such key) its only grid; ``lays``
+    the grids it has. ``keys`` are the config keys that are options of ours, ``fixed`` the options it has no choice in, ``step``
+    those that are arguments of its ``step()``, with their defaults there. ``switch`` (a key, its default and the method
+    by its value) chooses between methods.
+
+    ``ranged``: its σ-spaced grids span its timestep-spaced one. ``cut``: on those, but for ``rounding="nearest"``, and on flows,
+    its times are cut to whole ones after rounding errors. ``strides``: it steps by T // N, whatever its grid. ``clamped``: at zero
+    terminal SNR it puts ᾱ = 2^-24. ``in_sigma``: its x is x / α, its start σ z (unless spacing is leading). ``off``: keys
+    that must say that nothing is clipped. ``written``: a config of ours may name it.
+    """
+
+    method: str
+    lays: Lays
+    spacing: str = "linspace"
+    spaced: bool = True
+    keys: Mapping[str, Key] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    step: Mapping[str, Any] = field(default_factory=dict)
+    switch: tuple[str, bool, Mapping[bool, str]] | None = None
+    predictions: tuple[str, ...] = ALL
+    ranged: bool = False
+    cut: bool = False
+    strides: bool = False
+    clamped: bool = False
+    in_sigma: bool = False
+    flow: str | None = None
+    off: tuple[str, ...] = ()
+    written: bool = True
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that it can be."""
+        return tuple(self.switch[2].values()) if self.switch else (self.method,)
+
+
+_CLIP, _THRESHOLD = ("clip_sample", "thresholding"), ("thresholding",)
+_DDIM = SchedulerClass(
+    "ddim",
+    WHOLE,
+    "leading",
+    keys={"set_alpha_to_one": ALPHA_TO_ONE},
+    fixed={"use_clipped_model_output": False},
+    step={"eta": 0.0},
+    strides=True,
+    off=_CLIP,
+)
+_DDPM = SchedulerClass("ddpm", WHOLE, "leading", keys={"variance_type": Key("variance_type", "fixed_small")}, off=_CLIP)
+_EULERS = SchedulerClass("euler", {**BETWEEN, **PLAIN_SIGMAS}, ranged=True, in_sigma=True)
+_KDPM2 = replace(
+    _EULERS,
+    method="dpm_2",
+    lays={**_EULERS.lays, "karras": {"rounding": "nearest"}},
+    predictions=EPSILON_V,
+)
+_SOLVERS = SchedulerClass("", {**DROPPED, **ROUNDED_SIGMAS}, cut=True, off=_THRESHOLD, flow="early")
+_DPM: dict[str, Key] = {
+    "solver_order": Key("order", 2),
+    "algorithm_type": Key("algorithm", "dpmsolver++"),
+    "solver_type": Key("solver_type", "midpoint"),
+}
+_LAMBDA = {"lambda_min_clipped": Key("lambda_min", -math.inf)}
+_DPM_MULTISTEP = {**_DPM, "lower_order_final": LOWER, "euler_at_final": Key("euler_at_final", False)}
+_LCM = SchedulerClass(
+    "lcm",
+    {"lcm": {}},
+    "lcm",
+    spaced=False,
+    keys={"original_inference_steps": Key("original_steps", 50), "timestep_scaling": Key("timestep_scaling", 10.0)},
+    off=_CLIP,
+)
+_FLOW_SIGMAS: Lays = {"flow": {"end_shifted": True}, **{grid: {"range_from": "flow"} for grid in PLAIN_SIGMAS}}
+_FLOWS = SchedulerClass("euler", _FLOW_SIGMAS, "flow", spaced=False, predictions=("flow_prediction",))
+_OWN_LCM = {"timestep_scaling": 1e9}  # c_skip = 0, c_out = 1
+
+CLASSES: Mapping[str, SchedulerClass] = {
+    "DDIMScheduler": _DDIM,
+    "DDIMParallelScheduler": replace(_DDIM, written=False),
+    "DDIMInverseScheduler": replace(
+        _DDIM,
+        method="ddim_inverse",
+        lays={"leading": {}, "trailing": {}},
+        step={},
+        off=("clip_sample",),
+    ),
+    "CogVideoXDDIMScheduler": replace(_DDIM, fixed={}, step={}, off=(), written=False),
+    "CogVideoXDPMScheduler": replace(_DDIM, method="dpmpp_2m_sde", fixed={}, step={}, off=(), written=False),
+    "DDPMScheduler": _DDPM,
+    "DDPMParallelScheduler": replace(_DDPM, written=False),
+    "UnCLIPScheduler": replace(
+        _DDPM,
+        lays={"linspace": {"rounded": True}},
+        spacing="linspace",
+        spaced=False,
+        keys={"variance_type": Key("variance_type", "fixed_small_log")},
+        off=("clip_sample",),
+        written=False,
+    ),
+    "PNDMScheduler": SchedulerClass(
+        "pndm",
+        WHOLE,
+        "leading",
+        keys={"set_alpha_to_one": replace(ALPHA_TO_ONE, default=False)},
+        fixed={"combine": "output"},
+        switch=("skip_prk_steps", False, {False: "pndm", True: "plms"}),
+        predictions=EPSILON_V,
+        strides=True,
+    ),
+    "EulerDiscreteScheduler": replace(
+        _EULERS,
+        keys={
+            "final_sigmas_type": FINAL,
+            "sigma_min": Key("sigma_min", None),
+            "sigma_max": Key("sigma_max", None),
+        },
+        clamped=True,
+    ),
+    "EulerAncestralDiscreteScheduler": replace(
+        _EULERS, method="euler_ancestral", lays=BETWEEN, predictions=EPSILON_V, clamped=True
+    ),
+    "HeunDiscreteScheduler": replace(_EULERS, method="heun", off=("clip_sample",)),
+    "KDPM2DiscreteScheduler": _KDPM2,
+    "KDPM2AncestralDiscreteScheduler": replace(_KDPM2, method="dpm_2_ancestral"),
+    "LMSDiscreteScheduler": replace(_EULERS, method="lms", step={"order": 4}),
+    "DPMSolverSDEScheduler": replace(_EULERS, method="dpmpp_sde", predictions=EPSILON_V),
+    "DPMSolverMultistepScheduler": replace(
+        _SOLVERS,
+        method="dpm_solver_multistep",
+        lays={**_SOLVERS.lays, "lu": {"rounding": "nearest"}},
+        keys={**_DPM_MULTISTEP, **_LAMBDA, "final_sigmas_type": FINAL},
+        clamped=True,
+    ),
+    "DPMSolverMultistepInverseScheduler": SchedulerClass(
+        "dpm_solver_inverse",
+        {"linspace": {"rounded": True}},
+        keys={**_DPM_MULTISTEP, **_LAMBDA},
+        fixed={"final": "sigma_min"},
+        off=_THRESHOLD,
+    ),
+    "DPMSolverSinglestepScheduler": replace(
+        _SOLVERS,
+        method="dpm_solver_singlestep",
+        lays={"linspace": DROPPED["linspace"], **ROUNDED_SIGMAS},
+        spaced=False,
+        keys={**_DPM, **_LAMBDA, "final_sigmas_type": FINAL},
+    ),
+    "DEISMultistepScheduler": replace(
+        _SOLVERS,
+        method="deis",
+        keys={"solver_order": Key("order", 2), "lower_order_final": LOWER},
+        fixed=ALWAYS_SIGMA_MIN,
+    ),
+    "UniPCMultistepScheduler": replace(
+        _SOLVERS,
+        method="unipc",
+        keys={
+            "solver_order": Key("order", 2),
+            "solver_type": Key("solver_type", "bh2"),
+            "predict_x0": Key("predict_x0", True),
+            "lower_order_final": LOWER,
+            "disable_corrector": Key("disable_corrector", ()),
+            "final_sigmas_type": FINAL,
+        },
+        clamped=True,
+        flow="top",
+    ),
+    "SASolverScheduler": replace(
+        _SOLVERS,
+        method="sa_solver",
+        keys={
+            "predictor_order": Key("predictor_order", 2),
+            "corrector_order": Key("corrector_order", 2),
+            "algorithm_type": Key(
+                "predict_x0", "data_prediction", {"data_prediction": True, "noise_prediction": False}
+            ),
+            "lower_order_final": LOWER,
+            **_LAMBDA,
+        },
+        fixed={**ALWAYS_SIGMA_MIN, "tau": 1.0, "tau_timesteps": (200.0, 800.0), "pece": False},
+    ),
+    "LCMScheduler": _LCM,
+    "TCDScheduler": replace(
+        _LCM,
+        method="tcd",
+        keys={"original_inference_steps": Key("original_steps", 50)},
+        step={"eta": 0.3},
+    ),
+    "FlowMatchLCMScheduler": replace(_FLOWS, method="lcm", fixed=_OWN_LCM),
+    "FlowMatchEulerDiscreteScheduler": replace(
+        _FLOWS,
+        switch=("stochastic_sampling", False, {False: "euler", True: "lcm"}),
+    ),
+    "FlowMatchHeunDiscreteScheduler": replace(_FLOWS, method="flow_heun", lays={"flow": {"end_shifted": True}}),
+    "EDMEulerScheduler": SchedulerClass(
+        "euler", {"karras": {}}, "karras", spaced=False, keys={"final_sigmas_type": FINAL}, written=False
+    ),
+    "EDMDPMSolverMultistepScheduler": SchedulerClass(
+        "dpm_solver_multistep",
+        {"karras": {}},
+        "karras",
+        spaced=False,
+        keys={**_DPM_MULTISTEP, "final_sigmas_type": FINAL},
+        written=False,
+    ),
+    "CMStochasticIterativeScheduler": SchedulerClass(
+        "consistency",
+        {"trailing": {"whole_stride": True, "final": "sigma_min"}},
+        "trailing",
+        spaced=False,
+        written=False,
+    ),
+}
+"""Every class that a sampler of a fixed table is named after, but for those whose names say all (``Method.called``)."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A scheduler config in the terms of ``Sampler``: its arguments, and where the class leaves the grid they name."""
+
+    kind: SchedulerClass
+    spacing: str
+    method: str
+    grid: str
+    options: Mapping[str, Any]
+    init_noise: str
+    flow: bool = False
+
+    @property
+    def of_grid(self) -> dict[str, Any]:
+        """The options that belong to the grid."""
+        return {name: value for name, value in self.options.items() if name in grid_options(self.grid)}
+
+    @property
+    def of_method(self) -> dict[str, Any]:
+        """The options that belong to the method."""
+        return {name: value for name, value in self.options.items() if name not in grid_options(self.grid)}
+
+    def lay(self, schedule: NoiseSchedule, steps: int) -> tuple[Knot, ...]:
+        """Return the knots at which the class stands, with the times that it gives the network."""
+        options = self.of_grid
+        if self.flow and self.kind.flow == "early":
+            options["start"] = 1 - 1 / schedule.num_train_timesteps
+        ascending = self.method.endswith("_inverse")
+        knots = _knots(schedule, steps, self.grid, ascending, tuple(sorted(options.items())))
+        if self.flow:
+            knots = tuple(replace(k, timestep=float(int(k.timestep))) for k in knots)
+        if knots[0].alpha == 0 and self.kind.clamped:
+            knots = (Knot(knots[0].timestep, CLAMPED, math.sqrt(1 - CLAMPED**2)), *knots[1:])
+        return knots
+
+    def start_scale(self, first: Knot) -> float:
+        """Return the spread of the x, in the coordinates of ours, that a pipeline starts from."""
+        return first.sigma if self.init_noise == "sigma" else math.hypot(first.alpha, first.sigma)
+
+    def end_scale(self, last: Knot) -> float:
+        """Return what a run's end is multiplied by, in a class that ends in x / α."""
+        return 1 / last.alpha if self.kind.in_sigma else 1.0
+
+    def fails(self, schedule: NoiseSchedule, steps: int) -> str | None:
+        """Return, in words, why the class does not finish so many steps, if it does not."""
+        name = schedule.prediction.name
+        if name not in self.kind.predictions and not (self.flow and name == "flow_prediction"):
+            return f"it does not know prediction_type {name!r}"
+        return next((words for applies, words in FAILURES if applies(self, self.options, steps)), None)
+
+    def slips(self, schedule: NoiseSchedule, steps: int) -> Iterator[str]:
+        """Yield, in words, where the class does in so many steps what the reading does not say."""
+        kind, options = self.kind, self.options
+        discrete = isinstance(schedule.curve, Discrete)
+        if discrete and "trailing" in (self.grid, options.get("range_from")) and not _trails(schedule, steps):
+            yield f"its trailing spacing has another number of steps than {steps}"
+        if kind.cut and self.grid in FLAGS and not self._rounds(schedule):
+            yield "its times are cut to whole ones, and rounding errors decide to which"
+        if kind.cut and steps + 1 > schedule.num_train_timesteps and self.grid in SPACINGS:
+            yield f"it shows a time twice in {steps} steps"
+        first = self.lay(schedule, steps)[0]
+        if kind.in_sigma and first.sigma_ve > ROUNDED_FROM:
+            yield f"its x / alpha from sigma = {first.sigma_ve:.3g} down loses the digits of float32"
+        if kind.strides and not self._strides(schedule, steps):
+            yield f"it steps by T // N, which is not the gap between its timesteps in {steps} steps"
+        if (
+            self.method == "ddpm"
+            and options["variance_type"] == "fixed_large"
+            and self.lay(schedule, steps)[-2].timestep
+        ):
+            yield "it ends with the noise of fixed_large"
+
+    def _rounds(self, schedule: NoiseSchedule) -> bool:
+        """Return whether the times are rounded to whole ones, as of Karras sigmas."""
+        cosine = getattr(schedule.curve, "beta_schedule", "") == "squaredcos_cap_v2"
+        by_table = cosine and self.method == "dpm_solver_multistep" and self.grid in ("karras", "lu")
+        return self.options.get("rounding") == "nearest" and not by_table
+
+    def _strides(self, schedule: NoiseSchedule, steps: int) -> bool:
+        times = [k.timestep for k in self.lay(schedule, steps)]
+        times = times[::-1] if self.method.endswith("_inverse") else times
+        gap = schedule.num_train_timesteps // steps
+        even = all(s - n == gap for s, n in pairwise(times[:-1])) and times[-2] < gap
+        return even and (self.method != "pndm" or (gap % 2 == 0 and steps >= 4))
+
+
+CLAMPED = 2.0**-12
+"""The α that stands for 0 at zero terminal SNR (ᾱ = 2^-24)."""
+ROUNDED_FROM = 1000.0
+"""The σ / α from which on the classes that keep x / α in float32 are off by more than 1e-4 (measured on the cosine betas)."""
+
+
+@lru_cache(maxsize=128)
+def _knots(
+    schedule: NoiseSchedule, steps: int, grid: str, ascending: bool, options: tuple[tuple[str, Any], ...]
+) -> tuple[Knot, ...]:
+    return make_knots(schedule, steps, grid, ascending=ascending, **dict(options))
+
+
+def _trails(schedule: NoiseSchedule, steps: int) -> bool:
+    count = schedule.num_train_timesteps
+    return len(np.arange(count, 0, -count / steps)) == steps
+
+
+def _is_sde(options: Mapping[str, Any]) -> bool:
+    return str(options.get("algorithm", "")).startswith("sde")
+
+
+_Applies = Callable[[Reading, Mapping[str, Any], int], bool]
+FAILURES: tuple[tuple[_Applies, str], ...] = (
+    (
+        lambda r, o, n: _is_sde(o) and o["order"] == 3,
+        "its SDE of order 3 has a wrong coefficient, or none",
+    ),
+    (
+        lambda r, o, n: (
+            r.method.startswith("dpm_solver") and o["algorithm"].endswith("dpmsolver") and o.get("final") == "zero"
+        ),
+        "it refuses the noise prediction with final_sigmas_type 'zero'",
+    ),
+    (
+        lambda r, o, n: r.method == "dpm_solver_singlestep" and o["algorithm"] == "sde-dpmsolver",
+        "it has no sde-dpmsolver",
+    ),
+    (
+        lambda r, o, n: r.method == "dpm_solver_singlestep" and o["final"] != "zero" and n % o["order"] != 0,
+        "it lowers its order at the end of so many steps",
+    ),
+    (
+        lambda r, o, n: (
+            r.method == "unipc"
+            and o["final"] == "zero"
+            and (o["solver_type"] == "bh1" or not o["predict_x0"] or not o["lower_order_final"])
+        ),
+        "it is not finite into final_sigmas_type 'zero' with these options",
+    ),
+    (lambda r, o, n: r.method == "sa_solver" and o["corrector_order"] == 0, "it needs a corrector"),
+    (lambda r, o, n: r.method == "ddpm" and o["variance_type"] == "fixed_large_log", "it is not a number there"),
+)
+"""What the classes cannot do, or do not finish: (a test of the reading, its options and steps; the words)."""
+
+
+def read_config(config: Mapping[str, Any]) -> Reading:
+    """Return what a scheduler config says, keys left out at the class's own defaults; ValueError for a class that is not known.
+
+    >>> reading = read_config({"_class_name": "DEISMultistepScheduler"})
+    >>> reading.method, reading.grid, reading.options["order"], reading.options["drop_last"]
+    ('deis', 'linspace', 2, True)
+    """
+    kind = lookup("scheduler class", config.get("_class_name", ""), CLASSES)
+    method = kind.method
+    if kind.switch:
+        key, default, methods = kind.switch
+        method = methods[bool(config.get(key, default))]
+    spacing = config.get("timestep_spacing", kind.spacing) if kind.spaced else kind.spacing
+    flow = kind.flow is not None and bool(config.get("use_flow_sigmas"))
+    flagged = [grid for grid, flag in FLAGS.items() if grid in kind.lays and config.get(flag)]
+    grid = next(iter(flagged), "flow" if flow else spacing)
+    if grid not in kind.lays and not flow:
+        raise ValueError(f"{config['_class_name']} on {grid!r} spacing is no grid here; use {' or '.join(kind.lays)}")
+    options = {**kind.step, **{key.option: key.ours(config.get(name, key.default)) for name, key in kind.keys.items()}}
+    options |= {**kind.fixed, **(FLOW_LAYS[str(kind.flow)] if flow else kind.lays[grid])}
+    if method == "lcm" and grid == "flow":
+        options |= _OWN_LCM
+    if kind.spaced and kind.ranged and flagged:
+        options["range_from"] = spacing
+    if kind.spaced and spacing == "leading":
+        options["steps_offset"] = int(config.get("steps_offset", 0))
+    if options.get("final") == "stay" and method.endswith("_inverse"):
+        options["final"] = "sigma_min"
+    options = {name: value for name, value in options.items() if not _unread(name, value, grid)}
+    init_noise = "sigma" if kind.in_sigma and spacing != "leading" else "marginal"
+    return Reading(kind, spacing, method, grid, options, init_noise, flow)
+
+
+FLOW_LAYS: Lays = {"early": {"end": 0.0, "drop_last": True}, "top": {"drop_last": True}}
+"""How the solvers lay a flow: from a T-th below the noise (``Reading.lay`` knows T), UniPC from the noise itself."""
+_OF_GRIDS = ("sigma_min", "sigma_max", "lambda_min", "original_steps", "steps_offset", "final")
+
+
+def _unread(option: str, value: Any, grid: str) -> bool:
+    """Return whether an option of some grids is of no effect on this one."""
+    return option in _OF_GRIDS and (option not in grid_options(grid) or value is None)
+
+
+def config_of_class(name: str, grid: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a config of a class on one of its grids with these options of ours, and the options that it has no word for.
+
+    ``options`` may hold ``range_from``, which is the spacing of a flagged grid, and ``method``.
+
+    >>> config_of_class("DDPMScheduler", "trailing", {"variance_type": "fixed_large", "eta": 0.5})[0]["variance_type"]
+    'fixed_large'
+    """
+    kind = CLASSES[name]
+    spacing = (options.get("range_from") or kind.spacing) if grid in FLAGS else grid
+    config: dict[str, Any] = {"_class_name": name}
+    if kind.spaced:
+        config |= {
+            "timestep_spacing": spacing,
+            "steps_offset": options.get("steps_offset", 0 if spacing == "leading" else 1),
+        }
+    config |= {flag: False for flagged, flag in FLAGS.items() if flagged in kind.lays}
+    if grid in FLAGS:
+        config[FLAGS[grid]] = True
+    if kind.switch:
+        key, default, methods = kind.switch
+        config[key] = next((said for said, method in methods.items() if method == options.get("method")), default)
+    missing = {
+        k: v for k, v in {**kind.fixed, **kind.step}.items() if k in options and options[k] != v and k != "final"
+    }
+    for key_name, key in kind.keys.items():
+        value = options.get(key.option, key.ours(key.default))
+        value = "stay" if key.option == "final" and value == "sigma_min" else value
+        if not key.has(value):
+            missing[key.option] = value
+            value = key.ours(key.default)
+        config[key_name] = key.theirs(value)
+    if not math.isfinite(config.get("lambda_min_clipped", 0.0)):
+        del config["lambda_min_clipped"]  # its default, which JSON has no number for
+    if name == "DPMSolverSinglestepScheduler":
+        config["lower_order_final"] = config["final_sigmas_type"] == "zero"
+    return config | dict.fromkeys(kind.off, False), {name: options[name] for name in missing}
+
+
+@cache
+def _names() -> dict[str, str]:
+    return {name.casefold(): name for name in CLASSES}
+
+
+def class_named(name: object) -> str | None:
+    """Return the class that a name is or begins with (a grid may follow it), None for other names.
+
+    >>> class_named("eulerdiscretescheduler karras"), class_named("Euler")
+    ('EulerDiscreteScheduler', None)
+    """
+    words = str(name).strip().replace("_", " ").split()
+    return _names().get(words[0].casefold()) if words else None
+
+
+def settings_of_class(name: str, grid: str | None = None) -> dict[str, Any]:
+    """Return ``grid`` and the options that a class stands for with default options, on its own grid or on this one of its.
+
+    >>> settings_of_class("EulerDiscreteScheduler")
+    {'grid': 'linspace', 'final': 'zero', 'interpolation': 'sigma', 'init_noise': 'sigma'}
+    """
+    kind = CLASSES[name]
+    config: dict[str, Any] = {"_class_name": name}
+    if grid in FLAGS and grid in kind.lays:
+        config[FLAGS[grid]] = True
+    elif grid in kind.lays:
+        config["timestep_spacing"] = grid
+    reading = read_config(config)
+    options = dict(reading.options) | ({"init_noise": "sigma"} if reading.init_noise == "sigma" else {})
+    if grid is not None and reading.grid != grid:  # a grid that the class does not have: its method is left
+        options = {**reading.of_method, **{k: v for k, v in options.items() if k == "init_noise"}}
+    return {"grid": reading.grid if grid is None else grid, **options}

@@ -1,0 +1,102 @@
+"""The registry of methods: each a formula with what is known of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+from ..identity import exact
+from ..knots import Knot
+from ..table import Combination
+
+Formula = Callable[..., list[Combination]]
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A sampler's formula and its facts: ``order`` of convergence (weak order where it draws noise), ``evaluations`` of the
+    network per step, what it is ``called`` elsewhere, and its ``source``.
+
+    ``order`` holds with default options on any grid, with exact starting values for methods that remember; 0 is for samplers
+    that do not converge with the number of steps, those of distilled models above all. ``reaches`` is a higher order with
+    the options that it takes. ``block``: steps after which a method
+    that climbs in blocks has that order. ``rewrites``: places of the memory that hold an earlier x.
+
+    ``inverse``: it runs upwards, from the least noise. ``grid``, with ``grid_options``: where it runs unless told otherwise.
+    ``steps_as``: the option of the formula that is given the number of steps that was asked for, where that is not the
+    number of knots but one. ``blocks(steps, from_noise, to_clean)``: over how many steps of a grid each of its own goes, where
+    that is not one. ``called`` maps names of other software to the grid and options that they stand for there.
+    Equal methods are equal in every fact, the values of their options included.
+
+    >>> from alphabar.sampling import METHODS
+    >>> METHODS["heun"].order, METHODS["heun"].evaluations
+    (2, 2)
+    """
+
+    name: str
+    formula: Formula
+    order: int
+    source: str
+    evaluations: int = 1
+    stochastic: bool = False
+    point_mass: bool = True
+    inverse: bool = False
+    reaches: tuple[int, dict[str, Any]] | None = None
+    block: int = 1
+    rewrites: tuple[int, ...] = ()
+    defaults: dict[str, Any] = field(default_factory=dict)
+    grid: str = "trailing"
+    grid_options: dict[str, Any] = field(default_factory=dict)
+    steps_as: str | None = None
+    blocks: Callable[[int, bool, bool], list[int]] | None = None
+    called: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def boundaries(self, knots: Sequence[Knot]) -> tuple[Knot, ...]:
+        """Return those knots of a grid that the method's own steps go between.
+
+        >>> from alphabar.noising import NoiseSchedule
+        >>> from alphabar.sampling import METHODS, make_knots
+        >>> [knot.timestep for knot in METHODS["dpm_fast"].boundaries(make_knots(NoiseSchedule.linear(), 8))]
+        [999.0, 624.0, 249.0, 124.0, -1.0]
+        """
+        if self.blocks is None:
+            return tuple(knots)
+        orders = self.blocks(len(knots) - 1, knots[0].alpha == 0, knots[-1].sigma == 0)
+        return tuple(knots[place] for place in accumulate(orders, initial=0))
+
+    def __eq__(self, other: object) -> bool:
+        return exact(self) == exact(other) if isinstance(other, Method) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that the formula has, with their defaults."""
+        return {name: p.default for name, p in self.parameters.items()} | dict(self.defaults)
+
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """The parameters of the formula that are its options, by their names."""
+        parameters = inspect.signature(self.formula).parameters.values()
+        return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    @property
+    def documentation(self) -> str:
+        """What it does, in words: the formula's docstring."""
+        return inspect.getdoc(self.formula) or ""
+
+
+def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
+    """Return ``value``, or raise a ValueError that lists what is allowed.
+
+    >>> one_of("order", 5, (1, 2, 3))
+    Traceback (most recent call last):
+    ValueError: order must be one of 1, 2, 3, got 5
+    """
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+    return value

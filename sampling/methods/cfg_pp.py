@@ -1,0 +1,169 @@
+"""CFG++ in the methods of higher order: DPM++ 2M and 2S a, RES, gradient estimation, and Euler with a history.
+
+Chung et al. 2406.08070 (algorithm 2) go to the guided estimate D along the noise ε̂_u that the unconditional estimate U says
+is in x. In σ̄ = σ/α and x̄ = x/α that is
+
+    x̄_n = D + σ̄_n ε̂_u = U + σ̄_n/σ̄_s (x̄ - U) + (D - U),
+
+so every method here takes its own step on the unconditional path and adds the guidance D - U, whole and once in each step:
+how much guidance a run gets depends on its number of steps, whence scales of 0 ... 2. At a scale of 1 D is the conditional
+estimate and U still the unconditional one, where its input is given. Without it U is D, each is the method that its name
+says, and the declared order is meant so. The last step goes to D, as in the first-order forms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ..knots import Knot
+from ..table import Combination, Trace
+from .base import Method
+from .dpm2 import lowered, midpoint
+from .dpm_solver import usable
+from .euler import check_eta, posterior_spread, renewed, sde_spread, transfer
+from .integrals import phi_2
+
+
+def dpmpp_2m_cfg_pp(
+    trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination
+) -> list[Combination]:
+    """DPM++ 2M with CFG++: the step along U, and (D - U_last) / 2r for the slope (2406.08070, appendix; sample_dpmpp_2m_cfg_pp).
+
+    The published slope mixes the guided D with the last unconditional estimate, which adds a little guidance of its own.
+    """
+    s, n = knots[i], knots[i + 1]
+    D, _, U, _ = _both(trace, x, s)
+    x_n = transfer(x, U, s, n) + n.alpha * (D - U)
+    if n.sigma == 0 or s.alpha == 0 or not usable(past, knots, i, 2):
+        return [x_n, U]
+    h = n.half_log_snr - s.half_log_snr
+    r = (s.half_log_snr - knots[i - 1].half_log_snr) / h
+    return [x_n + (n.alpha * -math.expm1(-h) / (2 * r)) * (D - past[0]), U]
+
+
+def dpmpp_2s_ancestral_cfg_pp(
+    trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *, eta: float = 1.0, s_noise: float = 1.0
+) -> list[Combination]:
+    """DPM++ 2S a with CFG++: both stages along U, then the guidance of the first (sample_dpmpp_2s_ancestral_cfg_pp)."""
+    s, n = knots[i], knots[i + 1]
+    r = check_eta(eta) * posterior_spread(s, n)
+    d = lowered(n, r)
+    D, _, U, _ = _both(trace, x, s)
+    E = U
+    if d.sigma > 0 and s.alpha > 0:
+        m = midpoint(trace, s, d)
+        E = _both(trace, transfer(x, U, s, m), m)[2]
+        trace.denoised = D
+    return [transfer(x, E, s, d, 0.0, renewed(trace, s, n, r, s_noise)) + n.alpha * (D - U)]
+
+
+def res_multistep_cfg_pp(
+    trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination, eta: float = 0.0
+) -> list[Combination]:
+    """RES with CFG++: U linear in λ through its last value, integrated exactly (2308.02157, eq. 8; sample_res_multistep_cfg_pp).
+
+    The guidance goes onto x before the step and shrinks with it; the first step, of order 1, adds it whole.
+    """
+    s, n = knots[i], knots[i + 1]
+    D, _, U, _ = _both(trace, x, s)
+    if n.sigma == 0:
+        return [n.alpha * D]
+    r = sde_spread(s, n, eta)
+    noise = renewed(trace, s, n, r)
+    if s.alpha == 0 or not usable(past, knots, i, 2):
+        return [transfer(x, U, s, n, r, noise) + n.alpha * (D - U), U]
+    h = n.half_log_snr - s.half_log_snr
+    H, last = (1 + eta) * h, s.half_log_snr - knots[i - 1].half_log_snr
+    E = U + (phi_2(H) / -math.expm1(-H) * h / last) * (U - past[0])
+    return [transfer(x + s.alpha * (D - U), E, s, n, r, noise), U]
+
+
+def gradient_estimation_cfg_pp(
+    trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination, gamma: float = 2.0
+) -> list[Combination]:
+    """Gradient estimation with CFG++: to D along γ ε̂_u + (1 - γ) ε̂_u,last of the way (2306.04848, eq. 9; 2406.08070)."""
+    s, n = knots[i], knots[i + 1]
+    D, _, _, e_u = _both(trace, x, s)
+    x_n = n.alpha * D + n.sigma * e_u
+    if n.sigma == 0 or s.alpha == 0 or not usable(past, knots, i, 2):
+        return [x_n, e_u]
+    return [x_n + ((gamma - 1) * (n.sigma - n.alpha * s.sigma_ve)) * (e_u - past[0]), e_u]
+
+
+def cfgpp_ud10_ab(
+    trace: Trace,
+    knots: Sequence[Knot],
+    i: int,
+    x: Combination,
+    *past: Combination,
+    history: float = 0.25,
+    unconditional_history: float = 0.1,
+    extrapolate: float = 1.0,
+) -> list[Combination]:
+    """Euler CFG++ that leans on its history (ComfyUI's sample_cfgpp_ud10_ab; no paper).
+
+    ``history`` of the second-order Adams-Bashforth step in σ̄ is mixed into Euler's, ``unconditional_history`` of its change is
+    added to ε̂_u, and the last step goes by ``extrapolate`` from D to the line through the last two D at σ̄ = 0. The change of ε̂_u
+    counts with σ̄_n, whatever the length of the step: with ``unconditional_history`` more steps do not approach the flow, and the
+    declared order is 0; without, it is of order 1.
+    Memory: the last slope v of the whole step, D, ε̂_u.
+    """
+    s, n = knots[i], knots[i + 1]
+    D, e, _, e_u = _both(trace, x, s)
+    if s.alpha == 0:
+        return [n.alpha * D + n.sigma * e_u]
+    if not past:
+        return [n.alpha * D + n.sigma * e_u, _slope(e, e_u, s, n), D, e_u]
+    v_last, D_last, e_last = past
+    step, step_last = n.sigma_ve - s.sigma_ve, s.sigma_ve - knots[i - 1].sigma_ve
+    if n.sigma == 0:
+        return [n.alpha * (D - (extrapolate * s.sigma_ve / step_last) * (D - D_last))]
+    mean_e = e_u + (unconditional_history * step / step_last) * (e_u - e_last)
+    v = _slope(e, mean_e, s, n)
+    # Adams-Bashforth 2 is Euler's step and step² / (2 step_last) of the change of slope
+    added = (n.alpha * history * step**2 / (2 * step_last)) * (v - v_last)
+    return [n.alpha * D + n.sigma * mean_e + added, v, D, e_u]
+
+
+def _slope(e: Combination, e_u: Combination, s: Knot, n: Knot) -> Combination:
+    """Return (x̄_n - x̄) / (σ̄_n - σ̄_s) of the CFG++ step x̄_n = D + σ̄_n ε̂_u, where x̄ = D + σ̄_s ε̂."""
+    return e + (n.sigma_ve / (n.sigma_ve - s.sigma_ve)) * (e_u - e)
+
+
+def _both(trace: Trace, x: Combination, s: Knot) -> tuple[Combination, Combination, Combination, Combination]:
+    """Evaluate once; return the guided (D, ε̂) and the unconditional (U, ε̂_u)."""
+    return *trace.evaluate(x, s), *trace.unconditional(x, s)
+
+
+METHODS = [
+    Method("dpmpp_2m_cfg_pp", dpmpp_2m_cfg_pp, order=2, source="2406.08070", called={"DPM++ 2M CFG++": {}}),
+    Method(
+        "dpmpp_2s_ancestral_cfg_pp",
+        dpmpp_2s_ancestral_cfg_pp,
+        order=2,
+        evaluations=2,
+        source="2406.08070",
+        stochastic=True,
+        called={"DPM++ 2S a CFG++": {}},
+    ),
+    Method(
+        "res_multistep_cfg_pp", res_multistep_cfg_pp, order=2, source="2308.02157", called={"RES Multistep CFG++": {}}
+    ),
+    Method(
+        "res_multistep_ancestral_cfg_pp",
+        res_multistep_cfg_pp,
+        order=2,
+        source="2308.02157",
+        stochastic=True,
+        defaults={"eta": 1.0},
+    ),
+    Method(
+        "gradient_estimation_cfg_pp",
+        gradient_estimation_cfg_pp,
+        order=1,
+        source="2306.04848",
+        called={"Gradient Estimation CFG++": {}},
+    ),
+    Method("cfgpp_ud10_ab", cfgpp_ud10_ab, order=0, source="ComfyUI", called={"CFG++ UD10 AB": {}}),
+]

@@ -1,0 +1,140 @@
+"""Two-evaluation methods with a point between the knots: DPM2, DPM++ 2S, DPM++ SDE, and their ancestral forms.
+
+An ancestral step goes down to (α_n, sqrt(σ_n² - r²)) by the ODE, then renews noise of spread r (k-diffusion).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ..knots import Knot
+from ..table import Combination, Trace
+from .base import Method
+from .churn import churned
+from .euler import along, check_eta, posterior_spread, renewed, transfer
+
+
+def lowered(n: Knot, r: float) -> Knot:
+    """Return the point of n's signal level that lies below it by noise of spread r; no network is called there."""
+    return Knot(math.nan, n.alpha, math.sqrt(max(n.sigma**2 - r**2, 0.0)))
+
+
+def midpoint(trace: Trace, s: Knot, d: Knot, ratio: float = 0.5) -> Knot:
+    """Return the point of the curve at ``ratio`` of the way from s to d in λ."""
+    return trace.knot(s.half_log_snr + ratio * (d.half_log_snr - s.half_log_snr))
+
+
+def dpm_2(
+    trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *,
+    s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
+) -> list[Combination]:  # fmt: skip
+    """DPM2: the midpoint rule in σ/α with the midpoint in log σ (2206.00364, algorithm 2, with 2206.00927's point)."""
+    n = knots[i + 1]
+    x, s = churned(trace, knots, i, x, s_churn, s_tmin, s_tmax, s_noise)
+    return [_dpm_2_step(trace, x, s, n)]
+
+
+def _dpm_2_step(trace: Trace, x: Combination, s: Knot, d: Knot) -> Combination:
+    D, e = trace.evaluate(x, s)
+    if d.sigma == 0 or s.alpha == 0:
+        return transfer(x, D, s, d)
+    m = midpoint(trace, s, d)
+    _, e_m = trace.evaluate(transfer(x, D, s, m), m)
+    return along(x, D, e, e_m, s, d)
+
+
+def dpm_2_ancestral(
+    trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *, eta: float = 1.0, s_noise: float = 1.0
+) -> list[Combination]:
+    """DPM2 a: ancestral sampling with DPM2 steps (k-diffusion's sample_dpm_2_ancestral)."""
+    s, n = knots[i], knots[i + 1]
+    r = check_eta(eta) * posterior_spread(s, n)
+    return [_plus(_dpm_2_step(trace, x, s, lowered(n, r)), renewed(trace, s, n, r, s_noise))]
+
+
+def dpmpp_2s_ancestral(
+    trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *, eta: float = 1.0, s_noise: float = 1.0
+) -> list[Combination]:
+    """DPM++ 2S a: ancestral sampling with DPM-Solver++(2S) steps (2211.01095, algorithm 1 with r_1 = 1/2; k-diffusion)."""
+    s, n = knots[i], knots[i + 1]
+    r = check_eta(eta) * posterior_spread(s, n)
+    d = lowered(n, r)
+    D, _ = trace.evaluate(x, s)
+    if d.sigma > 0 and s.alpha > 0:
+        m = midpoint(trace, s, d)
+        D, _ = trace.evaluate(transfer(x, D, s, m), m)
+    return [_plus(transfer(x, D, s, d), renewed(trace, s, n, r, s_noise))]
+
+
+def dpmpp_sde(
+    trace: Trace,
+    knots: Sequence[Knot],
+    i: int,
+    x: Combination,
+    *,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    r: float = 0.5,
+) -> list[Combination]:
+    """DPM++ SDE: stochastic DPM-Solver++ with a point at r of the way (k-diffusion's sample_dpmpp_sde).
+
+    Both noises belong to one Brownian path: the second contains the first, and only so the method is of weak order 2.
+    """
+    if not 0 < r <= 1:
+        raise ValueError(f"r must be in (0, 1], got {r}; k-diffusion uses 1/2")
+    s, n = knots[i], knots[i + 1]
+    check_eta(eta)
+    D, _ = trace.evaluate(x, s)
+    spread = eta * posterior_spread(s, n)
+    if n.sigma == 0 or s.alpha == 0:
+        return [_plus(transfer(x, D, s, lowered(n, spread)), renewed(trace, s, n, spread, s_noise))]
+    m = midpoint(trace, s, n, r)
+    to_m = eta * posterior_spread(s, m)
+    x_m = _plus(transfer(x, D, s, lowered(m, to_m)), renewed(trace, s, m, to_m, s_noise))
+    D_m, _ = trace.evaluate(x_m, m)
+    E = D + (D_m - D) / (2 * r)
+    return [_plus(transfer(x, E, s, lowered(n, spread)), renewed(trace, s, n, spread, s_noise))]
+
+
+def _plus(x: Combination, noise: Combination | None) -> Combination:
+    return x if noise is None else x + noise
+
+
+METHODS = [
+    Method(
+        "dpm_2",
+        dpm_2,
+        order=2,
+        evaluations=2,
+        source="2206.00364",
+        called={"DPM2": {}, "KDPM2DiscreteScheduler": {}},
+    ),
+    Method(
+        "dpm_2_ancestral",
+        dpm_2_ancestral,
+        order=2,
+        evaluations=2,
+        source="k-diffusion",
+        stochastic=True,
+        called={"DPM2 a": {}, "KDPM2AncestralDiscreteScheduler": {}},
+    ),
+    Method(
+        "dpmpp_2s_ancestral",
+        dpmpp_2s_ancestral,
+        order=2,
+        evaluations=2,
+        source="2211.01095",
+        stochastic=True,
+        called={"DPM++ 2S a": {}},
+    ),
+    Method(
+        "dpmpp_sde",
+        dpmpp_sde,
+        order=2,
+        evaluations=2,
+        source="2211.01095",
+        stochastic=True,
+        called={"DPM++ SDE": {}, "DPMSolverSDEScheduler": {}},
+    ),
+]

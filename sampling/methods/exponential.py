@@ -1,0 +1,177 @@
+"""Exponential integrators in the data prediction: RES, ER-SDE, SEEDS.
+
+All estimate the weighted mean of D in the exact solution that dpm_solver.py states; E is that mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from ..knots import Knot
+from ..table import Combination, Trace
+from .adams import weighted
+from .base import Method, one_of
+from .dpm_solver import usable
+from .euler import renewed, sde_spread, transfer
+from .integrals import lagrange_integrals, phi_2
+
+
+def res_multistep(
+    trace: Trace,
+    knots: Sequence[Knot],
+    i: int,
+    x: Combination,
+    *past: Combination,
+    order: int = 2,
+    eta: float = 0.0,
+    extrapolate: bool = False,
+) -> list[Combination]:
+    """RES: D a polynomial in λ through past values, integrated exactly (Zhang et al. 2308.02157, eq. 8, multistep).
+
+    The last step into σ = 0 goes to D, as every sampler's does. With ``extrapolate`` it goes to where D tends as σ falls to 0,
+    by a polynomial in (σ/α)² through the past values: what is left of the error is then of the method's own order.
+    """
+    one_of("order", order, (1, 2, 3, 4))
+    s, n = knots[i], knots[i + 1]
+    D = E = trace.denoise(x, s)
+    r = sde_spread(s, n, eta)
+    m = [D, *usable(past, knots, i, order)]
+    if n.sigma == 0 and extrapolate:
+        return [n.alpha * weighted(m, _lagrange_at_zero([knots[i - j].sigma_ve ** 2 for j in range(len(m))]))]
+    if n.sigma > 0 and s.alpha > 0 and len(m) > 1:
+        nodes = [knots[i - j].half_log_snr for j in range(len(m))]
+        H = 1 + eta
+        weights = [H * w for w in lagrange_integrals(nodes, nodes[0], n.half_log_snr, rate=H)]
+        E = weighted(m, [w / -math.expm1(-H * (n.half_log_snr - nodes[0])) for w in weights])
+    memory = [D, *past[: order - 2]] if order > 1 else []
+    return [transfer(x, E, s, n, r, renewed(trace, s, n, r)), *memory]
+
+
+def _lagrange_at_zero(nodes: Sequence[float]) -> list[float]:
+    """Return the values at 0 of the Lagrange polynomials over ``nodes``."""
+    return [math.prod(y / (y - z) for k, y in enumerate(nodes) if k != j) for j, z in enumerate(nodes)]
+
+
+def er_sde(
+    trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination, order: int = 3
+) -> list[Combination]:
+    """ER-SDE-Solver-3 (Cui et al. 2309.06169, algorithm 3) with the noise scale φ(σ̄) = σ̄ (e^(σ̄^0.3) + 10), σ̄ = σ/α.
+
+    Memory: the last D, then its last divided difference.
+    """
+    one_of("order", order, (1, 2, 3))
+    s, n = knots[i], knots[i + 1]
+    D = trace.denoise(x, s)
+    if n.sigma == 0:
+        return [transfer(x, D, s, n)]
+    if s.alpha == 0:
+        return [transfer(x, D, s, n, n.sigma, n.sigma * trace.noise(s, n)), D]
+    a, b = s.sigma_ve, n.sigma_ve
+    ratio = _scale(b) / _scale(a)
+    keep = (n.alpha / s.alpha) * ratio
+    x_n = keep * x + n.alpha * (1 - ratio) * D
+    memory = [D]
+    values = usable(past[:1], knots, i, 2)
+    if values and order > 1:
+        step = b - a
+        slope = (D - values[0]) / (a - knots[i - 1].sigma_ve)
+        x_n = x_n + n.alpha * (step + _scale(b) * _integral(b, a, lambda y: 1.0)) * slope
+        memory.append(slope)
+        if len(past) > 1 and order > 2 and knots[i - 2].alpha > 0:
+            curvature = (slope - past[1]) / ((a - knots[i - 2].sigma_ve) / 2)
+            x_n = x_n + n.alpha * (step**2 / 2 + _scale(b) * _integral(b, a, lambda y: y - a)) * curvature
+    spread = n.alpha * math.sqrt(max(b**2 - (a * ratio) ** 2, 0.0))
+    return [x_n + spread * trace.noise(s, n), *memory]
+
+
+def _scale(y: float) -> float:
+    return y * (math.exp(y**0.3) + 10)
+
+
+def _integral(b: float, a: float, f: Callable[[float], float], panels: int = 200) -> float:
+    """Return ∫_b^a f(y) / φ(y) dy, by the midpoint rule in log y, where the integrand is smooth."""
+    low, width = math.log(b), (math.log(a) - math.log(b)) / panels
+    points = (math.exp(low + (k + 0.5) * width) for k in range(panels))
+    return sum(f(y) * y / _scale(y) for y in points) * width
+
+
+def seeds_2(
+    trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *, eta: float = 1.0, r: float = 0.5
+) -> list[Combination]:
+    """SEEDS-2: two stages with independent noise on each stretch (Gonzalez et al. 2305.14267, algorithm 2)."""
+    s, n = knots[i], knots[i + 1]
+    D = trace.denoise(x, s)
+    if n.sigma == 0 or s.alpha == 0:
+        spread = sde_spread(s, n, eta)
+        return [transfer(x, D, s, n, spread, spread * trace.noise(s, n) if spread else None)]
+    path = _Path(trace, s, eta)
+    m = path.extend(r, n)
+    D_m = trace.denoise(transfer(x, D, s, m, *path.noise_at(m)), m)
+    path.end(n)
+    return [transfer(x, D + (D_m - D) / (2 * r), s, n, *path.noise_at(n))]
+
+
+def seeds_3(
+    trace: Trace,
+    knots: Sequence[Knot],
+    i: int,
+    x: Combination,
+    *,
+    eta: float = 1.0,
+    r_1: float = 1 / 3,
+    r_2: float = 2 / 3,
+) -> list[Combination]:
+    """SEEDS-3: three stages with independent noise on each stretch (Gonzalez et al. 2305.14267, algorithm 3)."""
+    s, n = knots[i], knots[i + 1]
+    D = trace.denoise(x, s)
+    if n.sigma == 0 or s.alpha == 0:
+        spread = sde_spread(s, n, eta)
+        return [transfer(x, D, s, n, spread, spread * trace.noise(s, n) if spread else None)]
+    H = (1 + eta) * (n.half_log_snr - s.half_log_snr)
+    path = _Path(trace, s, eta)
+    m1 = path.extend(r_1, n)
+    D1 = trace.denoise(transfer(x, D, s, m1, *path.noise_at(m1)), m1)
+    m2 = path.extend(r_2, n)
+    E2 = D + (r_2 / r_1 * phi_2(r_2 * H) / -math.expm1(-r_2 * H)) * (D1 - D)
+    D2 = trace.denoise(transfer(x, E2, s, m2, *path.noise_at(m2)), m2)
+    path.end(n)
+    return [transfer(x, D + (phi_2(H) / -math.expm1(-H) / r_2) * (D2 - D), s, n, *path.noise_at(n))]
+
+
+class _Path:
+    """The noise that the SDE gathers from s on, over stretches that are drawn independently."""
+
+    def __init__(self, trace: Trace, s: Knot, eta: float) -> None:
+        self.trace, self.s, self.eta, self.last = trace, s, eta, s
+        self.gathered: Combination | None = None  # divided by σ at ``last``
+
+    def extend(self, ratio: float, n: Knot) -> Knot:
+        m = self.trace.knot(self.s.half_log_snr + ratio * (n.half_log_snr - self.s.half_log_snr))
+        self.end(m)
+        return m
+
+    def end(self, m: Knot) -> None:
+        stretch = self.eta * (m.half_log_snr - self.last.half_log_snr)
+        if stretch:
+            fresh = math.sqrt(-math.expm1(-2 * stretch)) * self.trace.noise(self.last, m)
+            self.gathered = fresh if self.gathered is None else math.exp(-stretch) * self.gathered + fresh
+        self.last = m
+
+    def noise_at(self, m: Knot) -> tuple[float, Combination | None]:
+        return sde_spread(self.s, m, self.eta), None if self.gathered is None else m.sigma * self.gathered
+
+
+METHODS = [
+    Method("res_multistep", res_multistep, order=2, source="2308.02157", called={"RES Multistep": {}}),
+    Method("res_multistep_3", res_multistep, order=3, source="2308.02157", defaults={"order": 3}),
+    Method(
+        "exponential_adams", res_multistep, order=3, source="2308.02157", defaults={"order": 3, "extrapolate": True}
+    ),
+    Method(
+        "exponential_adams_4", res_multistep, order=4, source="2308.02157", defaults={"order": 4, "extrapolate": True}
+    ),
+    Method("er_sde", er_sde, order=2, source="2309.06169", stochastic=True, called={"ER SDE": {}}),
+    Method("seeds_2", seeds_2, order=2, evaluations=2, source="2305.14267", stochastic=True, called={"SEEDS-2": {}}),
+    Method("seeds_3", seeds_3, order=2, evaluations=3, source="2305.14267", stochastic=True, called={"SEEDS-3": {}}),
+]

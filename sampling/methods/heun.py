@@ -1,0 +1,75 @@
+"""Two relatives of Heun's method: Heun++ with its weighted slopes in σ/α, and exponential Heun in the data prediction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ..knots import Knot
+from ..table import Combination, Trace
+from .base import Method
+from .churn import churned
+from .euler import along, renewed, sde_spread, transfer
+from .integrals import phi_2
+
+
+def heunpp2(
+    trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *,
+    s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
+) -> list[Combination]:  # fmt: skip
+    """Heun++: ε̂ at this knot and the next two, w_j = σ̄_j / (3 σ̄_0) for the later ones (Carzit's Heun++; sample_heunpp2).
+
+    The last step but one knows one later knot, with w = σ̄ / (2 σ̄_0), and the last is Euler's. The weights are no quadrature: the
+    order is 1. Where σ̄_0 is infinite, at zero terminal SNR, the first finite σ̄ stands for it; all weights would be 0.
+    """
+    first = next(k.sigma_ve for k in knots if k.alpha > 0)
+    x, s = churned(trace, knots, i, x, s_churn, s_tmin, s_tmax, s_noise)
+    D, e = trace.evaluate(x, s)
+    ahead = knots[i + 1 : min(i + 3, len(knots) - 1)]  # not the last knot, which is clean
+    if s.alpha == 0 or not ahead:
+        return [transfer(x, D, s, knots[i + 1])]
+    mean_e, y, D_y, k = e, x, D, s
+    for n in ahead:
+        y = transfer(y, D_y, k, n)
+        D_y, e_n = trace.evaluate(y, n)
+        mean_e, k = mean_e + (n.sigma_ve / ((len(ahead) + 1) * first)) * (e_n - e), n
+    trace.denoised = D
+    return [along(x, D, e, mean_e, s, knots[i + 1])]
+
+
+def exp_heun_2_x0(
+    trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *, eta: float = 0.0
+) -> list[Combination]:
+    """Exponential Heun: D linear in λ between both ends of the step, integrated exactly, E = D + c (D_n - D) with
+    c = φ_2(H) / (1 - e^-H), H = (1 + η) h (SEEDS-2 of Gonzalez et al. 2305.14267 with its inner point at the end of the step;
+    ComfyUI's sample_exp_heun_2_x0).
+
+    ``eta`` is the strength of the SDE's noise; both stages use the same draw.
+    """
+    s, n = knots[i], knots[i + 1]
+    D = trace.denoise(x, s)
+    r = sde_spread(s, n, eta)
+    noise = renewed(trace, s, n, r)
+    x_n = transfer(x, D, s, n, r, noise)
+    if n.sigma == 0 or s.alpha == 0:
+        return [x_n]
+    H = (1 + eta) * (n.half_log_snr - s.half_log_snr)
+    D_n = trace.denoise(x_n, n)
+    trace.denoised = D
+    return [transfer(x, D + (phi_2(H) / -math.expm1(-H)) * (D_n - D), s, n, r, noise)]
+
+
+METHODS = [
+    Method("heunpp2", heunpp2, order=1, evaluations=3, source="k-diffusion, Heun++", called={"Heun++ 2": {}}),
+    Method("exp_heun_2_x0", exp_heun_2_x0, order=2, evaluations=2, source="2305.14267", called={"Exp Heun 2 x0": {}}),
+    Method(
+        "exp_heun_2_x0_sde",
+        exp_heun_2_x0,
+        order=2,
+        evaluations=2,
+        source="2305.14267",
+        stochastic=True,
+        defaults={"eta": 1.0},
+        called={"Exp Heun 2 x0 SDE": {}},
+    ),
+]

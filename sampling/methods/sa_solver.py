@@ -1,0 +1,138 @@
+"""SA-Solver: stochastic Adams predictor and corrector (Xue et al. 2309.05019, algorithm 1, eq. 14 and 17).
+
+In the noise prediction (appendix A), with η = τ² and the polynomial through past ε̂,
+
+    x_n = α_n/α_s x - (1 + η) α_n ∫ e^(-λ) ε̂(λ) dλ + τ σ_n sqrt(e^(2h) - 1) z,
+
+the solution of the same SDE, whose noise keeps the spread of x to first order only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ..knots import Knot
+from ..table import Combination, Trace
+from .adams import weighted
+from .base import Method, one_of
+from .dpm_solver import usable
+from .euler import sde_spread, transfer
+from .integrals import lagrange_integrals
+
+
+def sa_solver(
+    trace: Trace,
+    knots: Sequence[Knot],
+    i: int,
+    x: Combination,
+    *past: Combination,
+    predictor_order: int = 2,
+    corrector_order: int = 2,
+    tau: float = 1.0,
+    tau_timesteps: tuple[float, float] = (200.0, 800.0),
+    lower_order_final: bool = True,
+    predict_x0: bool = True,
+    pece: bool = False,
+) -> list[Combination]:
+    """SA-Solver: ``tau`` is the strength of the noise, inside ``tau_timesteps`` of the network's time, 0 outside.
+
+    ``predict_x0``: interpolate the data prediction (which the paper recommends), or else the noise prediction. With ``pece``
+    the network is asked again at the corrected x, and its answer takes the place of the first (PECE mode).
+    Memory: the x that the last step started from, its noise (where it drew any), then the values of past steps.
+    """
+    one_of("predictor_order", predictor_order, (1, 2, 3))
+    one_of("corrector_order", corrector_order, (0, 1, 2, 3, 4))
+    s, n, steps = knots[i], knots[i + 1], len(knots) - 1
+
+    def strength(j: int) -> float:
+        return tau**2 if tau_timesteps[0] <= knots[j].timestep <= tau_timesteps[1] else 0.0
+
+    D, e = trace.evaluate(x, s)
+    history = i if knots[0].alpha > 0 else max(i - 1, 0)
+    values = [D if predict_x0 else e]
+    advance = _by_data if predict_x0 else _by_noise
+    if past:
+        drew = sde_spread(knots[i - 1], s, strength(i - 1)) > 0
+        x_last, z_last, older = past[0], past[1] if drew else None, past[1 + drew :]
+        values += usable(older, knots, i, 4)
+        if corrector_order and knots[i - 1].alpha > 0:
+            order = min(corrector_order, history + 1, steps - i + 2 if lower_order_final else 4)
+            x = advance(x_last, values[:order], knots, i, knots[i - 1], s, strength(i - 1), z_last)
+            if pece:
+                D, e = trace.evaluate(x, s)
+                values[0] = D if predict_x0 else e
+    r = sde_spread(s, n, strength(i))
+    z = trace.noise(s, n) if r else None
+    kept = values[: max(predictor_order, corrector_order) - 1]
+    memory = [x, *([z] if z is not None else []), *kept] if n.sigma > 0 else []
+    if n.sigma == 0 or s.alpha == 0:
+        return [transfer(x, D, s, n, r, None if z is None else r * z), *memory]
+    if z is not None and not predict_x0:
+        trace.keeps_marginals = False
+    order = min(predictor_order, history + 1, steps - i if lower_order_final else 4)
+    return [advance(x, values[:order], knots, i, s, n, strength(i), z), *memory]
+
+
+def _by_data(
+    x: Combination, values: Sequence[Combination], knots: Sequence[Knot], i: int,
+    s: Knot, n: Knot, eta: float, z: Combination | None,
+) -> Combination:  # fmt: skip
+    """Return x at n from x at s through data predictions at the knots i, i - 1, ... (eq. 14; where n is knot i, eq. 17)."""
+    r = sde_spread(s, n, eta)
+    E = _mean(values, knots, i, s, n, eta, corrector=n is knots[i])
+    return transfer(x, E, s, n, r, None if z is None else r * z)
+
+
+def _by_noise(
+    x: Combination, values: Sequence[Combination], knots: Sequence[Knot], i: int,
+    s: Knot, n: Knot, eta: float, z: Combination | None,
+) -> Combination:  # fmt: skip
+    """Return x at n from x at s through noise predictions at the knots i, i - 1, ... (see the head of this module)."""
+    nodes = [knots[i - j].half_log_snr for j in range(len(values))]
+    weights = lagrange_integrals(nodes, s.half_log_snr, n.half_log_snr, rate=-1.0)
+    y = (n.alpha / s.alpha) * x - weighted(values, [(1 + eta) * n.sigma * w for w in weights])
+    if z is None:
+        return y
+    return y + (math.sqrt(eta) * n.sigma * math.sqrt(math.expm1(2 * (n.half_log_snr - s.half_log_snr)))) * z
+
+
+def _mean(
+    values: Sequence[Combination], knots: Sequence[Knot], i: int, s: Knot, n: Knot, eta: float, corrector: bool
+) -> Combination:
+    """Return the weighted mean of D from s to n, interpolated through ``values`` at the knots i, i - 1, ... (eq. 14, 17)."""
+    if len(values) == 1:
+        return values[0]
+    H, h = 1 + eta, n.half_log_snr - s.half_log_snr
+    nodes = [knots[i - j].half_log_snr for j in range(len(values))]
+    weights = [H * w for w in lagrange_integrals(nodes, s.half_log_snr, n.half_log_snr, rate=H)]
+    if len(values) == 2:
+        # the authors' variant of order 2, which differs by O(h³) and does better in few steps
+        span = h if corrector else nodes[0] - nodes[1]
+        shift = H * (h**2 / 2 - (H * h + math.expm1(-H * h)) / H**2) / span
+        weights = [weights[0] + shift, weights[1] - shift]
+    return weighted(values, [w / -math.expm1(-H * h) for w in weights])
+
+
+METHODS = [
+    Method(
+        "sa_solver",
+        sa_solver,
+        order=2,
+        rewrites=(1,),
+        source="2309.05019",
+        stochastic=True,
+        called={"SA-Solver": {}, "SASolverScheduler": {}},
+    ),
+    Method(
+        "sa_solver_pece",
+        sa_solver,
+        order=2,
+        evaluations=2,
+        rewrites=(1,),
+        source="2309.05019",
+        stochastic=True,
+        defaults={"predictor_order": 3, "corrector_order": 4, "pece": True},
+        called={"SA-Solver PECE": {}},
+    ),
+]

@@ -1,0 +1,189 @@
+"""RePaint: inpainting with a network that was never trained for it (Lugmayr et al. 2201.09865).
+
+It is no table: a mask decides, number by number, whether x is what the network says or the known image with noise, and
+the run goes back up to more noise again and again (time travel), so that the two parts come to agree. The way down from
+one knot to the next is linear, and is traced with the formula that the tables use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...noising import NoiseSchedule
+from ...noising.schedule import require_same_shape
+from ...noising.utils.validation import whole_number
+from ..grids import Grid, make_knots
+from ..guidance import Network
+from ..inference import Run, last, start_run, without_gradients
+from ..kernel import Progress, combine, perform
+from ..knots import Knot
+from ..methods.euler import check_eta, posterior_spread, toward, transfer
+from ..table import Combination, Row, Trace
+
+
+def time_travel(
+    steps: int, jump_length: int = 10, jump_n_sample: int = 10, resample_clean: bool = False
+) -> tuple[int, ...]:
+    """Return the knots in the order of their visits, 0 being the first and ``steps`` the clean one.
+
+    Whenever the run first comes down to a level ``jump_length`` · k above the last noisy knot, it goes up ``jump_length``
+    levels and down again, ``jump_n_sample`` - 1 times (the paper's r and figure 9). ``resample_clean``: all this one level
+    lower, the clean image included, as RePaintScheduler does; algorithm 1, line 9, has it only for t > 1.
+
+    >>> time_travel(4, jump_length=1, jump_n_sample=2)
+    (0, 1, 0, 1, 2, 1, 2, 3, 2, 3, 4)
+    >>> time_travel(3, jump_length=1, jump_n_sample=1)
+    (0, 1, 2, 3)
+    """
+    left = {steps - 1 - level: jump_n_sample - 1 for level in range(0, steps - jump_length, jump_length)}
+    place, places = 0, [0]
+    while place < steps:
+        place += 1
+        places.append(place)
+        turn = place - resample_clean
+        if left.get(turn, 0):
+            left[turn] -= 1
+            places += range(place - 1, place - jump_length - 1, -1)
+            place -= jump_length
+    return tuple(places)
+
+
+@dataclass(frozen=True)
+class RePaint:
+    """Fill in the unknown part of images: called as a Sampler, with ``known=`` and ``mask=`` besides.
+
+    ``steps`` and ``grid`` as in Sampler; ``jump_length``, ``jump_n_sample`` and ``resample_clean``: see :func:`time_travel`,
+    whose way down is what the network is called for. ``eta``: 1 is DDPM, as in the paper; 0 DDIM, the default of
+    RePaintScheduler. ``use_clipped_model_output``: as in DDIM, False with the clipping of RePaintScheduler. Any schedule and
+    prediction. Raises ValueError for options out of range.
+
+    >>> image, mask = torch.ones(2, 1, 4, 4), torch.zeros(2, 1, 4, 4)
+    >>> mask[..., :2] = 1
+    >>> sampler = RePaint(NoiseSchedule.scaled_linear(prediction="v_prediction"), steps=5, jump_length=1, jump_n_sample=2)
+    >>> sampler(lambda x, t: -x, (2, 1, 4, 4), seeds=0, known=image, mask=mask)[0, 0, 0, :2]
+    tensor([1., 1.])
+    """
+
+    schedule: NoiseSchedule
+    steps: int = 250
+    jump_length: int = 10
+    jump_n_sample: int = 10
+    eta: float = 1.0
+    grid: str | Grid = "trailing"
+    resample_clean: bool = False
+    use_clipped_model_output: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("jump_length", "jump_n_sample"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
+        object.__setattr__(self, "steps", whole_number("steps", self.steps))
+        check_eta(self.eta)
+        _ = self.knots  # bad input fails here, before any work
+        if self.jump_n_sample > 1 and self.jump_length >= self.steps:
+            raise ValueError(
+                f"jump_length must be less than the {self.steps} steps, got {self.jump_length}; "
+                "use more steps, or jump_n_sample=1 for no jumps"
+            )
+
+    @property
+    def knots(self) -> tuple[Knot, ...]:
+        """The steps + 1 points of the grid, the last one clean."""
+        return make_knots(self.schedule, self.steps, self.grid)
+
+    @property
+    def visits(self) -> tuple[Knot, ...]:
+        """The knots in the order of their visits; the network is called once for each step down."""
+        knots = self.knots
+        places = time_travel(self.steps, self.jump_length, self.jump_n_sample, self.resample_clean)
+        return tuple(knots[place] for place in places)
+
+    def __call__(
+        self,
+        network: Network,
+        shape_or_noise: Sequence[int] | Tensor,
+        *,
+        known: Tensor,
+        mask: Tensor,
+        **arguments: Any,
+    ) -> Tensor:
+        """Return the images, shape (batch, ...), equal to ``known`` where ``mask`` is 1. Arguments as in :meth:`iterate`."""
+        return last(self.iterate(network, shape_or_noise, known=known, mask=mask, **arguments)).x
+
+    def iterate(
+        self,
+        network: Network,
+        shape_or_noise: Sequence[int] | Tensor,
+        *,
+        known: Tensor,
+        mask: Tensor,
+        **arguments: Any,
+    ) -> Iterator[Progress]:
+        """Sample, yielding after each step down or up. Arguments as in ``Sampler.iterate``, and:
+
+        ``known``: the images, in the shape of the samples. ``mask``: 1 where they are known, 0 where they are to be filled
+        in (between: a blend); the shape of the samples, or with 1 in place of some of its numbers. Raises ValueError else.
+        """
+        visits = self.visits
+        whole = self.schedule.curve.is_discrete and all(knot.timestep.is_integer() for knot in visits)
+        run = start_run(self.schedule, visits[0], network, shape_or_noise, whole=whole, **arguments)
+        require_same_shape("known", known, "the samples", run.x)
+        return without_gradients(self.advance(run, visits, known.detach().to(run.x), checked_mask(mask, run.x)))
+
+    def advance(self, run: Run, visits: Sequence[Knot], known: Tensor, mask: Tensor) -> Iterator[Progress]:
+        """Run from ``run.x`` at the first of ``visits``."""
+        x, row, basis = run.x, ((0, 1.0),), [run.x]
+        for i, (s, n) in enumerate(pairwise(visits)):
+            if n.sigma_ve < s.sigma_ve:
+                x, row, basis = self._down(run, x, s, n, known, mask)
+            else:
+                x = self._up(run, x, s, n)
+            yield Progress(i + 1, len(visits) - 1, x, row, basis)
+
+    def _down(
+        self, run: Run, x: Tensor, s: Knot, n: Knot, known: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Row, Sequence[Tensor]]:
+        """Return x_n (algorithm 1, lines 4 to 8), and what D is made of. The parts share their noise: they do not overlap."""
+        z = run.noise().to(x.dtype) if n.sigma else torch.zeros_like(x)
+        trace, state, noise = Trace(self.schedule, 2), Combination({0: 1.0}), Combination({1: 1.0})
+        r = self.eta * posterior_spread(s, n)
+        D = trace.denoise(state, s)
+        if self.use_clipped_model_output:
+            row = transfer(state, D, s, n, r, r * noise).row
+        else:
+            row = toward(D, trace.unclipped(state, s)[1], n, r, r * noise).row
+        basis = [x, z]
+        perform(trace.ops, basis, run.evaluate, lambda start, end: z, run.beside)
+        unknown = combine(row, basis)  # line 7
+        return torch.lerp(unknown, n.alpha * known + n.sigma * z, mask), trace.denoised.row, basis  # lines 5 and 8
+
+    def _up(self, run: Run, x: Tensor, s: Knot, n: Knot) -> Tensor:
+        """Return x at the noisier knot n by the forward chain from s (line 10), all levels between in one."""
+        a = n.alpha / s.alpha
+        return a * x + math.sqrt(max(n.sigma**2 - (a * s.sigma) ** 2, 0.0)) * run.noise().to(x.dtype)
+
+
+def checked_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """Return the mask in the dtype and shape of x, or raise ValueError where it does not fit or leaves 0 ... 1.
+
+    >>> checked_mask(torch.zeros(3, 1), torch.zeros(2, 1))
+    Traceback (most recent call last):
+    ValueError: mask must have the shape of the samples, (2, 1), or 1 in place of some of its numbers, got (3, 1)
+    """
+    fits = mask.ndim == x.ndim and all(m in (1, n) for m, n in zip(mask.shape, x.shape, strict=True))
+    if not fits:
+        raise ValueError(
+            f"mask must have the shape of the samples, {tuple(x.shape)}, or 1 in place of some of its numbers, got {tuple(mask.shape)}"
+        )
+    # on a GPU a look at the values would make the host wait
+    if mask.device.type == "cpu" and not bool(((mask >= 0) & (mask <= 1)).all()):
+        raise ValueError(
+            f"mask must be 1 where the image is known and 0 where it is not, got values from {float(mask.min()):g} to {float(mask.max()):g}"
+        )
+    return mask.detach().to(x).expand_as(x)

@@ -1,0 +1,192 @@
+"""Reading checkpoints without running code from them, and the schedule that a checkpoint was trained with."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from ...noising import NoiseSchedule
+from .sidecars import SUBFOLDER, holds_schedule, own_sidecar, read_sidecar, sidecar_folder
+from .storage import Folder
+
+SCHEDULE_KEY = "noise_schedule"  # top level, so that it is readable without knowing the class that wrote it
+OLD_SCHEDULE_KEY = "schedule"  # of examples/finetune_text_to_image.py, before it took the key above
+MAX_PICKLE = 256 << 20  # bytes of a checkpoint that are no tensors: hyperparameters, states of loaders and loops
+SHARDED_NAME = "meta.pt"  # in the folder of a sharded checkpoint: all but the tensors that are sharded
+
+
+def schedule_from_checkpoint(path: str | os.PathLike[str], subfolder: str = SUBFOLDER) -> NoiseSchedule:
+    """Return the schedule that a checkpoint was trained with: the embedded one, else that in a folder beside it.
+
+    ``path``: a file, the folder of a sharded checkpoint, a link, or a URL that fsspec knows. ``subfolder``: the name that
+    the folders beside it have, of files without the key (weights-only ones); the checkpoint's own comes first, then the
+    one for all. Weights on a local disk are mapped, not read, and no code of the file is run. Raises FileNotFoundError,
+    and ValueError for a file that is no checkpoint, that is damaged, or that has no schedule.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp(), "last.ckpt")
+    >>> torch.save({"state_dict": {}, "noise_schedule": NoiseSchedule.flow(3.0).to_config()}, path)
+    >>> schedule_from_checkpoint(path) == NoiseSchedule.flow(3.0)
+    True
+    """
+    return schedule_of(read_checkpoint(path), path, subfolder)
+
+
+def schedule_of(
+    checkpoint: Mapping[str, Any], path: str | os.PathLike[str], subfolder: str = SUBFOLDER
+) -> NoiseSchedule:
+    """Return the schedule of a checkpoint that is already in memory; ``path`` is where it came from.
+
+    Raises ValueError where the checkpoint has none, neither in itself nor beside ``path``.
+    """
+    embedded = embedded_schedule(checkpoint, path)
+    if embedded is not None:
+        return embedded
+    beside = schedule_beside(path, subfolder)
+    if beside is not None:
+        return beside
+    shared = sidecar_folder(path, subfolder).url
+    raise ValueError(
+        f"{str(path)!r} does not say its noise schedule: it has no key {SCHEDULE_KEY!r}, and there is no "
+        f"{shared!r}; train with ScheduleCheckpoint(), or, if you know the schedule, put it there: "
+        f"schedule.save_pretrained({shared!r})"
+    )
+
+
+def schedule_beside(path: str | os.PathLike[str], subfolder: str = SUBFOLDER) -> NoiseSchedule | None:
+    """Return the schedule in the folder of a checkpoint, else in the one that it shares; None where there is neither.
+
+    Raises ValueError for a damaged one.
+
+    >>> schedule_beside("nowhere/last.ckpt") is None
+    True
+    """
+    for folder in (own_sidecar(path, subfolder), sidecar_folder(path, subfolder)):
+        if holds_schedule(folder):
+            return read_sidecar(folder)
+    return None
+
+
+def embedded_schedule(
+    checkpoint: Mapping[str, Any], path: str | os.PathLike[str] | None = None
+) -> NoiseSchedule | None:
+    """Return the schedule embedded in a checkpoint, None where there is none; a damaged one is a ValueError.
+
+    >>> embedded_schedule({"state_dict": {}}) is None
+    True
+    """
+    key = schedule_key(checkpoint)
+    if key is None:
+        return None
+    try:
+        return NoiseSchedule.from_config(checkpoint[key])
+    except ValueError as error:
+        where = f"of {str(path)!r} " if path is not None else ""
+        raise ValueError(f"the checkpoint's {key!r} {where}cannot be read: {error}") from error
+
+
+def schedule_key(checkpoint: Mapping[str, Any]) -> str | None:
+    """Return the key under which a checkpoint says its schedule; None where it does not.
+
+    >>> schedule_key({"schedule": NoiseSchedule.flow().to_config()}), schedule_key({"schedule": "cosine"})
+    ('schedule', None)
+    """
+    if SCHEDULE_KEY in checkpoint:
+        return SCHEDULE_KEY
+    old = checkpoint.get(OLD_SCHEDULE_KEY)  # a word that others use for other things
+    return OLD_SCHEDULE_KEY if isinstance(old, Mapping) and {"curve", "prediction"} <= set(old) else None
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint with ``weights_only=True``; tensors on a local disk stay there, mapped, until they are used.
+
+    Of a sharded one, a folder, all is read but the sharded tensors. Raises FileNotFoundError, and ValueError for a damaged
+    file or one that holds other objects than plain values.
+
+    >>> read_checkpoint("nowhere.ckpt")
+    Traceback (most recent call last):
+    FileNotFoundError: no checkpoint at 'nowhere.ckpt'
+    """
+    local = Folder.of(path).local
+    if local is None:
+        parent, _, name = os.fspath(path).rstrip("/").rpartition("/")
+        return _loaded_from(Folder(parent), name, path)
+    if local.is_dir() and (local / SHARDED_NAME).is_file():
+        local = local / SHARDED_NAME
+    if not local.is_file():
+        what = "a folder, not a checkpoint file," if local.is_dir() else "no checkpoint"
+        raise FileNotFoundError(f"{what} at {str(path)!r}")
+    with local.open("rb") as file:  # one that may not be read says so itself
+        # files of the format before torch 1.6 cannot be mapped
+        mmap = _require_honest(file, path)
+    return _loaded(local, path, mmap)
+
+
+def _loaded_from(folder: Folder, name: str, path: str | os.PathLike[str]) -> dict[str, Any]:
+    content = folder.read(name) if folder.has(name) else folder.read(f"{name}/{SHARDED_NAME}")
+    if content is None:
+        raise FileNotFoundError(f"no checkpoint at {str(path)!r}")
+    _require_honest(io.BytesIO(content), path)
+    return _loaded(io.BytesIO(content), path, mmap=False)
+
+
+def _require_honest(file: IO[bytes], path: str | os.PathLike[str]) -> bool:
+    """Refuse a file that would take more memory than it has bytes; return whether it is a zip archive, as torch writes.
+
+    torch stores and never compresses, so an archive that promises more than its own size is none of torch's. A bytearray
+    is the one plain value of which a few bytes can ask for any amount.
+    """
+    size = file.seek(0, os.SEEK_END)
+    if not zipfile.is_zipfile(file):
+        file.seek(0)
+        head = file.read(MAX_PICKLE)
+        _require_no_bytearray(head, path)
+        return False
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            packed = [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+            if packed or sum(entry.file_size for entry in entries) > size:
+                raise ValueError(
+                    f"{str(path)!r} is an archive that unpacks to more than its {size} bytes, which torch.save never writes; "
+                    "take the file that the training wrote"
+                )
+            for entry in entries:
+                if entry.filename.endswith(".pkl"):
+                    if entry.file_size > MAX_PICKLE:
+                        raise ValueError(f"{str(path)!r} has {entry.file_size} bytes of values beside its tensors; at most {MAX_PICKLE}")
+                    _require_no_bytearray(archive.read(entry), path)
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(path)!r} {_reason(error)}") from error
+    return True
+
+
+def _require_no_bytearray(pickled: bytes, path: str | os.PathLike[str]) -> None:
+    if b"bytearray\n" in pickled or b"\x09bytearray" in pickled:
+        raise ValueError(f"{str(path)!r} {_reason(ValueError('GLOBAL bytearray'))}")
+
+
+def _loaded(file: Path | io.BytesIO, path: str | os.PathLike[str], mmap: bool) -> dict[str, Any]:
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # damaged bytes fail in a dozen ways, IndexError and UnicodeDecodeError among them
+        raise ValueError(f"{str(path)!r} {_reason(error)}") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{str(path)!r} is no checkpoint: it holds a {type(checkpoint).__name__}, not a dict")
+    return checkpoint
+
+
+def _reason(error: Exception) -> str:
+    # torch's own words advise to load with weights_only=False, which would run whatever the file says
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    if found:
+        mend = "save hyperparameters as numbers, strings, lists and dicts"
+        return f"holds a {found[1]}, and only plain values and tensors are loaded; {mend}"
+    return "is damaged, or no checkpoint; take an older one, or the file that the training wrote"

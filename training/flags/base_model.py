@@ -1,0 +1,84 @@
+"""What a script of diffusers has of a schedule: that of the model that it fine-tunes, and the scheduler object that it saves."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ...noising import BETA_SCHEDULES, Discrete, NoiseSchedule
+from ...noising.io.files import from_diffusers, to_diffusers
+
+_MEND = "pass base=... to noising_from_arguments, or say the schedule, e.g. --noise_schedule scaled_linear"
+_OF_SCHEDULE = {  # keys of a config that say the schedule; the others are options of sampling
+    *("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr"),
+    *("prediction_type", "shift", "use_dynamic_shifting", "use_flow_sigmas", "flow_shift", "snr_shift_scale"),
+}
+_SPACING = {"timestep_spacing", "steps_offset"}  # say where sampling starts
+
+
+def diffusers_scheduler(schedule: NoiseSchedule, like: Any = None) -> Any:
+    """Return a scheduler of diffusers with this schedule, for a pipeline that was trained on it.
+
+    ``like``: the scheduler that the pipeline has: its class and its options of sampling are kept, where that class can hold the
+    schedule and they start from pure noise where the schedule ends in it. ValueError for a schedule that diffusers has no
+    config for.
+
+    >>> from diffusers import DDPMScheduler
+    >>> schedule = NoiseSchedule.linear(prediction="v_prediction").zero_terminal_snr()
+    >>> scheduler = diffusers_scheduler(schedule, like=DDPMScheduler(clip_sample=False))
+    >>> type(scheduler).__name__, scheduler.config.clip_sample, float(scheduler.alphas_cumprod[-1])
+    ('DDPMScheduler', False, 0.0)
+    """
+    import diffusers
+
+    name = None if like is None else type(like).__name__
+    config = to_diffusers(schedule, None if name is None else {"_class_name": name})
+    if like is not None and config["_class_name"] == name:
+        written = _OF_SCHEDULE | (_SPACING if schedule.has_zero_terminal_snr else set())
+        config |= {key: value for key, value in like.config.items() if key not in written and not key.startswith("_")}
+    return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
+def schedule_of_base_model(args: argparse.Namespace) -> NoiseSchedule | None:
+    """Return the schedule that a script's own flags name: that of its pretrained model, or of train_unconditional's betas.
+
+    ``--pretrained_model_name_or_path`` is a folder, or a repository on the hub, of which the scheduler's config is read (from the
+    cache where it is there), at ``--revision``; nothing else is downloaded. None where no such flag is set. ValueError, saying
+    what to pass, where there is no such config or it cannot be read.
+
+    >>> schedule_of_base_model(argparse.Namespace(ddpm_beta_schedule="linear", ddpm_num_steps=500)).num_train_timesteps
+    500
+    """
+    source = getattr(args, "pretrained_model_name_or_path", None)
+    if not source:
+        return _of_ddpm_flags(args)
+    try:
+        return _of_pipeline(str(source), getattr(args, "revision", None))
+    except Exception as error:  # whatever the hub's client raises: the mend is the same
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(
+            f"no schedule is known of --pretrained_model_name_or_path {source} ({reason}); {_MEND}"
+        ) from error
+
+
+def _of_pipeline(source: str, revision: str | None) -> NoiseSchedule:
+    path = Path(source)
+    if path.is_file():
+        raise ValueError("it is a single file, which holds no scheduler_config.json")
+    if path.is_dir():
+        return NoiseSchedule.from_pretrained(path / "scheduler" if (path / "scheduler").is_dir() else path)
+    from diffusers import DDPMScheduler
+
+    config: Any = DDPMScheduler.load_config(source, subfolder="scheduler", revision=revision)
+    return from_diffusers(config[0] if isinstance(config, tuple) else config)
+
+
+def _of_ddpm_flags(args: argparse.Namespace) -> NoiseSchedule | None:
+    """Return what diffusers' train_unconditional.py makes of its flags: DDPMScheduler with the betas' default ends."""
+    name, count = getattr(args, "ddpm_beta_schedule", None), getattr(args, "ddpm_num_steps", None)
+    if name is None or count is None:
+        return None
+    if name not in BETA_SCHEDULES:
+        raise ValueError(f"--ddpm_beta_schedule {name} is not known here; {_MEND}")
+    return NoiseSchedule(Discrete(name, 0.0001, 0.02, count))

@@ -1,0 +1,69 @@
+"""Schedules on the command line: an item, a name with options as ``flow:shift=3``, or a folder."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...noising import NoiseSchedule
+from ...noising.utils.items import called, parse_item
+from ...noising.utils.registry import lookup
+
+SCHEDULES: Mapping[str, Callable[..., NoiseSchedule]] = {
+    "linear": NoiseSchedule.linear,
+    "scaled_linear": NoiseSchedule.scaled_linear,
+    "squaredcos_cap_v2": NoiseSchedule.squaredcos_cap_v2,
+    "sigmoid": NoiseSchedule.sigmoid,
+    "laplace": NoiseSchedule.laplace,
+    "exp": NoiseSchedule.exp,
+    "cosine": NoiseSchedule.cosine,
+    "flow": NoiseSchedule.flow,
+    "karras": NoiseSchedule.karras,
+    "variance_preserving": NoiseSchedule.variance_preserving,
+    "sub_variance_preserving": NoiseSchedule.sub_variance_preserving,
+    "variance_exploding": NoiseSchedule.variance_exploding,
+}
+"""The schedules that have a name on the command line; others are read from a folder."""
+
+TRANSFORMATIONS: Mapping[str, Callable[[NoiseSchedule, Any], NoiseSchedule]] = {
+    "zero_snr": lambda schedule, yes: _zero_snr(schedule) if yes else schedule,
+    "shifted": lambda schedule, factor: schedule.shifted(factor),
+    "t_min": lambda schedule, t: schedule.truncated(t_min=t),
+    "t_max": lambda schedule, t: schedule.truncated(t_max=t),
+}
+"""Options of any schedule's item, beside those of its constructor; they act in the order in which they are written."""
+
+
+def read_schedule(item: str, zero_snr: bool = False) -> NoiseSchedule:
+    """Return the schedule of an item or a folder; raises ValueError or FileNotFoundError where there is none.
+
+    The options of an item are those of its constructor, and the transformations ``zero_snr=true``, ``shifted=2.0``, ``t_min=``
+    and ``t_max=``, which act in their order; a folder, with a noise_schedule.json or a scheduler_config.json, has these and
+    ``tokens``. ``zero_snr``: rescale what the item says.
+
+    >>> read_schedule("scaled_linear:beta_end=0.02,shifted=2.0", zero_snr=True).has_zero_terminal_snr
+    True
+    """
+    name, options = (item, {}) if Path(item).exists() else parse_item(item)
+    own = {option: value for option, value in options.items() if option not in TRANSFORMATIONS}
+    if Path(name).exists() or "/" in name:
+        schedule = called(
+            f"a folder {name}", lambda tokens=None: NoiseSchedule.from_pretrained(name, tokens=tokens), own
+        )
+    else:
+        make = lookup("schedule", name, SCHEDULES)
+        for option in own:
+            lookup(f"option of schedule {name}", option, {**inspect.signature(make).parameters, **TRANSFORMATIONS})
+        schedule = called(f"schedule {name}", make, own)
+    for option, value in options.items():
+        if option in TRANSFORMATIONS:
+            schedule = TRANSFORMATIONS[option](schedule, value)
+    return _zero_snr(schedule) if zero_snr else schedule
+
+
+def _zero_snr(schedule: NoiseSchedule) -> NoiseSchedule:
+    # epsilon, the usual one of a curve by its name, would be ill-posed
+    well_posed = schedule.prediction.name not in ("epsilon", "score")
+    return (schedule if well_posed else schedule.with_prediction("v_prediction")).zero_terminal_snr()
