@@ -132,6 +132,8 @@ STRANGE: dict[str, tuple[dict[str, Any], str]] = {
     "another channel": ({"sample_shape": [3, 8, 8]}, "the network takes 1 channels, and the sample_shape is (3, 8, 8)"),
     "a text for a network": ({"network": "UNet2DModel"}, "must be a mapping of settings, got 'UNet2DModel'"),
     "a truth for a number": ({"network": {**CONFIG, "norm_num_groups": True}}, "norm_num_groups of the network's config must be a number"),
+    "a word for a number": ({"network": {**CONFIG, "norm_num_groups": "4"}}, "norm_num_groups of the network's config must be a number"),
+    "too few dimensions": ({"sample_shape": [1, 8]}, "a sample of UNet2DModel has 3 dimensions, and the sample_shape is (1, 8)"),
     "truths for numbers": ({"network": {**CONFIG, "block_out_channels": [True, 8]}}, "block_out_channels of the network's config must be"),
     "a huge network": ({"network": {**CONFIG, "block_out_channels": [10**5]}}, "it has more parameters than the"),
     "a deep network": ({"network": {**CONFIG, "layers_per_block": 10**6}}, "it has more parameters than the"),

@@ -58,6 +58,7 @@ def as_a_pipeline(scheduler: Any, steps: int, monkeypatch: pytest.MonkeyPatch, n
     monkeypatch.setattr(
         sys.modules[kind.__module__], "randn_tensor", lambda *_, **__: DRAWS[i // evaluations][0], raising=False
     )
+    monkeypatch.setattr(torch, "randn_like", lambda *_, **__: DRAWS[i // evaluations][0])  # FlowMatchEuler's
     scheduler.set_timesteps(steps)
     x = START * float(getattr(scheduler, "init_noise_sigma", 1.0))
     for i, t in enumerate(scheduler.timesteps):  # noqa: B007 (read in the draw)

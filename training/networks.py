@@ -56,7 +56,7 @@ def build_network(config: Mapping[str, Any], weights: Mapping[str, Tensor] | Non
         models = [n for n in dir(diffusers) if n.endswith("Model")]
         raise ValueError(unknown("diffusers model", name, models))
     for key, parameter in inspect.signature(kind).parameters.items():
-        _require_no_truth_for_a_number(key, values.get(key), parameter.default)
+        _require_number(key, values.get(key), parameter.default)
     make = cast(Any, kind).from_config
     if weights is None:
         return cast(nn.Module, make(values))
@@ -162,13 +162,13 @@ def _require_small(what: str, value: Any) -> None:
         raise ValueError(f"{what} of the network's config is {shown(value)}, and no network has more than {LARGEST_SETTING}")
 
 
-def _require_no_truth_for_a_number(what: str, value: Any, default: Any) -> None:
-    """Refuse True and False where a class has numbers: it may be built with them, and fails when it is called."""
+def _require_number(what: str, value: Any, default: Any) -> None:
+    """Refuse what is no number where a class has one: it may be built with it, and fails when it is called."""
     if isinstance(default, list | tuple) and isinstance(value, list | tuple):
         for part in value:
-            _require_no_truth_for_a_number(what, part, default[0] if default else None)
-    elif isinstance(value, bool) and isinstance(default, int | float) and not isinstance(default, bool):
-        raise ValueError(f"{what} of the network's config must be a number, got {value}")
+            _require_number(what, part, default[0] if default else None)
+    elif isinstance(default, int | float) and not isinstance(default, bool) and isinstance(value, bool | str):
+        raise ValueError(f"{what} of the network's config must be a number, got {shown(value)}")
 
 
 def _in_one_line(error: BaseException) -> str:

@@ -24,6 +24,7 @@ from .sidecars import sidecar_folder
 
 PREFIX = "network."  # where DiffusionModule keeps its network
 LARGEST_SAMPLE = 1 << 24  # numbers in one sample: 4096 x 4096
+DIMENSIONS: Mapping[str, int] = {"UNet1D": 2, "UNet2D": 3, "UNet3D": 4}  # of one sample, by the start of a class's name
 LARGEST_SIDES = 8  # times the sides of the samples that a network was made for
 WEIGHTS: Mapping[str, str] = {"raw": "current_model_state", "ema": "state_dict"}
 
@@ -165,6 +166,10 @@ def _require_fit(network: nn.Module, shape: tuple[int, ...]) -> None:
     config = getattr(network, "config", None)
     config = config if isinstance(config, Mapping) else {}
     channels, side = config.get("in_channels"), config.get("sample_size")
+    name = type(network).__name__
+    count = next((dimensions for start, dimensions in DIMENSIONS.items() if name.startswith(start)), len(shape))
+    if len(shape) != count:
+        raise ValueError(f"a sample of {name} has {count} dimensions, and the sample_shape is {shape}; give --shape")
     if isinstance(channels, int) and channels != shape[0]:
         raise ValueError(f"the network takes {channels} channels, and the sample_shape is {shape}; one of the two is wrong")
     sides = [side] * (len(shape) - 1) if isinstance(side, int) else list(side) if isinstance(side, list | tuple) else []
