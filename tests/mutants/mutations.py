@@ -64,7 +64,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("noising/curves/shifts.py", SHIFTS): [
         ("mu = base_shift + (tokens - base_tokens)", "mu = base_shift + tokens"),
         ("return sides[0] * sides[1]", "return sides[0] ** 2"),
-        ('math.exp(mu) if kind == "exponential"', 'math.exp(mu) if kind == "linear"'),
+        ('700.0)) if kind == "exponential"', '700.0)) if kind == "linear"'),
     ],
     ("noising/prediction.py", "tests/test_prediction.py"): [
         ("return -sigma, alpha", "return sigma, alpha"),
@@ -109,11 +109,11 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("return index + int(self.first) if", "return index if"),
     ],
     ("noising/io/diffusers.py", "tests/test_pretrained.py"): [
-        ('"rescale_betas_zero_snr": zero, "prediction_type"', '"rescale_betas_zero_snr": False, "prediction_type"'),
+        ('config["rescale_betas_zero_snr"] = zero', 'config["rescale_betas_zero_snr"] = False'),
         ('"beta_end": curve.beta_end,', '"beta_end": curve.beta_start,'),
         ("-torch.expm1(log_alpha_bar.diff(", "-torch.expm1(0.5 * log_alpha_bar.diff("),
         ('"flow_shift": curve.shift, "prediction_type"', '"flow_shift": 1.0, "prediction_type"'),
-        ('"timestep_spacing": "trailing",', '"timestep_spacing": "leading",'),
+        ('"timestep_spacing": ("trailing",', '"timestep_spacing": ("leading",'),
         ('return NoiseSchedule.flow(shift, config.get("num_train', 'return NoiseSchedule.flow(1.0, config.get("num_train'),
         ("_DISCRETE_DEFAULTS | _DEFAULTS.get(name, {}) | said", "_DISCRETE_DEFAULTS | said"),
     ],
@@ -128,7 +128,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("sampling/methods/euler.py", f"{PEERS} -k DDPM or DDIM or zero_terminal"): [
         ("beta = 1 - (s.alpha / n.alpha) ** 2", "beta = 1 - s.alpha / n.alpha"),
-        ("trace.evaluate(x, Knot(n.timestep,", "trace.evaluate(x, Knot(s.timestep,"),
+        ("at = Knot(n.timestep, s.alpha", "at = Knot(s.timestep, s.alpha"),
         ("r = eta * posterior_spread(s, n)\n    return", "r = eta**2 * posterior_spread(s, n)\n    return"),
     ],
     ("sampling/methods/dpm_solver.py", f"{METHODS} -k third_order_blocks"): [
@@ -218,7 +218,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("H = 1 + eta\n        weights", "H = 1 - eta\n        weights"),
     ],
     ("sampling/kernel.py", "tests/test_comfyui_methods.py tests/test_sampler.py"): [
-        ("new = unconditional() if unconditional else basis[-1]", "new = basis[-1]"),
+        ("new = beside[type(op)]() if type(op) in beside else None", "new = None"),
     ],
     # sampling: grids
     ("sampling/grids/sigmas.py", "tests/test_grids_diffusers.py"): [
@@ -258,12 +258,12 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("sampling/kernel.py", SAMPLER): [
         ("total.add_(basis[k], alpha=c)", "total.add_(basis[k], alpha=abs(c))"),
         ("total = basis[k] * c", "total = basis[k].mul_(c)"),
-        ("new.to(basis[0].dtype)", "new.half().to(basis[0].dtype)"),
+        ("else new).to(basis[0].dtype)", "else new).half().to(basis[0].dtype)"),
     ],
     ("sampling/table.py", f"{METHODS} -k birth or brownian or (point_mass and dpmpp)"): [
         ("(abs(draw.end - draw.start) ** 0.5) * z", "abs(draw.end - draw.start) * z"),
         ("return total / abs(b - a) ** 0.5", "return total"),
-        ("if defect > 1e-9 + 1e3 * rounding", "if defect > 1e9"),
+        ("if defect > ROUNDINGS * rounding", "if defect > 1e9"),
         ("(knot.sigma / det) * out - (c1 / det) * x", "(knot.sigma / det) * out + (c1 / det) * x"),
         ("if not all(math.isfinite(c)", "if not any(math.isfinite(c)"),
     ],
