@@ -189,7 +189,7 @@ PEERS: dict[str, type[Any]] = {
     )
 }
 IN_SIGMA = ("EulerDiscrete", "HeunDiscrete", "KDPM2Discrete", "LMSDiscrete")  # their x is x / α
-CANNOT = (ValueError, IndexError, ZeroDivisionError, UnboundLocalError, NotImplementedError, torch.linalg.LinAlgError)
+CANNOT = (AssertionError, ValueError, IndexError, ZeroDivisionError, UnboundLocalError, NotImplementedError, torch.linalg.LinAlgError)
 """What the classes raise for options that they have no formula for."""
 
 
@@ -289,12 +289,14 @@ def main() -> None:
     best = {}
     for budget in tqdm(args.budgets, unit="budget"):
         best[budget] = (sorted(ours(budget, exact)), sorted(theirs(budget, exact)))
-    text = table(best)
-    print(text)
-    (args.out / "accuracy.md").write_text(
-        f"# Accuracy\n\n{(__doc__ or '').strip()}\n\n{text}\n\n![error](accuracy.png)\n"
-    )
-    plot(best, args.out / "accuracy.png")
+        write(best, args.out)  # as far as it is, so that a run that ends early loses one budget
+    print(table(best))
+
+
+def write(best: dict[int, tuple[list[Result], list[Result]]], folder: Path) -> None:
+    head = f"# Accuracy\n\n{(__doc__ or '').strip()}\n"
+    (folder / "accuracy.md").write_text(f"{head}\n{table(best)}\n\n![error](accuracy.png)\n")
+    plot(best, folder / "accuracy.png")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from alphabar.noising import NoiseSchedule, Noising
-from alphabar.noising.io.files import CONFIG_NAME, from_diffusers, to_diffusers
+from alphabar.noising.io.files import CONFIG_NAME
 from alphabar.noising.utils.atomic import require_writable, write_atomically
 from alphabar.noising.utils.rng import seeded
 from alphabar.sampling import Sampler
@@ -128,7 +128,7 @@ def settle(args: argparse.Namespace) -> Plan:
     if (args.train_data_dir is None) == (args.dataset_name is None):
         raise ValueError("give one of --train_data_dir and --dataset_name")
     noising = noising_from_arguments(args, schedule_of_pipeline(args))
-    to_diffusers(noising.schedule)  # a schedule that the saved pipeline could not hold is refused here
+    noising.schedule.to_diffusers()  # a schedule that the saved pipeline could not hold is refused here
     sampler = Sampler(noising.schedule, args.validation_sampler, steps=args.num_inference_steps)
     output = Path(args.output_dir)
     require_unused(args, output)
@@ -174,7 +174,7 @@ def schedule_of_pipeline(args: argparse.Namespace) -> NoiseSchedule:
     if Path(source).is_dir():
         return NoiseSchedule.from_pretrained(source, subfolder="scheduler")
     config = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", revision=args.revision)
-    return from_diffusers(config[0] if isinstance(config, tuple) else config)
+    return NoiseSchedule.from_diffusers(config[0] if isinstance(config, tuple) else config)
 
 
 # -- data ------------------------------------------------------------------------------------------------------------------

@@ -1,37 +1,53 @@
 """Noise schedules and what training needs of them: curves, prediction types, weights, timesteps, noise."""
 
-from .curves import CURVES
-from .curves.base import Curve
+from .curves import (
+    CURVES,
+    Cosine,
+    Curve,
+    Discrete,
+    Flow,
+    Karras,
+    SubVariancePreserving,
+    Truncated,
+    VarianceExploding,
+    VariancePreserving,
+)
 from .curves.betas import BETA_SCHEDULES
-from .curves.continuous import Cosine, Flow, Karras, SubVariancePreserving, VarianceExploding, VariancePreserving
-from .curves.discrete import Discrete
 from .curves.shifts import resolution_shift, token_shift
-from .curves.truncated import Truncated
 from .losses import L1, L2, LOSSES, Huber, Loss, PseudoHuber, SmoothL1
-from .noise import NOISES, AdaptiveOffset, Gaussian, Immiscible, InputPerturbation, Offset, Pyramid
-from .noise_base import Chain, Noise
+from .noise import (
+    NOISES,
+    AdaptiveOffset,
+    Chain,
+    Gaussian,
+    Immiscible,
+    InputPerturbation,
+    Noise,
+    Offset,
+    Pyramid,
+)
 from .noising import Drawn, Noised, Noising
 from .prediction import PREDICTIONS, Prediction
 from .schedule import NoiseSchedule
-from .timesteps import TIMESTEPS
-from .timesteps.base import LogSNRTimesteps, QuantileTimesteps, Timesteps
-from .timesteps.custom import (
+from .timesteps import (
+    TIMESTEPS,
+    BetaTimesteps,
+    CosMapTimesteps,
     CustomTimesteps,
     ListedTimesteps,
+    LogitNormalTimesteps,
+    LogNormalSigmaTimesteps,
+    LogSNRTimesteps,
+    LossSecondMoment,
+    ModeTimesteps,
     NoiseLevelTimesteps,
+    QuantileTimesteps,
     ReversedTimesteps,
+    Timesteps,
+    UniformTimesteps,
     WeightedTimesteps,
     WithinTimesteps,
 )
-from .timesteps.densities import (
-    BetaTimesteps,
-    CosMapTimesteps,
-    LogitNormalTimesteps,
-    LogNormalSigmaTimesteps,
-    ModeTimesteps,
-    UniformTimesteps,
-)
-from .timesteps.importance import LossSecondMoment
 from .weighting import (
     EDM,
     P2,
@@ -39,6 +55,7 @@ from .weighting import (
     WEIGHTINGS,
     CosMap,
     Debiased,
+    LearnedUncertainty,
     MinSNR,
     PerRange,
     PlainFlow,
@@ -51,7 +68,6 @@ from .weighting import (
     VLike,
     Weighting,
 )
-from .weighting.learned import LearnedUncertainty
 
 __all__ = [
     "BETA_SCHEDULES",

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from .curves.base import may_look_at
-from .utils.items import made
-from .utils.registry import lookup
+from .utils.items import make_item
+from .utils.registry import Registry, lookup
 
 Over = Literal["all", "mask"]
 
@@ -61,6 +61,11 @@ class Loss(ABC):
         return None
 
 
+LOSSES: Registry[type[Loss]] = Registry("loss")
+"""Every kind of loss by its name; ``@LOSSES.register`` above a class adds one."""
+
+
+@LOSSES.register
 @dataclass(frozen=True)
 class L2(Loss):
     """d², the squared error.
@@ -75,6 +80,7 @@ class L2(Loss):
         return error**2
 
 
+@LOSSES.register
 @dataclass(frozen=True)
 class L1(Loss):
     """|d|, the absolute error.
@@ -131,6 +137,7 @@ def _given(threshold: Tensor | None) -> Tensor:
     return threshold
 
 
+@LOSSES.register
 @dataclass(frozen=True)
 class Huber(ThresholdLoss):
     """torch's Huber loss: d² / 2 where |d| <= c, else c (|d| - c / 2). By default c = 1, constant, as torch's delta.
@@ -149,6 +156,7 @@ class Huber(ThresholdLoss):
         return within * (d - 0.5 * within)  # d²/2 where d <= c, c (d - c/2) above: one form, without a branch
 
 
+@LOSSES.register
 @dataclass(frozen=True)
 class PseudoHuber(ThresholdLoss):
     """2c (√(d² + c²) - c), which sd-scripts and diffusers call "huber": the squared error for small d (2403.16728).
@@ -163,6 +171,7 @@ class PseudoHuber(ThresholdLoss):
         return 2 * _given(threshold) * _above(error, _given(threshold))
 
 
+@LOSSES.register
 @dataclass(frozen=True)
 class SmoothL1(ThresholdLoss):
     """2 (√(d² + c²) - c), which sd-scripts calls "smooth_l1": twice the absolute error for large d. Not torch's smooth_l1_loss.
@@ -182,17 +191,13 @@ def _above(d: Tensor, c: Tensor) -> Tensor:
     return d**2 / ((d**2 + c**2).sqrt() + c)
 
 
-LOSSES: Mapping[str, type[Loss]] = {kind.name: kind for kind in (L2, L1, Huber, PseudoHuber, SmoothL1)}
-"""Every kind of loss by its name; a new one is a class above and a word in this line."""
-
-
 def resolve_loss(loss: str | Loss) -> Loss:
     """Return the kind of loss for a name, with options or without, or an object; an unknown name or option is a ValueError.
 
     >>> resolve_loss("huber:c=0.5")
     Huber(c=0.5, schedule='constant', scale=1.0)
     """
-    return loss if isinstance(loss, Loss) else made("loss", loss, LOSSES)
+    return loss if isinstance(loss, Loss) else make_item(loss, LOSSES)
 
 
 def mean_of_samples(errors: Tensor, mask: Tensor | None, over: Over = "all") -> tuple[Tensor, Tensor | None]:

@@ -1,20 +1,75 @@
-"""The kinds of training noise by their names; what a kind is, noise_base.py says."""
+"""Training noise: what a kind of noise adds to the plain Gaussian ε, whether the target sees it, and the kinds by their names.
+
+    x_t = α x_0 + σ ε_x,    target = c0 x_0 + c1 ε_y,    where ε_y = ε with the kinds that change the target,
+                                                         and   ε_x = ε_y with the kinds that do not.
+
+A kind draws its parts for the whole batch from counters (utils/rng.py), so that the part of a sample depends on nothing else
+in the batch; on the device of x_0 the parts are put onto ε, by operations that round alike on every device.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .noise_base import Chain, Noise
-from .utils.items import made
-from .utils.rng import Draws
+from .utils.items import make_item
+from .utils.registry import Registry
+from .utils.rng import Draws, stream_of
 
 
+@dataclass(frozen=True)
+class Noise(ABC):
+    """A kind of noise; subclasses have a ``name`` of their own, draw the parts of a batch and put them onto the noise.
+
+    The name is the stream that a kind draws from: kinds of different names are independent of each other.
+
+    >>> class Flicker(Noise):  # one number for a sample
+    ...     name = "flicker"
+    ...     def draw(self, shape, draws):
+    ...         return 0.1 * draws.normal(*(1 for _ in shape))
+    ...     def apply(self, noise, part, x0):
+    ...         return noise + part
+    >>> parts = draw_kinds([Flicker()], (3, 8, 8), 0, [4, 5], step=7)
+    >>> Flicker().apply(torch.zeros(2, 3, 8, 8), parts[0], torch.zeros(2, 3, 8, 8)).shape
+    torch.Size([2, 3, 8, 8])
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def changes_target(self) -> bool:
+        """Whether the target is made of this noise too. Where False, the target keeps the noise without it."""
+        return True
+
+    @property
+    def kinds(self) -> tuple[Noise, ...]:
+        """The kinds that this consists of, in the order in which they are applied."""
+        return (self,)
+
+    @abstractmethod
+    def draw(self, shape: tuple[int, ...], draws: Draws) -> Tensor:
+        """Return this kind's parts of a batch of samples of shape ``shape`` (no batch axis): shape (batch, ...), float32.
+
+        ``draws`` has ``normal(*shape)`` and ``uniform(*shape)``, which put the batch first and go on where the call before
+        ended, and the optimizer ``step``. No row of the parts may depend on another: no mean over the batch, no shape that
+        follows from what was drawn, and no operation (a matrix product, say) that rounds by a row's place in the batch.
+        """
+
+    @abstractmethod
+    def apply(self, noise: Tensor, part: Tensor, x0: Tensor) -> Tensor:
+        """Return ``noise``, shape (batch, ...), with the parts of this batch; ``x0`` is the clean batch. All on one device."""
+
+
+NOISES: Registry[type[Noise]] = Registry("noise")
+"""Every kind of noise by its name; ``@NOISES.register`` above a class adds one."""
+
+
+@NOISES.register
 @dataclass(frozen=True)
 class Gaussian(Noise):
     """Independent standard normal noise: nothing beside ε.
@@ -32,6 +87,7 @@ class Gaussian(Noise):
         return noise
 
 
+@NOISES.register
 @dataclass(frozen=True)
 class Offset(Noise):
     """Offset noise: ε + s · ξ with one ξ ~ N(0, 1) per channel, constant over the other axes (Guttenberg 2023).
@@ -65,6 +121,7 @@ class Offset(Noise):
         return noise + part
 
 
+@NOISES.register
 @dataclass(frozen=True)
 class AdaptiveOffset(Noise):
     """Offset noise whose strength follows the sample: s = max(0, strength + scale · |mean of the channel of x_0|).
@@ -107,6 +164,7 @@ class AdaptiveOffset(Noise):
         return noise + (strength + self.scale * mean.abs().view(part.shape)).clamp(min=0.0) * part
 
 
+@NOISES.register
 @dataclass(frozen=True)
 class Pyramid(Noise):
     """Pyramid (multi-resolution) noise: ε plus ``discount``^i times noise on grids r^i coarser, r ~ U(2, 4) (Whitaker 2023).
@@ -164,6 +222,7 @@ class Pyramid(Noise):
         return (noise + part[:, :-1]) * part[:, -1:]
 
 
+@NOISES.register
 @dataclass(frozen=True)
 class InputPerturbation(Noise):
     """Input perturbation: x_t is made of ε + γ ξ, the target of ε alone (Ning et al. 2301.11706, algorithm 1; γ = 0.1).
@@ -200,13 +259,14 @@ class InputPerturbation(Noise):
         return noise + part
 
 
+@NOISES.register
 @dataclass(frozen=True)
 class Immiscible(Noise):
     """Immiscible noise: the batch's noises are given to its samples with the least total distance (Li et al. 2406.12303).
 
     The permutation is the exact solution of the linear assignment, and the target follows it. It is found within the batch of one
     process: the noises are the same for every number of processes and every accumulation, which sample gets which is not. Put it
-    last in a chain. On a GPU the host waits for the distances, once a batch. ImportError without scipy (alphabar[immiscible]).
+    last in a chain. On a GPU the host waits for the distances, once a batch.
 
     >>> noise, x0 = torch.tensor([[1.0], [-1.0]]), torch.tensor([[-3.0], [2.0]])
     >>> Immiscible().apply(noise, torch.empty(2, 0), x0)
@@ -215,12 +275,6 @@ class Immiscible(Noise):
     """
 
     name: ClassVar[str] = "immiscible"
-
-    def __post_init__(self) -> None:
-        if find_spec("scipy") is None:
-            raise ImportError(
-                "immiscible noise needs scipy for its linear assignment; pip install 'alphabar[immiscible]'"
-            )
 
     def draw(self, shape: tuple[int, ...], draws: Draws) -> Tensor:
         return torch.empty(draws.batch, 0, dtype=torch.float32, device=draws.device)
@@ -236,10 +290,79 @@ class Immiscible(Noise):
         return noise[torch.as_tensor(chosen).to(noise.device)]
 
 
-NOISES: Mapping[str, Callable[[], Noise]] = {
-    kind.name: kind for kind in (Gaussian, Offset, AdaptiveOffset, Pyramid, InputPerturbation, Immiscible)
-}
-"""Every kind of noise by its name; a new one is a class above and a word in this line."""
+@dataclass(frozen=True)
+class Chain:
+    """Several kinds, applied in this order; those that do not change the target come last in any case.
+
+    ValueError for an empty chain; TypeError for what is no kind of noise.
+
+    >>> from alphabar.noising import InputPerturbation, Offset
+    >>> Chain((InputPerturbation(0.1), Offset(0.05))).name
+    'offset + input_perturbation'
+    """
+
+    kinds: tuple[Noise, ...]
+
+    def __post_init__(self) -> None:
+        wrong = [type(one).__name__ for one in self.kinds if not isinstance(one, Noise | Chain)]
+        if wrong:
+            raise TypeError(f"a chain of noises is of Noise objects, got {wrong[0]}; names go to Noising(noise=[...])")
+        kinds = [kind for one in self.kinds for kind in one.kinds]
+        if not kinds:
+            raise ValueError("a chain of noises needs at least one kind; e.g. ['offset', 'input_perturbation']")
+        object.__setattr__(self, "kinds", tuple(sorted(kinds, key=lambda kind: not kind.changes_target)))
+
+    @property
+    def name(self) -> str:
+        """The names of the kinds."""
+        return " + ".join(kind.name for kind in self.kinds)
+
+    @property
+    def changes_target(self) -> bool:
+        """Whether any of the kinds does."""
+        return any(kind.changes_target for kind in self.kinds)
+
+
+def draw_kinds(
+    kinds: Sequence[Noise],
+    shape: tuple[int, ...],
+    seed: int,
+    index: Sequence[int] | Tensor,
+    *,
+    step: int,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, ...]:
+    """Return the parts of each kind for the samples with these global indices; of two kinds of one name the second is numbered.
+
+    >>> from alphabar.noising import Offset
+    >>> one, two = draw_kinds([Offset(1.0), Offset(1.0)], (3, 8, 8), 0, [4, 5], step=7)
+    >>> one.shape, torch.equal(one, two)
+    (torch.Size([2, 3, 1, 1]), False)
+    """
+    names = [kind.name for kind in kinds]
+    streams = [stream_of(name, names[:k].count(name)) for k, name in enumerate(names)]
+    return tuple(
+        kind.draw(shape, Draws(seed, index, step=step, stream=stream, device=device))
+        for kind, stream in zip(kinds, streams, strict=True)
+    )
+
+
+def apply_kinds(kinds: Sequence[Noise], noise: Tensor, parts: Sequence[Tensor], x0: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (ε_y, ε_x), the noise of the target and the noise of x_t; ``noise`` is the plain ε, shape of ``x0``.
+
+    >>> from alphabar.noising import InputPerturbation
+    >>> zero, part = torch.zeros(1, 2), torch.full((1, 2), 0.5)
+    >>> apply_kinds([InputPerturbation()], zero, [part], zero)
+    (tensor([[0., 0.]]), tensor([[0.5000, 0.5000]]))
+    """
+    for kind, part in zip(kinds, parts, strict=True):
+        if kind.changes_target:
+            noise = kind.apply(noise, part, x0)
+    perturbed = noise
+    for kind, part in zip(kinds, parts, strict=True):
+        if not kind.changes_target:
+            perturbed = kind.apply(perturbed, part, x0)
+    return noise, perturbed
 
 
 def resolve_noise(noise: str | Noise | Chain | Sequence[str | Noise]) -> Noise | Chain:
@@ -256,7 +379,7 @@ def resolve_noise(noise: str | Noise | Chain | Sequence[str | Noise]) -> Noise |
         return noise
     if isinstance(noise, Sequence) and not isinstance(noise, str):
         return Chain(tuple(kind for one in noise for kind in resolve_noise(one).kinds))
-    return made("noise", noise, NOISES)
+    return make_item(noise, NOISES)
 
 
 def _require_strength(what: str, strength: float, usual: str) -> None:

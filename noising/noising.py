@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from functools import partial, wraps
+from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from .curves.base import Curve, may_look_at
 from .losses import L2, Loss, Over, mean_of_samples, resolve_loss
 from .micro_batches import MicroBatches, Step
-from .noise import resolve_noise
-from .noise_base import Chain, Noise, apply_kinds, draw_kinds
+from .noise import Chain, Noise, apply_kinds, draw_kinds, resolve_noise
 from .schedule import NoiseSchedule
 from .timesteps import resolve_timesteps
-from .timesteps.base import Timesteps
-from .timesteps.importance import Resampled
+from .timesteps.base import Resampled, Timesteps
 from .utils.rng import Draws, Stream, permutation, whole_seed
 from .utils.shapes import require_same_shape
 from .weighting import Weighting, resolve_weighting
@@ -247,7 +245,7 @@ class Noising(nn.Module):
         taken = self._micro_batches.take(x0.shape[0], place, counted=self.training)
         index, total = taken.index, taken.total
         if self.loss_history is not None and self.training:
-            self.loss_history.settle(step)
+            self.loss_history.commit(step)
         drawn = self.draw(index, tuple(x0.shape[1:]), step=step, total=total, device=x0.device)
         if noise is not None:
             require_same_shape("noise", noise, "x0", x0)
@@ -324,7 +322,7 @@ class Noising(nn.Module):
         u = 1 - Draws(self.seed, index, step=step, stream=Stream.TRAINING_TIME).uniform(dtype=torch.float64)
         if self.timesteps.stratified:
             for group in sorted({i // total for i in listed}):
-                spread = self.timesteps.spread(u, index, permutation(self.seed, total, step=step, group=group))
+                spread = self.timesteps.stratify(u, index, permutation(self.seed, total, step=step, group=group))
                 u = torch.where(index // total == group, spread, u)
         importance = self.loss_history.resample(u) if self.loss_history is not None else None
         t = self.timesteps.times(u if importance is None else importance.u, self.schedule.curve)
@@ -373,12 +371,16 @@ class Noising(nn.Module):
         )
 
     def _with_importance(self, noised: Noised, drawn: Resampled | None, step: int, index: Sequence[int]) -> Noised:
-        """Return the batch with importance weights, whose losses the history hears."""
+        """Return the batch with importance weights, whose losses the history records."""
         if drawn is None or self.loss_history is None:
             return noised
-        hear = partial(self.loss_history.hear, step, torch.tensor(index), drawn)
+        observe, global_index = self.loss_history.observe, torch.tensor(index)
+
+        def listener(noised: Noised, errors: Tensor) -> None:
+            observe(step, global_index, drawn, noised.weight, errors)
+
         weight = noised.weight * drawn.weight.to(noised.weight.device, noised.weight.dtype, non_blocking=True)
-        return noised.replaced(weight=weight, listeners=(*noised.listeners, hear))
+        return noised.replaced(weight=weight, listeners=(*noised.listeners, listener))
 
     def _check(self, x0: Tensor) -> None:
         if not isinstance(x0, Tensor) or not x0.is_floating_point():

@@ -24,6 +24,8 @@ from .curves import curve_from_config
 from .curves.base import LEAST_ALPHA, Curve
 from .curves.shifts import resolution_shift, token_shift
 from .curves.truncated import truncate
+from .io.diffusers import from_diffusers, to_diffusers
+from .io.files import CONFIG_NAME, EXACT_NAME, read_configs, write_configs
 from .named_schedules import Constructors
 from .prediction import Prediction, resolve_prediction
 from .utils.config_reading import mapping, whole, word
@@ -380,9 +382,8 @@ class NoiseSchedule(Constructors):
         >>> NoiseSchedule.from_pretrained(folder) == NoiseSchedule.flow(3.0)
         True
         """
-        from .io.files import save_schedule
-
-        return save_schedule(self, folder, sampler, nearest)
+        sampling = None if sampler is None else self._sampling_of(sampler, nearest)
+        return write_configs(folder, {CONFIG_NAME: self.to_diffusers(sampling), EXACT_NAME: self.to_config()})
 
     @classmethod
     def from_pretrained(
@@ -393,9 +394,62 @@ class NoiseSchedule(Constructors):
         ``tokens``: the number of image tokens, for a pipeline whose shift depends on it (Flux; see :func:`token_shift`).
         Raises FileNotFoundError where there is no such file, and ValueError for a corrupt one or for two that contradict.
         """
-        from .io.files import load_schedule
+        place = Path(folder, subfolder) if subfolder else Path(folder)
+        loaded: dict[str, NoiseSchedule] = {}
+        for name, config in read_configs(place).items():
+            try:
+                loaded[name] = cls.from_config(config) if name == EXACT_NAME else cls.from_diffusers(config, tokens)
+            except ValueError as error:
+                raise ValueError(f"{str(place / name)!r}: {error}") from error
+        first, *others = loaded.values()
+        if others and not first._means_the_same(others[0]):
+            raise ValueError(
+                f"the two files in {str(place)!r} contradict each other: {EXACT_NAME} says {first}, "
+                f"{CONFIG_NAME} says {others[0]}; remove the wrong one"
+            )
+        return first
 
-        return load_schedule(Path(folder, subfolder) if subfolder else Path(folder), tokens)
+    def to_diffusers(self, sampling: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the ``scheduler_config.json`` of diffusers for this schedule, as a dict of plain values.
+
+        ``sampling``: what ``Sampler.to_diffusers`` returns. Raises ValueError for a schedule that diffusers has no config for.
+
+        >>> NoiseSchedule.flow(3.0).to_diffusers()["shift"]
+        3.0
+        """
+        return to_diffusers(self.curve, self.prediction, sampling)
+
+    @classmethod
+    def from_diffusers(cls, config: Mapping[str, Any], tokens: int | None = None) -> NoiseSchedule:
+        """Return the schedule of a diffusers scheduler config; keys that are left out have the defaults of its class.
+
+        ``config``: the content of scheduler_config.json, or ``dict(scheduler.config)``. ``tokens`` as in :meth:`from_pretrained`.
+        Raises ValueError for a config that describes no schedule.
+
+        >>> NoiseSchedule.from_diffusers({"_class_name": "LCMScheduler"}).curve.beta_start
+        0.00085
+        """
+        return cls(*from_diffusers(config, tokens))
+
+    def _sampling_of(self, sampler: Any, nearest: bool) -> Any:
+        if not hasattr(sampler, "to_diffusers"):
+            raise ValueError(
+                f"sampler must be a Sampler, got {type(sampler).__name__}, which diffusers has no config for; save the schedule alone"
+            )
+        if sampler.schedule.fingerprint != self.fingerprint:
+            raise ValueError(
+                f"the sampler is made for {sampler.schedule}, and the schedule to save is {self}; make it for this one"
+            )
+        return sampler.to_diffusers(nearest=nearest)
+
+    def _means_the_same(self, other: NoiseSchedule) -> bool:
+        """Compare as fingerprints do, but for the last digits: betas of a shifted curve are written as numbers."""
+        if self.fingerprint == other.fingerprint:
+            return True
+        facts = [(s.prediction, s.curve.is_discrete, s.num_train_timesteps) for s in (self, other)]
+        return facts[0] == facts[1] and torch.allclose(
+            self.alphas_cumprod, other.alphas_cumprod, rtol=1e-9, atol=1e-15
+        )
 
     def __str__(self) -> str:
         return f"{_in_words(self.curve.to_config())} with {self.prediction.name} [{self.fingerprint[:12]}]"

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from alphabar.noising import Discrete, NoiseSchedule
-from alphabar.noising.io.files import to_diffusers
 from alphabar.noising.prediction import Consistency
 
 ZERO = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
@@ -50,9 +49,9 @@ def configs() -> list[tuple[bool, dict[str, Any]]]:
     """(whether it is our own, the config) of every kind."""
     found: list[tuple[bool, dict[str, Any]]] = [(True, schedule.to_config()) for schedule in EXACT]
     found += [(True, {k: v for k, v in config.items() if k != "fingerprint"}) for _, config in list(found)]
-    found += [(False, to_diffusers(schedule)) for schedule in EXACT[:4]]
-    found += [(False, to_diffusers(NoiseSchedule.flow(3.0)))]
-    found += [(False, to_diffusers(ZERO) | {"_class_name": name, "shift": 2.0}) for name in CLASSES]
+    found += [(False, schedule.to_diffusers()) for schedule in EXACT[:4]]
+    found += [(False, NoiseSchedule.flow(3.0).to_diffusers())]
+    found += [(False, ZERO.to_diffusers() | {"_class_name": name, "shift": 2.0}) for name in CLASSES]
     return found
 
 

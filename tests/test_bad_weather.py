@@ -26,8 +26,8 @@ from alphabar.callbacks.support.isolation import buffers_restored
 from alphabar.noising import NoiseSchedule
 from alphabar.noising.utils import atomic as files
 from alphabar.training import PowerFunction
-from alphabar.training.checkpoints.read import storage
-from alphabar.training.ema.profiles import posthoc
+from alphabar.training.checkpoints import storage
+from alphabar.training.ema import posthoc
 from callbacks_toy import SHAPE, Toy, fresh, grids, one_thread, train, weights
 from tiny_pipeline import make_pipeline
 from two_processes import last_words, run_two_ranks

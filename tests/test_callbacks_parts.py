@@ -2,7 +2,8 @@
 
 import random
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 from alphabar.callbacks.previews.batches import Plan, require_rows, take_rows
 from alphabar.callbacks.previews.conditioning import Conditions
 from alphabar.callbacks.previews.render import Drawing
+from alphabar.callbacks.previews.triggers import Triggers, is_last_epoch
 from alphabar.callbacks.support.collectives import errors_of_all_ranks
 from alphabar.callbacks.support.isolation import evaluating, randomness_restored
 from alphabar.callbacks.support.loggers import log_image
@@ -229,3 +231,27 @@ def test_loggers_that_have_both_get_one_picture() -> None:
             raise AssertionError("not asked for")
 
     assert log_image(Both(), "previews", torch.zeros(2, 2, 3, dtype=torch.uint8), 1) and Both.calls == ["own"]
+
+
+# When a preview is due
+
+
+def test_epochs_are_counted_from_0_and_previews_from_1() -> None:
+    assert [epoch for epoch in range(7) if Triggers(every_n_epochs=3).at_epoch(epoch)] == [2, 5]
+    assert not any(Triggers(every_n_train_steps=3).at_epoch(epoch) for epoch in range(7))
+
+
+@pytest.mark.parametrize(
+    ("facts", "last"),
+    [
+        ({"max_steps": 9, "global_step": 9}, True),
+        ({"max_steps": 9, "global_step": 8}, False),
+        ({"max_epochs": 3, "current_epoch": 2}, True),
+        ({"max_epochs": 3, "current_epoch": 1}, False),
+        ({"should_stop": True}, True),
+        ({}, False),
+    ],
+)
+def test_the_last_epoch_is_known(facts: dict[str, Any], last: bool) -> None:
+    usual = {"should_stop": False, "max_steps": -1, "max_epochs": -1, "global_step": 5, "current_epoch": 5}
+    assert is_last_epoch(cast(Any, SimpleNamespace(**(usual | facts)))) is last

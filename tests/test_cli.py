@@ -17,7 +17,7 @@ from alphabar.noising import NoiseSchedule
 from alphabar.sampling import GRIDS, METHODS
 from alphabar.sampling.names import all_names
 from alphabar.sampling.standalone import OUTSIDE
-from alphabar.training.cli import BROKEN_PIPE, COMMANDS, main
+from alphabar.training.cli.command import BROKEN_PIPE, COMMANDS, main
 from alphabar.training.cli.plot import KINDS, SCHEDULES, read_schedule
 from alphabar.training.cli.samplers import columns, described, listing
 

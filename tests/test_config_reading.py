@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alphabar.noising import Discrete, NoiseSchedule
-from alphabar.noising.curves.base import base as curves
+from alphabar.noising.curves import base as curves
 from alphabar.noising.io.diffusers_keys import KNOWN_TO_CLASS, OTHERS, READERS
-from alphabar.noising.io.files import CONFIG_NAME, EXACT_NAME, from_diffusers, load_schedule
+from alphabar.noising.io.files import CONFIG_NAME, EXACT_NAME
 from alphabar.noising.utils.config_reading import MAX_BYTES, parse_json, read_json
 from alphabar.sampling import Sampler
 from config_mutations import configs, mutated, text_of
@@ -34,7 +34,7 @@ def outcome(rng: random.Random, folder: Path) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            schedule = load_schedule(folder)
+            schedule = NoiseSchedule.from_pretrained(folder)
     except ValueError as error:
         assert name in str(error) and len(str(error)) < 1500
         return "refused"
@@ -101,7 +101,7 @@ def test_damaged_files_are_named(name: str, tmp_path: Path) -> None:
     (tmp_path / CONFIG_NAME).write_bytes(content)
     start = time.perf_counter()
     with pytest.raises(ValueError) as caught:
-        load_schedule(tmp_path)
+        NoiseSchedule.from_pretrained(tmp_path)
     assert CONFIG_NAME in str(caught.value) and words in str(caught.value) and len(str(caught.value)) < 1000
     assert time.perf_counter() - start < SECONDS
 
@@ -217,14 +217,14 @@ def test_what_each_class_of_diffusers_reads() -> None:
 )
 def test_what_a_class_does_not_read_is_told_and_not_honoured(config: dict[str, Any], key: str) -> None:
     with pytest.warns(UserWarning, match=key) as told:
-        schedule = from_diffusers(config)
+        schedule = NoiseSchedule.from_diffusers(config)
     assert len(told) == 1
-    assert schedule == from_diffusers({"_class_name": config["_class_name"]})
+    assert schedule == NoiseSchedule.from_diffusers({"_class_name": config["_class_name"]})
 
 
 def test_files_as_they_are_in_use_tell_nothing(recwarn: pytest.WarningsRecorder) -> None:
     """The scheduler of Stable Diffusion 1.5 says clip_sample, which PNDM does not know and which is no part of a schedule."""
-    from_diffusers(
+    NoiseSchedule.from_diffusers(
         {
             "_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_end": 0.012, "beta_schedule": "scaled_linear",
             "beta_start": 0.00085, "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True,
@@ -232,5 +232,5 @@ def test_files_as_they_are_in_use_tell_nothing(recwarn: pytest.WarningsRecorder)
         }
     )  # fmt: skip
     for name in ("DDIMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"):
-        from_diffusers(dict(getattr(diffusers, name)().config) | {"_class_name": name})
+        NoiseSchedule.from_diffusers(dict(getattr(diffusers, name)().config) | {"_class_name": name})
     assert [str(warning.message) for warning in recwarn] == []

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from alphabar.noising import BETA_SCHEDULES, CURVES, Curve, Discrete, Flow, Karras, NoiseSchedule, Truncated
-from alphabar.noising.curves.base import curve_from_config
+from alphabar.noising.curves import curve_from_config
 
 PLAIN = [Discrete(name) for name in BETA_SCHEDULES]
 RESCALED = [curve.zero_terminal_snr() for curve in PLAIN]

@@ -23,7 +23,6 @@ from torch import Tensor
 import test_agreement_diffusers as agreement
 from alphabar.callbacks.previews.diffusers_pipelines import differences_of
 from alphabar.noising import NoiseSchedule
-from alphabar.noising.io.diffusers import to_diffusers
 from alphabar.noising.io.files import CONFIG_NAME
 from alphabar.sampling import GRIDS, METHODS, Sampler
 from alphabar.sampling.interop.diffusers_classes import CLASSES, FLAGS, class_named, read_config
@@ -58,7 +57,6 @@ def as_a_pipeline(scheduler: Any, steps: int, monkeypatch: pytest.MonkeyPatch, n
     monkeypatch.setattr(
         sys.modules[kind.__module__], "randn_tensor", lambda *_, **__: DRAWS[i // evaluations][0], raising=False
     )
-    monkeypatch.setattr(torch, "randn_like", lambda *_, **__: DRAWS[i // evaluations][0])  # FlowMatchEuler's
     scheduler.set_timesteps(steps)
     x = START * float(getattr(scheduler, "init_noise_sigma", 1.0))
     for i, t in enumerate(scheduler.timesteps):  # noqa: B007 (read in the draw)
@@ -74,7 +72,7 @@ def from_its_start(sampler: Sampler, monkeypatch: pytest.MonkeyPatch, net: Netwo
 
 
 def loaded(schedule: NoiseSchedule, config: dict[str, Any]) -> Any:
-    whole = json.loads(json.dumps(to_diffusers(schedule, config)))
+    whole = json.loads(json.dumps(schedule.to_diffusers(config)))
     kind = getattr(diffusers, whole["_class_name"])
     unread = set(whole) - set(inspect.signature(kind).parameters) - {"_class_name"}
     assert not unread, f"{kind.__name__} does not read {unread}"
@@ -130,6 +128,12 @@ def test_some_pairs_load_into_the_same_sampler_or_are_refused(name: str, monkeyp
     counts = outcomes(SCHEDULES[name], SOME if name == "epsilon" else SOME[::3], 10, monkeypatch)
     assert counts["same"] >= {"epsilon": 8, "zero_snr": 1, "flow": 0}[name]
     assert counts["refused"] > 4
+
+
+def test_a_class_that_only_draws_as_lcm_does_has_no_boundary_condition(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = SCHEDULES["flow"]
+    assert written(Sampler(flow, "lcm", 10, "karras"), monkeypatch) is None  # c_skip is 1.2e-3 at the last level
+    assert (written(Sampler(flow, "lcm", 10, "karras", timestep_scaling=1e9), monkeypatch) or 1) < SAME
 
 
 @pytest.mark.slow

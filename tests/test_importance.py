@@ -28,7 +28,7 @@ from alphabar.noising import (
     Timesteps,
     UniformTimesteps,
 )
-from alphabar.noising.timesteps.importance import LossHistory
+from alphabar.noising.timesteps.importance import SecondMoments
 from oracles import SCHEDULES
 
 ZTSNR, FLOW = SCHEDULES["ztsnr"], NoiseSchedule.flow()
@@ -36,11 +36,11 @@ FOUR = NoiseSchedule.from_betas([0.1, 0.2, 0.3, 0.4])
 SMALL = LossSecondMoment(bins=4, history_per_term=3, uniform_prob=0.1)
 
 
-def history(losses: list[float], uniform_prob: float = 0.5) -> LossHistory:
+def history(losses: list[float], uniform_prob: float = 0.5) -> SecondMoments:
     """A history of one loss in each bin."""
-    one = LossHistory(len(losses), 1, uniform_prob)
+    one = SecondMoments(len(losses), 1, uniform_prob)
     one.record(0, torch.tensor([[i, i, loss] for i, loss in enumerate(losses)], dtype=torch.float64))
-    one.settle(1)
+    one.commit(1)
     return one
 
 
@@ -68,7 +68,7 @@ def train(noising: Noising, steps: range, batch: int = 8, world_size: int = 1, a
 
 def state_of(noising: Noising) -> list[Any]:
     assert noising.loss_history is not None
-    noising.loss_history.settle(-1)
+    noising.loss_history.commit(-1)
     state = noising.loss_history.get_extra_state()
     assert not len(state["pending"])
     return [state["losses"].tolist(), state["counts"].tolist()]
@@ -112,7 +112,7 @@ def test_noised_weights_are_the_scheme_s_over_n_p() -> None:
     noising = Noising(ZTSNR, weighting=MinSNR(floor=0.1), timesteps=SMALL, seed=1)
     train(noising, range(30))
     assert noising.loss_history is not None
-    noising.loss_history.settle(30)
+    noising.loss_history.commit(30)
     p = noising.loss_history.probabilities()
     assert float(p.max() / p.min()) > 1.5
     noised = noising(torch.zeros(64, 2), step=30)
@@ -137,7 +137,7 @@ def test_times_follow_the_losses() -> None:
 
 def test_probabilities_are_those_of_the_last_losses() -> None:
     bins, per_term, eps = 5, 4, 0.01
-    ours, theirs = LossHistory(bins, per_term, eps), [deque[float](maxlen=per_term) for _ in range(bins)]
+    ours, theirs = SecondMoments(bins, per_term, eps), [deque[float](maxlen=per_term) for _ in range(bins)]
     generator = torch.Generator().manual_seed(0)
     warmed = 0
     for step in range(40):
@@ -148,7 +148,7 @@ def test_probabilities_are_those_of_the_last_losses() -> None:
             theirs[k].append(value)
         rows = torch.stack([torch.arange(count, dtype=torch.float64), where.double(), values], dim=1)
         ours.record(step, rows[torch.randperm(count, generator=generator)])
-        ours.settle(step + 1)
+        ours.commit(step + 1)
         if all(len(losses) == per_term for losses in theirs):
             warmed += 1
             root = torch.tensor([math.sqrt(sum(v * v for v in d) / per_term) for d in theirs], dtype=torch.float64)
@@ -183,7 +183,7 @@ def test_p_does_not_change_within_an_optimizer_step() -> None:
     noising = Noising(FLOW, timesteps=LossSecondMoment(bins=2, history_per_term=1), seed=0)
     train(noising, range(5))
     assert noising.loss_history is not None
-    noising.loss_history.settle(5)
+    noising.loss_history.commit(5)
     before = noising.loss_history.probabilities()
     for micro in range(3):
         noised = noising(torch.zeros(4, 2), step=5, micro_batch=micro, accumulate=3)
@@ -324,7 +324,7 @@ dist.barrier()
 again = noising()
 again.load_state_dict(torch.load(state, weights_only=True))
 resumed = train(again, range(9, 14))
-again.loss_history.settle(-1)
+again.loss_history.commit(-1)
 state = again.loss_history.get_extra_state()
 json.dump([seen, resumed, state["losses"].tolist(), state["counts"].tolist()], open(out, "w"))
 dist.barrier()

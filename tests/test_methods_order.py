@@ -20,9 +20,9 @@ from all_pairs import all_pairs
 from alphabar.noising import PREDICTIONS, NoiseSchedule
 from alphabar.sampling import CLEAN, GRIDS, METHODS, Knot, Method, Sampler, Table, make_knots
 from alphabar.sampling.kernel import run
-from alphabar.sampling.methods.base import adams, churn, dpm_solver, exponential, unipc
-from alphabar.sampling.methods.base import dpm2 as midpoint
-from alphabar.sampling.methods.base import euler as first_order
+from alphabar.sampling.methods import adams, churn, dpm_solver, exponential, unipc
+from alphabar.sampling.methods import dpm2 as midpoint
+from alphabar.sampling.methods import euler as first_order
 from alphabar.sampling.methods.euler import posterior_spread
 from alphabar.sampling.table import Trace, compile_table
 from oracles import (

@@ -226,7 +226,7 @@ def test_importance_hears_every_sample_of_unequal_micro_batches() -> None:
         noised = noising(zeros(n), step=0)
         noised.loss((noised.target + 1).requires_grad_())
     assert noising.loss_history is not None
-    noising.loss_history.settle(1)
+    noising.loss_history.commit(1)
     assert int(noising.loss_history.get_extra_state()["counts"].sum()) == 13
 
 

@@ -26,8 +26,7 @@ from alphabar.noising import (
     Offset,
     Pyramid,
 )
-from alphabar.noising import noise as noise_module
-from alphabar.noising.noise_base import draw_kinds
+from alphabar.noising.noise import draw_kinds
 from alphabar.noising.utils.rng import Draws, stream_of
 from oracles import SCHEDULES
 
@@ -322,12 +321,6 @@ def test_immiscible_noises_do_not_depend_on_the_layout(accumulate: int) -> None:
     assert torch.equal(torch.cat([p.t for p in pieces]), plain.t)
     drawn = [n.tolist() for p in pieces for n in p.noise]
     assert sorted(drawn) == sorted(n.tolist() for n in plain.noise)
-
-
-def test_immiscible_without_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(noise_module, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"^immiscible noise needs scipy .* pip install 'alphabar\[immiscible\]'$"):
-        Noising(EPSILON, noise="immiscible")
 
 
 # chains

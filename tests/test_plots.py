@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from alphabar.noising import CURVES, TIMESTEPS, WEIGHTINGS, MinSNR, NoiseSchedule, QuantileTimesteps, UniformTimesteps
-from alphabar.noising.timesteps.importance import LossHistory
-from alphabar.noising.utils.items import made, parse_item
+from alphabar.noising.timesteps.importance import SecondMoments
+from alphabar.noising.utils.items import call_with_options, make_item, parse_item
 from alphabar.sampling import GRIDS, METHODS, Sampler, make_knots
 from alphabar.sampling.plotting import COLOURS, coefficients, plot_grids, plot_table
 from alphabar.sampling.table import Evaluation
@@ -225,8 +225,8 @@ class Learned(nn.Module):
 
 
 class FollowsLosses(UniformTimesteps):
-    def history(self) -> LossHistory:
-        return LossHistory(2, 2, 0.1)
+    def history(self) -> SecondMoments:
+        return SecondMoments(2, 2, 0.1)
 
 
 def test_what_is_learned_is_not_drawn() -> None:
@@ -341,17 +341,17 @@ def test_transformations_act_in_their_order() -> None:
 
 
 BAD_ITEMS: list[tuple[Any, str]] = [
-    (lambda: made("weighting", "min_snrr", WEIGHTINGS), "^unknown weighting 'min_snrr'; did you mean 'min_snr'"),
+    (lambda: make_item("min_snrr", WEIGHTINGS), "^unknown weighting 'min_snrr'; did you mean 'min_snr'"),
     (
-        lambda: made("weighting", "min_snr:gama=5", WEIGHTINGS),
+        lambda: make_item("min_snr:gama=5", WEIGHTINGS),
         "^unknown option of weighting min_snr 'gama'; did you mean 'gamma'",
     ),
-    (lambda: made("weighting", "min_snr:gamma=big", WEIGHTINGS), "^weighting min_snr does not take gamma='big': "),
+    (lambda: make_item("min_snr:gamma=big", WEIGHTINGS), "^weighting min_snr does not take gamma='big': "),
     (
-        lambda: made("weighting", "min_snr:gamma=0", WEIGHTINGS),
+        lambda: make_item("min_snr:gamma=0", WEIGHTINGS),
         "^snr gamma must be positive and finite, got 0; the paper uses 5",
     ),
-    (lambda: made("x", "f", {"f": lambda gamma: gamma}), r"^x f needs gamma; write e\.g\. f:gamma=\.\.\.$"),
+    (lambda: call_with_options("x f", lambda gamma: gamma, {}), r"^x f needs gamma; write e\.g\. f:gamma=\.\.\.$"),
     (lambda: parse_item("min_snr:gamma=1,floor"), "^option 'floor' of 'min_snr:gamma=1,floor' has no value"),
     (lambda: parse_item("a:b=1,b=2"), "^option 'b' of 'a:b=1,b=2' is given twice; write name:option=value"),
     (lambda: read_schedule("flow:shif=3"), "^unknown option of schedule flow 'shif'; did you mean 'shift'"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from alphabar.noising import Discrete, NoiseSchedule
-from alphabar.noising.io.files import CONFIG_NAME, EXACT_NAME, from_diffusers, to_diffusers
+from alphabar.noising.io.files import CONFIG_NAME, EXACT_NAME
 from alphabar.noising.utils.atomic import require_writable, write_atomically
 from alphabar.sampling import Sampler
 
@@ -68,12 +68,12 @@ def test_diffusers_reads_the_same_schedule(name: str, kind: str, tmp_path: Path)
 
 def test_a_class_that_ignores_zero_terminal_snr_is_not_named() -> None:
     schedule = SCHEDULES["ztsnr"]
-    assert to_diffusers(schedule, {"_class_name": "HeunDiscreteScheduler"})["_class_name"] == "DDIMScheduler"
-    assert to_diffusers(schedule, {"_class_name": "EulerDiscreteScheduler"})["_class_name"] == "EulerDiscreteScheduler"
+    assert schedule.to_diffusers({"_class_name": "HeunDiscreteScheduler"})["_class_name"] == "DDIMScheduler"
+    assert schedule.to_diffusers({"_class_name": "EulerDiscreteScheduler"})["_class_name"] == "EulerDiscreteScheduler"
     with pytest.raises(ValueError, match="no scheduler class of diffusers is this sampler"):
         Sampler(schedule, "heun").to_diffusers()
     euler = Sampler(schedule, "euler", 20).to_diffusers()  # DDIM has α = 0 itself, where EulerDiscrete has 2^-12
-    assert to_diffusers(schedule, euler)["_class_name"] == "DDIMScheduler"
+    assert schedule.to_diffusers(euler)["_class_name"] == "DDIMScheduler"
 
 
 NAMED = [
@@ -101,45 +101,45 @@ NAMED = [
 def test_the_class_that_is_named_reads_all_that_the_schedule_holds(name: str, kind: str, tmp_path: Path) -> None:
     """Whichever class a sampler asks for: the file names it or another, and that one has the schedule's numbers."""
     schedule = SCHEDULES[name]
-    config = to_diffusers(schedule, {"_class_name": kind})
+    config = schedule.to_diffusers({"_class_name": kind})
     scheduler: Any = getattr(diffusers, config["_class_name"]).from_config(config)
     assert config["_class_name"] in (kind, "DDIMScheduler")
     theirs, ours = scheduler.alphas_cumprod.double(), schedule.alphas_cumprod
     end = -1 if schedule.has_zero_terminal_snr else None
     assert torch.allclose(theirs[:end], ours[:end], rtol=2e-4, atol=1e-9)
     assert not schedule.has_zero_terminal_snr or float(theirs[-1]) <= 2.0**-24
-    again = from_diffusers(json.loads(json.dumps(config)))
+    again = NoiseSchedule.from_diffusers(json.loads(json.dumps(config)))
     assert torch.allclose(again.alphas_cumprod, ours, rtol=1e-11, atol=0)
     assert again.has_zero_terminal_snr == schedule.has_zero_terminal_snr
 
 
 def test_cogvideox_keeps_its_shift_by_name() -> None:
     schedule = NoiseSchedule.scaled_linear(prediction="v_prediction").shifted(3**0.5).zero_terminal_snr()
-    config = to_diffusers(schedule, {"_class_name": "CogVideoXDDIMScheduler"})
+    config = schedule.to_diffusers({"_class_name": "CogVideoXDDIMScheduler"})
     assert config["snr_shift_scale"] == pytest.approx(3.0, rel=1e-15)
     assert (config["beta_schedule"], config["trained_betas"], config["rescale_betas_zero_snr"]) == (
         "scaled_linear",
         None,
         True,
     )
-    assert from_diffusers(config) == schedule
-    plain = to_diffusers(NoiseSchedule.scaled_linear(), {"_class_name": "CogVideoXDPMScheduler"})
+    assert NoiseSchedule.from_diffusers(config) == schedule
+    plain = NoiseSchedule.scaled_linear().to_diffusers({"_class_name": "CogVideoXDPMScheduler"})
     assert plain["snr_shift_scale"] == 1.0  # the class's own default is 3
-    assert "snr_shift_scale" not in to_diffusers(schedule)
+    assert "snr_shift_scale" not in schedule.to_diffusers()
 
 
 @pytest.mark.parametrize(
     "kind", ["DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep", "SASolver"]
 )
 def test_solvers_that_sample_a_flow(kind: str) -> None:
-    config = to_diffusers(SCHEDULES["flow"], {"_class_name": f"{kind}Scheduler"})
+    config = SCHEDULES["flow"].to_diffusers({"_class_name": f"{kind}Scheduler"})
     scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
     assert type(scheduler).__name__ == f"{kind}Scheduler"
     scheduler.set_timesteps(10)
     sigmas = scheduler.sigmas.double()[:-1]
     time = SCHEDULES["flow"].curve.time_at_noise_level(sigmas)
     assert torch.allclose(time.diff(), torch.full((9,), -0.0999, dtype=torch.float64), atol=1e-5)  # 1 to 1 / T
-    assert from_diffusers(config) == SCHEDULES["flow"]
+    assert NoiseSchedule.from_diffusers(config) == SCHEDULES["flow"]
 
 
 @pytest.mark.parametrize(
@@ -153,11 +153,11 @@ def test_solvers_that_sample_a_flow(kind: str) -> None:
     ],
 )
 def test_a_class_that_ignores_the_flow_is_not_named(sampling: dict[str, Any], named: str) -> None:
-    config = to_diffusers(SCHEDULES["flow"], sampling)
+    config = SCHEDULES["flow"].to_diffusers(sampling)
     scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
     assert config["_class_name"] == named
     assert scheduler.config["shift"] == 3.0
-    assert from_diffusers(config) == SCHEDULES["flow"]
+    assert NoiseSchedule.from_diffusers(config) == SCHEDULES["flow"]
 
 
 FLUX = {
@@ -176,15 +176,15 @@ def test_dynamic_shifting_needs_the_tokens(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"use_dynamic_shifting: its shift depends on the size of the image; give tokens="
     ):
-        from_diffusers(FLUX)
-    assert from_diffusers(FLUX, tokens=1024) == NoiseSchedule.flow().shifted_for_tokens(1024)
-    other = from_diffusers(FLUX | {"max_shift": 0.9, "time_shift_type": "linear"}, tokens=4096)
+        NoiseSchedule.from_diffusers(FLUX)
+    assert NoiseSchedule.from_diffusers(FLUX, tokens=1024) == NoiseSchedule.flow().shifted_for_tokens(1024)
+    other = NoiseSchedule.from_diffusers(FLUX | {"max_shift": 0.9, "time_shift_type": "linear"}, tokens=4096)
     assert other == NoiseSchedule.flow(shift=0.9)
     (tmp_path / CONFIG_NAME).write_text(json.dumps(FLUX))
     assert NoiseSchedule.from_pretrained(tmp_path, tokens=256).curve.shift == pytest.approx(math.exp(0.5))
-    for config in (FLUX | {"use_dynamic_shifting": False}, to_diffusers(SCHEDULES["sd"])):
+    for config in (FLUX | {"use_dynamic_shifting": False}, SCHEDULES["sd"].to_diffusers()):
         with pytest.raises(ValueError, match="tokens are for a config that says use_dynamic_shifting"):
-            from_diffusers(config, tokens=256)
+            NoiseSchedule.from_diffusers(config, tokens=256)
 
 
 def test_configs_of_other_schedules() -> None:
@@ -194,19 +194,19 @@ def test_configs_of_other_schedules() -> None:
         "flow_shift": 5.0,
         "prediction_type": "flow_prediction",
     }
-    assert from_diffusers(wan) == NoiseSchedule.flow(shift=5.0)
-    assert from_diffusers({"_class_name": "CogVideoXDDIMScheduler"}).curve == Discrete(snr_shift_scale=3.0)
+    assert NoiseSchedule.from_diffusers(wan) == NoiseSchedule.flow(shift=5.0)
+    assert NoiseSchedule.from_diffusers({"_class_name": "CogVideoXDDIMScheduler"}).curve == Discrete(snr_shift_scale=3.0)
     peers = {"_class_name": "DDPMScheduler", "beta_schedule": "laplace"}
-    assert from_diffusers(peers).curve.beta_schedule == "laplace_diffusers"
+    assert NoiseSchedule.from_diffusers(peers).curve.beta_schedule == "laplace_diffusers"
     ignored = {"_class_name": "DDIMScheduler", "snr_shift_scale": 3.0}  # by that class too
     with pytest.warns(UserWarning, match="DDIMScheduler does not know snr_shift_scale=3.0"):
-        assert from_diffusers(ignored) == from_diffusers({"_class_name": "DDIMScheduler"})
+        assert NoiseSchedule.from_diffusers(ignored) == NoiseSchedule.from_diffusers({"_class_name": "DDIMScheduler"})
     with pytest.raises(
         ValueError, match=r"^a config of EDMEulerScheduler does not say its noise schedule in a form that is known"
     ):
-        from_diffusers({"_class_name": "EDMEulerScheduler", "prediction_type": "epsilon"})
+        NoiseSchedule.from_diffusers({"_class_name": "EDMEulerScheduler", "prediction_type": "epsilon"})
     with pytest.raises(ValueError, match=r"^invert_sigmas runs time from noise to data"):
-        from_diffusers({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True})
+        NoiseSchedule.from_diffusers({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True})
 
 
 def test_diffusers_reads_a_flow(tmp_path: Path) -> None:
@@ -226,13 +226,13 @@ def test_a_sampler_is_written_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["DDPM", "DDIM", "EulerDiscrete", "HeunDiscrete", "KDPM2Discrete", "LCM", "PNDM"])
 def test_keys_left_out_mean_the_defaults_of_that_class(kind: str) -> None:
     scheduler: Any = getattr(diffusers, f"{kind}Scheduler")()
-    ours = from_diffusers({"_class_name": f"{kind}Scheduler"}).alphas_cumprod
+    ours = NoiseSchedule.from_diffusers({"_class_name": f"{kind}Scheduler"}).alphas_cumprod
     assert torch.allclose(scheduler.alphas_cumprod.double(), ours, rtol=2e-4)
 
 
 def test_contradicting_files_are_named(tmp_path: Path) -> None:
     SCHEDULES["v"].save_pretrained(tmp_path)
-    (tmp_path / CONFIG_NAME).write_text(json.dumps(to_diffusers(SCHEDULES["sd"])))
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(SCHEDULES["sd"].to_diffusers()))
     with pytest.raises(ValueError, match=r"contradict each other.*v_prediction.*epsilon.*remove the wrong one"):
         NoiseSchedule.from_pretrained(tmp_path)
 
@@ -241,14 +241,14 @@ def test_contradicting_files_are_named(tmp_path: Path) -> None:
 def test_a_small_contradiction_is_one(name: str, tmp_path: Path) -> None:
     SCHEDULES[name].save_pretrained(tmp_path)
     other = NoiseSchedule.scaled_linear(beta_end=0.01200001)
-    (tmp_path / CONFIG_NAME).write_text(json.dumps(to_diffusers(other if name == "sd" else other.shifted(1.7))))
+    (tmp_path / CONFIG_NAME).write_text(json.dumps((other if name == "sd" else other.shifted(1.7)).to_diffusers()))
     with pytest.raises(ValueError, match="contradict each other"):
         NoiseSchedule.from_pretrained(tmp_path)
 
 
 def test_the_betas_of_little_noise_are_exact() -> None:
     schedule = NoiseSchedule.scaled_linear().shifted(0.01)
-    config = to_diffusers(schedule)
+    config = schedule.to_diffusers()
     exact = schedule.sigma(torch.zeros(1, dtype=torch.float64)).item() ** 2
     assert config["trained_betas"][0] == pytest.approx(exact, rel=1e-13, abs=0)
 
@@ -300,7 +300,7 @@ def test_an_edited_value_is_noticed() -> None:
 )
 def test_what_diffusers_cannot_say_is_refused(schedule: NoiseSchedule) -> None:
     with pytest.raises(ValueError, match="diffusers"):
-        to_diffusers(schedule)
+        schedule.to_diffusers()
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,6 @@ from torch import Generator as Random
 from torch import Tensor, nn
 
 from ...noising.curves.continuous import Flow
-from ...noising.io.files import to_diffusers
 from ...sampling import Sampler
 from ...sampling.interop.diffusers_configs import nearest_config
 from .render import Drawing, Painted, paint
@@ -59,7 +58,7 @@ def scheduler_of(sampler: Sampler, pipeline: Any = None) -> Any:
     """
     import diffusers
 
-    config = to_diffusers(sampler.schedule, _nearest(sampler, pipeline)[0])
+    config = sampler.schedule.to_diffusers(_nearest(sampler, pipeline)[0])
     return _complete(getattr(diffusers, config["_class_name"]).from_config(config))
 
 

@@ -1,4 +1,4 @@
-"""The registry of curves."""
+"""Curves α(t), σ(t): what a curve is, the kinds of the literature, and a curve from its config."""
 
 from __future__ import annotations
 
@@ -8,16 +8,24 @@ from typing import Any
 
 from ..utils.config_reading import mapping, settings
 from ..utils.registry import lookup
-from .base import Curve
+from .base import CURVES, Curve
 from .continuous import Cosine, Flow, Karras, SubVariancePreserving, VarianceExploding, VariancePreserving
 from .discrete import Discrete
 from .truncated import Truncated
 
-CURVES: Mapping[str, type[Curve]] = {
-    kind.kind: kind
-    for kind in (Discrete, Flow, VariancePreserving, SubVariancePreserving, VarianceExploding, Karras, Cosine)
-}
-"""Every kind of curve by its name; a new one is a class in a file of its own, or beside its kin, and a word in this line."""
+__all__ = [
+    "CURVES",
+    "Cosine",
+    "Curve",
+    "Discrete",
+    "Flow",
+    "Karras",
+    "SubVariancePreserving",
+    "Truncated",
+    "VarianceExploding",
+    "VariancePreserving",
+    "curve_from_config",
+]
 
 
 def curve_from_config(config: Mapping[str, Any]) -> Curve:

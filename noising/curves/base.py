@@ -20,7 +20,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from ..utils.registry import shown
+from ..utils.registry import Registry, shown
 
 MAX_TIMESTEPS = 1_000_000  # of training; tables have an entry for each
 MAX_LEVEL = 1e12  # of σ and of a shift: float32 holds its square, and what it leaves of α
@@ -134,6 +134,10 @@ class Curve(ABC):
         """Return plain JSON from which ``registered.curve_from_config`` makes an equal curve."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {"kind": self.kind} | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+CURVES: Registry[type[Curve]] = Registry("curve", attribute="kind")
+"""Every kind of curve by its name; ``@CURVES.register`` above a class adds one."""
 
 
 def evaluation_dtype(t: Tensor) -> torch.dtype:

@@ -7,43 +7,57 @@ Those that are stated through ᾱ(t) on t in [0, 1] become betas as β_i = 1 - �
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ..utils.registry import Registry
+
 MAX_BETA = 0.999
 
+BETA_SCHEDULES: Registry[Callable[[int, float, float], Tensor]] = Registry("beta schedule")
+"""Every beta schedule by the name that diffusers gives it: (T, beta_start, beta_end) -> T betas in float64.
 
-def _linear(n: int, start: float, end: float) -> Tensor:
+The names mean the numbers of diffusers, but for one: its 'laplace' puts α where α² is meant, and is 'laplace_diffusers' here."""
+
+
+@BETA_SCHEDULES.register
+def linear(n: int, start: float, end: float) -> Tensor:
     return torch.linspace(start, end, n, dtype=torch.float64)
 
 
-def _scaled_linear(n: int, start: float, end: float) -> Tensor:
+@BETA_SCHEDULES.register
+def scaled_linear(n: int, start: float, end: float) -> Tensor:
     return torch.linspace(start**0.5, end**0.5, n, dtype=torch.float64) ** 2
 
 
-def _sigmoid(n: int, start: float, end: float) -> Tensor:
+@BETA_SCHEDULES.register
+def sigmoid(n: int, start: float, end: float) -> Tensor:
     # GeoDiff (Xu et al. 2203.02923): betas that follow a sigmoid from -6 to 6
     return torch.sigmoid(torch.linspace(-6, 6, n, dtype=torch.float64)) * (end - start) + start
 
 
-def _squaredcos_cap_v2(n: int, start: float, end: float) -> Tensor:
+@BETA_SCHEDULES.register
+def squaredcos_cap_v2(n: int, start: float, end: float) -> Tensor:
     # Nichol & Dhariwal 2102.09672, eq. 17: ᾱ(t) = cos²((t + 0.008) / 1.008 π/2)
     return _of_alpha_bar(torch.cos((_times(n) + 0.008) / 1.008 * math.pi / 2) ** 2)
 
 
-def _exp(n: int, start: float, end: float) -> Tensor:
+@BETA_SCHEDULES.register
+def exp(n: int, start: float, end: float) -> Tensor:
     return torch.full((n,), -math.expm1(-12 / n), dtype=torch.float64)  # ᾱ(t) = e^(-12 t)
 
 
-def _laplace(n: int, start: float, end: float) -> Tensor:
+@BETA_SCHEDULES.register
+def laplace(n: int, start: float, end: float) -> Tensor:
     alpha_bar = torch.sigmoid(_laplace_log_snr(n))
     alpha_bar[0] = 1.0  # so that the table holds ᾱ(i / T) itself, not its ratio to ᾱ(0) = 0.999
     return _of_alpha_bar(alpha_bar)
 
 
-def _laplace_diffusers(n: int, start: float, end: float) -> Tensor:
+@BETA_SCHEDULES.register
+def laplace_diffusers(n: int, start: float, end: float) -> Tensor:
     return _of_alpha_bar(torch.sigmoid(_laplace_log_snr(n)).sqrt())  # α in the place of ᾱ
 
 
@@ -59,17 +73,3 @@ def _times(n: int) -> Tensor:
 
 def _of_alpha_bar(alpha_bar: Tensor) -> Tensor:
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=MAX_BETA)
-
-
-BETA_SCHEDULES: Mapping[str, Callable[[int, float, float], Tensor]] = {
-    "linear": _linear,
-    "scaled_linear": _scaled_linear,
-    "squaredcos_cap_v2": _squaredcos_cap_v2,
-    "sigmoid": _sigmoid,
-    "exp": _exp,
-    "laplace": _laplace,
-    "laplace_diffusers": _laplace_diffusers,
-}
-"""Every beta schedule by the name that diffusers gives it: (T, beta_start, beta_end) -> T betas in float64.
-
-The names mean the numbers of diffusers, but for one: its 'laplace' puts α where α² is meant, and is 'laplace_diffusers' here."""

@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Curve, check_times, evaluation_dtype, require_count, require_factor, require_range
+from .base import CURVES, Curve, check_times, evaluation_dtype, require_count, require_factor, require_range
 
 
+@CURVES.register
 @dataclass(frozen=True, kw_only=True)
 class Flow(Curve):
     """Rectified flow: x_t = (1 - σ) x_0 + σ ε with σ = s t / (1 + (s - 1) t) and t in [0, 1] (Esser et al. 2403.03206, §5.3).
@@ -59,6 +60,7 @@ class Flow(Curve):
         return replace(self, shift=self.shift * require_factor("factor", factor))  # shifts of σ compose so
 
 
+@CURVES.register
 @dataclass(frozen=True, kw_only=True)
 class VariancePreserving(Curve):
     """The VP SDE: α = exp(-t² (β_max - β_min) / 4 - t β_min / 2), σ² = 1 - α² (Song et al. 2011.13456, eq. 33).
@@ -122,6 +124,7 @@ class VariancePreserving(Curve):
         return (2 * c / (b + (b**2 + 4 * a * c).sqrt())).clamp(self.t_min, self.t_max)
 
 
+@CURVES.register
 @dataclass(frozen=True, kw_only=True)
 class SubVariancePreserving(VariancePreserving):
     """The sub-VP SDE: the α of VP, and σ = 1 - α² (Song et al. 2011.13456, eq. 29 and 33).
@@ -156,6 +159,7 @@ def _sub_vp_alpha(log_snr: Tensor) -> Tensor:
     return 2 / (r + (r**2 + 4).sqrt())
 
 
+@CURVES.register
 @dataclass(frozen=True, kw_only=True)
 class VarianceExploding(Curve):
     """The VE SDE: α = 1, σ = σ_min (σ_max / σ_min)^t (Song et al. 2011.13456, eq. 30).
@@ -205,6 +209,7 @@ class VarianceExploding(Curve):
         return replace(self, sigma_min=s * self.sigma_min, sigma_max=s * self.sigma_max)
 
 
+@CURVES.register
 @dataclass(frozen=True, kw_only=True)
 class Karras(Curve):
     """EDM: α = 1, σ = t, the network seeing x / sqrt(σ² + σ_d²) at time log(σ) / 4 (Karras et al. 2206.00364, table 1).
@@ -273,6 +278,7 @@ class Karras(Curve):
         return replace(self, sigma_min=s * self.sigma_min, sigma_max=s * self.sigma_max)
 
 
+@CURVES.register
 @dataclass(frozen=True, kw_only=True)
 class Cosine(Curve):
     """The continuous cosine schedule: α = cos(π t / 2), σ = sin(π t / 2), t in [0, 1] (2202.00512, §3), with a log-SNR shift.

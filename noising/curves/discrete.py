@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from ..utils.registry import lookup
-from .base import MAX_TIMESTEPS, Curve, check_times, evaluation_dtype, require_count, require_factor
+from .base import CURVES, MAX_TIMESTEPS, Curve, check_times, evaluation_dtype, require_count, require_factor
 from .betas import BETA_SCHEDULES
 
 LEAST_BETA = 1e-12  # σ = 1e-6, of which float32 still tells α apart from σ
 TRAINED = "trained_betas"  # the name of a schedule whose betas are given one by one
 
 
+@CURVES.register
 @dataclass(frozen=True)
 class Discrete(Curve):
     """T training timesteps with betas: α_t² = ᾱ_t = Π (1 - β_i), σ_t² = 1 - ᾱ_t (Ho et al. 2006.11239, eq. 4).

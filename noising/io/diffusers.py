@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..curves.base import Curve
 from ..curves.continuous import Flow
 from ..curves.discrete import Discrete
 from ..curves.shifts import token_shift
+from ..prediction import Prediction
 from .diffusers_keys import checked_config
-
-if TYPE_CHECKING:
-    from ..schedule import NoiseSchedule
 
 # what diffusers' classes assume where a file leaves a key out (diffusers 0.42.1)
 _DISCRETE_DEFAULTS: dict[str, Any] = {
@@ -122,23 +121,25 @@ _ELSE: dict[
 }
 
 
-def to_diffusers(schedule: NoiseSchedule, sampling: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the scheduler_config.json of this schedule as a dict of plain values.
+def to_diffusers(
+    curve: Curve, prediction: Prediction, sampling: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the scheduler_config.json of a curve with a prediction type as a dict of plain values.
 
     ``sampling`` holds what a sampler adds: ``_class_name``, ``timestep_spacing``, solver options. A class that would ignore
     something of the schedule gives way to DDIMScheduler, on a flow to FlowMatchEulerDiscreteScheduler. Raises ValueError for a
     curve or a prediction that diffusers has no config for.
 
     >>> from alphabar.noising import NoiseSchedule
-    >>> config = to_diffusers(NoiseSchedule.linear(prediction="v_prediction").zero_terminal_snr())
+    >>> schedule = NoiseSchedule.linear(prediction="v_prediction").zero_terminal_snr()
+    >>> config = to_diffusers(schedule.curve, schedule.prediction)
     >>> config["_class_name"], config["prediction_type"], config["rescale_betas_zero_snr"], config["timestep_spacing"]
     ('DDIMScheduler', 'v_prediction', True, 'trailing')
     """
-    curve = schedule.curve
     if isinstance(curve, Flow):
-        return _flow_config(curve, schedule.prediction.name, dict(sampling or {}))
+        return _flow_config(curve, prediction.name, dict(sampling or {}))
     if isinstance(curve, Discrete):
-        return _discrete_config(curve, schedule.prediction.name, dict(sampling or {}))
+        return _discrete_config(curve, prediction.name, dict(sampling or {}))
     raise ValueError(f"diffusers has no scheduler config for a {curve.kind} curve")
 
 
@@ -200,26 +201,24 @@ def _shifted_betas(curve: Discrete) -> Tensor:
     return -torch.expm1(log_alpha_bar.diff(prepend=torch.zeros(1, dtype=torch.float64)))
 
 
-def from_diffusers(config: Mapping[str, Any], tokens: int | None = None) -> NoiseSchedule:
-    """Return the schedule that a diffusers scheduler config describes, keys left out filled with that class's defaults.
+def from_diffusers(config: Mapping[str, Any], tokens: int | None = None) -> tuple[Curve, str]:
+    """Return the curve and the prediction type of a diffusers scheduler config; keys left out have that class's defaults.
 
     ``config`` is the content of scheduler_config.json, or ``dict(scheduler.config)``. Where it says ``use_dynamic_shifting``
     (Flux) the shift depends on the image: ``tokens`` is the number of image tokens. Raises ValueError for a config that is
     none, for one without the tokens it needs, and for a class whose curve its config does not say.
 
-    >>> from_diffusers({"_class_name": "LCMScheduler"}).curve.beta_start
+    >>> from_diffusers({"_class_name": "LCMScheduler"})[0].beta_start
     0.00085
     >>> flux = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "use_dynamic_shifting": True}
-    >>> round(from_diffusers(flux, tokens=4096).curve.shift, 4)
+    >>> round(from_diffusers(flux, tokens=4096)[0].shift, 4)
     3.1582
     """
-    from ..schedule import NoiseSchedule
-
     if not isinstance(config, Mapping) or not (
         {"_class_name", "beta_schedule", "trained_betas", "prediction_type"} & set(config)
     ):
         raise ValueError(
-            "not a diffusers scheduler config: none of _class_name, beta_schedule, prediction_type stands in it"
+            "not a diffusers scheduler config: missing all of _class_name, beta_schedule, prediction_type"
         )
     config = checked_config(config)
     name = str(config.get("_class_name", ""))
@@ -227,7 +226,7 @@ def from_diffusers(config: Mapping[str, Any], tokens: int | None = None) -> Nois
     if name in _READ_SHIFT or flow_sigmas:
         shift = _shift_of(config, "flow_shift" if flow_sigmas else "shift", tokens)
         prediction = config.get("prediction_type", "epsilon") if flow_sigmas else "flow_prediction"
-        return NoiseSchedule.flow(shift, config.get("num_train_timesteps", 1000), prediction)
+        return Flow(shift=shift, num_train_timesteps=config.get("num_train_timesteps", 1000)), prediction
     if tokens is not None:
         raise ValueError(
             f"tokens are for a config that says use_dynamic_shifting; this one of {name or 'no class'} does not"
@@ -242,7 +241,7 @@ def from_diffusers(config: Mapping[str, Any], tokens: int | None = None) -> Nois
     if name in _READ_SNR_SHIFT or not name:  # other classes leave it unread
         values |= {key: config[key] for key in ("snr_shift_scale",) if key in config}
     values["beta_schedule"] = _OTHER_NAMES.get(values["beta_schedule"], values["beta_schedule"])
-    return NoiseSchedule(Discrete(**values), config.get("prediction_type", "epsilon"))
+    return Discrete(**values), config.get("prediction_type", "epsilon")
 
 
 _TOKEN_SHIFT_KEYS = {

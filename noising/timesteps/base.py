@@ -13,20 +13,45 @@ equal strata, which keeps the expectation and lowers the variance.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from functools import lru_cache, partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..curves.base import Curve
-
-if TYPE_CHECKING:
-    from .custom import ReversedTimesteps, WithinTimesteps
-    from .importance import LossHistory
+from ..utils.items import make_item
+from ..utils.registry import D, Registry
 
 LEAST = 2.0**-53  # the least share of training time that is drawn: a clean sample has nothing to learn from
 _LOG_SNR_BOUND = 200.0  # where a curve has no end in log SNR: e^100 is still finite in float64
+
+
+class Resampled(NamedTuple):
+    """What importance sampling makes of u: shape (batch,) each, on the CPU."""
+
+    u: Tensor
+    bins: Tensor
+    weight: Tensor
+    """1 / (N p), float32."""
+
+
+class LossHistory(nn.Module, ABC):
+    """The losses that a density follows: drawn with :meth:`resample`, told by :meth:`observe`, counted from :meth:`commit` on."""
+
+    @abstractmethod
+    def resample(self, u: Tensor) -> Resampled:
+        """Return uniform ``u`` in (0, 1], shape (batch,), as shares of the density, with their bins and weights."""
+
+    @abstractmethod
+    def observe(self, step: int, index: Tensor, drawn: Resampled, weight: Tensor, errors: Tensor) -> None:
+        """Record the errors of a loss and the weights on them: shape (batch,), of these global indices at this step."""
+
+    @abstractmethod
+    def commit(self, step: int) -> None:
+        """Count what other steps than this one recorded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +64,8 @@ class Timesteps(ABC):
     """
 
     name: ClassVar[str]
+    stratified_name: ClassVar[str | None] = None
+    """The name of the stratified form in ``TIMESTEPS``; by default the name with ``stratified_`` before it."""
     measures_losses: ClassVar[bool] = False
     """Whether the density follows the losses that are measured, and so needs a history in the checkpoint."""
     stratified: bool = False
@@ -54,12 +81,12 @@ class Timesteps(ABC):
         """Return a new history of losses, for a density that follows them."""
         return None
 
-    def spread(self, u: Tensor, index: Tensor, strata: Tensor | None) -> Tensor:
+    def stratify(self, u: Tensor, index: Tensor, strata: Tensor | None) -> Tensor:
         """Return ``u`` in the stratum of each global index; ``strata`` is this optimizer step's permutation of them.
 
         >>> from alphabar.noising import UniformTimesteps
         >>> density = UniformTimesteps(stratified=True)
-        >>> density.spread(torch.tensor([0.5, 0.5]), torch.arange(2), torch.tensor([1, 0]))
+        >>> density.stratify(torch.tensor([0.5, 0.5]), torch.arange(2), torch.tensor([1, 0]))
         tensor([0.7500, 0.2500])
         """
         if not self.stratified or strata is None:
@@ -74,8 +101,6 @@ class Timesteps(ABC):
         >>> density.times(torch.tensor([1e-9, 0.5, 1.0]), NoiseSchedule.linear().curve)
         tensor([500, 749, 999])
         """
-        from .custom import WithinTimesteps
-
         return WithinTimesteps(density=self, low=low, high=high)
 
     def reversed(self) -> ReversedTimesteps:
@@ -85,8 +110,6 @@ class Timesteps(ABC):
         >>> LogitNormalTimesteps(mean=1.0).reversed().times(torch.tensor([0.5]), Flow()).item() < 0.3
         True
         """
-        from .custom import ReversedTimesteps
-
         return ReversedTimesteps(density=self)
 
 
@@ -146,3 +169,159 @@ def nearest_time(log_snr: Tensor, curve: Curve) -> Tensor:
     if curve.is_discrete:
         return t.round().long().clamp(int(curve.t_min), int(curve.t_max))
     return t.clamp(curve.t_min, curve.t_max)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Around(Timesteps):
+    """A density around another; stratified where that is."""
+
+    density: Timesteps
+
+    def __post_init__(self) -> None:
+        if self.density.measures_losses:
+            raise ValueError(
+                f"{self.density.name} timesteps go around other densities, not into them; "
+                f"give them density={type(self).__name__}(...)"
+            )
+        object.__setattr__(self, "stratified", self.stratified or self.density.stratified)
+
+    def check(self, curve: Curve) -> None:
+        self.density.check(curve)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithinTimesteps(Around):
+    """``density`` given that the time lies in ``low`` ... ``high``, both included; times of the curve.
+
+    On discrete schedules these are integer timesteps (kohya's --max_timestep is excluded there: give it less 1), on
+    flows t in 0 ... 1 before any shift. The density inside keeps its shape: it is cut, not squeezed. ValueError unless
+    low < high, and, when it is given to a Noising, where the range leaves the schedule or the density has nothing in it.
+
+    >>> from alphabar.noising import LogitNormalTimesteps, NoiseSchedule
+    >>> density = WithinTimesteps(density=LogitNormalTimesteps(), low=0, high=499)
+    >>> density.times(torch.tensor([1.0]), NoiseSchedule.linear().curve)
+    tensor([499])
+    """
+
+    name: ClassVar[str] = "within"
+    _known: ClassVar[tuple[Curve, tuple[float, float]] | None] = (
+        None  # an instance's shares of the curve it was checked for
+    )
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.low < self.high:
+            raise ValueError(f"a range of timesteps needs low < high, got {self.low} and {self.high}")
+
+    def times(self, u: Tensor, curve: Curve) -> Tensor:
+        known = self._known  # torch.compile, which no cache stops, would trace the search
+        same = known is not None and known[0] is curve
+        first, last = known[1] if known is not None and same else _shares(self.density, curve, self.low, self.high)
+        t = self.density.times(first + u * (last - first), curve)
+        low, high = (int(self.low), int(self.high)) if curve.is_discrete else (self.low, self.high)
+        return t.clamp(low, high)  # where u was rounded to the share below
+
+    def check(self, curve: Curve) -> None:
+        super().check(curve)
+        require_time("low", self.low, curve)
+        require_time("high", self.high, curve)
+        object.__setattr__(self, "_known", (curve, _shares(self.density, curve, self.low, self.high)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReversedTimesteps(Around):
+    """``density`` with data and noise exchanged: t -> 1 - t, for recipes of trainers that have it so.
+
+    The diffusers examples for SD3 and Flux and kohya's Flux script use u as an index into timesteps that descend: there a
+    positive logit mean is less noise. With their numbers, this is their density. Here too a larger u is more noise. ValueError
+    for densities that are stated in noise levels or in timesteps, which have no such direction.
+
+    >>> from alphabar.noising import LogitNormalTimesteps
+    >>> ReversedTimesteps(density=LogitNormalTimesteps(mean=1.0)).quantile(torch.tensor([0.5]))
+    tensor([0.2689])
+    """
+
+    name: ClassVar[str] = "reversed"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.density, QuantileTimesteps | ReversedTimesteps):
+            raise ValueError(
+                f"{self.density.name} timesteps have no direction to reverse; reverse a density over training time, e.g. "
+                "LogitNormalTimesteps(mean=1.0).reversed(), and limit its range afterwards"
+            )
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """Return 1 - Q(1 - u)."""
+        assert isinstance(self.density, QuantileTimesteps | ReversedTimesteps)
+        return 1 - self.density.quantile(1 - u)
+
+    def times(self, u: Tensor, curve: Curve) -> Tensor:
+        return curve.time_at_quantile(self.quantile(u).clamp(LEAST, 1.0))
+
+
+class TimestepRegistry(Registry[Callable[..., Timesteps]]):
+    """Densities by their names, each with its stratified form.
+
+    >>> TIMESTEPS["stratified"]()
+    UniformTimesteps(stratified=True)
+    """
+
+    def register(self, entry: D) -> D:
+        """Register a class by its ``name``, and its stratified form by ``stratified_name``."""
+        super().register(entry)
+        kind: Any = entry
+        self.add(kind.stratified_name or f"stratified_{kind.name}", partial(kind, stratified=True))
+        return entry
+
+
+TIMESTEPS = TimestepRegistry("timestep density")
+"""Every density by its name, and each with ``stratified_`` before it; ``@TIMESTEPS.register`` above a class adds one."""
+
+
+def resolve_timesteps(timesteps: str | Timesteps) -> Timesteps:
+    """Return the density for a name, with options or without, or an object; ValueError for an unknown name or option.
+
+    >>> from alphabar.noising import LogitNormalTimesteps
+    >>> resolve_timesteps("stratified_logit_normal:mean=1")
+    LogitNormalTimesteps(stratified=True, mean=1, std=1.0)
+    """
+    return timesteps if isinstance(timesteps, Timesteps) else make_item(timesteps, TIMESTEPS)
+
+
+def require_time(what: str, t: float, curve: Curve) -> None:
+    """Raise ValueError for a time that the curve does not have.
+
+    >>> from alphabar.noising import Flow
+    >>> require_time("low", 2.0, Flow())
+    Traceback (most recent call last):
+    ValueError: low must be a time in 0 ... 1 of this flow schedule, got 2.0
+    """
+    if not curve.t_min <= t <= curve.t_max or (curve.is_discrete and t != int(t)):
+        kind = "an integer timestep" if curve.is_discrete else "a time"
+        raise ValueError(
+            f"{what} must be {kind} in {curve.t_min:g} ... {curve.t_max:g} of this {curve.kind} schedule, got {t}"
+        )
+
+
+@lru_cache(maxsize=64)
+def _shares(density: Timesteps, curve: Curve, low: float, high: float) -> tuple[float, float]:
+    """Return the shares of samples whose time is below ``low`` and not above ``high``."""
+    first = _largest(lambda u: float(density.times(u, curve)) < low)
+    last = _largest(lambda u: float(density.times(u, curve)) <= high)
+    if not first < last:
+        raise ValueError(f"{density.name} timesteps have none within {low:g} ... {high:g}; widen the range")
+    return first, last
+
+
+def _largest(holds: Callable[[Tensor], bool]) -> float:
+    """Return the largest u in [0, 1] for which a condition holds that, once false, stays false."""
+    low, high = 0.0, 1.0
+    if holds(torch.tensor(high, dtype=torch.float64)):
+        return high
+    for _ in range(64):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if holds(torch.tensor(middle, dtype=torch.float64)) else (low, middle)
+    return low

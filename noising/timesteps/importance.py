@@ -21,21 +21,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..curves.base import Curve
 from ..utils.validation import whole_number
-from .base import Timesteps
-from .custom import bin_of
-from .densities import UniformTimesteps
-
-if TYPE_CHECKING:
-    from ..noising import Noised
+from .base import TIMESTEPS, LossHistory, Resampled, Timesteps
+from .densities import UniformTimesteps, bin_of
 
 
+@TIMESTEPS.register
 @dataclass(frozen=True, kw_only=True)
 class LossSecondMoment(Timesteps):
     """Draw times in proportion to the root mean square of their losses, around ``density``, without bias.
@@ -77,25 +74,16 @@ class LossSecondMoment(Timesteps):
     def check(self, curve: Curve) -> None:
         self.density.check(curve)
 
-    def history(self) -> LossHistory:
-        return LossHistory(self.bins, self.history_per_term, self.uniform_prob)
+    def history(self) -> SecondMoments:
+        return SecondMoments(self.bins, self.history_per_term, self.uniform_prob)
 
 
-class Resampled(NamedTuple):
-    """What importance sampling makes of u: shape (batch,) each, on the CPU."""
-
-    u: Tensor
-    bins: Tensor
-    weight: Tensor
-    """1 / (N p), float32."""
-
-
-class LossHistory(nn.Module):
+class SecondMoments(LossHistory):
     """The last losses of each bin. It travels with the checkpoint, and neither ``.to`` nor a change of precision moves it.
 
-    >>> history = LossHistory(bins=2, history_per_term=1, uniform_prob=0.5)
+    >>> history = SecondMoments(bins=2, history_per_term=1, uniform_prob=0.5)
     >>> history.record(0, torch.tensor([[0.0, 0, 3.0], [1.0, 1, 1.0]]))  # (global index, bin, loss)
-    >>> history.settle(1)
+    >>> history.commit(1)
     >>> history.probabilities()
     tensor([0.6250, 0.3750], dtype=torch.float64)
     """
@@ -122,21 +110,21 @@ class LossHistory(nn.Module):
     def resample(self, u: Tensor) -> Resampled:
         """Return uniform ``u`` in (0, 1], shape (batch,), as shares of the density, with their bins and weights.
 
-        >>> LossHistory(4, 10, 0.001).resample(torch.tensor([0.1, 1.0], dtype=torch.float64)).bins
+        >>> SecondMoments(4, 10, 0.001).resample(torch.tensor([0.1, 1.0], dtype=torch.float64)).bins
         tensor([0, 3])
         """
         p = self.probabilities()
         bins, inside = bin_of(p, u)
         return Resampled((bins + inside) / len(p), bins, (1 / (len(p) * p[bins])).float())
 
-    # -- hearing -----------------------------------------------------------------------------------------------------
+    # -- observing -----------------------------------------------------------------------------------------------------
 
-    def hear(self, step: int, index: Tensor, drawn: Resampled, noised: Noised, errors: Tensor) -> None:
-        """Take in the errors of a loss: shape (batch,), of the samples with these global indices at this step."""
+    def observe(self, step: int, index: Tensor, drawn: Resampled, weight: Tensor, errors: Tensor) -> None:
+        """Record the losses, weight times error without 1 / (N p), of these global indices at this step; shape (batch,)."""
         if not (self.training and torch.is_grad_enabled()):
             return  # validation
         device = errors.device
-        weight = noised.weight.detach() / drawn.weight.to(device, non_blocking=True)
+        weight = weight.detach() / drawn.weight.to(device, non_blocking=True)
         places = torch.stack([index.double(), drawn.bins.double()])
         if device.type == "mps":  # which has no float64
             weight, errors, device = weight.cpu(), errors.cpu(), torch.device("cpu")
@@ -150,7 +138,7 @@ class LossHistory(nn.Module):
         """
         self._pending.append((step, _Arriving(_of_all_ranks(rows.double()))))
 
-    def settle(self, step: int) -> None:
+    def commit(self, step: int) -> None:
         """Take what other steps than this one recorded into the history."""
         done = [(s, rows.arrived()) for s, rows in self._pending if s != step]
         self._pending = [(s, rows) for s, rows in self._pending if s == step]

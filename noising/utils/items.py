@@ -1,4 +1,4 @@
-"""Items: a name with options, ``min_snr:gamma=5``, and what a registry makes of them; in code, on the command line and in YAML."""
+"""Items: a name with options, ``min_snr:gamma=5``, as code, the command line and YAML write them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ast import literal_eval
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from .registry import lookup
+from .registry import Registry, lookup
 
 T = TypeVar("T")
 
@@ -57,31 +57,31 @@ def _value(text: str) -> Any:
         return text
 
 
-def made(kind: str, text: object, registry: Mapping[str, Callable[..., T]]) -> T:
-    """Return what the registry's entry makes of an item; an unknown name or option is a ValueError that offers the nearest one.
+def make_item(text: object, registry: Registry[Any]) -> Any:
+    """Return what a registry's entry makes of an item; ValueError for an unknown name or option offers the nearest one.
 
     >>> from alphabar.noising import WEIGHTINGS
-    >>> made("weighting", "min_snr:gamma=2", WEIGHTINGS)
+    >>> make_item("min_snr:gamma=2", WEIGHTINGS)
     MinSNR(floor=0.0, gamma=2)
     """
     name, options = parse_item(text) if isinstance(text, str) else (text, {})
-    return make(kind, name, options, registry)
+    return make_named(name, options, registry)
 
 
-def make(kind: str, name: object, options: Mapping[str, Any], registry: Mapping[str, Callable[..., T]]) -> T:
-    """Return what the registry's entry of this name makes of the options; errors as in :func:`made`.
+def make_named(name: object, options: Mapping[str, Any], registry: Registry[Any]) -> Any:
+    """Return what a registry's entry of this name makes of the options; errors as in :func:`make_item`.
 
     >>> from alphabar.noising import WEIGHTINGS
-    >>> make("weighting", "min_snr", {"gamma": 2.0}, WEIGHTINGS)
+    >>> make_named("min_snr", {"gamma": 2.0}, WEIGHTINGS)
     MinSNR(floor=0.0, gamma=2.0)
     """
-    return called(f"{kind} {name}", lookup(kind, name, registry), options)
+    return call_with_options(f"{registry.kind} {name}", lookup(registry.kind, name, registry), options)
 
 
-def called(what: str, make: Callable[..., T], options: Mapping[str, Any]) -> T:
-    """Return what ``make`` makes of the options; ValueError for one that it does not have, that lacks, or that does not fit.
+def call_with_options(what: str, make: Callable[..., T], options: Mapping[str, Any]) -> T:
+    """Return ``make(**options)``; ValueError for an option that is unknown, missing, or of a wrong type.
 
-    >>> called("weighting p2", lambda gamma=1.0: gamma, {"gama": 2.0})
+    >>> call_with_options("weighting p2", lambda gamma=1.0: gamma, {"gama": 2.0})
     Traceback (most recent call last):
     ValueError: unknown option of weighting p2 'gama'; did you mean 'gamma'?
     """
@@ -94,6 +94,5 @@ def called(what: str, make: Callable[..., T], options: Mapping[str, Any]) -> T:
     try:
         return make(**options)
     except TypeError as error:  # a word where a number belongs
-        raise ValueError(
-            f"{what} does not take {', '.join(f'{k}={v!r}' for k, v in options.items())}: {error}"
-        ) from error
+        given = ", ".join(f"{k}={v!r}" for k, v in options.items())
+        raise ValueError(f"{what} does not take {given}: {error}") from error

@@ -1,16 +1,107 @@
-"""Names that resolve: one look-up for every registry, with an error that offers the nearest right name."""
+"""Registries: definitions by their names, filled by a decorator beside each definition, and open to other packages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
-from typing import TypeVar
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
 
 T = TypeVar("T")
+D = TypeVar("D")
+
+PLUGINS = "alphabar.plugins"
+"""The entry point group of packages that register definitions; each entry point names a module to import."""
+
+
+class Registry(Mapping[str, T]):
+    """Definitions of one kind by their names, in the order of their registration.
+
+    :meth:`register` is the decorator for a class or a function. Installed packages register by an entry point of the group
+    ``alphabar.plugins``; they are imported when names are listed, or when a name is unknown, and not before.
+
+    >>> shapes = Registry[type]("shape")
+    >>> @shapes.register
+    ... class Round:
+    ...     name = "round"
+    >>> shapes["round"] is Round, list(shapes)
+    (True, ['round'])
+    >>> shapes.add("round", type("Other", (), {}))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: shape 'round' is registered already, by ...Round; choose another name
+    """
+
+    def __init__(self, kind: str, attribute: str = "name") -> None:
+        self.kind = kind
+        self._attribute = attribute  # of a class, that holds its name
+        self._entries: dict[str, T] = {}
+
+    def add(self, name: str, entry: T) -> None:
+        """Register an entry under a name.
+
+        Raises ValueError where another definition has the name; a definition that is run again replaces itself.
+        """
+        old = self._entries.get(name, entry)
+        if _origin(old) != _origin(entry):
+            raise ValueError(
+                f"{self.kind} {name!r} is registered already, by {_origin(old)}; choose another name"
+            )
+        self._entries[name] = entry
+
+    def register(self, entry: D) -> D:
+        """Register a class by its ``name``, or a function by its own name, and return it."""
+        named: Any = entry
+        self.add(getattr(named, self._attribute, None) or named.__name__, named)
+        return entry
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._entries:
+            load_plugins()
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        load_plugins()
+        return iter(list(self._entries))
+
+    def __len__(self) -> int:
+        load_plugins()
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return f"Registry({self.kind!r}: {', '.join(self)})"
+
+
+_loaded: set[str] = set()
+
+
+def load_plugins() -> None:
+    """Import the modules that installed packages name in the entry point group ``alphabar.plugins``, once.
+
+    A module that cannot be imported is a warning, and everything else works without it.
+
+    >>> load_plugins()
+    """
+    if PLUGINS in _loaded:
+        return
+    _loaded.add(PLUGINS)  # before the imports, which ask registries themselves
+    for point in entry_points(group=PLUGINS):
+        try:
+            point.load()
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            warnings.warn(f"the plugin {point.name!r} ({point.value}) is left out, its import fails: {text}", stacklevel=2)
+
+
+def _origin(entry: Any) -> str:
+    """Return where a definition stands, as 'module.name'."""
+    entry = getattr(entry, "func", getattr(entry, "formula", entry))  # of a partial, of a method
+    named = entry if hasattr(entry, "__qualname__") else type(entry)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def lookup(kind: str, name: object, known: Mapping[str, T]) -> T:
-    """Return ``known[name]``, or raise a ValueError that names the kind, what was given and the nearest known name.
+    """Return ``known[name]``; ValueError names the kind, what was given and the nearest known name.
 
     >>> lookup("method", "heun", {"heun": 1, "ddim": 2})
     1
@@ -24,7 +115,7 @@ def lookup(kind: str, name: object, known: Mapping[str, T]) -> T:
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
-    """Word the complaint about an unknown name.
+    """Return the message for an unknown name.
 
     >>> unknown("grid", "xyz", ["karras", "leading"])
     "unknown grid 'xyz'; known: karras, leading"
@@ -32,12 +123,12 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     near = get_close_matches(name, list(known), n=1, cutoff=0.5) if isinstance(name, str) and len(name) < 100 else []
     names = sorted(known)
     few = names if len(names) <= 100 else [*names[:10], f"... and {len(names) - 10} more"]
-    mend = f"did you mean {near[0]!r}?" if near else "known: " + (", ".join(few) or "none")
-    return f"unknown {kind} {shown(name)}; {mend}"
+    fix = f"did you mean {near[0]!r}?" if near else "known: " + (", ".join(few) or "none")
+    return f"unknown {kind} {shown(name)}; {fix}"
 
 
 def shown(value: object) -> str:
-    """Return a value as messages quote it: in one short line, whatever its size, and without a look into what it holds.
+    """Return a value as messages quote it: one short line, whatever its size, without a look into what it holds.
 
     >>> shown("karas"), shown([0] * 1000), shown(10**30)
     ("'karas'", 'a list of 1000', 'an integer of 100 bits')

@@ -1,13 +1,8 @@
-"""The registry of weightings: the schemes of the literature, of other trainers, and those that are composed or learned."""
+"""Weightings of the loss: schemes of the literature, those of other trainers, ranges of time, a learned one."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
-
-from ..utils.items import made
-from .base import Weighting
+from . import trainer_compat  # registers the weightings of other trainers
+from .base import WEIGHTINGS, Weighting, resolve_weighting
 from .learned import LearnedUncertainty
-from .ranges import PerRange
 from .schemes import (
     EDM,
     P2,
@@ -15,6 +10,7 @@ from .schemes import (
     CosMap,
     Debiased,
     MinSNR,
+    PerRange,
     PlainFlow,
     PlainV,
     PlainX0,
@@ -24,38 +20,26 @@ from .schemes import (
     Uniform,
     VLike,
 )
-from .trainer_compat import (
-    DiffusersCosMapX0,
-    DiffusersMinSNRPlusOneV,
-    DiffusersPixArtMinSNRV,
-    KohyaDebiasedEpsilon,
-    KohyaDebiasedV,
-    KohyaScaleVPred,
-    KohyaVPredLike,
-    OneTrainerDebiasedV,
-    OneTrainerP2V,
-    OneTrainerSigma,
-)
 
-_PUBLISHED: tuple[type[Weighting], ...] = (
-    *(Uniform, SNR, PlainV, PlainX0, PlainFlow, MinSNR, SoftMinSNR, Sigmoid),
-    *(P2, Debiased, EDM, CosMap, SigmaSqrt, VLike),
-)
-_PEERS: tuple[type[Weighting], ...] = (
-    *(DiffusersCosMapX0, DiffusersMinSNRPlusOneV, DiffusersPixArtMinSNRV, KohyaDebiasedEpsilon, KohyaDebiasedV),
-    *(KohyaScaleVPred, KohyaVPredLike, OneTrainerDebiasedV, OneTrainerP2V, OneTrainerSigma),
-)
-
-WEIGHTINGS: Mapping[str, type[Weighting]] = {
-    kind.name: kind for kind in (*_PUBLISHED, *_PEERS, PerRange, LearnedUncertainty)
-}
-"""Every weighting by its name; a new one is a class in the file of its kind and a word in this list."""
-
-
-def resolve_weighting(weighting: str | Weighting) -> Weighting:
-    """Return the weighting for a name, with options or without, or an object; an unknown name or option is a ValueError.
-
-    >>> resolve_weighting("min_snr"), resolve_weighting("min_snr:gamma=3,floor=0.05")
-    (MinSNR(floor=0.0, gamma=5.0), MinSNR(floor=0.05, gamma=3))
-    """
-    return weighting if isinstance(weighting, Weighting) else made("weighting", weighting, WEIGHTINGS)
+__all__ = [
+    "EDM",
+    "P2",
+    "SNR",
+    "WEIGHTINGS",
+    "CosMap",
+    "Debiased",
+    "LearnedUncertainty",
+    "MinSNR",
+    "PerRange",
+    "PlainFlow",
+    "PlainV",
+    "PlainX0",
+    "SigmaSqrt",
+    "Sigmoid",
+    "SoftMinSNR",
+    "Uniform",
+    "VLike",
+    "Weighting",
+    "resolve_weighting",
+    "trainer_compat",
+]

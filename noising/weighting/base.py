@@ -1,4 +1,4 @@
-"""What a weighting scheme is; the schemes themselves are in the files beside this one, their names in weighting.py.
+"""What a weighting is, and the registry of weightings; the schemes are in the files beside this one.
 
 A loss is one function w_x0(SNR) >= 0 on ||Δx_0||². An output error Δout is an x_0 error (σ / det) Δout (see prediction.py),
 so the weight on ||Δout||² that means the same is w_x0 σ² / det². A scheme states W = w_x0 σ² in α² and σ², never dividing
@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from ..curves.base import Curve
+from ..utils.items import make_item
+from ..utils.registry import Registry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,19 @@ class Scheme(Weighting):
         return self.numerator(alpha**2, sigma**2, det**2) / det**2
 
 
+WEIGHTINGS: Registry[type[Weighting]] = Registry("weighting")
+"""Every weighting by its name; ``@WEIGHTINGS.register`` above a class adds one."""
+
+
+def resolve_weighting(weighting: str | Weighting) -> Weighting:
+    """Return the weighting for a name, with options or without, or an object; ValueError for an unknown name or option.
+
+    >>> resolve_weighting("min_snr"), resolve_weighting("min_snr:gamma=3,floor=0.05")
+    (MinSNR(floor=0.0, gamma=5.0), MinSNR(floor=0.05, gamma=3))
+    """
+    return weighting if isinstance(weighting, Weighting) else make_item(weighting, WEIGHTINGS)
+
+
 def require_positive(owner: str, **values: float) -> None:
     """Raise ValueError unless all are positive and finite.
 
@@ -95,8 +110,6 @@ def closed_form(owner: str, weighting: str | Weighting) -> Weighting:
     >>> closed_form("per_range", "snr")
     SNR(floor=0.0)
     """
-    from . import resolve_weighting  # the registry holds those that are made of others
-
     resolved = resolve_weighting(weighting)
     if type(resolved).log_variance is not Weighting.log_variance:
         raise ValueError(

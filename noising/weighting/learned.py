@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..curves.base import Curve
 from ..utils.rng import Draws, Stream
-from .base import Weighting, closed_form
+from .base import WEIGHTINGS, Weighting, closed_form
 from .schemes import EDM
 
 WIDEST = (
@@ -55,6 +55,7 @@ class LogVariance(nn.Module):
         return (features * self.weight.to(dtype)).sum(-1) + self.bias.to(dtype)
 
 
+@WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class LearnedUncertainty(Weighting):
     """The weights of ``of`` divided by a learned variance of the loss: w / e^u · error + u (Karras et al. 2312.02696, eq. 21).

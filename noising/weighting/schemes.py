@@ -1,16 +1,17 @@
-"""The weighting schemes of the literature, each as W = w_x0 σ² (see base.py), right for every target."""
+"""The weighting schemes of the literature, each as W = w_x0 σ² (see base.py), right for every target; and ranges of time."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
 from torch import Tensor, minimum
 
 from ..curves.base import Curve
-from .base import Scheme, require_positive
+from .base import WEIGHTINGS, Scheme, Weighting, closed_form, require_positive
 
 
 def flow_determinant2(alpha2: Tensor, sigma2: Tensor) -> Tensor:
@@ -23,6 +24,7 @@ def flow_determinant2(alpha2: Tensor, sigma2: Tensor) -> Tensor:
     return (alpha2.sqrt() + sigma2.sqrt()) ** 2
 
 
+@WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class Uniform(Scheme):
     """1 on the target: the plain loss of whatever the network predicts. The only scheme that depends on the target.
@@ -38,6 +40,7 @@ class Uniform(Scheme):
         return det2
 
 
+@WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class SNR(Scheme):
     """w_x0 = SNR: the plain epsilon loss, whatever the network predicts (Salimans & Ho 2202.00512, §4).
@@ -55,6 +58,7 @@ class SNR(Scheme):
         return alpha2
 
 
+@WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class PlainV(Scheme):
     """w_x0 = SNR + 1: the plain v loss, whatever the network predicts (Salimans & Ho 2202.00512, §4, "SNR+1"); sgm's VWeighting.
@@ -70,6 +74,7 @@ class PlainV(Scheme):
         return alpha2 + sigma2
 
 
+@WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class PlainX0(Scheme):
     """w_x0 = 1: the plain loss of the clean sample, whatever the network predicts; sgm's UnitWeighting.
@@ -87,6 +92,7 @@ class PlainX0(Scheme):
         return sigma2
 
 
+@WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class PlainFlow(Scheme):
     """w_x0 = (1 + √SNR)²: the plain loss of the flow velocity ε - x_0, whatever the network predicts.
@@ -102,6 +108,7 @@ class PlainFlow(Scheme):
         return flow_determinant2(alpha2, sigma2)
 
 
+@WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class MinSNR(Scheme):
     """w_x0 = min(SNR, γ) (Hang et al. 2303.09556, eq. 7 and 8); γ > 0.
@@ -125,6 +132,7 @@ class MinSNR(Scheme):
         return minimum(alpha2, self.gamma * sigma2)
 
 
+@WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class SoftMinSNR(Scheme):
     """w_x0 = SNR γ / (SNR + γ), a smooth min(SNR, γ) (Crowson et al. 2401.11605); γ > 0.
@@ -147,6 +155,7 @@ class SoftMinSNR(Scheme):
         return alpha2 * sigma2 * self.gamma / (alpha2 + self.gamma * sigma2)
 
 
+@WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class Sigmoid(Scheme):
     """w_ε = sigmoid(b - λ), λ = log SNR (Kingma & Gao 2303.00848; Hoogeboom et al. 2410.19324).
@@ -171,6 +180,7 @@ class Sigmoid(Scheme):
         return alpha2 * sigma2 / (sigma2 + alpha2 * math.exp(-self.bias))
 
 
+@WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class P2(Scheme):
     """w_ε = 1 / (k + SNR)^γ (Choi et al. 2204.00227); k > 0, γ >= 0. The paper uses k = 1 and γ of 0.5 or 1.
@@ -196,6 +206,7 @@ class P2(Scheme):
         return alpha2 * (sigma2 / (self.k * sigma2 + alpha2)) ** self.gamma
 
 
+@WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class Debiased(Scheme):
     """w_ε = 1 / √SNR (Yu et al. 2310.08442), so for v √SNR / (SNR + 1).
@@ -213,6 +224,7 @@ class Debiased(Scheme):
         return alpha2.sqrt() * sigma2.sqrt()
 
 
+@WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class EDM(Scheme):
     """w_x0 = SNR + 1 / σ_d², i.e. (s² + σ_d²) / (s σ_d)² at s = σ / α (Karras et al. 2206.00364, table 1).
@@ -235,6 +247,7 @@ class EDM(Scheme):
         return alpha2 + sigma2 / self.sigma_data**2
 
 
+@WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class CosMap(Scheme):
     """w_u = 2 / (π (1 - 2σ + 2σ²)) on the flow loss, σ of the flow path (Esser et al. 2403.03206, §3.1).
@@ -253,6 +266,7 @@ class CosMap(Scheme):
         return (2 / math.pi) * flow_determinant2(alpha2, sigma2) ** 2 / (alpha2 + sigma2)
 
 
+@WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class SigmaSqrt(Scheme):
     """w_u = max(σ, sigma_min)^-2 on the flow loss, σ of the flow path; so w_x0 = σ^-4.
@@ -290,6 +304,7 @@ class SigmaSqrt(Scheme):
         return flow**2 / (sigma2 if self.sigma_min is None else torch.maximum(sigma2, self.sigma_min**2 * flow))
 
 
+@WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class VLike(Scheme):
     """w_x0 = SNR + k (SNR + 1): the plain epsilon loss and k times the plain v loss; k > 0.
@@ -311,3 +326,72 @@ class VLike(Scheme):
 
     def numerator(self, alpha2: Tensor, sigma2: Tensor, det2: Tensor) -> Tensor:
         return alpha2 + self.strength * (alpha2 + sigma2)
+
+
+@WEIGHTINGS.register
+@dataclass(frozen=True)
+class PerRange(Weighting):
+    """A constant for each range of training time, times the weights of ``of`` (an object, or its name).
+
+    ``ranges``: (min, max, weight) with 0 <= min < max <= 1 and weight >= 0. A time belongs to a range where
+    min <= fraction < max, the fraction being ``curve.fraction(t)``: t / 1000 for 1000 timesteps, σ on a flow path; 1 belongs
+    to the range that ends there. ``elsewhere`` is the constant of the gaps.
+    Raises ValueError for ranges that are empty, overlap or leave [0, 1].
+
+    >>> halves = PerRange(((0.0, 0.5, 2.0), (0.5, 1.0, 0.25)))
+    >>> one = torch.ones(3)
+    >>> halves(one, one, one, fraction=torch.tensor([0.0, 0.5, 1.0]))
+    tensor([2.0000, 0.2500, 0.2500])
+    >>> PerRange(((0.5, 0.2, 1.0),))
+    Traceback (most recent call last):
+    ValueError: a range needs 0 <= min < max <= 1, got (0.5, 0.2, 1.0); times are fractions of training time, e.g. (0.0, 0.2, 1.0)
+    """
+
+    name: ClassVar[str] = "per_range"
+    ranges: tuple[tuple[float, float, float], ...] = ((0.0, 1.0, 1.0),)
+    of: Weighting = field(default_factory=Uniform)
+    elsewhere: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "of", closed_form(self.name, self.of))
+        ranges = tuple(tuple(float(v) for v in entry) for entry in self.ranges)
+        object.__setattr__(self, "ranges", ranges)  # lists, as YAML has them, would not hash
+        for entry in ranges:
+            if len(entry) != 3:
+                raise ValueError(f"a range is (min, max, weight), got {entry}")
+            low, high, weight = entry
+            if not 0 <= low < high <= 1:
+                raise ValueError(
+                    f"a range needs 0 <= min < max <= 1, got {entry}; times are fractions of training time, e.g. (0.0, 0.2, 1.0)"
+                )
+            require_weight(f"the weight of range {entry}", weight)
+        require_weight("elsewhere", self.elsewhere)
+        for one, other in pairwise(sorted(ranges)):
+            if other[0] < one[1]:
+                raise ValueError(f"ranges overlap: {one} and {other}; end the first where the second begins")
+
+    def on_curve(self, curve: Curve) -> Weighting:
+        return replace(self, of=self.of.on_curve(curve))
+
+    def on_target(self, alpha: Tensor, sigma: Tensor, det: Tensor, fraction: Tensor | None) -> Tensor:
+        if fraction is None:
+            raise ValueError(
+                "weighting 'per_range' needs the fraction of training time; give fraction=curve.fraction(t)"
+            )
+        constant = torch.full_like(alpha, self.elsewhere)
+        for low, high, weight in self.ranges:  # numbers, not a table: nothing is uploaded to a GPU
+            inside = (fraction >= low) & ((fraction < high) if high < 1 else (fraction <= high))
+            constant = constant.masked_fill(inside, weight)
+        return constant * self.of(alpha, sigma, det, fraction)
+
+
+def require_weight(name: str, weight: float) -> None:
+    """Raise ValueError unless a weight is at least 0 and finite.
+
+    >>> require_weight("elsewhere", -1.0)
+    Traceback (most recent call last):
+    ValueError: elsewhere must be at least 0 and finite, got -1.0
+    """
+    if not 0 <= weight < float("inf"):
+        raise ValueError(f"{name} must be at least 0 and finite, got {weight}")

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import Tensor, maximum, minimum
 
-from .base import Scheme, require_positive
+from .base import WEIGHTINGS, Scheme, require_positive
 from .schemes import MinSNR, flow_determinant2
 
 CAP = 1000.0  # sd-scripts and OneTrainer cap SNR here
@@ -27,6 +27,7 @@ class Peer(Scheme):
     target: ClassVar[str]
 
 
+@WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class DiffusersMinSNRPlusOneV(MinSNR, Peer):
     """min(SNR, γ) / SNR + 1 on v, of diffusers' train_dreambooth_lora_sdxl.py and the advanced training scripts.
@@ -47,6 +48,7 @@ class DiffusersMinSNRPlusOneV(MinSNR, Peer):
         return (clipped / maximum(alpha2, clipped) + 1) * (alpha2 + sigma2)
 
 
+@WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class DiffusersPixArtMinSNRV(MinSNR, Peer):
     """min(SNR + 1, γ) / (SNR + 1) on v, of diffusers' PixArt ControlNet script.
@@ -65,6 +67,7 @@ class DiffusersPixArtMinSNRV(MinSNR, Peer):
         return minimum(alpha2 + sigma2, self.gamma * sigma2)
 
 
+@WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class DiffusersCosMapX0(Peer):
     """2 / (π (1 - 2σ + 2σ²)) on x_0, σ of the flow path, of diffusers' SD3 script (``cosmap`` with ``--precondition_outputs 1``).
@@ -83,6 +86,7 @@ class DiffusersCosMapX0(Peer):
         return (2 / math.pi) * sigma2 * flow_determinant2(alpha2, sigma2) / (alpha2 + sigma2)
 
 
+@WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class KohyaDebiasedEpsilon(Peer):
     """1 / √min(SNR, 1000) on epsilon, of sd-scripts (``--debiased_estimation_loss``) and OneTrainer.
@@ -101,6 +105,7 @@ class KohyaDebiasedEpsilon(Peer):
         return maximum(alpha2.sqrt() * sigma2.sqrt(), alpha2 / CAP**0.5)
 
 
+@WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class KohyaDebiasedV(Peer):
     """1 / (min(SNR, 1000) + 1) on v, of sd-scripts (``--debiased_estimation_loss --v_parameterization``).
@@ -120,6 +125,7 @@ class KohyaDebiasedV(Peer):
         return maximum(sigma2, (alpha2 + sigma2) / (CAP + 1))
 
 
+@WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class OneTrainerDebiasedV(Peer):
     """1 / √(min(SNR, 1000) + 1) on v, of OneTrainer (DEBIASED_ESTIMATION).
@@ -138,6 +144,7 @@ class OneTrainerDebiasedV(Peer):
         return (maximum(sigma2, (alpha2 + sigma2) / (CAP + 1)) * (alpha2 + sigma2)).sqrt()
 
 
+@WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class OneTrainerP2V(Peer):
     """(2 + SNR)^-γ on v, of OneTrainer (P2).
@@ -161,6 +168,7 @@ class OneTrainerP2V(Peer):
         return (alpha2 + sigma2) * (sigma2 / (2 * sigma2 + alpha2)) ** self.gamma
 
 
+@WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class OneTrainerSigma(Peer):
     """σ on the flow loss, σ of the flow path, of OneTrainer (SIGMA). Truly w_x0 = 1 / σ.
@@ -177,6 +185,7 @@ class OneTrainerSigma(Peer):
         return (flow_determinant2(alpha2, sigma2) * sigma2).sqrt()
 
 
+@WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class KohyaScaleVPred(Peer):
     """min(SNR, 1000) / (min(SNR, 1000) + 1) on v, of sd-scripts (``--scale_v_pred_loss_like_noise_pred``).
@@ -196,6 +205,7 @@ class KohyaScaleVPred(Peer):
         return minimum(alpha2, (alpha2 + sigma2) * (CAP / (CAP + 1)))
 
 
+@WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class KohyaVPredLike(Peer):
     """1 + k (c + 1) / c with c = min(SNR, 1000) on epsilon, of sd-scripts (``--v_pred_like_loss k``).

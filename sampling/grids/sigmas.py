@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ...noising import NoiseSchedule
-from ...noising.utils.beta_distribution import beta_quantile
+from ...noising.timesteps.densities import beta_quantile
 from ...noising.utils.registry import lookup
 from ..knots import Knot
 from ..methods.dpm_singlestep import block_orders

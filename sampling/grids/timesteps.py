@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...noising import NoiseSchedule
-from ...noising.utils.beta_distribution import beta_quantile
+from ...noising.timesteps.densities import beta_quantile
 from ..knots import Knot
 from .base import Grid, final_knot, grid_of, knots_at_indices, standing_still
 

@@ -457,7 +457,7 @@ def read_config(config: Mapping[str, Any]) -> Reading:
         raise ValueError(f"{config['_class_name']} on {grid!r} spacing is no grid here; use {' or '.join(kind.lays)}")
     options = {**kind.step, **{key.option: key.ours(config.get(name, key.default)) for name, key in kind.keys.items()}}
     options |= {**kind.fixed, **(FLOW_LAYS[str(kind.flow)] if flow else kind.lays[grid])}
-    if method == "lcm" and grid == "flow":
+    if method == "lcm" != kind.method:  # a class that only draws as LCM does
         options |= _OWN_LCM
     if kind.spaced and kind.ranged and flagged:
         options["range_from"] = spacing

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ...noising import NoiseSchedule
-from ...noising.io.diffusers import to_diffusers
 from ..grids import grid_options
 from ..grids.given import CUSTOM
 from ..kernel import Beside, run
@@ -166,7 +165,7 @@ def _candidates(sampler: Sampler, relatives: Relatives, passed: Collection[str])
 @lru_cache(maxsize=256)
 def _holds(schedule: NoiseSchedule, name: str) -> bool:
     """Return whether a config of this class says all of the schedule."""
-    return to_diffusers(schedule, {"_class_name": name})["_class_name"] == name
+    return schedule.to_diffusers({"_class_name": name})["_class_name"] == name
 
 
 def _laid(

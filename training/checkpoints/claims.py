@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...noising import NoiseSchedule
-from ...noising.io.files import CONFIG_NAME, EXACT_NAME, from_diffusers
+from ...noising.io.files import CONFIG_NAME, EXACT_NAME
 from ...noising.utils.config_reading import parse_json, read_json
 from ...noising.utils.registry import shown
 from .read import read_checkpoint, schedule_key
@@ -248,7 +248,7 @@ def statements_of_folder(folder: Path, shown_from: Path, beside: bool = False) -
         if name == EXACT_NAME:
             found.append(_schedule(source, lambda path=path: NoiseSchedule.from_config(read_json(path)), beside))
         else:
-            statement = _schedule(source, lambda path=path: from_diffusers(read_json(path)), beside)
+            statement = _schedule(source, lambda path=path: NoiseSchedule.from_diffusers(read_json(path)), beside)
             found.append(statement)
             if statement.schedule is not None:
                 config = read_json(path)

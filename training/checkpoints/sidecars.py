@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from ...noising import NoiseSchedule
-from ...noising.io.files import CONFIG_NAME, EXACT_NAME, to_diffusers
+from ...noising.io.files import CONFIG_NAME, EXACT_NAME
 from ...noising.utils.atomic import write_atomically
 from .storage import Folder
 
@@ -84,7 +84,7 @@ def write_sidecar(schedule: NoiseSchedule, folder: Folder) -> NoiseSchedule | No
         before = None
     same = before is not None and before.fingerprint == schedule.fingerprint
     try:
-        config = to_diffusers(schedule)
+        config = schedule.to_diffusers()
     except ValueError:  # e.g. one with the score as prediction
         config = None
     if same and folder.has(EXACT_NAME) and folder.has(CONFIG_NAME) == (config is not None):

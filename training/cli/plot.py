@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from ...noising import PREDICTIONS, TIMESTEPS, WEIGHTINGS
 from ...noising.utils.atomic import require_writable
-from ...noising.utils.items import made
+from ...noising.utils.items import make_item
 from ...sampling import GRIDS, Sampler
 from ...sampling.plotting import plot_grids, plot_table
 from ..flags.items import SCHEDULES, TRANSFORMATIONS, read_schedule
@@ -102,7 +102,7 @@ def _weight_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _draw_weights(args: argparse.Namespace) -> object:
-    chosen = {item: made("weighting", item, WEIGHTINGS) for item in args.weightings or USUAL_WEIGHTINGS}
+    chosen = {item: make_item(item, WEIGHTINGS) for item in args.weightings or USUAL_WEIGHTINGS}
     return plot_weights(read_schedule(args.schedule, args.zero_snr), chosen, args.prediction, args.out)
 
 
@@ -117,7 +117,7 @@ def _timestep_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _draw_timesteps(args: argparse.Namespace) -> object:
-    chosen = {item: made("timestep density", item, TIMESTEPS) for item in args.densities or drawable(TIMESTEPS)}
+    chosen = {item: make_item(item, TIMESTEPS) for item in args.densities or drawable(TIMESTEPS)}
     return plot_timesteps(read_schedule(args.schedule, args.zero_snr), chosen, args.out)
 
 

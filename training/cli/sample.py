@@ -138,7 +138,7 @@ def draw(args: argparse.Namespace, model: Model, device: torch.device) -> Tensor
 def load_model(args: argparse.Namespace, device: torch.device) -> Model:
     """Return what the arguments name; raises ValueError for arguments that contradict each other or the model.
 
-    >>> from alphabar.training.cli import parser_of_all
+    >>> from alphabar.training.cli.command import parser_of_all
     >>> load_model(parser_of_all().parse_args(["sample", "a.ckpt", "--prompt", "a", "--classes", "1"]), torch.device("cpu"))
     Traceback (most recent call last):
     ValueError: a network takes prompts or classes, not both; leave out --prompt or --classes

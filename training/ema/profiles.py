@@ -20,8 +20,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ...noising.utils.items import made
-from ...noising.utils.registry import lookup
+from ...noising.utils.items import make_item
+from ...noising.utils.registry import Registry, lookup
 
 MAX_SIGMA_REL = 0.300283  # of eq. 3, at γ = (√5 - 3) / 2; equal weights (γ = 0) have 0.2887
 
@@ -61,6 +61,11 @@ class EMAProfile(ABC):
         return {"name": self.name, **asdict(self)}
 
 
+EMA_PROFILES: Registry[type[EMAProfile]] = Registry("EMA profile")
+"""Every profile by its name; ``@EMA_PROFILES.register`` above a class adds one."""
+
+
+@EMA_PROFILES.register
 @dataclass(frozen=True, kw_only=True)
 class Constant(EMAProfile):
     """β = decay, the plain exponential average.
@@ -79,6 +84,7 @@ class Constant(EMAProfile):
         return self.decay
 
 
+@EMA_PROFILES.register
 @dataclass(frozen=True, kw_only=True)
 class Warmup(EMAProfile):
     """β = min(decay, (1 + n) / (10 + n)) after n earlier updates, as in TensorFlow, LDM and diffusers.
@@ -98,6 +104,7 @@ class Warmup(EMAProfile):
         return min(self.decay, (1 + n) / (10 + n))
 
 
+@EMA_PROFILES.register
 @dataclass(frozen=True, kw_only=True)
 class InverseGamma(EMAProfile):
     """β = 1 - (1 + n / inverse_gamma)^-power between min_decay and decay, after n earlier updates (k-diffusion, diffusers).
@@ -127,6 +134,7 @@ class InverseGamma(EMAProfile):
         return max(self.min_decay, min(self.decay, 1 - (1 + n / self.inverse_gamma) ** -self.power))
 
 
+@EMA_PROFILES.register
 @dataclass(frozen=True, kw_only=True)
 class PowerFunction(EMAProfile):
     """β = (1 - 1/t)^(γ+1) with the γ of ``sigma_rel``, the average's length as a share of the training (EDM2, eq. 1 to 3).
@@ -155,6 +163,7 @@ class PowerFunction(EMAProfile):
         return (1 - steps / t) ** (self.gamma + 1) if steps < t else 0.0  # eq. 127; the product telescopes
 
 
+@EMA_PROFILES.register
 @dataclass(frozen=True, kw_only=True)
 class HalfLife(EMAProfile):
     """β = ½^(1 / min(half_life, rampup t)): half of the memory is gone in ``half_life`` steps (EDM 2206.00364, appendix F).
@@ -180,12 +189,6 @@ class HalfLife(EMAProfile):
         return 0.5 ** (1 / min(self.half_life, bound))
 
 
-EMA_PROFILES: Mapping[str, type[EMAProfile]] = {
-    profile.name: profile for profile in (Constant, Warmup, InverseGamma, PowerFunction, HalfLife)
-}
-"""Every profile by its name; a new one is a class above and a word in this line."""
-
-
 def resolve_ema_profile(profile: str | float | Mapping[str, Any] | EMAProfile) -> EMAProfile:
     """Return the profile for a name (``"power_function:sigma_rel=0.05"``), a mapping, a decay (constant), or for itself.
 
@@ -206,7 +209,7 @@ def resolve_ema_profile(profile: str | float | Mapping[str, Any] | EMAProfile) -
     if isinstance(profile, Real) and not isinstance(profile, bool):
         return Constant(decay=float(profile))
     if not isinstance(profile, Mapping):
-        return made("EMA profile", profile, EMA_PROFILES)
+        return make_item(profile, EMA_PROFILES)
     numbers = dict(profile)
     kind = lookup("EMA profile", numbers.pop("name", None), EMA_PROFILES)
     known = [entry.name for entry in fields(kind)]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ...noising import BETA_SCHEDULES, Discrete, NoiseSchedule
-from ...noising.io.files import from_diffusers, to_diffusers
 
 _MEND = "pass base=... to noising_from_arguments, or say the schedule, e.g. --noise_schedule scaled_linear"
 _OF_SCHEDULE = {  # keys of a config that say the schedule; the others are options of sampling
@@ -33,7 +32,7 @@ def diffusers_scheduler(schedule: NoiseSchedule, like: Any = None) -> Any:
     import diffusers
 
     name = None if like is None else type(like).__name__
-    config = to_diffusers(schedule, None if name is None else {"_class_name": name})
+    config = schedule.to_diffusers(None if name is None else {"_class_name": name})
     if like is not None and config["_class_name"] == name:
         written = _OF_SCHEDULE | (_SPACING if schedule.has_zero_terminal_snr else set())
         config |= {key: value for key, value in like.config.items() if key not in written and not key.startswith("_")}
@@ -71,7 +70,7 @@ def _of_pipeline(source: str, revision: str | None) -> NoiseSchedule:
     from diffusers import DDPMScheduler
 
     config: Any = DDPMScheduler.load_config(source, subfolder="scheduler", revision=revision)
-    return from_diffusers(config[0] if isinstance(config, tuple) else config)
+    return NoiseSchedule.from_diffusers(config[0] if isinstance(config, tuple) else config)
 
 
 def _of_ddpm_flags(args: argparse.Namespace) -> NoiseSchedule | None:

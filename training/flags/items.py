@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...noising import NoiseSchedule
-from ...noising.utils.items import called, parse_item
+from ...noising.utils.items import call_with_options, parse_item
 from ...noising.utils.registry import lookup
 
 SCHEDULES: Mapping[str, Callable[..., NoiseSchedule]] = {
@@ -49,14 +49,14 @@ def read_schedule(item: str, zero_snr: bool = False) -> NoiseSchedule:
     name, options = (item, {}) if Path(item).exists() else parse_item(item)
     own = {option: value for option, value in options.items() if option not in TRANSFORMATIONS}
     if Path(name).exists() or "/" in name:
-        schedule = called(
+        schedule = call_with_options(
             f"a folder {name}", lambda tokens=None: NoiseSchedule.from_pretrained(name, tokens=tokens), own
         )
     else:
         make = lookup("schedule", name, SCHEDULES)
         for option in own:
             lookup(f"option of schedule {name}", option, {**inspect.signature(make).parameters, **TRANSFORMATIONS})
-        schedule = called(f"schedule {name}", make, own)
+        schedule = call_with_options(f"schedule {name}", make, own)
     for option, value in options.items():
         if option in TRANSFORMATIONS:
             schedule = TRANSFORMATIONS[option](schedule, value)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...noising import LOSSES, NOISES, TIMESTEPS, WEIGHTINGS
-from ...noising.utils.items import make, parse_item
+from ...noising.utils.items import make_named, parse_item
 from .options import Option, Said
 
 
@@ -139,7 +139,7 @@ class Kind:
 
     def _made(self, scheme: Named) -> Any:
         try:
-            return make(self.what, scheme.name, scheme.options, self.registry)
+            return make_named(scheme.name, scheme.options, self.registry)
         except ValueError as error:
             flags = dict.fromkeys([scheme.said, *scheme.words.values()])
             raise ValueError(f"{', '.join(filter(None, flags))}: {error}") from error
