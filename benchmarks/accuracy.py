@@ -127,17 +127,28 @@ def described(name: str, grid: str, options: Mapping[str, Any], usual: Mapping[s
 def ours(budget: int, exact: Tensor) -> Iterator[Result]:
     """Every deterministic method of alphabar with every option on every grid, with as many steps as the budget allows."""
     for method in METHODS.values():
-        if method.stochastic or method.inverse or method.order == 0 or method.name.endswith("_cfg_pp"):
+        if (
+            method.stochastic
+            or method.inverse
+            or method.order == 0
+            or method.name.endswith("_cfg_pp")
+        ):
             continue  # CFG++ is, without guidance, the method that its name begins with
         parameters = keyword_parameters(method.formula)
         usual = {key: p.default for key, p in parameters.items()}
-        for of_method, grid in product(list(choices(parameters, METHOD_OPTIONS, dict(method.defaults))), GRIDS):
+        for of_method, grid in product(
+            list(choices(parameters, METHOD_OPTIONS, dict(method.defaults))), GRIDS
+        ):
             for of_grid in choices(grid_options(grid), GRID_OPTIONS):
                 options = of_method | of_grid
-                sampler = within(budget, lambda n, m=method, g=grid, o=options: Sampler(SCHEDULE, m, n, g, **o))
+                sampler = within(
+                    budget, lambda n, m=method, g=grid, o=options: Sampler(SCHEDULE, m, n, g, **o)
+                )
                 if sampler is not None:
                     x = sampler(Network(), NOISE / sampler.init_noise_scale, seeds=0)
-                    yield result(x, exact, described(method.name, grid, options, usual | grid_options(grid)))
+                    yield result(
+                        x, exact, described(method.name, grid, options, usual | grid_options(grid))
+                    )
 
 
 def within(budget: int, make: Callable[[int], Sampler]) -> Sampler | None:
@@ -189,13 +200,26 @@ PEERS: dict[str, type[Any]] = {
     )
 }
 IN_SIGMA = ("EulerDiscrete", "HeunDiscrete", "KDPM2Discrete", "LMSDiscrete")  # their x is x / α
-CANNOT = (AssertionError, ValueError, IndexError, ZeroDivisionError, UnboundLocalError, NotImplementedError, torch.linalg.LinAlgError)
+CANNOT = (
+    AssertionError,
+    ValueError,
+    IndexError,
+    ZeroDivisionError,
+    UnboundLocalError,
+    NotImplementedError,
+    torch.linalg.LinAlgError,
+)
 """What the classes raise for options that they have no formula for."""
 
 
 def theirs(budget: int, exact: Tensor) -> Iterator[Result]:
     """Every deterministic solver of diffusers for this schedule with every option on every grid, with the steps of the budget."""
-    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
+    betas = {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "clip_sample": False,
+    }
     for name, kind in PEERS.items():
         usual = {key: p.default for key, p in inspect.signature(kind.__init__).parameters.items()}
         shared = {key: value for key, value in betas.items() if key in usual}
@@ -203,12 +227,18 @@ def theirs(budget: int, exact: Tensor) -> Iterator[Result]:
             if not set(setting) <= set(usual):
                 continue
             for options in choices(usual, PEER_OPTIONS):
-                run = within_calls(budget, kind, shared | options | setting, name.removesuffix("Scheduler"))
+                run = within_calls(
+                    budget, kind, shared | options | setting, name.removesuffix("Scheduler")
+                )
                 if run is not None:
-                    yield result(run, exact, described(name.removesuffix("Scheduler"), grid, options, usual))
+                    yield result(
+                        run, exact, described(name.removesuffix("Scheduler"), grid, options, usual)
+                    )
 
 
-def within_calls(budget: int, kind: type[Any], config: Mapping[str, Any], name: str) -> Tensor | None:
+def within_calls(
+    budget: int, kind: type[Any], config: Mapping[str, Any], name: str
+) -> Tensor | None:
     """Return what the class draws with the most steps that keep to the budget, None where it cannot or is not finite."""
     for steps in range(budget, max(budget // 3 - 5, 0), -1):
         try:
@@ -272,7 +302,13 @@ def plot(best: dict[int, tuple[list[Result], list[Result]]], path: Path) -> None
             color=colour,
             label=f"best of {label}",
         )
-    axis.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="median relative error", ylim=(1e-6, 1))
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlabel="network evaluations",
+        ylabel="median relative error",
+        ylim=(1e-6, 1),
+    )
     axis.set_xticks(BUDGETS, [str(b) for b in BUDGETS])
     axis.legend()
     figure.tight_layout()
@@ -280,7 +316,9 @@ def plot(best: dict[int, tuple[list[Result], list[Result]]], path: Path) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()

@@ -77,7 +77,12 @@ def rank_main(arguments: argparse.Namespace) -> None:
     seed_everything(0, verbose=False)
     validation_sampling.publish = lambda preview, *_: IMAGES.append(preview.images) or []
     previews = Timed(
-        "euler", arguments.steps, num_images=arguments.images, every_n_train_steps=1, batch_size=4, on_error="raise"
+        "euler",
+        arguments.steps,
+        num_images=arguments.images,
+        every_n_train_steps=1,
+        batch_size=4,
+        on_error="raise",
     )
     quiet: Any = {
         "enable_progress_bar": False,
@@ -98,7 +103,10 @@ def rank_main(arguments: argparse.Namespace) -> None:
     )
     trainer.fit(Convolutions(arguments.width), data)
     if IMAGES:
-        torch.save({"times": torch.tensor(previews.times), "images": IMAGES[-1]}, arguments.folder / "seen.pt")
+        torch.save(
+            {"times": torch.tensor(previews.times), "images": IMAGES[-1]},
+            arguments.folder / "seen.pt",
+        )
     sys.stdout.flush()
     os._exit(0)
 
@@ -109,12 +117,23 @@ def measured(world: int, arguments: argparse.Namespace) -> dict[str, Any]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
-        settings = [f"--{name}={getattr(arguments, name)}" for name in ("images", "steps", "repeats", "width")]
+        common = {
+            **os.environ,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "NODE_RANK": "0",
+        }
+        settings = [
+            f"--{name}={getattr(arguments, name)}"
+            for name in ("images", "steps", "repeats", "width")
+        ]
         command = [sys.executable, __file__, f"--world={world}", f"--folder={folder}", *settings]
-        environments = [{**common, "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"} for rank in range(world)]
+        environments = [
+            {**common, "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"} for rank in range(world)
+        ]
         running = [
-            subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) for environment in environments
+            subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+            for environment in environments
         ]
         codes = [process.wait() for process in running]
         if codes != [0] * world:
@@ -123,10 +142,14 @@ def measured(world: int, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--repeats", type=int, default=4, help="previews, of which the quickest counts")
+    parser.add_argument(
+        "--repeats", type=int, default=4, help="previews, of which the quickest counts"
+    )
     parser.add_argument("--width", type=int, default=224, help="channels of the network")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
     parser.add_argument("--world", type=int, help=argparse.SUPPRESS)
@@ -139,7 +162,10 @@ def main() -> None:
     same = torch.equal(one["images"], two["images"])
     least = [seen["times"].amin(0).tolist() for seen in (one, two)]
     median = [seen["times"][:, 0].median().item() for seen in (one, two)]
-    rows = [f"| {n} | {least[n - 1][0]:.2f} | {median[n - 1]:.2f} | {least[n - 1][1]:.2f} |" for n in (1, 2)]
+    rows = [
+        f"| {n} | {least[n - 1][0]:.2f} | {median[n - 1]:.2f} | {least[n - 1][1]:.2f} |"
+        for n in (1, 2)
+    ]
     wall, cpu = (least[1][k] / least[0][k] for k in (0, 1))
     text = f"""# One preview on one rank and on two
 

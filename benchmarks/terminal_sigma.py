@@ -65,9 +65,10 @@ def summary() -> Iterator[str]:
     yield "| terminal_sigma | " + " | ".join(f"S <= {bound} (worst)" for bound in BOUNDS) + " |"
     yield "|---|" + "---|" * len(BOUNDS)
     cases = list(product(METHODS, GRIDS, STEPS))
+    # value, case, spread
     found = torch.stack(
         [torch.stack([errors(ZERO, *case, terminal_sigma=v) for case in cases]) for v in VALUES]
-    )  # value, case, spread
+    )
     for i, value in enumerate(VALUES):
         cells = []
         for bound in BOUNDS:
@@ -78,9 +79,13 @@ def summary() -> Iterator[str]:
 
 
 def example() -> Iterator[str]:
-    yield "| DPM++ 2M Karras, 20 steps | " + " | ".join(f"S = {s:g}" for s in SPREADS.tolist()) + " |"
+    yield (
+        "| DPM++ 2M Karras, 20 steps | " + " | ".join(f"S = {s:g}" for s in SPREADS.tolist()) + " |"
+    )
     yield "|---|" + "---|" * len(SPREADS)
-    rows = [(f"zero terminal SNR, {v}", ZERO, {"terminal_sigma": v}) for v in VALUES] + [("plain schedule", PLAIN, {})]
+    rows = [(f"zero terminal SNR, {v}", ZERO, {"terminal_sigma": v}) for v in VALUES] + [
+        ("plain schedule", PLAIN, {})
+    ]
     for name, schedule, options in rows:
         found = errors(schedule, "dpmpp_2m", "karras", 20, **options)
         yield f"| {name} | " + " | ".join(f"{e:.1e}" for e in found.tolist()) + " |"
@@ -102,21 +107,34 @@ def trained(path: Path) -> Iterator[str]:
     yield ""
     yield "| | " + " | ".join(str(v) for v in VALUES) + " |"
     yield "|---|" + "---|" * len(VALUES)
-    for steps, grid, method in tqdm(list(product((8, 12, 20), ("karras", "exponential"), ("dpmpp_2m", "unipc")))):
+    for steps, grid, method in tqdm(
+        list(product((8, 12, 20), ("karras", "exponential"), ("dpmpp_2m", "unipc")))
+    ):
         away = [draw(method, grid, steps, float(v)) - reference for v in VALUES]
-        found = [(a.flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)).median().item() for a in away]
+        found = [
+            (a.flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)).median().item()
+            for a in away
+        ]
         yield f"| {method} on {grid}, {steps} | " + " | ".join(f"{e:.3f}" for e in found) + " |"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, help="a checkpoint of a network trained on zero terminal SNR")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, help="a checkpoint of a network trained on zero terminal SNR"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
-    parts = [list(summary()), list(example())] + ([list(trained(args.checkpoint))] if args.checkpoint else [])
+    parts = [list(summary()), list(example())] + (
+        [list(trained(args.checkpoint))] if args.checkpoint else []
+    )
     text = "\n\n".join("\n".join(part) for part in parts)
     print(text)
-    (args.out / "terminal_sigma.md").write_text(f"# Terminal sigma\n\n{(__doc__ or '').strip()}\n\n{text}\n")
+    (args.out / "terminal_sigma.md").write_text(
+        f"# Terminal sigma\n\n{(__doc__ or '').strip()}\n\n{text}\n"
+    )
 
 
 if __name__ == "__main__":

@@ -45,7 +45,9 @@ class SavesFollowed:
         self._strategy = strategy
         save, remove = strategy.save_checkpoint, strategy.remove_checkpoint
 
-        def save_checkpoint(checkpoint: dict[str, Any], filepath: Any, *more: Any, **named: Any) -> None:
+        def save_checkpoint(
+            checkpoint: dict[str, Any], filepath: Any, *more: Any, **named: Any
+        ) -> None:
             saving(checkpoint)
             save(checkpoint, filepath, *more, **named)
             saved(os.fspath(filepath))
@@ -56,7 +58,9 @@ class SavesFollowed:
             then()
 
         self._own = {"save_checkpoint": save_checkpoint, "remove_checkpoint": remove_checkpoint}
-        self._before = {name: strategy.__dict__[name] for name in self._own if name in strategy.__dict__}
+        self._before = {
+            name: strategy.__dict__[name] for name in self._own if name in strategy.__dict__
+        }
         strategy.__dict__.update(self._own)
 
     def undo(self) -> None:
@@ -64,4 +68,6 @@ class SavesFollowed:
         for name, own in self._own.items():
             if self._strategy.__dict__.get(name) is own:
                 del self._strategy.__dict__[name]
-                self._strategy.__dict__.update({name: self._before[name]} if name in self._before else {})
+                self._strategy.__dict__.update(
+                    {name: self._before[name]} if name in self._before else {}
+                )

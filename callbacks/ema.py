@@ -44,7 +44,9 @@ from .support.sharding import (
     values_swapped,
 )
 
-STATE_KEY = "ema"  # top level: the averages are tensors, of which callbacks' own states should have none
+STATE_KEY = (
+    "ema"  # top level: the averages are tensors, of which callbacks' own states should have none
+)
 
 
 @dataclass
@@ -60,12 +62,14 @@ class Average:
         """Keep the share ``keep`` of the average, and take the rest from the current weights."""
         known = [name for name in current if name in self.weights] if self.updates else []
         for name in known:
-            self.weights[name] = self.weights[name].to(current[name].device)  # a resume loads before models are moved
+            # a resume loads before models are moved
+            self.weights[name] = self.weights[name].to(current[name].device)
         old = [self.weights[name] for name in known]
         new = [current[name].to(average.dtype) for name, average in zip(known, old, strict=True)]
         if old:
             torch._foreach_lerp_(old, new, 1 - keep)
-        for name in current.keys() - set(known):  # all at the first update; later what only now began to train
+        # all at the first update; later what only now began to train
+        for name in current.keys() - set(known):
             self.weights[name] = current[name].to(_average_dtype(current[name]), copy=True)
         self.updates += 1
 
@@ -107,7 +111,11 @@ class EMA(Callback):
     def __init__(
         self,
         profiles: (
-            str | float | Mapping[str, Any] | EMAProfile | Sequence[str | float | Mapping[str, Any] | EMAProfile]
+            str
+            | float
+            | Mapping[str, Any]
+            | EMAProfile
+            | Sequence[str | float | Mapping[str, Any] | EMAProfile]
         ) = "power_function",
         *,
         every_n_steps: int = 1,
@@ -123,19 +131,27 @@ class EMA(Callback):
         self.profiles = tuple(resolve_ema_profile(profile) for profile in several)
         labels = [profile.label for profile in self.profiles]
         if not labels or len(set(labels)) < len(labels):
-            raise ValueError(f"profiles must be one or more different ones, got {', '.join(labels) or 'none'}")
+            raise ValueError(
+                f"profiles must be one or more different ones, got {', '.join(labels) or 'none'}"
+            )
         self.every_n_steps = _at_least("every_n_steps", every_n_steps, 1)
         self.start_step = _at_least("start_step", start_step, 0)
         self.validate = validate
         self.snapshot_every_n_steps = snapshot_every_n_steps
         if snapshot_every_n_steps is not None:
-            _require_snapshots(_at_least("snapshot_every_n_steps", snapshot_every_n_steps, 1), every_n_steps, labels)
+            _require_snapshots(
+                _at_least("snapshot_every_n_steps", snapshot_every_n_steps, 1),
+                every_n_steps,
+                labels,
+            )
         self.folder = Path(folder) if folder is not None else None
         self.snapshot_dtype = snapshot_dtype
         lookup("snapshot_dtype", snapshot_dtype, SNAPSHOT_DTYPES)
         self._validating: ExitStack | None = None
         # a lane of its own, which no logger holds up; a copy of all weights waits in it, so that there is room for one of each
-        self._lane = Background(room=max(1, sum(isinstance(profile, PowerFunction) for profile in self.profiles)))
+        self._lane = Background(
+            room=max(1, sum(isinstance(profile, PowerFunction) for profile in self.profiles))
+        )
         self._failed: list[tuple[int, Failure]] = []  # by the thread: the step, and what went wrong
         self._complaints = Complaints("EMA")
         self._over = False
@@ -158,13 +174,16 @@ class EMA(Callback):
         rivals = [c for c in callbacks if isinstance(c, EMA) or hasattr(c, "_average_model")]
         if len(rivals) > 1:
             names = ", ".join(type(callback).__name__ for callback in rivals)
-            raise ValueError(f"one callback can average the weights, got {names}; EMA takes several profiles")
+            raise ValueError(
+                f"one callback can average the weights, got {names}; EMA takes several profiles"
+            )
         if self.snapshot_every_n_steps is not None and not is_rehearsal(trainer):
             folder = self._snapshot_folder(trainer)
             on_rank_zero(trainer, lambda: require_writable(folder))
 
     def _snapshot_folder(self, trainer: Trainer) -> Path:
-        log_dir = trainer.log_dir or trainer.default_root_dir  # a collective: every rank asks for it
+        # a collective: every rank asks for it
+        log_dir = trainer.log_dir or trainer.default_root_dir
         return self.folder if self.folder is not None else Path(log_dir, "ema")
 
     # -- updates -------------------------------------------------------------------------------------------------------
@@ -197,9 +216,13 @@ class EMA(Callback):
             if weight.is_floating_point() and (weight.requires_grad or name in known):
                 yield name, weight
 
-    def _whole(self, trainer: Trainer, module: LightningModule, average: Average) -> dict[str, Tensor]:
+    def _whole(
+        self, trainer: Trainer, module: LightningModule, average: Average
+    ) -> dict[str, Tensor]:
         layout = Layout(root_of(trainer, module))
-        tracked = [(name, weight) for name, weight in self._tracked(module) if name in average.weights]
+        tracked = [
+            (name, weight) for name, weight in self._tracked(module) if name in average.weights
+        ]
         return {name: layout.assemble(weight, average.weights[name]) for name, weight in tracked}
 
     def _snapshot(self, trainer: Trainer, module: LightningModule) -> None:
@@ -211,16 +234,29 @@ class EMA(Callback):
                 whole = self._whole(trainer, module, average)  # on all ranks
                 on_rank_zero(trainer, partial(self._hand_over, folder, whole, average.profile))
 
-    def _hand_over(self, folder: Path, weights: Mapping[str, Tensor], profile: PowerFunction) -> None:
+    def _hand_over(
+        self, folder: Path, weights: Mapping[str, Tensor], profile: PowerFunction
+    ) -> None:
         """Have a copy of these weights written beside the training; the other snapshots serve without one that fails."""
         step = self._step
         try:
             if not self._lane.wait_for_room():
                 raise TimeoutError("the snapshot before it is still being written")
             kind = SNAPSHOT_DTYPES[self.snapshot_dtype]
-            frozen = {name: value.detach().to("cpu", kind, copy=True) for name, value in weights.items()}
-            act = partial(save_snapshot, folder, frozen, step=step - self.start_step, sigma_rel=profile.sigma_rel)
-            self._lane.submit(partial(act, dtype=self.snapshot_dtype), lambda error: self._note(step, folder, error))
+            frozen = {
+                name: value.detach().to("cpu", kind, copy=True) for name, value in weights.items()
+            }
+            act = partial(
+                save_snapshot,
+                folder,
+                frozen,
+                step=step - self.start_step,
+                sigma_rel=profile.sigma_rel,
+            )
+            self._lane.submit(
+                partial(act, dtype=self.snapshot_dtype),
+                lambda error: self._note(step, folder, error),
+            )
         except Exception as error:
             self._note(step, folder, error)
 
@@ -230,7 +266,9 @@ class EMA(Callback):
     def _complain(self) -> None:
         while self._failed:
             step, failure = self._failed.pop(0)
-            self._complaints.tell(f"the snapshot at step {step} was not written: {failure}", failure.kind)
+            self._complaints.tell(
+                f"the snapshot at step {step} was not written: {failure}", failure.kind
+            )
 
     def _finish(self, trainer: Trainer, seconds: float) -> None:
         """Wait for the snapshots that are being written; every rank must call it."""
@@ -238,7 +276,9 @@ class EMA(Callback):
             finish(trainer, self._lane, seconds)
             self._complain()
             if self._lane.pending:
-                rank_zero_warn(f"EMA: a snapshot is still being written after {seconds:g} seconds; going on without it")
+                rank_zero_warn(
+                    f"EMA: a snapshot is still being written after {seconds:g} seconds; going on without it"
+                )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish(trainer, AT_THE_END)
@@ -275,7 +315,9 @@ class EMA(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap_out()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         self._swap_out()  # callbacks that save a checkpoint now come later in the list
         self._over = True  # for this rank, perhaps not for others
         self._lane.wait(AFTER_AN_ERROR)
@@ -286,20 +328,29 @@ class EMA(Callback):
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         self._catch_up(trainer, pl_module)
         if not self._over:
-            self._finish(trainer, BEFORE_A_CHECKPOINT)  # a run that resumes from it does not write them again
+            # a run that resumes from it does not write them again
+            self._finish(trainer, BEFORE_A_CHECKPOINT)
         if self._validating is not None:  # what was collected is the average
             self._swap_out()
             own = trainer.strategy.lightning_module_state_dict()
-            checkpoint["state_dict"] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in own.items()}
+            checkpoint["state_dict"] = {
+                k: v.clone() if isinstance(v, Tensor) else v for k, v in own.items()
+            }
             self._swap_in(trainer, pl_module)
         saved = [(average, self._whole(trainer, pl_module, average)) for average in self._averages]
         checkpoint[STATE_KEY] = {
             "step": self._step,
             "averages": [
-                {"profile": average.profile.to_config(), "updates": average.updates, "weights": whole}
+                {
+                    "profile": average.profile.to_config(),
+                    "updates": average.updates,
+                    "weights": whole,
+                }
                 for average, whole in saved
             ],
         }
@@ -309,34 +360,55 @@ class EMA(Callback):
             names = _names(pl_module)
             checkpoint["current_model_state"] = state
             # the same tensors as above, which torch.save writes once
-            checkpoint["state_dict"] = {key: whole.get(names.get(clean_name(key), ""), v) for key, v in state.items()}
-            checkpoint["averaging_state"] = {"n_averaged": torch.tensor(first.updates)}  # as Lightning names it
+            checkpoint["state_dict"] = {
+                key: whole.get(names.get(clean_name(key), ""), v) for key, v in state.items()
+            }
+            # as Lightning names it
+            checkpoint["averaging_state"] = {"n_averaged": torch.tensor(first.updates)}
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return  # validation, test and prediction use the average, which state_dict is
         self._reset()
         layout = Layout(root_of(trainer, pl_module))
         weights = {clean_name(name): weight for name, weight in pl_module.named_parameters()}
-        saved = checkpoint.get(STATE_KEY) or _of_lightning(checkpoint, self.profiles[0], list(weights))
+        saved = checkpoint.get(STATE_KEY) or _of_lightning(
+            checkpoint, self.profiles[0], list(weights)
+        )
         if saved is None:
             rank_zero_info("the checkpoint holds no averages of the weights; they begin anew")
             return
         self._step = int(saved["step"])
         for average in self._averages:
-            found = [entry for entry in saved["averages"] if entry["profile"] == average.profile.to_config()]
+            found = [
+                entry
+                for entry in saved["averages"]
+                if entry["profile"] == average.profile.to_config()
+            ]
             if not found:
-                rank_zero_warn(f"the checkpoint has no average {average.profile.label}; that one begins anew")
+                rank_zero_warn(
+                    f"the checkpoint has no average {average.profile.label}; that one begins anew"
+                )
             for entry in found:
                 average.updates = int(entry["updates"])
-                parts = {n: layout.part(weights[n], whole) for n, whole in entry["weights"].items() if n in weights}
-                average.weights = {n: part.to(_average_dtype(part), copy=True) for n, part in parts.items()}
+                parts = {
+                    n: layout.part(weights[n], whole)
+                    for n, whole in entry["weights"].items()
+                    if n in weights
+                }
+                average.weights = {
+                    n: part.to(_average_dtype(part), copy=True) for n, part in parts.items()
+                }
         if "current_model_state" in checkpoint:
             _load_own(trainer, pl_module, layout, checkpoint["current_model_state"])
 
 
 @torch.no_grad()
-def _load_own(trainer: Trainer, module: LightningModule, layout: Layout, state: Mapping[str, Any]) -> None:
+def _load_own(
+    trainer: Trainer, module: LightningModule, layout: Layout, state: Mapping[str, Any]
+) -> None:
     """Load the weights themselves, where ``state_dict``, the average, has been loaded."""
     if not trainer.strategy.restore_checkpoint_after_setup:
         trainer.strategy.load_model_state_dict({"state_dict": state}, strict=module.strict_loading)
@@ -350,7 +422,9 @@ def _load_own(trainer: Trainer, module: LightningModule, layout: Layout, state: 
             local(tensor).copy_(layout.part(tensor, value))
 
 
-def _of_lightning(checkpoint: Mapping[str, Any], profile: EMAProfile, names: list[str]) -> dict[str, Any] | None:
+def _of_lightning(
+    checkpoint: Mapping[str, Any], profile: EMAProfile, names: list[str]
+) -> dict[str, Any] | None:
     """Return the state that a checkpoint of Lightning's WeightAveraging has, as our own."""
     updates = int(checkpoint.get("averaging_state", {}).get("n_averaged", 0))
     if not updates or "current_model_state" not in checkpoint:
@@ -364,7 +438,10 @@ def _of_lightning(checkpoint: Mapping[str, Any], profile: EMAProfile, names: lis
 def _names(module: LightningModule) -> dict[str, str]:
     """Return the first name of each parameter by all of its names; tied ones have several."""
     first = {id(weight): clean_name(name) for name, weight in module.named_parameters()}
-    return {clean_name(n): first[id(weight)] for n, weight in module.named_parameters(remove_duplicate=False)}
+    return {
+        clean_name(n): first[id(weight)]
+        for n, weight in module.named_parameters(remove_duplicate=False)
+    }
 
 
 def _average_dtype(tensor: Tensor) -> torch.dtype:

@@ -56,7 +56,9 @@ def ema_weights(trainer: Trainer, module: LightningModule) -> Generator[bool, No
             pairs = callback.ema_pairs(trainer, module)
             break
         if isinstance(getattr(callback, "_average_model", None), AveragedModel):
-            pairs = _of_averaged_model(callback._average_model, module, buffers=callback._use_buffers)
+            pairs = _of_averaged_model(
+                callback._average_model, module, buffers=callback._use_buffers
+            )
             break
     else:
         if callable(getattr(module, "ema_scope", None)):
@@ -71,7 +73,8 @@ def ema_weights(trainer: Trainer, module: LightningModule) -> Generator[bool, No
 @contextmanager
 def _own_scope(root: nn.Module, module: Any) -> Generator[bool, None, None]:
     """Enter the module's ``ema_scope``, unless sgm's own flags say that there is no average (yet)."""
-    updates = getattr(getattr(module, "model_ema", None), "num_updates", 1)  # sgm counts -1 where it does not count
+    # sgm counts -1 where it does not count
+    updates = getattr(getattr(module, "model_ema", None), "num_updates", 1)
     if not getattr(module, "use_ema", True) or int(updates) == 0:
         yield False
         return
@@ -88,16 +91,29 @@ def _of_attributes(module: LightningModule) -> Pairs:
     attributes: dict[str, Any] = {**vars(module), **module._modules}
     for name, value in attributes.items():
         if isinstance(value, AveragedModel):
-            found += _of_averaged_model(value, _live_part(module, name, list(value.module.parameters())))
-        elif isinstance(getattr(value, "shadow_params", None), list) and getattr(value, "optimization_step", 0) > 0:
-            found += zip(_live_part(module, name, value.shadow_params).parameters(), value.shadow_params, strict=True)
+            found += _of_averaged_model(
+                value, _live_part(module, name, list(value.module.parameters()))
+            )
+        elif (
+            isinstance(getattr(value, "shadow_params", None), list)
+            and getattr(value, "optimization_step", 0) > 0
+        ):
+            found += zip(
+                _live_part(module, name, value.shadow_params).parameters(),
+                value.shadow_params,
+                strict=True,
+            )
     return found
 
 
-def _of_averaged_model(average: AveragedModel, live: nn.Module, buffers: bool | None = None) -> Pairs:
+def _of_averaged_model(
+    average: AveragedModel, live: nn.Module, buffers: bool | None = None
+) -> Pairs:
     if int(average.n_averaged) == 0:  # its weights are the initial ones
         return []
-    pairs: list[tuple[Tensor, Tensor]] = list(zip(live.parameters(), average.module.parameters(), strict=True))
+    pairs: list[tuple[Tensor, Tensor]] = list(
+        zip(live.parameters(), average.module.parameters(), strict=True)
+    )
     if average.use_buffers if buffers is None else buffers:
         pairs += zip(live.buffers(), average.module.buffers(), strict=True)
     return [(weight, value.detach()) for weight, value in pairs]
@@ -115,14 +131,22 @@ def _live_part(module: LightningModule, name: str, averages: Sequence[Tensor]) -
     True
     """
     shapes = [tensor.shape for tensor in averages]
-    averaged = {id(part) for own in module.modules() if isinstance(own, AveragedModel) for part in own.modules()}
+    averaged = {
+        id(part)
+        for own in module.modules()
+        if isinstance(own, AveragedModel)
+        for part in own.modules()
+    }
     parts: dict[tuple[int, ...], tuple[str, nn.Module]] = {}
     for path, part in module.named_modules():
         weights = list(part.parameters())
         if id(part) not in averaged and [weight.shape for weight in weights] == shapes:
-            parts.setdefault(tuple(map(id, weights)), (path, part))  # a wrapper and what it wraps are the same weights
+            # a wrapper and what it wraps are the same weights
+            parts.setdefault(tuple(map(id, weights)), (path, part))
     named = [
-        part for path, part in parts.values() if path and path.split(".")[-1] in name.split("_ema")[0].split("ema_")
+        part
+        for path, part in parts.values()
+        if path and path.split(".")[-1] in name.split("_ema")[0].split("ema_")
     ]
     candidates = named if len(parts) > 1 else [part for _, part in parts.values()]
     if len(candidates) == 1:

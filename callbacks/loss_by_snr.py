@@ -57,7 +57,10 @@ class LossBySNR(Callback):
     """
 
     def __init__(
-        self, every_n_train_steps: int = 500, buckets: int = 20, folder: str | os.PathLike[str] | None = None
+        self,
+        every_n_train_steps: int = 500,
+        buckets: int = 20,
+        folder: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
         self.every_n_train_steps = _at_least_one("every_n_train_steps", every_n_train_steps)
@@ -93,8 +96,11 @@ class LossBySNR(Callback):
         _noising_of(pl_module)
         if is_rehearsal(trainer):
             return
-        log_dir = trainer.log_dir or trainer.default_root_dir  # a collective: every rank asks for it
-        folder = self._folder = self.folder if self.folder is not None else Path(log_dir, "loss_by_snr")
+        # a collective: every rank asks for it
+        log_dir = trainer.log_dir or trainer.default_root_dir
+        folder = self._folder = (
+            self.folder if self.folder is not None else Path(log_dir, "loss_by_snr")
+        )
         if importlib.util.find_spec("matplotlib") is None:
             self._folder = None
             rank_zero_warn(
@@ -129,7 +135,9 @@ class LossBySNR(Callback):
             self._complain()
             self._complaints.sum_up()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         self._end()
         pictures_of(trainer).wait(AFTER_AN_ERROR)
         self._complain()
@@ -146,7 +154,10 @@ class LossBySNR(Callback):
     def _give_up(self, error: Exception) -> None:
         self._end()  # its ranks still meet: what was counted so far is summed
         # on any rank, which alone knows of it
-        warnings.warn(f"LossBySNR counts no further: {type(error).__name__}: {error}; training goes on", stacklevel=2)
+        warnings.warn(
+            f"LossBySNR counts no further: {type(error).__name__}: {error}; training goes on",
+            stacklevel=2,
+        )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -161,7 +172,9 @@ class LossBySNR(Callback):
         if trainer.world_size > 1:
             dist.all_reduce(sums)
         sums = sums.cpu()  # the one time that the host waits
-        self._drawn = [before + more for before, more in zip(self._drawn, sums[COUNT].tolist(), strict=True)]
+        self._drawn = [
+            before + more for before, more in zip(self._drawn, sums[COUNT].tolist(), strict=True)
+        ]
         if trainer.is_global_zero:
             self._report(trainer, sums)
 
@@ -185,7 +198,9 @@ class LossBySNR(Callback):
         while self._failed:
             what, error = self._failed.pop(0)
             failure = Failure(what, error)
-            self._complaints.tell(f"LossBySNR: {what} failed: {type(error).__name__}: {error}", failure.kind)
+            self._complaints.tell(
+                f"LossBySNR: {what} failed: {type(error).__name__}: {error}", failure.kind
+            )
 
     def _log(self, trainer: Trainer, sums: Tensor, step: int) -> None:
         metrics = means(self._buckets, sums)
@@ -196,7 +211,9 @@ class LossBySNR(Callback):
     def _tell(self, sums: Tensor, step: int) -> None:
         if not float(sums[COUNT].sum()):
             self._once(
-                "silent", True, f"step {step}: no loss was computed by module.noising; LossBySNR has nothing to show"
+                "silent",
+                True,
+                f"step {step}: no loss was computed by module.noising; LossBySNR has nothing to show",
             )
         for found in findings(self._buckets, sums, torch.tensor(self._drawn)):
             self._once(found.key, found.warning, f"step {step}: {found.text}")
@@ -213,8 +230,12 @@ class LossBySNR(Callback):
             raise TimeoutError("publishing lags behind, so that the plot is left out")
         png = plot(self._buckets, sums, f"loss by log SNR, step {step}")
         image = torch.from_numpy(np.array(Image.open(io.BytesIO(png)).convert("RGB")))
-        acts: list[Callable[[], object]] = [lambda: write_atomically(folder / f"step_{step:08d}.png", png)]
-        acts += [partial(log_image, logger, "loss_by_snr", image, step) for logger in trainer.loggers]
+        acts: list[Callable[[], object]] = [
+            lambda: write_atomically(folder / f"step_{step:08d}.png", png)
+        ]
+        acts += [
+            partial(log_image, logger, "loss_by_snr", image, step) for logger in trainer.loggers
+        ]
         lane.submit(lambda: self._publish(acts))
 
     def _publish(self, acts: Sequence[Callable[[], object]]) -> None:

@@ -79,7 +79,9 @@ class ScheduleCheckpoint(Callback):
                 f"subfolder must name a folder beside the checkpoints, got {subfolder!r}; 'scheduler' is usual"
             )
         self.subfolder = subfolder
-        self.on_mismatch = lookup("on_mismatch", on_mismatch, {mode: mode for mode in ("error", "warn", "ignore")})
+        self.on_mismatch = lookup(
+            "on_mismatch", on_mismatch, {mode: mode for mode in ("error", "warn", "ignore")}
+        )
         self.per_checkpoint = per_checkpoint
         self._compared = False
         self._compared_samplers: object = None
@@ -99,14 +101,17 @@ class ScheduleCheckpoint(Callback):
             self._followed.undo()
             self._followed = None
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         if SCHEDULE_KEY in checkpoint:
             self._compared = True  # on every rank alike: all have loaded the same file
             load = partial(embedded_schedule, checkpoint, trainer.ckpt_path)
             self._compare(pl_module, str(trainer.ckpt_path), load, _MEND_CHECKPOINT)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        schedule_of_module(pl_module)  # a module without one fails here, not at its first checkpoint
+        # a module without one fails here, not at its first checkpoint
+        schedule_of_module(pl_module)
         self._compare_at_start(trainer, pl_module)
         on_rank_zero(trainer, lambda: self._compare_folders(trainer, pl_module))
 
@@ -134,7 +139,9 @@ class ScheduleCheckpoint(Callback):
             if load is not None:
                 self._compare(module, path, load, _MEND_CHECKPOINT)
             else:
-                rank_zero_info(f"{path!r} does not say its noise schedule; going on with {schedule_of_module(module)}")
+                rank_zero_info(
+                    f"{path!r} does not say its noise schedule; going on with {schedule_of_module(module)}"
+                )
 
         on_rank_zero(trainer, act)  # other nodes may not have the folder
 
@@ -146,7 +153,10 @@ class ScheduleCheckpoint(Callback):
         if Folder(path).local is not None:  # a remote file would be fetched a second time
             try:
                 checkpoint = read_checkpoint(path)
-            except (ValueError, OSError):  # loaded it was: of another kind than those that alphabar reads
+            except (
+                ValueError,
+                OSError,
+            ):  # loaded it was: of another kind than those that alphabar reads
                 checkpoint = {}
             if SCHEDULE_KEY in checkpoint:
                 return lambda: embedded_schedule(checkpoint, path)
@@ -175,7 +185,13 @@ class ScheduleCheckpoint(Callback):
             if holds_schedule(folder):
                 self._compare(module, str(folder), partial(read_sidecar, folder), _MEND_FOLDER)
 
-    def _compare(self, module: LightningModule, what: str, load: Callable[[], NoiseSchedule | None], mend: str) -> None:
+    def _compare(
+        self,
+        module: LightningModule,
+        what: str,
+        load: Callable[[], NoiseSchedule | None],
+        mend: str,
+    ) -> None:
         if self.on_mismatch == "ignore":
             return
         schedule = schedule_of_module(module)
@@ -185,7 +201,9 @@ class ScheduleCheckpoint(Callback):
             self._object(str(error), error)
             return
         if found is not None and found.fingerprint != schedule.fingerprint:
-            self._object(f"{what!r} is of the noise schedule {found}, but this module has {schedule}; {mend}")
+            self._object(
+                f"{what!r} is of the noise schedule {found}, but this module has {schedule}; {mend}"
+            )
 
     def _object(self, message: str, cause: Exception | None = None) -> None:
         if self.on_mismatch == "error":
@@ -204,7 +222,9 @@ class ScheduleCheckpoint(Callback):
 
         on_rank_zero(trainer, act)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         schedule = schedule_of_module(pl_module)
         checkpoint[SCHEDULE_KEY] = schedule.to_config()
 
@@ -218,7 +238,9 @@ class ScheduleCheckpoint(Callback):
         elif trainer.is_global_zero:
             act()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         self._over = True  # for this rank, perhaps not for others
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -229,7 +251,9 @@ class ScheduleCheckpoint(Callback):
             other = write_sidecar(schedule, folder)
             if other is not None:
                 rank_zero_warn(f"{str(folder)!r} had come to say {other}; it says {schedule} again")
-        except Exception as error:  # the checkpoint, which holds its schedule, is worth more than the folder
+        except (
+            Exception
+        ) as error:  # the checkpoint, which holds its schedule, is worth more than the folder
             self._complain(f"the noise schedule could not be written to {str(folder)!r}", error)
 
     def _complain(self, what: str, error: Exception) -> None:
@@ -242,7 +266,10 @@ class ScheduleCheckpoint(Callback):
         if is_rehearsal(trainer):
             return []
         paths = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
-        return [Folder(path) / self.subfolder for path in dict.fromkeys(os.fspath(path) for path in paths if path)]
+        return [
+            Folder(path) / self.subfolder
+            for path in dict.fromkeys(os.fspath(path) for path in paths if path)
+        ]
 
     # -- a folder for every checkpoint ---------------------------------------------------------------------------------
 
@@ -264,7 +291,8 @@ class ScheduleCheckpoint(Callback):
 
         def removed(path: str) -> Callable[[], object]:
             folder = own_sidecar(path, self.subfolder)
-            if not trainer.is_global_zero or os.path.islink(path):  # what a link points to is not removed with it
+            # what a link points to is not removed with it
+            if not trainer.is_global_zero or os.path.islink(path):
                 return lambda: None
             return lambda: self._remove(folder)
 
@@ -274,7 +302,11 @@ class ScheduleCheckpoint(Callback):
         try:
             for name in (EXACT_NAME, CONFIG_NAME):
                 folder.remove(name)
-            if folder.local is not None and folder.local.is_dir() and not any(folder.local.iterdir()):
+            if (
+                folder.local is not None
+                and folder.local.is_dir()
+                and not any(folder.local.iterdir())
+            ):
                 folder.local.rmdir()
         except Exception as error:
             self._complain(f"the noise schedule in {str(folder)!r} outlived its checkpoint", error)

@@ -54,45 +54,152 @@ _LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--pretrained_model_name_or_path", required=True, help="a diffusers pipeline: a folder or a name on the hub")
+    add(
+        "--pretrained_model_name_or_path",
+        required=True,
+        help="a diffusers pipeline: a folder or a name on the hub",
+    )
     add("--revision", default=None, help="revision of the pipeline on the hub")
-    add("--train_data_dir", default=None, help="a folder of images with a metadata.jsonl that holds their captions")
-    add("--dataset_name", default=None, help="a dataset of the hub, or a folder that datasets.load_dataset reads")
+    add(
+        "--train_data_dir",
+        default=None,
+        help="a folder of images with a metadata.jsonl that holds their captions",
+    )
+    add(
+        "--dataset_name",
+        default=None,
+        help="a dataset of the hub, or a folder that datasets.load_dataset reads",
+    )
     add("--image_column", default="image", help="column of the images (default: %(default)s)")
     add("--caption_column", default="text", help="column of the captions (default: %(default)s)")
-    add("--proportion_empty_prompts", type=float, default=0.0, help="share of captions left empty, for guidance")
-    add("--resolution", type=int, default=512, help="size of the training images (default: %(default)s)")
+    add(
+        "--proportion_empty_prompts",
+        type=float,
+        default=0.0,
+        help="share of captions left empty, for guidance",
+    )
+    add(
+        "--resolution",
+        type=int,
+        default=512,
+        help="size of the training images (default: %(default)s)",
+    )
     add("--center_crop", action="store_true", help="crop the centre instead of a random place")
     add("--random_flip", action="store_true", help="flip half of the images")
-    add("--output_dir", default="runs/finetune", help="where everything is written (default: %(default)s)")
-    add("--seed", type=int, default=0, help="seed of the data's order, crops, noise (default: %(default)s)")
-    add("--train_batch_size", type=int, default=4, help="images on each process (default: %(default)s)")
-    add("--gradient_accumulation_steps", type=int, default=1, help="batches in one optimizer step (default: 1)")
+    add(
+        "--output_dir",
+        default="runs/finetune",
+        help="where everything is written (default: %(default)s)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the data's order, crops, noise (default: %(default)s)",
+    )
+    add(
+        "--train_batch_size",
+        type=int,
+        default=4,
+        help="images on each process (default: %(default)s)",
+    )
+    add(
+        "--gradient_accumulation_steps",
+        type=int,
+        default=1,
+        help="batches in one optimizer step (default: 1)",
+    )
     add("--max_train_steps", type=int, default=1000, help="optimizer steps (default: %(default)s)")
     add("--learning_rate", type=float, default=1e-5, help="of AdamW (default: %(default)s)")
     add(
-        "--lr_scheduler", default="constant_with_warmup", help="a name of diffusers.optimization (default: %(default)s)"
+        "--lr_scheduler",
+        default="constant_with_warmup",
+        help="a name of diffusers.optimization (default: %(default)s)",
     )
-    add("--lr_warmup_steps", type=int, default=100, help="optimizer steps of warm-up (default: %(default)s)")
-    add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm (default: %(default)s)")
-    add("--rank", type=int, default=0, help="train LoRA matrices of this rank (default: 0, the whole U-Net)")
-    add("--use_ema", action="store_true", help="keep an average of the weights, preview and save it")
-    add("--gradient_checkpointing", action="store_true", help="save memory by computing activations again")
+    add(
+        "--lr_warmup_steps",
+        type=int,
+        default=100,
+        help="optimizer steps of warm-up (default: %(default)s)",
+    )
+    add(
+        "--max_grad_norm",
+        type=float,
+        default=1.0,
+        help="gradients are clipped to this norm (default: %(default)s)",
+    )
+    add(
+        "--rank",
+        type=int,
+        default=0,
+        help="train LoRA matrices of this rank (default: 0, the whole U-Net)",
+    )
+    add(
+        "--use_ema", action="store_true", help="keep an average of the weights, preview and save it"
+    )
+    add(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="save memory by computing activations again",
+    )
     add("--mixed_precision", default="no", choices=sorted(_DTYPES), help="(default: %(default)s)")
-    add("--checkpointing_steps", type=int, default=500, help="optimizer steps between checkpoints (default: 500)")
-    add("--checkpoints_total_limit", type=int, default=2, help="checkpoints that are kept (default: %(default)s)")
-    add("--resume_from_checkpoint", default=None, help="'latest', or the path of a checkpoint of this run")
-    add("--overwrite_output_dir", action="store_true", help="begin anew where --output_dir holds another run")
-    add("--dataloader_num_workers", type=int, default=0, help="processes that read images (default: %(default)s)")
+    add(
+        "--checkpointing_steps",
+        type=int,
+        default=500,
+        help="optimizer steps between checkpoints (default: 500)",
+    )
+    add(
+        "--checkpoints_total_limit",
+        type=int,
+        default=2,
+        help="checkpoints that are kept (default: %(default)s)",
+    )
+    add(
+        "--resume_from_checkpoint",
+        default=None,
+        help="'latest', or the path of a checkpoint of this run",
+    )
+    add(
+        "--overwrite_output_dir",
+        action="store_true",
+        help="begin anew where --output_dir holds another run",
+    )
+    add(
+        "--dataloader_num_workers",
+        type=int,
+        default=0,
+        help="processes that read images (default: %(default)s)",
+    )
     add("--validation_prompts", nargs="*", default=[], help="prompts that are previewed")
-    add("--validation_steps", type=int, default=500, help="optimizer steps between previews (default: %(default)s)")
-    add("--validation_sampler", default="DPM++ 2M", help="sampler of the previews (default: %(default)s)")
+    add(
+        "--validation_steps",
+        type=int,
+        default=500,
+        help="optimizer steps between previews (default: %(default)s)",
+    )
+    add(
+        "--validation_sampler",
+        default="DPM++ 2M",
+        help="sampler of the previews (default: %(default)s)",
+    )
     add("--num_inference_steps", type=int, default=25, help="its steps (default: %(default)s)")
     add("--guidance_scale", type=float, default=7.5, help="of the previews (default: %(default)s)")
-    add("--guidance_rescale", type=float, default=0.7, help="of the previews, 2305.08891 eq. 16 (default: 0.7)")
-    add("--report_to", default=None, help="trackers of accelerate, e.g. tensorboard or wandb (default: none)")
+    add(
+        "--guidance_rescale",
+        type=float,
+        default=0.7,
+        help="of the previews, 2305.08891 eq. 16 (default: 0.7)",
+    )
+    add(
+        "--report_to",
+        default=None,
+        help="trackers of accelerate, e.g. tensorboard or wandb (default: none)",
+    )
     return add_noising_arguments(parser).parse_args(arguments)
 
 
@@ -124,11 +231,14 @@ def settle(args: argparse.Namespace) -> Plan:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
     if not 0 <= args.proportion_empty_prompts <= 1:
-        raise ValueError(f"--proportion_empty_prompts must lie in 0 ... 1, got {args.proportion_empty_prompts}")
+        raise ValueError(
+            f"--proportion_empty_prompts must lie in 0 ... 1, got {args.proportion_empty_prompts}"
+        )
     if (args.train_data_dir is None) == (args.dataset_name is None):
         raise ValueError("give one of --train_data_dir and --dataset_name")
     noising = noising_from_arguments(args, schedule_of_pipeline(args))
-    noising.schedule.to_diffusers()  # a schedule that the saved pipeline could not hold is refused here
+    # a schedule that the saved pipeline could not hold is refused here
+    noising.schedule.to_diffusers()
     sampler = Sampler(noising.schedule, args.validation_sampler, steps=args.num_inference_steps)
     output = Path(args.output_dir)
     require_unused(args, output)
@@ -139,7 +249,9 @@ def settle(args: argparse.Namespace) -> Plan:
 def require_unused(args: argparse.Namespace, output: Path) -> None:
     """Refuse a folder that holds a run, unless that run is gone on with or is to be replaced."""
     if output.resolve() == Path(args.pretrained_model_name_or_path).resolve():
-        raise ValueError(f"--output_dir {str(output)!r} is the pipeline that is trained from; give another folder")
+        raise ValueError(
+            f"--output_dir {str(output)!r} is the pipeline that is trained from; give another folder"
+        )
     if args.resume_from_checkpoint and args.overwrite_output_dir:
         raise ValueError(
             "--resume_from_checkpoint goes on with a run, --overwrite_output_dir begins anew; give one of them"
@@ -148,7 +260,9 @@ def require_unused(args: argparse.Namespace, output: Path) -> None:
     if not found or args.overwrite_output_dir:
         return
     resumed = args.resume_from_checkpoint
-    if resumed == "latest" and (checkpoints(output) or not any((output / name).exists() for name in RESULTS)):
+    if resumed == "latest" and (
+        checkpoints(output) or not any((output / name).exists() for name in RESULTS)
+    ):
         return
     if resumed not in (None, "latest") and Path(resumed).resolve().parent == output.resolve():
         return
@@ -159,7 +273,13 @@ def require_unused(args: argparse.Namespace, output: Path) -> None:
 
 
 RESULTS = ("model_index.json", LORA_NAME)
-WRITTEN = ("checkpoint-*.pt", "losses.jsonl", "previews/step_*.png", *RESULTS)  # what tells that a folder holds a run
+# what tells that a folder holds a run
+WRITTEN = (
+    "checkpoint-*.pt",
+    "losses.jsonl",
+    "previews/step_*.png",
+    *RESULTS,
+)
 
 
 def begin_anew(output: Path) -> None:
@@ -173,7 +293,9 @@ def schedule_of_pipeline(args: argparse.Namespace) -> NoiseSchedule:
     source = args.pretrained_model_name_or_path
     if Path(source).is_dir():
         return NoiseSchedule.from_pretrained(source, subfolder="scheduler")
-    config = diffusers.DDPMScheduler.load_config(source, subfolder="scheduler", revision=args.revision)
+    config = diffusers.DDPMScheduler.load_config(
+        source, subfolder="scheduler", revision=args.revision
+    )
     return NoiseSchedule.from_diffusers(config[0] if isinstance(config, tuple) else config)
 
 
@@ -212,13 +334,16 @@ class Captioned(Dataset[dict[str, Any]]):
         }
 
     def _draw(self, *counters: int) -> float:
-        return torch.rand((), generator=seeded(torch.Generator(), self.args.seed, self.epoch, *counters)).item()
+        return torch.rand(
+            (), generator=seeded(torch.Generator(), self.args.seed, self.epoch, *counters)
+        ).item()
 
     def _pixels(self, image: Image.Image, left: float, top: float, flip: float) -> Tensor:
         size = self.args.resolution
         scale = size / min(image.size)
         image = image.resize(
-            (max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.Resampling.LANCZOS
+            (max(size, round(image.width * scale)), max(size, round(image.height * scale))),
+            Image.Resampling.LANCZOS,
         )
         if self.args.center_crop:
             left = top = 0.5
@@ -230,7 +355,10 @@ class Captioned(Dataset[dict[str, Any]]):
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return {"pixels": torch.stack([row["pixels"] for row in rows]), "captions": [row["caption"] for row in rows]}
+    return {
+        "pixels": torch.stack([row["pixels"] for row in rows]),
+        "captions": [row["caption"] for row in rows],
+    }
 
 
 # -- models ----------------------------------------------------------------------------------------------------------------
@@ -243,7 +371,9 @@ class Objective(nn.Module):
         super().__init__()
         self.unet, self.noising = unet, noising
 
-    def forward(self, latents: Tensor, text: Tensor, step: int, index: Sequence[int], total: int) -> Tensor:
+    def forward(
+        self, latents: Tensor, text: Tensor, step: int, index: Sequence[int], total: int
+    ) -> Tensor:
         noised = self.noising(latents, step=step, index=index, total=total)
         return noised.loss(self.unet(noised.x, noised.timesteps, encoder_hidden_states=text))
 
@@ -262,7 +392,9 @@ class Models:
         of_unet = dtype if args.rank else torch.float32  # weights that are trained stay in float32
         self.pipeline = load_pipeline(args, torch_dtype={"unet": of_unet, "default": dtype})
         lacking = [
-            name for name in ("unet", "vae", "text_encoder", "tokenizer") if getattr(self.pipeline, name, None) is None
+            name
+            for name in ("unet", "vae", "text_encoder", "tokenizer")
+            if getattr(self.pipeline, name, None) is None
         ]
         if lacking or getattr(self.pipeline, "text_encoder_2", None) is not None:
             raise ValueError(
@@ -279,7 +411,10 @@ class Models:
             self.unet.requires_grad_(False)
             self.unet.add_adapter(
                 LoraConfig(
-                    r=args.rank, lora_alpha=args.rank, init_lora_weights="gaussian", target_modules=_LORA_TARGETS
+                    r=args.rank,
+                    lora_alpha=args.rank,
+                    init_lora_weights="gaussian",
+                    target_modules=_LORA_TARGETS,
                 )
             )
             cast_training_params(self.unet, torch.float32)
@@ -330,7 +465,9 @@ def trained_state(objective: nn.Module) -> dict[str, Tensor]:
     learned = {name for name, parameter in objective.named_parameters() if parameter.requires_grad}
     # what a noising remembers (loss history, learned weights) belongs to the run as well
     return {
-        name: value for name, value in objective.state_dict().items() if name in learned or name.startswith("noising.")
+        name: value
+        for name, value in objective.state_dict().items()
+        if name in learned or name.startswith("noising.")
     }
 
 
@@ -350,7 +487,9 @@ def save_checkpoint(path: Path, parts: dict[str, Any], keep: int) -> None:
 def set_aside(output: Path, step: int) -> list[Path]:
     """Rename the checkpoints of later steps, which a run that goes on from ``step`` leaves behind; return their new names."""
     later = [path for path in checkpoints(output) if path.name > f"checkpoint-{step:07d}.pt"]
-    return [path.replace(path.with_name(path.name.replace("checkpoint", "replaced"))) for path in later]
+    return [
+        path.replace(path.with_name(path.name.replace("checkpoint", "replaced"))) for path in later
+    ]
 
 
 def find_checkpoint(plan: Plan) -> Path | None:
@@ -358,7 +497,9 @@ def find_checkpoint(plan: Plan) -> Path | None:
     if wanted == "latest":
         return max(checkpoints(plan.output), default=None)
     if wanted is not None and not Path(wanted).is_file():
-        raise FileNotFoundError(f"no checkpoint at {wanted!r}; there are {[str(p) for p in checkpoints(plan.output)]}")
+        raise FileNotFoundError(
+            f"no checkpoint at {wanted!r}; there are {[str(p) for p in checkpoints(plan.output)]}"
+        )
     return Path(wanted) if wanted is not None else None
 
 
@@ -377,8 +518,13 @@ class Run:
         learned = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         statistics = list(plan.noising.parameters())  # of the loss: decay would bias them
         kept = set(statistics)
-        groups = [{"params": [p for p in learned if p not in kept]}, {"params": statistics, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=args.learning_rate)
+        groups = [
+            {"params": [p for p in learned if p not in kept]},
+            {"params": statistics, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=args.learning_rate
+        )
         loader = DataLoader(
             self.data,
             args.train_batch_size,
@@ -388,7 +534,9 @@ class Run:
             num_workers=args.dataloader_num_workers,
             generator=torch.Generator().manual_seed(args.seed),
         )
-        self.objective, self.optimizer, self.loader = accelerator.prepare(objective, optimizer, loader)
+        self.objective, self.optimizer, self.loader = accelerator.prepare(
+            objective, optimizer, loader
+        )
         self.learned = learned
         self.schedule = get_scheduler(
             args.lr_scheduler,
@@ -412,7 +560,9 @@ class Run:
                 "objective": trained_state(self.accelerator.unwrap_model(self.objective)),
                 "optimizer": self.optimizer.optimizer.state_dict(),
                 "lr_scheduler": self.schedule.state_dict(),
-                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+                "scaler": self.accelerator.scaler.state_dict()
+                if self.accelerator.scaler is not None
+                else None,
                 "ema": self.ema.state_dict() if self.ema is not None else None,
             }
             path = self.plan.output / f"checkpoint-{self.place.step:07d}.pt"
@@ -430,7 +580,9 @@ class Run:
             raise ValueError(
                 f"{str(path)!r} was trained {'with' if parts['ema'] else 'without'} --use_ema; do the same here"
             )
-        self.accelerator.unwrap_model(self.objective).load_state_dict(parts["objective"], strict=False)
+        self.accelerator.unwrap_model(self.objective).load_state_dict(
+            parts["objective"], strict=False
+        )
         self.optimizer.optimizer.load_state_dict(parts["optimizer"])
         self.schedule.load_state_dict(parts["lr_scheduler"])
         if self.accelerator.scaler is not None:
@@ -443,9 +595,13 @@ class Run:
     def say_where_it_goes_on(self, path: Path) -> None:
         self.accelerator.print(f"going on from {str(path)!r} at step {self.place.step}")
         self.accelerator.wait_for_everyone()  # all have read it
-        aside = set_aside(self.plan.output, self.place.step) if self.accelerator.is_main_process else []
+        aside = (
+            set_aside(self.plan.output, self.place.step) if self.accelerator.is_main_process else []
+        )
         if aside:
-            self.accelerator.print(f"later checkpoints are set aside: {', '.join(path.name for path in aside)}")
+            self.accelerator.print(
+                f"later checkpoints are set aside: {', '.join(path.name for path in aside)}"
+            )
 
     # -- training ------------------------------------------------------------------------------------------------------------
 
@@ -453,7 +609,9 @@ class Run:
         """Train to --max_train_steps, with checkpoints and previews on the way."""
         self._forget_later_losses()
         bar = tqdm(
-            total=self.args.max_train_steps, initial=self.place.step, disable=not self.accelerator.is_main_process
+            total=self.args.max_train_steps,
+            initial=self.place.step,
+            disable=not self.accelerator.is_main_process,
         )
         while self.place.step < self.args.max_train_steps:
             micro_batch, losses = 0, []
@@ -511,7 +669,9 @@ class Run:
                 file.write(json.dumps({"step": step, "loss": value, "lr": rate}) + "\n")
         if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
             self.save()
-        if args.validation_prompts and (step % args.validation_steps == 0 or step == args.max_train_steps):
+        if args.validation_prompts and (
+            step % args.validation_steps == 0 or step == args.max_train_steps
+        ):
             self.preview()
 
     @property
@@ -521,7 +681,11 @@ class Run:
     def _forget_later_losses(self) -> None:
         """Drop the losses of steps after the checkpoint, which are trained again, and what a kill left of a line."""
         if self.accelerator.is_main_process and self._losses.is_file():
-            lines = [line for line in self._losses.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            lines = [
+                line
+                for line in self._losses.read_text(encoding="utf-8").splitlines()
+                if line.endswith("}")
+            ]
             kept = [line for line in lines if json.loads(line)["step"] <= self.place.step]
             write_atomically(self._losses, "".join(f"{line}\n" for line in kept))
 
@@ -543,8 +707,11 @@ class Run:
     def preview(self) -> None:
         """Draw the prompts, each from its own seed, on all processes, with the sampler of the training schedule."""
         prompts, count = self.args.validation_prompts, self.accelerator.num_processes
-        share = math.ceil(len(prompts) / count)  # the same number on each process; what is drawn twice is dropped
-        mine = [min(self.accelerator.process_index * share + k, len(prompts) - 1) for k in range(share)]
+        # the same number on each process; what is drawn twice is dropped
+        share = math.ceil(len(prompts) / count)
+        mine = [
+            min(self.accelerator.process_index * share + k, len(prompts) - 1) for k in range(share)
+        ]
         unet, was_training = self.models.unet, self.models.unet.training
         unet.eval()
         try:
@@ -555,7 +722,9 @@ class Run:
         pixels = self.accelerator.gather(torch.stack(images))[: len(prompts)]
         if self.accelerator.is_main_process:
             grid = image_grid(pixels.cpu())
-            write_atomically(self.plan.output / "previews" / f"step_{self.place.step:07d}.png", png_bytes(grid))
+            write_atomically(
+                self.plan.output / "previews" / f"step_{self.place.step:07d}.png", png_bytes(grid)
+            )
 
     def _draw(self, prompt: str, seed: int) -> Tensor:
         conditioning, unconditional = (
@@ -618,8 +787,14 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         project_dir=str(plan.output),
         step_scheduler_with_optimizer=False,
     )
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise ValueError(f"this script trains on one process or with DDP, not with {accelerator.distributed_type}")
+    if accelerator.distributed_type not in (
+        DistributedType.NO,
+        DistributedType.MULTI_GPU,
+        DistributedType.MULTI_CPU,
+    ):
+        raise ValueError(
+            f"this script trains on one process or with DDP, not with {accelerator.distributed_type}"
+        )
     set_seed(args.seed)  # of the LoRA's first weights; training draws from counters
     accelerator.init_trackers("finetune_text_to_image")
     if args.overwrite_output_dir and accelerator.is_main_process:

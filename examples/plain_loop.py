@@ -25,8 +25,12 @@ def squares(count: int, seed: int) -> Tensor:
 
 def main(arguments: list[str] | None = None) -> float:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/plain"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=400, help="optimizer steps (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/plain"), help="(default: %(default)s)"
+    )
     args = parser.parse_args(arguments)
 
     schedule = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
@@ -51,7 +55,8 @@ def main(arguments: list[str] | None = None) -> float:
 
     sampler = Sampler(schedule, "DPM++ 2M", steps=20)
     save_grid(sampler(network.eval(), (16, 1, 16, 16), seeds=range(16)), args.out / "squares.png")
-    schedule.save_pretrained(args.out / "scheduler", sampler=sampler, nearest=True)  # says what differs
+    # says what differs
+    schedule.save_pretrained(args.out / "scheduler", sampler=sampler, nearest=True)
     return loss.item()
 
 

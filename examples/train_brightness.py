@@ -33,7 +33,13 @@ from alphabar.callbacks import EMA, ScheduleCheckpoint, ValidationSampling
 from alphabar.noising import NoiseSchedule, Noising
 from alphabar.noising.utils.atomic import require_writable, write_atomically
 from alphabar.sampling import Sampler
-from alphabar.training import Constant, DiffusionModule, add_noising_arguments, load_checkpoint, noising_from_arguments
+from alphabar.training import (
+    Constant,
+    DiffusionModule,
+    add_noising_arguments,
+    load_checkpoint,
+    noising_from_arguments,
+)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -49,23 +55,43 @@ class Setting:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_noising_arguments(parser)
     parser.add_argument(
         "--data",
         default=None,
         help="a folder of images to train on instead of the discs (no plot of the latter's brightness)",
     )
-    parser.add_argument("--channels", type=int, default=1, choices=[1, 3], help="grey or RGB (default: grey)")
-    parser.add_argument("--out", default="runs/brightness", help="where everything is written (default: %(default)s)")
-    parser.add_argument("--max_steps", type=int, default=500, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=32, help="images in a step (default: %(default)s)")
     parser.add_argument(
-        "--num_samples", type=int, default=256, help="samples whose brightness is measured (default: %(default)s)"
+        "--channels", type=int, default=1, choices=[1, 3], help="grey or RGB (default: grey)"
     )
-    parser.add_argument("--sampling_steps", type=int, default=20, help="steps of the sampler (default: %(default)s)")
     parser.add_argument(
-        "--preview_every", type=int, default=100, help="optimizer steps between previews (default: %(default)s)"
+        "--out",
+        default="runs/brightness",
+        help="where everything is written (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max_steps", type=int, default=500, help="optimizer steps (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=32, help="images in a step (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num_samples",
+        type=int,
+        default=256,
+        help="samples whose brightness is measured (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sampling_steps", type=int, default=20, help="steps of the sampler (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--preview_every",
+        type=int,
+        default=100,
+        help="optimizer steps between previews (default: %(default)s)",
     )
     parser.add_argument(
         "--spacing",
@@ -74,9 +100,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="grid of the sampler (default: %(default)s)",
     )
     parser.add_argument(
-        "--compare", action="store_true", help="also train the ordinary setting: epsilon, no rescale, leading spacing"
+        "--compare",
+        action="store_true",
+        help="also train the ordinary setting: epsilon, no rescale, leading spacing",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of data, weights and noise (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of data, weights and noise (default: %(default)s)"
+    )
     return parser.parse_args(arguments)
 
 
@@ -94,24 +124,32 @@ def discs(count: int, seed: int, channels: int, size: int = 32) -> datasets.Data
     inside = (x - centre[0]) ** 2 + (y - centre[1]) ** 2 < radius**2
     images = np.where(inside, disc, ground).astype(np.float32)[:, None].repeat(channels, 1)
     shape = datasets.Array3D(images.shape[1:], "float32")
-    return datasets.Dataset.from_dict({"images": images}, features=datasets.Features({"images": shape})).with_format(
-        "torch"
-    )
+    return datasets.Dataset.from_dict(
+        {"images": images}, features=datasets.Features({"images": shape})
+    ).with_format("torch")
 
 
 def folder_images(folder: str, channels: int, cache: Path, size: int = 32) -> datasets.Dataset:
     """Read any folder of images, resized to size x size, in [-1, 1]."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"no folder of images at {folder!r}")
-    found = datasets.load_dataset("imagefolder", data_dir=folder, split="train", cache_dir=str(cache))
+    found = datasets.load_dataset(
+        "imagefolder", data_dir=folder, split="train", cache_dir=str(cache)
+    )
 
     def prepare(batch: dict[str, list[Any]]) -> dict[str, list[Tensor]]:
         pixels = [
-            np.array(image.convert("L" if channels == 1 else "RGB").resize((size, size)), dtype=np.float32)
+            np.array(
+                image.convert("L" if channels == 1 else "RGB").resize((size, size)),
+                dtype=np.float32,
+            )
             for image in batch["image"]
         ]
         return {
-            "images": [torch.from_numpy(p / 127.5 - 1).reshape(size, size, channels).permute(2, 0, 1) for p in pixels]
+            "images": [
+                torch.from_numpy(p / 127.5 - 1).reshape(size, size, channels).permute(2, 0, 1)
+                for p in pixels
+            ]
         }
 
     return found.with_transform(prepare)
@@ -130,7 +168,15 @@ def load_data(args: argparse.Namespace) -> tuple[datasets.Dataset, datasets.Data
 # -- one folder, one run ---------------------------------------------------------------------------------------------------
 
 FLAGS = "flags.json"  # what the folder was trained with
-NOT_TRAINING = {"out", "max_steps", "num_samples", "sampling_steps", "preview_every", "spacing", "compare"}
+NOT_TRAINING = {
+    "out",
+    "max_steps",
+    "num_samples",
+    "sampling_steps",
+    "preview_every",
+    "spacing",
+    "compare",
+}
 
 
 def require_same_run(args: argparse.Namespace, out: Path) -> None:
@@ -139,12 +185,20 @@ def require_same_run(args: argparse.Namespace, out: Path) -> None:
     own = json.loads(json.dumps(own, default=str))
     if (out / FLAGS).is_file():
         before = json.loads((out / FLAGS).read_text(encoding="utf-8"))
-        names = sorted(name for name in own.keys() | before.keys() if own.get(name) != before.get(name))
+        names = sorted(
+            name for name in own.keys() | before.keys() if own.get(name) != before.get(name)
+        )
         if names:
-            then, now = (", ".join(f"{name}={run.get(name)}" for name in names) for run in (before, own))
-            raise ValueError(f"{str(out)!r} was trained with {then}, and this run has {now}; give another --out")
+            then, now = (
+                ", ".join(f"{name}={run.get(name)}" for name in names) for run in (before, own)
+            )
+            raise ValueError(
+                f"{str(out)!r} was trained with {then}, and this run has {now}; give another --out"
+            )
     elif (out / "brightness.ckpt").is_file():
-        raise ValueError(f"{str(out)!r} holds a checkpoint and no {FLAGS} that says its flags; give another --out")
+        raise ValueError(
+            f"{str(out)!r} holds a checkpoint and no {FLAGS} that says its flags; give another --out"
+        )
     write_atomically(out / FLAGS, json.dumps(own, indent=2) + "\n")
 
 
@@ -177,7 +231,10 @@ def train(setting: Setting, args: argparse.Namespace, out: Path) -> Path:
         folder=out / "previews",
     )
     checkpoints = ModelCheckpoint(
-        out, filename="brightness", every_n_train_steps=min(100, args.max_steps), enable_version_counter=False
+        out,
+        filename="brightness",
+        every_n_train_steps=min(100, args.max_steps),
+        enable_version_counter=False,
     )
     trainer = Trainer(
         accelerator="cpu",
@@ -192,7 +249,12 @@ def train(setting: Setting, args: argparse.Namespace, out: Path) -> Path:
     checkpoint = out / "brightness.ckpt"
     trainer.fit(
         DiffusionModule(make_network(args.channels), setting.noising, learning_rate=5e-4),
-        DataLoader(cast(Any, training), args.batch_size, shuffle=True, drop_last=len(training) > args.batch_size),
+        DataLoader(
+            cast(Any, training),
+            args.batch_size,
+            shuffle=True,
+            drop_last=len(training) > args.batch_size,
+        ),
         DataLoader(cast(Any, validation), args.batch_size),
         ckpt_path=checkpoint if checkpoint.exists() else None,
     )
@@ -227,11 +289,19 @@ def data_images(args: argparse.Namespace) -> Tensor:
 def report(data: Tensor, samples: dict[str, Tensor], out: Path) -> dict[str, float]:
     """Print the table, draw the plot, and return the ratio of the spreads for each setting."""
     spread = brightness(data).std().item()
-    rows = {"data": brightness(data)} | {name: brightness(images) for name, images in samples.items()}
-    print(f"\nmean brightness of an image   {'spread':>8} {'/ data':>8} {'darkest':>8} {'lightest':>8}")
+    rows = {"data": brightness(data)} | {
+        name: brightness(images) for name, images in samples.items()
+    }
+    print(
+        f"\nmean brightness of an image   {'spread':>8} {'/ data':>8} {'darkest':>8} {'lightest':>8}"
+    )
     for name, values in rows.items():
-        print(f"{name:<29} {values.std():8.3f} {values.std() / spread:8.2f} {values.min():8.2f} {values.max():8.2f}")
-    figure, axes = plt.subplots(1, len(rows), figsize=(4 * len(rows), 3), sharey=True, squeeze=False)
+        print(
+            f"{name:<29} {values.std():8.3f} {values.std() / spread:8.2f} {values.min():8.2f} {values.max():8.2f}"
+        )
+    figure, axes = plt.subplots(
+        1, len(rows), figsize=(4 * len(rows), 3), sharey=True, squeeze=False
+    )
     for axis, (name, values) in zip(axes[0], rows.items(), strict=True):
         axis.hist(values.numpy(), bins=24, range=(-1, 1), density=True, color="0.3")
         axis.set(title=name, xlabel="mean brightness (-1 black, 1 white)")
@@ -264,7 +334,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         samples[setting.name] = draw(train(setting, args, folder), setting, args)
     ratios = report(data_images(args), samples, out)
     write_atomically(out / "brightness.json", json.dumps(ratios, indent=2) + "\n")
-    print(f"\nIn {out}: previews/, brightness.ckpt, scheduler/scheduler_config.json, brightness.png, tensorboard/")
+    print(
+        f"\nIn {out}: previews/, brightness.ckpt, scheduler/scheduler_config.json, brightness.png, tensorboard/"
+    )
     return ratios
 
 

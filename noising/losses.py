@@ -133,7 +133,9 @@ class ThresholdLoss(Loss):
 
 def _given(threshold: Tensor | None) -> Tensor:
     if threshold is None:
-        raise ValueError("this loss needs a threshold; give what its threshold(sigma_ve, fraction) returns")
+        raise ValueError(
+            "this loss needs a threshold; give what its threshold(sigma_ve, fraction) returns"
+        )
     return threshold
 
 
@@ -153,7 +155,8 @@ class Huber(ThresholdLoss):
     def __call__(self, error: Tensor, threshold: Tensor | None) -> Tensor:
         c, d = _given(threshold), error.abs()
         within = torch.minimum(d, c)
-        return within * (d - 0.5 * within)  # d²/2 where d <= c, c (d - c/2) above: one form, without a branch
+        # d²/2 where d <= c, c (d - c/2) above: one form, without a branch
+        return within * (d - 0.5 * within)
 
 
 @LOSSES.register
@@ -200,7 +203,9 @@ def resolve_loss(loss: str | Loss) -> Loss:
     return loss if isinstance(loss, Loss) else make_item(loss, LOSSES)
 
 
-def mean_of_samples(errors: Tensor, mask: Tensor | None, over: Over = "all") -> tuple[Tensor, Tensor | None]:
+def mean_of_samples(
+    errors: Tensor, mask: Tensor | None, over: Over = "all"
+) -> tuple[Tensor, Tensor | None]:
     """Return each sample's mean of ``errors``, masked, and the share of the sample that the mean counts (None: all of it).
 
     ``errors``: shape (batch, ...). ``mask``: weights in [0, 1] (or bool) that broadcast to it, e.g. (batch, 1, h, w), of as many
@@ -226,7 +231,9 @@ def mean_of_samples(errors: Tensor, mask: Tensor | None, over: Over = "all") -> 
 
 
 def _check_mask(mask: Tensor, like: Tensor) -> None:
-    fits = mask.ndim == like.ndim and all(m in (1, n) for m, n in zip(mask.shape, like.shape, strict=True))
+    fits = mask.ndim == like.ndim and all(
+        m in (1, n) for m, n in zip(mask.shape, like.shape, strict=True)
+    )
     if not fits:
         raise ValueError(
             f"the mask must broadcast to the target, {tuple(like.shape)}, with as many axes, got {tuple(mask.shape)}; "

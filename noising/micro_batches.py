@@ -56,17 +56,26 @@ class Step:
         for name in ("step", "micro_batch", "accumulate", "rank", "world_size", "total"):
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, require_integer(name, value, f"write int({name}) where it is whole"))
-        micro_batch, accumulate = self.micro_batch or 0, 1 if self.accumulate is None else self.accumulate
+                object.__setattr__(
+                    self, name, require_integer(name, value, f"write int({name}) where it is whole")
+                )
+        micro_batch, accumulate = (
+            self.micro_batch or 0,
+            1 if self.accumulate is None else self.accumulate,
+        )
         if not 0 <= self.rank < self.world_size or not 0 <= micro_batch < accumulate:
             raise ValueError(
                 f"need 0 <= rank < world_size and 0 <= micro_batch < accumulate, got rank {self.rank} of {self.world_size} and "
                 f"micro_batch {micro_batch} of {accumulate}; give the numbers of the whole optimizer step"
             )
         if self.total is not None and self.total < 1:
-            raise ValueError(f"total must be at least 1, the samples of the whole optimizer step, got {self.total}")
+            raise ValueError(
+                f"total must be at least 1, the samples of the whole optimizer step, got {self.total}"
+            )
         if self.index is not None and self.micro_batch is not None:
-            raise ValueError("index already says where each sample lies in the optimizer step; leave micro_batch out")
+            raise ValueError(
+                "index already says where each sample lies in the optimizer step; leave micro_batch out"
+            )
 
 
 class _Done(NamedTuple):
@@ -89,7 +98,8 @@ class MicroBatches:
 
     def __init__(self) -> None:
         self._step: int | None = None
-        self._done: dict[tuple[int, int], _Done] = {}  # by (rank, world_size): one process may stand for several
+        # by (rank, world_size): one process may stand for several
+        self._done: dict[tuple[int, int], _Done] = {}
 
     def take(self, batch: int, step: Step, *, counted: bool) -> Place:
         """Return the place of the next ``batch`` samples, and count them where ``counted``.
@@ -98,9 +108,12 @@ class MicroBatches:
         """
         if step.index is not None:
             return Place(_given(step.index, batch), _total(step, batch))
-        if torch.compiler.is_compiling():  # a count in the graph would be compiled anew for each number
+        # a count in the graph would be compiled anew for each number
+        if torch.compiler.is_compiling():
             if step.micro_batch is None and step.accumulate not in (None, 1):
-                raise ValueError("a compiled call cannot count micro-batches; give micro_batch with accumulate")
+                raise ValueError(
+                    "a compiled call cannot count micro-batches; give micro_batch with accumulate"
+                )
             counted = False
         if not counted:
             return _strided((step.micro_batch or 0) * batch, batch, step, batch)
@@ -135,7 +148,9 @@ def _next(calls: int, step: Step) -> int:
 
 def _strided(start: int, batch: int, step: Step, size: int) -> Place:
     """Return the place of the samples after ``start`` where each rank takes every world_size-th."""
-    return Place([(start + k) * step.world_size + step.rank for k in range(batch)], _total(step, size))
+    return Place(
+        [(start + k) * step.world_size + step.rank for k in range(batch)], _total(step, size)
+    )
 
 
 def _total(step: Step, size: int) -> int:
@@ -145,10 +160,18 @@ def _total(step: Step, size: int) -> int:
 
 
 def _given(index: Sequence[int] | Tensor, batch: int) -> list[int]:
-    values: Any = cast(Any, index).tolist() if hasattr(index, "tolist") else list(index)  # a tensor, or an array of numpy
+    # a tensor, or an array of numpy
+    values: Any = cast(Any, index).tolist() if hasattr(index, "tolist") else list(index)
     if not isinstance(values, list) or len(values) != batch:
-        raise ValueError(f"index must have shape ({batch},), a global index for each sample, got {index!r}")
-    values = [require_integer("an index", value, "count the samples of the whole optimizer step") for value in values]
+        raise ValueError(
+            f"index must have shape ({batch},), a global index for each sample, got {index!r}"
+        )
+    values = [
+        require_integer("an index", value, "count the samples of the whole optimizer step")
+        for value in values
+    ]
     if min(values) < 0:
-        raise ValueError(f"a global index must be at least 0, got {min(values)}; count the samples of the optimizer step")
+        raise ValueError(
+            f"a global index must be at least 0, got {min(values)}; count the samples of the optimizer step"
+        )
     return values

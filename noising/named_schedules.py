@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor
 
 from .curves.base import Curve
-from .curves.continuous import Cosine, Flow, Karras, SubVariancePreserving, VarianceExploding, VariancePreserving
+from .curves.continuous import (
+    Cosine,
+    Flow,
+    Karras,
+    SubVariancePreserving,
+    VarianceExploding,
+    VariancePreserving,
+)
 from .curves.discrete import Discrete
 from .prediction import KarrasF, Prediction
 
@@ -25,7 +32,9 @@ class Constructors:
 
     if TYPE_CHECKING:
 
-        def __init__(self, curve: Curve, prediction: str | Mapping[str, Any] | Prediction = ...) -> None: ...
+        def __init__(
+            self, curve: Curve, prediction: str | Mapping[str, Any] | Prediction = ...
+        ) -> None: ...
 
     @classmethod
     def linear(
@@ -61,7 +70,9 @@ class Constructors:
         return cls(Discrete("scaled_linear", beta_start, beta_end, num_train_timesteps), prediction)
 
     @classmethod
-    def squaredcos_cap_v2(cls: type[S], num_train_timesteps: int = 1000, prediction: str | Prediction = "epsilon") -> S:
+    def squaredcos_cap_v2(
+        cls: type[S], num_train_timesteps: int = 1000, prediction: str | Prediction = "epsilon"
+    ) -> S:
         """Return the cosine schedule (Nichol & Dhariwal 2102.09672, eq. 17).
 
         >>> import torch
@@ -88,7 +99,9 @@ class Constructors:
         return cls(Discrete("sigmoid", beta_start, beta_end, num_train_timesteps), prediction)
 
     @classmethod
-    def laplace(cls: type[S], num_train_timesteps: int = 1000, prediction: str | Prediction = "epsilon") -> S:
+    def laplace(
+        cls: type[S], num_train_timesteps: int = 1000, prediction: str | Prediction = "epsilon"
+    ) -> S:
         """Return the Laplace schedule, most of whose times lie near log SNR 0 (Hang et al. 2407.03297; μ = 0, b = 1/2).
 
         The schedule of that name in diffusers has α where α² is meant: it is ``Discrete("laplace_diffusers")``, and what
@@ -103,7 +116,9 @@ class Constructors:
         return cls(Discrete("laplace", 0.0001, 0.02, num_train_timesteps), prediction)
 
     @classmethod
-    def exp(cls: type[S], num_train_timesteps: int = 1000, prediction: str | Prediction = "epsilon") -> S:
+    def exp(
+        cls: type[S], num_train_timesteps: int = 1000, prediction: str | Prediction = "epsilon"
+    ) -> S:
         """Return the schedule ᾱ(t) = e^(-12 t), whose betas are all the same.
 
         >>> from alphabar.noising import NoiseSchedule
@@ -113,7 +128,9 @@ class Constructors:
         return cls(Discrete("exp", 0.0001, 0.02, num_train_timesteps), prediction)
 
     @classmethod
-    def from_betas(cls: type[S], betas: Sequence[float] | Tensor, prediction: str | Prediction = "epsilon") -> S:
+    def from_betas(
+        cls: type[S], betas: Sequence[float] | Tensor, prediction: str | Prediction = "epsilon"
+    ) -> S:
         """Return the schedule of T given betas, each in (0, 1]; only the last may be 1.
 
         >>> from alphabar.noising import NoiseSchedule
@@ -158,7 +175,10 @@ class Constructors:
 
     @classmethod
     def variance_preserving(
-        cls: type[S], beta_min: float = 0.1, beta_max: float = 20.0, prediction: str | Prediction = "epsilon"
+        cls: type[S],
+        beta_min: float = 0.1,
+        beta_max: float = 20.0,
+        prediction: str | Prediction = "epsilon",
     ) -> S:
         """Return the VP SDE's schedule in continuous time (Song et al. 2011.13456, eq. 33).
 
@@ -170,7 +190,10 @@ class Constructors:
 
     @classmethod
     def sub_variance_preserving(
-        cls: type[S], beta_min: float = 0.1, beta_max: float = 20.0, prediction: str | Prediction = "epsilon"
+        cls: type[S],
+        beta_min: float = 0.1,
+        beta_max: float = 20.0,
+        prediction: str | Prediction = "epsilon",
     ) -> S:
         """Return the sub-VP SDE's schedule in continuous time (Song et al. 2011.13456, eq. 29).
 
@@ -182,7 +205,10 @@ class Constructors:
 
     @classmethod
     def variance_exploding(
-        cls: type[S], sigma_min: float = 0.01, sigma_max: float = 1348.0, prediction: str | Prediction = "score"
+        cls: type[S],
+        sigma_min: float = 0.01,
+        sigma_max: float = 1348.0,
+        prediction: str | Prediction = "score",
     ) -> S:
         """Return the VE SDE's schedule in continuous time (Song et al. 2011.13456, eq. 30).
 
@@ -193,7 +219,9 @@ class Constructors:
         return cls(VarianceExploding(sigma_min=sigma_min, sigma_max=sigma_max), prediction)
 
     @classmethod
-    def cosine(cls: type[S], log_snr_shift: float = 0.0, prediction: str | Prediction = "v_prediction") -> S:
+    def cosine(
+        cls: type[S], log_snr_shift: float = 0.0, prediction: str | Prediction = "v_prediction"
+    ) -> S:
         """Return the continuous cosine schedule with a log-SNR shift (2202.00512; 2301.11093, eq. 4).
 
         >>> from alphabar.noising import NoiseSchedule

@@ -145,7 +145,9 @@ class AdaptiveOffset(Noise):
         _require_strength("noise offset", self.strength, "0.05 to 0.1 are usual")
         _require_probability(self.probability)
         if not abs(self.scale) < float("inf"):
-            raise ValueError(f"the scale of an adaptive noise offset must be finite, got {self.scale}")
+            raise ValueError(
+                f"the scale of an adaptive noise offset must be finite, got {self.scale}"
+            )
 
     def draw(self, shape: tuple[int, ...], draws: Draws) -> Tensor:
         """Return ξ of each channel, and below them, where the strength is random, the share of it that is drawn."""
@@ -193,18 +195,26 @@ class Pyramid(Noise):
     def draw(self, shape: tuple[int, ...], draws: Draws) -> Tensor:
         """Return what is added to ε, and below its channels the factor that makes the variance of the sum 1."""
         if len(shape) < 2:
-            raise ValueError(f"pyramid noise needs samples with axes beside the channels, got shape {shape}")
+            raise ValueError(
+                f"pyramid noise needs samples with axes beside the channels, got shape {shape}"
+            )
         batch, axes, device = draws.batch, len(shape) - 1, draws.device
         total = torch.zeros(batch, *shape, device=device, dtype=torch.float32)
         variance = torch.ones(batch, *shape[1:], device=device, dtype=torch.float32)
         unfinished = torch.ones(batch, dtype=torch.bool, device=device)
         for i in range(self.iterations):
-            r, power = 2 + 2 * draws.uniform(), torch.ones(batch, device=device, dtype=torch.float32)
+            r, power = (
+                2 + 2 * draws.uniform(),
+                torch.ones(batch, device=device, dtype=torch.float32),
+            )
             for _ in range(i):
                 power = power * r  # pow() rounds by the place in the batch
             # each sample has a grid of its own inside the largest, which r >= 2 bounds
             octave = draws.normal(shape[0], *(max(1, n >> i) for n in shape[1:]))
-            spread, last = torch.ones(batch, *[1] * axes, device=device, dtype=torch.float32), torch.zeros_like(unfinished)
+            spread, last = (
+                torch.ones(batch, *[1] * axes, device=device, dtype=torch.float32),
+                torch.zeros_like(unfinished),
+            )
             for axis, n in enumerate(shape[1:]):
                 grid = (n / power).long().clamp(min=1)
                 below, above, part = _enlargement(grid, n)
@@ -242,7 +252,9 @@ class InputPerturbation(Noise):
     def __post_init__(self) -> None:
         _require_strength("input perturbation", self.strength, "the paper uses 0.1")
         if self.decay_steps is not None and self.decay_steps < 1:
-            raise ValueError(f"decay_steps of an input perturbation must be at least 1, got {self.decay_steps}")
+            raise ValueError(
+                f"decay_steps of an input perturbation must be at least 1, got {self.decay_steps}"
+            )
 
     @property
     def changes_target(self) -> bool:
@@ -285,7 +297,9 @@ class Immiscible(Noise):
         # by differences: by products the distances, which differ little in many dimensions, would lose their digits
         exact = "donot_use_mm_for_euclid_dist"
         with torch.no_grad():
-            distance = torch.cdist(x0.to(noise.dtype).flatten(1), noise.flatten(1), compute_mode=exact)
+            distance = torch.cdist(
+                x0.to(noise.dtype).flatten(1), noise.flatten(1), compute_mode=exact
+            )
         _, chosen = linear_sum_assignment(distance.cpu().numpy())
         return noise[torch.as_tensor(chosen).to(noise.device)]
 
@@ -306,11 +320,17 @@ class Chain:
     def __post_init__(self) -> None:
         wrong = [type(one).__name__ for one in self.kinds if not isinstance(one, Noise | Chain)]
         if wrong:
-            raise TypeError(f"a chain of noises is of Noise objects, got {wrong[0]}; names go to Noising(noise=[...])")
+            raise TypeError(
+                f"a chain of noises is of Noise objects, got {wrong[0]}; names go to Noising(noise=[...])"
+            )
         kinds = [kind for one in self.kinds for kind in one.kinds]
         if not kinds:
-            raise ValueError("a chain of noises needs at least one kind; e.g. ['offset', 'input_perturbation']")
-        object.__setattr__(self, "kinds", tuple(sorted(kinds, key=lambda kind: not kind.changes_target)))
+            raise ValueError(
+                "a chain of noises needs at least one kind; e.g. ['offset', 'input_perturbation']"
+            )
+        object.__setattr__(
+            self, "kinds", tuple(sorted(kinds, key=lambda kind: not kind.changes_target))
+        )
 
     @property
     def name(self) -> str:
@@ -347,7 +367,9 @@ def draw_kinds(
     )
 
 
-def apply_kinds(kinds: Sequence[Noise], noise: Tensor, parts: Sequence[Tensor], x0: Tensor) -> tuple[Tensor, Tensor]:
+def apply_kinds(
+    kinds: Sequence[Noise], noise: Tensor, parts: Sequence[Tensor], x0: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return (ε_y, ε_x), the noise of the target and the noise of x_t; ``noise`` is the plain ε, shape of ``x0``.
 
     >>> from alphabar.noising import InputPerturbation
@@ -393,7 +415,9 @@ def _per_channel(shape: tuple[int, ...], draws: Draws) -> Tensor:
 
 def _require_probability(probability: float) -> None:
     if not 0 <= probability <= 1:
-        raise ValueError(f"the probability of a noise offset must lie in 0 ... 1, got {probability}")
+        raise ValueError(
+            f"the probability of a noise offset must lie in 0 ... 1, got {probability}"
+        )
 
 
 def _enlargement(grid: Tensor, fine: int) -> tuple[Tensor, Tensor, Tensor]:

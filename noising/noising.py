@@ -22,7 +22,7 @@ from .schedule import NoiseSchedule
 from .timesteps import resolve_timesteps
 from .timesteps.base import Resampled, Timesteps
 from .utils.rng import Draws, Stream, permutation, whole_seed
-from .utils.shapes import require_same_shape
+from .utils.validation import require_same_shape
 from .weighting import Weighting, resolve_weighting
 from .weighting.checks import warn_of_weights
 
@@ -84,7 +84,8 @@ class Noised:
             listener(self, error.detach())
         if self.log_variance is None:
             return self.weight * error
-        counted = (self.weight > 0).to(error.dtype)  # what does not count, or is masked, must not teach u
+        # what does not count, or is masked, must not teach u
+        counted = (self.weight > 0).to(error.dtype)
         counted = counted if covered is None else counted * covered
         return self.weight * torch.exp(-self.log_variance) * error + counted * self.log_variance
 
@@ -108,7 +109,11 @@ class Noised:
         'meta'
         """
         tensors = {one.name: getattr(self, one.name) for one in fields(self)}
-        moved = {k: v.to(device, non_blocking=non_blocking) for k, v in tensors.items() if isinstance(v, Tensor)}
+        moved = {
+            k: v.to(device, non_blocking=non_blocking)
+            for k, v in tensors.items()
+            if isinstance(v, Tensor)
+        }
         return self.replaced(**moved)
 
 
@@ -314,15 +319,21 @@ class Noising(nn.Module):
         index = torch.as_tensor(index, dtype=torch.int64)
         draws = Draws(self.seed, index, step=step, stream=Stream.TRAINING_NOISE, device=device)
         # not the default dtype, which is the network's inside of a Lightning step in half precision
-        out = torch.empty(len(listed), *shape, dtype=torch.float32, device=device, pin_memory=pin_memory)
+        out = torch.empty(
+            len(listed), *shape, dtype=torch.float32, device=device, pin_memory=pin_memory
+        )
         noise = draws.normal(*shape, out=out)
         parts = draw_kinds(self.noise.kinds, shape, self.seed, index, step=step, device=device)
         index = index.cpu()
         # 1 - u lies in (0, 1]: pure noise can be drawn, a clean sample cannot
-        u = 1 - Draws(self.seed, index, step=step, stream=Stream.TRAINING_TIME).uniform(dtype=torch.float64)
+        u = 1 - Draws(self.seed, index, step=step, stream=Stream.TRAINING_TIME).uniform(
+            dtype=torch.float64
+        )
         if self.timesteps.stratified:
             for group in sorted({i // total for i in listed}):
-                spread = self.timesteps.stratify(u, index, permutation(self.seed, total, step=step, group=group))
+                spread = self.timesteps.stratify(
+                    u, index, permutation(self.seed, total, step=step, group=group)
+                )
                 u = torch.where(index // total == group, spread, u)
         importance = self.loss_history.resample(u) if self.loss_history is not None else None
         t = self.timesteps.times(u if importance is None else importance.u, self.schedule.curve)
@@ -340,8 +351,14 @@ class Noising(nn.Module):
         """
         curve, prediction = self.schedule.curve, self.schedule.prediction
         if t.shape != x0.shape[:1]:
-            raise ValueError(f"timesteps must have shape ({x0.shape[0]},), one for each sample, got {tuple(t.shape)}")
-        if t.is_floating_point() and curve.is_discrete and t.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"timesteps must have shape ({x0.shape[0]},), one for each sample, got {tuple(t.shape)}"
+            )
+        if (
+            t.is_floating_point()
+            and curve.is_discrete
+            and t.dtype not in (torch.float32, torch.float64)
+        ):
             raise ValueError(
                 f"timesteps of dtype {t.dtype} cannot hold the integers up to {curve.t_max:g}; give int64 or float32"
             )
@@ -351,14 +368,18 @@ class Noising(nn.Module):
         on_device = [part.to(x0.device, alpha.dtype, non_blocking=True) for part in parts]
         noise, perturbed = apply_kinds(kinds, noise, on_device, clean)
         det = prediction.determinant(alpha, sigma)
-        t = t.to(x0.device, torch.promote_types(t.dtype, x0.dtype) if t.is_floating_point() else None)
+        t = t.to(
+            x0.device, torch.promote_types(t.dtype, x0.dtype) if t.is_floating_point() else None
+        )
         fraction = curve.fraction(t.to(alpha.dtype)).view_as(alpha)
         x_t = alpha * clean + sigma * perturbed
         x = self.schedule.scale_model_input(x_t, t).to(x0.dtype)
         return Noised(
             x=x,
             x_t=x_t.to(x0.dtype) if curve.scales_input else x,
-            timesteps=self.schedule.model_timesteps(t, torch.promote_types(x0.dtype, torch.float32)),
+            timesteps=self.schedule.model_timesteps(
+                t, torch.promote_types(x0.dtype, torch.float32)
+            ),
             target=prediction.combine(clean, noise, alpha, sigma),
             weight=self.weighting(alpha, sigma, det, fraction).flatten(),
             noise=noise,
@@ -367,10 +388,14 @@ class Noising(nn.Module):
             listeners=tuple(self._listeners),
             criterion=self.loss,
             threshold=self.loss.threshold(sigma / alpha, fraction),
-            log_variance=None if self.log_variance is None else self.log_variance(alpha.flatten(), sigma.flatten()),
+            log_variance=None
+            if self.log_variance is None
+            else self.log_variance(alpha.flatten(), sigma.flatten()),
         )
 
-    def _with_importance(self, noised: Noised, drawn: Resampled | None, step: int, index: Sequence[int]) -> Noised:
+    def _with_importance(
+        self, noised: Noised, drawn: Resampled | None, step: int, index: Sequence[int]
+    ) -> Noised:
         """Return the batch with importance weights, whose losses the history records."""
         if drawn is None or self.loss_history is None:
             return noised
@@ -379,7 +404,9 @@ class Noising(nn.Module):
         def listener(noised: Noised, errors: Tensor) -> None:
             observe(step, global_index, drawn, noised.weight, errors)
 
-        weight = noised.weight * drawn.weight.to(noised.weight.device, noised.weight.dtype, non_blocking=True)
+        weight = noised.weight * drawn.weight.to(
+            noised.weight.device, noised.weight.dtype, non_blocking=True
+        )
         return noised.replaced(weight=weight, listeners=(*noised.listeners, listener))
 
     def _check(self, x0: Tensor) -> None:
@@ -389,7 +416,9 @@ class Noising(nn.Module):
                 f"x0 must be a floating point tensor, got {got}; scale images to [-1, 1], e.g. images / 127.5 - 1"
             )
         if x0.ndim < 2 or not x0.numel():
-            raise ValueError(f"x0 must have shape (batch, ...) and hold something, got {tuple(x0.shape)}")
+            raise ValueError(
+                f"x0 must have shape (batch, ...) and hold something, got {tuple(x0.shape)}"
+            )
         if x0.device.type != "cpu" and not torch.compiler.is_compiling():
             if self._looked_at_gpu_batch:
                 return
@@ -427,7 +456,10 @@ def prediction_tensor(prediction: Any) -> Tensor:
 
 def _float32_inside(t: Tensor, curve: Curve) -> Tensor:
     """Return float64 times as float32 ones, which make no float64 batch, rounded into the curve's range."""
-    exact, inward = torch.tensor([curve.t_min, curve.t_max], dtype=torch.float64), torch.tensor([torch.inf, -torch.inf])
+    exact, inward = (
+        torch.tensor([curve.t_min, curve.t_max], dtype=torch.float64),
+        torch.tensor([torch.inf, -torch.inf]),
+    )
     ends = exact.float()
     outside = (ends.double() - exact) * inward < 0
     low, high = torch.where(outside, torch.nextafter(ends, inward), ends)

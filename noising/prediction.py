@@ -202,11 +202,14 @@ class Consistency(Prediction):
 
 def _require_positive(name: str, value: float, advice: str) -> None:
     if not 1e-12 <= value <= 1e12:  # of which float32 holds the square
-        raise ValueError(f"{name} must be positive, got {value}; {advice}, and float32 holds 1e-12 to 1e12")
+        raise ValueError(
+            f"{name} must be positive, got {value}; {advice}, and float32 holds 1e-12 to 1e12"
+        )
 
 
 PREDICTIONS: Mapping[str, type[Prediction]] = {
-    kind.name: kind for kind in (Epsilon, Sample, Velocity, FlowVelocity, Score, KarrasF, Consistency)
+    kind.name: kind
+    for kind in (Epsilon, Sample, Velocity, FlowVelocity, Score, KarrasF, Consistency)
 }
 """Every prediction type by its name; a new one is a class above and a word in this line."""
 
@@ -223,8 +226,14 @@ def resolve_prediction(prediction: str | Mapping[str, Any] | Prediction) -> Pred
     """
     if isinstance(prediction, Prediction):
         return prediction
-    parameters = mapping("the prediction type", prediction) if isinstance(prediction, Mapping) else {"name": prediction}
+    parameters = (
+        mapping("the prediction type", prediction)
+        if isinstance(prediction, Mapping)
+        else {"name": prediction}
+    )
     kind = lookup("prediction type", parameters.pop("name", None), PREDICTIONS)
     if not parameters:  # torch.compile does not follow the reading of fields
         return kind()
-    return kind(**settings(f"prediction type {kind.name}", kind, parameters, signature(kind).parameters))
+    return kind(
+        **settings(f"prediction type {kind.name}", kind, parameters, signature(kind).parameters)
+    )

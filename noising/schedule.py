@@ -30,7 +30,7 @@ from .named_schedules import Constructors
 from .prediction import Prediction, resolve_prediction
 from .utils.config_reading import mapping, whole, word
 from .utils.registry import shown, unknown
-from .utils.shapes import require_same_shape
+from .utils.validation import require_same_shape
 
 VERSION = 1  # of the config format
 _KEYS = ("version", "curve", "prediction", "fingerprint")
@@ -52,7 +52,9 @@ class NoiseSchedule(Constructors):
     curve: Curve
     prediction: Prediction
 
-    def __init__(self, curve: Curve, prediction: str | Mapping[str, Any] | Prediction = "epsilon") -> None:
+    def __init__(
+        self, curve: Curve, prediction: str | Mapping[str, Any] | Prediction = "epsilon"
+    ) -> None:
         if not isinstance(curve, Curve):
             raise TypeError(_no_curve(curve))
         object.__setattr__(self, "curve", curve)
@@ -62,7 +64,9 @@ class NoiseSchedule(Constructors):
 
     def _require_levels(self) -> None:
         count = self.curve.num_train_timesteps
-        last = self.curve.time_at_index(torch.tensor([max(count - 2, 0), count - 1], dtype=torch.float64))
+        last = self.curve.time_at_index(
+            torch.tensor([max(count - 2, 0), count - 1], dtype=torch.float64)
+        )
         before, final = self.curve.alpha(last.clamp(self.curve.t_min, self.curve.t_max)).tolist()
         if min(before, final or before) < LEAST_ALPHA and count > 1:
             raise ValueError(
@@ -104,7 +108,9 @@ class NoiseSchedule(Constructors):
         """
         return replace(self, curve=self.curve.shifted(factor))
 
-    def shifted_for_resolution(self, size: int | tuple[int, ...], base_size: int | tuple[int, ...]) -> NoiseSchedule:
+    def shifted_for_resolution(
+        self, size: int | tuple[int, ...], base_size: int | tuple[int, ...]
+    ) -> NoiseSchedule:
         """Return this schedule, made for images of ``base_size``, for images of ``size``; see :func:`resolution_shift`.
 
         >>> NoiseSchedule.cosine().shifted_for_resolution(128, 64).log_snr(torch.tensor(0.5)).item()  # 2 log(64 / 128)
@@ -145,18 +151,25 @@ class NoiseSchedule(Constructors):
         return replace(self, curve=truncate(self.curve, first, last))
 
     def _end(
-        self, name: str, t: float | None, other: str, log_snr: float | None, end: float, inward: Callable[[float], int]
+        self,
+        name: str,
+        t: float | None,
+        other: str,
+        log_snr: float | None,
+        end: float,
+        inward: Callable[[float], int],
     ) -> float:
         if log_snr is None:
             return end if t is None else float(t)
         if t is not None:
-            raise ValueError(f"{name} and {other} are the same end of the schedule; give one of the two")
+            raise ValueError(
+                f"{name} and {other} are the same end of the schedule; give one of the two"
+            )
         time = float(self.curve.time(torch.tensor([log_snr], dtype=torch.float64)))
         if not self.curve.is_discrete:
             return time
-        return float(
-            round(time) if abs(time - round(time)) < 1e-9 else inward(time)
-        )  # a level of the table is its timestep
+        # a level of the table is its timestep
+        return float(round(time) if abs(time - round(time)) < 1e-9 else inward(time))
 
     def with_prediction(self, prediction: str | Prediction) -> NoiseSchedule:
         """Return this curve with another prediction type.
@@ -201,7 +214,12 @@ class NoiseSchedule(Constructors):
     def alphas_cumprod(self) -> Tensor:
         """ᾱ = α² at every training index, float64 on the CPU."""
         return (
-            self.curve.alpha(self.curve.time_at_index(torch.arange(self.num_train_timesteps, dtype=torch.float64))) ** 2
+            self.curve.alpha(
+                self.curve.time_at_index(
+                    torch.arange(self.num_train_timesteps, dtype=torch.float64)
+                )
+            )
+            ** 2
         )
 
     @property
@@ -299,7 +317,10 @@ class NoiseSchedule(Constructors):
         """
         alpha, sigma = self.levels(timesteps, x_t)
         out, x_t = out.to(alpha.dtype), x_t.to(alpha.dtype)
-        x0, epsilon = self.prediction.to_x0(out, x_t, alpha, sigma), self.prediction.to_epsilon(out, x_t, alpha, sigma)
+        x0, epsilon = (
+            self.prediction.to_x0(out, x_t, alpha, sigma),
+            self.prediction.to_epsilon(out, x_t, alpha, sigma),
+        )
         return resolve_prediction(to).combine(x0, epsilon, alpha, sigma)
 
     # -- identity and storage ----------------------------------------------------------------------------------------
@@ -318,11 +339,17 @@ class NoiseSchedule(Constructors):
         curve = self.curve
         index = torch.arange(curve.num_train_timesteps, dtype=torch.float64)
         t = curve.time_at_index(index)
+        # + 0.0: no negative zeros
         columns = (
-            torch.stack([curve.alpha(t), curve.sigma(t), curve.timestep(t), curve.input_scale(t)]).float() + 0.0
-        )  # + 0.0: no negative zeros
+            torch.stack(
+                [curve.alpha(t), curve.sigma(t), curve.timestep(t), curve.input_scale(t)]
+            ).float()
+            + 0.0
+        )
         values = columns.numpy().astype("<f4").tobytes()
-        return hashlib.sha256(values + repr((self.prediction.to_config(), curve.is_discrete)).encode()).hexdigest()
+        return hashlib.sha256(
+            values + repr((self.prediction.to_config(), curve.is_discrete)).encode()
+        ).hexdigest()
 
     def to_config(self) -> dict[str, Any]:
         """Return plain JSON from which :meth:`from_config` makes an equal schedule.
@@ -354,13 +381,18 @@ class NoiseSchedule(Constructors):
                 f"noise schedule config of version {shown(config['version'])}, this alphabar reads version {VERSION}; update alphabar"
             )
         for key in config.keys() - set(_KEYS):
-            warnings.warn(f"{unknown('key of a noise schedule config', key, _KEYS)}; it is left out", stacklevel=2)
+            warnings.warn(
+                f"{unknown('key of a noise schedule config', key, _KEYS)}; it is left out",
+                stacklevel=2,
+            )
         try:
             schedule = cls(curve_from_config(config["curve"]), config["prediction"])
         except ValueError as error:
             if "fingerprint" not in config:
                 raise
-            raise ValueError(f"{error} (it has the fingerprint of a schedule: the file was edited or damaged)") from error
+            raise ValueError(
+                f"{error} (it has the fingerprint of a schedule: the file was edited or damaged)"
+            ) from error
         written = word("fingerprint", config.get("fingerprint", schedule.fingerprint))
         if written != schedule.fingerprint:
             raise ValueError(
@@ -369,7 +401,9 @@ class NoiseSchedule(Constructors):
             )
         return schedule
 
-    def save_pretrained(self, folder: str | os.PathLike[str], sampler: Any = None, nearest: bool = False) -> Path:
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], sampler: Any = None, nearest: bool = False
+    ) -> Path:
         """Write ``scheduler_config.json``, which diffusers loads, and ``noise_schedule.json``, which says it exactly.
 
         ``sampler`` may be a Sampler of this schedule: the file then names a class with the options that make it this sampler,
@@ -383,7 +417,9 @@ class NoiseSchedule(Constructors):
         True
         """
         sampling = None if sampler is None else self._sampling_of(sampler, nearest)
-        return write_configs(folder, {CONFIG_NAME: self.to_diffusers(sampling), EXACT_NAME: self.to_config()})
+        return write_configs(
+            folder, {CONFIG_NAME: self.to_diffusers(sampling), EXACT_NAME: self.to_config()}
+        )
 
     @classmethod
     def from_pretrained(
@@ -398,7 +434,11 @@ class NoiseSchedule(Constructors):
         loaded: dict[str, NoiseSchedule] = {}
         for name, config in read_configs(place).items():
             try:
-                loaded[name] = cls.from_config(config) if name == EXACT_NAME else cls.from_diffusers(config, tokens)
+                loaded[name] = (
+                    cls.from_config(config)
+                    if name == EXACT_NAME
+                    else cls.from_diffusers(config, tokens)
+                )
             except ValueError as error:
                 raise ValueError(f"{str(place / name)!r}: {error}") from error
         first, *others = loaded.values()
@@ -463,14 +503,24 @@ def require_times(t: Tensor, like: Tensor) -> Tensor:
     ValueError: timesteps must be a scalar or have shape (3,), got (2,)
     """
     if t.ndim > 1 or (t.ndim == 1 and t.shape[0] not in (1, like.shape[0])):
-        raise ValueError(f"timesteps must be a scalar or have shape ({like.shape[0]},), got {tuple(t.shape)}")
+        raise ValueError(
+            f"timesteps must be a scalar or have shape ({like.shape[0]},), got {tuple(t.shape)}"
+        )
     return t.to(like.device, torch.float64 if like.dtype == torch.float64 else None)
 
 
 def _in_words(config: Mapping[str, Any]) -> str:
-    plain = {k: v for k, v in config.items() if v is not None and not (k.endswith("snr_shift_scale") and v == 1)}
+    plain = {
+        k: v
+        for k, v in config.items()
+        if v is not None and not (k.endswith("snr_shift_scale") and v == 1)
+    }
     words = {
-        k: _in_words(v) if isinstance(v, Mapping) else f"{len(v)} values" if isinstance(v, list) else v
+        k: _in_words(v)
+        if isinstance(v, Mapping)
+        else f"{len(v)} values"
+        if isinstance(v, list)
+        else v
         for k, v in plain.items()
     }
     return f"{words.pop('kind')}({', '.join(f'{k}={v}' for k, v in words.items())})"
@@ -484,9 +534,15 @@ def _no_curve(given: Any) -> str:
     """Word the complaint about what is no curve: most often the name of a schedule."""
     made = [name for name, member in vars(Constructors).items() if isinstance(member, classmethod)]
     if not isinstance(given, str):
-        return f"curve must be a Curve, got {type(given).__name__}; e.g. NoiseSchedule.scaled_linear()"
+        return (
+            f"curve must be a Curve, got {type(given).__name__}; e.g. NoiseSchedule.scaled_linear()"
+        )
     near = get_close_matches(given, made, n=1)
-    mend = f"write NoiseSchedule.{near[0]}()" if near else f"the schedules are NoiseSchedule.{', '.join(sorted(made))}"
+    mend = (
+        f"write NoiseSchedule.{near[0]}()"
+        if near
+        else f"the schedules are NoiseSchedule.{', '.join(sorted(made))}"
+    )
     return f"a NoiseSchedule is made by name as a call, not from {given!r}; {mend}"
 
 

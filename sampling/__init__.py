@@ -5,23 +5,27 @@ from .grids import GRIDS, make_knots
 from .guidance import guide
 from .kernel import Progress
 from .knots import CLEAN, Knot, knots_at
-from .making import make_sampler
-from .methods.base import Method
-from .names import METHODS, resolve_method
-from .sampler import Sampler
-from .standalone import OUTSIDE
-from .standalone.adaptive import DPMAdaptive
-from .standalone.learned_variance import LearnedVariance
-from .standalone.repaint import RePaint
-from .standalone.score_sde import PredictorCorrector
-from .standalone.vq_diffusion import TokenSchedule, VQDiffusion
-from .table import Combination, Table, Trace
+from .methods import METHODS, Method, register_method
+from .names import resolve_method
+from .sampler import Sampler, make_sampler
+from .standalone import (
+    STANDALONE,
+    DPMAdaptive,
+    LearnedVariance,
+    PredictorCorrector,
+    RePaint,
+    TokenSchedule,
+    VQDiffusion,
+    register_standalone,
+)
+from .table import Table
+from .tracing import Combination, Trace
 
 __all__ = [
     "CLEAN",
     "GRIDS",
     "METHODS",
-    "OUTSIDE",
+    "STANDALONE",
     "Clip",
     "Combination",
     "DPMAdaptive",
@@ -41,5 +45,7 @@ __all__ = [
     "knots_at",
     "make_knots",
     "make_sampler",
+    "register_method",
+    "register_standalone",
     "resolve_method",
 ]

@@ -37,7 +37,9 @@ class Clip:
 
     def __post_init__(self) -> None:
         if not self.limit > 0:
-            raise ValueError(f"clip must be a positive limit of |x_0|, got {self.limit}; images in [-1, 1] have 1.0")
+            raise ValueError(
+                f"clip must be a positive limit of |x_0|, got {self.limit}; images in [-1, 1] have 1.0"
+            )
 
     def __call__(self, x0: Tensor) -> Tensor:
         return x0.clamp(-self.limit, self.limit)
@@ -59,9 +61,13 @@ class DynamicThreshold:
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
-            raise ValueError(f"the ratio of a dynamic threshold must be in (0, 1], got {self.ratio}; Imagen uses 0.995")
+            raise ValueError(
+                f"the ratio of a dynamic threshold must be in (0, 1], got {self.ratio}; Imagen uses 0.995"
+            )
         if not self.max_value >= 1:
-            raise ValueError(f"max_value must be at least 1, the range of the data, got {self.max_value}")
+            raise ValueError(
+                f"max_value must be at least 1, the range of the data, got {self.max_value}"
+            )
 
     def __call__(self, x0: Tensor) -> Tensor:
         s = x0.flatten(1).abs().quantile(self.ratio, dim=1).clamp(1.0, self.max_value)
@@ -90,7 +96,8 @@ def clipped(evaluate: Evaluate, prediction: Prediction, change: Change) -> Evalu
     def evaluated(x: Tensor, knot: Knot) -> Tensor:
         out = evaluate(x, knot)
         out = out.to(torch.promote_types(out.dtype, x.dtype))
-        p, q = prediction.x0_coefficients(knot.alpha, knot.sigma)  # x_0 = p x_t + q out, q = σ / det
+        # x_0 = p x_t + q out, q = σ / det
+        p, q = prediction.x0_coefficients(knot.alpha, knot.sigma)
         if q == 0:  # x is the clean sample itself, of which the output says nothing
             return out
         x0 = (p / knot.input_scale) * x + q * out

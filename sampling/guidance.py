@@ -16,7 +16,9 @@ from ..noising.noising import prediction_tensor
 Network = Callable[..., Any]
 
 
-def guide(out: Tensor, unconditional: Tensor, guidance_scale: float, guidance_rescale: float = 0.0) -> Tensor:
+def guide(
+    out: Tensor, unconditional: Tensor, guidance_scale: float, guidance_rescale: float = 0.0
+) -> Tensor:
     """Return the guided output, u + w (c - u), pulled back to the conditional one's spread by ``guidance_rescale``.
 
     Shapes (batch, ...); float32 or better. Classifier-free guidance is Ho & Salimans 2207.12598, eq. 6, with w = 1 for no
@@ -56,18 +58,26 @@ class Guided:
         self.unconditional: Tensor | None = None
         try:
             with torch.no_grad():
-                self.both: dict[str, Any] | None = _joined_mappings("", conditioning, unconditional, batch)
+                self.both: dict[str, Any] | None = _joined_mappings(
+                    "", conditioning, unconditional, batch
+                )
         except _Apart:
             self.both = None
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         if self.both is not None:
-            out, empty = prediction_tensor(self.network(torch.cat([x, x]), torch.cat([t, t]), **self.both)).chunk(2)
+            out, empty = prediction_tensor(
+                self.network(torch.cat([x, x]), torch.cat([t, t]), **self.both)
+            ).chunk(2)
         else:  # the conditional half last: what the network keeps of its last call is of that one
             empty = prediction_tensor(self.network(x, t, **self.without))
             out = prediction_tensor(self.network(x, t, **self.conditioning))
         self.unconditional = empty
-        return out if self.guidance_scale == 1.0 else guide(out, empty, self.guidance_scale, self.guidance_rescale)
+        return (
+            out
+            if self.guidance_scale == 1.0
+            else guide(out, empty, self.guidance_scale, self.guidance_rescale)
+        )
 
 
 class Unguided:
@@ -108,7 +118,9 @@ def guided_network(
             f"(keys {sorted(conditioning)}); or use guidance_scale=1"
         )
     if not 0 <= guidance_rescale <= 1:
-        raise ValueError(f"guidance_rescale must be between 0 and 1, got {guidance_rescale}; the paper uses 0.7")
+        raise ValueError(
+            f"guidance_rescale must be between 0 and 1, got {guidance_rescale}; the paper uses 0.7"
+        )
     return Guided(network, conditioning, unconditional, guidance_scale, guidance_rescale, batch)
 
 
@@ -116,7 +128,19 @@ class _Apart(Exception):
     """One batch cannot hold both halves of this argument."""
 
 
-SHARED = (bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device, np.generic, NoneType)
+SHARED = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    Enum,
+    torch.dtype,
+    torch.device,
+    np.generic,
+    NoneType,
+)
 """Values without rows: where they are the same in both halves, one batch can have them."""
 
 
@@ -129,16 +153,23 @@ def _joined(key: str, a: Any, b: Any, batch: int) -> Any:
             return _joined_mappings(key, cast(Any, a), cast(Any, b), batch)
         # a list as long as the batch may hold something for each image
         if kind in (list, tuple) and len(a) == len(b) != batch:
-            return kind(_joined(f"{key}[{i}]", *pair, batch) for i, pair in enumerate(zip(a, b, strict=True)))
+            return kind(
+                _joined(f"{key}[{i}]", *pair, batch)
+                for i, pair in enumerate(zip(a, b, strict=True))
+            )
         if isinstance(a, SHARED) and a == b:
             return a
     raise _Apart
 
 
-def _joined_mappings(key: str, a: Mapping[str, Any], b: Mapping[str, Any], batch: int) -> dict[str, Any]:
+def _joined_mappings(
+    key: str, a: Mapping[str, Any], b: Mapping[str, Any], batch: int
+) -> dict[str, Any]:
     if set(a) != set(b):
         name = f"conditioning {key!r}" if key else "conditioning"
-        raise ValueError(f"{name} has the keys {_shown(a)} and unconditional {_shown(b)}; give both the same")
+        raise ValueError(
+            f"{name} has the keys {_shown(a)} and unconditional {_shown(b)}; give both the same"
+        )
     return {k: _joined(f"{key}.{k}" if key else k, a[k], b[k], batch) for k in a}
 
 
@@ -152,7 +183,9 @@ def _joined_tensors(key: str, a: Tensor, b: Tensor, batch: int) -> Tensor:
         raise ValueError(
             f"conditioning {key!r} has shape {tuple(a.shape)} and its unconditional one {tuple(b.shape)}; give both the same"
         )
-    alike = all(getattr(a, name) == getattr(b, name) for name in ("shape", "dtype", "device", "layout"))
+    alike = all(
+        getattr(a, name) == getattr(b, name) for name in ("shape", "dtype", "device", "layout")
+    )
     if alike and a.layout == torch.strided:
         if all(rows):
             return torch.cat([a, b])

@@ -15,13 +15,12 @@ from torch import Generator, Tensor, nn
 from ..noising import NoiseSchedule
 from ..noising.noising import prediction_tensor
 from ..noising.utils.rng import Draws, Stream, whole_seed
-from ..noising.utils.shapes import require_same_shape
-from ..noising.utils.validation import whole_number
+from ..noising.utils.validation import require_same_shape, whole_number
 from .clipping import Change, clipped, resolve_clip
 from .guidance import Network, guided_network
 from .kernel import Beside, Evaluate
 from .knots import Knot
-from .table import Unclipped, Unconditional
+from .tracing import Unclipped, Unconditional
 
 T = TypeVar("T")
 
@@ -42,15 +41,15 @@ class Run:
     head: Callable[[int], Tensor] | None = None
 
 
-def start_run(
+def prepare_run(
     schedule: NoiseSchedule,
     first: Knot,
     network: Network,
     shape_or_noise: Sequence[int] | Tensor,
     *,
     scale: float | None = None,
-    whole: bool = False,
-    heads: int = 1,
+    integer_timesteps: bool = False,
+    output_multiple: int = 1,
     halves: bool = False,
     seeds: int | Sequence[int] | None = None,
     conditioning: Mapping[str, Any] | None = None,
@@ -64,29 +63,38 @@ def start_run(
     """Return the run that starts at ``first``, the noise times ``scale`` (sqrt(α² + σ²) there). Raises ValueError for a bad shape.
 
     From ``seeds`` on these are the arguments that every sampler's call takes; ``Sampler.iterate`` says what they mean.
-    ``whole``: the network is given integers as time. ``heads``: its output has so many times the channels of its input, of
+    ``integer_timesteps``: the network is given integers as time. ``output_multiple``: its output has so many times the channels of its input, of
     which the first are the prediction. ``halves``: the unconditional half is of use without guidance as well.
 
-    >>> run = start_run(NoiseSchedule.flow(), Knot(1000.0, 0.0, 1.0), lambda x, t: -x, (2, 3), seeds=0)
+    >>> run = prepare_run(NoiseSchedule.flow(), Knot(1000.0, 0.0, 1.0), lambda x, t: -x, (2, 3), seeds=0)
     >>> run.evaluate(run.x, Knot(1000.0, 0.0, 1.0)).shape
     torch.Size([2, 3])
     """
     shape = checked_shape(shape_or_noise)
     device, dtype = place(network, shape_or_noise, device, dtype)
     noise = SeededNoise(shape, checked_seeds(seeds), device)
-    outputs = _Outputs(network, heads)
+    outputs = _Outputs(network, output_multiple)
     guided = guided_network(
-        outputs, conditioning or {}, unconditional, guidance_scale, guidance_rescale, shape[0], halves
+        outputs,
+        conditioning or {},
+        unconditional,
+        guidance_scale,
+        guidance_rescale,
+        shape[0],
+        halves,
     )
     start = shape_or_noise.detach().to(device) if isinstance(shape_or_noise, Tensor) else noise()
     spread = (first.alpha**2 + first.sigma**2) ** 0.5 if scale is None else scale
     x = start.to(torch.promote_types(start.dtype, torch.float32)) * spread
-    time_dtype = torch.int64 if whole else torch.promote_types(x.dtype, torch.float32)
+    time_dtype = torch.int64 if integer_timesteps else torch.promote_types(x.dtype, torch.float32)
 
     def evaluate(x: Tensor, knot: Knot) -> Tensor:
-        time = int(knot.timestep) if whole else knot.timestep
-        out = guided(x.to(dtype or x.dtype), torch.full(x.shape[:1], time, dtype=time_dtype, device=device))
-        require_same_shape("the network's output", out, "its input", x)  # it would broadcast silently
+        time = int(knot.timestep) if integer_timesteps else knot.timestep
+        out = guided(
+            x.to(dtype or x.dtype), torch.full(x.shape[:1], time, dtype=time_dtype, device=device)
+        )
+        # it would broadcast silently
+        require_same_shape("the network's output", out, "its input", x)
         return out
 
     kept = Kept(evaluate)
@@ -119,18 +127,20 @@ class Kept:
 class _Outputs:
     """A network that keeps its last output, split along the channels; a call returns the first part."""
 
-    def __init__(self, network: Network, heads: int) -> None:
-        self.network, self.heads = network, heads
+    def __init__(self, network: Network, output_multiple: int) -> None:
+        self.network, self.output_multiple = network, output_multiple
         self.parts: tuple[Tensor, ...] = ()
 
     def __call__(self, x: Tensor, t: Tensor, **conditioning: Any) -> Tensor:
         out = prediction_tensor(self.network(x, t, **conditioning))
-        if self.heads > 1 and (out.ndim < 2 or out.shape[1] != self.heads * x.shape[1]):
+        if self.output_multiple > 1 and (
+            out.ndim < 2 or out.shape[1] != self.output_multiple * x.shape[1]
+        ):
             raise ValueError(
-                f"the network's output must have {self.heads} times the {x.shape[1]} channels of its input, "
+                f"the network's output must have {self.output_multiple} times the {x.shape[1]} channels of its input, "
                 f"got shape {tuple(out.shape)}"
             )
-        self.parts = out.chunk(self.heads, 1) if self.heads > 1 else (out,)
+        self.parts = out.chunk(self.output_multiple, 1) if self.output_multiple > 1 else (out,)
         return self.parts[0]
 
 
@@ -144,7 +154,9 @@ class SeededNoise:
     True
     """
 
-    def __init__(self, shape: tuple[int, ...], seeds: int | Sequence[int] | None, device: torch.device) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], seeds: int | Sequence[int] | None, device: torch.device
+    ) -> None:
         self.seeds = _one_for_each(shape[0], seeds)
         self.shape, self.device, self.drawn = shape, device, 0
 
@@ -157,7 +169,9 @@ class SeededNoise:
 
     def _next(self, stream: Stream) -> Draws:
         # an image is told from others by its seed, not by its place in the batch
-        draws = Draws(self.seeds, [0] * len(self.seeds), step=self.drawn, stream=stream, device=self.device)
+        draws = Draws(
+            self.seeds, [0] * len(self.seeds), step=self.drawn, stream=stream, device=self.device
+        )
         self.drawn += 1
         return draws
 
@@ -183,12 +197,12 @@ def checked_shape(shape_or_noise: Sequence[int] | Tensor) -> tuple[int, ...]:
     """
     shape = tuple(shape_or_noise.shape if isinstance(shape_or_noise, Tensor) else shape_or_noise)
     try:
-        whole = tuple(whole_number("a size", n) for n in shape)
+        sizes = tuple(whole_number("a size", n) for n in shape)
     except ValueError:
-        whole = ()
-    if len(whole) < 2 or min(whole) < 1:
+        sizes = ()
+    if len(sizes) < 2 or min(sizes) < 1:
         raise ValueError(f"the shape must be (batch, ...) of positive integers, got {shape}")
-    return whole
+    return sizes
 
 
 def checked_seeds(seeds: Any) -> int | list[int] | None:
@@ -217,7 +231,13 @@ def place(
     parameters = network.parameters() if isinstance(network, nn.Module) else ()
     parameter = next((p for p in parameters if p.is_floating_point()), None)
     if device is None:
-        device = parameter.device if parameter is not None else start.device if isinstance(start, Tensor) else "cpu"
+        device = (
+            parameter.device
+            if parameter is not None
+            else start.device
+            if isinstance(start, Tensor)
+            else "cpu"
+        )
     if dtype is None and parameter is not None:
         dtype = parameter.dtype
     return torch.device(device), dtype

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .knots import Knot
-from .table import Draw, Evaluation, Operation, Row, Table
+from .table import Table
+from .tracing import Draw, Evaluation, Operation, Row
 
 Evaluate = Callable[[Tensor, Knot], Tensor]
 Noise = Callable[[float, float], Tensor]

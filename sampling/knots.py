@@ -52,7 +52,9 @@ def knots_at(schedule: NoiseSchedule, times: Tensor | Sequence[float]) -> tuple[
     t = torch.as_tensor(times, dtype=torch.float64)
     curve = schedule.curve
     columns = curve.timestep(t), curve.alpha(t), curve.sigma(t), curve.input_scale(t)
-    return tuple(Knot(*values) for values in zip(*(column.tolist() for column in columns), strict=True))
+    return tuple(
+        Knot(*values) for values in zip(*(column.tolist() for column in columns), strict=True)
+    )
 
 
 def knot_at_half_log_snr(schedule: NoiseSchedule, half_log_snr: float) -> Knot:

@@ -10,41 +10,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
-from functools import cache
+from functools import lru_cache
 from inspect import Parameter
 from typing import Any, NamedTuple
 
 from ..noising.utils.registry import lookup
+from ..noising.utils.validation import one_of
 from .grids import GRIDS, Grid, choose_grid, grid_parameters
 from .interop.diffusers_classes import CLASSES, class_named, settings_of_class
-from .methods import adams, churn, consistency, dpm_solver, exponential, sa_solver, unipc
-from .methods import cfg_pp as cfg_plus_plus
-from .methods import dpm2 as midpoint
-from .methods import dpm_singlestep as dpm_fast
-from .methods import euler as first_order
-from .methods import heun as heun_variants
-from .methods.base import Method, one_of
+from .methods import METHODS, Method
 from .options import plain_option
-from .standalone import OUTSIDE, Outside, score_sde
-
-FAMILIES = (
-    first_order,
-    churn,
-    heun_variants,
-    midpoint,
-    dpm_solver,
-    dpm_fast,
-    unipc,
-    adams,
-    exponential,
-    sa_solver,
-    cfg_plus_plus,
-    consistency,
-    score_sde,
-)
-
-METHODS: Mapping[str, Method] = {method.name: method for family in FAMILIES for method in family.METHODS}
-"""Every method by its name; a new family is a file with a list METHODS and a word in this line."""
+from .standalone import STANDALONE, StandaloneEntry
 
 ALIASES: Mapping[str, tuple[str, dict[str, Any]]] = {
     # A1111's and k-diffusion's short forms
@@ -72,11 +48,13 @@ What a class of diffusers implies is in ``diffusers_classes``.
 
 INIT_NOISES = ("marginal", "sigma")
 RUN_OPTIONS = {
-    "init_noise": Parameter("init_noise", Parameter.KEYWORD_ONLY, default=INIT_NOISES[0], annotation="str")
+    "init_noise": Parameter(
+        "init_noise", Parameter.KEYWORD_ONLY, default=INIT_NOISES[0], annotation="str"
+    )
 }
 """Options that every sampler has, beside those of its method and its grid."""
 
-SUFFIXES: Mapping[str, dict[str, Any]] = {name: {"grid": name} for name in GRIDS} | {
+SUFFIXES: Mapping[str, dict[str, Any]] = {
     "ka": {"grid": "karras"},
     "uniform": {"grid": "linspace"},
     "ddim": {"grid": "ddim_uniform"},
@@ -85,14 +63,14 @@ SUFFIXES: Mapping[str, dict[str, Any]] = {name: {"grid": name} for name in GRIDS
     "ays_svd": {"grid": "align_your_steps", "variant": "svd"},
     "gpu": {},
 }
-"""Last words of a name that stand for a grid, as in 'DPM++ 2M SDE Karras', longer ones first where they end alike."""
+"""Last words of a name that stand for a grid, as in 'DPM++ 2M SDE Karras', beside the names of the grids themselves."""
 
 PREFIXES = ("sample_", "k_")
 
-Known = tuple[Method | Outside, dict[str, Any]]
+Known = tuple[Method | StandaloneEntry, dict[str, Any]]
 
 
-def resolve(name: str | Method | Outside) -> Known:
+def resolve(name: str | Method | StandaloneEntry) -> Known:
     """Return the entry of a name, a method or a sampler that is no table, and the options, ``grid`` among them, that it implies.
 
     Raises ValueError for an unknown name, with the nearest ones.
@@ -100,10 +78,10 @@ def resolve(name: str | Method | Outside) -> Known:
     >>> entry, implied = resolve("DPM++ 2M SDE Karras")
     >>> entry.name, implied
     ('dpmpp_2m_sde', {'grid': 'karras'})
-    >>> resolve("DPM adaptive")[0].made_by.__name__
+    >>> resolve("DPM adaptive")[0].factory.__name__
     'DPMAdaptive'
     """
-    if isinstance(name, Method | Outside):
+    if isinstance(name, Method | StandaloneEntry):
         return name, {}
     found = _found(key_of(name))
     if found is None:
@@ -124,8 +102,10 @@ def resolve_method(name: str | Method) -> tuple[Method, dict[str, Any]]:
     ValueError: unknown method 'dpm2m'; did you mean 'DPM2', 'DPM++ 2M' or 'DPM2 a'?
     """
     entry, implied = resolve(name)
-    if isinstance(entry, Outside):
-        raise ValueError(f"{name!r} is no table of fixed steps; make it with make_sampler(schedule, {name!r})")
+    if isinstance(entry, StandaloneEntry):
+        raise ValueError(
+            f"{name!r} has no table of fixed steps; make it with Sampler(schedule, {name!r})"
+        )
     return entry, implied
 
 
@@ -138,18 +118,18 @@ class Settings(NamedTuple):
     options: dict[str, Any]
 
 
-def settle(
+def resolve_settings(
     name: str | Method,
     steps: int | None = None,
     grid: str | Grid | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """Return what the arguments of a sampler come to; ``steps`` stays None where nothing says it.
+    """Return the settings of a sampler from its arguments; ``steps`` stays None where nothing says it.
 
-    What is said wins over what the name implies, and that over the method's own grid; of the options of a grid that is
-    replaced those stay that the other has too. Raises ValueError for unknown names and options.
+    An explicit value comes first, then what the name implies, then the default of the method. Where a grid is replaced, those
+    of its options stay that the new one has too. Raises ValueError for unknown names and options.
 
-    >>> settings = settle("DPM++ 2M Karras", 20, options={"rho": 5.0})
+    >>> settings = resolve_settings("DPM++ 2M Karras", 20, options={"rho": 5.0})
     >>> settings.grid, settings.options
     ('karras', {'rho': 5.0})
     """
@@ -169,11 +149,18 @@ def settle(
     for option in said:
         lookup(f"option of {method.name} on the {grid} grid", option, known)
     if kind is not None:  # of a class only what is no default here
-        usual = {name: parameter.default for name, parameter in known.items()} | dict(method.defaults)
+        usual = {name: parameter.default for name, parameter in known.items()} | dict(
+            method.defaults
+        )
         implied = {name: value for name, value in implied.items() if value != usual.get(name)}
     merged = {name: value for name, value in implied.items() if name in known} | said
     one_of("init_noise", merged.get("init_noise", INIT_NOISES[0]), INIT_NOISES)
-    return Settings(method, steps, grid, {name: plain_option(known[name], value) for name, value in merged.items()})
+    return Settings(
+        method,
+        steps,
+        grid,
+        {name: plain_option(known[name], value) for name, value in merged.items()},
+    )
 
 
 def all_names() -> dict[str, list[str]]:
@@ -182,8 +169,8 @@ def all_names() -> dict[str, list[str]]:
     >>> all_names()["euler"][:2]
     ['Euler', 'EulerDiscreteScheduler']
     """
-    entries = {**METHODS, **OUTSIDE}
-    names = {name: list(entry.called) for name, entry in entries.items()}
+    entries = {**METHODS, **STANDALONE}
+    names = {name: list(entry.aliases) for name, entry in entries.items()}
     for alias, (name, _) in ALIASES.items():
         names[name].append(alias)
     return names
@@ -198,15 +185,24 @@ def key_of(name: object) -> str:
     return re.sub(r"[\s_-]+", "_", str(name).strip().casefold().replace("++", "pp"))
 
 
-@cache
 def _known_names() -> dict[str, Known]:
-    entries: dict[str, Method | Outside] = {**METHODS, **OUTSIDE}
+    return _names_at(METHODS.changes + STANDALONE.changes)
+
+
+@lru_cache(maxsize=1)
+def _names_at(changes: int) -> dict[str, Known]:
+    """Return what every name stands for; ``changes`` of the registries make it anew."""
+    entries: dict[str, Method | StandaloneEntry] = {**METHODS, **STANDALONE}
     known: dict[str, Known] = {}
     for entry in entries.values():
         known[key_of(entry.name)] = (entry, {})
-        known |= {key_of(called): (entry, dict(implied)) for called, implied in entry.called.items()}
+        known |= {
+            key_of(called): (entry, dict(implied)) for called, implied in entry.aliases.items()
+        }
     known |= {key_of(alias): (entries[name], implied) for alias, (name, implied) in ALIASES.items()}
-    return known | {key_of(name): (known[key_of(name)][0], settings_of_class(name)) for name in CLASSES}
+    return known | {
+        key_of(name): (known[key_of(name)][0], settings_of_class(name)) for name in CLASSES
+    }
 
 
 def _found(key: str) -> Known | None:
@@ -219,22 +215,33 @@ def _found(key: str) -> Known | None:
     for suffix in _suffixes(key):
         found = _found(key[: -len(suffix) - 1])
         if found is not None:
-            return found[0], found[1] | SUFFIXES[suffix]
+            return found[0], found[1] | SUFFIXES.get(suffix, {"grid": suffix})
     return None
 
 
 def _suffixes(key: str) -> list[str]:
-    return sorted((suffix for suffix in SUFFIXES if key.endswith(f"_{suffix}")), key=len, reverse=True)
+    return sorted(
+        (suffix for suffix in {**SUFFIXES, **GRIDS} if key.endswith(f"_{suffix}")),
+        key=len,
+        reverse=True,
+    )
 
 
 def _nearest(key: str) -> str:
     """Word what the nearest known names are, one for each entry, with the grid that the name ends in."""
     ending = next(iter(_suffixes(key)), "")
-    known, spelled = _known_names(), {key_of(name): name for names in all_names().values() for name in names}
+    known, spelled = (
+        _known_names(),
+        {key_of(name): name for names in all_names().values() for name in names},
+    )
     best: dict[str, str] = {}
-    for near in get_close_matches(key.removesuffix(f"_{ending}") if ending else key, list(known), n=9, cutoff=0.6):
+    for near in get_close_matches(
+        key.removesuffix(f"_{ending}") if ending else key, list(known), n=9, cutoff=0.6
+    ):
         best.setdefault(known[near][0].name, spelled.get(near, near))
     if not best:
-        return "known: " + ", ".join(sorted({**METHODS, **OUTSIDE}))
+        return "known: " + ", ".join(sorted({**METHODS, **STANDALONE}))
     near = [repr(f"{name} {ending}" if ending else name) for name in list(best.values())[:3]]
-    return f"did you mean {' or '.join([', '.join(near[:-1]), near[-1]] if len(near) > 1 else near)}?"
+    return (
+        f"did you mean {' or '.join([', '.join(near[:-1]), near[-1]] if len(near) > 1 else near)}?"
+    )

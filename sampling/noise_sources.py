@@ -36,7 +36,9 @@ class BrownianNoise:
         try:
             from torchsde import BrownianTree
         except ImportError as error:
-            raise ImportError("noise='brownian' needs the package torchsde: pip install torchsde") from error
+            raise ImportError(
+                "noise='brownian' needs the package torchsde: pip install torchsde"
+            ) from error
         highest = max(knot.sigma_ve for knot in knots if math.isfinite(knot.sigma_ve))
         start = torch.zeros(drawn.shape[1:], dtype=torch.float32)
         # twice as far as the first knot: churn goes there

@@ -46,7 +46,10 @@ def _sequence(name: str, value: Any, kinds: list[str], any_length: bool) -> tupl
         kinds = [kinds[0]] * len(values)
     if len(values) != len(kinds):
         raise ValueError(f"{name} must hold {len(kinds)} values, got {value!r}")
-    return tuple(KINDS[kind](f"{name}[{i}]", part) for i, (kind, part) in enumerate(zip(kinds, values, strict=True)))
+    return tuple(
+        KINDS[kind](f"{name}[{i}]", part)
+        for i, (kind, part) in enumerate(zip(kinds, values, strict=True))
+    )
 
 
 def _bool(name: str, value: Any) -> bool:

@@ -17,13 +17,16 @@ from .clipping import Change
 from .grids import Grid, counts_evaluations, grid_options, make_knots
 from .guidance import Network
 from .identity import exact
-from .inference import SeededNoise, last, start_run, without_gradients
+from .inference import SeededNoise, last, prepare_run, without_gradients
+from .interop.diffusers_configs import sampler_config
 from .kernel import Progress, run
 from .knots import Knot
 from .methods.base import Method
-from .names import RUN_OPTIONS, settle
+from .names import RUN_OPTIONS, resolve, resolve_settings
 from .noise_sources import BrownianNoise
-from .table import Evaluation, Table, Unconditional, compile_table
+from .standalone import StandaloneEntry
+from .table import Table, compile_table
+from .tracing import Evaluation, Unconditional
 
 DEFAULT_STEPS = 20
 
@@ -32,7 +35,8 @@ DEFAULT_STEPS = 20
 class Sampler:
     """Draw samples with a network that was trained on ``schedule``.
 
-    ``method``: a name of the field ('dpmpp_2m', 'DPM++ 2M Karras', 'DPMSolverMultistepScheduler') or a Method. ``steps``: an
+    ``method``: a name of the field ('dpmpp_2m', 'DPM++ 2M Karras', 'DPMSolverMultistepScheduler') or a Method; the name of a
+    sampler that is no table ('DPM adaptive') makes an object of its own class, called in the same way. ``steps``: an
     integer in 1 ... T, by default 20. ``grid``: a name of GRIDS or a function; by default what the name implies, or the
     method's own. ``timesteps=[...]`` or ``sigmas=[...]`` stand in place of steps and grid. Further options belong to the method
     (``eta``) or the grid (``rho``, ``final``). ``init_noise="sigma"`` begins at σ z instead of the marginal's spread sqrt(α² + σ²) z, as
@@ -51,6 +55,21 @@ class Sampler:
     grid: str | Grid
     options: tuple[tuple[str, Any], ...]
 
+    def __new__(
+        cls,
+        schedule: Any = None,
+        method: str | Method | StandaloneEntry = "dpmpp_2m",
+        steps: int | None = None,
+        grid: str | Grid | None = None,
+        **options: Any,
+    ) -> Any:
+        if schedule is not None and not isinstance(method, Method):
+            entry, implied = resolve(method)
+            if isinstance(entry, StandaloneEntry):
+                given = {"steps": steps, "grid": grid} if grid is not None else {"steps": steps}
+                return _make_standalone(entry, schedule, implied, given | options)
+        return super().__new__(cls)  # copy and pickle come here without arguments
+
     def __init__(
         self,
         schedule: NoiseSchedule,
@@ -63,7 +82,7 @@ class Sampler:
             raise TypeError(
                 f"schedule must be a NoiseSchedule, got {type(schedule).__name__}; e.g. NoiseSchedule.scaled_linear()"
             )
-        settings = settle(method, steps, grid, options)
+        settings = resolve_settings(method, steps, grid, options)
         values = {
             "schedule": schedule,
             "method": settings.method,
@@ -91,7 +110,7 @@ class Sampler:
     @property
     def table(self) -> Table:
         """The compiled table, made once per sampler value."""
-        return _compiled(self)
+        return _compile(self)
 
     @property
     def knots(self) -> tuple[Knot, ...]:
@@ -107,7 +126,8 @@ class Sampler:
     def sigmas(self) -> list[float]:
         """The noise level at every knot, as ``sigmas=`` takes it: σ / α (infinite where α is 0), or σ on a flow path."""
         alpha, sigma = (
-            torch.tensor([getattr(k, n) for k in self.knots], dtype=torch.float64) for n in ("alpha", "sigma")
+            torch.tensor([getattr(k, n) for k in self.knots], dtype=torch.float64)
+            for n in ("alpha", "sigma")
         )
         return self.schedule.curve.level_of(alpha, sigma).tolist()
 
@@ -118,7 +138,11 @@ class Sampler:
         With ``init_noise="sigma"`` it is σ.
         """
         first = self.knots[0]
-        return first.sigma if dict(self.options).get("init_noise") == "sigma" else math.hypot(first.alpha, first.sigma)
+        return (
+            first.sigma
+            if dict(self.options).get("init_noise") == "sigma"
+            else math.hypot(first.alpha, first.sigma)
+        )
 
     @property
     def method_options(self) -> dict[str, Any]:
@@ -126,7 +150,9 @@ class Sampler:
         said = {name: value for name, value in self.options if name in self.method.options}
         return self.method.options | said
 
-    def __call__(self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any) -> Tensor:
+    def __call__(
+        self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any
+    ) -> Tensor:
         """Return samples, shape (batch, ...), float32 or better, on the network's device. Arguments as in :meth:`iterate`."""
         return last(self.iterate(network, shape_or_noise, **arguments)).x
 
@@ -160,13 +186,14 @@ class Sampler:
         """
         ops = [op for step in self.table.steps for op in step.ops]
         evaluations = [op.knot for op in ops if isinstance(op, Evaluation)]
-        this = start_run(
+        this = prepare_run(
             self.schedule,
             self.knots[0],
             network,
             shape_or_noise,
             scale=self.init_noise_scale,
-            whole=self.schedule.curve.is_discrete and all(knot.timestep.is_integer() for knot in evaluations),
+            integer_timesteps=self.schedule.curve.is_discrete
+            and all(knot.timestep.is_integer() for knot in evaluations),
             halves=any(isinstance(op, Unconditional) for op in ops),
             seeds=seeds,
             conditioning=conditioning,
@@ -194,9 +221,36 @@ class Sampler:
         Traceback (most recent call last):
         ValueError: no scheduler class of diffusers is this sampler (res_multistep, 20 steps on the trailing grid): ...
         """
-        from .interop.diffusers_configs import sampler_config
-
         return sampler_config(self, nearest)
+
+
+def make_sampler(
+    schedule: Any, name: str = "dpmpp_2m", steps: int | None = None, **options: Any
+) -> Any:
+    """Return the sampler of a name: the same as ``Sampler(schedule, name, steps, **options)``, typed for every kind.
+
+    ``schedule`` is a NoiseSchedule (VQ diffusion: a TokenSchedule). Raises ValueError for unknown names and options.
+
+    >>> make_sampler(NoiseSchedule.linear(), "DPM adaptive", steps=20).order
+    3
+    >>> make_sampler(NoiseSchedule.linear(), "Euler a", steps=20).method.name
+    'euler_ancestral'
+    """
+    return Sampler(schedule, name, steps, **options)
+
+
+def _make_standalone(
+    entry: StandaloneEntry, schedule: Any, implied: Mapping[str, Any], given: dict[str, Any]
+) -> Any:
+    """Return an object of the entry's class; ``steps`` is left out where it has no number of steps, or none is given."""
+    steps = given.pop("steps", None)
+    for option in given:
+        lookup(f"option of {entry.name}", option, entry.options)
+    if steps is not None and "steps" in entry.options:
+        given["steps"] = steps
+    return entry.factory(
+        schedule, **({k: v for k, v in implied.items() if k in entry.options} | given)
+    )
 
 
 def _independent(drawn: SeededNoise, knots: Sequence[Knot]) -> Callable[[float, float], Tensor]:
@@ -207,7 +261,9 @@ def _brownian(drawn: SeededNoise, knots: Sequence[Knot]) -> Callable[[float, flo
     return BrownianNoise(drawn, knots)
 
 
-NOISE_SOURCES: Mapping[str, Callable[[SeededNoise, Sequence[Knot]], Callable[[float, float], Tensor]]] = {
+NOISE_SOURCES: Mapping[
+    str, Callable[[SeededNoise, Sequence[Knot]], Callable[[float, float], Tensor]]
+] = {
     "independent": _independent,
     "brownian": _brownian,
 }
@@ -215,19 +271,23 @@ NOISE_SOURCES: Mapping[str, Callable[[SeededNoise, Sequence[Knot]], Callable[[fl
 
 
 @lru_cache(maxsize=128)
-def _compiled(sampler: Sampler) -> Table:
+def _compile(sampler: Sampler) -> Table:
     options = dict(sampler.options)
     of_grid = {k: v for k, v in options.items() if k in grid_options(sampler.grid)}
     of_method = dict(sampler.method.defaults) | {
         k: v for k, v in options.items() if k not in of_grid and k not in RUN_OPTIONS
     }
-    if sampler.method.steps_as:
-        of_method[sampler.method.steps_as] = sampler.steps
-    knots = make_knots(sampler.schedule, sampler.steps, sampler.grid, ascending=sampler.method.inverse, **of_grid)
+    if sampler.method.steps_option:
+        of_method[sampler.method.steps_option] = sampler.steps
+    knots = make_knots(
+        sampler.schedule, sampler.steps, sampler.grid, ascending=sampler.method.inverse, **of_grid
+    )
     if not counts_evaluations(sampler.grid):
         knots = sampler.method.boundaries(knots)
 
     def formula(*arguments: Any) -> Any:
         return sampler.method.formula(*arguments, **of_method)
 
-    return compile_table(sampler.method.name, formula, knots, sampler.schedule, sampler.method.point_mass)
+    return compile_table(
+        sampler.method.name, formula, knots, sampler.schedule, sampler.method.point_mass
+    )

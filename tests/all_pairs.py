@@ -27,7 +27,10 @@ def all_pairs(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
         row = {i: a, j: b}
         for k in range(len(axes)):
             if k not in row:
-                row[k] = max(range(len(axes[k])), key=lambda c, k=k: sum(pair in left for pair in met(row, k, c)))
+                row[k] = max(
+                    range(len(axes[k])),
+                    key=lambda c, k=k: sum(pair in left for pair in met(row, k, c)),
+                )
         for k, c in row.items():
             for pair in met(row, k, c):
                 left.pop(pair, None)

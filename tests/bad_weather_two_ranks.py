@@ -63,10 +63,23 @@ def run(name: str, *callbacks: Any, seconds: float = 0.0, **settings: Any) -> di
     own = [ValidationSampling("euler", **common, **settings)] if name != "none" else []
     error = None
     try:
-        train(ROOT / name, *own, *callbacks, module=module, logger=logger, devices=2, strategy=strategy("ddp", TIMEOUT))
+        train(
+            ROOT / name,
+            *own,
+            *callbacks,
+            module=module,
+            logger=logger,
+            devices=2,
+            strategy=strategy("ddp", TIMEOUT),
+        )
     except Exception as raised:
         error = f"{type(raised).__name__}: {raised}"
-    return {"error": error, "losses": module.losses, "shown": logger.steps, "seconds": time.monotonic() - start}
+    return {
+        "error": error,
+        "losses": module.losses,
+        "shown": logger.steps,
+        "seconds": time.monotonic() - start,
+    }
 
 
 def meet() -> None:
@@ -84,7 +97,9 @@ def slow_disk() -> dict[str, Any]:
         return save(*given, **named)
 
     ema_module.save_snapshot = slow
-    return run("disk", EMA(PowerFunction(sigma_rel=0.1), snapshot_every_n_steps=3, folder=ROOT / "ema"))
+    return run(
+        "disk", EMA(PowerFunction(sigma_rel=0.1), snapshot_every_n_steps=3, folder=ROOT / "ema")
+    )
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ class Toy(LightningModule):
         self.learning_rate = learning_rate
         self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
         self.dropout = nn.Dropout(dropout)
-        self.frozen = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(8)).eval()  # part of the model, never to be trained
+        # part of the model, never to be trained
+        self.frozen = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(8)).eval()
         self.losses: list[float] = []
 
     def predict(self, x: Tensor, timesteps: Tensor, **conditioning: Any) -> Tensor:
@@ -98,7 +99,10 @@ class Units(Toy):
         self.net = Net()
 
     def configure_model(self) -> None:
-        if isinstance(self.trainer.strategy, ModelParallelStrategy) and self.device_mesh is not None:
+        if (
+            isinstance(self.trainer.strategy, ModelParallelStrategy)
+            and self.device_mesh is not None
+        ):
             mesh = self.device_mesh["data_parallel"]
             if mesh.size() > 1:
                 fully_shard(self.net.first, mesh=mesh)
@@ -122,11 +126,13 @@ def strategy(kind: str, timeout: int) -> Any:
     """A strategy for two processes (gloo): 'ddp', 'fsdp1', 'fsdp2', or 'tp', two ranks of one tensor-parallel group."""
     settings: Any = {"process_group_backend": "gloo", "timeout": timedelta(seconds=timeout)}
     if kind == "fsdp1":
-        return FSDP1OnCPU(
-            auto_wrap_policy={Inner}, state_dict_type="sharded", **settings
-        )  # a full one crashes torch here
+        # a full one crashes torch here
+        return FSDP1OnCPU(auto_wrap_policy={Inner}, state_dict_type="sharded", **settings)
     if kind in ("fsdp2", "tp"):
-        sizes = {"data_parallel_size": 2 if kind == "fsdp2" else 1, "tensor_parallel_size": 1 if kind == "fsdp2" else 2}
+        sizes = {
+            "data_parallel_size": 2 if kind == "fsdp2" else 1,
+            "tensor_parallel_size": 1 if kind == "fsdp2" else 2,
+        }
         return ModelParallelStrategy(save_distributed_checkpoint=False, **sizes, **settings)
     return DDPStrategy(**settings)
 
@@ -138,7 +144,9 @@ class Averages(Callback):
         self.averages: list[Tensor] = []
         self.fails = fails
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         reshard(root_of(trainer, pl_module))
         now = [local(weight).clone() for weight in pl_module.parameters()]
         self.averages = [(a + b) / 2 for a, b in zip(self.averages or now, now, strict=True)]
@@ -155,7 +163,9 @@ class Held(Callback):
     def __init__(self) -> None:
         self.numbers: list[int] = []
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.numbers.append(sum(local(weight).numel() for weight in pl_module.parameters()))
 
 
@@ -165,9 +175,16 @@ def loader(samples: int = 24, shuffle: bool = True, batch_size: int = 4) -> Data
 
 
 def trainer(root: Path, *callbacks: Any, **settings: Any) -> Trainer:
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "logger": False,
+        "accelerator": "cpu",
+    }
     short = {"max_epochs": 2, "enable_checkpointing": False, "devices": 1}
-    return Trainer(default_root_dir=root, callbacks=list(callbacks), **{**quiet, **short, **settings})
+    return Trainer(
+        default_root_dir=root, callbacks=list(callbacks), **{**quiet, **short, **settings}
+    )
 
 
 def fresh(kind: type[Toy] = Toy, **arguments: Any) -> Toy:
@@ -176,27 +193,39 @@ def fresh(kind: type[Toy] = Toy, **arguments: Any) -> Toy:
     return kind(**arguments)
 
 
-def train(root: Path, *callbacks: Any, module: Toy | None = None, data: Any = None, **settings: Any) -> Toy:
+def train(
+    root: Path, *callbacks: Any, module: Toy | None = None, data: Any = None, **settings: Any
+) -> Toy:
     """Train from a fixed seed: six steps an epoch, two epochs; ``settings`` go to the Trainer, ``ckpt_path`` to fit."""
     module = module if module is not None else fresh()
     seed_everything(1, verbose=False)
     path = settings.pop("ckpt_path", None)
-    trainer(root, *callbacks, **settings).fit(module, data if data is not None else loader(), ckpt_path=path)
+    trainer(root, *callbacks, **settings).fit(
+        module, data if data is not None else loader(), ckpt_path=path
+    )
     return module
 
 
 def weights(module: nn.Module) -> str:
     """A hash of every parameter's and buffer's bits."""
     parts = [
-        t.detach().contiguous().view(torch.uint8).numpy().tobytes() for t in module.state_dict().values() if t.ndim
+        t.detach().contiguous().view(torch.uint8).numpy().tobytes()
+        for t in module.state_dict().values()
+        if t.ndim
     ]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
 
 
 def grids(folder: Path) -> list[str]:
     """The pictures of whole previews among the files."""
-    return [name for name in files(folder) if re.fullmatch(r"step_\d{8}(_ema)?\.png", name.split("/")[-1])]
+    return [
+        name
+        for name in files(folder)
+        if re.fullmatch(r"step_\d{8}(_ema)?\.png", name.split("/")[-1])
+    ]

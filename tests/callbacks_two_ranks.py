@@ -27,7 +27,8 @@ from callbacks_toy import Averages, Held, Toy, Units, fresh, strategy, train, we
 
 RANK = int(os.environ["LOCAL_RANK"]) + int(os.environ["NODE_RANK"])
 ROOT, SUITE = Path(sys.argv[1]), sys.argv[2]
-PUBLISHED: list[Any] = []  # step, weights, number of images and note of the pictures that this rank wrote
+# step, weights, number of images and note of the pictures that this rank wrote
+PUBLISHED: list[Any] = []
 TIMEOUT = 90  # of a collective: what waits this long hangs
 torch.set_num_threads(1)
 
@@ -47,9 +48,14 @@ def run(name: str, *callbacks: Any, **settings: Any) -> dict[str, Any]:
             train(ROOT / name, *callbacks, held, module=module, **settings)
         except (Exception, SystemExit) as error:
             seen["error"] = f"{type(error).__name__}: {error}"
-    seen |= {"losses": module.losses, "seconds": time.monotonic() - start, "published": list(PUBLISHED)}
+    seen |= {
+        "losses": module.losses,
+        "seconds": time.monotonic() - start,
+        "published": list(PUBLISHED),
+    }
     seen["held"] = held.numbers
-    seen["weights"] = weights(module) if SUITE in ("ddp", "nodes") else None  # or what a rank has of them
+    # or what a rank has of them
+    seen["weights"] = weights(module) if SUITE in ("ddp", "nodes") else None
     seen["warnings"] = [str(w.message) for w in caught if "preview" in str(w.message)]
     return seen
 
@@ -64,7 +70,12 @@ PUBLISH, validation_sampling.publish = validation_sampling.publish, publish
 
 
 def previews(**settings: Any) -> ValidationSampling:
-    common: dict[str, Any] = {"steps": 2, "every_n_train_steps": 2, "num_images": 5, "batch_size": 2}
+    common: dict[str, Any] = {
+        "steps": 2,
+        "every_n_train_steps": 2,
+        "num_images": 5,
+        "batch_size": 2,
+    }
     return ValidationSampling("euler_ancestral", **{**common, **settings})
 
 
@@ -170,9 +181,13 @@ def timed(name: str, clock: Clock) -> dict[str, Any]:
         rounds.time = real
 
 
-def with_own(name: str, make: Any, rank: int, calls: int, *callbacks: Any, **settings: Any) -> dict[str, Any]:
+def with_own(
+    name: str, make: Any, rank: int, calls: int, *callbacks: Any, **settings: Any
+) -> dict[str, Any]:
     module = units()
-    return run(name, *callbacks, previews(predict=make(module, rank, calls), **settings), module=module)
+    return run(
+        name, *callbacks, previews(predict=make(module, rank, calls), **settings), module=module
+    )
 
 
 def terminated(name: str) -> dict[str, Any]:
@@ -182,7 +197,9 @@ def terminated(name: str) -> dict[str, Any]:
     own = previews(predict=Terminated(module, 1, 6))
     seen = run(name, own, save, module=module, enable_checkpointing=True)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    save = ModelCheckpoint(ROOT / name / "again", filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    save = ModelCheckpoint(
+        ROOT / name / "again", filename="{step}", every_n_train_steps=2, save_top_k=-1
+    )
     path = ROOT / name / "step=4.ckpt"
     again = run(name, previews(), save, module=units(), enable_checkpointing=True, ckpt_path=path)
     return seen | {"again": again}
@@ -197,7 +214,9 @@ EVERYWHERE: dict[str, Any] = {
     "units_none": lambda name: run(name, module=units()),
     "units_raw": lambda name: run(name, previews(extra_steps=(0,)), module=units()),
     "units_both": lambda name: run(name, Averages(), previews(weights="both"), module=units()),
-    "units_lost": lambda name: run(name, Averages(RANK == 1), previews(weights="ema"), module=units()),
+    "units_lost": lambda name: run(
+        name, Averages(RANK == 1), previews(weights="ema"), module=units()
+    ),
     "units_decoder": lambda name: run(name, previews(decode=Decoder(1)), module=units()),
     "units_nan": lambda name: with_own(name, NotANumber, 1, 3),
     "units_late": lambda name: timed(name, Clock(4)),
@@ -215,11 +234,15 @@ DDP: dict[str, Any] = {
     "raise": lambda name: run(name, previews(predict=Failing(1), on_error="raise")),
     "logger": lambda name: run(name, previews(), logger=Broken()),
     "logger_raise": lambda name: run(name, previews(on_error="raise"), logger=Broken()),
-    "buckets": lambda name: run(name, previews(on_error="raise"), module=fresh(Buckets, sample_shape=None)),
+    "buckets": lambda name: run(
+        name, previews(on_error="raise"), module=fresh(Buckets, sample_shape=None)
+    ),
     "still": lambda name: run(name, previews(), module=fresh(learning_rate=0.0)),
     "rehearsal": lambda name: run(name, previews(on_error="raise"), fast_dev_run=True),
     "unwritable": lambda name: run(name, previews(folder=ROOT / "file" / "previews")),
-    "saved": lambda name: run(name, _keep(name), ScheduleCheckpoint(), previews(), enable_checkpointing=True),
+    "saved": lambda name: run(
+        name, _keep(name), ScheduleCheckpoint(), previews(), enable_checkpointing=True
+    ),
     "refused": lambda name: run(
         name,
         _keep("saved"),
@@ -251,7 +274,9 @@ if __name__ == "__main__":
     sys.stdout.flush()
     if "units_severed" in report:
         if RANK == 1:
-            time.sleep(TIMEOUT)  # stays alive, as in a notebook, and must be ended for the other's sake
+            # stays alive, as in a notebook, and must be ended for the other's sake
+            time.sleep(TIMEOUT)
     elif dist.is_initialized():
         dist.destroy_process_group()
-    os._exit(0)  # gloo's threads of a run that was made to fail can abort the interpreter's own exit
+    # gloo's threads of a run that was made to fail can abort the interpreter's own exit
+    os._exit(0)

@@ -112,7 +112,10 @@ def changed_bytes(content: bytes, rng: random.Random) -> bytes:
 def packed(content: bytes, more: bytes = b"") -> bytes:
     """Return the archive with its entries compressed, and ``more`` in place of the values."""
     out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new:
+    with (
+        zipfile.ZipFile(io.BytesIO(content)) as old,
+        zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new,
+    ):
         for name in old.namelist():
             new.writestr(name, more if more and name.endswith(".pkl") else old.read(name))
     return out.getvalue()
@@ -146,7 +149,9 @@ def mutated_safetensors(rng: random.Random, content: bytes) -> bytes:
     """Return a safetensors file with a damage in its header or in its bytes."""
     (length,) = struct.unpack("<Q", content[:8])
     header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
-    damage = rng.choice(("length", "offsets", "shape", "dtype", "metadata", "drop", "cut", "bytes", "text"))
+    damage = rng.choice(
+        ("length", "offsets", "shape", "dtype", "metadata", "drop", "cut", "bytes", "text")
+    )
     name = rng.choice([key for key in header if key != "__metadata__"])
     entry = copy.deepcopy(header[name])
     if damage == "length":
@@ -157,20 +162,49 @@ def mutated_safetensors(rng: random.Random, content: bytes) -> bytes:
     if damage == "bytes":
         return changed_bytes(content, rng)
     if damage == "text":
-        text = rng.choice(("[]", "{", "null", '{"a": NaN}', '{"a": 1, "a": 2}', "[" * 5000 + "]" * 5000, "{}" + " " * 1000))
+        text = rng.choice(
+            (
+                "[]",
+                "{",
+                "null",
+                '{"a": NaN}',
+                '{"a": 1, "a": 2}',
+                "[" * 5000 + "]" * 5000,
+                "{}" + " " * 1000,
+            )
+        )
         return struct.pack("<Q", len(text)) + text.encode() + data
     if damage == "offsets":
         a, b = entry["data_offsets"]
-        entry["data_offsets"] = rng.choice(([a, b + 8], [a - 4, b], [b, a], [-1, b], [a], ["a", b], [0, 2**60], None, [a, 1e400]))
+        entry["data_offsets"] = rng.choice(
+            ([a, b + 8], [a - 4, b], [b, a], [-1, b], [a], ["a", b], [0, 2**60], None, [a, 1e400])
+        )
     elif damage == "shape":
-        entry["shape"] = rng.choice(([], [-1], [2**40, 2**40], ["a"], None, [1.5], entry["shape"][::-1], [0], [10**30]))
+        entry["shape"] = rng.choice(
+            ([], [-1], [2**40, 2**40], ["a"], None, [1.5], entry["shape"][::-1], [0], [10**30])
+        )
     elif damage == "dtype":
         entry["dtype"] = rng.choice(("F64", "X", None, 3, "BOOL", "f32", "F8_E4M3"))
     header[name] = entry
     if damage == "metadata":
         said = header["__metadata__"]
         key = rng.choice(list(said))
-        said[key] = rng.choice(("", "{", "NaN", "[]", "7", '{"a": 1}', "[1, -8, 8]", "[1, 1000000, 1000000]", "x" * 10_000, 3, None, {}))
+        said[key] = rng.choice(
+            (
+                "",
+                "{",
+                "NaN",
+                "[]",
+                "7",
+                '{"a": 1}',
+                "[1, -8, 8]",
+                "[1, 1000000, 1000000]",
+                "x" * 10_000,
+                3,
+                None,
+                {},
+            )
+        )
     elif damage == "drop":
         del header[rng.choice(list(header))]
     text = json.dumps(header).encode()

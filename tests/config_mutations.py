@@ -42,16 +42,29 @@ VALUES: list[Any] = [
     10**12, 10**400, "", "linear", "v_prediction", "karras", "x" * 1000, "0.01", [], [0.1, 0.2], [0.5] * 2000, [0.1, "a"],
     [[0.1]], [None], {}, {"name": "karras", "sigma_data": -1}, {"kind": "flow"}, {"kind": "flow", "shift": "a"}, {"a": {"b": 1}},
 ]  # fmt: skip
-KEYS = ["bogus", "predicton_type", "beta_schedule", "use_flow_sigmas", "shift", "trained_betas", "kind", "num_train_timesteps"]
+KEYS = [
+    "bogus",
+    "predicton_type",
+    "beta_schedule",
+    "use_flow_sigmas",
+    "shift",
+    "trained_betas",
+    "kind",
+    "num_train_timesteps",
+]
 
 
 def configs() -> list[tuple[bool, dict[str, Any]]]:
     """(whether it is our own, the config) of every kind."""
     found: list[tuple[bool, dict[str, Any]]] = [(True, schedule.to_config()) for schedule in EXACT]
-    found += [(True, {k: v for k, v in config.items() if k != "fingerprint"}) for _, config in list(found)]
+    found += [
+        (True, {k: v for k, v in config.items() if k != "fingerprint"}) for _, config in list(found)
+    ]
     found += [(False, schedule.to_diffusers()) for schedule in EXACT[:4]]
     found += [(False, NoiseSchedule.flow(3.0).to_diffusers())]
-    found += [(False, ZERO.to_diffusers() | {"_class_name": name, "shift": 2.0}) for name in CLASSES]
+    found += [
+        (False, ZERO.to_diffusers() | {"_class_name": name, "shift": 2.0}) for name in CLASSES
+    ]
     return found
 
 
@@ -75,7 +88,9 @@ def mutated(config: dict[str, Any], rng: random.Random) -> dict[str, Any]:
         if not found:
             return config
         holder, key = rng.choice(found)
-        damage = rng.choice(("drop", "replace", "replace", "replace", "scale", "add", "nest", "swap"))
+        damage = rng.choice(
+            ("drop", "replace", "replace", "replace", "scale", "add", "nest", "swap")
+        )
         value = holder[key]
         if damage == "drop":
             del holder[key]
@@ -89,7 +104,9 @@ def mutated(config: dict[str, Any], rng: random.Random) -> dict[str, Any]:
             holder[key] = [value] if rng.random() < 0.5 else {"value": value}
         elif damage == "swap":
             other, name = rng.choice(found)
-            if other is not value and name in (other if isinstance(other, dict) else range(len(other))):
+            if other is not value and name in (
+                other if isinstance(other, dict) else range(len(other))
+            ):
                 holder[key] = copy.deepcopy(other[name])
     return config
 

@@ -10,5 +10,7 @@ from hypothesis import settings
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 # the same examples on every machine and every day, and no database of them in the checkout
-settings.register_profile("alphabar", derandomize=True, database=None, deadline=None, max_examples=40)
+settings.register_profile(
+    "alphabar", derandomize=True, database=None, deadline=None, max_examples=40
+)
 settings.load_profile("alphabar")

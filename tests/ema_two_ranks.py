@@ -15,7 +15,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType, fully_shard
+from torch.distributed.fsdp import (
+    FullStateDictConfig,
+    FullyShardedDataParallel,
+    StateDictType,
+    fully_shard,
+)
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from alphabar.callbacks import EMA, LossBySNR, ema_weights
@@ -33,7 +38,10 @@ class OnCPU(FSDPStrategy):
     """Lightning wants a GPU for FSDPStrategy itself, and not for a subclass."""
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
-        kind: Any = {"cpu_offload": self.cpu_offload, "mixed_precision": self.mixed_precision_config}
+        kind: Any = {
+            "cpu_offload": self.cpu_offload,
+            "mixed_precision": self.mixed_precision_config,
+        }
         return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **kind, **self.kwargs)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -41,7 +49,9 @@ class OnCPU(FSDPStrategy):
             return super().lightning_module_state_dict()
         # offloading, Lightning's setting, reads freed memory where the CPU is also what computes
         config = FullStateDictConfig(offload_to_cpu=False, rank0_only=True)
-        with FullyShardedDataParallel.state_dict_type(self.model, StateDictType.FULL_STATE_DICT, config):
+        with FullyShardedDataParallel.state_dict_type(
+            self.model, StateDictType.FULL_STATE_DICT, config
+        ):
             model: Any = self.model
             return model.state_dict()
 
@@ -57,7 +67,10 @@ class Blocks(Toy):
         super().__init__(SCHEDULE, dropout=0.0)
         del self.first, self.last, self.frozen
         self.sharded = sharded
-        self.embed, self.block = nn.Linear(192, 7), nn.Sequential(nn.Linear(7, 11), nn.Tanh(), nn.Linear(11, 7))
+        self.embed, self.block = (
+            nn.Linear(192, 7),
+            nn.Sequential(nn.Linear(7, 11), nn.Tanh(), nn.Linear(11, 7)),
+        )
         self.out = nn.Linear(7, 192)
         self.register_buffer("scale", torch.ones(3))
 
@@ -82,15 +95,21 @@ class Spy(Callback):
         self.draw, self.average, self.seen = draw, {}, 0
         self.worst = 0.0
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         reshard(root_of(trainer, pl_module))
         parts = {name: local(p).double().clone() for name, p in pl_module.named_parameters()}
-        self.average = {name: torch.lerp(self.average.get(name, p), p, 0.3) for name, p in parts.items()}
+        self.average = {
+            name: torch.lerp(self.average.get(name, p), p, 0.3) for name, p in parts.items()
+        }
         if not self.draw:
             return
         x, t = torch.ones(2, 3, 8, 8, dtype=pl_module.dtype), torch.tensor([5, 900])
         with torch.no_grad():
-            call = trainer.strategy.model if isinstance(trainer.strategy, FSDPStrategy) else pl_module
+            call = (
+                trainer.strategy.model if isinstance(trainer.strategy, FSDPStrategy) else pl_module
+            )
             raw = self.forward(trainer, call, x, t)
             with ema_weights(trainer, pl_module) as used:
                 assert used
@@ -129,7 +148,9 @@ class Own(Callback):
         self.seen: list[Any] = []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        pl_module.noising.listen(lambda noised, errors: self.seen.append((noised.log_snr, errors, noised.weight)))
+        pl_module.noising.listen(
+            lambda noised, errors: self.seen.append((noised.log_snr, errors, noised.weight))
+        )
 
     def sums(self, buckets: Any) -> Any:
         sums = buckets.zeros(torch.device("cpu"))
@@ -157,19 +178,46 @@ def strategy(kind: str) -> Any:
 def run(kind: str, *callbacks: Any, precision: str = "32-true", **settings: Any) -> Toy:
     module = fresh(Blocks, sharded=kind.startswith("fsdp2"))
     data = loader(8, shuffle=False)
-    common: Any = {"strategy": strategy(kind), "devices": 2, "max_epochs": 4, "data": data, "precision": precision}
+    common: Any = {
+        "strategy": strategy(kind),
+        "devices": 2,
+        "max_epochs": 4,
+        "data": data,
+        "precision": precision,
+    }
     return train(ROOT / kind, *callbacks, module=module, **common, **settings)
 
 
 def scenario(kind: str, precision: str) -> dict[str, Any]:
     name = f"{kind}_{precision}"
     plain = run(kind, precision=precision)
-    ema, spy = EMA(PROFILES, snapshot_every_n_steps=2, folder=ROOT / name / "snapshots"), Spy(draw=True)
-    keep = ModelCheckpoint(ROOT / name, filename="{step}", auto_insert_metric_name=False, save_top_k=-1)
+    ema, spy = (
+        EMA(PROFILES, snapshot_every_n_steps=2, folder=ROOT / name / "snapshots"),
+        Spy(draw=True),
+    )
+    keep = ModelCheckpoint(
+        ROOT / name, filename="{step}", auto_insert_metric_name=False, save_top_k=-1
+    )
     log, own, by_snr = Log(), Own(), LossBySNR(2, buckets=4)
-    averaged = run(kind, spy, ema, own, by_snr, keep, precision=precision, enable_checkpointing=True, logger=log)
+    averaged = run(
+        kind,
+        spy,
+        ema,
+        own,
+        by_snr,
+        keep,
+        precision=precision,
+        enable_checkpointing=True,
+        logger=log,
+    )
     again = EMA(PROFILES)
-    resumed = run(kind, again, precision=precision, enable_checkpointing=True, ckpt_path=str(ROOT / name / "2.ckpt"))
+    resumed = run(
+        kind,
+        again,
+        precision=precision,
+        enable_checkpointing=True,
+        ckpt_path=str(ROOT / name / "2.ckpt"),
+    )
     pairs = list(zip(ema._averages, again._averages, strict=True))
     return {
         "losses": [plain.losses, averaged.losses, resumed.losses],
@@ -185,7 +233,9 @@ def scenario(kind: str, precision: str) -> dict[str, Any]:
                 if p.numel()
             ]
         ),
-        "dtypes": sorted({str(p.dtype) for average in ema._averages for p in average.weights.values()}),
+        "dtypes": sorted(
+            {str(p.dtype) for average in ema._averages for p in average.weights.values()}
+        ),
         "numel": sum(p.numel() for p in ema._averages[0].weights.values()),
         "resumed": all(
             one.updates == two.updates

@@ -51,8 +51,17 @@ def imports(path: str, text: str) -> Iterator[Import]:
                     yield Import(alias.name, None, False, lazy, node.lineno)
             case ast.ImportFrom():
                 for alias in node.names:
-                    yield Import(absolute(node.level, node.module), alias.name, bool(node.level), lazy, node.lineno)
-            case ast.Call(args=[ast.Constant(value=str(name)), *_]) if called(node) in ("import_module", "__import__"):
+                    yield Import(
+                        absolute(node.level, node.module),
+                        alias.name,
+                        bool(node.level),
+                        lazy,
+                        node.lineno,
+                    )
+            case ast.Call(args=[ast.Constant(value=str(name)), *_]) if called(node) in (
+                "import_module",
+                "__import__",
+            ):
                 yield Import(name, None, False, lazy, node.lineno)
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda():
                 lazy = True
@@ -77,7 +86,8 @@ def library(root: Path = ROOT) -> dict[str, tuple[str, str]]:
     """Return (path, text) of every module of the library, by its name."""
     paths = modules(*FLOORS, root=root)
     return {
-        module_name(name_of(path, root)): (name_of(path, root), path.read_text(encoding="utf-8")) for path in paths
+        module_name(name_of(path, root)): (name_of(path, root), path.read_text(encoding="utf-8"))
+        for path in paths
     }
 
 
@@ -90,7 +100,10 @@ def source_of(item: Import, known: Iterable[str]) -> str:
 def graph(root: Path = ROOT) -> dict[str, set[str]]:
     """Return, for every module, the modules of the library that it imports."""
     known = library(root)
-    found = {name: {source_of(item, known) for item in imports(*file)} & known.keys() for name, file in known.items()}
+    found = {
+        name: {source_of(item, known) for item in imports(*file)} & known.keys()
+        for name, file in known.items()
+    }
     return {name: others - {name} for name, others in found.items()}
 
 
@@ -114,11 +127,22 @@ def defined(text: str) -> set[str]:
                     names.add(node.name)
                 case ast.Assign() | ast.AnnAssign():
                     targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                    names.update(n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name))
-                    if any(isinstance(t, ast.Name) and t.id == "__all__" for t in targets) and node.value:
+                    names.update(
+                        n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)
+                    )
+                    if (
+                        any(isinstance(t, ast.Name) and t.id == "__all__" for t in targets)
+                        and node.value
+                    ):
                         names.update(ast.literal_eval(node.value))
                 case ast.If() | ast.Try() | ast.For() | ast.With():
-                    collect([child for child in ast.walk(node) if isinstance(child, ast.stmt) and child is not node])
+                    collect(
+                        [
+                            child
+                            for child in ast.walk(node)
+                            if isinstance(child, ast.stmt) and child is not node
+                        ]
+                    )
 
     collect(ast.parse(text).body)
     return names
@@ -132,6 +156,10 @@ def borrowed(root: Path = ROOT) -> list[str]:
     for path, text in known.values():
         for item in imports(path, text):
             source = source_of(item, known)
-            if item.name and source == item.module in known and item.name not in names[source] | {"*", "__version__"}:
+            if (
+                item.name
+                and source == item.module in known
+                and item.name not in names[source] | {"*", "__version__"}
+            ):
                 found.append(f"{path}:{item.line}: {source}.{item.name}")
     return found

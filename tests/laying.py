@@ -61,17 +61,25 @@ def karras(steps: int, low: float, high: float, rho: float = 7.0) -> Array:
     return (high ** (1 / rho) + ramp(steps) * (low ** (1 / rho) - high ** (1 / rho))) ** rho
 
 
-CONVERSIONS = {"karras": "use_karras_sigmas", "exponential": "use_exponential_sigmas", "beta": "use_beta_sigmas"}
+CONVERSIONS = {
+    "karras": "use_karras_sigmas",
+    "exponential": "use_exponential_sigmas",
+    "beta": "use_beta_sigmas",
+}
 
 
 def peer(name: str, steps: int, schedule: NoiseSchedule = SCALED, **config: Any) -> Any:
-    scheduler = getattr(diffusers, name)(**({**SD, **config} if "beta_schedule" not in config else config))
+    scheduler = getattr(diffusers, name)(
+        **({**SD, **config} if "beta_schedule" not in config else config)
+    )
     scheduler.alphas_cumprod = schedule.alphas_cumprod
     scheduler.set_timesteps(steps)
     return scheduler
 
 
-def check(scheduler: Any, knots: Sequence[Knot], call_scale: float = 1.0, rel: float = 3e-7) -> None:
+def check(
+    scheduler: Any, knots: Sequence[Knot], call_scale: float = 1.0, rel: float = 3e-7
+) -> None:
     """Compare what a scheduler of one evaluation per step has laid with knots."""
     called = np.asarray(scheduler.timesteps, dtype=float)
     sigmas = np.asarray(scheduler.sigmas, dtype=float)

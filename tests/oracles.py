@@ -18,7 +18,8 @@ import torch
 from alphabar.noising import PREDICTIONS, NoiseSchedule, Prediction
 from alphabar.sampling import Knot, Table
 from alphabar.sampling.kernel import combine
-from alphabar.sampling.table import Draw, Evaluation, Step, compile_table
+from alphabar.sampling.table import compile_table
+from alphabar.sampling.tracing import Draw, Evaluation, Step
 
 Formula = Callable[..., Any]
 SCHEDULES = {
@@ -26,7 +27,9 @@ SCHEDULES = {
     "ztsnr": NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr(),
     "squaredcos": NoiseSchedule.squaredcos_cap_v2(),
     "flow": NoiseSchedule.flow(shift=3.0),
-    "shifted_ztsnr": NoiseSchedule.scaled_linear(prediction="v_prediction").shifted(1.7).zero_terminal_snr(),
+    "shifted_ztsnr": NoiseSchedule.scaled_linear(prediction="v_prediction")
+    .shifted(1.7)
+    .zero_terminal_snr(),
 }
 EVERY_SCHEDULE = SCHEDULES | {  # more curves, for the tests that are fast
     "sigmoid": NoiseSchedule.sigmoid(),
@@ -34,7 +37,9 @@ EVERY_SCHEDULE = SCHEDULES | {  # more curves, for the tests that are fast
     "laplace": NoiseSchedule.laplace(),
     "shifted": NoiseSchedule.scaled_linear().shifted(1.7),
     "flow_part": NoiseSchedule.flow(shift=3.0).truncated(0.0, 0.6),
-    "discrete_part": NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr().truncated(300, 999),
+    "discrete_part": NoiseSchedule.scaled_linear(prediction="v_prediction")
+    .zero_terminal_snr()
+    .truncated(300, 999),
     "variance_preserving": NoiseSchedule.variance_preserving(),
     "variance_preserving_shifted": NoiseSchedule.variance_preserving().shifted(0.5),
     "sub_variance_preserving": NoiseSchedule.sub_variance_preserving(),
@@ -45,7 +50,9 @@ EVERY_SCHEDULE = SCHEDULES | {  # more curves, for the tests that are fast
 ALL_PREDICTIONS = [kind() for kind in PREDICTIONS.values()]
 
 
-def allowed(schedule: NoiseSchedule, predictions: Sequence[Prediction] = ALL_PREDICTIONS) -> list[NoiseSchedule]:
+def allowed(
+    schedule: NoiseSchedule, predictions: Sequence[Prediction] = ALL_PREDICTIONS
+) -> list[NoiseSchedule]:
     """Return the schedule with every prediction type that is well-posed on it."""
     ill_posed = ("epsilon", "score") if schedule.has_zero_terminal_snr else ()
     return [schedule.with_prediction(p) for p in predictions if p.name not in ill_posed]
@@ -108,15 +115,16 @@ def zigzag_grid(steps: int, low: float = -2.0, high: float = 2.0) -> tuple[Knot,
     return vp_knots([low, *(low + (high - low) * np.cumsum(widths) / widths.sum()).tolist()])
 
 
-def traced(formula: Formula, knots: Sequence[Knot], prediction: Prediction, **options: Any) -> Table:
+def traced(
+    formula: Formula, knots: Sequence[Knot], prediction: Prediction, **options: Any
+) -> Table:
     """A table that is not checked at birth, so that wrong formulas can be measured."""
 
     def method(*arguments: Any) -> Any:
         return formula(*arguments, **options)
 
-    schedule = NoiseSchedule.scaled_linear(
-        prediction=prediction
-    )  # where the points between the knots lie; its path is theirs
+    # where the points between the knots lie; its path is theirs
+    schedule = NoiseSchedule.scaled_linear(prediction=prediction)
     return compile_table("traced", method, knots, schedule, point_mass=False)
 
 
@@ -151,7 +159,9 @@ def global_order(
 
     As usual for methods that remember, the starting values are exact: x is put on the trajectory in the first steps.
     """
-    return slope([_global_error(traced(formula, grid(n), prediction, **options), rewrites) for n in counts])
+    return slope(
+        [_global_error(traced(formula, grid(n), prediction, **options), rewrites) for n in counts]
+    )
 
 
 def _global_error(table: Table, rewrites: Sequence[int]) -> float:
@@ -188,7 +198,9 @@ def local_errors(table: Table, rewrites: Sequence[int] = (), block: int = 1) -> 
             continue
         place, at = (rewrites[0], i) if rewrites else (0, i + 1)
         if i >= WARM_UP and place < len(state):
-            yield float((state[place] - DATA.flow(START, table.knots[0], table.knots[at])).abs().max())
+            yield float(
+                (state[place] - DATA.flow(START, table.knots[0], table.knots[at])).abs().max()
+            )
         put_back(state, table, i, rewrites)
 
 
@@ -206,7 +218,9 @@ def advance(
     basis = list(state)
     for op in step.ops:
         assert not isinstance(op, Draw), "a deterministic method drew noise"
-        basis.append(evaluate(combine(op.row, basis), op.knot) if isinstance(op, Evaluation) else basis[-1])
+        basis.append(
+            evaluate(combine(op.row, basis), op.knot) if isinstance(op, Evaluation) else basis[-1]
+        )
     return [combine(row, basis) for row in step.carry]
 
 
@@ -235,7 +249,10 @@ def _row(row: Sequence[tuple[int, float]], basis: Sequence[np.ndarray]) -> np.nd
 
 
 def weak_order(
-    formula: Formula, grid: Callable[[int], tuple[Knot, ...]] = even_grid, prediction: Prediction = V, **options: Any
+    formula: Formula,
+    grid: Callable[[int], tuple[Knot, ...]] = even_grid,
+    prediction: Prediction = V,
+    **options: Any,
 ) -> float:
     """The order in which mean and variance at the end approach the exact ones."""
     return slope([_weak_error(traced(formula, grid(n), prediction, **options)) for n in COUNTS])

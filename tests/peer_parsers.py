@@ -8,7 +8,10 @@ from typing import Any
 
 _SWITCH = {"action": "store_true"}
 _NUMBER: dict[str, Any] = {"type": float, "default": None}
-_BASE = {"--pretrained_model_name_or_path": {"type": str, "default": None}, "--seed": {"type": int, "default": None}}
+_BASE = {
+    "--pretrained_model_name_or_path": {"type": str, "default": None},
+    "--seed": {"type": int, "default": None},
+}
 _SD3 = {
     "--logit_mean": {"type": float, "default": 0.0},
     "--logit_std": {"type": float, "default": 1.0},
@@ -16,7 +19,9 @@ _SD3 = {
 }
 _SCHEMES = ["sigma_sqrt", "logit_normal", "mode", "cosmap"]
 
-DIFFUSERS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {  # examples of huggingface/diffusers 0.3x
+DIFFUSERS: Mapping[
+    str, Mapping[str, Mapping[str, Any]]
+] = {  # examples of huggingface/diffusers 0.3x
     "train_text_to_image.py": {
         **_BASE,
         "--input_perturbation": {"type": float, "default": 0},
@@ -27,12 +32,20 @@ DIFFUSERS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {  # examples of hugg
     },
     "train_text_to_image_sdxl.py": {
         **_BASE,
-        "--timestep_bias_strategy": {"type": str, "default": "none", "choices": ["earlier", "later", "range", "none"]},
+        "--timestep_bias_strategy": {
+            "type": str,
+            "default": "none",
+            "choices": ["earlier", "later", "range", "none"],
+        },
         "--snr_gamma": _NUMBER,
         "--prediction_type": {"type": str, "default": None},
         "--noise_offset": {"type": float, "default": 0},
     },
-    "train_dreambooth_lora_sdxl.py": {**_BASE, "--snr_gamma": _NUMBER, "--do_edm_style_training": _SWITCH},
+    "train_dreambooth_lora_sdxl.py": {
+        **_BASE,
+        "--snr_gamma": _NUMBER,
+        "--do_edm_style_training": _SWITCH,
+    },
     "train_unconditional.py": {
         "--prediction_type": {"type": str, "default": "epsilon", "choices": ["epsilon", "sample"]},
         "--ddpm_num_steps": {"type": int, "default": 1000},
@@ -69,7 +82,11 @@ _KOHYA = {  # library/train_util.py and library/custom_train_functions.py
     "--min_timestep": {"type": int, "default": None},
     "--max_timestep": {"type": int, "default": None},
     "--loss_type": {"type": str, "default": "l2", "choices": ["l1", "l2", "huber", "smooth_l1"]},
-    "--huber_schedule": {"type": str, "default": "snr", "choices": ["constant", "exponential", "snr"]},
+    "--huber_schedule": {
+        "type": str,
+        "default": "snr",
+        "choices": ["constant", "exponential", "snr"],
+    },
     "--huber_c": {"type": float, "default": 0.1},
     "--huber_scale": {"type": float, "default": 1.0},
 }
@@ -85,9 +102,15 @@ KOHYA: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         **_KOHYA,
         **_SD3,
         "--weighting_scheme": {"default": "none", "choices": [*_SCHEMES, "none"]},
-        "--timestep_sampling": {"default": "sigma", "choices": ["sigma", "uniform", "sigmoid", "shift", "flux_shift"]},
+        "--timestep_sampling": {
+            "default": "sigma",
+            "choices": ["sigma", "uniform", "sigmoid", "shift", "flux_shift"],
+        },
         "--sigmoid_scale": {"type": float, "default": 1.0},
-        "--model_prediction_type": {"default": "sigma_scaled", "choices": ["raw", "additive", "sigma_scaled"]},
+        "--model_prediction_type": {
+            "default": "sigma_scaled",
+            "choices": ["raw", "additive", "sigma_scaled"],
+        },
         "--discrete_flow_shift": {"type": float, "default": 3.0},
     },
 }

@@ -27,7 +27,9 @@ class Sharded(Toy):
             fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
 
-def run(name: str, schedule: NoiseSchedule = SCHEDULE, verb: str = "fit", **settings: Any) -> str | None:
+def run(
+    name: str, schedule: NoiseSchedule = SCHEDULE, verb: str = "fit", **settings: Any
+) -> str | None:
     module = fresh(Sharded, schedule=schedule)
     keep = ModelCheckpoint(ROOT / name, filename="{step}", save_top_k=1, monitor=None)
     common: dict[str, Any] = {
@@ -41,7 +43,9 @@ def run(name: str, schedule: NoiseSchedule = SCHEDULE, verb: str = "fit", **sett
             train(ROOT / name, *callbacks, module=module, **common, **settings)
         else:
             path = settings.pop("ckpt_path")
-            getattr(trainer(ROOT, *callbacks, **common, **settings), verb)(module, loader(), ckpt_path=path)
+            getattr(trainer(ROOT, *callbacks, **common, **settings), verb)(
+                module, loader(), ckpt_path=path
+            )
     except ValueError as error:
         return str(error)
     return None

@@ -17,7 +17,12 @@ from alphabar.sampling import Combination, Knot, Trace
 from alphabar.sampling.inference import Run
 from alphabar.sampling.kernel import run as run_table
 from alphabar.sampling.knots import knot_at_half_log_snr
-from alphabar.sampling.standalone.adaptive import AdaptiveProgress, DPMAdaptive, dpm_solver_2, dpm_solver_3
+from alphabar.sampling.standalone.adaptive import (
+    AdaptiveProgress,
+    DPMAdaptive,
+    dpm_solver_2,
+    dpm_solver_3,
+)
 from alphabar.sampling.table import compile_table
 
 FROZEN = json.loads((Path(__file__).parent / "frozen" / "k_diffusion.json").read_text())
@@ -45,7 +50,9 @@ def evaluation(
     def evaluate(x: Tensor, knot: Knot) -> Tensor:
         x = x / knot.input_scale
         D = denoiser(x / knot.alpha, knot.sigma_ve) if knot.alpha else torch.full_like(x, MEAN)
-        return schedule.prediction.combine(D, (x - knot.alpha * D) / knot.sigma, knot.alpha, knot.sigma)
+        return schedule.prediction.combine(
+            D, (x - knot.alpha * D) / knot.sigma, knot.alpha, knot.sigma
+        )
 
     return evaluate
 
@@ -65,7 +72,12 @@ def exact_flow(x: Tensor, start: float, end: float) -> Tensor:
     return MEAN + (x - MEAN) * math.hypot(SPREAD, end) / math.hypot(SPREAD, start)
 
 
-def advanced(sampler: DPMAdaptive, x: Tensor, denoiser: Any, noise: Iterator[Tensor] = iter(())) -> AdaptiveProgress:  # noqa: B008
+def advanced(
+    sampler: DPMAdaptive,
+    x: Tensor,
+    denoiser: Any,
+    noise: Iterator[Tensor] = iter(()),  # noqa: B008
+) -> AdaptiveProgress:
     run = Run(x, evaluation(sampler.schedule, denoiser), lambda: next(noise))
     *_, progress = sampler.advance(run)
     return progress
@@ -94,7 +106,8 @@ def test_agreement_with_k_diffusion(case: dict[str, Any], name: str) -> None:
         info["n_accept"],
         info["n_reject"],
     )
-    assert progress.evaluations == info["nfe"] - info["n_reject"]  # a rejected step's first evaluation is used again
+    # a rejected step's first evaluation is used again
+    assert progress.evaluations == info["nfe"] - info["n_reject"]
 
 
 def test_the_cases_are_many_sided() -> None:
@@ -136,7 +149,9 @@ def test_order_of_the_formulas(order: int) -> None:
         knots = [knot_at_half_log_snr(schedule, -2 + 4 * i / steps) for i in range(steps + 1)]
         table = compile_table("adaptive", formula, knots, schedule)  # checks the point mass, too
         x = knots[0].sigma * vector([[-1.3], [0.2], [2.1]])
-        *_, last = run_table(table, x, evaluation(schedule, gaussian_denoiser), lambda a, b: torch.zeros(1))
+        *_, last = run_table(
+            table, x, evaluation(schedule, gaussian_denoiser), lambda a, b: torch.zeros(1)
+        )
         exact = exact_flow(x / knots[0].alpha, knots[0].sigma_ve, knots[-1].sigma_ve)
         return float((last.x / knots[-1].alpha - exact).abs().max())
 
@@ -152,7 +167,9 @@ def test_noise_is_renewed_without_leaving_the_marginals(name: str, eta: float) -
     first, end = sampler.ends
     x0 = vector([0.5]).expand(1, 60)
     draws = iter(unit[1:].unsqueeze(1))
-    progress = advanced(sampler, first.alpha * x0 + first.sigma * unit[:1], lambda x, sigma: x0, draws)
+    progress = advanced(
+        sampler, first.alpha * x0 + first.sigma * unit[:1], lambda x, sigma: x0, draws
+    )
     spread = float((progress.x / end.alpha - x0).norm())
     assert spread == pytest.approx(end.sigma_ve, rel=1e-9)
     assert 3 < progress.accepted < 59
@@ -163,7 +180,9 @@ def test_noise_is_renewed_without_leaving_the_marginals(name: str, eta: float) -
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample", "flow_prediction", "karras"])
 @pytest.mark.parametrize(
-    "schedule", [ZTSNR, NoiseSchedule.flow(), NoiseSchedule.cosine()], ids=["ztsnr", "flow", "cosine"]
+    "schedule",
+    [ZTSNR, NoiseSchedule.flow(), NoiseSchedule.cosine()],
+    ids=["ztsnr", "flow", "cosine"],
 )
 def test_zero_terminal_snr(schedule: NoiseSchedule, prediction: str | Prediction) -> None:
     sampler = DPMAdaptive(schedule.with_prediction(prediction), rtol=1e-5, atol=1e-5)
@@ -184,14 +203,19 @@ def test_zero_terminal_snr(schedule: NoiseSchedule, prediction: str | Prediction
 def test_the_final_step_is_to_the_clean_estimate(schedule: NoiseSchedule) -> None:
     def last_of(final: str) -> AdaptiveProgress:
         sampler = DPMAdaptive(schedule, final=final)
-        x = math.hypot(sampler.ends[0].alpha, sampler.ends[0].sigma) * vector([[-1.3], [0.2], [2.1]])
+        x = math.hypot(sampler.ends[0].alpha, sampler.ends[0].sigma) * vector(
+            [[-1.3], [0.2], [2.1]]
+        )
         return advanced(sampler, x, gaussian_denoiser)
 
     short, whole = last_of("sigma_min"), last_of("zero")
     assert short.knot.sigma > 0
     assert (whole.knot.alpha, whole.knot.sigma) == (1.0, 0.0)
     assert torch.allclose(
-        whole.x, gaussian_denoiser(short.x / short.knot.alpha, short.knot.sigma_ve), rtol=0, atol=1e-9
+        whole.x,
+        gaussian_denoiser(short.x / short.knot.alpha, short.knot.sigma_ve),
+        rtol=0,
+        atol=1e-9,
     )
     assert torch.allclose(whole.x, whole.denoised, rtol=0, atol=1e-12)
     assert (whole.step, whole.evaluations) == (short.step + 1, short.evaluations + 1)
@@ -229,7 +253,10 @@ def test_seeds_and_guidance() -> None:
     a, b, c = (sampler(network, (2, 3), seeds=seeds) for seeds in (5, [5, 6], 6))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
-    arguments = {"conditioning": {"shift": torch.tensor([[0.2]])}, "unconditional": {"shift": torch.tensor([[-0.1]])}}
+    arguments = {
+        "conditioning": {"shift": torch.tensor([[0.2]])},
+        "unconditional": {"shift": torch.tensor([[-0.1]])},
+    }
 
     def mixed(x: Tensor, t: Tensor) -> Tensor:
         return torch.lerp(network(x, t, -0.1), network(x, t, 0.2), 3.0)
@@ -246,9 +273,13 @@ def test_one_step_size_for_the_whole_batch() -> None:
         def smooth(x: Tensor, t: Tensor) -> Tensor:
             return torch.tanh(3 * x)
 
-        return DPMAdaptive(schedule, rtol=rtol, atol=rtol / 6)(smooth, (len(seeds), 3), seeds=seeds)[0]
+        return DPMAdaptive(schedule, rtol=rtol, atol=rtol / 6)(
+            smooth, (len(seeds), 3), seeds=seeds
+        )[0]
 
-    differences = [float((drawn(rtol, [1]) - drawn(rtol, [1, 2, 3])).abs().max()) for rtol in (0.05, 0.001)]
+    differences = [
+        float((drawn(rtol, [1]) - drawn(rtol, [1, 2, 3])).abs().max()) for rtol in (0.05, 0.001)
+    ]
     assert differences[0] > 1e-5
     assert differences[1] < 0.1 * differences[0]
 

@@ -64,7 +64,9 @@ def of_each_class(*, has: str = "prediction_type") -> list[Case]:
             and spacing in (None, "leading")
             and not set(case.config) & set(SIGMAS.values())
         ):
-            better = found.get(case.peer) is None or (spacing and not found[case.peer].config.get("timestep_spacing"))
+            better = found.get(case.peer) is None or (
+                spacing and not found[case.peer].config.get("timestep_spacing")
+            )
             found[case.peer] = case if better else found[case.peer]
     return list(found.values())
 
@@ -72,19 +74,30 @@ def of_each_class(*, has: str = "prediction_type") -> list[Case]:
 @pytest.mark.parametrize("case", of_each_class(has="trained_betas"), ids=str)
 def test_betas_and_timesteps_of_ones_own(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "diffusers.schedulers.scheduling_dpmsolver_sde.BrownianTreeNoiseSampler", lambda *_: agreement.Path()
+        "diffusers.schedulers.scheduling_dpmsolver_sde.BrownianTreeNoiseSampler",
+        lambda *_: agreement.Path(),
     )
     betas = torch.linspace(0.001, 0.2, SHORT, dtype=torch.float64).square().tolist()
     options = case.options | ({"original_steps": 50} if case.grid == "lcm" else {})
     for prediction, steps in product(case.predictions, (5, 10)):
         schedule = NoiseSchedule.from_betas(betas, prediction=prediction)
-        config = {**case.config, "num_train_timesteps": SHORT, "trained_betas": betas, "prediction_type": prediction}
+        config = {
+            **case.config,
+            "num_train_timesteps": SHORT,
+            "trained_betas": betas,
+            "prediction_type": prediction,
+        }
         scheduler = case.peer(**config)
         scheduler.alphas_cumprod = schedule.alphas_cumprod  # theirs is float32
         if case.config.get("set_alpha_to_one") is False:
             scheduler.initial_alpha_cumprod = scheduler.alphas_cumprod[0]
         their = theirs(
-            scheduler, steps, monkeypatch, evaluations=case.evaluations, in_double=case.in_double, **case.step
+            scheduler,
+            steps,
+            monkeypatch,
+            evaluations=case.evaluations,
+            in_double=case.in_double,
+            **case.step,
         )
         mine = ours(Sampler(schedule, case.method, steps, case.grid, **options))
         assert difference(mine, their) < RELATIVE
@@ -95,12 +108,16 @@ def test_betas_and_timesteps_of_ones_own(case: Case, monkeypatch: pytest.MonkeyP
 
 def without_noise(sampler: Sampler, start: Tensor, clip: Any) -> Tensor:
     x = start
-    for progress in sampler.iterate(lambda x, t: network(x, t[0].double()), start, dtype=torch.float64, clip=clip):
+    for progress in sampler.iterate(
+        lambda x, t: network(x, t[0].double()), start, dtype=torch.float64, clip=clip
+    ):
         x = progress.x
     return x
 
 
-IMAGES = torch.randn(4, 2, agreement.CHANNELS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+IMAGES = torch.randn(
+    4, 2, agreement.CHANNELS, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+)
 CLIPPING = {
     "thresholding": (
         {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 4.0},
@@ -112,13 +129,21 @@ CLIPPED = [
     (option, case)
     for option in CLIPPING
     for case in of_each_class(has=option)
-    if case.method not in ("ddpm", "ddim", "lcm", "tcd", "ddim_inverse")  # see the table at the end of this file
+    if case.method
+    not in ("ddpm", "ddim", "lcm", "tcd", "ddim_inverse")  # see the table at the end of this file
 ]
-ONE_STEP = [(option, case) for option in CLIPPING for case in of_each_class(has=option) if case.method == "lcm"]
+ONE_STEP = [
+    (option, case)
+    for option in CLIPPING
+    for case in of_each_class(has=option)
+    if case.method == "lcm"
+]
 
 
 @pytest.mark.parametrize(("option", "case"), [*CLIPPED, *ONE_STEP], ids=str)
-def test_thresholds_in_every_class(option: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thresholds_in_every_class(
+    option: str, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     start = IMAGES  # which their thresholds need
     monkeypatch.setattr(agreement, "START", start)
     monkeypatch.setattr(agreement, "DRAWS", [(torch.zeros_like(start),) * 2] * len(DRAWS))
@@ -171,7 +196,10 @@ def test_noise_prediction_of_sa_solver(
         )
         their = theirs(case.scheduler(schedule), steps, monkeypatch, in_double=True)
         options = {**own, **strength, **DROPPED[spacing], "final": "sigma_min", "predict_x0": False}
-        assert difference(ours(Sampler(schedule, "sa_solver", steps, spacing, **options)), their) < RELATIVE
+        assert (
+            difference(ours(Sampler(schedule, "sa_solver", steps, spacing, **options)), their)
+            < RELATIVE
+        )
 
 
 # inversion
@@ -179,7 +207,9 @@ def test_noise_prediction_of_sa_solver(
 
 def test_inversion_from_a_clipped_lambda(monkeypatch: pytest.MonkeyPatch) -> None:
     schedule = NoiseSchedule.squaredcos_cap_v2()
-    scheduler = peers.DPMSolverMultistepInverseScheduler(beta_schedule="squaredcos_cap_v2", lambda_min_clipped=-5.1)
+    scheduler = peers.DPMSolverMultistepInverseScheduler(
+        beta_schedule="squaredcos_cap_v2", lambda_min_clipped=-5.1
+    )
     scheduler.alphas_cumprod = schedule.alphas_cumprod
     sampler = Sampler(schedule, "dpm_solver_inverse", 20, "linspace", rounded=True, lambda_min=-5.1)
     assert difference(ours(sampler), theirs(scheduler, 20, monkeypatch)) < RELATIVE
@@ -187,12 +217,16 @@ def test_inversion_from_a_clipped_lambda(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("final", [{"euler_at_final": True}, {"lower_order_final": False}], ids=str)
 @pytest.mark.parametrize("order", [2, 3])
-def test_the_end_of_an_inversion(order: int, final: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_of_an_inversion(
+    order: int, final: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
     schedule = NoiseSchedule.scaled_linear()
     scheduler = peers.DPMSolverMultistepInverseScheduler(**BETAS, solver_order=order, **final)
     scheduler.alphas_cumprod = schedule.alphas_cumprod
     for steps in STEPS:
-        sampler = Sampler(schedule, "dpm_solver_inverse", steps, "linspace", rounded=True, order=order, **final)
+        sampler = Sampler(
+            schedule, "dpm_solver_inverse", steps, "linspace", rounded=True, order=order, **final
+        )
         assert difference(ours(sampler), theirs(scheduler, steps, monkeypatch)) < RELATIVE
 
 
@@ -206,7 +240,9 @@ def test_inversion_on_sigmas(grid: str, monkeypatch: pytest.MonkeyPatch) -> None
     for steps in (5, 7, 20):
         scheduler.set_timesteps(steps)
         knots = make_knots(schedule, steps - 1, grid, final="sigma_min", ascending=True)
-        assert [k.sigma_ve for k in knots] == pytest.approx(scheduler.sigmas[:-1].tolist(), rel=3e-7)
+        assert [k.sigma_ve for k in knots] == pytest.approx(
+            scheduler.sigmas[:-1].tolist(), rel=3e-7
+        )
         times = scheduler.timesteps.tolist()
         if len({*times}) < steps:
             continue
@@ -252,7 +288,12 @@ def test_inversion_from_an_offset(offset: int, monkeypatch: pytest.MonkeyPatch) 
     their = theirs(peer, 20, monkeypatch)
     schedule = NoiseSchedule.scaled_linear()
     knots = make_knots(schedule, timesteps=[999, *reversed(peer.timesteps.tolist())])[:-1]
-    assert difference(ours(laid(schedule, "dpm_solver_inverse", knots, lower_order_final=False)), their) < RELATIVE
+    assert (
+        difference(
+            ours(laid(schedule, "dpm_solver_inverse", knots, lower_order_final=False)), their
+        )
+        < RELATIVE
+    )
 
 
 # PLMS and PNDM in few steps and on every spacing
@@ -272,20 +313,33 @@ def test_plms_in_few_steps(spacing: str, final: str, monkeypatch: pytest.MonkeyP
     schedule = NoiseSchedule.scaled_linear()
     one = final == "zero"
     scheduler = peers.PNDMScheduler(
-        **BETAS, skip_prk_steps=True, set_alpha_to_one=one, timestep_spacing=spacing, steps_offset=int(not one)
+        **BETAS,
+        skip_prk_steps=True,
+        set_alpha_to_one=one,
+        timestep_spacing=spacing,
+        steps_offset=int(not one),
     )
     scheduler.alphas_cumprod = schedule.alphas_cumprod
     scheduler.final_alpha_cumprod = torch.tensor(1.0) if one else schedule.alphas_cumprod[0]
     options: dict[str, Any] = {"combine": "output", "final": final}
-    options |= {"linspace": {"rounded": True}, "leading": {"steps_offset": int(not one)}, "trailing": {}}[spacing]
+    options |= {
+        "linspace": {"rounded": True},
+        "leading": {"steps_offset": int(not one)},
+        "trailing": {},
+    }[spacing]
     for steps in (2, 3, 4, 7):
         if spacing == "linspace" and final == "sigma_min":
-            continue  # which lays its last time at sigma_min itself, and steps from there to sigma_min
+            # which lays its last time at sigma_min itself, and steps from there to sigma_min
+            continue
         mine = ours(Sampler(schedule, "plms", steps, spacing, **options))
         assert difference(mine, theirs(scheduler, steps, monkeypatch, before=plms_gaps)) < RELATIVE
     whole = theirs(scheduler, 7, monkeypatch)
-    sampler = Sampler(schedule, "plms", 7, spacing, **({} if spacing == "linspace" and not one else options))
-    assert (difference(ours(sampler), whole) > 10 * RELATIVE) == (spacing != "leading"), "T // 7 is not every gap"
+    sampler = Sampler(
+        schedule, "plms", 7, spacing, **({} if spacing == "linspace" and not one else options)
+    )
+    assert (difference(ours(sampler), whole) > 10 * RELATIVE) == (spacing != "leading"), (
+        "T // 7 is not every gap"
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
@@ -300,9 +354,13 @@ def test_pndm_in_fewer_steps_than_it_warms_up_for(steps: int) -> None:
 @pytest.mark.parametrize("skip", [True, False])
 def test_pndm_on_trailing(skip: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     schedule = NoiseSchedule.scaled_linear()
-    scheduler = peers.PNDMScheduler(**BETAS, skip_prk_steps=skip, set_alpha_to_one=True, timestep_spacing="trailing")
+    scheduler = peers.PNDMScheduler(
+        **BETAS, skip_prk_steps=skip, set_alpha_to_one=True, timestep_spacing="trailing"
+    )
     for steps in (4, 5, 10, 20):
-        mine = ours(Sampler(schedule, "plms" if skip else "pndm", steps, "trailing", combine="output"))
+        mine = ours(
+            Sampler(schedule, "plms" if skip else "pndm", steps, "trailing", combine="output")
+        )
         assert difference(mine, theirs(scheduler, steps, monkeypatch)) < RELATIVE
 
 
@@ -313,7 +371,9 @@ def test_pndm_on_trailing(skip: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("zero_snr", [False, True])
 @pytest.mark.parametrize("one", [True, False])
 @pytest.mark.parametrize("name", ["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"])
-def test_cogvideox(name: str, one: bool, zero_snr: bool, spacing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cogvideox(
+    name: str, one: bool, zero_snr: bool, spacing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Their SNR is a third, before the rescaling. The DPM class is DPM++ 2M SDE whose two draws in a step are not both used."""
     schedule = NoiseSchedule(Discrete(snr_shift_scale=3.0), "v_prediction")
     schedule = schedule.zero_terminal_snr() if zero_snr else schedule
@@ -330,7 +390,9 @@ def test_cogvideox(name: str, one: bool, zero_snr: bool, spacing: str, monkeypat
     options |= {} if one else {"final": "sigma_min"}
     for steps in (5, 20):
         scheduler = getattr(peers, name)(**config)
-        assert scheduler.alphas_cumprod.tolist() == pytest.approx(schedule.alphas_cumprod.tolist(), rel=1e-6, abs=1e-9)
+        assert scheduler.alphas_cumprod.tolist() == pytest.approx(
+            schedule.alphas_cumprod.tolist(), rel=1e-6, abs=1e-9
+        )
         if name == "CogVideoXDDIMScheduler":
             mine = ours(Sampler(schedule, "ddim", steps, spacing, **options))
             assert difference(mine, theirs(scheduler, steps, monkeypatch)) < RELATIVE
@@ -340,14 +402,24 @@ def test_cogvideox(name: str, one: bool, zero_snr: bool, spacing: str, monkeypat
         for i, t in enumerate(times):
             draw = DRAWS[i][0]
             monkeypatch.setattr(
-                sys.modules[type(scheduler).__module__], "randn_tensor", lambda *_, draw=draw, **__: draw
+                sys.modules[type(scheduler).__module__],
+                "randn_tensor",
+                lambda *_, draw=draw, **__: draw,
             )
             x, old = scheduler.step(network(x, t), old, t, times[i - 1] if i else None, x)
         sampler = Sampler(schedule, "dpmpp_2m_sde", steps, spacing, **options)
         if not one:  # theirs takes its last step in the first order
             end: dict[str, Any] = {"lower_order_final": False, "euler_at_final": True}
             algorithm = "sde-dpmsolver++"
-            sampler = Sampler(schedule, "dpm_solver_multistep", steps, spacing, algorithm=algorithm, **end, **options)
+            sampler = Sampler(
+                schedule,
+                "dpm_solver_multistep",
+                steps,
+                spacing,
+                algorithm=algorithm,
+                **end,
+                **options,
+            )
         assert difference(ours(sampler), x) < RELATIVE
 
 
@@ -381,26 +453,43 @@ EDM = [
 @pytest.mark.parametrize("config", EDM, ids=str)
 @pytest.mark.parametrize("algorithm", ["", "dpmsolver++", "sde-dpmsolver++"])
 @pytest.mark.parametrize("grid", ["karras", "exponential"])
-def test_options_of_edm(grid: str, algorithm: str, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_of_edm(
+    grid: str, algorithm: str, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No algorithm is EDMEulerScheduler."""
-    known = {k: v for k, v in config.items() if algorithm or k in inspect.signature(peers.EDMEulerScheduler).parameters}
+    known = {
+        k: v
+        for k, v in config.items()
+        if algorithm or k in inspect.signature(peers.EDMEulerScheduler).parameters
+    }
     if known != config or (algorithm.startswith("sde") and config.get("solver_order") == 3):
         return  # see test_edm for the order that theirs lack
     of_curve = {k: v for k, v in config.items() if k.startswith("sigma_")}
     schedule = NoiseSchedule.karras(**of_curve)
-    names = {"solver_order": "order", "lower_order_final": "lower_order_final", "euler_at_final": "euler_at_final"}
+    names = {
+        "solver_order": "order",
+        "lower_order_final": "lower_order_final",
+        "euler_at_final": "euler_at_final",
+    }
     options = {names[k]: v for k, v in config.items() if k in names}
-    scheduler: Any = peers.EDMEulerScheduler(sigma_schedule=grid, **config) if not algorithm else None
+    scheduler: Any = (
+        peers.EDMEulerScheduler(sigma_schedule=grid, **config) if not algorithm else None
+    )
     if algorithm:
         options["algorithm"] = algorithm
-        scheduler = peers.EDMDPMSolverMultistepScheduler(sigma_schedule=grid, algorithm_type=algorithm, **config)
+        scheduler = peers.EDMDPMSolverMultistepScheduler(
+            sigma_schedule=grid, algorithm_type=algorithm, **config
+        )
     method = "dpm_solver_multistep" if algorithm else "euler"
     for steps in STEPS:
         their = theirs(scheduler, steps, monkeypatch, net=edm)
         if config.get("final_sigmas_type"):  # which is there twice
             knots = make_knots(schedule, steps - 1, grid, final="sigma_min")
             sampler = laid(
-                schedule, method, [*knots, replace(knots[-1], sigma=knots[-1].sigma * (1 - 1e-9))], **options
+                schedule,
+                method,
+                [*knots, replace(knots[-1], sigma=knots[-1].sigma * (1 - 1e-9))],
+                **options,
             )
         else:
             rho = {"rho": config["rho"]} if "rho" in config and grid == "karras" else {}
@@ -413,7 +502,9 @@ def test_churn_of_edm_euler_moves_a_point_mass(monkeypatch: pytest.MonkeyPatch) 
     σ: theirs, whose network saw (x, σ) and is unfolded at (x̂, σ̂), finds another; with the network at (x̂, σ̂) they do not."""
     point, churn = 0.5, {"s_churn": 40.0}
     scheduler: Any = peers.EDMEulerScheduler()
-    monkeypatch.setattr(sys.modules[type(scheduler).__module__], "randn_tensor", lambda *_, **__: DRAWS[0][0])
+    monkeypatch.setattr(
+        sys.modules[type(scheduler).__module__], "randn_tensor", lambda *_, **__: DRAWS[0][0]
+    )
     scheduler.set_timesteps(20)
     start = 5
     sigma = float(scheduler.sigmas[start])
@@ -437,7 +528,9 @@ def test_churn_of_edm_euler_moves_a_point_mass(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("grid", ["karras", "exponential"])
 @pytest.mark.parametrize("kind", ["midpoint", "heun"])
 @pytest.mark.parametrize("order", [1, 2])
-def test_cosine_dpm_solver(order: int, kind: str, grid: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cosine_dpm_solver(
+    order: int, kind: str, grid: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An EDM network that takes -F, with time 2 arctan(σ) / π, on the SDE."""
 
     class Draws:
@@ -451,11 +544,19 @@ def test_cosine_dpm_solver(order: int, kind: str, grid: str, monkeypatch: pytest
     def net(x: Tensor, t: Any) -> Tensor:
         return network(x, t, unit=1.0)
 
-    monkeypatch.setattr("diffusers.schedulers.scheduling_cosine_dpmsolver_multistep.BrownianTreeNoiseSampler", Draws)
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_cosine_dpmsolver_multistep.BrownianTreeNoiseSampler", Draws
+    )
     schedule = NoiseSchedule.karras(sigma_min=0.3, sigma_max=500.0, sigma_data=1.0)
     for steps in STEPS:
-        scheduler = peers.CosineDPMSolverMultistepScheduler(sigma_schedule=grid, solver_order=order, solver_type=kind)
-        options: dict[str, Any] = {"algorithm": "sde-dpmsolver++", "order": order, "solver_type": kind}
+        scheduler = peers.CosineDPMSolverMultistepScheduler(
+            sigma_schedule=grid, solver_order=order, solver_type=kind
+        )
+        options: dict[str, Any] = {
+            "algorithm": "sde-dpmsolver++",
+            "order": order,
+            "solver_type": kind,
+        }
         sampler = Sampler(schedule, "dpm_solver_multistep", steps, grid, **options)
         mine = ours(sampler, lambda x, t: -net(x, math.atan(math.exp(4 * t)) * 2 / math.pi))
         assert difference(mine, theirs(scheduler, steps, monkeypatch, net=net)) < RELATIVE
@@ -502,7 +603,9 @@ def on_a_flow(
 
     def exactly(**arguments: Any) -> None:
         set_timesteps(**arguments)
-        for k, t, s in zip(knots, scheduler.timesteps.tolist(), scheduler.sigmas.tolist(), strict=False):
+        for k, t, s in zip(
+            knots, scheduler.timesteps.tolist(), scheduler.sigmas.tolist(), strict=False
+        ):
             assert abs(k.timestep - t) <= 1
             assert k.sigma == pytest.approx(s, abs=2e-6)
             level = 1 - 1e-6 if k.alpha == 0 else k.sigma  # UniPC's own
@@ -513,7 +616,10 @@ def on_a_flow(
     scheduler.set_timesteps = exactly
     their = theirs(scheduler, 0, monkeypatch, setup=setup)
     end = placed[-1].sigma * (1 - 1e-9) if twice else knots[-1].sigma
-    return difference(ours(laid(NoiseSchedule.flow(), method, [*placed, Knot(0.0, 1 - end, end)], **options)), their)
+    return difference(
+        ours(laid(NoiseSchedule.flow(), method, [*placed, Knot(0.0, 1 - end, end)], **options)),
+        their,
+    )
 
 
 def doubled(knots: Sequence[Knot]) -> list[Knot]:
@@ -548,7 +654,9 @@ def test_dynamic_shifting_of_the_solvers(
             with pytest.raises(AssertionError):
                 scheduler.set_timesteps(**setup)
             continue
-        knots = make_knots(NoiseSchedule.flow(), steps, "flow", mu=mu, start=1 - 1 / T, end=0.0, drop_last=True)
+        knots = make_knots(
+            NoiseSchedule.flow(), steps, "flow", mu=mu, start=1 - 1 / T, end=0.0, drop_last=True
+        )
         knots = doubled(knots) if method == "deis" else knots
         scheduler = peer(**FLOW, **config, use_dynamic_shifting=True)
         assert on_a_flow(method, scheduler, setup, knots, monkeypatch, **options) < RELATIVE
@@ -556,16 +664,27 @@ def test_dynamic_shifting_of_the_solvers(
 
 @pytest.mark.parametrize("method", ["dpm_solver_multistep", "dpm_solver_singlestep", "unipc"])
 def test_flows_that_end_at_their_lowest_sigma(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    peer = {"dpm_solver_multistep": MULTI, "dpm_solver_singlestep": SINGLE, "unipc": peers.UniPCMultistepScheduler}
+    peer = {
+        "dpm_solver_multistep": MULTI,
+        "dpm_solver_singlestep": SINGLE,
+        "unipc": peers.UniPCMultistepScheduler,
+    }
     ends = {} if method == "unipc" else {"start": 1 - 1 / T, "end": 0.0}
     for steps in STEPS:
         scheduler = peer[method](**FLOW, final_sigmas_type="sigma_min")
         knots = doubled(make_knots(NoiseSchedule.flow(), steps, "flow", drop_last=True, **ends))
-        assert on_a_flow(method, scheduler, {"num_inference_steps": steps}, knots, monkeypatch) < RELATIVE
+        assert (
+            on_a_flow(method, scheduler, {"num_inference_steps": steps}, knots, monkeypatch)
+            < RELATIVE
+        )
 
 
 def unipc_grids(steps: int) -> Iterator[tuple[dict[str, Any], dict[str, Any], Sequence[Knot]]]:
-    flow, flow_3, last = NoiseSchedule.flow(), NoiseSchedule.flow(shift=3.0), 1 - (1 - 1 / T) * (steps - 1) / steps
+    flow, flow_3, last = (
+        NoiseSchedule.flow(),
+        NoiseSchedule.flow(shift=3.0),
+        1 - (1 - 1 / T) * (steps - 1) / steps,
+    )
     evenly = {"num_inference_steps": steps}
     linear = {"use_dynamic_shifting": True, "time_shift_type": "linear"}
     yield linear, {**evenly, "mu": 0.8}, make_knots(flow, steps, "flow", shift=0.8, drop_last=True)
@@ -575,7 +694,11 @@ def unipc_grids(steps: int) -> Iterator[tuple[dict[str, Any], dict[str, Any], Se
     yield {"flow_shift": 3.0}, given, make_knots(flow_3, steps, "flow", end=1 / steps)
     for grid, flag in [("karras", "use_karras_sigmas")]:  # Cosmos
         ranged = {flag: True, "sigma_min": 0.01, "sigma_max": 200.0}
-        yield ranged, evenly, make_knots(flow, steps, grid, ratio=True, sigma_min=0.01, sigma_max=200.0)
+        yield (
+            ranged,
+            evenly,
+            make_knots(flow, steps, grid, ratio=True, sigma_min=0.01, sigma_max=200.0),
+        )
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -597,10 +720,14 @@ def test_inverted_sigmas(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("s_churn", [4.0])
-def test_churn_of_flow_heun_leaves_the_path(s_churn: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_churn_of_flow_heun_leaves_the_path(
+    s_churn: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Theirs raise σ and leave α = 1 - σ where it was: of a point mass, the network sees another mixture than it is told."""
     scheduler = peers.FlowMatchHeunDiscreteScheduler()
-    monkeypatch.setattr(sys.modules[type(scheduler).__module__], "randn_tensor", lambda *_, **__: DRAWS[0][0])
+    monkeypatch.setattr(
+        sys.modules[type(scheduler).__module__], "randn_tensor", lambda *_, **__: DRAWS[0][0]
+    )
     scheduler.set_timesteps(10)
     point = 3.0
     sigma, after = float(scheduler.sigmas[4]), float(scheduler.sigmas[6])
@@ -608,7 +735,8 @@ def test_churn_of_flow_heun_leaves_the_path(s_churn: float, monkeypatch: pytest.
     x = (1 - sigma) * point + sigma * START
     velocity = START - point
     assert torch.allclose(
-        scheduler.step(velocity, scheduler.timesteps[4], x).prev_sample, (1 - after) * point + after * START
+        scheduler.step(velocity, scheduler.timesteps[4], x).prev_sample,
+        (1 - after) * point + after * START,
     )
     scheduler.set_timesteps(10)
     scheduler.set_begin_index(4)
@@ -641,18 +769,30 @@ ELSEWHERE: dict[str, str] = {
 }
 """Options that mean the same in every class that has them; test_other_betas stands for the tables, which are one here."""
 OF_CLASSES: dict[str, dict[str, str]] = {
-    "DDIMInverseScheduler": dict.fromkeys(("clip_sample", "clip_sample_range"), "test_agreement_with_inverse_ddim"),
+    "DDIMInverseScheduler": dict.fromkeys(
+        ("clip_sample", "clip_sample_range"), "test_agreement_with_inverse_ddim"
+    ),
     **dict.fromkeys(
         ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"),
-        dict.fromkeys(("snr_shift_scale", "timestep_spacing", "steps_offset", "set_alpha_to_one"), "test_cogvideox"),
+        dict.fromkeys(
+            ("snr_shift_scale", "timestep_spacing", "steps_offset", "set_alpha_to_one"),
+            "test_cogvideox",
+        ),
     ),
     "PNDMScheduler": {"timestep_spacing": "test_plms_in_few_steps"},
-    "FlowMatchLCMScheduler": dict.fromkeys(("scale_factors", "upscale_mode"), "resize the images between the steps"),
+    "FlowMatchLCMScheduler": dict.fromkeys(
+        ("scale_factors", "upscale_mode"), "resize the images between the steps"
+    ),
     "DDIMScheduler": {
         "thresholding": "test_agreement_with_ddim",
-        **dict.fromkeys(("clip_sample", "clip_sample_range"), "test_agreement_with_ddim_that_keeps_its_noise"),
+        **dict.fromkeys(
+            ("clip_sample", "clip_sample_range"), "test_agreement_with_ddim_that_keeps_its_noise"
+        ),
     },
-    "DDPMScheduler": {"variance_type": "test_agreement_with_the_peer", "thresholding": "test_agreement_with_ddpm"},
+    "DDPMScheduler": {
+        "variance_type": "test_agreement_with_the_peer",
+        "thresholding": "test_agreement_with_ddpm",
+    },
     "UnCLIPScheduler": {
         "variance_type": "test_fixed_large_log_is_fixed_large",
         "beta_schedule": "test_unclip",
@@ -663,7 +803,9 @@ OF_CLASSES: dict[str, dict[str, str]] = {
     },
     "DPMSolverMultistepInverseScheduler": {
         **dict.fromkeys(SIGMAS.values(), "test_inversion_on_sigmas"),
-        **dict.fromkeys(("use_flow_sigmas", "flow_shift"), "test_inversion_of_a_flow_goes_down_there"),
+        **dict.fromkeys(
+            ("use_flow_sigmas", "flow_shift"), "test_inversion_of_a_flow_goes_down_there"
+        ),
         "timestep_spacing": "test_inversion_from_an_offset",
         "steps_offset": "test_inversion_from_an_offset",
         "lower_order_final": "test_the_end_of_an_inversion",
@@ -684,24 +826,36 @@ OF_CLASSES: dict[str, dict[str, str]] = {
         "interpolation_type": "test_log_linear_interpolation_of_euler",
         "timestep_type": "test_continuous_timesteps_of_euler",
     },
-    "DPMSolverSDEScheduler": {"noise_sampler_seed": "seeds their Brownian path; here a run is given seeds"},
+    "DPMSolverSDEScheduler": {
+        "noise_sampler_seed": "seeds their Brownian path; here a run is given seeds"
+    },
     "IPNDMScheduler": {
         "num_train_timesteps": "test_ipndm",
         "trained_betas": "are no betas there but a table of sin: the schedule of test_ipndm",
     },
     "CMStochasticIterativeScheduler": {
         **dict.fromkeys(
-            ("num_train_timesteps", "sigma_min", "sigma_max", "sigma_data", "s_noise", "rho"), "test_consistency"
+            ("num_train_timesteps", "sigma_min", "sigma_max", "sigma_data", "s_noise", "rho"),
+            "test_consistency",
         ),
         "clip_denoised": "is Clip(1.0), see test_a_run_is_the_table_on_a_clipped_network",
     },
     "EDMEulerScheduler": dict.fromkeys(
-        ("sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho", "final_sigmas_type"), "test_options_of_edm"
+        ("sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho", "final_sigmas_type"),
+        "test_options_of_edm",
     )
     | {"num_train_timesteps": "is the default number of steps", "prediction_type": "test_edm"},
     "EDMDPMSolverMultistepScheduler": dict.fromkeys(
         (
-            *("sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho", "final_sigmas_type", "solver_order"),
+            *(
+                "sigma_min",
+                "sigma_max",
+                "sigma_data",
+                "sigma_schedule",
+                "rho",
+                "final_sigmas_type",
+                "solver_order",
+            ),
             *("algorithm_type", "lower_order_final", "euler_at_final"),
         ),
         "test_options_of_edm",
@@ -715,7 +869,8 @@ OF_CLASSES: dict[str, dict[str, str]] = {
         "shift": "test_flow_shift",
         "num_train_timesteps": "scales the network's time alone",
         **dict.fromkeys(
-            ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"), "test_resolution_dependent_shift"
+            ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"),
+            "test_resolution_dependent_shift",
         ),
         "invert_sigmas": "test_inverted_sigmas",
         "shift_terminal": "test_flow_dynamic_shifting",
@@ -735,14 +890,26 @@ OF_CLASSES: dict[str, dict[str, str]] = {
     "LCMScheduler": {
         "original_inference_steps": "test_lcm",
         "timestep_scaling": "test_agreement",
-        **dict.fromkeys(("timestep_spacing", "steps_offset"), "is read nowhere: the times are those of distillation"),
+        **dict.fromkeys(
+            ("timestep_spacing", "steps_offset"),
+            "is read nowhere: the times are those of distillation",
+        ),
         "set_alpha_to_one": "is of no effect: the last step ends in x_0 itself",
     },
     "TCDScheduler": {
         "original_inference_steps": "test_lcm",
-        **dict.fromkeys(("timestep_spacing", "steps_offset"), "is read nowhere: the times are those of distillation"),
         **dict.fromkeys(
-            ("thresholding", "dynamic_thresholding_ratio", "sample_max_value", "clip_sample", "clip_sample_range"),
+            ("timestep_spacing", "steps_offset"),
+            "is read nowhere: the times are those of distillation",
+        ),
+        **dict.fromkeys(
+            (
+                "thresholding",
+                "dynamic_thresholding_ratio",
+                "sample_max_value",
+                "clip_sample",
+                "clip_sample_range",
+            ),
             "test_tcd_has_the_options_and_clips_nothing",
         ),
         "set_alpha_to_one": "test_the_final_alpha_of_tcd",
@@ -753,9 +920,12 @@ OF_CLASSES: dict[str, dict[str, str]] = {
         "test_agreement_with_the_peer_s_posterior",
     ),
     "ScoreSdeVeScheduler": dict.fromkeys(
-        ("snr", "sigma_min", "sigma_max", "sampling_eps", "correct_steps"), "test_agreement_with_the_ve_peer"
+        ("snr", "sigma_min", "sigma_max", "sampling_eps", "correct_steps"),
+        "test_agreement_with_the_ve_peer",
     ),
-    "ScoreSdeVpScheduler": dict.fromkeys(("beta_min", "beta_max", "sampling_eps"), "test_agreement_with_the_vp_peer"),
+    "ScoreSdeVpScheduler": dict.fromkeys(
+        ("beta_min", "beta_max", "sampling_eps"), "test_agreement_with_the_vp_peer"
+    ),
 }
 LIKE = {
     "DDIMParallelScheduler": "DDIMScheduler",
@@ -774,12 +944,21 @@ def peer_classes() -> dict[str, Any]:
 
 def test_every_option_of_every_class() -> None:
     tests = set(
-        re.findall(r"^def (test_\w+)\(", "".join(p.read_text() for p in Path(__file__).parent.glob("test_*.py")), re.M)
+        re.findall(
+            r"^def (test_\w+)\(",
+            "".join(p.read_text() for p in Path(__file__).parent.glob("test_*.py")),
+            re.M,
+        )
     )
     missing = []
     for name, peer in peer_classes().items():
         options = set(inspect.signature(peer).parameters)
-        tested = {option for case in CASES if case.peer.__name__ in (name, LIKE.get(name)) for option in case.config}
+        tested = {
+            option
+            for case in CASES
+            if case.peer.__name__ in (name, LIKE.get(name))
+            for option in case.config
+        }
         said = {**ELSEWHERE, **OF_CLASSES.get(LIKE.get(name, ""), {}), **OF_CLASSES.get(name, {})}
         assert set(OF_CLASSES.get(name, {})) <= options, f"{name} has no such options"
         missing += [f"{name}({option})" for option in sorted(options - tested - set(said))]

@@ -97,7 +97,9 @@ def theirs(
     def draw(*_: Any, **__: Any) -> Tensor:
         return DRAWS[i // evaluations][0] * (not quiet_end or i < len(scheduler.timesteps) - 1)
 
-    monkeypatch.setattr(sys.modules[type(scheduler).__module__], "randn_tensor", draw, raising=False)
+    monkeypatch.setattr(
+        sys.modules[type(scheduler).__module__], "randn_tensor", draw, raising=False
+    )
     scheduler.set_timesteps(**(setup or {"num_inference_steps": steps}))
     if in_double:
         scheduler.sigmas = scheduler.sigmas.double()
@@ -108,7 +110,9 @@ def theirs(
         if before:
             before(scheduler, i)
         x = scheduler.step(out, t, x, **step_options).prev_sample
-    return x.double() / (math.hypot(float(scheduler.sigmas[-1]), 1.0) if isinstance(scheduler, EULER_FAMILY) else 1.0)
+    return x.double() / (
+        math.hypot(float(scheduler.sigmas[-1]), 1.0) if isinstance(scheduler, EULER_FAMILY) else 1.0
+    )
 
 
 def start_scale(scheduler: Any) -> float:
@@ -162,10 +166,16 @@ class Case:
     def schedules(self) -> Iterator[NoiseSchedule]:
         for prediction in self.predictions:
             schedule = NoiseSchedule.scaled_linear(prediction=prediction)
-            yield schedule.zero_terminal_snr() if self.config.get("rescale_betas_zero_snr") else schedule
+            yield (
+                schedule.zero_terminal_snr()
+                if self.config.get("rescale_betas_zero_snr")
+                else schedule
+            )
 
     def scheduler(self, schedule: NoiseSchedule) -> Any:
-        scheduler = self.peer(**{"prediction_type": schedule.prediction.name, **BETAS, **self.config})
+        scheduler = self.peer(
+            **{"prediction_type": schedule.prediction.name, **BETAS, **self.config}
+        )
         if self.exact_table:
             scheduler.alphas_cumprod = schedule.alphas_cumprod
             scheduler.initial_alpha_cumprod = scheduler.alphas_cumprod[0]
@@ -179,7 +189,10 @@ class Case:
         knots = make_knots(schedule, steps, self.grid, **of_grid)
         times = scheduler.timesteps.tolist()
         assert all(abs(k.timestep - t) <= 1 for k, t in zip(knots, times, strict=False))
-        knots = (*(replace(k, timestep=float(t)) for k, t in zip(knots, times, strict=False)), *knots[len(times) :])
+        knots = (
+            *(replace(k, timestep=float(t)) for k, t in zip(knots, times, strict=False)),
+            *knots[len(times) :],
+        )
         of_method = {k: v for k, v in self.options.items() if k not in of_grid}
         return Sampler(schedule, self.method, steps, lambda schedule, steps: knots, **of_method)
 
@@ -209,7 +222,11 @@ class Case:
 # how the families lay a spacing
 
 WHOLE: dict[str, dict[str, Any]] = {"linspace": {"rounded": True}, "leading": {}, "trailing": {}}
-BETWEEN: dict[str, dict[str, Any]] = {"linspace": {"interpolation": "sigma"}, "leading": {}, "trailing": {}}
+BETWEEN: dict[str, dict[str, Any]] = {
+    "linspace": {"interpolation": "sigma"},
+    "leading": {},
+    "trailing": {},
+}
 DROPPED: dict[str, dict[str, Any]] = {
     "linspace": {"rounded": True, "drop_last": True},
     "leading": {"drop_last": True},
@@ -217,10 +234,17 @@ DROPPED: dict[str, dict[str, Any]] = {
 }
 
 
-def spaced(case: Case, options: dict[str, dict[str, Any]], spacings: tuple[str, ...] = SPACINGS) -> list[Case]:
+def spaced(
+    case: Case, options: dict[str, dict[str, Any]], spacings: tuple[str, ...] = SPACINGS
+) -> list[Case]:
     """The case on each spacing, and with an offset of 1 on leading."""
     rows = [
-        replace(case, grid=s, config={"timestep_spacing": s, **case.config}, options={**options[s], **case.options})
+        replace(
+            case,
+            grid=s,
+            config={"timestep_spacing": s, **case.config},
+            options={**options[s], **case.options},
+        )
         for s in spacings
     ]
     if "leading" in spacings:
@@ -230,15 +254,27 @@ def spaced(case: Case, options: dict[str, dict[str, Any]], spacings: tuple[str, 
     return rows
 
 
-SIGMAS = {"karras": "use_karras_sigmas", "exponential": "use_exponential_sigmas", "beta": "use_beta_sigmas"}
+SIGMAS = {
+    "karras": "use_karras_sigmas",
+    "exponential": "use_exponential_sigmas",
+    "beta": "use_beta_sigmas",
+}
 
 
 def euler_sigmas(case: Case, karras_rounding: str | None = None) -> list[Case]:
     """σ-spaced grids of the Euler family: the range is that of the spacing; only KDPM2 rounds the network's time."""
     rows = []
     for grid, s in product(SIGMAS, SPACINGS):
-        options = {"range_from": s, "rounding": karras_rounding if grid == "karras" else None, **case.options}
-        rows.append(replace(case, grid=grid, config={SIGMAS[grid]: True, "timestep_spacing": s}, options=options))
+        options = {
+            "range_from": s,
+            "rounding": karras_rounding if grid == "karras" else None,
+            **case.options,
+        }
+        rows.append(
+            replace(
+                case, grid=grid, config={SIGMAS[grid]: True, "timestep_spacing": s}, options=options
+            )
+        )
     return rows
 
 
@@ -248,7 +284,15 @@ def solver_sigmas(case: Case, **extra: str) -> list[Case]:
     for grid, flag in {**SIGMAS, **extra}.items():
         options = {"rounding": "nearest" if grid in ("karras", "lu") else "down", **case.options}
         cut = options["rounding"] == "down"
-        rows.append(replace(case, grid=grid, config={flag: True, **case.config}, options=options, their_times=cut))
+        rows.append(
+            replace(
+                case,
+                grid=grid,
+                config={flag: True, **case.config},
+                options=options,
+                their_times=cut,
+            )
+        )
     return rows
 
 
@@ -280,7 +324,14 @@ DDIM = [
     )
 ]
 DDIM_INVERSE = [
-    Case(peers.DDIMInverseScheduler, "ddim_inverse", "leading", NO_CLIP, predictions=EPS_V, steps=(8, 20)),
+    Case(
+        peers.DDIMInverseScheduler,
+        "ddim_inverse",
+        "leading",
+        NO_CLIP,
+        predictions=EPS_V,
+        steps=(8, 20),
+    ),
     Case(
         peers.DDIMInverseScheduler,
         "ddim_inverse",
@@ -303,7 +354,14 @@ DDPM = [
     case
     for kind in ("fixed_small", "fixed_small_log", "fixed_large")
     for case in spaced(
-        Case(peers.DDPMScheduler, "ddpm", None, {**NO_CLIP, "variance_type": kind}, {"variance_type": kind}), WHOLE
+        Case(
+            peers.DDPMScheduler,
+            "ddpm",
+            None,
+            {**NO_CLIP, "variance_type": kind},
+            {"variance_type": kind},
+        ),
+        WHOLE,
     )
 ]
 DDPM = [replace(c, quiet_end=c.config["variance_type"] == "fixed_large") for c in DDPM]
@@ -311,7 +369,9 @@ EULER = Case(peers.EulerDiscreteScheduler, "euler", None)
 ANCESTRAL = Case(peers.EulerAncestralDiscreteScheduler, "euler_ancestral", None, predictions=EPS_V)
 HEUN = Case(peers.HeunDiscreteScheduler, "heun", None, evaluations=2, exact_table=True)
 KDPM2 = Case(peers.KDPM2DiscreteScheduler, "dpm_2", None, predictions=EPS_V, evaluations=2)
-KDPM2_ANCESTRAL = Case(peers.KDPM2AncestralDiscreteScheduler, "dpm_2_ancestral", None, predictions=EPS_V, evaluations=2)
+KDPM2_ANCESTRAL = Case(
+    peers.KDPM2AncestralDiscreteScheduler, "dpm_2_ancestral", None, predictions=EPS_V, evaluations=2
+)
 LMS = Case(peers.LMSDiscreteScheduler, "lms", None)
 SDE = Case(peers.DPMSolverSDEScheduler, "dpmpp_sde", None, predictions=EPS_V, evaluations=2)
 EULERS = [
@@ -346,31 +406,66 @@ def solver(peer: Any, method: str, ours: dict[str, Any] | None = None, **theirs:
 
 def solver_rows(peer: Any, method: str, algorithms: tuple[str, ...]) -> Iterator[Case]:
     for order, algorithm, kind in product((1, 2, 3), algorithms, ("midpoint", "heun")):
-        if order == 3 and algorithm.startswith("sde") and (method.endswith("multistep") or kind == "heun"):
+        if (
+            order == 3
+            and algorithm.startswith("sde")
+            and (method.endswith("multistep") or kind == "heun")
+        ):
             continue  # see test_third_order_of_the_sde
         final = "zero" if algorithm.endswith("++") else "sigma_min"
         yield solver(
-            peer, method, solver_order=order, algorithm_type=algorithm, solver_type=kind, final_sigmas_type=final
+            peer,
+            method,
+            solver_order=order,
+            algorithm_type=algorithm,
+            solver_type=kind,
+            final_sigmas_type=final,
         )
 
 
 ALGORITHMS = ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver")
 MULTISTEP = [
-    *(c for row in solver_rows(MULTI, "dpm_solver_multistep", ALGORITHMS) for c in spaced(row, DROPPED, ("linspace",))),
-    *(c for order in (2, 3) for c in spaced(solver(MULTI, "dpm_solver_multistep", solver_order=order), DROPPED)),
     *(
         c
-        for option in ({"lower_order_final": False}, {"euler_at_final": True}, {"final_sigmas_type": "sigma_min"})
+        for row in solver_rows(MULTI, "dpm_solver_multistep", ALGORITHMS)
+        for c in spaced(row, DROPPED, ("linspace",))
+    ),
+    *(
+        c
+        for order in (2, 3)
+        for c in spaced(solver(MULTI, "dpm_solver_multistep", solver_order=order), DROPPED)
+    ),
+    *(
+        c
+        for option in (
+            {"lower_order_final": False},
+            {"euler_at_final": True},
+            {"final_sigmas_type": "sigma_min"},
+        )
         for c in spaced(solver(MULTI, "dpm_solver_multistep", solver_order=3, **option), DROPPED)
     ),
     *solver_sigmas(solver(MULTI, "dpm_solver_multistep", solver_order=2), lu="use_lu_lambdas"),
-    *solver_sigmas(solver(MULTI, "dpm_solver_multistep", solver_order=2, algorithm_type="sde-dpmsolver++")),
+    *solver_sigmas(
+        solver(MULTI, "dpm_solver_multistep", solver_order=2, algorithm_type="sde-dpmsolver++")
+    ),
     *spaced(Case(MULTI, "dpmpp_2m", None, {"lower_order_final": False}), DROPPED),
     *spaced(
-        Case(MULTI, "dpmpp_2m_sde", None, {"lower_order_final": False, "algorithm_type": "sde-dpmsolver++"}), DROPPED
+        Case(
+            MULTI,
+            "dpmpp_2m_sde",
+            None,
+            {"lower_order_final": False, "algorithm_type": "sde-dpmsolver++"},
+        ),
+        DROPPED,
     ),
     *spaced(
-        Case(MULTI, "dpmpp_3m", None, {"lower_order_final": False, "solver_order": 3, "solver_type": "heun"}), DROPPED
+        Case(
+            MULTI,
+            "dpmpp_3m",
+            None,
+            {"lower_order_final": False, "solver_order": 3, "solver_type": "heun"},
+        ),
+        DROPPED,
     ),
 ]
 SINGLESTEP = [
@@ -382,7 +477,10 @@ SINGLESTEP = [
                 row,
                 grid="linspace",
                 options={**DROPPED["linspace"], **row.options},
-                config={"lower_order_final": row.config["final_sigmas_type"] == "zero", **row.config},
+                config={
+                    "lower_order_final": row.config["final_sigmas_type"] == "zero",
+                    **row.config,
+                },
                 steps=(6, 18) if row.config["final_sigmas_type"] != "zero" else (6, 7, 8, 20),
             )
         ]
@@ -399,13 +497,19 @@ INVERSE = [
     )
     for order, algorithm, kind in product((1, 2, 3), ALGORITHMS[:2], ("midpoint", "heun"))
 ]
-INVERSE = [replace(c, grid="linspace", options={"rounded": True, **c.options}, exact_table=True) for c in INVERSE]
+INVERSE = [
+    replace(c, grid="linspace", options={"rounded": True, **c.options}, exact_table=True)
+    for c in INVERSE
+]
 DEIS = [
     c
     for order, lower in product((1, 2, 3), (True, False))
     for c in spaced(
         replace(
-            solver(peers.DEISMultistepScheduler, "deis", solver_order=order, lower_order_final=lower), in_double=True
+            solver(
+                peers.DEISMultistepScheduler, "deis", solver_order=order, lower_order_final=lower
+            ),
+            in_double=True,
         ),
         {s: {**o, "final": "sigma_min"} for s, o in DROPPED.items()},
     )
@@ -435,7 +539,11 @@ UNIPC += [
         {"final_sigmas_type": "sigma_min"},
     )
     for c in spaced(
-        replace(solver(peers.UniPCMultistepScheduler, "unipc", solver_order=3, **option), exact_table=True), DROPPED
+        replace(
+            solver(peers.UniPCMultistepScheduler, "unipc", solver_order=3, **option),
+            exact_table=True,
+        ),
+        DROPPED,
     )
 ]
 UNIPC += solver_sigmas(solver(peers.UniPCMultistepScheduler, "unipc", solver_order=2))
@@ -451,13 +559,19 @@ class constant:  # a function whose printed form says its value
 
 SA = [
     c
-    for (p, q), tau in product(((1, 1), (2, 1), (1, 2), (2, 2), (3, 3), (3, 4)), (None, 0.0, 0.5, 1.0))
+    for (p, q), tau in product(
+        ((1, 1), (2, 1), (1, 2), (2, 2), (3, 3), (3, 4)), (None, 0.0, 0.5, 1.0)
+    )
     for c in spaced(
         Case(
             peers.SASolverScheduler,
             "sa_solver",
             None,
-            {"predictor_order": p, "corrector_order": q, "tau_func": None if tau is None else constant(tau)},
+            {
+                "predictor_order": p,
+                "corrector_order": q,
+                "tau_func": None if tau is None else constant(tau),
+            },
             {"predictor_order": p, "corrector_order": q, "final": "sigma_min"}
             | ({} if tau is None else {"tau": tau, "tau_timesteps": (-math.inf, math.inf)}),
             in_double=True,
@@ -494,8 +608,12 @@ FEW = [
     ),
 ]
 REPEATED = [
-    *solver_sigmas(solver(peers.DEISMultistepScheduler, "deis", solver_order=2, lower_order_final=False)),
-    *solver_sigmas(solver(peers.DEISMultistepScheduler, "deis", solver_order=1, lower_order_final=False)),
+    *solver_sigmas(
+        solver(peers.DEISMultistepScheduler, "deis", solver_order=2, lower_order_final=False)
+    ),
+    *solver_sigmas(
+        solver(peers.DEISMultistepScheduler, "deis", solver_order=1, lower_order_final=False)
+    ),
     *solver_sigmas(
         solver(
             peers.UniPCMultistepScheduler,
@@ -506,7 +624,10 @@ REPEATED = [
         )
     ),
 ]
-REPEATED = [replace(c, options={**c.options, "final": "sigma_min"}, fewer=1, in_double=True) for c in REPEATED]
+REPEATED = [
+    replace(c, options={**c.options, "final": "sigma_min"}, fewer=1, in_double=True)
+    for c in REPEATED
+]
 """They append their lowest σ once more: the last step goes nowhere, and costs an evaluation."""
 ENDS = [
     *spaced(
@@ -515,7 +636,9 @@ ENDS = [
         ("trailing",),
     ),
     replace(
-        DDIM[3], config={**DDIM[3].config, "set_alpha_to_one": False}, options={**DDIM[3].options, "final": "sigma_min"}
+        DDIM[3],
+        config={**DDIM[3].config, "set_alpha_to_one": False},
+        options={**DDIM[3].options, "final": "sigma_min"},
     ),
     *(
         replace(
@@ -559,13 +682,17 @@ class Path:
         if not second:
             return first
         middle = self.calls[-2][1]
-        return (math.sqrt(start - middle) * first + math.sqrt(middle - end) * rest) / math.sqrt(start - end)
+        return (math.sqrt(start - middle) * first + math.sqrt(middle - end) * rest) / math.sqrt(
+            start - end
+        )
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_agreement(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffusers.schedulers.scheduling_dpmsolver_sde.BrownianTreeNoiseSampler", lambda *_: Path())
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_dpmsolver_sde.BrownianTreeNoiseSampler", lambda *_: Path()
+    )
     differences = dict(case.differences(monkeypatch))
     assert all(value < RELATIVE for value in differences.values()), differences
 
@@ -594,7 +721,11 @@ AT_ALPHA_0 = [
         for c in [*DDIM, *DDPM]
         if c.grid != "leading" and c.options.get("eta") != 1.0
     ),
-    *(replace(c, config={**c.config, **ZERO_SNR}, predictions=V_X0) for c in FEW if "original_steps" not in c.options),
+    *(
+        replace(c, config={**c.config, **ZERO_SNR}, predictions=V_X0)
+        for c in FEW
+        if "original_steps" not in c.options
+    ),
 ]
 """η = 1 is in test_ddim_of_eta_1_at_zero_terminal_snr."""
 
@@ -608,13 +739,25 @@ def test_zero_terminal_snr(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 NEAR_ALPHA_0 = [
     *(spaced(EULER, {s: {} for s in SPACINGS}, ("linspace", "trailing"))),
     *(spaced(ANCESTRAL, {s: {} for s in SPACINGS}, ("linspace", "trailing"))),
-    *(spaced(solver(MULTI, "dpm_solver_multistep", solver_order=2), DROPPED, ("linspace", "trailing"))),
     *(
         spaced(
-            solver(MULTI, "dpm_solver_multistep", algorithm_type="sde-dpmsolver++"), DROPPED, ("linspace", "trailing")
+            solver(MULTI, "dpm_solver_multistep", solver_order=2), DROPPED, ("linspace", "trailing")
         )
     ),
-    *(spaced(solver(peers.UniPCMultistepScheduler, "unipc", solver_order=2), DROPPED, ("linspace", "trailing"))),
+    *(
+        spaced(
+            solver(MULTI, "dpm_solver_multistep", algorithm_type="sde-dpmsolver++"),
+            DROPPED,
+            ("linspace", "trailing"),
+        )
+    ),
+    *(
+        spaced(
+            solver(peers.UniPCMultistepScheduler, "unipc", solver_order=2),
+            DROPPED,
+            ("linspace", "trailing"),
+        )
+    ),
 ]
 
 
@@ -628,7 +771,8 @@ def test_almost_zero_terminal_snr(case: Case, monkeypatch: pytest.MonkeyPatch) -
         if not exact:
             row = replace(row, grid=Clamped(case.grid, of_grid), options=of_method)
         differences = dict(row.differences(monkeypatch))
-        limit = 1e-2 if exact else RELATIVE  # what 2^-24 costs them, and a second order from there on
+        # what 2^-24 costs them, and a second order from there on
+        limit = 1e-2 if exact else RELATIVE
         assert all(value < limit for value in differences.values()), (exact, differences)
 
 
@@ -661,22 +805,42 @@ def test_zero_terminal_snr_that_they_ignore(method: str) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [DDIM[1], DDPM[1], replace(EULER, grid="leading", config={"timestep_spacing": "leading"}), MULTISTEP[-3]],
+    [
+        DDIM[1],
+        DDPM[1],
+        replace(EULER, grid="leading", config={"timestep_spacing": "leading"}),
+        MULTISTEP[-3],
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("betas", ["linear", "squaredcos_cap_v2"])
 def test_other_betas(case: Case, betas: str, monkeypatch: pytest.MonkeyPatch) -> None:
     schedule = getattr(NoiseSchedule, betas)(prediction="v_prediction")
     config = {**case.config, "beta_schedule": betas, "beta_start": 0.0001, "beta_end": 0.02}
-    their = theirs(replace(case, config=config).scheduler(schedule), 20, monkeypatch, before=case.before, **case.step)
-    assert difference(ours(Sampler(schedule, case.method, 20, case.grid, **case.options)), their) < RELATIVE
+    their = theirs(
+        replace(case, config=config).scheduler(schedule),
+        20,
+        monkeypatch,
+        before=case.before,
+        **case.step,
+    )
+    assert (
+        difference(ours(Sampler(schedule, case.method, 20, case.grid, **case.options)), their)
+        < RELATIVE
+    )
 
 
-@pytest.mark.parametrize(("peer", "method"), [(MULTI, "dpm_solver_multistep"), (SINGLE, "dpm_solver_singlestep")])
+@pytest.mark.parametrize(
+    ("peer", "method"), [(MULTI, "dpm_solver_multistep"), (SINGLE, "dpm_solver_singlestep")]
+)
 def test_lambda_min(peer: Any, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     schedule = NoiseSchedule.squaredcos_cap_v2()
-    scheduler = peer(beta_schedule="squaredcos_cap_v2", lambda_min_clipped=-5.1, lower_order_final=True)
-    sampler = Sampler(schedule, method, 20, "linspace", rounded=True, drop_last=True, lambda_min=-5.1)
+    scheduler = peer(
+        beta_schedule="squaredcos_cap_v2", lambda_min_clipped=-5.1, lower_order_final=True
+    )
+    sampler = Sampler(
+        schedule, method, 20, "linspace", rounded=True, drop_last=True, lambda_min=-5.1
+    )
     assert difference(ours(sampler), theirs(scheduler, 20, monkeypatch)) < RELATIVE
 
 
@@ -686,13 +850,19 @@ def test_lambda_min(peer: Any, method: str, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_inverse_spacings(spacing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Theirs jump from the last timestep to σ of t = 999: from leading's far, from trailing's not at all."""
-    peer = peers.DPMSolverMultistepInverseScheduler(**BETAS, timestep_spacing=spacing, lower_order_final=False)
+    peer = peers.DPMSolverMultistepInverseScheduler(
+        **BETAS, timestep_spacing=spacing, lower_order_final=False
+    )
     their = theirs(peer, 20, monkeypatch)
     schedule = NoiseSchedule.scaled_linear()
     times = [*peer.timesteps.tolist(), 999]
     knots = tuple(make_knots(schedule, timesteps=sorted(set(times), reverse=True))[:-1])
     sampler = Sampler(
-        schedule, "dpm_solver_inverse", len(knots) - 1, lambda schedule, steps: knots, lower_order_final=False
+        schedule,
+        "dpm_solver_inverse",
+        len(knots) - 1,
+        lambda schedule, steps: knots,
+        lower_order_final=False,
     )
     assert difference(ours(sampler), their) < RELATIVE
 
@@ -700,16 +870,22 @@ def test_inverse_spacings(spacing: str, monkeypatch: pytest.MonkeyPatch) -> None
 # flow matching
 
 
-def flow_theirs(scheduler: Any, setup: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **options: Any) -> Tensor:
+def flow_theirs(
+    scheduler: Any, setup: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> Tensor:
     return theirs(scheduler, 0, monkeypatch, setup=setup, **options)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("steps", STEPS)
-def test_flow_euler_with_the_sigmas_of_pipelines(shift: float, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flow_euler_with_the_sigmas_of_pipelines(
+    shift: float, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sampler = Sampler(NoiseSchedule.flow(shift=shift), "euler", steps, "trailing")
     scheduler: Any = peers.FlowMatchEulerDiscreteScheduler(shift=shift)
-    their = flow_theirs(scheduler, {"sigmas": np.linspace(1.0, 1 / steps, steps).tolist()}, monkeypatch)
+    their = flow_theirs(
+        scheduler, {"sigmas": np.linspace(1.0, 1 / steps, steps).tolist()}, monkeypatch
+    )
     assert sampler.timesteps == pytest.approx(scheduler.timesteps.tolist(), rel=1e-6)
     assert difference(ours(sampler), their) < RELATIVE
 
@@ -717,7 +893,12 @@ def test_flow_euler_with_the_sigmas_of_pipelines(shift: float, steps: int, monke
 FLOWS = [
     ("euler", peers.FlowMatchEulerDiscreteScheduler, {}, {}),
     ("flow_heun", peers.FlowMatchHeunDiscreteScheduler, {}, {}),
-    ("lcm", peers.FlowMatchEulerDiscreteScheduler, {"stochastic_sampling": True}, {"timestep_scaling": 1e9}),
+    (
+        "lcm",
+        peers.FlowMatchEulerDiscreteScheduler,
+        {"stochastic_sampling": True},
+        {"timestep_scaling": 1e9},
+    ),
     ("lcm", peers.FlowMatchLCMScheduler, {}, {"timestep_scaling": 1e9}),
 ]
 
@@ -738,23 +919,32 @@ def test_flow_shift(
         sampler = Sampler(NoiseSchedule.flow(shift=shift), method, steps, **grid, **options)
         evaluations = 2 if method == "flow_heun" else 1
         their = flow_theirs(
-            peer(shift=shift, **config), {"num_inference_steps": steps}, monkeypatch, evaluations=evaluations
+            peer(shift=shift, **config),
+            {"num_inference_steps": steps},
+            monkeypatch,
+            evaluations=evaluations,
         )
         assert difference(ours(sampler), their) < RELATIVE
 
 
 @pytest.mark.parametrize("mu", [0.5, 1.15])
 @pytest.mark.parametrize("terminal", [None, 0.1])
-def test_flow_dynamic_shifting(mu: float, terminal: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flow_dynamic_shifting(
+    mu: float, terminal: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for steps in STEPS:
-        scheduler = peers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=terminal)
+        scheduler = peers.FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, shift_terminal=terminal
+        )
         setup = {"sigmas": np.linspace(1.0, 1 / steps, steps).tolist(), "mu": mu}
         options: dict[str, Any] = {"mu": mu, "end": 1 / steps, "shift_terminal": terminal}
         sampler = Sampler(NoiseSchedule.flow(), "euler", steps, "flow", **options)
         assert difference(ours(sampler), flow_theirs(scheduler, setup, monkeypatch)) < RELATIVE
         lengths = {0.5: 256, 1.15: 4096}
         options = {"image_seq_len": lengths[mu], "end": 1 / steps, "shift_terminal": terminal}
-        assert Sampler(NoiseSchedule.flow(), "euler", steps, "flow", **options).sigmas == pytest.approx(sampler.sigmas)
+        assert Sampler(
+            NoiseSchedule.flow(), "euler", steps, "flow", **options
+        ).sigmas == pytest.approx(sampler.sigmas)
 
 
 @pytest.mark.parametrize("grid", SIGMAS)
@@ -778,7 +968,11 @@ SOLVERS_ON_FLOW = {
 def test_solvers_on_a_flow(method: str, shift: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their network's times are cut to integers, and UniPC starts at σ = 1 - 1e-6: where they stand, we do."""
     schedule = NoiseSchedule.flow(shift=shift)
-    ends = {"drop_last": True} if method == "unipc" else {"start": 1 - 1 / T, "end": 0.0, "drop_last": True}
+    ends = (
+        {"drop_last": True}
+        if method == "unipc"
+        else {"start": 1 - 1 / T, "end": 0.0, "drop_last": True}
+    )
     for steps in STEPS:
         options = {} if method == "unipc" else {"lower_order_final": True}
         scheduler: Any = SOLVERS_ON_FLOW[method](
@@ -786,13 +980,19 @@ def test_solvers_on_a_flow(method: str, shift: float, monkeypatch: pytest.Monkey
         )
         their = theirs(scheduler, steps, monkeypatch)
         knots = list(make_knots(schedule, steps, "flow", **ends))
-        for i, (t, sigma) in enumerate(zip(scheduler.timesteps.tolist(), scheduler.sigmas.tolist(), strict=False)):
-            assert abs(knots[i].timestep - t) <= 1 and knots[i].sigma == pytest.approx(sigma, abs=2e-6)
+        for i, (t, sigma) in enumerate(
+            zip(scheduler.timesteps.tolist(), scheduler.sigmas.tolist(), strict=False)
+        ):
+            assert abs(knots[i].timestep - t) <= 1 and knots[i].sigma == pytest.approx(
+                sigma, abs=2e-6
+            )
             level = 1 - 1e-6 if knots[i].alpha == 0 else knots[i].sigma
             knots[i] = Knot(float(t), 1 - level, level)
         laid = tuple(knots)
         sampler = Sampler(schedule, method, steps, lambda schedule, steps, laid=laid: laid)
-        assert difference(ours(sampler), their) < 10 * RELATIVE, "their α = 1 - σ keeps 2 digits at σ = 1 - 1e-6"
+        assert difference(ours(sampler), their) < 10 * RELATIVE, (
+            "their α = 1 - σ keeps 2 digits at σ = 1 - 1e-6"
+        )
 
 
 # EDM, consistency and Karras VE: coordinates of their own
@@ -808,7 +1008,9 @@ def test_solvers_on_a_flow(method: str, shift: float, monkeypatch: pytest.Monkey
         *product((1, 2), ("sde-dpmsolver++",), ("midpoint", "heun")),
     ],
 )
-def test_edm(grid: str, sign: int, order: int, algorithm: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_edm(
+    grid: str, sign: int, order: int, algorithm: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Order 0 is EDMEulerScheduler; with 'v_prediction' theirs takes -F."""
     schedule = NoiseSchedule.karras()
     config = {"sigma_schedule": grid, "prediction_type": "epsilon" if sign > 0 else "v_prediction"}
@@ -824,7 +1026,9 @@ def test_edm(grid: str, sign: int, order: int, algorithm: str, kind: str, monkey
             scheduler = peers.EDMDPMSolverMultistepScheduler(
                 **config, solver_order=order, algorithm_type=algorithm, solver_type=kind
             )
-        sampler = Sampler(schedule, "dpm_solver_multistep" if order else "euler", steps, grid, **options)
+        sampler = Sampler(
+            schedule, "dpm_solver_multistep" if order else "euler", steps, grid, **options
+        )
         mine = ours(sampler, lambda x, t: sign * net(x, t))
         assert difference(mine, theirs(scheduler, steps, monkeypatch, net=net)) < RELATIVE
 
@@ -832,7 +1036,9 @@ def test_edm(grid: str, sign: int, order: int, algorithm: str, kind: str, monkey
 @pytest.mark.parametrize("steps", [1, 2, 8, 40])
 @pytest.mark.parametrize("s_noise", [1.0, 0.9])
 def test_consistency(steps: int, s_noise: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    schedule = NoiseSchedule(replace(NoiseSchedule.karras().curve, num_train_timesteps=40), "consistency")
+    schedule = NoiseSchedule(
+        replace(NoiseSchedule.karras().curve, num_train_timesteps=40), "consistency"
+    )
     scheduler = peers.CMStochasticIterativeScheduler(clip_denoised=False, s_noise=s_noise)
 
     def net(x: Tensor, t: Any) -> Tensor:
@@ -851,7 +1057,9 @@ def test_consistency(steps: int, s_noise: float, monkeypatch: pytest.MonkeyPatch
 def test_karras_ve(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their schedule lists σ² and their pipeline takes it as σ: the steps agree on levels that we give to both."""
     levels = [80.0, 30.0, 9.0, 2.0, 0.5, 0.1, 0.02]
-    schedule = NoiseSchedule.variance_exploding(sigma_min=0.001, sigma_max=200.0, prediction="epsilon")
+    schedule = NoiseSchedule.variance_exploding(
+        sigma_min=0.001, sigma_max=200.0, prediction="epsilon"
+    )
     sampler = Sampler(schedule, "stochastic_karras_ve", sigmas=levels)
     peer = KarrasVeScheduler()
     peer.set_timesteps(len(levels))
@@ -859,13 +1067,17 @@ def test_karras_ve(monkeypatch: pytest.MonkeyPatch) -> None:
     x = START
     for i, (s, n) in enumerate(zip(levels, [*levels[1:], 0.0], strict=True)):
         monkeypatch.setattr(
-            sys.modules[KarrasVeScheduler.__module__], "randn_tensor", lambda *_, i=i, **__: DRAWS[i][0]
+            sys.modules[KarrasVeScheduler.__module__],
+            "randn_tensor",
+            lambda *_, i=i, **__: DRAWS[i][0],
         )
         x_hat, s_hat = peer.add_noise_to_input(x, s)
         step: Any = peer.step(-network(x_hat, s_hat), s_hat, n, x_hat)
         if n:
             slope = step.derivative
-            step = peer.step_correct(-network(step.prev_sample, n), s_hat, n, x_hat, step.prev_sample, slope)
+            step = peer.step_correct(
+                -network(step.prev_sample, n), s_hat, n, x_hat, step.prev_sample, slope
+            )
         x = step.prev_sample
     assert difference(ours(sampler), x) < RELATIVE
 
@@ -878,7 +1090,9 @@ def test_ipndm(monkeypatch: pytest.MonkeyPatch) -> None:
         knots = make_knots(schedule, steps, "sine_squared")
         scheduler = peers.IPNDMScheduler()
         scheduler.set_timesteps(steps)
-        assert [k.timestep / T for k in knots[:-1]] == pytest.approx(scheduler.timesteps.tolist(), abs=1e-6)
+        assert [k.timestep / T for k in knots[:-1]] == pytest.approx(
+            scheduler.timesteps.tolist(), abs=1e-6
+        )
         x = START
         scheduler.set_begin_index(1)
         for t in scheduler.timesteps[1:]:
@@ -887,7 +1101,9 @@ def test_ipndm(monkeypatch: pytest.MonkeyPatch) -> None:
         sampler = Sampler(schedule, "ipndm", steps - 1, lambda schedule, steps, rest=rest: rest)
         assert difference(ours(sampler), x.double()) < RELATIVE
         table = Sampler(schedule, "ipndm", steps, "sine_squared").table
-        right = next(run(table, START, lambda x, k: network(x, k.timestep), lambda start, end: START)).x
+        right = next(
+            run(table, START, lambda x, k: network(x, k.timestep), lambda start, end: START)
+        ).x
         D = -network(START, T)
         assert torch.allclose(right, knots[1].alpha * D + knots[1].sigma * START)
 
@@ -902,7 +1118,11 @@ def agrees_where_finite(mine: Tensor, their: Tensor, limit: float = RELATIVE) ->
 
 
 def last_output(
-    scheduler: Any, schedule: NoiseSchedule, steps: int, monkeypatch: pytest.MonkeyPatch, **options: Any
+    scheduler: Any,
+    schedule: NoiseSchedule,
+    steps: int,
+    monkeypatch: pytest.MonkeyPatch,
+    **options: Any,
 ) -> Tensor:
     """The x_0 that a peer finds in its last evaluation, from which a step into σ = 0 must return it."""
     seen: list[tuple[Tensor, float]] = []
@@ -922,7 +1142,8 @@ def test_fixed_large_log_is_fixed_large(monkeypatch: pytest.MonkeyPatch) -> None
     schedule = NoiseSchedule.scaled_linear()
     mine = ours(Sampler(schedule, "ddpm", 20, "leading", variance_type="fixed_large_log"))
     peer = {
-        kind: peers.DDPMScheduler(**BETAS, **NO_CLIP, variance_type=kind) for kind in ("fixed_large_log", "fixed_large")
+        kind: peers.DDPMScheduler(**BETAS, **NO_CLIP, variance_type=kind)
+        for kind in ("fixed_large_log", "fixed_large")
     }
     assert difference(mine, theirs(peer["fixed_large"], 20, monkeypatch)) < RELATIVE
     agrees_where_finite(mine, theirs(peer["fixed_large_log"], 20, monkeypatch))
@@ -934,7 +1155,11 @@ def test_fixed_large_ends_without_noise(spacing: str, monkeypatch: pytest.Monkey
     schedule = NoiseSchedule.scaled_linear()
     offset = int(spacing == "leading")
     peer = peers.DDPMScheduler(
-        **BETAS, **NO_CLIP, variance_type="fixed_large", timestep_spacing=spacing, steps_offset=offset
+        **BETAS,
+        **NO_CLIP,
+        variance_type="fixed_large",
+        timestep_spacing=spacing,
+        steps_offset=offset,
     )
     options = {"steps_offset": 1} if offset else {}
     mine = ours(Sampler(schedule, "ddpm", 20, spacing, variance_type="fixed_large", **options))
@@ -946,12 +1171,18 @@ def test_fixed_large_ends_without_noise(spacing: str, monkeypatch: pytest.Monkey
 def test_third_order_of_the_sde(peer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their coefficient of D2 ends in - 1/2 for + 1/2 (k-diffusion has it right): with that mended the two agree."""
     multi = peer is MULTI
-    name = "multistep_dpm_solver_third_order_update" if multi else "singlestep_dpm_solver_third_order_update"
+    name = (
+        "multistep_dpm_solver_third_order_update"
+        if multi
+        else "singlestep_dpm_solver_third_order_update"
+    )
     wrong = getattr(peer, name)
 
     def mended(self: Any, outputs: Any, *, sample: Tensor, noise: Tensor) -> Tensor:
         alpha, _ = self._sigma_to_alpha_sigma_t(self.sigmas[self.step_index + 1])
-        levels = [self._sigma_to_alpha_sigma_t(self.sigmas[self.step_index + j]) for j in (1, 0, -1, -2)]
+        levels = [
+            self._sigma_to_alpha_sigma_t(self.sigmas[self.step_index + j]) for j in (1, 0, -1, -2)
+        ]
         y = [float(torch.log(a) - torch.log(s)) for a, s in levels]
         m0, m1, m2 = outputs[-1], outputs[-2], outputs[-3]
         if multi:
@@ -964,9 +1195,19 @@ def test_third_order_of_the_sde(peer: Any, monkeypatch: pytest.MonkeyPatch) -> N
             D2 = 2 * ((m0 - m2) / r0 - (m1 - m2) / r1) / (r0 - r1)
         return wrong(self, outputs, sample=sample, noise=noise) + alpha * D2
 
-    config = {"algorithm_type": "sde-dpmsolver++", "solver_order": 3, "solver_type": "heun", "lower_order_final": True}
+    config = {
+        "algorithm_type": "sde-dpmsolver++",
+        "solver_order": 3,
+        "solver_type": "heun",
+        "lower_order_final": True,
+    }
     method = "dpm_solver_multistep" if multi else "dpm_solver_singlestep"
-    options = {"algorithm": "sde-dpmsolver++", "order": 3, "solver_type": "heun", **DROPPED["linspace"]}
+    options = {
+        "algorithm": "sde-dpmsolver++",
+        "order": 3,
+        "solver_type": "heun",
+        **DROPPED["linspace"],
+    }
     for schedule, steps in product(EULER.schedules(), STEPS):
         mine = ours(Sampler(schedule, method, steps, "linspace", **options))
         scheduler = peer(**BETAS, **config, prediction_type=schedule.prediction.name)
@@ -977,7 +1218,11 @@ def test_third_order_of_the_sde(peer: Any, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 LACKING: dict[str, tuple[Any, NoiseSchedule, dict[str, Any]]] = {
-    "sde-dpmsolver": (MULTI, NoiseSchedule.scaled_linear(), {"algorithm": "sde-dpmsolver", "final": "sigma_min"}),
+    "sde-dpmsolver": (
+        MULTI,
+        NoiseSchedule.scaled_linear(),
+        {"algorithm": "sde-dpmsolver", "final": "sigma_min"},
+    ),
     **{
         f"edm-{kind}": (
             peers.EDMDPMSolverMultistepScheduler,
@@ -994,7 +1239,13 @@ def test_third_order_of_the_sde_that_they_lack(name: str, monkeypatch: pytest.Mo
     """Their code has no such branch. Ours has the exact mean, and is nearer to the variance than the second order."""
     peer, schedule, options = LACKING[name]
     with pytest.raises(UnboundLocalError):
-        theirs(peer(solver_order=3, algorithm_type=options["algorithm"], final_sigmas_type="sigma_min"), 20, monkeypatch)
+        theirs(
+            peer(
+                solver_order=3, algorithm_type=options["algorithm"], final_sigmas_type="sigma_min"
+            ),
+            20,
+            monkeypatch,
+        )
     errors = []
     for order in (2, 3):
         table = Sampler(schedule, "dpm_solver_multistep", 200, order=order, **options).table
@@ -1005,9 +1256,13 @@ def test_third_order_of_the_sde_that_they_lack(name: str, monkeypatch: pytest.Mo
     assert errors[1] < min(errors[0] / 1.5, 1e-3), errors
 
 
-@pytest.mark.parametrize("options", [{"solver_type": "bh1"}, {"order": 3, "lower_order_final": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"solver_type": "bh1"}, {"order": 3, "lower_order_final": False}], ids=str
+)
 @pytest.mark.parametrize("steps", STEPS)
-def test_the_step_of_unipc_into_zero(options: dict[str, Any], steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_step_of_unipc_into_zero(
+    options: dict[str, Any], steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From σ = 0 on h = ∞, and theirs multiply it by 0 or solve a system with it: an error, or no number. It returns x_0."""
     schedule = NoiseSchedule.scaled_linear()
     config = {"timestep_spacing": "trailing", "final_sigmas_type": "sigma_min"}
@@ -1024,7 +1279,9 @@ def test_cosine_on_karras_sigmas(monkeypatch: pytest.MonkeyPatch) -> None:
     schedule = NoiseSchedule.squaredcos_cap_v2()
     row = Case(MULTI, "dpm_solver_multistep", "karras", their_times=True)
     scheduler = MULTI(beta_schedule="squaredcos_cap_v2", use_karras_sigmas=True)
-    their = theirs(scheduler, 20, monkeypatch, before=lambda scheduler, i: scheduler.set_begin_index(0))
+    their = theirs(
+        scheduler, 20, monkeypatch, before=lambda scheduler, i: scheduler.set_begin_index(0)
+    )
     assert difference(ours(row.sampler(schedule, scheduler, 20)), their) < RELATIVE
 
 
@@ -1034,22 +1291,34 @@ def test_ancestral_steps_from_far(case: Case, monkeypatch: pytest.MonkeyPatch) -
     float64 the two agree."""
     schedule = NoiseSchedule.squaredcos_cap_v2()
     mine = ours(Sampler(schedule, case.method, 4, "linspace"))
-    their = theirs(case.peer(beta_schedule="squaredcos_cap_v2"), 4, monkeypatch, evaluations=case.evaluations)
+    their = theirs(
+        case.peer(beta_schedule="squaredcos_cap_v2"), 4, monkeypatch, evaluations=case.evaluations
+    )
     agrees_where_finite(mine, their, limit=1e-2)
     from_numpy = torch.from_numpy
     monkeypatch.setattr(torch, "from_numpy", lambda array: from_numpy(array).double())
     scheduler = case.peer(beta_schedule="squaredcos_cap_v2")
     scheduler.alphas_cumprod = schedule.alphas_cumprod
-    assert difference(mine, theirs(scheduler, 4, monkeypatch, evaluations=case.evaluations)) < RELATIVE
+    assert (
+        difference(mine, theirs(scheduler, 4, monkeypatch, evaluations=case.evaluations)) < RELATIVE
+    )
 
 
 def test_ddim_of_eta_1_at_zero_terminal_snr(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is DDPM. Theirs takes the root of 1 - ᾱ - σ² there, of which float32 leaves a rounding of either sign."""
     schedule = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
-    config = {**BETAS, **NO_CLIP, **ZERO_SNR, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    config = {
+        **BETAS,
+        **NO_CLIP,
+        **ZERO_SNR,
+        "prediction_type": "v_prediction",
+        "timestep_spacing": "trailing",
+    }
     mine = ours(Sampler(schedule, "ddim", 20, "trailing", eta=1.0))
     assert difference(mine, theirs(peers.DDPMScheduler(**config), 20, monkeypatch)) < RELATIVE
-    agrees_where_finite(mine, theirs(peers.DDIMScheduler(**config), 20, monkeypatch, eta=1.0), limit=1e-2)
+    agrees_where_finite(
+        mine, theirs(peers.DDIMScheduler(**config), 20, monkeypatch, eta=1.0), limit=1e-2
+    )
 
 
 @pytest.mark.parametrize("spacing", ["linspace", "trailing"])
@@ -1077,13 +1346,23 @@ def test_churn_of_euler(peer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     x = START * start_scale(scheduler)
     for i, t in enumerate(scheduler.timesteps):
         s = float(scheduler.sigmas[i])
-        gamma = min(churn["s_churn"] / steps, math.sqrt(2) - 1) if churn["s_tmin"] <= s <= churn["s_tmax"] else 0.0
+        gamma = (
+            min(churn["s_churn"] / steps, math.sqrt(2) - 1)
+            if churn["s_tmin"] <= s <= churn["s_tmax"]
+            else 0.0
+        )
         s_hat = s * (1 + gamma)
         x_hat = x + churn["s_noise"] * math.sqrt(s_hat**2 - s**2) * DRAWS[i][0]
-        time = schedule.time(-2 * torch.tensor([s_hat], dtype=torch.float64).log()).item() if gamma else float(t)
+        time = (
+            schedule.time(-2 * torch.tensor([s_hat], dtype=torch.float64).log()).item()
+            if gamma
+            else float(t)
+        )
         time = math.log(s_hat) / 4 if edm else time
         out = network(x_hat / math.hypot(s_hat, 0.5 if edm else 1), time)
-        monkeypatch.setattr(sys.modules[peer.__module__], "randn_tensor", lambda *_, i=i, **__: DRAWS[i][0])
+        monkeypatch.setattr(
+            sys.modules[peer.__module__], "randn_tensor", lambda *_, i=i, **__: DRAWS[i][0]
+        )
         scheduler.is_scale_input_called = True
         x = scheduler.step(out, t, x, **churn).prev_sample
     assert difference(mine, x.double()) < RELATIVE

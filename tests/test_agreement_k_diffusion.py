@@ -49,7 +49,9 @@ def table_of(schedule: NoiseSchedule, case: dict[str, Any]) -> Table:
         low, high = math.log(FROZEN["sigma_min"]), math.log(FROZEN["sigma_max"])
         sigmas = [math.exp(high + (low - high) * i / steps) for i in range(steps + 1)]
     formula = METHODS[name].formula
-    return compile_table(name, lambda *a: formula(*a, **options), knots_of(schedule, sigmas), schedule)
+    return compile_table(
+        name, lambda *a: formula(*a, **options), knots_of(schedule, sigmas), schedule
+    )
 
 
 def replay(table: Table, schedule: NoiseSchedule, case: dict[str, Any]) -> Tensor:
@@ -71,7 +73,9 @@ def replay(table: Table, schedule: NoiseSchedule, case: dict[str, Any]) -> Tenso
     def evaluate(x: Tensor, knot: Knot) -> Tensor:
         x = x / knot.input_scale
         D = denoiser(x / knot.alpha, knot.sigma_ve)
-        return schedule.prediction.combine(D, (x - knot.alpha * D) / knot.sigma, knot.alpha, knot.sigma)
+        return schedule.prediction.combine(
+            D, (x - knot.alpha * D) / knot.sigma, knot.alpha, knot.sigma
+        )
 
     start = torch.tensor(FROZEN["x"], dtype=torch.float64) * table.knots[0].alpha
     *_, last = run(table, start, evaluate, noise)
@@ -79,9 +83,9 @@ def replay(table: Table, schedule: NoiseSchedule, case: dict[str, Any]) -> Tenso
 
 
 def _same(draw: dict[str, Any], start: float, end: float) -> bool:
-    return math.isclose(min(draw["from"], draw["to"]), min(start, end), rel_tol=1e-9) and math.isclose(
-        max(draw["from"], draw["to"]), max(start, end), rel_tol=1e-9
-    )
+    return math.isclose(
+        min(draw["from"], draw["to"]), min(start, end), rel_tol=1e-9
+    ) and math.isclose(max(draw["from"], draw["to"]), max(start, end), rel_tol=1e-9)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -90,8 +94,12 @@ def test_agreement(name: str, schedule: NoiseSchedule) -> None:
     """The same numbers in any coordinates: k-diffusion's x is x / α, and its D does not know of a schedule."""
     case = CASES[name]
     expected = torch.tensor(case["x"], dtype=torch.float64)
-    difference = float((replay(table_of(schedule, case), schedule, case) - expected).abs().max() / expected.abs().max())
-    assert difference < 1e-6 if "lms" in name else difference < 1e-9  # its LMS integrates to 1e-4 of each coefficient
+    difference = float(
+        (replay(table_of(schedule, case), schedule, case) - expected).abs().max()
+        / expected.abs().max()
+    )
+    # its LMS integrates to 1e-4 of each coefficient
+    assert difference < 1e-6 if "lms" in name else difference < 1e-9
 
 
 def test_a_difference_would_be_seen() -> None:

@@ -69,9 +69,7 @@ def test_defaults_are_stable_diffusion_with_the_plain_loss() -> None:
 
 
 def test_every_flag_arrives() -> None:
-    flags = (
-        "--beta_schedule linear --beta_start 0.001 --beta_end 0.03 --num_train_timesteps 500 --prediction_type sample"
-    )
+    flags = "--beta_schedule linear --beta_start 0.001 --beta_end 0.03 --num_train_timesteps 500 --prediction_type sample"
     flags += " --rescale_betas_zero_snr --snr_gamma 3 --loss_weight_floor 0.1 --timestep_density stratified --noise_offset 0.05"
     noising = noising_from_arguments(parse(*flags.split(), "--noise_seed", "7"))
     assert noising.schedule == NoiseSchedule.linear(0.001, 0.03, 500, "sample").zero_terminal_snr()
@@ -117,28 +115,46 @@ def test_weightings(flags: str, weighting: Weighting) -> None:
     ("flags", "density"),
     [
         ("--timestep_density logit_normal", LogitNormalTimesteps()),
-        ("--timestep_sampling shift --sigmoid_scale 2 --flow_shift 3", LogitNormalTimesteps(std=2.0)),
+        (
+            "--timestep_sampling shift --sigmoid_scale 2 --flow_shift 3",
+            LogitNormalTimesteps(std=2.0),
+        ),
         (
             "--timestep_sampling sigmoid --sigmoid_scale 2 --flow_shift 3",
             NoiseLevelTimesteps(density=LogitNormalTimesteps(std=2.0)),
         ),
-        ("--timestep_sampling uniform --flow_shift 3", NoiseLevelTimesteps(density=UniformTimesteps())),
+        (
+            "--timestep_sampling uniform --flow_shift 3",
+            NoiseLevelTimesteps(density=UniformTimesteps()),
+        ),
         (
             "--training_shift 2 --flow_shift 3 --weighting_scheme logit_normal --logit_mean 1 --max_timestep 500",
             NoiseLevelTimesteps(density=LogitNormalTimesteps(mean=1.0), shift=2.0, high=0.5),
         ),
         ("--timestep_sampling shift --discrete_flow_shift 3", LogitNormalTimesteps()),
-        ("--weighting_scheme logit_normal --logit_mean 0.5 --logit_std 0.8", LogitNormalTimesteps(mean=-0.5, std=0.8)),
-        ("--timestep_density stratified_logit_normal:mean=1.0", LogitNormalTimesteps(mean=1.0, stratified=True)),
-                ("--weighting_scheme mode --mode_scale 0.8", ModeTimesteps(scale=0.8)),
+        (
+            "--weighting_scheme logit_normal --logit_mean 0.5 --logit_std 0.8",
+            LogitNormalTimesteps(mean=-0.5, std=0.8),
+        ),
+        (
+            "--timestep_density stratified_logit_normal:mean=1.0",
+            LogitNormalTimesteps(mean=1.0, stratified=True),
+        ),
+        ("--weighting_scheme mode --mode_scale 0.8", ModeTimesteps(scale=0.8)),
         ("--weighting_scheme none", UniformTimesteps()),
         ("--p_mean -0.4 --p_std 1", LogNormalSigmaTimesteps(mean=-0.4, std=1.0)),
         ("--timestep_density beta:a=2,b=3", BetaTimesteps(a=2, b=3)),
         ("--min_timestep 200 --max_timestep 800", UniformTimesteps().within(200, 799)),
         ("--min_timestep 200", UniformTimesteps().within(200, 999)),
-        ("--flow_shift 3 --max_timestep 500", UniformTimesteps().within(0.0, 0.25)),  # where sigma is 0.5
+        (
+            "--flow_shift 3 --max_timestep 500",
+            UniformTimesteps().within(0.0, 0.25),
+        ),  # where sigma is 0.5
         ("--min_timestep 200 --max_timestep 201", ListedTimesteps(listed=(200,))),
-        ("--reversed_timesteps --timestep_density logit_normal:mean=1.0", LogitNormalTimesteps(mean=1.0).reversed()),
+        (
+            "--reversed_timesteps --timestep_density logit_normal:mean=1.0",
+            LogitNormalTimesteps(mean=1.0).reversed(),
+        ),
         (
             "--timestep_density loss_second_moment:bins=10 --min_timestep 200 --max_timestep 800",
             LossSecondMoment(bins=10, density=UniformTimesteps().within(200, 799)),
@@ -163,11 +179,20 @@ def test_a_range_of_timesteps_is_that_of_sd_scripts() -> None:
         ("--noise_offset 0.05 --noise_offset_probability 0.5", Offset(0.05, probability=0.5)),
         ("--noise_offset 0.05 --adaptive_noise_scale 0.01", AdaptiveOffset(0.05, 0.01)),
         ("--multires_noise_iterations 8 --multires_noise_discount 0.4", Pyramid(8, 0.4)),
-        ("--ip_noise_gamma 0.05 --ip_noise_gamma_random_strength", InputPerturbation(0.05, random_strength=True)),
-        ("--input_perturbation 0.1 --input_perturbation_steps 100", InputPerturbation(0.1, decay_steps=100)),
+        (
+            "--ip_noise_gamma 0.05 --ip_noise_gamma_random_strength",
+            InputPerturbation(0.05, random_strength=True),
+        ),
+        (
+            "--input_perturbation 0.1 --input_perturbation_steps 100",
+            InputPerturbation(0.1, decay_steps=100),
+        ),
         ("--immiscible", Immiscible()),
         ("--noise offset:strength=0.2 immiscible", Chain((Offset(0.2), Immiscible()))),
-        ("--noise_offset 0.05 --input_perturbation 0.1", Chain((Offset(0.05), InputPerturbation(0.1)))),
+        (
+            "--noise_offset 0.05 --input_perturbation 0.1",
+            Chain((Offset(0.05), InputPerturbation(0.1))),
+        ),
         ("--noise pyramid --noise_offset 0.05", Chain((Pyramid(), Offset(0.05)))),
     ],
 )
@@ -179,11 +204,17 @@ def test_noises(flags: str, noise: Noise) -> None:
     ("flags", "loss"),
     [
         ("--loss_type l1", L1()),
-        ("--loss_type huber --huber_c 0.2 --huber_schedule exponential", PseudoHuber(c=0.2, schedule="exponential")),
+        (
+            "--loss_type huber --huber_c 0.2 --huber_schedule exponential",
+            PseudoHuber(c=0.2, schedule="exponential"),
+        ),
         ("--loss_type smooth_l1 --huber_schedule snr", SmoothL1(schedule="snr")),
         ("--loss_type torch_huber", Huber()),
         ("--loss_type huber --huber_c 0.2", PseudoHuber(c=0.2)),
-        ("--loss_type huber --huber_schedule constant --huber_scale 2", PseudoHuber(schedule="constant", scale=2.0)),
+        (
+            "--loss_type huber --huber_schedule constant --huber_scale 2",
+            PseudoHuber(schedule="constant", scale=2.0),
+        ),
     ],
 )
 def test_losses(flags: str, loss: Loss) -> None:
@@ -193,13 +224,22 @@ def test_losses(flags: str, loss: Loss) -> None:
 @pytest.mark.parametrize(
     ("flags", "schedule"),
     [
-        ("--v_parameterization --zero_terminal_snr", BASE.with_prediction("v_prediction").zero_terminal_snr()),
+        (
+            "--v_parameterization --zero_terminal_snr",
+            BASE.with_prediction("v_prediction").zero_terminal_snr(),
+        ),
         ("--noise_schedule karras:sigma_max=90", NoiseSchedule.karras(sigma_max=90)),
         ("--noise_schedule flow:shift=2", NoiseSchedule.flow(2.0)),
         ("--discrete_flow_shift 2", NoiseSchedule.flow(2.0)),
         ("--schedule_shift 2", BASE.shifted(2.0)),
-        ("--prediction_type karras --sigma_data 0.7", BASE.with_prediction({"name": "karras", "sigma_data": 0.7})),
-        ("--noise_schedule scaled_linear --beta_end 0.013", NoiseSchedule.scaled_linear(beta_end=0.013)),
+        (
+            "--prediction_type karras --sigma_data 0.7",
+            BASE.with_prediction({"name": "karras", "sigma_data": 0.7}),
+        ),
+        (
+            "--noise_schedule scaled_linear --beta_end 0.013",
+            NoiseSchedule.scaled_linear(beta_end=0.013),
+        ),
     ],
 )
 def test_schedules(flags: str, schedule: NoiseSchedule) -> None:
@@ -210,15 +250,24 @@ def test_schedules(flags: str, schedule: NoiseSchedule) -> None:
 def test_every_name_and_every_flag_is_known_to_the_registry(kind: Kind) -> None:
     by_name = {kind.flag, *(name for flag in kind.flags for name in flag.names)}
     for name in kind.registry:
-        needs = [p for p in inspect.signature(kind.registry[name]).parameters.values() if p.default is p.empty]
+        needs = [
+            p
+            for p in inspect.signature(kind.registry[name]).parameters.values()
+            if p.default is p.empty
+        ]
         if not needs:
             meant = (kind.also or {}).get(name, name)
             said = read_options(parse(kind.flag, name), kind.options)
             assert kind.chosen(said) == [kind.registry[meant]()]
     for flag in kind.flags:
-        assert flag.help and set(flag.schemes) <= set(kind.registry) and flag.needs in (None, *by_name)
+        assert (
+            flag.help and set(flag.schemes) <= set(kind.registry) and flag.needs in (None, *by_name)
+        )
         for scheme in flag.schemes:
-            assert flag.field is None or flag.field in inspect.signature(kind.registry[scheme]).parameters
+            assert (
+                flag.field is None
+                or flag.field in inspect.signature(kind.registry[scheme]).parameters
+            )
     assert set((kind.also or {}).values()) <= set(kind.registry)
 
 
@@ -228,7 +277,9 @@ def test_the_base_models_schedule_is_kept_where_flags_are_silent() -> None:
     assert schedule_from_arguments(parse("--beta_end", "0.01"), base) == NoiseSchedule.linear(
         beta_end=0.01, prediction="v_prediction"
     )
-    assert schedule_from_arguments(parse("--rescale_betas_zero_snr"), base) == base.zero_terminal_snr()
+    assert (
+        schedule_from_arguments(parse("--rescale_betas_zero_snr"), base) == base.zero_terminal_snr()
+    )
     assert schedule_from_arguments(parse("--flow_shift", "3"), base) == NoiseSchedule.flow(3.0)
     karras = NoiseSchedule.karras(sigma_data=0.7)
     assert schedule_from_arguments(parse("--prediction_type", "karras"), karras) == karras
@@ -242,7 +293,10 @@ def test_flow() -> None:
     ("flags", "words"),
     [
         (["--rescale_betas_zero_snr"], ["epsilon", "ill-posed", "--prediction_type v_prediction"]),
-        (["--zero_terminal_snr"], ["--zero_terminal_snr", "ill-posed", "--prediction_type v_prediction"]),
+        (
+            ["--zero_terminal_snr"],
+            ["--zero_terminal_snr", "ill-posed", "--prediction_type v_prediction"],
+        ),
         (
             ["--rescale_betas_zero_snr", "--flow_shift", "3"],
             ["--rescale_betas_zero_snr", "--flow_shift", "leave it out"],
@@ -258,19 +312,28 @@ def test_flow() -> None:
         (["--flow_shift", "3", "--beta_end", "0.1"], ["--beta_end", "--flow_shift"]),
         (["--prediction_type", "karras"], ["karras needs --sigma_data", "0.5"]),
         (["--sigma_data", "0.5"], ["--sigma_data 0.5", "epsilon", "uniform", "leave it out"]),
-        (["--min_timestep", "500", "--max_timestep", "500"], ["--min_timestep must be below", "500 and 500"]),
+        (
+            ["--min_timestep", "500", "--max_timestep", "500"],
+            ["--min_timestep must be below", "500 and 500"],
+        ),
         (["--min_timestep", "900", "--max_timestep", "2000"], ["900 and 2000", "0 ... 999"]),
         (["--loss_weighting", "min_snrr"], ["min_snrr", "did you mean 'min_snr'"]),
         (["--loss_weighting", "min_snr:gama=5"], ["gama", "gamma"]),
         (["--timestep_density", "logitnormal"], ["logitnormal", "logit_normal"]),
         (["--noise", "piramid"], ["piramid", "pyramid"]),
         (["--loss_type", "hubber"], ["hubber", "huber"]),
-        (["--snr_gamma", "5", "--p2_gamma", "1"], ["--snr_gamma", "--p2_gamma", "give one of the two"]),
+        (
+            ["--snr_gamma", "5", "--p2_gamma", "1"],
+            ["--snr_gamma", "--p2_gamma", "give one of the two"],
+        ),
         (
             ["--weighting_scheme", "mode", "--timestep_density", "beta"],
             ["--weighting_scheme mode", "--timestep_density beta"],
         ),
-        (["--logit_mean", "0", "--timestep_density", "mode"], ["--logit_mean", "--timestep_density mode"]),
+        (
+            ["--logit_mean", "0", "--timestep_density", "mode"],
+            ["--logit_mean", "--timestep_density mode"],
+        ),
         (["--huber_c", "0.1", "--loss_type", "l2"], ["--huber_c", "--loss_type l2"]),
         (["--schedule_shift", "-1"], ["-1"]),
         (

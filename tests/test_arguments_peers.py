@@ -36,14 +36,18 @@ def ours(flags: str, base: NoiseSchedule | None = None) -> Noising:
 
 
 def of_script(script: str, flags: str, base: NoiseSchedule | None = None) -> Noising:
-    return noising_from_arguments(add_noising_arguments(parser_of(script)).parse_args(flags.split()), base)
+    return noising_from_arguments(
+        add_noising_arguments(parser_of(script)).parse_args(flags.split()), base
+    )
 
 
 def weight_at(noising: Noising, t: Tensor) -> Tensor:
     """The weight on the squared error of the network's output."""
     curve, t = noising.schedule.curve, t.double()
     alpha, sigma = curve.alpha(t), curve.sigma(t)
-    return noising.weighting(alpha, sigma, noising.schedule.prediction.determinant(alpha, sigma), curve.fraction(t))
+    return noising.weighting(
+        alpha, sigma, noising.schedule.prediction.determinant(alpha, sigma), curve.fraction(t)
+    )
 
 
 # weights, against the formulas of diffusers' training_utils and of sd-scripts' library/custom_train_functions.py
@@ -53,7 +57,11 @@ WEIGHTS: dict[str, tuple[str, NoiseSchedule, Tensor]] = {
     "diffusers, epsilon": ("--snr_gamma 3", SD, SNR.clamp(max=3) / SNR),
     "diffusers, v": ("--snr_gamma 3", V, SNR.clamp(max=3) / (SNR + 1)),
     "apply_snr_weight": ("--min_snr_gamma 5", SD, torch.minimum(SNR, torch.tensor(5.0)) / SNR),
-    "apply_snr_weight, v": ("--min_snr_gamma 5 --v_parameterization", SD, SNR.clamp(max=5) / (SNR + 1)),
+    "apply_snr_weight, v": (
+        "--min_snr_gamma 5 --v_parameterization",
+        SD,
+        SNR.clamp(max=5) / (SNR + 1),
+    ),
     "scale_v_prediction_loss_like_noise_prediction": (
         "--scale_v_pred_loss_like_noise_pred --v_parameterization",
         SD,
@@ -79,7 +87,10 @@ def test_losses_of_the_sd3_script(scheme: str, precondition: int) -> None:
     """With the same x_0, noise and sigmas the loss is that of train_dreambooth_sd3.py, preconditioned or not."""
     generator = torch.Generator().manual_seed(0)
     x0, noise, output = (torch.randn(50, 2, 3, 3, generator=generator) for _ in range(3))
-    noising = ours(f"--weighting_scheme {scheme} --precondition_outputs {precondition}", NoiseSchedule.flow(3.0))
+    noising = ours(
+        f"--weighting_scheme {scheme} --precondition_outputs {precondition}",
+        NoiseSchedule.flow(3.0),
+    )
     t = torch.linspace(0.02, 1, 50)
     noised = noising(x0, step=0, timesteps=t, noise=noise)
     sigmas = noising.schedule.sigma(t).view(-1, 1, 1, 1)
@@ -132,7 +143,9 @@ def shifted(sigmas: Tensor, shift: float) -> Tensor:
     return sigmas * shift / (1 + (shift - 1) * sigmas)
 
 
-DENSITIES: dict[str, tuple[str, float, Density]] = {  # flags, the base model's shift, sigmas as the peer draws them
+DENSITIES: dict[
+    str, tuple[str, float, Density]
+] = {  # flags, the base model's shift, sigmas as the peer draws them
     "a larger mean is less noise": (
         "--weighting_scheme logit_normal --logit_mean 1",
         1.0,
@@ -143,7 +156,11 @@ DENSITIES: dict[str, tuple[str, float, Density]] = {  # flags, the base model's 
         3.0,
         diffusers_sigmas("logit_normal", 3.0, logit_mean=-0.5, logit_std=0.7),
     ),
-    "diffusers mode": ("--weighting_scheme mode --mode_scale 0.9", 3.0, diffusers_sigmas("mode", 3.0, mode_scale=0.9)),
+    "diffusers mode": (
+        "--weighting_scheme mode --mode_scale 0.9",
+        3.0,
+        diffusers_sigmas("mode", 3.0, mode_scale=0.9),
+    ),
     "diffusers cosmap": ("--weighting_scheme cosmap", 3.0, diffusers_sigmas("cosmap", 3.0)),
     "kohya sigma": (
         "--timestep_sampling sigma --weighting_scheme logit_normal --logit_mean 1",
@@ -151,7 +168,11 @@ DENSITIES: dict[str, tuple[str, float, Density]] = {  # flags, the base model's 
         diffusers_sigmas("logit_normal", 3.0, logit_mean=1.0, logit_std=1.0),
     ),
     "kohya uniform": ("--timestep_sampling uniform", 3.0, lambda g: torch.rand(N, generator=g)),
-    "kohya sigmoid": ("--timestep_sampling sigmoid --sigmoid_scale 1.5", 3.0, lambda g: torch.sigmoid(1.5 * normal(g))),
+    "kohya sigmoid": (
+        "--timestep_sampling sigmoid --sigmoid_scale 1.5",
+        3.0,
+        lambda g: torch.sigmoid(1.5 * normal(g)),
+    ),
     "kohya shift": (
         "--timestep_sampling shift --discrete_flow_shift 2.5 --sigmoid_scale 0.8",
         3.0,
@@ -170,11 +191,16 @@ SHARES = torch.tensor([0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98], dtype=torch.float64
 def test_densities(name: str) -> None:
     flags, shift, draw = DENSITIES[name]
     noising = ours(flags, NoiseSchedule.flow(shift))
-    sigmas = noising.schedule.sigma(noising.timesteps.times(SHARES, noising.schedule.curve)).double()
+    sigmas = noising.schedule.sigma(
+        noising.timesteps.times(SHARES, noising.schedule.curve)
+    ).double()
     theirs = draw(torch.Generator().manual_seed(0)).double()
     for share, sigma in zip(SHARES.tolist(), sigmas.tolist(), strict=True):
         # the share of their sigmas below our quantile: 5 deviations of a binomial, and one step of their table
-        below, at_most = float((theirs < sigma - 2e-3).double().mean()), float((theirs <= sigma + 2e-3).double().mean())
+        below, at_most = (
+            float((theirs < sigma - 2e-3).double().mean()),
+            float((theirs <= sigma + 2e-3).double().mean()),
+        )
         slack = 5 * math.sqrt(share * (1 - share) / N)
         assert below - slack <= share <= at_most + slack, (share, sigma)
 
@@ -187,8 +213,13 @@ def test_the_direction_of_logit_mean() -> None:
     }.items():
         noising = ours(flags, NoiseSchedule.flow())
         u = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
-        means[name] = float(noising.schedule.sigma(noising.timesteps.times(u, noising.schedule.curve)).mean())
-    assert means == {"diffusers": pytest.approx(0.304, abs=2e-3), "paper": pytest.approx(0.696, abs=2e-3)}
+        means[name] = float(
+            noising.schedule.sigma(noising.timesteps.times(u, noising.schedule.curve)).mean()
+        )
+    assert means == {
+        "diffusers": pytest.approx(0.304, abs=2e-3),
+        "paper": pytest.approx(0.696, abs=2e-3),
+    }
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1000), (200, 203), (0, 500)])
@@ -197,8 +228,12 @@ def test_range_of_timesteps(low: int, high: int) -> None:
     noising = ours(f"--min_timestep {low} --max_timestep {high}")
     t = noising.draw(range(2000), (1,), step=0, total=2000).t
     expected = torch.randint(low, high, (2000,), generator=torch.Generator().manual_seed(0))
-    assert (int(t.min()) < low + max(2, (high - low) // 100)) and int(t.max()) >= high - max(1, (high - low) // 100)
-    assert abs(float(t.double().mean() - expected.double().mean())) < 6 * (high - low) / math.sqrt(12 * 1000)
+    assert (int(t.min()) < low + max(2, (high - low) // 100)) and int(t.max()) >= high - max(
+        1, (high - low) // 100
+    )
+    assert abs(float(t.double().mean() - expected.double().mean())) < 6 * (high - low) / math.sqrt(
+        12 * 1000
+    )
     assert low <= int(t.min()) and int(t.max()) < high
 
 
@@ -214,7 +249,9 @@ def huber_c(schedule: str, c: float, scale: float, t: Tensor) -> Tensor:
     return torch.full(t.shape, c * scale)
 
 
-@pytest.mark.parametrize(("schedule", "scale"), [("constant", 2.0), ("exponential", 2.0), ("snr", 1.0)])
+@pytest.mark.parametrize(
+    ("schedule", "scale"), [("constant", 2.0), ("exponential", 2.0), ("snr", 1.0)]
+)
 @pytest.mark.parametrize("loss_type", ["l1", "l2", "huber", "smooth_l1"])
 def test_loss_types(loss_type: str, schedule: str, scale: float) -> None:
     of_huber = f" --huber_c 0.2 --huber_schedule {schedule} --huber_scale {scale}" * (
@@ -238,10 +275,17 @@ def test_loss_types(loss_type: str, schedule: str, scale: float) -> None:
 # noise: the scripts of diffusers, and custom_train_functions.apply_noise_offset and pyramid_noise_like
 
 NOISES: dict[str, tuple[str, Callable[[Tensor, torch.Generator], Tensor]]] = {
-    "offset": ("--noise_offset 0.5", lambda x0, g: 0.5 * torch.randn(*x0.shape[:2], 1, 1, generator=g)),
+    "offset": (
+        "--noise_offset 0.5",
+        lambda x0, g: 0.5 * torch.randn(*x0.shape[:2], 1, 1, generator=g),
+    ),
     "random": (
         "--noise_offset 0.5 --noise_offset_random_strength",
-        lambda x0, g: 0.5 * torch.rand(len(x0), 1, 1, 1, generator=g) * torch.randn(*x0.shape[:2], 1, 1, generator=g),
+        lambda x0, g: (
+            0.5
+            * torch.rand(len(x0), 1, 1, 1, generator=g)
+            * torch.randn(*x0.shape[:2], 1, 1, generator=g)
+        ),
     ),
     "adaptive": (
         "--noise_offset 0.3 --adaptive_noise_scale -0.2",
@@ -253,7 +297,10 @@ NOISES: dict[str, tuple[str, Callable[[Tensor, torch.Generator], Tensor]]] = {
     "adaptive, random": (
         "--noise_offset 0.5 --adaptive_noise_scale 0.4 --noise_offset_random_strength",
         lambda x0, g: (
-            (0.5 * torch.rand(len(x0), 1, 1, 1, generator=g) + 0.4 * x0.mean((2, 3), keepdim=True).abs()).clamp(min=0)
+            (
+                0.5 * torch.rand(len(x0), 1, 1, 1, generator=g)
+                + 0.4 * x0.mean((2, 3), keepdim=True).abs()
+            ).clamp(min=0)
             * torch.randn(*x0.shape[:2], 1, 1, generator=g)
         ),
     ),
@@ -268,7 +315,10 @@ def test_offsets(name: str) -> None:
     noising = ours(flags)
     offset = noising(x0, step=0).noise - ours("")(x0, step=0).noise
     assert torch.allclose(offset, offset[..., :1, :1].expand_as(offset), atol=1e-6)
-    ours_, theirs = offset[..., 0, 0].double(), draw(x0, torch.Generator().manual_seed(0))[..., 0, 0].double()
+    ours_, theirs = (
+        offset[..., 0, 0].double(),
+        draw(x0, torch.Generator().manual_seed(0))[..., 0, 0].double(),
+    )
     for power in (1, 2, 4):
         a, b = ours_**power, theirs**power
         assert abs(float(a.mean() - b.mean())) < 6 * float((a.var() / 2000 + b.var() / 2000).sqrt())
@@ -296,13 +346,17 @@ def test_multires_noise() -> None:
             r = 2 + 2 * float(torch.rand((), generator=generator))
             size = max(1, int(16 / r**i))
             octave = torch.randn(1, 1, size, size, generator=generator)
-            total[k] += torch.nn.functional.interpolate(octave, size=16, mode="bilinear")[0] * 0.9**i
+            total[k] += (
+                torch.nn.functional.interpolate(octave, size=16, mode="bilinear")[0] * 0.9**i
+            )
             if size == 1:
                 break
     theirs = total / total.std()
     assert float(noise.std()) == pytest.approx(1.0, abs=0.02)
     for lag in (1, 4):
-        correlation = [float((n[..., lag:] * n[..., :-lag]).mean() / n.var()) for n in (noise, theirs)]
+        correlation = [
+            float((n[..., lag:] * n[..., :-lag]).mean() / n.var()) for n in (noise, theirs)
+        ]
         assert correlation[0] == pytest.approx(correlation[1], abs=0.05)
 
 
@@ -323,7 +377,9 @@ def test_zero_terminal_snr_and_v() -> None:
     ):
         schedule = ours(flags).schedule
         assert schedule.prediction.name == "v_prediction"
-        assert torch.allclose(schedule.alphas_cumprod, peer.alphas_cumprod.double(), rtol=1e-4, atol=1e-9)
+        assert torch.allclose(
+            schedule.alphas_cumprod, peer.alphas_cumprod.double(), rtol=1e-4, atol=1e-9
+        )
 
 
 @pytest.mark.parametrize("flag", ["--flow_shift", "--discrete_flow_shift"])
@@ -353,14 +409,19 @@ def test_every_script_takes_our_flags(script: str) -> None:
 
 def test_defaults_of_a_script_hold() -> None:
     noising = of_script("train_dreambooth_sd3.py", "", NoiseSchedule.flow(3.0))
-    assert noising.timesteps.name == "logit_normal" and noising.weighting.name == "x0"  # --precondition_outputs 1
-    plain = of_script("train_dreambooth_sd3.py", "--precondition_outputs 0", NoiseSchedule.flow(3.0))
-    assert plain.weighting.name == "uniform"
-    assert of_script("flux_train.py", "--model_prediction_type raw").schedule == NoiseSchedule.flow(3.0)
-    assert of_script("train_unconditional.py", "").schedule == NoiseSchedule.linear()
-    assert of_script("train_unconditional.py", "--ddpm_num_steps 500").schedule == NoiseSchedule.linear(
-        num_train_timesteps=500
+    # --precondition_outputs 1
+    assert noising.timesteps.name == "logit_normal" and noising.weighting.name == "x0"
+    plain = of_script(
+        "train_dreambooth_sd3.py", "--precondition_outputs 0", NoiseSchedule.flow(3.0)
     )
+    assert plain.weighting.name == "uniform"
+    assert of_script("flux_train.py", "--model_prediction_type raw").schedule == NoiseSchedule.flow(
+        3.0
+    )
+    assert of_script("train_unconditional.py", "").schedule == NoiseSchedule.linear()
+    assert of_script(
+        "train_unconditional.py", "--ddpm_num_steps 500"
+    ).schedule == NoiseSchedule.linear(num_train_timesteps=500)
     assert of_script("sdxl_train.py", "--loss_type huber").loss == ours("--loss_type huber").loss
     pyramid = of_script("sdxl_train.py", "--multires_noise_iterations 6").noise
     assert pyramid == ours("--multires_noise_iterations 6 --multires_noise_discount 0.3").noise
@@ -368,9 +429,13 @@ def test_defaults_of_a_script_hold() -> None:
 
 def test_what_is_said_wins_over_a_scripts_default() -> None:
     flow = NoiseSchedule.flow(3.0)
-    noising = of_script("train_dreambooth_sd3.py", "--timestep_density uniform --loss_weighting v", flow)
+    noising = of_script(
+        "train_dreambooth_sd3.py", "--timestep_density uniform --loss_weighting v", flow
+    )
     assert noising.timesteps.name == "uniform" and noising.weighting.name == "v"
-    assert of_script("flux_train.py", "--model_prediction_type raw --flow_shift 5").schedule == NoiseSchedule.flow(5.0)
+    assert of_script(
+        "flux_train.py", "--model_prediction_type raw --flow_shift 5"
+    ).schedule == NoiseSchedule.flow(5.0)
     parser = argparse.ArgumentParser()
     parser.add_argument("--noise_offset", type=float, default=0.0357)
     parser.add_argument("--snr_gamma", type=float, default=5.0)
@@ -382,7 +447,9 @@ def test_what_is_said_wins_over_a_scripts_default() -> None:
 
 
 @pytest.mark.parametrize("script", KOHYA)
-@pytest.mark.parametrize("flags", ["--noise_offset 0.05 --adaptive_noise_scale 0.01 --noise_offset_random_strength"])
+@pytest.mark.parametrize(
+    "flags", ["--noise_offset 0.05 --adaptive_noise_scale 0.01 --noise_offset_random_strength"]
+)
 def test_one_offset(script: str, flags: str) -> None:
     raw = " --model_prediction_type raw" * ("flux" in script)
     noise = of_script(script, flags + raw, NoiseSchedule.flow(3.0)).noise
@@ -404,7 +471,9 @@ def test_arguments_are_plain_values_for_a_tracker() -> None:
     """accelerate's tensorboard tracker takes numbers, text and switches as hyperparameters, and no lists."""
     flags = ["--noise", "offset", "pyramid", "--snr_gamma", "5"]
     args = add_noising_arguments(parser_of("sdxl_train.py")).parse_args(flags)
-    assert all(value is None or isinstance(value, str | int | float) for value in vars(args).values())
+    assert all(
+        value is None or isinstance(value, str | int | float) for value in vars(args).values()
+    )
     assert [kind.name for kind in noising_from_arguments(args).noise.kinds] == ["offset", "pyramid"]
     again = noising_from_arguments(argparse.Namespace(**vars(args)))
     assert again.weighting == noising_from_arguments(args).weighting
@@ -413,11 +482,27 @@ def test_arguments_are_plain_values_for_a_tracker() -> None:
 @pytest.mark.parametrize(
     ("name", "how", "words"),
     [
-        ("--noise", {"type": float, "default": 0.1}, ["--noise takes a number", "alphabar's --noise takes several"]),
+        (
+            "--noise",
+            {"type": float, "default": 0.1},
+            ["--noise takes a number", "alphabar's --noise takes several"],
+        ),
         ("--snr_gamma", {"action": "store_true"}, ["--snr_gamma takes no value", "takes a number"]),
-        ("--v_parameterization", {"type": int}, ["--v_parameterization takes a number", "takes no value"]),
-        ("--prediction_type", {"choices": ["mean", "median"]}, ["one of mean, median", "one of consistency, epsilon"]),
-        ("--noise_offset", {"type": float, "nargs": 2}, ["--noise_offset takes several", "takes a number"]),
+        (
+            "--v_parameterization",
+            {"type": int},
+            ["--v_parameterization takes a number", "takes no value"],
+        ),
+        (
+            "--prediction_type",
+            {"choices": ["mean", "median"]},
+            ["one of mean, median", "one of consistency, epsilon"],
+        ),
+        (
+            "--noise_offset",
+            {"type": float, "nargs": 2},
+            ["--noise_offset takes several", "takes a number"],
+        ),
     ],
 )
 def test_options_that_differ_are_refused(name: str, how: dict[str, Any], words: list[str]) -> None:
@@ -425,10 +510,17 @@ def test_options_that_differ_are_refused(name: str, how: dict[str, Any], words: 
     parser.add_argument(name, **how)
     with pytest.raises(ValueError) as error:
         add_noising_arguments(parser)
-    assert all(word in str(error.value) for word in [*words, f"without=['{name}']"]), str(error.value)
+    assert all(word in str(error.value) for word in [*words, f"without=['{name}']"]), str(
+        error.value
+    )
     kept = argparse.ArgumentParser()
     kept.add_argument(name, **how)
-    assert noising_from_arguments(add_noising_arguments(kept, without=[name]).parse_args([])).noise.name == "gaussian"
+    assert (
+        noising_from_arguments(
+            add_noising_arguments(kept, without=[name]).parse_args([])
+        ).noise.name
+        == "gaussian"
+    )
 
 
 # contradictions
@@ -480,28 +572,46 @@ def test_contradictions_name_both_and_advise_flags(flags: str, words: list[str])
     message = str(error.value)
     assert all(word in message for word in words), message
     assert not any(
-        word in message for word in ("with_prediction(", "zero_terminal_snr()", ".reversed()", "density=")
+        word in message
+        for word in ("with_prediction(", "zero_terminal_snr()", ".reversed()", "density=")
     ), message
 
 
 @pytest.mark.parametrize(
     ("script", "flags", "words"),
     [
-        ("flux_train.py", "", ["--model_prediction_type sigma_scaled", "--model_prediction_type raw"]),
-        ("train_text_to_image_sdxl.py", "--timestep_bias_strategy later", ["--timestep_bias_strategy later"]),
+        (
+            "flux_train.py",
+            "",
+            ["--model_prediction_type sigma_scaled", "--model_prediction_type raw"],
+        ),
+        (
+            "train_text_to_image_sdxl.py",
+            "--timestep_bias_strategy later",
+            ["--timestep_bias_strategy later"],
+        ),
         ("train_text_to_image.py", "--dream_training", ["--dream_training"]),
-        ("train_dreambooth_lora_sdxl.py", "--do_edm_style_training", ["--do_edm_style_training", "karras"]),
+        (
+            "train_dreambooth_lora_sdxl.py",
+            "--do_edm_style_training",
+            ["--do_edm_style_training", "karras"],
+        ),
         ("sdxl_train.py", "--adaptive_noise_scale 0.1", ["--noise_offset"]),
     ],
 )
-def test_flags_of_a_script_that_are_not_here_are_refused(script: str, flags: str, words: list[str]) -> None:
+def test_flags_of_a_script_that_are_not_here_are_refused(
+    script: str, flags: str, words: list[str]
+) -> None:
     with pytest.raises(ValueError) as error:
         of_script(script, flags, SD)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
 def test_equal_values_are_no_contradiction() -> None:
-    assert ours("--snr_gamma 5 --min_snr_gamma 5 --loss_weighting min_snr:gamma=5").weighting.name == "min_snr"
+    assert (
+        ours("--snr_gamma 5 --min_snr_gamma 5 --loss_weighting min_snr:gamma=5").weighting.name
+        == "min_snr"
+    )
     assert ours("--noise_schedule flow:shift=3 --flow_shift 3").schedule == NoiseSchedule.flow(3.0)
 
 
@@ -514,7 +624,11 @@ def pretrained(folder: Path, **config: Any) -> Path:
 
 
 def test_the_pretrained_model_is_the_base(tmp_path: Path) -> None:
-    config = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "beta_schedule": "linear"}
+    config = {
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "beta_schedule": "linear",
+    }
     folder = pretrained(tmp_path, **config)
     expected = NoiseSchedule.linear(prediction="v_prediction").zero_terminal_snr()
     flags = f"--pretrained_model_name_or_path {folder}"
@@ -522,25 +636,46 @@ def test_the_pretrained_model_is_the_base(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         assert of_script("train_text_to_image.py", flags).schedule == expected
         assert of_script("sdxl_train.py", flags).schedule == expected
-    assert of_script("train_text_to_image.py", f"{flags} --prediction_type sample").schedule.prediction.name == "sample"
-    assert of_script("train_text_to_image.py", f"{flags} --noise_schedule scaled_linear").schedule == SD
+    assert (
+        of_script(
+            "train_text_to_image.py", f"{flags} --prediction_type sample"
+        ).schedule.prediction.name
+        == "sample"
+    )
+    assert (
+        of_script("train_text_to_image.py", f"{flags} --noise_schedule scaled_linear").schedule
+        == SD
+    )
     assert of_script("train_text_to_image.py", flags, SD).schedule == SD
-    assert of_script("train_dreambooth_sd3.py", f"{flags} --flow_shift 2").schedule == NoiseSchedule.flow(2.0)
+    assert of_script(
+        "train_dreambooth_sd3.py", f"{flags} --flow_shift 2"
+    ).schedule == NoiseSchedule.flow(2.0)
 
 
-def test_a_model_in_the_hubs_cache_is_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_in_the_hubs_cache_is_the_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from huggingface_hub import constants
 
     cache = tmp_path / "hub"
     commit = cache / "models--someone--model" / "snapshots" / ("0" * 40)
     pretrained(
-        commit, prediction_type="v_prediction", beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
+        commit,
+        prediction_type="v_prediction",
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
     )
     (cache / "models--someone--model" / "refs").mkdir()
     (cache / "models--someone--model" / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert of_script("train_text_to_image.py", "--pretrained_model_name_or_path someone/model").schedule == V
+    assert (
+        of_script(
+            "train_text_to_image.py", "--pretrained_model_name_or_path someone/model"
+        ).schedule
+        == V
+    )
     with pytest.raises(ValueError, match=r"someone/other .*base=.*--noise_schedule"):
         of_script("train_text_to_image.py", "--pretrained_model_name_or_path someone/other")
 
@@ -551,8 +686,12 @@ def test_a_base_model_that_cannot_be_read_says_what_to_pass(tmp_path: Path) -> N
     for source in (file, tmp_path):
         with pytest.raises(ValueError) as error:
             of_script("sdxl_train.py", f"--pretrained_model_name_or_path {source}")
-        assert all(word in str(error.value) for word in (str(source), "base=", "--noise_schedule")), str(error.value)
-        assert of_script("sdxl_train.py", f"--pretrained_model_name_or_path {source} --noise_schedule linear")
+        assert all(
+            word in str(error.value) for word in (str(source), "base=", "--noise_schedule")
+        ), str(error.value)
+        assert of_script(
+            "sdxl_train.py", f"--pretrained_model_name_or_path {source} --noise_schedule linear"
+        )
     flags = f"--pretrained_model_name_or_path {file} --model_prediction_type raw"
     assert of_script("flux_train.py", flags).schedule == NoiseSchedule.flow(3.0)
 

@@ -48,7 +48,9 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 
 
 def previews(**settings: Any) -> ValidationSampling:
-    return ValidationSampling("euler", **{"steps": 2, "num_images": 2, "every_n_train_steps": 2, **settings})
+    return ValidationSampling(
+        "euler", **{"steps": 2, "num_images": 2, "every_n_train_steps": 2, **settings}
+    )
 
 
 def of_ours() -> list[threading.Thread]:
@@ -64,7 +66,9 @@ class FillsUp(Callback):
     def __init__(self, patch: pytest.MonkeyPatch, where: str) -> None:
         self.patch, self.where = patch, where
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step == 1:
             FULL[self.where](self.patch)
 
@@ -123,17 +127,33 @@ def test_the_folders_of_checkpoints_are_worth_a_warning_and_the_checkpoint_is_no
             save,
             enable_checkpointing=True,
         )
-    told = [str(w.message) for w in caught if "the noise schedule could not be written" in str(w.message)]
-    assert len(told) == 1 and "No space left" in told[0] and "ScheduleCheckpoint: 4 times" in str(caught[-1].message)
+    told = [
+        str(w.message)
+        for w in caught
+        if "the noise schedule could not be written" in str(w.message)
+    ]
+    assert (
+        len(told) == 1
+        and "No space left" in told[0]
+        and "ScheduleCheckpoint: 4 times" in str(caught[-1].message)
+    )
     assert module.losses == reference.losses and len(list(tmp_path.glob("*.ckpt"))) == 4
     monkeypatch.setattr(torch, "save", full)  # what Lightning's own checkpoint needs
     with pytest.raises(OSError, match="No space left"):
-        train(tmp_path / "b", ModelCheckpoint(tmp_path / "b", every_n_train_steps=3), enable_checkpointing=True)
+        train(
+            tmp_path / "b",
+            ModelCheckpoint(tmp_path / "b", every_n_train_steps=3),
+            enable_checkpointing=True,
+        )
 
 
-def test_a_snapshot_that_is_not_written_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_snapshot_that_is_not_written_is_an_os_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(posthoc, "save_file", full_safetensors)
-    with pytest.raises(OSError, match=r"cannot write '.*ema_00000001_0\.1.safetensors': .*No space left"):
+    with pytest.raises(
+        OSError, match=r"cannot write '.*ema_00000001_0\.1.safetensors': .*No space left"
+    ):
         posthoc.save_snapshot(tmp_path, {"w": torch.ones(1)}, step=1, sigma_rel=0.1)
     assert list(tmp_path.iterdir()) == []
 
@@ -144,7 +164,12 @@ def test_a_snapshot_that_is_not_written_is_an_os_error(tmp_path: Path, monkeypat
 class Slow(DummyLogger):
     def __init__(self, seconds: float = 0.3) -> None:
         super().__init__()
-        self.seconds, self.threads, self.steps, self.hold = seconds, set[str](), list[int](), threading.Event()
+        self.seconds, self.threads, self.steps, self.hold = (
+            seconds,
+            set[str](),
+            list[int](),
+            threading.Event(),
+        )
 
     def log_image(self, key: str, images: list[Any], step: int) -> None:
         self.threads.add(threading.current_thread().name)
@@ -152,7 +177,9 @@ class Slow(DummyLogger):
         self.steps.append(step)
 
 
-def test_a_slow_logger_does_not_hold_training_up_and_misses_nothing(tmp_path: Path, reference: Toy) -> None:
+def test_a_slow_logger_does_not_hold_training_up_and_misses_nothing(
+    tmp_path: Path, reference: Toy
+) -> None:
     logger = Slow()
     waited: list[int] = []
 
@@ -193,8 +220,13 @@ def test_a_logger_that_hangs_costs_what_does_not_fit_and_says_so(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         module = train(tmp_path, previews(), logger=logger)
-    told = [str(w.message) for w in caught if w.category is UserWarning and "preview" in str(w.message)]
-    assert "step 6 failed: its publication: TimeoutError: 2 others are still being published" in told[0]
+    told = [
+        str(w.message) for w in caught if w.category is UserWarning and "preview" in str(w.message)
+    ]
+    assert (
+        "step 6 failed: its publication: TimeoutError: 2 others are still being published"
+        in told[0]
+    )
     assert any("2 previews are still being published after 0.5 seconds" in text for text in told)
     assert module.losses == reference.losses and time.monotonic() - start < 20
     logger.hold.set()
@@ -213,9 +245,13 @@ def test_no_thread_is_left_after_a_wait(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_error_in_training_waits_for_what_was_drawn(tmp_path: Path, error: type[BaseException]) -> None:
+def test_an_error_in_training_waits_for_what_was_drawn(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
     class Fails(Callback):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_end(
+            self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
             if trainer.global_step == 3:
                 raise error("of the user's own")
 
@@ -225,13 +261,17 @@ def test_an_error_in_training_waits_for_what_was_drawn(tmp_path: Path, error: ty
     assert logger.steps == [2] and not of_ours()
 
 
-def test_workers_that_are_forked_while_pictures_are_published(tmp_path: Path, reference: Toy) -> None:
+def test_workers_that_are_forked_while_pictures_are_published(
+    tmp_path: Path, reference: Toy
+) -> None:
     from torch.utils.data import DataLoader
 
     from callbacks_toy import loader
 
     data = DataLoader(loader().dataset, batch_size=4, num_workers=1, multiprocessing_context="fork")
-    module = train(tmp_path, previews(every_n_train_steps=1), logger=Slow(0.1), data=data, max_epochs=2)
+    module = train(
+        tmp_path, previews(every_n_train_steps=1), logger=Slow(0.1), data=data, max_epochs=2
+    )
     assert len(module.losses) == 12 and len(grids(tmp_path)) == 12
 
 
@@ -263,7 +303,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["logger", "raising", "disk", "encode", "decode"])
-def test_a_rank_that_works_alone_beyond_the_timeout_ends_nothing(ranks: list[dict[str, Any]], scenario: str) -> None:
+def test_a_rank_that_works_alone_beyond_the_timeout_ends_nothing(
+    ranks: list[dict[str, Any]], scenario: str
+) -> None:
     for report in ranks:
         assert report[scenario]["error"] is None and len(report["none"]["losses"]) == 6
         assert report[scenario]["losses"] == report["none"]["losses"]
@@ -276,7 +318,11 @@ def test_a_rank_that_works_alone_beyond_the_timeout_ends_nothing(ranks: list[dic
 
 def fails(module: Toy, tmp_path: Path, words: str, *, losses: int = 0, **settings: Any) -> None:
     with pytest.raises((RuntimeError, ValueError), match=words):
-        train(tmp_path, ValidationSampling(**{"sampler": "euler", "steps": 2, **settings}), module=module)
+        train(
+            tmp_path,
+            ValidationSampling(**{"sampler": "euler", "steps": 2, **settings}),
+            module=module,
+        )
     assert len(module.losses) == losses
 
 
@@ -292,12 +338,27 @@ def test_what_cannot_be_drawn_is_known_before_training(tmp_path: Path) -> None:
             predict=broken,
             on_error=on_error,
         )
-    fails(fresh(), tmp_path, "unexpected keyword", predict=lambda x, t: x, conditioning={"y": torch.zeros(16)})
-    fails(fresh(), tmp_path, r"decode= must return images .*, got \(1, 192\)", decode=lambda z: z.flatten(1))
+    fails(
+        fresh(),
+        tmp_path,
+        "unexpected keyword",
+        predict=lambda x, t: x,
+        conditioning={"y": torch.zeros(16)},
+    )
+    fails(
+        fresh(),
+        tmp_path,
+        r"decode= must return images .*, got \(1, 192\)",
+        decode=lambda z: z.flatten(1),
+    )
 
 
-@pytest.mark.parametrize(("shape", "words"), [((3, 4, 8, 8), "its first frame"), ((2, 16000), "decode=")])
-def test_videos_and_sounds_need_a_decoder(tmp_path: Path, shape: tuple[int, ...], words: str) -> None:
+@pytest.mark.parametrize(
+    ("shape", "words"), [((3, 4, 8, 8), "its first frame"), ((2, 16000), "decode=")]
+)
+def test_videos_and_sounds_need_a_decoder(
+    tmp_path: Path, shape: tuple[int, ...], words: str
+) -> None:
     with pytest.raises(ValueError, match=words):
         ValidationSampling(shape=shape)
     fails(Toy(sample_shape=shape), tmp_path, words)
@@ -322,8 +383,15 @@ class Recording(Toy):
 
 def test_a_preview_before_training_needs_the_shape(tmp_path: Path) -> None:
     unknown = fresh(Recording, sample_shape=None)
-    fails(unknown, tmp_path, r"extra_steps has 0.*give shape=\(channels, height, width\)", extra_steps=(0,))
-    known = ValidationSampling("euler", steps=2, num_images=2, extra_steps=(0,), shape=SHAPE, on_error="raise")
+    fails(
+        unknown,
+        tmp_path,
+        r"extra_steps has 0.*give shape=\(channels, height, width\)",
+        extra_steps=(0,),
+    )
+    known = ValidationSampling(
+        "euler", steps=2, num_images=2, extra_steps=(0,), shape=SHAPE, on_error="raise"
+    )
     train(tmp_path, known, module=fresh(Recording, sample_shape=None), max_epochs=1)
     assert grids(tmp_path) == ["previews/step_00000000.png", "previews/step_00000006.png"]
 

@@ -62,7 +62,9 @@ def spread_between_step_counts(noise: str, method: str) -> float:
 @pytest.mark.parametrize("method", ["dpmpp_2m_sde", "dpmpp_sde", "euler_ancestral"])
 def test_samples_settle_on_one_path_and_not_without(method: str) -> None:
     """What people say of ancestral and SDE samplers is true of independent draws."""
-    independent, brownian = (spread_between_step_counts(noise, method) for noise in ("independent", "brownian"))
+    independent, brownian = (
+        spread_between_step_counts(noise, method) for noise in ("independent", "brownian")
+    )
     assert independent > 0.3
     assert brownian < independent / 4
 

@@ -45,36 +45,54 @@ def test_every_image_is_drawn_in_the_same_batch_whatever_the_number_of_ranks(
 def test_images_do_not_depend_on_the_number_of_ranks() -> None:
     """The pixels themselves, of a network whose matrix products depend on the shape of the batch."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 512), nn.Tanh(), nn.Linear(512, 192), nn.Unflatten(1, (3, 8, 8)))
+    net = nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(192, 512),
+        nn.Tanh(),
+        nn.Linear(512, 192),
+        nn.Unflatten(1, (3, 8, 8)),
+    )
     sampler = Sampler(NoiseSchedule.scaled_linear(prediction="v_prediction"), "euler_ancestral", 5)
     drawing = Drawing(num_images=7, seed=11)
 
     def draw(world: int) -> torch.Tensor:
         plan = Plan(7, 2, world)
-        own = [drawing.pixels(lambda x, t: net(x), sampler, (3, 8, 8), plan.batches(rank)) for rank in range(world)]
+        own = [
+            drawing.pixels(lambda x, t: net(x), sampler, (3, 8, 8), plan.batches(rank))
+            for rank in range(world)
+        ]
         return plan.in_order(torch.stack(own))
 
     alone = draw(1)
     assert len({image.numpy().tobytes() for image in alone}) == 7
-    assert torch.equal(alone, draw(2)) and torch.equal(alone, draw(3)) and torch.equal(alone, draw(5))
+    assert (
+        torch.equal(alone, draw(2)) and torch.equal(alone, draw(3)) and torch.equal(alone, draw(5))
+    )
 
 
 def test_take_rows_keeps_what_is_no_tensor() -> None:
     note = object()
-    taken = take_rows({"text": torch.arange(6).view(3, 2), "one": torch.ones(1, 2), "note": note}, [2, 0, 2])
+    taken = take_rows(
+        {"text": torch.arange(6).view(3, 2), "one": torch.ones(1, 2), "note": note}, [2, 0, 2]
+    )
     assert taken["text"].tolist() == [[4, 5], [0, 1], [4, 5]]
     assert taken["one"].shape == (3, 2) and taken["note"] is note
 
 
 def test_rows_of_tensors_in_lists() -> None:
     """A list is walked as a mapping is: each image has its own rows, and what does not fit is refused."""
-    values = {"parts": [torch.arange(3), (torch.ones(1, 2), "text")], "deep": {"list": [torch.arange(3) * 10]}}
+    values = {
+        "parts": [torch.arange(3), (torch.ones(1, 2), "text")],
+        "deep": {"list": [torch.arange(3) * 10]},
+    }
     taken = take_rows(values, [2, 0])
     assert taken["parts"][0].tolist() == [2, 0]
     assert taken["parts"][1][0].shape == (2, 2) and taken["parts"][1][1] == "text"
     assert taken["deep"]["list"][0].tolist() == [20, 0]
     require_rows("conditioning", values, 3)
-    with pytest.raises(ValueError, match=r"^conditioning 'parts' 0 must have a row for each of 4 images"):
+    with pytest.raises(
+        ValueError, match=r"^conditioning 'parts' 0 must have a row for each of 4 images"
+    ):
         require_rows("conditioning", values, 4)
 
 
@@ -145,7 +163,11 @@ def test_flags_are_restored_one_by_one_and_eval_is_not_called() -> None:
         assert not any(module.training for module in net.modules())
         frozen.train()
         raise RuntimeError
-    assert [module.training for module in net.modules()] == before == [True, True, False, False, True, True]
+    assert (
+        [module.training for module in net.modules()]
+        == before
+        == [True, True, False, False, True, True]
+    )
     assert float(net[2].weight.detach().abs().sum()) > 0
 
 
@@ -153,13 +175,19 @@ def test_drawing_leaves_no_trace_when_it_fails() -> None:
     net = nn.Sequential(nn.Dropout(), nn.Identity().eval())
 
     def fail(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        assert not net[0].training and not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        assert (
+            not net[0].training
+            and not torch.is_grad_enabled()
+            and not torch.is_inference_mode_enabled()
+        )
         torch.rand(1)
         raise RuntimeError("full")
 
     state = torch.get_rng_state()
     with pytest.raises(RuntimeError, match="full"):
-        Drawing(2).pixels(fail, Sampler(NoiseSchedule.flow(), "euler", 2), (1, 4, 4), [[0, 1]], modules=[net])
+        Drawing(2).pixels(
+            fail, Sampler(NoiseSchedule.flow(), "euler", 2), (1, 4, 4), [[0, 1]], modules=[net]
+        )
     assert torch.equal(torch.get_rng_state(), state)
     assert net[0].training and not net[1].training and torch.is_grad_enabled()
 
@@ -168,7 +196,11 @@ def test_errors_name_the_line_of_the_users_code() -> None:
     with pytest.raises(RuntimeError) as raised:
         nn.Linear(2, 3)(torch.zeros(1, 5))
     words = errors_of_all_ranks(raised.value)
-    assert words is not None and words.startswith("RuntimeError: mat1") and "(test_callbacks_parts.py:" in words
+    assert (
+        words is not None
+        and words.startswith("RuntimeError: mat1")
+        and "(test_callbacks_parts.py:" in words
+    )
 
 
 # Pictures
@@ -179,18 +211,22 @@ def test_pixels_of_images() -> None:
     assert to_pixels(x).flatten().tolist() == [0, 0, 64, 128, 191, 255, 255, 255]
     assert to_pixels(x.bfloat16()).dtype == torch.uint8
     every = (torch.arange(256) / 127.5 - 1).view(1, 1, 16, 16)
-    assert to_pixels(every).flatten().tolist() == list(range(256))  # an 8-bit image comes back as it was
+    # an 8-bit image comes back as it was
+    assert to_pixels(every).flatten().tolist() == list(range(256))
 
 
 def test_pixels_of_latents_are_stretched_by_image_and_channel() -> None:
     x = torch.randn(2, 4, 5, 5) * torch.tensor([1.0, 20.0, 0.1, 3.0]).view(1, 4, 1, 1) + 7
     pixels = to_pixels(x)
     assert pixels.shape == (2, 3, 5, 5)
-    assert pixels.amin((2, 3)).unique().tolist() == [0] and pixels.amax((2, 3)).unique().tolist() == [255]
+    assert pixels.amin((2, 3)).unique().tolist() == [0] and pixels.amax(
+        (2, 3)
+    ).unique().tolist() == [255]
     order = x[:, :3].flatten(2).argsort(-1)
     assert pixels.flatten(2).gather(2, order).int().diff(dim=-1).min() >= 0  # monotone
     assert torch.equal(to_pixels(x[:1]), pixels[:1])
-    assert to_pixels(torch.full((1, 4, 2, 2), 3.0)).unique().tolist() == [0]  # a constant channel does not divide by 0
+    # a constant channel does not divide by 0
+    assert to_pixels(torch.full((1, 4, 2, 2), 3.0)).unique().tolist() == [0]
     assert to_pixels(torch.randn(1, 2, 3, 3)).shape == (1, 1, 3, 3)
 
 
@@ -230,7 +266,9 @@ def test_loggers_that_have_both_get_one_picture() -> None:
         def experiment(self) -> Any:
             raise AssertionError("not asked for")
 
-    assert log_image(Both(), "previews", torch.zeros(2, 2, 3, dtype=torch.uint8), 1) and Both.calls == ["own"]
+    assert log_image(
+        Both(), "previews", torch.zeros(2, 2, 3, dtype=torch.uint8), 1
+    ) and Both.calls == ["own"]
 
 
 # When a preview is due
@@ -253,5 +291,11 @@ def test_epochs_are_counted_from_0_and_previews_from_1() -> None:
     ],
 )
 def test_the_last_epoch_is_known(facts: dict[str, Any], last: bool) -> None:
-    usual = {"should_stop": False, "max_steps": -1, "max_epochs": -1, "global_step": 5, "current_epoch": 5}
+    usual = {
+        "should_stop": False,
+        "max_steps": -1,
+        "max_epochs": -1,
+        "global_step": 5,
+        "current_epoch": 5,
+    }
     assert is_last_epoch(cast(Any, SimpleNamespace(**(usual | facts)))) is last

@@ -30,7 +30,19 @@ from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Sampler
 from alphabar.sampling.inference import SeededNoise
 from alphabar.training.images import to_pixels
-from callbacks_toy import SCHEDULE, SHAPE, Averages, Toy, fresh, grids, loader, one_thread, train, trainer, weights
+from callbacks_toy import (
+    SCHEDULE,
+    SHAPE,
+    Averages,
+    Toy,
+    fresh,
+    grids,
+    loader,
+    one_thread,
+    train,
+    trainer,
+    weights,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:lightning", "ignore::Warning:tensorboard")
 
@@ -83,14 +95,27 @@ def steps_of(published: list[Any]) -> list[int]:
         ({}, {"limit_train_batches": 0}, []),
         ({}, {"barebones": True, "logger": None, "enable_checkpointing": None}, []),
         ({"train_time_interval": timedelta(seconds=2.5)}, {}, [3, 6, 9, 12]),
-        ({"train_time_interval": timedelta(hours=1), "extra_steps": [2]}, {"accumulate_grad_batches": 2}, [2]),
+        (
+            {"train_time_interval": timedelta(hours=1), "extra_steps": [2]},
+            {"accumulate_grad_batches": 2},
+            [2],
+        ),
     ],
 )
 def test_when(
-    tmp_path: Path, published: list[Any], reference: Toy, monkeypatch: Any, settings: Any, fit: Any, steps: Any
+    tmp_path: Path,
+    published: list[Any],
+    reference: Toy,
+    monkeypatch: Any,
+    settings: Any,
+    fit: Any,
+    steps: Any,
 ) -> None:
-    seconds = iter(range(1000))  # a second passes at each look, and one look is for the start and for each preview
-    monkeypatch.setattr(validation_sampling, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    # a second passes at each look, and one look is for the start and for each preview
+    seconds = iter(range(1000))
+    monkeypatch.setattr(
+        validation_sampling, "time", SimpleNamespace(monotonic=lambda: float(next(seconds)))
+    )
     module = train(tmp_path, previews(**settings), **fit)
     assert steps_of(published) == steps
     if fit == {}:
@@ -99,19 +124,29 @@ def test_when(
 
 def test_an_early_stop_is_an_end(tmp_path: Path, published: list[Any]) -> None:
     class Stop(Callback):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_end(
+            self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
             trainer.should_stop = trainer.global_step == 4
 
     train(tmp_path, previews(every_n_train_steps=100, at_end=True), Stop())
     assert steps_of(published) == [4]
 
 
-def test_a_resumed_run_does_not_repeat_the_last_preview(tmp_path: Path, published: list[Any]) -> None:
+def test_a_resumed_run_does_not_repeat_the_last_preview(
+    tmp_path: Path, published: list[Any]
+) -> None:
     save = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1)
     settings: Any = {"every_n_train_steps": 4, "at_end": True, "extra_steps": (0,)}
     train(tmp_path, previews(**settings), save, enable_checkpointing=True)
     assert steps_of(published) == [0, 4, 8, 12]
-    train(tmp_path, previews(**settings), enable_checkpointing=True, ckpt_path=tmp_path / "step=12.ckpt", max_epochs=3)
+    train(
+        tmp_path,
+        previews(**settings),
+        enable_checkpointing=True,
+        ckpt_path=tmp_path / "step=12.ckpt",
+        max_epochs=3,
+    )
     assert steps_of(published) == [0, 4, 8, 12, 16, 18]
 
 
@@ -120,7 +155,9 @@ def test_a_resumed_run_does_not_repeat_the_last_preview(tmp_path: Path, publishe
 
 def test_seeds_of_each_image(tmp_path: Path, published: list[Any]) -> None:
     module = train(tmp_path, previews(num_images=None, seeds=[7, 1, 7]), max_epochs=1).eval()
-    expected = to_pixels(Sampler(SCHEDULE, "euler", 2)(module.predict, (3, *SHAPE), seeds=[7, 1, 7]))
+    expected = to_pixels(
+        Sampler(SCHEDULE, "euler", 2)(module.predict, (3, *SHAPE), seeds=[7, 1, 7])
+    )
     assert torch.equal(published[0].images, expected) and published[0].seeds == (7, 1, 7)
     assert torch.equal(published[0].images[0], published[0].images[2])
 
@@ -139,23 +176,48 @@ class Encoder(nn.Module):
         return {"label": torch.tensor([float(len(text)) for text in texts])}
 
 
-def test_prompts_are_encoded_once_and_taken_in_turn(tmp_path: Path, published: list[Any], reference: Toy) -> None:
+def test_prompts_are_encoded_once_and_taken_in_turn(
+    tmp_path: Path, published: list[Any], reference: Toy
+) -> None:
     encode = Encoder()
-    settings: Any = {"prompts": ["a", "bcd"], "negative_prompt": "efghi", "guidance_scale": 2.0, "encode": encode}
+    settings: Any = {
+        "prompts": ["a", "bcd"],
+        "negative_prompt": "efghi",
+        "guidance_scale": 2.0,
+        "encode": encode,
+    }
     module = train(tmp_path, previews(num_images=4, **settings))
     assert encode.calls == [["a", "bcd", "efghi"]] and encode.training
     assert module.losses == reference.losses
     drawn = []
     for images in ([0, 1], [2, 3]):
-        conditioning, empty = {"label": torch.tensor([1.0, 3.0])}, {"label": torch.tensor([5.0, 5.0])}
-        arguments: Any = {"conditioning": conditioning, "unconditional": empty, "guidance_scale": 2.0}
-        drawn.append(Sampler(SCHEDULE, "euler", 2)(module.eval().predict, (2, *SHAPE), seeds=images, **arguments))
+        conditioning, empty = (
+            {"label": torch.tensor([1.0, 3.0])},
+            {"label": torch.tensor([5.0, 5.0])},
+        )
+        arguments: Any = {
+            "conditioning": conditioning,
+            "unconditional": empty,
+            "guidance_scale": 2.0,
+        }
+        drawn.append(
+            Sampler(SCHEDULE, "euler", 2)(
+                module.eval().predict, (2, *SHAPE), seeds=images, **arguments
+            )
+        )
     assert torch.equal(published[-1].images, to_pixels(torch.cat(drawn)))
-    assert published[-1].captions == ("a", "bcd", "a", "bcd") and published[-1].guidance_scale == 2.0
+    assert (
+        published[-1].captions == ("a", "bcd", "a", "bcd") and published[-1].guidance_scale == 2.0
+    )
 
 
 def test_classes_go_to_the_argument_named(tmp_path: Path, published: list[Any]) -> None:
-    settings: Any = {"classes": [2, 0], "class_key": "label", "null_class": 9, "guidance_scale": 3.0}
+    settings: Any = {
+        "classes": [2, 0],
+        "class_key": "label",
+        "null_class": 9,
+        "guidance_scale": 3.0,
+    }
     module = train(tmp_path, previews(num_images=2, **settings), max_epochs=1).eval()
     conditioning, empty = {"label": torch.tensor([2, 0])}, {"label": torch.tensor([9, 9])}
     arguments: Any = {"conditioning": conditioning, "unconditional": empty, "guidance_scale": 3.0}
@@ -171,18 +233,34 @@ def test_what_encode_raises_is_raised_before_training(tmp_path: Path) -> None:
     module = fresh()
     for on_error in ("warn", "raise"):
         with pytest.raises(KeyError, match="no tokenizer"):
-            train(tmp_path, previews(prompts=["a"], encode=broken, on_error=on_error), module=module)
+            train(
+                tmp_path, previews(prompts=["a"], encode=broken, on_error=on_error), module=module
+            )
     with pytest.raises(ValueError, match=r"a row for each of 2 texts .*, got shape .7, 1."):
-        train(tmp_path, previews(prompts=["a"], encode=lambda texts: {"y": torch.zeros(7, 1)}), module=module)
+        train(
+            tmp_path,
+            previews(prompts=["a"], encode=lambda texts: {"y": torch.zeros(7, 1)}),
+            module=module,
+        )
     assert module.losses == []
 
 
 def test_the_label_says_what_was_drawn(tmp_path: Path, published: list[Any]) -> None:
     train(tmp_path, previews(), max_epochs=1)
     shown = published[0]
-    assert (shown.step, shown.epoch, shown.weights, shown.sampler, shown.steps) == (6, 0, "raw", "euler", 2)
+    assert (shown.step, shown.epoch, shown.weights, shown.sampler, shown.steps) == (
+        6,
+        0,
+        "raw",
+        "euler",
+        2,
+    )
     assert shown.fingerprint == SCHEDULE.fingerprint and 0 < shown.seconds < 60 and shown.note == ""
-    assert shown.images.dtype == torch.uint8 and shown.images.shape == (3, *SHAPE) and shown.captions == ("", "", "")
+    assert (
+        shown.images.dtype == torch.uint8
+        and shown.images.shape == (3, *SHAPE)
+        and shown.captions == ("", "", "")
+    )
 
 
 # Averaged weights
@@ -196,12 +274,15 @@ def test_averages_draw_and_training_does_not_notice(
     module = train(tmp_path, averages, previews(weights=weights_of, every_n_train_steps=4))
     assert module.losses == reference.losses and weights(module) == weights(reference)
     kinds = ["ema"] if weights_of == "ema" else ["raw", "ema"]
-    assert [(p.step, p.weights) for p in published] == [(step, kind) for step in (4, 8, 12) for kind in kinds]
+    assert [(p.step, p.weights) for p in published] == [
+        (step, kind) for step in (4, 8, 12) for kind in kinds
+    ]
     with torch.no_grad():
         for weight, average in zip(module.parameters(), averages.averages, strict=True):
             weight.copy_(average)
     drawn = [
-        Sampler(SCHEDULE, "euler", 2)(module.eval().predict, (2, *SHAPE), seeds=seeds) for seeds in ([0, 1], [2, 2])
+        Sampler(SCHEDULE, "euler", 2)(module.eval().predict, (2, *SHAPE), seeds=seeds)
+        for seeds in ([0, 1], [2, 2])
     ]
     assert torch.equal(published[-1].images, to_pixels(torch.cat(drawn)[:3]))
 
@@ -229,7 +310,9 @@ def test_averages_are_given_back_when_a_preview_fails(tmp_path: Path, reference:
         return x
 
     with pytest.warns(UserWarning, match="RuntimeError: no"):
-        module = train(tmp_path, Averages(), previews(weights="ema", predict=broken, on_error="warn"))
+        module = train(
+            tmp_path, Averages(), previews(weights="ema", predict=broken, on_error="warn")
+        )
     assert module.losses == reference.losses and weights(module) == weights(reference)
 
 
@@ -243,15 +326,21 @@ def test_latents_are_decoded_in_slices(tmp_path: Path, published: list[Any]) -> 
         sizes.append(len(z))
         return z.repeat_interleave(2, -1).repeat_interleave(2, -2)
 
-    module = train(tmp_path, previews(decode=decode, batch_size=3, decode_batch_size=2), max_epochs=1).eval()
+    module = train(
+        tmp_path, previews(decode=decode, batch_size=3, decode_batch_size=2), max_epochs=1
+    ).eval()
     assert sizes == [1, 2, 1]  # the trial, and slices of two
     drawn = Sampler(SCHEDULE, "euler", 2)(module.predict, (3, *SHAPE), seeds=[0, 1, 2])
-    assert torch.equal(published[0].images, to_pixels(drawn).repeat_interleave(2, -1).repeat_interleave(2, -2))
+    assert torch.equal(
+        published[0].images, to_pixels(drawn).repeat_interleave(2, -1).repeat_interleave(2, -2)
+    )
 
 
 def test_a_diffusers_vae_is_scaled_as_in_its_pipelines() -> None:
     torch.manual_seed(0)
-    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4, scaling_factor=0.2)
+    vae = AutoencoderKL(
+        block_out_channels=(4,), norm_num_groups=2, latent_channels=4, scaling_factor=0.2
+    )
     vae.register_to_config(shift_factor=0.5)
     z = torch.randn(2, 4, 4, 4)
     with torch.no_grad():
@@ -267,7 +356,12 @@ class WithUNet(Toy):
         super().__init__()
         blocks: Any = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
         self.unet = UNet2DModel(
-            sample_size=8, block_out_channels=(8,), norm_num_groups=2, layers_per_block=1, dropout=0.3, **blocks
+            sample_size=8,
+            block_out_channels=(8,),
+            norm_num_groups=2,
+            layers_per_block=1,
+            dropout=0.3,
+            **blocks,
         )
 
     def predict(self, x: Tensor, timesteps: Tensor, **conditioning: Any) -> Tensor:
@@ -281,7 +375,9 @@ def test_a_pipeline_draws_what_the_sampler_does(
     draws from torch's generators."""
 
     def noise_of_seeds(shape: Any, generator: Any = None, **_: Any) -> Tensor:
-        return SeededNoise(tuple(shape), [g.initial_seed() for g in generator], torch.device("cpu"))()
+        return SeededNoise(
+            tuple(shape), [g.initial_seed() for g in generator], torch.device("cpu")
+        )()
 
     monkeypatch.setattr("diffusers.pipelines.ddpm.pipeline_ddpm.randn_tensor", noise_of_seeds)
     theirs = DDIMScheduler(prediction_type="epsilon", clip_sample=True)
@@ -292,7 +388,13 @@ def test_a_pipeline_draws_what_the_sampler_does(
         made.append(DDPMPipeline(module.unet, theirs))
         return made[0]
 
-    common: Any = {"steps": 4, "num_images": 3, "batch_size": 2, "every_n_train_steps": 3, "on_error": "raise"}
+    common: Any = {
+        "steps": 4,
+        "num_images": 3,
+        "batch_size": 2,
+        "every_n_train_steps": 3,
+        "on_error": "raise",
+    }
     whole = ValidationSampling("ddim", pipeline=pipeline, folder=tmp_path / "whole", **common)
     network = ValidationSampling("ddim", folder=tmp_path / "network", **common)
     plain = train(tmp_path / "none", module=fresh(WithUNet), max_epochs=1)
@@ -321,7 +423,15 @@ def test_a_pipeline_takes_conditioning_and_guidance() -> None:
             output_type: str,
             **rest: Any,
         ) -> Any:
-            calls.append((prompt, [g.initial_seed() for g in generator], num_inference_steps, guidance_scale, rest))
+            calls.append(
+                (
+                    prompt,
+                    [g.initial_seed() for g in generator],
+                    num_inference_steps,
+                    guidance_scale,
+                    rest,
+                )
+            )
             assert type(self.scheduler).__name__ == "UniPCMultistepScheduler"
             assert dict(self.scheduler.config)["prediction_type"] == "v_prediction"
             return SimpleNamespace(images=np.full((2, 4, 4, 3), 0.25))
@@ -332,11 +442,21 @@ def test_a_pipeline_takes_conditioning_and_guidance() -> None:
     arguments: Any = {"prompts": ("a", "b", "c"), "negative_prompt": "n", "guidance_scale": 5.0}
     pipeline = Pipeline()
     (painted,) = pipeline_steps(
-        pipeline, drawing, Sampler(SCHEDULE, "unipc", 7), [2, 3], context=lambda: torch.no_grad(), **arguments
+        pipeline,
+        drawing,
+        Sampler(SCHEDULE, "unipc", 7),
+        [2, 3],
+        context=lambda: torch.no_grad(),
+        **arguments,
     )
     assert painted is not None and painted.pixels.unique().tolist() == [64]
     ((prompt, seeds, steps, guidance, rest),) = calls
-    assert (prompt, seeds, steps, guidance) == (["c", "a"], [5, 6], 7, 5.0) and pipeline.scheduler is None
+    assert (prompt, seeds, steps, guidance) == (
+        ["c", "a"],
+        [5, 6],
+        7,
+        5.0,
+    ) and pipeline.scheduler is None
     assert rest["size"].tolist() == [2, 3] and rest["negative_size"].tolist() == [0, 0]
 
 
@@ -344,9 +464,13 @@ def test_pipelines_that_do_not_show_the_model_are_refused(tmp_path: Path) -> Non
     stranger = DDPMPipeline(WithUNet().unet, DDIMScheduler())
     with pytest.raises(ValueError, match="holds none of the networks of WithUNet"):
         train(tmp_path, previews(pipeline=stranger), module=fresh(WithUNet))
-    with pytest.raises(TypeError, match=r"must be .or return. a diffusers pipeline with a scheduler, got int"):
+    with pytest.raises(
+        TypeError, match=r"must be .or return. a diffusers pipeline with a scheduler, got int"
+    ):
         train(tmp_path, previews(pipeline=lambda module: 3), module=fresh(WithUNet))
-    with pytest.raises(ValueError, match="diffusers has no scheduler for 'res_multistep', which pipeline= needs"):
+    with pytest.raises(
+        ValueError, match="diffusers has no scheduler for 'res_multistep', which pipeline= needs"
+    ):
         scheduler_of(Sampler(SCHEDULE, "res_multistep"))
     with pytest.raises(ValueError, match="for 'dpmpp_2m' of a flow"):
         scheduler_of(Sampler(NoiseSchedule.flow()))
@@ -357,7 +481,9 @@ def test_pipelines_that_do_not_show_the_model_are_refused(tmp_path: Path) -> Non
 # Limits
 
 
-def test_memory_that_runs_out_halves_the_batch_until_it_fits(tmp_path: Path, published: list[Any]) -> None:
+def test_memory_that_runs_out_halves_the_batch_until_it_fits(
+    tmp_path: Path, published: list[Any]
+) -> None:
     sizes: list[int] = []
 
     class Small(Toy):
@@ -375,10 +501,15 @@ def test_memory_that_runs_out_halves_the_batch_until_it_fits(tmp_path: Path, pub
         train(tmp_path, previews(**settings), module=fresh(Small))
     assert sizes == [1] + [5, 3, 2] + [1] * 20  # the trial; twice five images, of two steps
     train(tmp_path / "b", previews(**settings))
-    assert [torch.equal(p.images, q.images) for p, q in zip(published[:2], published[2:], strict=True)] == [True] * 2
+    assert [
+        torch.equal(p.images, q.images) for p, q in zip(published[:2], published[2:], strict=True)
+    ] == [True] * 2
     Small.room = 0
     module = fresh(Small)
-    with pytest.raises(RuntimeError, match=r"previews cannot be drawn; .* at step 0: OutOfMemoryError: out of memory"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"previews cannot be drawn; .* at step 0: OutOfMemoryError: out of memory",
+    ):
         train(tmp_path, previews(**settings), module=module)
     assert module.losses == []
 
@@ -418,11 +549,15 @@ def test_time_that_is_over_ends_a_preview_after_what_is_finished(
     monkeypatch.setattr(rounds, "time", SimpleNamespace(monotonic=lambda: next(looks)))
     with pytest.warns(UserWarning, match="step 12 finished no image in max_seconds=5"):
         train(tmp_path, previews(max_seconds=5))
-    assert [(p.step, len(p.images), p.note) for p in published] == [(6, 2, "2 of 3 images: max_seconds=5 had passed")]
+    assert [(p.step, len(p.images), p.note) for p in published] == [
+        (6, 2, "2 of 3 images: max_seconds=5 had passed")
+    ]
     assert published[0].seeds == (0, 1)
 
 
-def test_sigterm_breaks_a_preview_off_and_training_stops(tmp_path: Path, published: list[Any], reference: Toy) -> None:
+def test_sigterm_breaks_a_preview_off_and_training_stops(
+    tmp_path: Path, published: list[Any], reference: Toy
+) -> None:
     calls: list[int] = []
 
     class Killed(Toy):
@@ -441,7 +576,13 @@ def test_sigterm_breaks_a_preview_off_and_training_stops(tmp_path: Path, publish
     assert len(calls) == 6 and steps_of(published) == [4] and module.losses == reference.losses[:8]
     assert own.state_dict() == {"last_step": 4}  # so that a resumed run may draw it
     assert signal.getsignal(signal.SIGTERM) == before
-    train(tmp_path, previews(), module=fresh(), enable_checkpointing=True, ckpt_path=tmp_path / "step=8.ckpt")
+    train(
+        tmp_path,
+        previews(),
+        module=fresh(),
+        enable_checkpointing=True,
+        ckpt_path=tmp_path / "step=8.ckpt",
+    )
 
 
 def test_a_full_disk_costs_a_warning(tmp_path: Path, reference: Toy) -> None:
@@ -483,7 +624,9 @@ def test_a_long_preview_has_a_progress_bar(tmp_path: Path, monkeypatch: Any) -> 
 
 
 def test_validation_alone_draws_nothing(tmp_path: Path, published: list[Any]) -> None:
-    trainer(tmp_path, previews(extra_steps=(0,), at_end=True)).validate(Toy(), loader(4), verbose=False)
+    trainer(tmp_path, previews(extra_steps=(0,), at_end=True)).validate(
+        Toy(), loader(4), verbose=False
+    )
     assert published == []
 
 
@@ -505,7 +648,10 @@ def test_validation_alone_draws_nothing(tmp_path: Path, published: list[Any]) ->
         ({"prompts": ["a"], "classes": [1], "encode": len}, "prompts or classes, not both"),
         ({"encode": len}, "encode= has nothing to encode"),
         ({"classes": [1, 2, 3], "num_images": 2}, "3 classes need as many images at least"),
-        ({"classes": [1], "conditioning": {"class_labels": 1}}, "conditioning has 'class_labels' already"),
+        (
+            {"classes": [1], "conditioning": {"class_labels": 1}},
+            "conditioning has 'class_labels' already",
+        ),
         ({"classes": [1], "guidance_scale": 2.0}, "needs unconditional="),
         ({"weights": "emma"}, "unknown weights 'emma'; did you mean 'ema'"),
         ({"max_seconds": 0}, "max_seconds must be above 0, got 0"),

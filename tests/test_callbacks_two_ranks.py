@@ -58,7 +58,15 @@ def ranks(suites: Callable[[str], Suite]) -> list[dict[str, Any]]:
 
 KINDS = ["ddp", "fsdp1", "fsdp2", "nodes"]
 HARMLESS = [
-    *("units_raw", "units_both", "units_lost", "units_decoder", "units_nan", "units_late", "units_other_clock"),
+    *(
+        "units_raw",
+        "units_both",
+        "units_lost",
+        "units_decoder",
+        "units_nan",
+        "units_late",
+        "units_other_clock",
+    ),
 ]
 
 
@@ -82,7 +90,10 @@ def test_losses_are_bit_identical_under_every_strategy(
     for rank in range(2):
         report = suite.ranks[rank]
         assert report[scenario]["error"] is None
-        assert report[scenario]["losses"] == report["units_none"]["losses"] and len(report["units_none"]["losses"]) == 6
+        assert (
+            report[scenario]["losses"] == report["units_none"]["losses"]
+            and len(report["units_none"]["losses"]) == 6
+        )
         assert report[scenario]["weights"] == report["units_none"]["weights"]
         assert report[scenario]["held"] == report["units_none"]["held"]  # its shards, and no more
         assert report["units_none"]["losses"] == suites("ddp").ranks[rank]["units_none"]["losses"]
@@ -94,11 +105,17 @@ def test_weights_are_sharded_where_they_should_be(suite: Suite) -> None:
         assert (max(report["units_raw"]["held"]) < whole) == suite.kind.startswith("fsdp")
 
 
-def test_pixels_are_the_same_under_every_strategy(suites: Callable[[str], Suite], suite: Suite) -> None:
+def test_pixels_are_the_same_under_every_strategy(
+    suites: Callable[[str], Suite], suite: Suite
+) -> None:
     raw, both = suite.pictures("units_raw"), suite.pictures("units_both")
     assert list(raw) == [f"step_{step:08d}.png" for step in (0, 2, 4, 6)]
-    assert list(both) == [f"step_{step:08d}{suffix}.png" for step in (2, 4, 6) for suffix in ("", "_ema")]
-    assert both == suites("ddp").pictures("units_both") and raw == suites("ddp").pictures("units_raw")
+    assert list(both) == [
+        f"step_{step:08d}{suffix}.png" for step in (2, 4, 6) for suffix in ("", "_ema")
+    ]
+    assert both == suites("ddp").pictures("units_both") and raw == suites("ddp").pictures(
+        "units_raw"
+    )
     for step in (2, 4, 6):
         name = f"step_{step:08d}"
         assert both[f"{name}.png"] == raw[f"{name}.png"] != both[f"{name}_ema.png"]
@@ -109,13 +126,17 @@ def test_pixels_under_every_strategy_are_those_of_one_process(suite: Suite, tmp_
 
 
 @pytest.mark.slow
-def test_ranks_of_a_tensor_parallel_group_draw_the_same(suites: Callable[[str], Suite], tmp_path: Path) -> None:
+def test_ranks_of_a_tensor_parallel_group_draw_the_same(
+    suites: Callable[[str], Suite], tmp_path: Path
+) -> None:
     shown = suites("tp").pictures("units_still")
     assert len(shown) == 6 and {name: shown[name] for name in list(shown)[:3]} == alone(tmp_path)
 
 
 def alone(root: Path) -> dict[str, bytes]:
-    previews = ValidationSampling("euler_ancestral", steps=2, every_n_train_steps=2, num_images=5, batch_size=2)
+    previews = ValidationSampling(
+        "euler_ancestral", steps=2, every_n_train_steps=2, num_images=5, batch_size=2
+    )
     train(root, previews, module=fresh(Units, learning_rate=0.0), max_epochs=1)
     return {path.name: path.read_bytes() for path in sorted((root / "previews").glob("*.png"))}
 
@@ -131,10 +152,15 @@ def test_one_rank_writes_and_writes_once(suite: Suite) -> None:
     ("scenario", "words"),
     [
         ("units_lost", "failed: rank 1: RuntimeError: the averages are lost (callbacks_toy.py:"),
-        ("units_decoder", "failed: rank 1: RuntimeError: the decoder is broken (callbacks_two_ranks.py:"),
+        (
+            "units_decoder",
+            "failed: rank 1: RuntimeError: the decoder is broken (callbacks_two_ranks.py:",
+        ),
     ],
 )
-def test_what_fails_outside_the_forwards_is_voted_on(suite: Suite, scenario: str, words: str) -> None:
+def test_what_fails_outside_the_forwards_is_voted_on(
+    suite: Suite, scenario: str, words: str
+) -> None:
     told = [report[scenario]["warnings"] for report in suite.ranks]
     assert len(told[0]) == 3 and all(words in text for text in told[0]) and told[1] == []
     assert suite.pictures(scenario) == {}
@@ -142,7 +168,11 @@ def test_what_fails_outside_the_forwards_is_voted_on(suite: Suite, scenario: str
 
 def test_nan_is_shown_and_named(suite: Suite) -> None:
     note = "NaN in 2 of 5 images, 40.0% of the pixels"
-    assert suite.ranks[0]["units_nan"]["published"] == [[2, "raw", 5, ""], [4, "raw", 5, note], [6, "raw", 5, note]]
+    assert suite.ranks[0]["units_nan"]["published"] == [
+        [2, "raw", 5, ""],
+        [4, "raw", 5, note],
+        [6, "raw", 5, note],
+    ]
     assert [note in text for text in suite.ranks[0]["units_nan"]["warnings"]] == [True, True]
 
 
@@ -150,8 +180,13 @@ def test_time_runs_out_on_all_ranks_by_the_clock_of_rank_zero(suite: Suite) -> N
     note = "4 of 5 images: max_seconds=1000.0 had passed"
     assert suite.ranks[0]["units_late"]["published"] == [[2, "raw", 4, note]]
     assert len(suite.ranks[0]["units_late"]["warnings"]) == 2
-    assert "step 4 finished no image in max_seconds=1000.0" in suite.ranks[0]["units_late"]["warnings"][0]
-    assert [entry[2:] for entry in suite.ranks[0]["units_other_clock"]["published"]] == [[5, ""]] * 3
+    assert (
+        "step 4 finished no image in max_seconds=1000.0"
+        in suite.ranks[0]["units_late"]["warnings"][0]
+    )
+    assert [entry[2:] for entry in suite.ranks[0]["units_other_clock"]["published"]] == [
+        [5, ""]
+    ] * 3
 
 
 def test_sigterm_in_a_preview_stops_all_ranks_and_the_checkpoint_resumes(suite: Suite) -> None:
@@ -164,38 +199,57 @@ def test_sigterm_in_a_preview_stops_all_ranks_and_the_checkpoint_resumes(suite: 
 
 
 @pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
-def test_an_error_in_a_sharded_forward_ends_training_on_both_ranks(suites: Callable[[str], Suite], kind: str) -> None:
+def test_an_error_in_a_sharded_forward_ends_training_on_both_ranks(
+    suites: Callable[[str], Suite], kind: str
+) -> None:
     errors = [report["units_severed"]["error"] for report in suites(kind).ranks]
     assert errors[1].startswith(
         "ShardedForwardError: RuntimeError: a bug on this rank (inside a forward of the sharded"
     )
-    assert errors[0].startswith("ShardedForwardError: ") and "another rank failed first" in errors[0]
+    assert (
+        errors[0].startswith("ShardedForwardError: ") and "another rank failed first" in errors[0]
+    )
 
 
 def test_nobody_waits_for_the_process_group(suite: Suite) -> None:
     for report in suite.ranks:
-        assert {name: seen["seconds"] for name, seen in report.items() if seen["seconds"] > 30} == {}
+        assert {
+            name: seen["seconds"] for name, seen in report.items() if seen["seconds"] > 30
+        } == {}
 
 
 # DDP
 
 
-def test_a_rank_out_of_memory_halves_the_batch_of_all_and_changes_no_pixel(suites: Callable[[str], Suite]) -> None:
+def test_a_rank_out_of_memory_halves_the_batch_of_all_and_changes_no_pixel(
+    suites: Callable[[str], Suite],
+) -> None:
     suite = suites("ddp")
     for scenario in ("memory", "memory_all"):
         for rank in range(2):
             report = suite.ranks[rank][scenario]
-            assert report["error"] is None and report["losses"] == suite.ranks[rank]["units_none"]["losses"]
-        assert suite.pictures(scenario) == suite.pictures("enough") and len(suite.pictures("enough")) == 3
+            assert (
+                report["error"] is None
+                and report["losses"] == suite.ranks[rank]["units_none"]["losses"]
+            )
+        assert (
+            suite.pictures(scenario) == suite.pictures("enough")
+            and len(suite.pictures("enough")) == 3
+        )
         (told,) = suite.ranks[0][scenario]["warnings"]  # remembered: not again at the next preview
         assert told.startswith("a preview ran out of memory; it is drawn 2 at a time from now on")
 
 
-@pytest.mark.parametrize("scenario", ["previews", "failing", "failing_zero", "nan", "logger", "last"])
+@pytest.mark.parametrize(
+    "scenario", ["previews", "failing", "failing_zero", "nan", "logger", "last"]
+)
 def test_losses_are_bit_identical(ranks: list[dict[str, Any]], scenario: str) -> None:
     for report in ranks:
         assert report[scenario]["error"] is None
-        assert report[scenario]["losses"] == report["none"]["losses"] and len(report["none"]["losses"]) == 6
+        assert (
+            report[scenario]["losses"] == report["none"]["losses"]
+            and len(report["none"]["losses"]) == 6
+        )
         assert report[scenario]["weights"] == report["none"]["weights"]
     assert ranks[0]["none"]["losses"] != ranks[1]["none"]["losses"]
     assert ranks[0]["none"]["weights"] == ranks[1]["none"]["weights"]
@@ -231,12 +285,16 @@ def test_with_raise_both_ranks_stop_with_the_same_words(ranks: list[dict[str, An
         ("logger_raise", "rank 0: RuntimeError: Broken"),
     ]:
         errors = [report[scenario]["error"] for report in ranks]
-        assert errors[0] == errors[1] and errors[0].startswith("RuntimeError: the preview at step 2 failed: ")
+        assert errors[0] == errors[1] and errors[0].startswith(
+            "RuntimeError: the preview at step 2 failed: "
+        )
         assert words in errors[0]
         assert [len(report[scenario]["losses"]) for report in ranks] == [2, 2]
 
 
-def test_shapes_that_differ_between_ranks_are_agreed_on(root: Path, ranks: list[dict[str, Any]]) -> None:
+def test_shapes_that_differ_between_ranks_are_agreed_on(
+    root: Path, ranks: list[dict[str, Any]]
+) -> None:
     assert [report["buckets"]["error"] for report in ranks] == [None, None]
     assert len(grids(root / "buckets")) == 3
 
@@ -252,7 +310,9 @@ def test_an_unwritable_folder_stops_both_before_training(ranks: list[dict[str, A
         assert report["unwritable"]["losses"] == []
 
 
-def test_schedules_are_saved_once_and_refused_by_both(root: Path, ranks: list[dict[str, Any]]) -> None:
+def test_schedules_are_saved_once_and_refused_by_both(
+    root: Path, ranks: list[dict[str, Any]]
+) -> None:
     assert [report["saved"]["error"] for report in ranks] == [None, None]
     assert schedule_from_checkpoint(root / "saved/step=3.ckpt") == SCHEDULE
     assert [name for name in files(root / "saved") if "scheduler" in name] == [
@@ -260,5 +320,8 @@ def test_schedules_are_saved_once_and_refused_by_both(root: Path, ranks: list[di
         "scheduler/scheduler_config.json",
     ]
     for report in ranks:
-        assert report["refused"]["error"].startswith("ValueError: ") and str(SCHEDULE) in report["refused"]["error"]
+        assert (
+            report["refused"]["error"].startswith("ValueError: ")
+            and str(SCHEDULE) in report["refused"]["error"]
+        )
         assert report["refused"]["losses"] == []

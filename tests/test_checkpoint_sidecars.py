@@ -20,12 +20,19 @@ from alphabar.noising.io.files import CONFIG_NAME, EXACT_NAME
 from alphabar.sampling import Sampler
 from alphabar.training import schedule_from_checkpoint
 from alphabar.training.checkpoints.read import read_checkpoint
-from alphabar.training.checkpoints.sidecars import own_sidecar, read_sidecar, sidecar_folder, write_sidecar
+from alphabar.training.checkpoints.sidecars import (
+    own_sidecar,
+    read_sidecar,
+    sidecar_folder,
+    write_sidecar,
+)
 from alphabar.training.checkpoints.storage import Folder
 from callbacks_toy import SCHEDULE, Toy, files, fresh, loader, one_thread, train, trainer
 
 OTHER = {
-    "beta_end": NoiseSchedule.scaled_linear(beta_end=0.02, prediction="v_prediction").zero_terminal_snr(),
+    "beta_end": NoiseSchedule.scaled_linear(
+        beta_end=0.02, prediction="v_prediction"
+    ).zero_terminal_snr(),
     "prediction": SCHEDULE.with_prediction("sample"),
     "shift": NoiseSchedule.flow(shift=3.0),
 }
@@ -41,11 +48,25 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
-def save(root: Path, schedule: NoiseSchedule = SCHEDULE, own: bool = True, plugins: Any = None, **keep: Any) -> Toy:
+def save(
+    root: Path,
+    schedule: NoiseSchedule = SCHEDULE,
+    own: bool = True,
+    plugins: Any = None,
+    **keep: Any,
+) -> Toy:
     """Train two epochs of six steps with a checkpoint every three steps, the last of which is kept."""
-    checkpoints = ModelCheckpoint(keep.pop("dirpath", root), filename="{step}", every_n_train_steps=3, **keep)
+    checkpoints = ModelCheckpoint(
+        keep.pop("dirpath", root), filename="{step}", every_n_train_steps=3, **keep
+    )
     callbacks = ScheduleCheckpoint(per_checkpoint=own), checkpoints
-    return train(root, *callbacks, module=fresh(schedule=schedule), enable_checkpointing=True, plugins=plugins)
+    return train(
+        root,
+        *callbacks,
+        module=fresh(schedule=schedule),
+        enable_checkpointing=True,
+        plugins=plugins,
+    )
 
 
 def use(verb: str, path: Any, root: Path, schedule: NoiseSchedule, **arguments: Any) -> Toy:
@@ -62,17 +83,23 @@ def test_each_checkpoint_has_a_folder_that_goes_with_it(tmp_path: Path) -> None:
     seen: list[list[str]] = []
 
     class Watching(Callback):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_end(
+            self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
             seen.append(files(tmp_path))
 
     checkpoints = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3)
     callbacks = ScheduleCheckpoint(per_checkpoint=True), checkpoints, Watching()
     train(tmp_path, *callbacks, module=fresh(), enable_checkpointing=True)
     shared = [f"scheduler/{name}" for name in FOLDER]
-    assert files(tmp_path) == sorted([*shared, "step=12.ckpt", *(f"step=12.scheduler/{name}" for name in FOLDER)])
+    assert files(tmp_path) == sorted(
+        [*shared, "step=12.ckpt", *(f"step=12.scheduler/{name}" for name in FOLDER)]
+    )
     assert not (tmp_path / "step=9.scheduler").exists()
     assert any("step=9.scheduler/scheduler_config.json" in names for names in seen)
-    scheduler = diffusers.DDIMScheduler.from_pretrained(str(tmp_path), subfolder="step=12.scheduler")
+    scheduler = diffusers.DDIMScheduler.from_pretrained(
+        str(tmp_path), subfolder="step=12.scheduler"
+    )
     assert scheduler.config["prediction_type"] == "v_prediction"
 
 
@@ -98,18 +125,27 @@ def test_a_link_that_is_removed_leaves_the_folder_of_its_target(tmp_path: Path) 
 
 def test_a_second_copy_as_last_has_its_own(tmp_path: Path) -> None:
     save(tmp_path, save_last=True)
-    assert [path.name for path in sorted(tmp_path.glob("*.scheduler"))] == ["last.scheduler", "step=12.scheduler"]
+    assert [path.name for path in sorted(tmp_path.glob("*.scheduler"))] == [
+        "last.scheduler",
+        "step=12.scheduler",
+    ]
 
 
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("change", OTHER)
-def test_weights_only_files_are_compared_everywhere(tmp_path: Path, own: bool, verb: str, change: str) -> None:
+def test_weights_only_files_are_compared_everywhere(
+    tmp_path: Path, own: bool, verb: str, change: str
+) -> None:
     save(tmp_path, TRAINED[change], own, save_weights_only=True)
     path = tmp_path / "step=12.ckpt"
-    assert ("noise_schedule" in read_checkpoint(path)) is own and "callbacks" not in read_checkpoint(path)
+    assert (
+        "noise_schedule" in read_checkpoint(path)
+    ) is own and "callbacks" not in read_checkpoint(path)
     assert schedule_from_checkpoint(path) == TRAINED[change]
-    with pytest.raises(ValueError, match=r"step=12.ckpt' is of the noise schedule .* but this module has"):
+    with pytest.raises(
+        ValueError, match=r"step=12.ckpt' is of the noise schedule .* but this module has"
+    ):
         use(verb, path, tmp_path / "x", OTHER[change])
     if verb != "fit":  # Lightning resumes no training from weights alone
         assert len(use(verb, path, tmp_path / "x", TRAINED[change]).losses) == 6
@@ -123,7 +159,9 @@ def test_weights_only_files_are_compared_everywhere(tmp_path: Path, own: bool, v
 @pytest.mark.parametrize("change", OTHER)
 def test_whole_files_are_compared_everywhere(tmp_path: Path, verb: str, change: str) -> None:
     save(tmp_path, TRAINED[change], own=False)
-    with pytest.raises(ValueError, match=r"step=12.ckpt' is of the noise schedule .* but this module has"):
+    with pytest.raises(
+        ValueError, match=r"step=12.ckpt' is of the noise schedule .* but this module has"
+    ):
         use(verb, tmp_path / "step=12.ckpt", tmp_path / "x", OTHER[change])
     assert len(use(verb, tmp_path / "step=12.ckpt", tmp_path / "x", TRAINED[change]).losses) == 6
 
@@ -148,7 +186,9 @@ def test_remote_folders(tmp_path: Path, own: bool, weights_only: bool) -> None:
     store = fsspec.filesystem("memory")
     names = [path.removeprefix(f"{tmp_path}/run/") for path in store.find(f"{tmp_path}/run")]
     folders = ["scheduler", *(["step=12.scheduler"] if own else [])]
-    assert names == sorted([*(f"{folder}/{name}" for folder in folders for name in FOLDER), "step=12.ckpt"])
+    assert names == sorted(
+        [*(f"{folder}/{name}" for folder in folders for name in FOLDER), "step=12.ckpt"]
+    )
     assert files(tmp_path) == []
     path = f"{place}/step=12.ckpt"
     assert schedule_from_checkpoint(path) == SCHEDULE == read_sidecar(sidecar_folder(path))
@@ -164,7 +204,9 @@ def test_remote_folders(tmp_path: Path, own: bool, weights_only: bool) -> None:
 def test_a_damaged_remote_folder_names_its_place(tmp_path: Path) -> None:
     folder = Folder(f"memory://{tmp_path}/scheduler")
     folder.write(EXACT_NAME, "{")
-    with pytest.raises(ValueError, match=rf"'memory://{tmp_path}/scheduler/{EXACT_NAME}' is not valid JSON"):
+    with pytest.raises(
+        ValueError, match=rf"'memory://{tmp_path}/scheduler/{EXACT_NAME}' is not valid JSON"
+    ):
         read_sidecar(folder)
     assert write_sidecar(SCHEDULE, folder) is None and read_sidecar(folder) == SCHEDULE
 
@@ -243,13 +285,16 @@ def test_a_sampler_of_another_schedule_is_refused(tmp_path: Path, verb: str, cha
     module = fresh(schedule=TRAINED[change])
     ready = trainer(tmp_path, ScheduleCheckpoint(), Pictures(OTHER[change]), inference_mode=False)
     with pytest.raises(
-        ValueError, match=r"the sampler of Pictures' is of the noise schedule .* what the model learned"
+        ValueError,
+        match=r"the sampler of Pictures' is of the noise schedule .* what the model learned",
     ):
         getattr(ready, verb)(module, loader())
     assert module.losses == []
 
 
-def test_a_sampler_of_the_same_schedule_goes_on_and_another_is_warned_of_once(tmp_path: Path) -> None:
+def test_a_sampler_of_the_same_schedule_goes_on_and_another_is_warned_of_once(
+    tmp_path: Path,
+) -> None:
     same = NoiseSchedule.from_config(json.loads(json.dumps(SCHEDULE.to_config())))
     assert len(train(tmp_path, ScheduleCheckpoint(), Pictures(same)).losses) == 12
     other = Pictures(OTHER["prediction"])
@@ -259,22 +304,36 @@ def test_a_sampler_of_the_same_schedule_goes_on_and_another_is_warned_of_once(tm
 
 
 @pytest.mark.parametrize("grid", ["leading", "ddim_uniform", "trailing", "karras"])
-def test_a_sampler_that_leaves_out_the_terminal_timestep_is_refused(tmp_path: Path, grid: str) -> None:
+def test_a_sampler_that_leaves_out_the_terminal_timestep_is_refused(
+    tmp_path: Path, grid: str
+) -> None:
     pictures = Pictures(SCHEDULE)
     pictures.sampler = Sampler(SCHEDULE, "euler", 10, grid)
     module = fresh()
     if grid in ("trailing", "karras"):
         train(tmp_path, ScheduleCheckpoint(), pictures, module=module, max_epochs=1)
         return
-    with pytest.raises(ValueError, match=r"the sampler of Pictures starts at timestep 9\d\d, .* use grid='trailing'"):
+    with pytest.raises(
+        ValueError,
+        match=r"the sampler of Pictures starts at timestep 9\d\d, .* use grid='trailing'",
+    ):
         train(tmp_path, ScheduleCheckpoint(), pictures, module=module)
     assert module.losses == []
     train(tmp_path, ScheduleCheckpoint(on_mismatch="ignore"), pictures, module=module, max_epochs=1)
     plain = Pictures(NoiseSchedule.scaled_linear(prediction="v_prediction"))
     plain.sampler = Sampler(plain.sampler.schedule, "euler", 10, grid)
-    train(tmp_path, ScheduleCheckpoint(), plain, module=fresh(schedule=plain.sampler.schedule), max_epochs=1)
+    train(
+        tmp_path,
+        ScheduleCheckpoint(),
+        plain,
+        module=fresh(schedule=plain.sampler.schedule),
+        max_epochs=1,
+    )
 
 
 def test_plain_values_alone_are_in_a_checkpoint(tmp_path: Path) -> None:
     save(tmp_path)
-    assert torch.load(tmp_path / "step=12.ckpt", weights_only=True)["noise_schedule"] == SCHEDULE.to_config()
+    assert (
+        torch.load(tmp_path / "step=12.ckpt", weights_only=True)["noise_schedule"]
+        == SCHEDULE.to_config()
+    )

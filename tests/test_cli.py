@@ -16,7 +16,7 @@ import pytest
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import GRIDS, METHODS
 from alphabar.sampling.names import all_names
-from alphabar.sampling.standalone import OUTSIDE
+from alphabar.sampling.standalone import STANDALONE
 from alphabar.training.cli.command import BROKEN_PIPE, COMMANDS, main
 from alphabar.training.cli.plot import KINDS, SCHEDULES, read_schedule
 from alphabar.training.cli.samplers import columns, described, listing
@@ -35,7 +35,7 @@ def test_samplers_lists_every_one_with_its_facts(capsys: pytest.CaptureFixture[s
     assert main(["samplers"]) == 0
     text = capsys.readouterr().out
     names = all_names()
-    for name, entry in {**METHODS, **OUTSIDE}.items():
+    for name, entry in {**METHODS, **STANDALONE}.items():
         row = row_of(name, text)
         cells = row.split()
         assert cells[1] == str(entry.order or "-")
@@ -51,7 +51,9 @@ def test_samplers_lists_every_one_with_its_facts(capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize("width", [60, 100, 200])
 def test_the_listing_fits_its_width(width: int) -> None:
     lines = listing(width).splitlines()
-    narrowest = 20 + max(len(line) - len(line.split("  ")[-1]) for line in lines if "  " in line.strip())
+    narrowest = 20 + max(
+        len(line) - len(line.split("  ")[-1]) for line in lines if "  " in line.strip()
+    )
     # a name is not cut, so that a line that holds one alone may be longer
     several = [line for line in lines if " " in line.split("  ")[-1].strip()]
     assert max(map(len, several)) <= max(width, narrowest)
@@ -69,13 +71,16 @@ def test_no_name_is_cut_on_any_terminal(
 
 
 def test_columns() -> None:
-    assert columns(("a", "bb", "c"), [("1", "2", "x y"), ("333", "4", "")], 40) == "a    bb  c\n1    2   x y\n333  4"
+    assert (
+        columns(("a", "bb", "c"), [("1", "2", "x y"), ("333", "4", "")], 40)
+        == "a    bb  c\n1    2   x y\n333  4"
+    )
 
 
-@pytest.mark.parametrize("name", [*METHODS, *OUTSIDE])
+@pytest.mark.parametrize("name", [*METHODS, *STANDALONE])
 def test_samplers_describes_each(name: str) -> None:
     text = described(name)
-    entry = {**METHODS, **OUTSIDE}[name]
+    entry = {**METHODS, **STANDALONE}[name]
     assert f"{name}: " in text
     assert entry.documentation.splitlines()[0] in text
     assert all(option in text for option in entry.options)
@@ -94,10 +99,14 @@ def test_samplers_describes_each_grid(name: str) -> None:
 def test_samplers_says_what_a_name_implies(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["samplers", "DPM++ 2M SDE Karras"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("dpmpp_2m_sde: order 2, 1 call of the network per step, draws noise; 2211.01095\n\n")
+    assert text.startswith(
+        "dpmpp_2m_sde: order 2, 1 call of the network per step, draws noise; 2211.01095\n\n"
+    )
     assert "'DPM++ 2M SDE Karras' implies: grid='karras'" in text
     assert "lcm: does not converge with the steps" in described("lcm")  # a method and a grid
-    assert "dpm_adaptive: order 3, the network as often as it needs, draws no noise" in described("DPM adaptive")
+    assert "dpm_adaptive: order 3, the network as often as it needs, draws no noise" in described(
+        "DPM adaptive"
+    )
 
 
 def test_an_unknown_sampler_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,15 +121,37 @@ def test_an_unknown_sampler_is_told_in_one_line(capsys: pytest.CaptureFixture[st
 
 def test_plot_grids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "grids.png"
-    assert main(["plot", "grids", "karras", "trailing", "--steps", "6", "--zero_snr", "--out", str(out)]) == 0
+    assert (
+        main(
+            ["plot", "grids", "karras", "trailing", "--steps", "6", "--zero_snr", "--out", str(out)]
+        )
+        == 0
+    )
     assert capsys.readouterr().out == f"{out}\n"
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
 def test_plot_table(tmp_path: Path) -> None:
     out = tmp_path / "table.svg"
-    assert main(["plot", "table", "Euler a Karras", "--steps", "5", "--schedule", "flow", "--out", str(out)]) == 0
-    assert "euler_ancestral: 5 steps" in re.sub(r"<!--\s*(.*?)\s*-->", r"\1", out.read_text(encoding="utf-8"))
+    assert (
+        main(
+            [
+                "plot",
+                "table",
+                "Euler a Karras",
+                "--steps",
+                "5",
+                "--schedule",
+                "flow",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
+    assert "euler_ancestral: 5 steps" in re.sub(
+        r"<!--\s*(.*?)\s*-->", r"\1", out.read_text(encoding="utf-8")
+    )
 
 
 @pytest.mark.parametrize(
@@ -140,7 +171,9 @@ def test_plot_what_training_is_told(arguments: list[str], tmp_path: Path) -> Non
     assert main(["plot", *arguments, "--out", str(out)]) == 0
     words = out.read_text(encoding="utf-8")
     items = [word for word in arguments[1:] if ":" in word or word in ("cosine", "uniform")]
-    assert all(item in words for item in items if arguments[arguments.index(item) - 1] != "--schedule")
+    assert all(
+        item in words for item in items if arguments[arguments.index(item) - 1] != "--schedule"
+    )
 
 
 def test_plot_writes_where_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +198,10 @@ def test_schedules_from_a_folder(tmp_path: Path) -> None:
 
 BAD: list[tuple[list[str], str]] = [
     (["grids", "karas"], "alphabar plot: unknown grid 'karas'; did you mean 'karras'?\n"),
-    (["grids", "--steps", "0"], "alphabar plot: steps must be between 1 and the 1000 training timesteps, got 0\n"),
+    (
+        ["grids", "--steps", "0"],
+        "alphabar plot: steps must be between 1 and the 1000 training timesteps, got 0\n",
+    ),
     (
         ["grids", "--schedule", "scaledlinear"],
         "alphabar plot: unknown schedule 'scaledlinear'; did you mean 'scaled_linear'?\n",
@@ -180,9 +216,18 @@ BAD: list[tuple[list[str], str]] = [
         ["weights", "min_snr:gama=1"],
         "alphabar plot: unknown option of weighting min_snr 'gama'; did you mean 'gamma'?\n",
     ),
-    (["weights", "--zero_snr", "--prediction", "epsilon"], "alphabar plot: prediction 'epsilon' is ill-posed"),
-    (["timesteps", "unifrm"], "alphabar plot: unknown timestep density 'unifrm'; did you mean 'uniform'?\n"),
-    (["table", "Eulr"], "alphabar plot: unknown method 'Eulr'; did you mean 'Euler' or 'Euler a'?\n"),
+    (
+        ["weights", "--zero_snr", "--prediction", "epsilon"],
+        "alphabar plot: prediction 'epsilon' is ill-posed",
+    ),
+    (
+        ["timesteps", "unifrm"],
+        "alphabar plot: unknown timestep density 'unifrm'; did you mean 'uniform'?\n",
+    ),
+    (
+        ["table", "Eulr"],
+        "alphabar plot: unknown method 'Eulr'; did you mean 'Euler' or 'Euler a'?\n",
+    ),
     (["table", "--grid", "karas"], "alphabar plot: unknown grid 'karas'; did you mean 'karras'?\n"),
     (["grids", "--out", "x.xyz"], "alphabar plot: Format 'xyz' is not supported"),
 ]
@@ -246,7 +291,9 @@ def test_a_reader_that_goes_away_ends_it_quietly() -> None:
     first, statuses = result.stdout.splitlines()
     # head may still be there when the last line is written
     assert first.startswith("name") and statuses in ("0 0", f"{BROKEN_PIPE} 0")
-    result = run_alphabar("alphabar samplers --help | true; alphabar samplers euler > /dev/null; echo $?")
+    result = run_alphabar(
+        "alphabar samplers --help | true; alphabar samplers euler > /dev/null; echo $?"
+    )
     assert result.stderr == "" and result.stdout == "0\n"
 
 
@@ -255,11 +302,22 @@ def test_a_reader_that_is_gone_is_told_by_the_exit_code() -> None:
     os.close(reader)
     with os.fdopen(writer, "wb") as closed:
         command = [sys.executable, "-m", "alphabar.training.cli", "samplers"]
-        result = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=120)
+        result = subprocess.run(
+            command, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=120
+        )
     assert (result.returncode, result.stderr) == (BROKEN_PIPE, "")
 
 
-HEAVY = ("lightning", "pytorch_lightning", "diffusers", "transformers", "matplotlib", "datasets", "accelerate", "PIL")
+HEAVY = (
+    "lightning",
+    "pytorch_lightning",
+    "diffusers",
+    "transformers",
+    "matplotlib",
+    "datasets",
+    "accelerate",
+    "PIL",
+)
 
 
 @pytest.mark.parametrize(
@@ -286,5 +344,7 @@ def test_the_module_is_where_it_was() -> None:
 
     assert training.DiffusionModule.__name__ == "DiffusionModule"
     assert "DiffusionModule" in training.__all__
-    with pytest.raises(AttributeError, match=r"module 'alphabar\.training' has no attribute 'DiffusionModul'"):
+    with pytest.raises(
+        AttributeError, match=r"module 'alphabar\.training' has no attribute 'DiffusionModul'"
+    ):
         _ = training.DiffusionModul

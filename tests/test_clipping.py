@@ -39,15 +39,23 @@ def exact(scheduler: Any, schedule: NoiseSchedule) -> Any:
 
 def peer_run(scheduler: Any, x: Tensor, **options: Any) -> Tensor:
     for t in scheduler.timesteps.tolist():
-        x = scheduler.step(wild(x, torch.full((2,), t, dtype=torch.float64)), t, x, **options).prev_sample
+        x = scheduler.step(
+            wild(x, torch.full((2,), t, dtype=torch.float64)), t, x, **options
+        ).prev_sample
     return x
 
 
 PEER_OPTIONS = [
     ({"clip_sample": True}, Clip(1.0)),
     ({"clip_sample": True, "clip_sample_range": 0.7}, Clip(0.7)),
-    ({"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 4.0}, DynamicThreshold(0.9, 4.0)),
-    ({"thresholding": True, "dynamic_thresholding_ratio": 0.8, "sample_max_value": 1.2}, DynamicThreshold(0.8, 1.2)),
+    (
+        {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 4.0},
+        DynamicThreshold(0.9, 4.0),
+    ),
+    (
+        {"thresholding": True, "dynamic_thresholding_ratio": 0.8, "sample_max_value": 1.2},
+        DynamicThreshold(0.8, 1.2),
+    ),
     ({"thresholding": True}, DynamicThreshold(max_value=1.0)),
 ]
 
@@ -56,7 +64,11 @@ PEER_OPTIONS = [
 @pytest.mark.parametrize(("options", "clip"), PEER_OPTIONS)
 def test_agreement_with_ddim(options: dict[str, Any], clip: Any, prediction: str) -> None:
     schedule = LINEAR.with_prediction(prediction)
-    peer_options = {"clip_sample": False, "prediction_type": prediction, "timestep_spacing": "leading"} | options
+    peer_options = {
+        "clip_sample": False,
+        "prediction_type": prediction,
+        "timestep_spacing": "leading",
+    } | options
     scheduler = exact(diffusers.DDIMScheduler(**peer_options), schedule)
     scheduler.set_timesteps(20)
     theirs = peer_run(scheduler, start(), use_clipped_model_output=True)
@@ -85,7 +97,11 @@ def test_agreement_with_ddim_that_keeps_its_noise(
     import diffusers.schedulers.scheduling_ddim as module
 
     schedule = LINEAR.with_prediction(prediction)
-    peer_options = {"clip_sample": False, "prediction_type": prediction, "timestep_spacing": "leading"} | options
+    peer_options = {
+        "clip_sample": False,
+        "prediction_type": prediction,
+        "timestep_spacing": "leading",
+    } | options
     scheduler = exact(diffusers.DDIMScheduler(**peer_options), schedule)
     scheduler.set_timesteps(20)
     drawing(module, (5, 6), monkeypatch)
@@ -94,27 +110,34 @@ def test_agreement_with_ddim_that_keeps_its_noise(
     ours = Sampler(schedule, "ddim", 20, "leading", **kept)(wild, start(), clip=clip, seeds=(5, 6))
     # where x_0 is close to x, ε = (x - α x_0) / σ loses digits: the sample prediction's, at σ = 0.01
     assert torch.allclose(ours, theirs, rtol=1e-8, atol=1e-8)
-    derived = Sampler(schedule, "ddim", 20, "leading", eta=eta)(wild, start(), clip=clip, seeds=(5, 6))
+    derived = Sampler(schedule, "ddim", 20, "leading", eta=eta)(
+        wild, start(), clip=clip, seeds=(5, 6)
+    )
     assert not torch.allclose(derived, theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_noise_that_is_kept_changes_nothing_without_clipping() -> None:
     for method in ("ddim", "ddim_inverse"):
         ours, plain = (
-            Sampler(LINEAR, method, 8, use_clipped_model_output=derived)(wild, start()) for derived in (False, True)
+            Sampler(LINEAR, method, 8, use_clipped_model_output=derived)(wild, start())
+            for derived in (False, True)
         )
         assert torch.allclose(ours, plain, rtol=1e-9, atol=1e-9)
 
 
 def test_agreement_with_inverse_ddim() -> None:
     """DDIMInverseScheduler has no other way than to keep ε. It starts from an image, which lies inside the limit."""
-    scheduler = exact(diffusers.DDIMInverseScheduler(clip_sample_range=0.7, timestep_spacing="leading"), LINEAR)
+    scheduler = exact(
+        diffusers.DDIMInverseScheduler(clip_sample_range=0.7, timestep_spacing="leading"), LINEAR
+    )
     scheduler.initial_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
     scheduler.set_timesteps(10)
     image = start().clamp(-0.7, 0.7)
     theirs = peer_run(scheduler, image)
     ours = {
-        derived: Sampler(LINEAR, "ddim_inverse", 10, "leading", use_clipped_model_output=derived)(wild, image, clip=0.7)
+        derived: Sampler(LINEAR, "ddim_inverse", 10, "leading", use_clipped_model_output=derived)(
+            wild, image, clip=0.7
+        )
         for derived in (False, True)
     }
     assert torch.allclose(ours[False], theirs, rtol=1e-9, atol=1e-9)
@@ -122,11 +145,16 @@ def test_agreement_with_inverse_ddim() -> None:
 
 
 @pytest.mark.parametrize("options", [option for option, _ in PEER_OPTIONS])
-def test_tcd_has_the_options_and_clips_nothing(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tcd_has_the_options_and_clips_nothing(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """TCDScheduler takes clip_sample and thresholding, and no line of its step reads them: here that is no clip."""
     import diffusers.schedulers.scheduling_tcd as module
 
-    scheduler = exact(diffusers.TCDScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, **options), LINEAR)
+    scheduler = exact(
+        diffusers.TCDScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, **options),
+        LINEAR,
+    )
     scheduler.set_timesteps(4)
     drawing(module, (5, 6), monkeypatch)
     theirs = peer_run(scheduler, start(), eta=0.3)
@@ -135,7 +163,9 @@ def test_tcd_has_the_options_and_clips_nothing(options: dict[str, Any], monkeypa
 
 
 @pytest.mark.parametrize(("options", "clip"), PEER_OPTIONS[::2])
-def test_agreement_with_lcm(options: dict[str, Any], clip: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_agreement_with_lcm(
+    options: dict[str, Any], clip: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """x_0 is clipped before c_skip x is added, as here; the last of their steps stays a little below α = 1."""
     import diffusers.schedulers.scheduling_lcm as module
 
@@ -146,7 +176,9 @@ def test_agreement_with_lcm(options: dict[str, Any], clip: Any, monkeypatch: pyt
     theirs = peer_run(scheduler, start())
     ours = Sampler(LINEAR, "lcm", 4)(wild, start(), seeds=(5, 6), clip=clip)
     assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9)
-    assert not torch.allclose(Sampler(LINEAR, "lcm", 4)(wild, start(), seeds=(5, 6)), theirs, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(
+        Sampler(LINEAR, "lcm", 4)(wild, start(), seeds=(5, 6)), theirs, rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -157,7 +189,11 @@ def test_agreement_with_ddpm(
     import diffusers.schedulers.scheduling_ddpm as module
 
     schedule = LINEAR.with_prediction(prediction)
-    peer_options = {"clip_sample": False, "prediction_type": prediction, "timestep_spacing": "trailing"} | options
+    peer_options = {
+        "clip_sample": False,
+        "prediction_type": prediction,
+        "timestep_spacing": "trailing",
+    } | options
     scheduler = exact(diffusers.DDPMScheduler(**peer_options), schedule)
     scheduler.set_timesteps(20)
     drawing(module, (5, 6), monkeypatch)
@@ -169,18 +205,27 @@ def test_agreement_with_ddpm(
 def test_zero_terminal_snr_agrees_too() -> None:
     schedule = LINEAR.with_prediction("v_prediction").zero_terminal_snr()
     scheduler = diffusers.DDIMScheduler(
-        clip_sample=True, prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True
+        clip_sample=True,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
     )
     scheduler = exact(scheduler, schedule)
     scheduler.set_timesteps(20)
     theirs = peer_run(scheduler, start(), use_clipped_model_output=True)
-    assert torch.allclose(Sampler(schedule, "ddim", 20)(wild, start(), clip=1.0), theirs, rtol=1e-9, atol=1e-9)
+    assert torch.allclose(
+        Sampler(schedule, "ddim", 20)(wild, start(), clip=1.0), theirs, rtol=1e-9, atol=1e-9
+    )
 
 
 # the fold into the raw output
 
 
-INSIDE, NEAR_DATA, ZERO_SNR = Knot(500.0, 0.6, 0.8), Knot(1.0, 0.999, 0.045, 0.3), Knot(999.0, 0.0, 1.0)
+INSIDE, NEAR_DATA, ZERO_SNR = (
+    Knot(500.0, 0.6, 0.8),
+    Knot(1.0, 0.999, 0.045, 0.3),
+    Knot(999.0, 0.0, 1.0),
+)
 WELL_POSED = [
     (prediction, knot)
     for prediction in PREDICTIONS
@@ -189,9 +234,13 @@ WELL_POSED = [
 ]
 
 
-@pytest.mark.parametrize(("prediction", "knot"), WELL_POSED, ids=lambda value: str(getattr(value, "alpha", value)))
+@pytest.mark.parametrize(
+    ("prediction", "knot"), WELL_POSED, ids=lambda value: str(getattr(value, "alpha", value))
+)
 @pytest.mark.parametrize("change", [Clip(0.4), DynamicThreshold(0.5)])
-def test_the_clean_estimate_is_changed_and_x_is_kept(prediction: str, knot: Knot, change: Any) -> None:
+def test_the_clean_estimate_is_changed_and_x_is_kept(
+    prediction: str, knot: Knot, change: Any
+) -> None:
     kind = PREDICTIONS[prediction]()
     x, raw = start(1), 2 * start(2)
     out = clipped(lambda x, knot: raw, kind, change)(knot.input_scale * x, knot)
@@ -231,7 +280,9 @@ def test_dynamic_threshold_image_by_image() -> None:
 
 
 @pytest.mark.parametrize(
-    "schedule", [LINEAR, NoiseSchedule.flow(3.0), NoiseSchedule.karras()], ids=lambda s: s.curve.kind
+    "schedule",
+    [LINEAR, NoiseSchedule.flow(3.0), NoiseSchedule.karras()],
+    ids=lambda s: s.curve.kind,
 )
 @pytest.mark.parametrize("method", ["ddim", "dpmpp_2m", "heun", "unipc"])
 def test_a_run_is_the_table_on_a_clipped_network(schedule: NoiseSchedule, method: str) -> None:
@@ -264,7 +315,8 @@ def test_inversion_from_the_clean_image_itself(prediction: str, method: str) -> 
 
 def test_samplers_that_are_no_tables_clip_as_well() -> None:
     steps = list(DPMAdaptive(LINEAR).iterate(wild, SHAPE, seeds=0, clip=0.5))
-    assert all(float(progress.denoised.abs().max()) <= 0.5 + 1e-4 for progress in steps)  # float32, at σ/α = 157
+    # float32, at σ/α = 157
+    assert all(float(progress.denoised.abs().max()) <= 0.5 + 1e-4 for progress in steps)
     assert float(steps[-1].x.abs().max()) <= 0.5 + 1e-5
 
 
@@ -297,7 +349,8 @@ def test_resolving() -> None:
 @pytest.mark.parametrize("limit", [0.0, -1.0, float("nan")])
 def test_bad_limits(limit: float) -> None:
     with pytest.raises(
-        ValueError, match=rf"^clip must be a positive limit of \|x_0\|, got {limit}; images in \[-1, 1\] have 1.0$"
+        ValueError,
+        match=rf"^clip must be a positive limit of \|x_0\|, got {limit}; images in \[-1, 1\] have 1.0$",
     ):
         Sampler(LINEAR)(wild, SHAPE, seeds=0, clip=limit)
 
@@ -305,13 +358,16 @@ def test_bad_limits(limit: float) -> None:
 @pytest.mark.parametrize("ratio", [0.0, 1.5, float("nan")])
 def test_bad_ratios(ratio: float) -> None:
     with pytest.raises(
-        ValueError, match=rf"^the ratio of a dynamic threshold must be in \(0, 1\], got {ratio}; Imagen uses 0.995$"
+        ValueError,
+        match=rf"^the ratio of a dynamic threshold must be in \(0, 1\], got {ratio}; Imagen uses 0.995$",
     ):
         DynamicThreshold(ratio)
 
 
 def test_bad_max_value() -> None:
-    with pytest.raises(ValueError, match=r"^max_value must be at least 1, the range of the data, got 0.5$"):
+    with pytest.raises(
+        ValueError, match=r"^max_value must be at least 1, the range of the data, got 0.5$"
+    ):
         DynamicThreshold(max_value=0.5)
 
 
@@ -320,5 +376,10 @@ def test_a_class_name_clips_as_the_class(name: str) -> None:
     """The step of these classes keeps the network's own noise unless told otherwise; "ddim" takes what the clipped x_0 implies."""
     schedule = NoiseSchedule.scaled_linear()
     assert Sampler(schedule, name, 5).method_options["use_clipped_model_output"] is False
-    assert Sampler(schedule, name, 5, use_clipped_model_output=True).method_options["use_clipped_model_output"] is True
+    assert (
+        Sampler(schedule, name, 5, use_clipped_model_output=True).method_options[
+            "use_clipped_model_output"
+        ]
+        is True
+    )
     assert Sampler(schedule, "ddim", 5).method_options["use_clipped_model_output"] is True

@@ -22,7 +22,8 @@ from alphabar.sampling import CLEAN, METHODS, Knot, Sampler, knots_at, resolve_m
 from alphabar.sampling.kernel import run
 from alphabar.sampling.knots import knot_at_half_log_snr
 from alphabar.sampling.methods.integrals import lagrange_integrals
-from alphabar.sampling.table import Unconditional, compile_table
+from alphabar.sampling.table import compile_table
+from alphabar.sampling.tracing import Unconditional
 
 SCHEDULES = {
     "vp": NoiseSchedule.scaled_linear(prediction="v_prediction"),
@@ -52,7 +53,9 @@ def empty(y: Tensor, c: float) -> Tensor:
 
 def guided(scale: float) -> Both:
     """Return the denoiser that a loop calls: (x̄, σ̄) -> (D, U)."""
-    return lambda x, sigma: halves_at(x / math.sqrt(1 + sigma**2), 1 / math.sqrt(1 + sigma**2), scale)
+    return lambda x, sigma: halves_at(
+        x / math.sqrt(1 + sigma**2), 1 / math.sqrt(1 + sigma**2), scale
+    )
 
 
 def halves_at(y: Tensor, c: float, scale: float) -> tuple[Tensor, Tensor]:
@@ -62,7 +65,9 @@ def halves_at(y: Tensor, c: float, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def start() -> Tensor:
-    return SIGMAS[0] * torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return SIGMAS[0] * torch.randn(
+        3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
 
 
 def draws() -> list[Tensor]:
@@ -75,7 +80,12 @@ def knots_of(schedule: NoiseSchedule, sigmas: list[float]) -> tuple[Knot, ...]:
 
 
 def by_table(
-    name: str, schedule: NoiseSchedule, knots: Sequence[Knot], x: Tensor, scale: float, **options: Any
+    name: str,
+    schedule: NoiseSchedule,
+    knots: Sequence[Knot],
+    x: Tensor,
+    scale: float,
+    **options: Any,
 ) -> list[Tensor]:
     """Return x after every step of the table of this name, in the path's own units."""
     method, implied = resolve_method(name)
@@ -87,13 +97,21 @@ def by_table(
         x, unit = x / knot.input_scale, math.hypot(knot.alpha, knot.sigma)
         D, U = halves_at(x / unit, knot.alpha / unit, scale)
         outputs = [
-            schedule.prediction.combine(v, (x - knot.alpha * v) / knot.sigma, knot.alpha, knot.sigma) for v in (D, U)
+            schedule.prediction.combine(
+                v, (x - knot.alpha * v) / knot.sigma, knot.alpha, knot.sigma
+            )
+            for v in (D, U)
         ]
         half[:] = outputs[1:]
         return outputs[0]
 
     noise = iter(draws())
-    return [progress.x for progress in run(table, x, evaluate, lambda a, b: next(noise), {Unconditional: lambda: half[0]})]
+    return [
+        progress.x
+        for progress in run(
+            table, x, evaluate, lambda a, b: next(noise), {Unconditional: lambda: half[0]}
+        )
+    ]
 
 
 # the published formulas as loops
@@ -128,7 +146,9 @@ def heunpp2(both: Both, x: Tensor, sigmas: list[float], z: Iterator[Tensor]) -> 
     return x
 
 
-def exp_heun(both: Both, x: Tensor, sigmas: list[float], z: Iterator[Tensor], eta: float = 0.0) -> Tensor:
+def exp_heun(
+    both: Both, x: Tensor, sigmas: list[float], z: Iterator[Tensor], eta: float = 0.0
+) -> Tensor:
     for a, b in pairwise(sigmas):
         D = both(x, a)[0]
         if b == 0:
@@ -142,7 +162,9 @@ def exp_heun(both: Both, x: Tensor, sigmas: list[float], z: Iterator[Tensor], et
     return x
 
 
-def seeds_2(both: Both, x: Tensor, sigmas: list[float], z: Iterator[Tensor], eta: float = 1.0) -> Tensor:
+def seeds_2(
+    both: Both, x: Tensor, sigmas: list[float], z: Iterator[Tensor], eta: float = 1.0
+) -> Tensor:
     for a, b in pairwise(sigmas):
         D = both(x, a)[0]
         if b == 0:
@@ -179,7 +201,9 @@ def seeds_3(both: Both, x: Tensor, sigmas: list[float], z: Iterator[Tensor]) -> 
     return x
 
 
-def ipndm_v(both: Both, x: Tensor, sigmas: list[float], z: Iterator[Tensor], slips: bool = False) -> Tensor:
+def ipndm_v(
+    both: Both, x: Tensor, sigmas: list[float], z: Iterator[Tensor], slips: bool = False
+) -> Tensor:
     """Variable-step Adams-Bashforth as diff-sampler expands it, with or without the three slips of the published code."""
     past: list[Tensor] = []
     for i in range(len(sigmas) - 1):
@@ -230,7 +254,9 @@ def dpmpp_2m_cfg_pp(both: Both, x: Tensor, sigmas: list[float], z: Iterator[Tens
     return x
 
 
-def dpmpp_2s_cfg_pp(both: Both, x: Tensor, sigmas: list[float], z: Iterator[Tensor], eta: float = 1.0) -> Tensor:
+def dpmpp_2s_cfg_pp(
+    both: Both, x: Tensor, sigmas: list[float], z: Iterator[Tensor], eta: float = 1.0
+) -> Tensor:
     for a, b in pairwise(sigmas):
         D, U = both(x, a)
         down, up = ancestral(a, b, eta)
@@ -244,7 +270,12 @@ def dpmpp_2s_cfg_pp(both: Both, x: Tensor, sigmas: list[float], z: Iterator[Tens
 
 
 def res_multistep(
-    both: Both, x: Tensor, sigmas: list[float], z: Iterator[Tensor], eta: float = 0.0, cfg_pp: bool = True
+    both: Both,
+    x: Tensor,
+    sigmas: list[float],
+    z: Iterator[Tensor],
+    eta: float = 0.0,
+    cfg_pp: bool = True,
 ) -> Tensor:
     last, down_last = None, 0.0
     for i in range(len(sigmas) - 1):
@@ -266,7 +297,12 @@ def res_multistep(
 
 
 def gradient_estimation(
-    both: Both, x: Tensor, sigmas: list[float], z: Iterator[Tensor], gamma: float = 2.0, cfg_pp: bool = True
+    both: Both,
+    x: Tensor,
+    sigmas: list[float],
+    z: Iterator[Tensor],
+    gamma: float = 2.0,
+    cfg_pp: bool = True,
 ) -> Tensor:
     last = None
     for a, b in pairwise(sigmas):
@@ -302,7 +338,9 @@ def ud10_ab(both: Both, x: Tensor, sigmas: list[float], z: Iterator[Tensor]) -> 
     return x
 
 
-def sa_pece(both: Both, x: Tensor, sigmas: list[float], z: Iterator[Tensor], tau: float = 1.0) -> Tensor:
+def sa_pece(
+    both: Both, x: Tensor, sigmas: list[float], z: Iterator[Tensor], tau: float = 1.0
+) -> Tensor:
     """2309.05019, algorithm 1 in PECE mode: predictor 3, corrector 4, order 2 by the simplified weights of its appendix D,
     and orders that fall towards the end as in diffusers' SASolverScheduler."""
     steps, T = len(sigmas) - 1, 1 + tau**2
@@ -313,7 +351,9 @@ def sa_pece(both: Both, x: Tensor, sigmas: list[float], z: Iterator[Tensor], tau
         D = both(x, sigmas[i])[0]
         if i:
             order = min(4, i + 1, steps - i + 2)
-            weights = sa_weights([lam[i - j] for j in range(order)], lam[i - 1], lam[i], T, corrector=True)
+            weights = sa_weights(
+                [lam[i - j] for j in range(order)], lam[i - 1], lam[i], T, corrector=True
+            )
             known = [D, *values]
             h = lam[i] - lam[i - 1]
             x = sigmas[i] / sigmas[i - 1] * math.exp(-(tau**2) * h) * start + noise
@@ -324,8 +364,14 @@ def sa_pece(both: Both, x: Tensor, sigmas: list[float], z: Iterator[Tensor], tau
         values, start = [D, *values][:4], x
         h = lam[i + 1] - lam[i]
         order = min(3, i + 1, steps - i)
-        weights = sa_weights([lam[i - j] for j in range(order)], lam[i], lam[i + 1], T, corrector=False)
-        noise = sigmas[i + 1] * math.sqrt(1 - math.exp(-2 * tau**2 * h)) * next(z) if tau else torch.zeros_like(x)
+        weights = sa_weights(
+            [lam[i - j] for j in range(order)], lam[i], lam[i + 1], T, corrector=False
+        )
+        noise = (
+            sigmas[i + 1] * math.sqrt(1 - math.exp(-2 * tau**2 * h)) * next(z)
+            if tau
+            else torch.zeros_like(x)
+        )
         x = sigmas[i + 1] / sigmas[i] * math.exp(-(tau**2) * h) * x + noise
         x = x + sum(w * v for w, v in zip(weights, values, strict=False))
     return x
@@ -338,9 +384,12 @@ def sa_weights(nodes: list[float], s: float, t: float, T: float, corrector: bool
         whole = 1 - math.exp(-T * h)
         new = T * h / 2 if corrector else whole + T * h**2 / 2 / (nodes[0] - nodes[1])
         return [new, whole - new]
-    moments = []  # of v = u - t, by parts: M_p = -(s - t)^p e^(-T h) [+ 1 for p = 0] - p / T M_(p-1)
+    # of v = u - t, by parts: M_p = -(s - t)^p e^(-T h) [+ 1 for p = 0] - p / T M_(p-1)
+    moments = []
     for p in range(n):
-        moments.append((p == 0) - (-h) ** p * math.exp(-T * h) - (p / T * moments[-1] if p else 0.0))
+        moments.append(
+            (p == 0) - (-h) ** p * math.exp(-T * h) - (p / T * moments[-1] if p else 0.0)
+        )
     system = torch.tensor([[(y - t) ** p for y in nodes] for p in range(n)], dtype=torch.float64)
     return torch.linalg.solve(system, torch.tensor(moments, dtype=torch.float64)).tolist()
 
@@ -383,13 +432,21 @@ def named(value: Any) -> str:
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize("scale", [1.0, SCALE])
 def test_agreement(
-    name: str, loop: Loop, options: dict[str, Any], settings: dict[str, Any], schedule: NoiseSchedule, scale: float
+    name: str,
+    loop: Loop,
+    options: dict[str, Any],
+    settings: dict[str, Any],
+    schedule: NoiseSchedule,
+    scale: float,
 ) -> None:
     """On grids that end clean and that do not, of many steps and of one."""
     for sigmas in (SIGMAS, UNTIL, UNTIL[:5], SIGMAS[:1] + SIGMAS[-1:], SIGMAS[:2] + SIGMAS[-1:]):
         expected = loop(guided(scale), start(), sigmas, iter(draws()), **settings)
         knots = knots_of(schedule, sigmas)
-        ours = by_table(name, schedule, knots, start() * knots[0].alpha, scale, **options)[-1] / knots[-1].alpha
+        ours = (
+            by_table(name, schedule, knots, start() * knots[0].alpha, scale, **options)[-1]
+            / knots[-1].alpha
+        )
         assert difference(ours, expected) < AGREE, len(sigmas)
 
 
@@ -399,7 +456,9 @@ def test_a_difference_would_be_seen() -> None:
     knots = knots_of(schedule, UNTIL)
     for name, _, options, _ in CASES:
         key = f"{name} {options}"
-        everything[key] = by_table(name, schedule, knots, start() * knots[0].alpha, SCALE, **options)[-1]
+        everything[key] = by_table(
+            name, schedule, knots, start() * knots[0].alpha, SCALE, **options
+        )[-1]
         plain = by_table(name, schedule, knots, start() * knots[0].alpha, 1.0, **options)[-1]
         assert difference(plain, everything[key]) > 1e-2
     for a, b in combinations(everything, 2):
@@ -410,7 +469,9 @@ def test_a_difference_would_be_seen() -> None:
 
 
 @pytest.mark.parametrize(("name", "loop", "options", "settings"), CASES, ids=named)
-def test_from_zero_terminal_snr(name: str, loop: Loop, options: dict[str, Any], settings: dict[str, Any]) -> None:
+def test_from_zero_terminal_snr(
+    name: str, loop: Loop, options: dict[str, Any], settings: dict[str, Any]
+) -> None:
     """From α = 0, where the published loops divide by infinity: one first-order step to the guided D along x itself, which
     is all noise, and from there on as if the run had started at the second knot."""
     schedule = ZTSNR
@@ -423,7 +484,11 @@ def test_from_zero_terminal_snr(name: str, loop: Loop, options: dict[str, Any], 
     noise = iter(draws())
     stochastic = resolve_method(name)[0].stochastic or "eta" in settings
     # what is renewed of the noise: all of it, as η of the SDE or the posterior has it at α = 0; of an ancestral step η
-    fresh = settings.get("tau", 1.0) * (settings.get("eta", 1.0) if "ancestral" in name else 1.0) if stochastic else 0.0
+    fresh = (
+        settings.get("tau", 1.0) * (settings.get("eta", 1.0) if "ancestral" in name else 1.0)
+        if stochastic
+        else 0.0
+    )
     kept = math.sqrt(1 - fresh**2) * x
     expected = n.alpha * D + n.sigma * (kept + fresh * next(noise) if fresh else kept)
     assert difference(steps[0], expected) < AGREE
@@ -431,7 +496,9 @@ def test_from_zero_terminal_snr(name: str, loop: Loop, options: dict[str, Any], 
     assert difference(steps[-1], expected) < AGREE
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name.endswith("cfg_pp") or name.startswith("cfgpp")])
+@pytest.mark.parametrize(
+    "name", [name for name in METHODS if name.endswith("cfg_pp") or name.startswith("cfgpp")]
+)
 def test_cfg_plus_plus_of_a_network(name: str) -> None:
     """Through the public face: the unconditional half is that of the network, in one call for both, and the run ends at D."""
     calls: list[int] = []
@@ -453,7 +520,10 @@ def test_cfg_plus_plus_of_a_network(name: str) -> None:
     alike = {key: {"shift": torch.full((2, 1, 1, 1), 0.3)} for key in both}
     plain = sampler(network, (2, 1, 4, 4), seeds=0, conditioning=alike["conditioning"])
     assert torch.allclose(
-        sampler(network, (2, 1, 4, 4), seeds=0, guidance_scale=SCALE, **alike), plain, rtol=0, atol=1e-5
+        sampler(network, (2, 1, 4, 4), seeds=0, guidance_scale=SCALE, **alike),
+        plain,
+        rtol=0,
+        atol=1e-5,
     )
     assert not torch.allclose(steps[-1].x, plain, atol=1e-2)
 
@@ -468,12 +538,19 @@ UNGUIDED = {
 
 
 @pytest.mark.parametrize(("name", "plain"), UNGUIDED.items())
-@pytest.mark.parametrize("schedule", [*SCHEDULES.values(), ZTSNR, FLOW], ids=[*SCHEDULES, "ztsnr", "flow"])
-def test_without_guidance_it_is_the_method_of_its_name(name: str, plain: str, schedule: NoiseSchedule) -> None:
+@pytest.mark.parametrize(
+    "schedule", [*SCHEDULES.values(), ZTSNR, FLOW], ids=[*SCHEDULES, "ztsnr", "flow"]
+)
+def test_without_guidance_it_is_the_method_of_its_name(
+    name: str, plain: str, schedule: NoiseSchedule
+) -> None:
     def network(x: Tensor, t: Tensor) -> Tensor:
         return torch.tanh(x.roll(1, -1) + t[:, None] / 1000)
 
-    ours, theirs = (Sampler(schedule, which, 12)(network, start() / SIGMAS[0], seeds=0) for which in (name, plain))
+    ours, theirs = (
+        Sampler(schedule, which, 12)(network, start() / SIGMAS[0], seeds=0)
+        for which in (name, plain)
+    )
     assert difference(ours, theirs) < 1e-9
 
 
@@ -482,19 +559,27 @@ def test_without_guidance_it_is_the_method_of_its_name(name: str, plain: str, sc
 
 def test_the_published_weights_of_ipndm_v_do_not_sum_to_one() -> None:
     sigmas = [3.0, 4.5, 5.0, 7.0, 8.5]
-    exact = [w / (sigmas[0] - sigmas[1]) for w in lagrange_integrals(sigmas[1:], sigmas[1], sigmas[0])]
+    exact = [
+        w / (sigmas[0] - sigmas[1]) for w in lagrange_integrals(sigmas[1:], sigmas[1], sigmas[0])
+    ]
     assert v_weights(sigmas, slips=False) == pytest.approx(exact, rel=1e-12)
     assert sum(v_weights(sigmas, slips=True)) == pytest.approx(1.1922433, abs=1e-6)
     assert sum(exact) == pytest.approx(1.0, abs=1e-12)
     even = [3.0, 4.0, 5.0, 6.0, 7.0]
-    assert v_weights(even, slips=False) == pytest.approx([55 / 24, -59 / 24, 37 / 24, -9 / 24], rel=1e-12)
+    assert v_weights(even, slips=False) == pytest.approx(
+        [55 / 24, -59 / 24, 37 / 24, -9 / 24], rel=1e-12
+    )
     assert v_weights(even[:-1], slips=True) == pytest.approx([23 / 12, -16 / 12, 5 / 12], rel=1e-12)
-    assert v_weights(even, slips=True)[0] == pytest.approx(2.375)  # the sign: not Adams-Bashforth even here
+    # the sign: not Adams-Bashforth even here
+    assert v_weights(even, slips=True)[0] == pytest.approx(2.375)
 
 
 def test_the_slips_of_ipndm_v_make_it_second_order() -> None:
     def at_the_end(steps: int, slips: bool) -> Tensor:
-        sigmas = [(14.6 ** (1 / 7) + i / steps * (0.03 ** (1 / 7) - 14.6 ** (1 / 7))) ** 7 for i in range(steps + 1)]
+        sigmas = [
+            (14.6 ** (1 / 7) + i / steps * (0.03 ** (1 / 7) - 14.6 ** (1 / 7))) ** 7
+            for i in range(steps + 1)
+        ]
         return ipndm_v(guided(1.0), start(), sigmas, iter(()), slips)
 
     reference = at_the_end(4000, False)
@@ -507,17 +592,23 @@ def test_the_history_of_ud10_keeps_it_from_converging() -> None:
     formula = METHODS["cfgpp_ud10_ab"].formula
     assert abs(oracles.global_order(formula)) < 0.1
     assert oracles.global_order(formula, unconditional_history=0.0) == pytest.approx(1, abs=0.1)
-    assert oracles.global_order(formula, unconditional_history=0.0, history=1.0) == pytest.approx(2, abs=0.1)
+    assert oracles.global_order(formula, unconditional_history=0.0, history=1.0) == pytest.approx(
+        2, abs=0.1
+    )
 
 
 def test_pece_with_its_own_orders() -> None:
     method = METHODS["sa_solver_pece"]
     options = dict(method.defaults) | EVERYWHERE | {"lower_order_final": False}
     deterministic = options | {"tau": 0.0}
-    assert oracles.global_order(method.formula, rewrites=(1,), **deterministic) == pytest.approx(4, abs=0.2)
+    assert oracles.global_order(method.formula, rewrites=(1,), **deterministic) == pytest.approx(
+        4, abs=0.2
+    )
     pec = deterministic | {"pece": False}
     counts = [
-        oracles.traced(METHODS["sa_solver"].formula, oracles.even_grid(10), oracles.V, **o).evaluations
+        oracles.traced(
+            METHODS["sa_solver"].formula, oracles.even_grid(10), oracles.V, **o
+        ).evaluations
         for o in (deterministic, pec)
     ]
     assert counts == [19, 10]  # nothing is corrected in the first step

@@ -44,10 +44,18 @@ def unet(channels: int = 1, **options: Any) -> UNet2DModel:
     )  # fmt: skip
 
 
-def checkpoint_of(network: nn.Module, shape: tuple[int, ...] = (1, 8, 8), **more: Any) -> dict[str, Any]:
+def checkpoint_of(
+    network: nn.Module, shape: tuple[int, ...] = (1, 8, 8), **more: Any
+) -> dict[str, Any]:
     state = {f"network.{name}": value for name, value in network.state_dict().items()}
     config = network_config(network)
-    return {"state_dict": state, "noise_schedule": SCHEDULE.to_config(), "network": config, "sample_shape": list(shape), **more}
+    return {
+        "state_dict": state,
+        "noise_schedule": SCHEDULE.to_config(),
+        "network": config,
+        "sample_shape": list(shape),
+        **more,
+    }
 
 
 def written(folder: Path, checkpoint: Any, name: str = "a.ckpt") -> Path:
@@ -99,7 +107,11 @@ def test_classes_and_guidance(of_classes: Path, tmp_path: Path, scale: float) ->
         guidance_scale=scale,
         guidance_rescale=0.5 if scale > 1 else 0.0,
     )
-    guidance = ["--guidance_scale", scale, "--null_class", 3, "--guidance_rescale", 0.5] if scale > 1 else []
+    guidance = (
+        ["--guidance_scale", scale, "--null_class", 3, "--guidance_rescale", 0.5]
+        if scale > 1
+        else []
+    )
     got = sampled(tmp_path, of_classes, "--classes", 2, 0, *guidance)
     assert (got.int() - drawn(expected, tmp_path).int()).abs().max() <= 1
     assert not torch.equal(got, sampled(tmp_path, of_classes, "--classes", 1))
@@ -126,7 +138,9 @@ WRONG: dict[str, tuple[list[Any], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_does_not_fit_is_told(of_classes: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_fit_is_told(
+    of_classes: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments, words = WRONG[name]
     assert words in refused(capsys, tmp_path, of_classes, *arguments)
 
@@ -136,13 +150,18 @@ def test_a_network_without_classes(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "was trained without classes" in refused(capsys, tmp_path, path, "--classes", 1)
 
 
-def test_a_network_of_texts_asks_for_its_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_network_of_texts_asks_for_its_pipeline(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     network = UNet2DConditionModel(
         sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
         down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), mid_block_type=None, cross_attention_dim=8,
     )  # fmt: skip
     error = refused(capsys, tmp_path, written(tmp_path, checkpoint_of(network)))
-    assert "also asks for encoder_hidden_states; give --prompt, with the folder of its diffusers pipeline" in error
+    assert (
+        "also asks for encoder_hidden_states; give --prompt, with the folder of its diffusers pipeline"
+        in error
+    )
 
 
 # weights
@@ -156,12 +175,16 @@ def test_raw_and_ema_weights_of_one_checkpoint(tmp_path: Path) -> None:
     for weights, shift in ((None, 0.0), ("ema", 0.0), ("raw", 0.1)):
         loaded = load_checkpoint(path, weights=weights)
         assert torch.equal(loaded.network.state_dict()[name], network.state_dict()[name] + shift)
-    assert not torch.equal(sampled(tmp_path, path, "--weights", "raw"), sampled(tmp_path, path, "--weights", "ema"))
+    assert not torch.equal(
+        sampled(tmp_path, path, "--weights", "raw"), sampled(tmp_path, path, "--weights", "ema")
+    )
     with pytest.raises(ValueError, match="unknown weights 'rwa'; did you mean 'raw'"):
         load_checkpoint(path, weights="rwa")
 
 
-def test_what_alphabar_ema_writes_is_sampled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_alphabar_ema_writes_is_sampled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     network, run = unet(), tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     written(run / "checkpoints", checkpoint_of(network), "last.ckpt")
@@ -184,7 +207,9 @@ def test_what_alphabar_ema_writes_is_sampled(tmp_path: Path, capsys: pytest.Capt
     assert f"trained with: {SCHEDULE}" in capsys.readouterr().out
 
 
-def test_an_average_without_a_checkpoint_says_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_average_without_a_checkpoint_says_what_it_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_snapshot(tmp_path / "ema", {"network.w": torch.ones(1)}, step=100, sigma_rel=0.1)
     out = tmp_path / "x.safetensors"
     command = ["ema", str(tmp_path / "ema"), "--sigma_rel", "0.1", "--out", str(out)]
@@ -196,10 +221,15 @@ def test_an_average_without_a_checkpoint_says_what_it_lacks(tmp_path: Path, caps
     assert "--network package.module:factory" in refused(capsys, tmp_path, out, "--shape", 1, 8, 8)
     other = written(tmp_path, checkpoint_of(unet()), "other.ckpt")
     assert main([*command, "--checkpoint", str(other)]) == 2
-    assert "is of another model than the snapshots: it has no weight like 'network.w'" in capsys.readouterr().err
+    assert (
+        "is of another model than the snapshots: it has no weight like 'network.w'"
+        in capsys.readouterr().err
+    )
 
 
-def test_a_weights_only_file_is_no_key_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_weights_only_file_is_no_key_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     SCHEDULE.save_pretrained(tmp_path / "scheduler")
     error = refused(capsys, tmp_path, written(tmp_path, {"network.w": torch.ones(1)}))
     assert "state_dict of" in error and "must be a mapping of weights by name, got None" in error
@@ -214,19 +244,28 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_a_pipeline_draws_prompts_with_our_sampler(pipeline: Path, tmp_path: Path, scale: float) -> None:
+def test_a_pipeline_draws_prompts_with_our_sampler(
+    pipeline: Path, tmp_path: Path, scale: float
+) -> None:
     """As the pipeline itself does with the same noise: DDIM, its text encoder, its guidance, its VAE."""
     got = sampled(
         tmp_path, pipeline, "--prompt", "a red square", "a blue square", "--negative_prompt", "green", "--method", "ddim",
         "--guidance_scale", scale,
     )  # fmt: skip
-    theirs = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None, requires_safety_checker=False)
+    theirs = StableDiffusionPipeline.from_pretrained(
+        pipeline, safety_checker=None, requires_safety_checker=False
+    )
     schedule = NoiseSchedule.from_pretrained(pipeline, subfolder="scheduler")
     texts = ["a red square", "a blue square", "a red square"]
     given, empty = theirs.encode_prompt(texts, "cpu", 1, True, ["green"] * 3)
     key = "encoder_hidden_states"
     latents = Sampler(schedule, "ddim", 2)(
-        theirs.unet, (3, 4, 8, 8), seeds=0, conditioning={key: given}, unconditional={key: empty}, guidance_scale=scale
+        theirs.unet,
+        (3, 4, 8, 8),
+        seeds=0,
+        conditioning={key: given},
+        unconditional={key: empty},
+        guidance_scale=scale,
     )
     with torch.no_grad():
         images = theirs.vae.decode(latents / theirs.vae.config.scaling_factor).sample
@@ -238,18 +277,32 @@ def test_a_pipeline_as_diffusers_itself_draws_it(make: Any, tmp_path: Path) -> N
     """From the same noise, by DDIM, whose steps are the same there."""
     folder = make(tmp_path)
     theirs = DiffusionPipeline.from_pretrained(folder)
-    theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config, timestep_spacing="trailing", clip_sample=False)
+    theirs.scheduler = DDIMScheduler.from_config(
+        theirs.scheduler.config, timestep_spacing="trailing", clip_sample=False
+    )
     theirs.set_progress_bar_config(disable=True)
     noise = SeededNoise((3, 4, 8, 8), 0, torch.device("cpu"))()
-    options: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 7.5, "output_type": "pt", "height": 16, "width": 16}
+    options: dict[str, Any] = {
+        "num_inference_steps": 2,
+        "guidance_scale": 7.5,
+        "output_type": "pt",
+        "height": 16,
+        "width": 16,
+    }
     out = theirs(["a red square"] * 3, latents=noise, **options).images.float()
-    got = sampled(tmp_path, folder, "--prompt", "a red square", "--method", "ddim", "--grid", "trailing")
+    got = sampled(
+        tmp_path, folder, "--prompt", "a red square", "--method", "ddim", "--grid", "trailing"
+    )
     assert (got.int() - drawn(out * 2 - 1, tmp_path).int()).abs().max() <= 3
 
 
-def test_what_a_pipeline_refuses(pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_pipeline_refuses(
+    pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert "draws what a text says; give --prompt" in refused(capsys, tmp_path, pipeline)
-    assert "--weights is for a checkpoint" in refused(capsys, tmp_path, pipeline, "--prompt", "a", "--weights", "raw")
+    assert "--weights is for a checkpoint" in refused(
+        capsys, tmp_path, pipeline, "--prompt", "a", "--weights", "raw"
+    )
     index = json.loads((pipeline / "model_index.json").read_text())
     for changes, words in (
         ({"_class_name": "FluxPipeline"}, "unknown kind of pipeline 'FluxPipeline'"),
@@ -269,7 +322,9 @@ def test_an_unconditional_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture
     network = unet(3)
     DDPMPipeline(network, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
     expected = Sampler(NoiseSchedule.linear(), "dpmpp_2m", 2)(network.eval(), (3, 3, 8, 8), seeds=0)
-    assert (sampled(tmp_path, tmp_path / "ddpm").int() - drawn(expected, tmp_path).int()).abs().max() <= 1
+    assert (
+        sampled(tmp_path, tmp_path / "ddpm").int() - drawn(expected, tmp_path).int()
+    ).abs().max() <= 1
     (tmp_path / "out.png").unlink()
     assert "takes no prompts" in refused(capsys, tmp_path, tmp_path / "ddpm", "--prompt", "a")
 
@@ -287,9 +342,15 @@ def test_latents_of_a_checkpoint_are_decoded(pipeline: Path, tmp_path: Path) -> 
 
 def test_the_metadata_of_an_average_is_plain(tmp_path: Path) -> None:
     save_snapshot(tmp_path / "ema", {"network.w": torch.ones(1)}, step=1, sigma_rel=0.1)
-    written(tmp_path / "ema", {"state_dict": {"network.w": torch.zeros(1), "b": torch.ones(2)}, "sample_shape": [1]}, "a.ckpt")
+    written(
+        tmp_path / "ema",
+        {"state_dict": {"network.w": torch.zeros(1), "b": torch.ones(2)}, "sample_shape": [1]},
+        "a.ckpt",
+    )
     out = tmp_path / "x.safetensors"
     assert main(["ema", str(tmp_path / "ema"), "--sigma_rel", "0.1", "--out", str(out)]) == 0
     with safe_open(out, "pt") as file:
-        assert sorted(file.keys()) == ["b", "network.w"] and file.get_tensor("network.w").item() == 1.0
+        assert (
+            sorted(file.keys()) == ["b", "network.w"] and file.get_tensor("network.w").item() == 1.0
+        )
         assert file.metadata()["alphabar.sample_shape"] == "[1]"

@@ -71,9 +71,21 @@ def test_every_function_of_a_schedule_compiles(name: str) -> None:
 
     def everything(x0: Tensor, noise: Tensor, t: Tensor) -> list[Tensor]:
         x_t, out = schedule.add_noise(x0, noise, t), schedule.target(x0, noise, t)
-        back = [schedule.to_x0(out, x_t, t), schedule.to_epsilon(out, x_t, t), schedule.convert(out, x_t, t, "sample")]
+        back = [
+            schedule.to_x0(out, x_t, t),
+            schedule.to_epsilon(out, x_t, t),
+            schedule.convert(out, x_t, t, "sample"),
+        ]
         log_snr = schedule.log_snr(t).clamp(-20, 20)
-        return [x_t, out, *back, log_snr, schedule.snr(t), schedule.sigma_ve(t), schedule.time(log_snr)]
+        return [
+            x_t,
+            out,
+            *back,
+            log_snr,
+            schedule.snr(t),
+            schedule.sigma_ve(t),
+            schedule.time(log_snr),
+        ]
 
     torch.testing.assert_close(compiled(everything)(x0, noise, t), everything(x0, noise, t))
     assert counters["stats"]["unique_graphs"] == 1
@@ -83,7 +95,13 @@ def test_every_function_of_a_schedule_compiles(name: str) -> None:
 def test_vmap_over_times(name: str) -> None:
     schedule = EVERY[name]
     t = times(schedule.curve)
-    for function in (schedule.alpha, schedule.sigma, schedule.log_snr, schedule.snr, schedule.curve.timestep):
+    for function in (
+        schedule.alpha,
+        schedule.sigma,
+        schedule.log_snr,
+        schedule.snr,
+        schedule.curve.timestep,
+    ):
         torch.testing.assert_close(torch.vmap(function)(t), function(t))
     log_snr = schedule.log_snr(t).clamp(-20, 20)
     torch.testing.assert_close(torch.vmap(schedule.time)(log_snr), schedule.time(log_snr))
@@ -105,7 +123,11 @@ def test_eager_times_on_the_cpu_are_still_checked(name: str) -> None:
 
 def test_a_compiled_function_takes_another_schedule() -> None:
     """The tables of a discrete curve are inputs of the graph: no other curve's, and no constants."""
-    others = [NoiseSchedule.linear(), NoiseSchedule.scaled_linear(), NoiseSchedule.linear(0.001, 0.03)]
+    others = [
+        NoiseSchedule.linear(),
+        NoiseSchedule.scaled_linear(),
+        NoiseSchedule.linear(0.001, 0.03),
+    ]
     x0, noise, t = batch(0), batch(1), times(others[0].curve)
     function = compiled(lambda schedule, *rest: schedule.add_noise(*rest))
     for schedule in [*others, *others]:
@@ -144,13 +166,17 @@ def training_step(noising: Noising, network: torch.nn.Module) -> Callable[[Tenso
 @pytest.mark.parametrize("name", ["ztsnr", "flow", "scaled_linear", "karras"])
 def test_a_whole_training_step_compiles_once_for_all_steps(name: str) -> None:
     network = torch.nn.Conv2d(3, 3, 1)
-    step = training_step(Noising(EVERY[name], noise="offset", timesteps="stratified", weighting="min_snr"), network)
+    step = training_step(
+        Noising(EVERY[name], noise="offset", timesteps="stratified", weighting="min_snr"), network
+    )
     fast = compiled(step)
     for k in (0, 1, 2, 3, 1000, 2**31):
         ours, theirs = fast(batch(k), k), step(batch(k), k)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
         (grad,) = torch.autograd.grad(ours, [network.weight])
-        torch.testing.assert_close(grad, torch.autograd.grad(theirs, [network.weight])[0], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            grad, torch.autograd.grad(theirs, [network.weight])[0], rtol=1e-4, atol=1e-6
+        )
     assert counters["stats"]["unique_graphs"] == 2  # the first step as a constant, then any
     with pytest.raises(ValueError, match=r"^the step must lie in 0 \.\.\. 2\^32 - 1"):
         step(batch(0), 2**32)
@@ -164,7 +190,9 @@ def test_a_training_step_compiles() -> None:
 @pytest.mark.slow
 def test_a_whole_training_step_by_aot_autograd() -> None:
     step = training_step(Noising(FLOW), torch.nn.Conv2d(3, 3, 1))
-    torch.testing.assert_close(compiled(step, "aot_eager")(batch(0), 3), step(batch(0), 3), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        compiled(step, "aot_eager")(batch(0), 3), step(batch(0), 3), rtol=1e-5, atol=0
+    )
 
 
 DENSITIES = {
@@ -181,7 +209,9 @@ def test_densities_compile(name: str) -> None:
     """Beta densities and importance sampling do not: their quantiles are found by iteration, and by what was measured."""
     density, u = DENSITIES[name], Draws(0, range(8), step=0, stream=0).uniform(dtype=torch.float64)
     density.check(ZTSNR.curve)  # as Noising does
-    torch.testing.assert_close(compiled(density.times)(u, ZTSNR.curve), density.times(u, ZTSNR.curve))
+    torch.testing.assert_close(
+        compiled(density.times)(u, ZTSNR.curve), density.times(u, ZTSNR.curve)
+    )
 
 
 @pytest.mark.slow
@@ -212,11 +242,16 @@ OFTEN = [
 
 @pytest.mark.filterwarnings("ignore:weighting .* is 0 at t")
 @pytest.mark.parametrize(
-    "settings", [*OFTEN, *(pytest.param(one, marks=pytest.mark.slow) for one in SETTINGS if one not in OFTEN)], ids=str
+    "settings",
+    [*OFTEN, *(pytest.param(one, marks=pytest.mark.slow) for one in SETTINGS if one not in OFTEN)],
+    ids=str,
 )
 def test_weights_and_losses_compile(settings: dict[str, Any]) -> None:
     """With a mask, whose values an eager call checks; also how to compile what is drawn outside: ``noising.at``."""
-    noising, mask = Noising(ZTSNR.with_prediction("v_prediction"), **settings), torch.ones(4, 1, 4, 5)
+    noising, mask = (
+        Noising(ZTSNR.with_prediction("v_prediction"), **settings),
+        torch.ones(4, 1, 4, 5),
+    )
 
     def losses(x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         return noising.at(x0, t, noise).losses(x0, mask, over="mask")

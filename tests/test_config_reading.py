@@ -43,7 +43,9 @@ def outcome(rng: random.Random, folder: Path) -> str:
     assert schedule == NoiseSchedule.from_config(schedule.to_config())
     for method in ("euler", "ddim"):
         sampler = Sampler(schedule, method, min(3, schedule.num_train_timesteps))
-        assert bool(sampler(lambda x, t: 0.5 * torch.tanh(x), (2, 3), seeds=0).isfinite().all()), schedule
+        assert bool(sampler(lambda x, t: 0.5 * torch.tanh(x), (2, 3), seeds=0).isfinite().all()), (
+            schedule
+        )
     return "accepted"
 
 
@@ -102,14 +104,20 @@ def test_damaged_files_are_named(name: str, tmp_path: Path) -> None:
     start = time.perf_counter()
     with pytest.raises(ValueError) as caught:
         NoiseSchedule.from_pretrained(tmp_path)
-    assert CONFIG_NAME in str(caught.value) and words in str(caught.value) and len(str(caught.value)) < 1000
+    assert (
+        CONFIG_NAME in str(caught.value)
+        and words in str(caught.value)
+        and len(str(caught.value)) < 1000
+    )
     assert time.perf_counter() - start < SECONDS
 
 
 def test_a_file_too_large_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / CONFIG_NAME).open("wb") as file:
         file.truncate(MAX_BYTES + 1)
-    with pytest.raises(ValueError, match=rf"{CONFIG_NAME}' has {MAX_BYTES + 1} bytes, and no config has more"):
+    with pytest.raises(
+        ValueError, match=rf"{CONFIG_NAME}' has {MAX_BYTES + 1} bytes, and no config has more"
+    ):
         read_json(tmp_path / CONFIG_NAME)
 
 
@@ -177,14 +185,21 @@ def test_strange_configs_are_refused(changes: dict[Any, Any], words: str) -> Non
 
 
 def test_an_unknown_key_of_our_own_is_told() -> None:
-    with pytest.warns(UserWarning, match=r"unknown key of a noise schedule config 'predictions'; did you mean 'prediction'"):
-        assert NoiseSchedule.from_config({**FLOW, "predictions": "epsilon"}) == NoiseSchedule.flow(3.0)
+    with pytest.warns(
+        UserWarning,
+        match=r"unknown key of a noise schedule config 'predictions'; did you mean 'prediction'",
+    ):
+        assert NoiseSchedule.from_config({**FLOW, "predictions": "epsilon"}) == NoiseSchedule.flow(
+            3.0
+        )
 
 
 @pytest.mark.parametrize("count", [10**6 + 1, 10**12])
 def test_timesteps_are_bounded_before_anything_is_made(count: int) -> None:
     start = time.perf_counter()
-    with pytest.raises(ValueError, match=f"num_train_timesteps must be at most {curves.MAX_TIMESTEPS}, got {count}"):
+    with pytest.raises(
+        ValueError, match=f"num_train_timesteps must be at most {curves.MAX_TIMESTEPS}, got {count}"
+    ):
         NoiseSchedule.linear(num_train_timesteps=count)
     with pytest.raises(ValueError, match="num_train_timesteps must be at most"):
         NoiseSchedule.flow(num_train_timesteps=count)
@@ -207,15 +222,26 @@ def test_what_each_class_of_diffusers_reads() -> None:
 @pytest.mark.parametrize(
     ("config", "key"),
     [
-        ({"_class_name": "HeunDiscreteScheduler", "rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        (
+            {"_class_name": "HeunDiscreteScheduler", "rescale_betas_zero_snr": True},
+            "rescale_betas_zero_snr",
+        ),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "flow_shift": 3.0}, "flow_shift"),
-        ({"_class_name": "FlowMatchHeunDiscreteScheduler", "use_dynamic_shifting": True}, "use_dynamic_shifting"),
+        (
+            {"_class_name": "FlowMatchHeunDiscreteScheduler", "use_dynamic_shifting": True},
+            "use_dynamic_shifting",
+        ),
         ({"_class_name": "DDIMScheduler", "use_flow_sigmas": True}, "use_flow_sigmas"),
         ({"_class_name": "RePaintScheduler", "prediction_type": "v_prediction"}, "prediction_type"),
-        ({"_class_name": "DDIMScheduler", "predicton_type": "v_prediction"}, "did you mean 'prediction_type'"),
+        (
+            {"_class_name": "DDIMScheduler", "predicton_type": "v_prediction"},
+            "did you mean 'prediction_type'",
+        ),
     ],
 )
-def test_what_a_class_does_not_read_is_told_and_not_honoured(config: dict[str, Any], key: str) -> None:
+def test_what_a_class_does_not_read_is_told_and_not_honoured(
+    config: dict[str, Any], key: str
+) -> None:
     with pytest.warns(UserWarning, match=key) as told:
         schedule = NoiseSchedule.from_diffusers(config)
     assert len(told) == 1
@@ -231,6 +257,13 @@ def test_files_as_they_are_in_use_tell_nothing(recwarn: pytest.WarningsRecorder)
             "steps_offset": 1, "trained_betas": None, "clip_sample": False,
         }
     )  # fmt: skip
-    for name in ("DDIMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"):
-        NoiseSchedule.from_diffusers(dict(getattr(diffusers, name)().config) | {"_class_name": name})
+    for name in (
+        "DDIMScheduler",
+        "EulerDiscreteScheduler",
+        "UniPCMultistepScheduler",
+        "FlowMatchEulerDiscreteScheduler",
+    ):
+        NoiseSchedule.from_diffusers(
+            dict(getattr(diffusers, name)().config) | {"_class_name": name}
+        )
     assert [str(warning.message) for warning in recwarn] == []

@@ -34,7 +34,9 @@ def array(xp: ModuleType, values: Any) -> Any:
     return np.array(values, dtype=np.int64) if xp is np else torch.tensor(values, dtype=torch.int64)
 
 
-def draws(index: Any = (0,), seed: Any = 0, step: int = 0, stream: int = 0, device: str = "cpu") -> Draws:
+def draws(
+    index: Any = (0,), seed: Any = 0, step: int = 0, stream: int = 0, device: str = "cpu"
+) -> Draws:
     return Draws(seed, index, step=step, stream=stream, device=device)
 
 
@@ -51,9 +53,16 @@ def in_torch(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(("words", "key", "expected"), KNOWN)
 def test_known_answers(words: Any, key: Any, expected: Any, xp: ModuleType) -> None:
     block, index, step = (array(xp, [[word]]) for word in words[:3])
-    keys = (key, tuple(array(xp, [[word]]) for word in key))  # of one seed, and of a seed for each sample
+    # of one seed, and of a seed for each sample
+    keys = (
+        key,
+        tuple(array(xp, [[word]]) for word in key),
+    )
     for each in keys:
-        assert tuple(int(w[0, 0]) & WORD for w in counter._words(each, block, index, step, words[3])) == expected
+        assert (
+            tuple(int(w[0, 0]) & WORD for w in counter._words(each, block, index, step, words[3]))
+            == expected
+        )
 
 
 def plain(block: int, index: int, step: int, stream: int, seed: int) -> list[int]:
@@ -97,7 +106,8 @@ def test_numpy_and_torch_draw_the_same(shape: tuple[int, ...], seeds: Any, in_to
 def test_other_devices_take_the_same_way() -> None:
     source = draws(range(3), [1, 2, 3], device="meta")
     assert (
-        source.normal(4, 5).shape == (3, 4, 5) and source.uniform(2).device.type == source.bits(2).device.type == "meta"
+        source.normal(4, 5).shape == (3, 4, 5)
+        and source.uniform(2).device.type == source.bits(2).device.type == "meta"
     )
     noising = Noising(NoiseSchedule.flow(), noise=["offset", "pyramid", "input_perturbation"])
     drawn = noising.draw(range(3), (2, 8, 8), step=0, total=3, device="meta")
@@ -117,7 +127,8 @@ def test_a_call_goes_on_where_the_last_ended() -> None:
     source = draws(range(2))
     first, second = source.normal(6), source.normal(8)
     whole = draws(range(2)).normal(16)
-    assert torch.equal(first, whole[:, :6]) and torch.equal(second, whole[:, 8:])  # from the next block on
+    # from the next block on
+    assert torch.equal(first, whole[:, :6]) and torch.equal(second, whole[:, 8:])
 
 
 # normal numbers
@@ -138,7 +149,9 @@ def test_normal_numbers_are_box_and_muller_s(xp: ModuleType) -> None:
     some = np.random.default_rng(0).integers(0, 2**32, (2, 200_000)).tolist()
     pairs = np.array([*itertools.product(ends, ends), *zip(*some, strict=True)], dtype=np.int64).T
     words = [array(xp, column[None].tolist()) for column in (*pairs, *pairs[::-1])]
-    cosine, sine = (np.asarray(part)[0, 0].astype(np.float64) for part in counter._normal(xp, tuple(words)))
+    cosine, sine = (
+        np.asarray(part)[0, 0].astype(np.float64) for part in counter._normal(xp, tuple(words))
+    )
     expected = exact(*pairs)
     got = np.stack([cosine, sine])
     assert np.isfinite(got).all()
@@ -205,7 +218,10 @@ def test_uniform_numbers() -> None:
 def test_no_repeats_in_a_million() -> None:
     """Of 64 bits each: along samples, elements, steps, streams and seeds together."""
     drawn = [
-        draws(range(1000), seed, step, stream).bits(250) for seed in (0, 2**32) for step in (0, 1) for stream in (0, 1)
+        draws(range(1000), seed, step, stream).bits(250)
+        for seed in (0, 2**32)
+        for step in (0, 1)
+        for stream in (0, 1)
     ]
     bits = torch.stack(drawn)
     assert bits.numel() == 2_000_000 and len(bits.unique()) == bits.numel()
@@ -214,7 +230,9 @@ def test_no_repeats_in_a_million() -> None:
 @pytest.mark.parametrize("bit", [0, 31, 32, 63])
 def test_all_64_bits_of_a_training_seed_count(bit: int) -> None:
     x0, schedule = torch.zeros(2, 3, 4), NoiseSchedule.flow()
-    one, other = (Noising(schedule, timesteps="stratified", seed=s)(x0, step=0) for s in (7, 7 ^ (1 << bit)))
+    one, other = (
+        Noising(schedule, timesteps="stratified", seed=s)(x0, step=0) for s in (7, 7 ^ (1 << bit))
+    )
     assert not torch.allclose(one.noise, other.noise, atol=0.1) and not torch.equal(one.t, other.t)
 
 
@@ -250,7 +268,8 @@ def test_permutations_are_equally_frequent() -> None:
     n = 1200
     orders = [tuple(permutation(1, 4, step=step).tolist()) for step in range(n)]
     counts = [orders.count(order) for order in itertools.permutations(range(4))]
-    assert sum((c - n / 24) ** 2 / (n / 24) for c in counts) < 49.7  # 23 degrees of freedom, p = 0.001
+    # 23 degrees of freedom, p = 0.001
+    assert sum((c - n / 24) ** 2 / (n / 24) for c in counts) < 49.7
 
 
 # bad input
@@ -276,5 +295,7 @@ def test_counters_out_of_range(name: str) -> None:
 
 
 def test_streams_differ() -> None:
-    assert len({tuple(draws(stream=stream).normal(4).flatten().tolist()) for stream in Stream}) == len(Stream)
+    assert len(
+        {tuple(draws(stream=stream).normal(4).flatten().tolist()) for stream in Stream}
+    ) == len(Stream)
     assert all(stream < 2**31 <= counter.stream_of("gaussian") for stream in Stream)

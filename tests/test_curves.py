@@ -19,7 +19,16 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from alphabar.noising import BETA_SCHEDULES, CURVES, Curve, Discrete, Flow, Karras, NoiseSchedule, Truncated
+from alphabar.noising import (
+    BETA_SCHEDULES,
+    CURVES,
+    Curve,
+    Discrete,
+    Flow,
+    Karras,
+    NoiseSchedule,
+    Truncated,
+)
 from alphabar.noising.curves import curve_from_config
 
 PLAIN = [Discrete(name) for name in BETA_SCHEDULES]
@@ -28,17 +37,26 @@ FLOWS = [Flow(shift=shift) for shift in (0.5, 1.0, 3.0)]
 GIVEN = Discrete(trained_betas=[0.1, 0.2, 0.05, 0.9])
 SHIFT = 1.7
 SHIFTED = [
-    *(curve.shifted(SHIFT) for curve in [PLAIN[1], RESCALED[1], PLAIN[1].shifted(0.6).zero_terminal_snr()]),
+    *(
+        curve.shifted(SHIFT)
+        for curve in [PLAIN[1], RESCALED[1], PLAIN[1].shifted(0.6).zero_terminal_snr()]
+    ),
     *(kind().shifted(SHIFT) for kind in CURVES.values()),
 ]
 PARTS = [
     Truncated(PLAIN[1], 0, 199),
     Truncated(RESCALED[1], 300, 999),
     Truncated(Flow(shift=3.0), 0.25, 1.0),
-    *(Truncated(kind(), 0.125, 0.75) for name, kind in CURVES.items() if name not in ("discrete", "karras")),
+    *(
+        Truncated(kind(), 0.125, 0.75)
+        for name, kind in CURVES.items()
+        if name not in ("discrete", "karras")
+    ),
 ]
 CURVE_LIST: list[Curve] = list(
-    dict.fromkeys([*PLAIN, *RESCALED, GIVEN, *FLOWS, *(kind() for kind in CURVES.values()), *SHIFTED, *PARTS])
+    dict.fromkeys(
+        [*PLAIN, *RESCALED, GIVEN, *FLOWS, *(kind() for kind in CURVES.values()), *SHIFTED, *PARTS]
+    )
 )
 DISCRETE = [curve for curve in CURVE_LIST if isinstance(curve, Discrete)]
 
@@ -92,7 +110,10 @@ def test_table_is_exact(curve: Discrete) -> None:
 
 @pytest.mark.parametrize("curve", RESCALED, ids=name_of)
 def test_zero_terminal_snr_is_exactly_zero_and_keeps_the_first(curve: Discrete) -> None:
-    plain, last = replace(curve, rescale_betas_zero_snr=False), torch.tensor(curve.num_train_timesteps - 1)
+    plain, last = (
+        replace(curve, rescale_betas_zero_snr=False),
+        torch.tensor(curve.num_train_timesteps - 1),
+    )
     for t in (last, last.float(), last.double()):
         assert curve.alpha(t).item() == 0.0
         assert curve.sigma(t).item() == 1.0
@@ -161,7 +182,9 @@ def test_log_snr_is_linear_between_timesteps(curve: Discrete) -> None:
     usual = log_snr[1:].isfinite()
     assert float((between - expected)[usual].abs().max()) < 1e-11
     if not bool(usual.all()):  # into zero SNR, log SNR has no line: there α has
-        assert curve.alpha(whole[-2:-1] + f).item() == pytest.approx((1 - f) * curve.alpha(whole[-2]).item(), rel=1e-12)
+        assert curve.alpha(whole[-2:-1] + f).item() == pytest.approx(
+            (1 - f) * curve.alpha(whole[-2]).item(), rel=1e-12
+        )
 
 
 # the inverse
@@ -200,7 +223,9 @@ def test_index_and_quantile_end_at_the_most_noise(curve: Curve) -> None:
 
 
 @discrete
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.int32, torch.uint8, torch.float32, torch.bfloat16, torch.float16]
+)
 def test_evaluation_is_float32_unless_float64_is_given(curve: Discrete, dtype: torch.dtype) -> None:
     t = torch.arange(min(200, curve.num_train_timesteps))
     exact_alpha, exact_sigma = curve.alpha(t.double()), curve.sigma(t.double())
@@ -223,26 +248,36 @@ def test_float32_times_between_timesteps(curve: Curve) -> None:
 def test_sigma_is_never_zero_in_half_precision(curve: Discrete) -> None:
     t = torch.arange(min(256, curve.num_train_timesteps), dtype=torch.bfloat16)
     assert bool((curve.sigma(t).bfloat16() > 0).all())
-    assert float((curve.sigma(t).bfloat16().double() / curve.sigma(t.double()) - 1).abs().max()) < 2**-8
+    assert (
+        float((curve.sigma(t).bfloat16().double() / curve.sigma(t.double()) - 1).abs().max())
+        < 2**-8
+    )
 
 
 def test_bfloat16_batches_get_noise_at_the_first_timestep() -> None:
     one, t = torch.ones(1, 1, dtype=torch.bfloat16), torch.tensor([0])
     ours = NoiseSchedule.scaled_linear().add_noise(0 * one, one, t)
     assert ours.dtype == torch.bfloat16
-    assert ours.item() == pytest.approx(0.02915, rel=2**-8)  # and not 0, the root of 1 - ᾱ with an ᾱ in bfloat16
+    # and not 0, the root of 1 - ᾱ with an ᾱ in bfloat16
+    assert ours.item() == pytest.approx(0.02915, rel=2**-8)
 
 
 @curves
 def test_shape_follows_t(curve: Curve) -> None:
     for shape in ((), (3,), (2, 5)):
         t = torch.full(shape, curve.t_max)
-        assert curve.alpha(t).shape == curve.sigma(t).shape == curve.log_snr(t).shape == torch.Size(shape)
+        assert (
+            curve.alpha(t).shape
+            == curve.sigma(t).shape
+            == curve.log_snr(t).shape
+            == torch.Size(shape)
+        )
 
 
 def test_training_indices_of_edm_are_spaced_as_its_sampler_s_grid() -> None:
     curve, i = Karras(num_train_timesteps=18), torch.arange(18, dtype=torch.float64)
-    expected = (80.0 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80.0 ** (1 / 7))) ** 7  # 2206.00364, eq. 5
+    # 2206.00364, eq. 5
+    expected = (80.0 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80.0 ** (1 / 7))) ** 7
     assert torch.allclose(curve.sigma(curve.time_at_index(i)).flip(0), expected, rtol=1e-12)
 
 
@@ -271,12 +306,18 @@ def test_betas_are_those_of_diffusers(name: str, monkeypatch: pytest.MonkeyPatch
 
 def test_laplace_is_that_of_the_paper() -> None:
     """Hang et al. 2407.03297: λ = μ - b sgn(0.5 - t) log(1 - 2 |t - 0.5|), where the peer's numbers have half of that and more."""
-    curve, index = Discrete("laplace"), torch.tensor([99.0, 249, 499, 749, 899], dtype=torch.float64)
+    curve, index = (
+        Discrete("laplace"),
+        torch.tensor([99.0, 249, 499, 749, 899], dtype=torch.float64),
+    )
     exact = [
-        -0.5 * math.copysign(1, 0.5 - t) * math.log(1 - 2 * abs(0.5 - t) + 1e-6) for t in (0.1, 0.25, 0.5, 0.75, 0.9)
+        -0.5 * math.copysign(1, 0.5 - t) * math.log(1 - 2 * abs(0.5 - t) + 1e-6)
+        for t in (0.1, 0.25, 0.5, 0.75, 0.9)
     ]
     assert curve.log_snr(index).tolist() == pytest.approx(exact, abs=1e-12)
-    assert Discrete("laplace_diffusers").log_snr(index)[1:3].tolist() == pytest.approx([1.18, 0.88], abs=0.01)
+    assert Discrete("laplace_diffusers").log_snr(index)[1:3].tolist() == pytest.approx(
+        [1.18, 0.88], abs=0.01
+    )
 
 
 @pytest.mark.parametrize("curve", RESCALED, ids=name_of)
@@ -305,7 +346,9 @@ def test_any_betas(name: str, start: float, factor: float, count: int, position:
         assert float((c.alpha(t) ** 2 + c.sigma(t) ** 2 - 1).abs().max()) < 4e-15
         inside = torch.tensor([position * c.t_max], dtype=torch.float64)
         assert float((c.time(c.log_snr(inside)) - inside).abs()) <= 1e-9 * max(1.0, c.t_max)
-        assert float(c.alpha(end * 0)) == pytest.approx((1 - float(curve.betas()[0])) ** 0.5, rel=1e-15)
+        assert float(c.alpha(end * 0)) == pytest.approx(
+            (1 - float(curve.betas()[0])) ** 0.5, rel=1e-15
+        )
     assert float(curve.zero_terminal_snr().alpha(end)) == 0.0
 
 
@@ -317,7 +360,8 @@ def test_a_curve_is_a_frozen_value(curve: Curve) -> None:
     name = fields(curve)[0].name
     with pytest.raises(FrozenInstanceError):
         setattr(curve, name, None)
-    curve.alpha(many_times(curve, 3))  # evaluation leaves nothing behind that would break the next lines
+    # evaluation leaves nothing behind that would break the next lines
+    curve.alpha(many_times(curve, 3))
     for twin in (
         pickle.loads(pickle.dumps(curve)),
         copy.deepcopy(curve),
@@ -349,12 +393,18 @@ def test_every_field_counts(kind: str) -> None:
         changed = replace(curve, **{name: value})
         assert changed != curve
         assert hash(changed) != hash(curve)
-        assert NoiseSchedule(changed, "sample").fingerprint != NoiseSchedule(curve, "sample").fingerprint
+        assert (
+            NoiseSchedule(changed, "sample").fingerprint
+            != NoiseSchedule(curve, "sample").fingerprint
+        )
 
 
 def test_betas_may_be_any_sequence() -> None:
     betas = [0.1, 0.25, 0.5]
-    same = {Discrete(trained_betas=b) for b in (betas, tuple(betas), torch.tensor(betas, dtype=torch.float64))}
+    same = {
+        Discrete(trained_betas=b)
+        for b in (betas, tuple(betas), torch.tensor(betas, dtype=torch.float64))
+    }
     assert len(same) == 1
     assert same.pop().num_train_timesteps == 3
 
@@ -379,12 +429,24 @@ BAD_CURVES = [
     ),
     (lambda: Discrete("linear", 0.1, 1.5), r"^betas must lie in \(0, 1\]"),
     (lambda: Discrete("linear", float("nan"), 0.1), r"^betas must lie in \(0, 1\], got nan"),
-    (lambda: Discrete("linear", num_train_timesteps=1), "^num_train_timesteps must be at least 2, got 1$"),
+    (
+        lambda: Discrete("linear", num_train_timesteps=1),
+        "^num_train_timesteps must be at least 2, got 1$",
+    ),
     (lambda: Discrete(trained_betas=[]), "^num_train_timesteps must be at least 2"),
     (lambda: Discrete(trained_betas=[0.1, 1.0, 0.1]), "^only the last beta may be 1"),
-    (lambda: Flow(shift=0.0), "^shift must be positive and finite, got 0.0; 1 is no shift, SD3 uses 3$"),
-    (lambda: Flow().shifted(-2.0), "^factor must be positive and finite, got -2.0; 1 changes nothing$"),
-    (lambda: Discrete(snr_shift_scale=float("inf")), "^snr_shift_scale must be positive and finite, got inf; "),
+    (
+        lambda: Flow(shift=0.0),
+        "^shift must be positive and finite, got 0.0; 1 is no shift, SD3 uses 3$",
+    ),
+    (
+        lambda: Flow().shifted(-2.0),
+        "^factor must be positive and finite, got -2.0; 1 changes nothing$",
+    ),
+    (
+        lambda: Discrete(snr_shift_scale=float("inf")),
+        "^snr_shift_scale must be positive and finite, got inf; ",
+    ),
     (
         lambda: Truncated(Discrete(), 0, 1000),
         "^a part of this discrete schedule needs 0 <= first < last <= 999, got 0 and 1000$",
@@ -402,8 +464,14 @@ BAD_CURVES = [
         lambda: Truncated(Truncated(Flow(), 0.25, 0.5), 0.0, 0.5),
         "^a part of this truncated schedule needs 0.25 <= first",
     ),
-    (lambda: Truncated(Karras(), 1.0, 2.0), "^a karras curve has no part but another range of its own"),
-    (lambda: Truncated(RESCALED[0], 0, 500).zero_terminal_snr(), r"call zero_terminal_snr\(\) before truncated\(\)$"),
+    (
+        lambda: Truncated(Karras(), 1.0, 2.0),
+        "^a karras curve has no part but another range of its own",
+    ),
+    (
+        lambda: Truncated(RESCALED[0], 0, 500).zero_terminal_snr(),
+        r"call zero_terminal_snr\(\) before truncated\(\)$",
+    ),
     (
         lambda: curve_from_config({"kind": "truncated"}),
         r"^a truncated curve needs the config of what it is a part of under 'curve'",
@@ -438,7 +506,10 @@ def test_times_out_of_range_are_refused(curve: Curve, beyond: float) -> None:
 
 @pytest.mark.parametrize("index", [-1, 1000])
 def test_integer_timesteps_out_of_range_are_refused(index: int) -> None:
-    with pytest.raises(ValueError, match=rf"^time {index}\.0 is outside 0\.0 \.\.\. 999\.0 of this discrete schedule$"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^time {index}\.0 is outside 0\.0 \.\.\. 999\.0 of this discrete schedule$",
+    ):
         Discrete().alpha(torch.tensor([3, index]))
 
 

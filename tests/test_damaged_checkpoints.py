@@ -63,7 +63,9 @@ def outcome(path: Path, rng: random.Random) -> str:
     finite = all(bool(w.isfinite().all()) for w in loaded.network.state_dict().values())
     if bool(samples.isfinite().all()):
         return "accepted"
-    huge = any(float(w.abs().max()) > 1e6 for w in loaded.network.state_dict().values() if w.numel())
+    huge = any(
+        float(w.abs().max()) > 1e6 for w in loaded.network.state_dict().values() if w.numel()
+    )
     assert not finite or huge, "weights of a trained network that sample NaN"
     return "NaN in the weights"  # which alphabar sample tells after the fact
 
@@ -71,7 +73,11 @@ def outcome(path: Path, rng: random.Random) -> str:
 @pytest.fixture(scope="module")
 def average(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     network = small_network()
-    said = {OWN_KEY: SCHEDULE.to_config(), NETWORK_KEY: network_config(network), SHAPE_KEY: [1, 8, 8]}
+    said = {
+        OWN_KEY: SCHEDULE.to_config(),
+        NETWORK_KEY: network_config(network),
+        SHAPE_KEY: [1, 8, 8],
+    }
     path = tmp_path_factory.mktemp("average") / "a.safetensors"
     weights = {f"network.{name}": value for name, value in network.state_dict().items()}
     save_file(weights, path, {key: json.dumps(value) for key, value in said.items()})
@@ -98,7 +104,8 @@ def mutation(seed: int, average: bytes, folder: Path) -> str:
 
 def test_damaged_checkpoints(average: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.ckpt").write_bytes(saved(small_checkpoint()))
-    assert outcome(tmp_path / "a.ckpt", random.Random(0)) == "accepted"  # the undamaged one; and diffusers is imported
+    # the undamaged one; and diffusers is imported
+    assert outcome(tmp_path / "a.ckpt", random.Random(0)) == "accepted"
     (tmp_path / "a.safetensors").write_bytes(average)
     assert outcome(tmp_path / "a.safetensors", random.Random(3)) == "accepted"
     for seed in range(60):
@@ -106,7 +113,9 @@ def test_damaged_checkpoints(average: bytes, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_three_hundred_damaged_checkpoints_and_as_many_safetensors(average: bytes, tmp_path: Path) -> None:
+def test_three_hundred_damaged_checkpoints_and_as_many_safetensors(
+    average: bytes, tmp_path: Path
+) -> None:
     (tmp_path / "a.ckpt").write_bytes(saved(small_checkpoint()))
     outcome(tmp_path / "a.ckpt", random.Random(0))
     counts = Counter(mutation(seed, average, tmp_path) for seed in range(600))
@@ -157,12 +166,28 @@ STRANGE: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", STRANGE)
-def test_strange_checkpoints_are_told_in_one_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_strange_checkpoints_are_told_in_one_line(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     changes, words = STRANGE[name]
     path = tmp_path / "a.ckpt"
     path.write_bytes(saved({**small_checkpoint(), **changes}))
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    assert main(["sample", str(path), "--steps", "2", "--num_images", "1", "--out", str(tmp_path / "x.png")]) == 2
+    assert (
+        main(
+            [
+                "sample",
+                str(path),
+                "--steps",
+                "2",
+                "--num_images",
+                "1",
+                "--out",
+                str(tmp_path / "x.png"),
+            ]
+        )
+        == 2
+    )
     try:
         assert main(["inspect", str(path)]) == (2 if "more" in changes else 0)
     except SystemExit as stop:  # what it cannot read of the schedule is a contradiction
@@ -183,7 +208,9 @@ def test_nothing_in_a_file_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert not proof.exists()
 
 
-def test_archives_that_unpack_to_more_than_they_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_archives_that_unpack_to_more_than_they_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "a.ckpt").write_bytes(packed(saved({}), bytes(1 << 28)))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert main(["inspect", str(tmp_path / "a.ckpt")]) == 2
@@ -191,11 +218,16 @@ def test_archives_that_unpack_to_more_than_they_have(tmp_path: Path, capsys: pyt
     assert grown_since(before) < 50
 
 
-def test_the_weights_that_sample_nan_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_weights_that_sample_nan_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     checkpoint = small_checkpoint()
     checkpoint["state_dict"]["network.conv_in.bias"].fill_(torch.nan)
     (tmp_path / "a.ckpt").write_bytes(saved(checkpoint))
-    assert main(["sample", str(tmp_path / "a.ckpt"), "--steps", "2", "--out", str(tmp_path / "x.png")]) == 2
+    assert (
+        main(["sample", str(tmp_path / "a.ckpt"), "--steps", "2", "--out", str(tmp_path / "x.png")])
+        == 2
+    )
     assert "alphabar sample: the samples hold NaN or infinity" in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
 
@@ -248,15 +280,21 @@ def test_a_header_longer_than_its_file_is_not_waited_for(tmp_path: Path) -> None
     path = tmp_path / "a.safetensors"
     for length in (2**63, 10**8, 100):
         path.write_bytes(struct.pack("<Q", length) + b"{}")
-        with pytest.raises(ValueError, match=f"its header would have {length} bytes, of a file of 10"):
+        with pytest.raises(
+            ValueError, match=f"its header would have {length} bytes, of a file of 10"
+        ):
             read_header(path)
 
 
-def test_a_checkpoint_of_the_example_says_its_schedule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_of_the_example_says_its_schedule(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The fine-tuning example's checkpoints had another key for it, and are still read."""
     flow = NoiseSchedule.flow(3.0)
     for key in ("noise_schedule", "schedule"):
-        torch.save({"place": {"step": 3}, key: flow.to_config(), "objective": {}}, tmp_path / "a.pt")
+        torch.save(
+            {"place": {"step": 3}, key: flow.to_config(), "objective": {}}, tmp_path / "a.pt"
+        )
         assert main(["inspect", str(tmp_path / "a.pt")]) == 0
         said = capsys.readouterr().out
         assert f"trained with: {flow}" in said and f"key {key}" in said

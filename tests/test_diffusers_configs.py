@@ -51,11 +51,16 @@ def our_brownian_path(monkeypatch: pytest.MonkeyPatch) -> None:
     diffusers.logging.set_verbosity_error()
 
 
-def as_a_pipeline(scheduler: Any, steps: int, monkeypatch: pytest.MonkeyPatch, net: Network = network) -> Tensor:
+def as_a_pipeline(
+    scheduler: Any, steps: int, monkeypatch: pytest.MonkeyPatch, net: Network = network
+) -> Tensor:
     kind = type(scheduler)
     evaluations, i = (2 if kind.__name__.startswith(TWICE) else 1), 0
     monkeypatch.setattr(
-        sys.modules[kind.__module__], "randn_tensor", lambda *_, **__: DRAWS[i // evaluations][0], raising=False
+        sys.modules[kind.__module__],
+        "randn_tensor",
+        lambda *_, **__: DRAWS[i // evaluations][0],
+        raising=False,
     )
     scheduler.set_timesteps(steps)
     x = START * float(getattr(scheduler, "init_noise_sigma", 1.0))
@@ -65,7 +70,9 @@ def as_a_pipeline(scheduler: Any, steps: int, monkeypatch: pytest.MonkeyPatch, n
     return x.double()
 
 
-def from_its_start(sampler: Sampler, monkeypatch: pytest.MonkeyPatch, net: Network = network) -> Tensor:
+def from_its_start(
+    sampler: Sampler, monkeypatch: pytest.MonkeyPatch, net: Network = network
+) -> Tensor:
     with monkeypatch.context() as patch:
         patch.setattr(agreement, "START", START * sampler.init_noise_scale)
         return ours(sampler, net)
@@ -92,7 +99,9 @@ def written(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> float | None:
         assert "nearest=True" in str(error) or "diffusers" in str(error)
         return None
     scheduler = loaded(sampler.schedule, config)
-    return distance(from_its_start(sampler, monkeypatch), as_a_pipeline(scheduler, sampler.steps, monkeypatch))
+    return distance(
+        from_its_start(sampler, monkeypatch), as_a_pipeline(scheduler, sampler.steps, monkeypatch)
+    )
 
 
 def built(schedule: NoiseSchedule, method: str, grid: str, steps: int) -> Sampler | None:
@@ -105,7 +114,9 @@ def built(schedule: NoiseSchedule, method: str, grid: str, steps: int) -> Sample
 # every method on every grid: the same samples, or a refusal
 
 
-def outcomes(schedule: NoiseSchedule, pairs: Any, steps: int, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+def outcomes(
+    schedule: NoiseSchedule, pairs: Any, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> Counter[str]:
     counts: Counter[str] = Counter()
     for method, grid in pairs:
         sampler = built(schedule, method, grid, steps)
@@ -119,21 +130,31 @@ def outcomes(schedule: NoiseSchedule, pairs: Any, steps: int, monkeypatch: pytes
 
 SOME = [
     *((method, ["trailing", "leading", "karras"][i % 3]) for i, method in enumerate(METHODS)),
-    *((["dpm_solver_multistep", "euler_ancestral", "unipc"][i % 3], grid) for i, grid in enumerate(GRIDS)),
+    *(
+        (["dpm_solver_multistep", "euler_ancestral", "unipc"][i % 3], grid)
+        for i, grid in enumerate(GRIDS)
+    ),
 ]
 
 
 @pytest.mark.parametrize("name", ["epsilon", "zero_snr", "flow"])
-def test_some_pairs_load_into_the_same_sampler_or_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_some_pairs_load_into_the_same_sampler_or_are_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     counts = outcomes(SCHEDULES[name], SOME if name == "epsilon" else SOME[::3], 10, monkeypatch)
     assert counts["same"] >= {"epsilon": 8, "zero_snr": 1, "flow": 0}[name]
     assert counts["refused"] > 4
 
 
-def test_a_class_that_only_draws_as_lcm_does_has_no_boundary_condition(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_that_only_draws_as_lcm_does_has_no_boundary_condition(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     flow = SCHEDULES["flow"]
-    assert written(Sampler(flow, "lcm", 10, "karras"), monkeypatch) is None  # c_skip is 1.2e-3 at the last level
-    assert (written(Sampler(flow, "lcm", 10, "karras", timestep_scaling=1e9), monkeypatch) or 1) < SAME
+    # c_skip is 1.2e-3 at the last level
+    assert written(Sampler(flow, "lcm", 10, "karras"), monkeypatch) is None
+    assert (
+        written(Sampler(flow, "lcm", 10, "karras", timestep_scaling=1e9), monkeypatch) or 1
+    ) < SAME
 
 
 @pytest.mark.slow
@@ -145,7 +166,9 @@ def test_every_pair_loads_into_the_same_sampler_or_is_refused(
     pairs = [(method, grid) for method in METHODS for grid in GRIDS]
     counts = outcomes(SCHEDULES[name], pairs, steps, monkeypatch)
     with capsys.disabled():
-        print(f"\n{name}, {steps} steps: {counts['same']} the same, {counts['refused']} refused of {counts.total()}")
+        print(
+            f"\n{name}, {steps} steps: {counts['same']} the same, {counts['refused']} refused of {counts.total()}"
+        )
     assert counts.total() > 1000
 
 
@@ -154,7 +177,10 @@ def test_every_pair_loads_into_the_same_sampler_or_is_refused(
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "DDIMScheduler": [{"final": "sigma_min", "steps_offset": 1}, {"eta": 1.0}],
     "DDPMScheduler": [{"variance_type": "fixed_large"}],
-    "EulerDiscreteScheduler": [{"sigma_max": 10.0, "grid": "karras"}, {"steps_offset": 1, "grid": "leading"}],
+    "EulerDiscreteScheduler": [
+        {"sigma_max": 10.0, "grid": "karras"},
+        {"steps_offset": 1, "grid": "leading"},
+    ],
     "DPMSolverMultistepScheduler": [
         {"order": 3, "solver_type": "heun"},
         {"order": 3, "euler_at_final": True},
@@ -178,7 +204,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "TCDScheduler": [{"original_steps": 25}],
     "DPMSolverMultistepInverseScheduler": [{"order": 3, "algorithm": "dpmsolver"}],
 }
-NEVER = {(name, grid) for name, kind in CLASSES.items() if kind.cut for grid in ("exponential", "beta")}
+NEVER = {
+    (name, grid) for name, kind in CLASSES.items() if kind.cut for grid in ("exponential", "beta")
+}
 """Rounding errors decide which whole times they show."""
 WRITTEN = [name for name, kind in CLASSES.items() if kind.written]
 
@@ -188,15 +216,24 @@ def of_class(name: str) -> NoiseSchedule:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if "KDPM2" in name else ()) for name in WRITTEN]
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if "KDPM2" in name else ()) for name in WRITTEN],
 )
-def test_a_sampler_by_class_name_is_written_as_that_class(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sampler_by_class_name_is_written_as_that_class(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kind, schedule = CLASSES[name], of_class(name)
-    cases: list[dict[str, Any]] = [{}, *({"grid": grid} for grid in kind.lays), *VARIANTS.get(name, [])]
+    cases: list[dict[str, Any]] = [
+        {},
+        *({"grid": grid} for grid in kind.lays),
+        *VARIANTS.get(name, []),
+    ]
     for case in cases:
         for steps in (10, 8) if not case else (10,):
             stepping = kind.strides and case.get("grid") in ("linspace", "trailing")
-            if (name, case.get("grid")) in NEVER or (stepping and (case["grid"] == "linspace" or name[:4] == "PNDM")):
+            if (name, case.get("grid")) in NEVER or (
+                stepping and (case["grid"] == "linspace" or name[:4] == "PNDM")
+            ):
                 continue
             if name == "PNDMScheduler" and steps == 8:
                 continue  # half of its stride is no timestep
@@ -212,7 +249,8 @@ def test_a_sampler_by_class_name_is_written_as_that_class(name: str, monkeypatch
 # a class name is the class with its defaults
 
 
-OF_THEIR_OWN = {  # which need other schedules or other loops: in test_agreement_classes and the files of their samplers
+# which need other schedules or other loops: in test_agreement_classes and the files of their samplers
+OF_THEIR_OWN = {
     *("CMStochasticIterativeScheduler", "CogVideoXDPMScheduler", "UnCLIPScheduler"),
 }
 
@@ -227,32 +265,48 @@ def default_pair(name: str, prediction: str) -> tuple[NoiseSchedule, Any]:
         keys, schedule = {}, NoiseSchedule.karras()
     keys |= {"clip_sample": False, "snr_shift_scale": 1.0}
     peer = getattr(peers, name)
-    return schedule, peer(**{k: v for k, v in keys.items() if k in inspect.signature(peer).parameters})
+    return schedule, peer(
+        **{k: v for k, v in keys.items() if k in inspect.signature(peer).parameters}
+    )
 
 
 @pytest.mark.parametrize("name", sorted(set(CLASSES) - OF_THEIR_OWN))
-def test_a_class_name_is_the_class_with_its_defaults(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_name_is_the_class_with_its_defaults(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def net(x: Tensor, t: Any) -> Tensor:
         return network(x, t, unit=2.0 if name.startswith("EDM") else 1000)
 
     for steps in (7,) if "KDPM2" in name else (7, 20):
-        for prediction in set(CLASSES[name].predictions) & {"epsilon", "v_prediction"} or {"flow_prediction"}:
+        for prediction in set(CLASSES[name].predictions) & {"epsilon", "v_prediction"} or {
+            "flow_prediction"
+        }:
             schedule, scheduler = default_pair(name, prediction)
             their = as_a_pipeline(scheduler, steps, monkeypatch, net)
-            assert distance(from_its_start(Sampler(schedule, name, steps), monkeypatch, net), their) < RELATIVE
+            assert (
+                distance(from_its_start(Sampler(schedule, name, steps), monkeypatch, net), their)
+                < RELATIVE
+            )
 
 
 def test_the_defaults_of_the_table_are_those_of_the_classes() -> None:
     for name, kind in CLASSES.items():
-        theirs = {k: p.default for k, p in inspect.signature(getattr(peers, name)).parameters.items()}
+        theirs = {
+            k: p.default for k, p in inspect.signature(getattr(peers, name)).parameters.items()
+        }
         for key, said in kind.keys.items():
             default = theirs[key]
-            assert said.default == (tuple(default) if isinstance(default, list) else default), (name, key)
+            assert said.default == (tuple(default) if isinstance(default, list) else default), (
+                name,
+                key,
+            )
         if kind.spaced:
             assert theirs["timestep_spacing"] == kind.spacing, name
         elif not name.startswith(("LCM", "TCD")):
             assert "timestep_spacing" not in theirs, name
-        assert {FLAGS[g] for g in kind.lays if g in FLAGS} <= set(theirs) or name.startswith("EDM"), name
+        assert {FLAGS[g] for g in kind.lays if g in FLAGS} <= set(theirs) or name.startswith(
+            "EDM"
+        ), name
         assert set(kind.off) <= set(theirs), name
         if kind.switch:
             assert theirs[kind.switch[0]] is kind.switch[1], name
@@ -267,13 +321,19 @@ def test_every_class_name_is_in_the_table_or_says_all_itself() -> None:
 
 def test_what_is_said_wins_over_the_class() -> None:
     sampler = Sampler(EPSILON, "DEISMultistepScheduler", 10, order=3)
-    assert (sampler.grid, dict(sampler.options).get("order", 3), sampler.method_options["order"]) == ("linspace", 3, 3)
+    assert (
+        sampler.grid,
+        dict(sampler.options).get("order", 3),
+        sampler.method_options["order"],
+    ) == ("linspace", 3, 3)
     trailing = Sampler(EPSILON, "DEISMultistepScheduler", 10, "trailing", final="zero")
     assert trailing.table.steps == Sampler(EPSILON, "deis", 10, "trailing", order=2).table.steps
     karras = Sampler(EPSILON, "DPMSolverMultistepScheduler Karras", 10)
     assert karras == Sampler(EPSILON, "DPMSolverMultistepScheduler", 10, "karras")
     assert all(t.is_integer() for t in karras.timesteps), "as with use_karras_sigmas"
-    assert Sampler(EPSILON, "EulerDiscreteScheduler", 10, init_noise="marginal").init_noise_scale == pytest.approx(1.0)
+    assert Sampler(
+        EPSILON, "EulerDiscreteScheduler", 10, init_noise="marginal"
+    ).init_noise_scale == pytest.approx(1.0)
     assert Sampler(EPSILON, "DEISMultistepScheduler", sigmas=[10.0, 1.0]).steps == 2
     assert class_named("DPM++ 2M") is None and class_named("ddimscheduler") == "DDIMScheduler"
 
@@ -308,7 +368,9 @@ def test_a_refusal_names_the_nearest_class_and_what_differs(tmp_path: Path) -> N
     assert json.loads((tmp_path / CONFIG_NAME).read_text())["use_karras_sigmas"] is True
 
 
-def test_the_nearest_is_written_where_it_is_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_nearest_is_written_where_it_is_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     schedule = SCHEDULES["zero_snr"]
     sampler = Sampler(schedule, "dpmpp_2m", 20)
     with caplog.at_level(logging.WARNING, logger="alphabar"):
@@ -323,17 +385,29 @@ def test_the_nearest_is_written_where_it_is_asked_for(tmp_path: Path, caplog: py
 @pytest.mark.parametrize(
     ("arguments", "options", "words"),
     [
-        (("ddim", 10, "trailing"), {"eta": 0.5}, r"eta=0\.5 is an argument of step\(\) in DDIMScheduler"),
+        (
+            ("ddim", 10, "trailing"),
+            {"eta": 0.5},
+            r"eta=0\.5 is an argument of step\(\) in DDIMScheduler",
+        ),
         (("tcd", 4), {"eta": 0.7}, r"eta=0\.7 is an argument of its step\(\)"),
         (("lms", 10, "leading"), {"order": 2}, r"order=2 is an argument of its step\(\)"),
         (("euler", None), {"timesteps": [900, 300]}, "a config does not hold timesteps"),
         (("euler", None), {"sigmas": [10.0, 1.0]}, "a config does not hold sigmas"),
-        (("heun", 10, "trailing"), {}, r"starts it from 0\.99767 of the noise \(init_noise='sigma' does so too\)"),
+        (
+            ("heun", 10, "trailing"),
+            {},
+            r"starts it from 0\.99767 of the noise \(init_noise='sigma' does so too\)",
+        ),
         (("euler", 10, "trailing"), {"final": "sigma_min", "init_noise": "sigma"}, "x / alpha"),
         (("ddim", 10, "linspace"), {"rounded": True}, "steps by T // N"),
         (("dpm_solver_multistep", 10, "beta"), {"rounding": "down"}, "rounding errors decide"),
         (("dpmpp_2s_ancestral", 10), {}, "its method is"),
-        (("sa_solver", 10, "trailing"), {"tau": 0.5, "final": "sigma_min"}, r"tau=0\.5 is no option of it"),
+        (
+            ("sa_solver", 10, "trailing"),
+            {"tau": 0.5, "final": "sigma_min"},
+            r"tau=0\.5 is no option of it",
+        ),
         (("ddim_cfg_pp", 10), {}, "its method is"),
     ],
     ids=str,
@@ -349,7 +423,9 @@ def test_the_nearest_of_a_method_that_no_class_has_runs_and_draws_noise_where_it
 ) -> None:
     schedule = SCHEDULES[name]
     has_a_class = {method for kind in CLASSES.values() for method in kind.methods}
-    for method in METHODS.keys() - (has_a_class if name == "epsilon" else {"dpm_2", "dpm_2_ancestral"}):
+    for method in METHODS.keys() - (
+        has_a_class if name == "epsilon" else {"dpm_2", "dpm_2_ancestral"}
+    ):
         sampler = built(schedule, method, METHODS[method].grid, 6)
         try:
             config = sampler.to_diffusers(nearest=True) if sampler else {}
@@ -389,7 +465,9 @@ def test_sampler_and_schedule_must_be_of_one_kind(tmp_path: Path) -> None:
 
 
 def test_a_reading_is_in_the_terms_of_a_sampler() -> None:
-    reading = read_config({"_class_name": "UniPCMultistepScheduler", "solver_order": 3, "use_karras_sigmas": True})
+    reading = read_config(
+        {"_class_name": "UniPCMultistepScheduler", "solver_order": 3, "use_karras_sigmas": True}
+    )
     assert (reading.method, reading.grid, reading.of_method["order"]) == ("unipc", "karras", 3)
     assert reading.of_grid == {"rounding": "nearest", "final": "zero"}
     with pytest.raises(ValueError, match="unknown scheduler class 'DDIMSchedulr'; did you mean"):

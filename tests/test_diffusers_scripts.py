@@ -14,7 +14,12 @@ import diffusers
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+)
 from diffusers.training_utils import compute_loss_weighting_for_sd3, compute_snr
 from torch import Tensor
 
@@ -54,8 +59,12 @@ def patched(name: str, folder: Path) -> Path:
     """Return a copy of the script with the diff applied by patch, as the README says."""
     script = folder / name
     script.write_bytes((SCRIPTS / name).read_bytes())
-    diff = subprocess.run([sys.executable, str(EDIT), str(script)], capture_output=True, text=True, check=True).stdout
-    subprocess.run(["patch", "-p1"], input=diff, text=True, check=True, capture_output=True, cwd=folder)
+    diff = subprocess.run(
+        [sys.executable, str(EDIT), str(script)], capture_output=True, text=True, check=True
+    ).stdout
+    subprocess.run(
+        ["patch", "-p1"], input=diff, text=True, check=True, capture_output=True, cwd=folder
+    )
     return script
 
 
@@ -129,25 +138,40 @@ def stable_diffusion_3(tmp_path_factory: pytest.TempPathFactory) -> Path:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-    nothing = dict.fromkeys(f"{part}{end}" for part in ("text_encoder", "tokenizer") for end in ("", "_2", "_3"))
+    nothing = dict.fromkeys(
+        f"{part}{end}" for part in ("text_encoder", "tokenizer") for end in ("", "_2", "_3")
+    )
     pipeline = diffusers.StableDiffusion3Pipeline(
-        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae, **nothing
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        **nothing,
     )
     pipeline.save_pretrained(folder)
     return folder
 
 
-@pytest.mark.parametrize("name", ["train_text_to_image.py", "train_unconditional.py", "train_dreambooth_sd3.py"])
+@pytest.mark.parametrize(
+    "name", ["train_text_to_image.py", "train_unconditional.py", "train_dreambooth_sd3.py"]
+)
 def test_the_diff_is_at_most_8_edits_and_runs_through_patch(name: str, tmp_path: Path) -> None:
     module = edits()
     assert len(module.EDITS[name]) <= 8
     text = patched(name, tmp_path).read_text()
-    assert "noising(" in text and "add_noising_arguments(parser)" in text and "diffusers_scheduler(" in text
+    assert (
+        "noising(" in text
+        and "add_noising_arguments(parser)" in text
+        and "diffusers_scheduler(" in text
+    )
     assert text == module.edited((SCRIPTS / name).read_text(), module.EDITS[name])
 
 
-@pytest.mark.skipif("ALPHABAR_DIFFUSERS_EXAMPLES" not in os.environ, reason="no checkout of diffusers is named")
-@pytest.mark.parametrize("name", ["train_text_to_image.py", "train_unconditional.py", "train_dreambooth_sd3.py"])
+@pytest.mark.skipif(
+    "ALPHABAR_DIFFUSERS_EXAMPLES" not in os.environ, reason="no checkout of diffusers is named"
+)
+@pytest.mark.parametrize(
+    "name", ["train_text_to_image.py", "train_unconditional.py", "train_dreambooth_sd3.py"]
+)
 def test_the_edits_find_their_places_in_diffusers(name: str) -> None:
     module = edits()
     (path,) = Path(os.environ["ALPHABAR_DIFFUSERS_EXAMPLES"]).rglob(name)
@@ -162,8 +186,13 @@ def test_the_edits_find_their_places_in_diffusers(name: str) -> None:
 def test_a_script_without_the_places_is_refused(tmp_path: Path) -> None:
     other = tmp_path / "train_text_to_image.py"
     other.write_text("print()\n")
-    for path, words in ((other, "check_min_version("), (tmp_path / "train_other.py", "train_text_to_image.py")):
-        result = subprocess.run([sys.executable, str(EDIT), str(path)], capture_output=True, text=True)
+    for path, words in (
+        (other, "check_min_version("),
+        (tmp_path / "train_other.py", "train_text_to_image.py"),
+    ):
+        result = subprocess.run(
+            [sys.executable, str(EDIT), str(path)], capture_output=True, text=True
+        )
         assert result.returncode == 1 and words in result.stderr and not result.stdout
 
 
@@ -172,7 +201,13 @@ def test_a_script_without_the_places_is_refused(tmp_path: Path) -> None:
     [
         pytest.param([], marks=pytest.mark.slow),
         pytest.param(["--snr_gamma", "5"], marks=pytest.mark.slow),
-        ["--prediction_type", "v_prediction", "--rescale_betas_zero_snr", "--validation_prompts", "a red square"],
+        [
+            "--prediction_type",
+            "v_prediction",
+            "--rescale_betas_zero_snr",
+            "--validation_prompts",
+            "a red square",
+        ],
         pytest.param(
             [
                 "--prediction_type",
@@ -200,7 +235,9 @@ def test_text_to_image(
     for (x0, noised, _), (same, output, loss) in zip(batches, losses, strict=True):
         assert same is noised
         if "--input_perturbation" not in flags:
-            assert torch.allclose(noised.x, peer.add_noise(x0, noised.noise, noised.timesteps), atol=2e-4)
+            assert torch.allclose(
+                noised.x, peer.add_noise(x0, noised.noise, noised.timesteps), atol=2e-4
+            )
         target = peer.get_velocity(x0, noised.noise, noised.timesteps) if v else noised.noise
         theirs = ((output - target) ** 2).mean((1, 2, 3))
         if "--snr_gamma" in flags:
@@ -222,10 +259,14 @@ def test_unconditional(prediction: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert_distinct(batches)
     peer = DDPMScheduler(500, beta_schedule="linear")
     for (x0, noised, _), (_, output, loss) in zip(batches, losses, strict=True):
-        assert torch.allclose(noised.x, peer.add_noise(x0, noised.noise, noised.timesteps), atol=1e-5)
+        assert torch.allclose(
+            noised.x, peer.add_noise(x0, noised.noise, noised.timesteps), atol=1e-5
+        )
         alpha_t = peer.alphas_cumprod[noised.timesteps].view(-1, 1, 1, 1)
         weighted = (
-            (output - noised.noise) ** 2 if prediction == "epsilon" else alpha_t / (1 - alpha_t) * (output - x0) ** 2
+            (output - noised.noise) ** 2
+            if prediction == "epsilon"
+            else alpha_t / (1 - alpha_t) * (output - x0) ** 2
         )
         assert torch.allclose(loss, weighted.mean((1, 2, 3)), rtol=2e-3)
     pipeline = DiffusionPipeline.from_pretrained(out)
@@ -238,17 +279,26 @@ def test_unconditional(prediction: str, tmp_path: Path, monkeypatch: pytest.Monk
     "flags",
     [
         [],
-        pytest.param(["--precondition_outputs", "0", "--weighting_scheme", "sigma_sqrt"], marks=pytest.mark.slow),
+        pytest.param(
+            ["--precondition_outputs", "0", "--weighting_scheme", "sigma_sqrt"],
+            marks=pytest.mark.slow,
+        ),
         ["--weighting_scheme", "cosmap", "--with_prior_preservation", "--prior_loss_weight", "0.5"],
         pytest.param(["--logit_mean", "1", "--flow_shift", "2"], marks=pytest.mark.slow),
     ],
     ids=["defaults", "output", "prior", "shift"],
 )
-def test_sd3(flags: list[str], stable_diffusion_3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sd3(
+    flags: list[str], stable_diffusion_3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = ["--pretrained_model_name_or_path", str(stable_diffusion_3)]
     batches, losses, out = run("train_dreambooth_sd3.py", [*base, *flags], tmp_path, monkeypatch)
     assert_distinct(batches)
-    scheme = flags[flags.index("--weighting_scheme") + 1] if "--weighting_scheme" in flags else "logit_normal"
+    scheme = (
+        flags[flags.index("--weighting_scheme") + 1]
+        if "--weighting_scheme" in flags
+        else "logit_normal"
+    )
     for (x0, noised, _), (_, output, loss) in zip(batches, losses, strict=True):
         sigmas = (noised.timesteps / 1000).view(-1, 1, 1, 1)
         assert torch.allclose(noised.x, (1.0 - sigmas) * x0 + sigmas * noised.noise, atol=1e-5)
@@ -260,4 +310,7 @@ def test_sd3(flags: list[str], stable_diffusion_3: Path, tmp_path: Path, monkeyp
         assert torch.allclose(loss, theirs, rtol=1e-3, atol=1e-6)
     shift = 2.0 if "--flow_shift" in flags else 3.0
     assert NoiseSchedule.from_pretrained(out, subfolder="scheduler") == NoiseSchedule.flow(shift)
-    assert FlowMatchEulerDiscreteScheduler.from_pretrained(out, subfolder="scheduler").config.shift == shift
+    assert (
+        FlowMatchEulerDiscreteScheduler.from_pretrained(out, subfolder="scheduler").config.shift
+        == shift
+    )

@@ -12,7 +12,7 @@ import oracles
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import GRIDS, METHODS, Method, Sampler, Table, make_knots
 from alphabar.sampling.methods.dpm_singlestep import block_orders
-from alphabar.sampling.table import Evaluation
+from alphabar.sampling.tracing import Evaluation
 
 SCALED = NoiseSchedule.scaled_linear()
 VE = NoiseSchedule.variance_exploding(0.02, 20.0, prediction="epsilon")
@@ -28,7 +28,14 @@ GEOMETRIC = [*torch.logspace(1.2, -1.3, 60).tolist(), 0.0]
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("name", ENDS)
 def test_the_budget_is_the_number_of_evaluations(name: str, grid: str) -> None:
-    for steps, final in ((1, "zero"), (2, "sigma_min"), (3, "zero"), (5, "sigma_min"), (20, "zero"), (21, "sigma_min")):
+    for steps, final in (
+        (1, "zero"),
+        (2, "sigma_min"),
+        (3, "zero"),
+        (5, "sigma_min"),
+        (20, "zero"),
+        (21, "sigma_min"),
+    ):
         table = Sampler(ENDS[name], "dpm_fast", steps, grid, final=final).table
         assert table.evaluations == steps, (steps, final)
 
@@ -60,7 +67,10 @@ def test_blocks_go_between_knots_of_the_grid(final: str) -> None:
     sampler = Sampler(SCALED, "dpm_fast", 20, "karras", final=final)
     grid = make_knots(SCALED, 20, "karras", final=final)
     assert orders_of(sampler.table) == [3] * 6 + ([1, 1] if final == "zero" else [2])
-    assert sampler.knots == (*(grid[i] for i in range(0, 19, 3)), *(grid[19:] if final == "zero" else grid[20:]))
+    assert sampler.knots == (
+        *(grid[i] for i in range(0, 19, 3)),
+        *(grid[19:] if final == "zero" else grid[20:]),
+    )
 
 
 @pytest.mark.parametrize("nfe", range(1, 30))
@@ -101,7 +111,9 @@ def test_order_on_every_kind_of_grid(name: str) -> None:
     """Budgets whose blocks are of order 3, or of order 2 once at the end, which costs no order."""
     options = dict(MEASURED[name])
     grid, rest = options.pop("grid"), 1 if name.endswith("clean end") else 2
-    errors = [end_error(Sampler(VE, "dpm_fast", n + rest, grid, **options)) for n in (180, 360, 720)]
+    errors = [
+        end_error(Sampler(VE, "dpm_fast", n + rest, grid, **options)) for n in (180, 360, 720)
+    ]
     assert oracles.slope(errors) > 2.9
     assert errors[-1] < 1e-6
 
@@ -116,6 +128,8 @@ def test_order_on_given_sigmas() -> None:
 
 def test_a_grid_that_does_not_fit_the_budget_is_refused() -> None:
     fast = METHODS["dpm_fast"]
-    astray = Method("astray", fast.formula, order=3, source="", steps_as="nfe", grid="karras")
-    with pytest.raises(ValueError, match=r"^20 evaluations make 8 steps between these ends, got a grid of 20$"):
+    astray = Method("astray", fast.formula, order=3, source="", steps_option="nfe", grid="karras")
+    with pytest.raises(
+        ValueError, match=r"^20 evaluations make 8 steps between these ends, got a grid of 20$"
+    ):
         Sampler(SCALED, astray, 20)

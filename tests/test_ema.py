@@ -38,17 +38,27 @@ class Record(Callback):
         self.steps: dict[int, dict[str, Tensor]] = {}
         self.validated: dict[int, dict[str, Tensor]] = {}
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.steps[trainer.global_step] = parameters(pl_module)
         self.steps.pop(0, None)
 
     def on_validation_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Any,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self.validated[trainer.global_step] = parameters(pl_module)
 
 
-def expected(record: Record, profile: EMAProfile, every: int = 1, start: int = 0) -> dict[str, Tensor]:
+def expected(
+    record: Record, profile: EMAProfile, every: int = 1, start: int = 0
+) -> dict[str, Tensor]:
     """The average by its definition, in float64."""
     average: dict[str, Tensor] = {}
     for step in [s for s in sorted(record.steps) if s > start and (s - start) % every == 0]:
@@ -67,7 +77,9 @@ def assert_near(found: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("name", EMA_PROFILES)
 @pytest.mark.parametrize("settings", [{}, {"every_n_steps": 3, "start_step": 2}])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_averages_of_optimizer_steps(tmp_path: Path, name: str, settings: dict[str, int], accumulate: int) -> None:
+def test_averages_of_optimizer_steps(
+    tmp_path: Path, name: str, settings: dict[str, int], accumulate: int
+) -> None:
     ema, record = EMA([name, Constant(decay=0.7)], **settings), Record()
     module = train(tmp_path, record, ema, accumulate_grad_batches=accumulate)
     assert len(record.steps) == 12 // accumulate
@@ -82,7 +94,10 @@ def test_losses_are_bit_identical(tmp_path: Path) -> None:
     plain = train(tmp_path)
     averaged = train(tmp_path / "a", EMA(["constant", "warmup"]))
     assert averaged.losses == plain.losses and weights(averaged) == weights(plain)
-    with_validation = [_validated(tmp_path, EMA(validate=False)), _validated(tmp_path, EMA(validate=True))]
+    with_validation = [
+        _validated(tmp_path, EMA(validate=False)),
+        _validated(tmp_path, EMA(validate=True)),
+    ]
     assert weights(with_validation[0]) == weights(with_validation[1])
 
 
@@ -147,8 +162,14 @@ def same_batches() -> DataLoader[Any]:
 @pytest.mark.parametrize("step", [3, 5])
 def test_resume_is_bit_identical(tmp_path: Path, accumulate: int, step: int) -> None:
     def run(*callbacks: Any, **settings: Any) -> Toy:
-        common: Any = {"enable_checkpointing": True, "accumulate_grad_batches": accumulate, "data": same_batches()}
-        return train(tmp_path, *callbacks, module=fresh(Validated, dropout=0.0), **common, **settings)
+        common: Any = {
+            "enable_checkpointing": True,
+            "accumulate_grad_batches": accumulate,
+            "data": same_batches(),
+        }
+        return train(
+            tmp_path, *callbacks, module=fresh(Validated, dropout=0.0), **common, **settings
+        )
 
     whole, again = EMA(PROFILES), EMA(PROFILES)
     uncut = run(whole, kept(tmp_path / "uncut"))
@@ -157,7 +178,9 @@ def test_resume_is_bit_identical(tmp_path: Path, accumulate: int, step: int) -> 
     path = tmp_path / "cut" / f"{step}.ckpt"
     resumed = run(again, ckpt_path=path)
     assert weights(resumed) == weights(uncut)
-    assert resumed.losses == uncut.losses[len(uncut.losses) - len(resumed.losses) :] and resumed.losses
+    assert (
+        resumed.losses == uncut.losses[len(uncut.losses) - len(resumed.losses) :] and resumed.losses
+    )
     for one, other in zip(whole._averages, again._averages, strict=True):
         assert one.updates == other.updates and one.weights.keys() == other.weights.keys()
         assert all(torch.equal(value, other.weights[name]) for name, value in one.weights.items())
@@ -169,7 +192,9 @@ def test_a_checkpoint_holds_the_average_where_models_are_loaded_from(tmp_path: P
     saved = torch.load(tmp_path / "12.ckpt", weights_only=True)
     right = expected(record, Constant(decay=0.7))
     assert_near({name: saved["state_dict"][name] for name in right}, right)
-    assert all(torch.equal(saved["current_model_state"][name], p) for name, p in record.steps[12].items())
+    assert all(
+        torch.equal(saved["current_model_state"][name], p) for name, p in record.steps[12].items()
+    )
     assert saved["state_dict"].keys() == saved["current_model_state"].keys()
     assert "frozen.1.running_mean" in saved["state_dict"]
     assert (
@@ -192,9 +217,19 @@ def test_an_error_in_validation_exchanges_nothing(tmp_path: Path, hook: str) -> 
     on_exception = OnExceptionCheckpoint(tmp_path, filename="failed")
     module = fresh(Validated)
     with pytest.raises(KeyError, match="killed"):
-        train(tmp_path, record, Stop(6, hook), ema, on_exception, module=module, enable_checkpointing=True)
+        train(
+            tmp_path,
+            record,
+            Stop(6, hook),
+            ema,
+            on_exception,
+            module=module,
+            enable_checkpointing=True,
+        )
     saved = torch.load(tmp_path / "failed.ckpt", weights_only=True)
-    assert_near({n: saved["state_dict"][n] for n in record.steps[6]}, expected(record, Constant(decay=0.7)))
+    assert_near(
+        {n: saved["state_dict"][n] for n in record.steps[6]}, expected(record, Constant(decay=0.7))
+    )
     for name, p in record.steps[6].items():
         assert torch.equal(saved["current_model_state"][name], p)
         assert torch.equal(module.get_parameter(name), p)
@@ -205,7 +240,13 @@ class SaveInValidation(Callback):
         self.path = path
 
     def on_validation_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Any,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if trainer.global_step:
             trainer.save_checkpoint(self.path)
@@ -217,7 +258,9 @@ def test_a_checkpoint_saved_during_validation(tmp_path: Path) -> None:
     saved = torch.load(tmp_path / "inside.ckpt", weights_only=True)
     right = expected(record, Constant(decay=0.7))
     assert_near({n: saved["state_dict"][n] for n in right}, right)
-    assert all(torch.equal(saved["current_model_state"][name], p) for name, p in record.steps[6].items())
+    assert all(
+        torch.equal(saved["current_model_state"][name], p) for name, p in record.steps[6].items()
+    )
     assert_near(record.validated[6], right)
 
 
@@ -225,7 +268,15 @@ def test_bfloat16_models_have_float32_averages(tmp_path: Path) -> None:
     """Lightning's own average is rounded to bfloat16 by every validation."""
     ema, record = EMA(Constant(decay=0.9)), Record()
     module = fresh(Validated)
-    train(tmp_path, record, ema, kept(tmp_path), module=module, precision="bf16-true", enable_checkpointing=True)
+    train(
+        tmp_path,
+        record,
+        ema,
+        kept(tmp_path),
+        module=module,
+        precision="bf16-true",
+        enable_checkpointing=True,
+    )
     assert module.first.weight.dtype == torch.bfloat16
     right = expected(record, Constant(decay=0.9))
     (average,) = ema._averages
@@ -233,12 +284,17 @@ def test_bfloat16_models_have_float32_averages(tmp_path: Path) -> None:
         assert average.weights[name].dtype == torch.float32
         torch.testing.assert_close(average.weights[name].double(), value, rtol=1e-5, atol=1e-6)
     saved = torch.load(tmp_path / "12.ckpt", weights_only=True)
-    assert all(torch.equal(saved["state_dict"][name], value) for name, value in average.weights.items())
+    assert all(
+        torch.equal(saved["state_dict"][name], value) for name, value in average.weights.items()
+    )
     again = EMA(Constant(decay=0.9))
     other = fresh(Validated)
     path = tmp_path / "12.ckpt"
     train(tmp_path, again, module=other, precision="bf16-true", ckpt_path=path, max_epochs=2)
-    assert all(torch.equal(again._averages[0].weights[name], value) for name, value in average.weights.items())
+    assert all(
+        torch.equal(again._averages[0].weights[name], value)
+        for name, value in average.weights.items()
+    )
     assert weights(other) == weights(module)
 
 
@@ -248,9 +304,20 @@ def test_checkpoints_go_from_lightning_and_to_it(tmp_path: Path) -> None:
     path = tmp_path / "theirs/6.ckpt"
     saved = torch.load(path, weights_only=True)
     ema = EMA(Constant(decay=0.7))
-    module = train(tmp_path, ema, kept(tmp_path / "ours"), ckpt_path=path, max_epochs=1, enable_checkpointing=True)
-    assert all(torch.equal(p, saved["current_model_state"][name]) for name, p in parameters(module).items())
-    assert all(torch.equal(p, saved["state_dict"][name]) for name, p in ema._averages[0].weights.items())
+    module = train(
+        tmp_path,
+        ema,
+        kept(tmp_path / "ours"),
+        ckpt_path=path,
+        max_epochs=1,
+        enable_checkpointing=True,
+    )
+    assert all(
+        torch.equal(p, saved["current_model_state"][name]) for name, p in parameters(module).items()
+    )
+    assert all(
+        torch.equal(p, saved["state_dict"][name]) for name, p in ema._averages[0].weights.items()
+    )
     assert ema._averages[0].updates == 6
     ours = EMA(Constant(decay=0.7))
     record = Record()
@@ -268,7 +335,9 @@ def test_checkpoints_go_from_lightning_and_to_it(tmp_path: Path) -> None:
 def test_other_profiles_after_a_resume(tmp_path: Path) -> None:
     train(tmp_path, EMA("warmup"), kept(tmp_path), max_epochs=1, enable_checkpointing=True)
     other = EMA(["constant", "warmup"])
-    with pytest.warns(UserWarning, match=r"the checkpoint has no average constant_0.999; that one begins anew"):
+    with pytest.warns(
+        UserWarning, match=r"the checkpoint has no average constant_0.999; that one begins anew"
+    ):
         train(tmp_path, other, ckpt_path=tmp_path / "6.ckpt")
     assert [average.updates for average in other._averages] == [6, 12]
     plain = tmp_path / "plain"
@@ -282,7 +351,9 @@ class Draw(Callback):
     def __init__(self) -> None:
         self.seen: list[dict[str, Tensor]] = []
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         with ema_weights(trainer, pl_module) as used, ema_weights(trainer, pl_module) as again:
             assert used and again
             self.seen.append(parameters(pl_module))
@@ -307,7 +378,9 @@ def test_after_training_the_model_has_its_own_weights(tmp_path: Path) -> None:
         assert_near(parameters(module), expected(record, Constant(decay=0.7)))
     fitted.save_checkpoint(tmp_path / "end.ckpt")
     saved = torch.load(tmp_path / "end.ckpt", weights_only=True)
-    assert all(torch.equal(saved["current_model_state"][name], p) for name, p in record.steps[12].items())
+    assert all(
+        torch.equal(saved["current_model_state"][name], p) for name, p in record.steps[12].items()
+    )
 
 
 class Tied(Toy):
@@ -321,7 +394,9 @@ class Tied(Toy):
 
 def test_tied_and_compiled_parts(tmp_path: Path) -> None:
     ema = EMA(Constant(decay=0.7))
-    train(tmp_path, ema, kept(tmp_path), module=fresh(Tied), enable_checkpointing=True, max_epochs=1)
+    train(
+        tmp_path, ema, kept(tmp_path), module=fresh(Tied), enable_checkpointing=True, max_epochs=1
+    )
     state = torch.load(tmp_path / "6.ckpt", weights_only=True)
     average = ema._averages[0].weights
     assert {name for name in average if "frozen" not in name} == {
@@ -351,10 +426,19 @@ def test_parts_that_begin_to_train_later_join(tmp_path: Path) -> None:
 
 
 def test_snapshots(tmp_path: Path) -> None:
-    two = [PowerFunction(sigma_rel=0.05), "warmup", PowerFunction(sigma_rel=0.1), PowerFunction(sigma_rel=0.2)]
+    two = [
+        PowerFunction(sigma_rel=0.05),
+        "warmup",
+        PowerFunction(sigma_rel=0.1),
+        PowerFunction(sigma_rel=0.2),
+    ]
     ema, record = EMA(two, snapshot_every_n_steps=2), Record()
     module = train(tmp_path, record, ema)
-    names = [f"ema/ema_{step:08d}_{s}.safetensors" for step in range(2, 13, 2) for s in ("0.05", "0.1", "0.2")]
+    names = [
+        f"ema/ema_{step:08d}_{s}.safetensors"
+        for step in range(2, 13, 2)
+        for s in ("0.05", "0.1", "0.2")
+    ]
     assert files(tmp_path) == names
     assert_near(posthoc_ema(tmp_path / "ema", 0.1), expected(record, PowerFunction(sigma_rel=0.1)))
     assert posthoc_ema(tmp_path / "ema", 0.07).keys() == parameters(module).keys()
@@ -366,12 +450,16 @@ def test_snapshots(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("always")
 def test_a_snapshot_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     class Gone(Callback):
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_start(
+            self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+        ) -> None:
             (tmp_path / "here").rmdir() if (tmp_path / "here").is_dir() else None
             (tmp_path / "here").touch()
 
     ema = EMA(snapshot_every_n_steps=5, folder=tmp_path / "here")
-    with pytest.warns(UserWarning, match="the snapshot at step 5 was not written: .*; training goes on"):
+    with pytest.warns(
+        UserWarning, match="the snapshot at step 5 was not written: .*; training goes on"
+    ):
         module = train(tmp_path, Gone(), ema)
     assert weights(module) == weights(train(tmp_path / "plain"))
     with pytest.raises(OSError, match="cannot write to the output folder"):
@@ -386,7 +474,10 @@ def test_a_snapshot_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
         ({"profiles": "emaa"}, "unknown EMA profile 'emaa'"),
         ({"every_n_steps": 0}, "every_n_steps must be an integer of at least 1, got 0"),
         ({"start_step": -1}, "start_step must be an integer of at least 0, got -1"),
-        ({"snapshot_every_n_steps": True}, "snapshot_every_n_steps must be an integer of at least 1, got True"),
+        (
+            {"snapshot_every_n_steps": True},
+            "snapshot_every_n_steps must be an integer of at least 1, got True",
+        ),
         (
             {"snapshot_every_n_steps": 10, "every_n_steps": 4},
             "must be a multiple of every_n_steps, got 10 and 4; e.g. 12",

@@ -14,7 +14,15 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from scipy.integrate import quad
 
-from alphabar.training import EMA_PROFILES, Constant, EMAProfile, HalfLife, InverseGamma, PowerFunction, Warmup
+from alphabar.training import (
+    EMA_PROFILES,
+    Constant,
+    EMAProfile,
+    HalfLife,
+    InverseGamma,
+    PowerFunction,
+    Warmup,
+)
 from alphabar.training.cli import main
 from alphabar.training.ema.posthoc import (
     FORMAT,
@@ -25,7 +33,11 @@ from alphabar.training.ema.posthoc import (
     read_snapshots,
     save_snapshot,
 )
-from alphabar.training.ema.profiles import gamma_of_sigma_rel, resolve_ema_profile, sigma_rel_of_gamma
+from alphabar.training.ema.profiles import (
+    gamma_of_sigma_rel,
+    resolve_ema_profile,
+    sigma_rel_of_gamma,
+)
 
 STEPS = [*range(1, 40), 100, 1000, 100_000]
 
@@ -37,7 +49,13 @@ STEPS = [*range(1, 40), 100, 1000, 100_000]
         (InverseGamma(), {"decay": 0.9999, "use_ema_warmup": True}),
         (
             InverseGamma(inverse_gamma=5.0, power=0.75, decay=0.9, min_decay=0.3),
-            {"decay": 0.9, "use_ema_warmup": True, "inv_gamma": 5.0, "power": 0.75, "min_decay": 0.3},
+            {
+                "decay": 0.9,
+                "use_ema_warmup": True,
+                "inv_gamma": 5.0,
+                "power": 0.75,
+                "min_decay": 0.3,
+            },
         ),
         (Constant(decay=0.9), {"decay": 0.9, "min_decay": 0.9}),
     ],
@@ -66,7 +84,11 @@ def test_sigma_rel_is_the_standard_deviation_of_the_density() -> None:
         square = quad(lambda s, g=gamma: (g + 1) * s ** (g + 2), 0, 1)[0]
         assert math.sqrt(square - mean**2) == pytest.approx(sigma_rel, rel=1e-6)
         assert sigma_rel_of_gamma(gamma) == pytest.approx(sigma_rel, rel=1e-12)
-    assert [round(gamma_of_sigma_rel(s), 2) for s in (0.05, 0.1)] == [16.97, 6.94]  # as the paper states them
+    # as the paper states them
+    assert [round(gamma_of_sigma_rel(s), 2) for s in (0.05, 0.1)] == [
+        16.97,
+        6.94,
+    ]
 
 
 def test_half_life() -> None:
@@ -94,12 +116,21 @@ def test_every_profile(name: str) -> None:
     [
         ("ema", "unknown EMA profile 'ema'"),
         ({"decay": 0.9}, "unknown EMA profile None"),
-        ({"name": "constant", "sigma_rel": 0.1}, "the EMA profile 'constant' has decay, got 'sigma_rel'"),
+        (
+            {"name": "constant", "sigma_rel": 0.1},
+            "the EMA profile 'constant' has decay, got 'sigma_rel'",
+        ),
         ({"name": "constant", "decay": 1.0}, "decay must be at least 0 and below 1, got 1.0"),
-        ({"name": "power_function", "sigma_rel": 0.31}, "sigma_rel must lie between 0 and 0.3, got 0.31"),
+        (
+            {"name": "power_function", "sigma_rel": 0.31},
+            "sigma_rel must lie between 0 and 0.3, got 0.31",
+        ),
         ({"name": "power_function", "sigma_rel": math.nan}, "sigma_rel must lie between"),
         ({"name": "half_life", "half_life": 0.0}, "half_life must be positive and finite, got 0.0"),
-        ({"name": "inverse_gamma", "min_decay": 0.9, "decay": 0.5}, "min_decay must not exceed decay"),
+        (
+            {"name": "inverse_gamma", "min_decay": 0.9, "decay": 0.5},
+            "min_decay must not exceed decay",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(profile: Any, words: str) -> None:
@@ -111,9 +142,17 @@ def test_what_does_not_fit_is_named(profile: Any, words: str) -> None:
 
 
 def test_inner_products_are_integrals() -> None:
-    for t1, g1, t2, g2 in [(100, 6.94, 100, 16.97), (100, 6.94, 250, 16.97), (300, 6.94, 120, 0.5), (7, 0.0, 9, 3.0)]:
-        density = lambda s, t, g: (g + 1) * s**g / t ** (g + 1)  # noqa: E731
-        integral = quad(lambda s: density(s, t1, g1) * density(s, t2, g2), 0, min(t1, t2), epsabs=0, epsrel=1e-11)[0]  # noqa: B023
+    for t1, g1, t2, g2 in [
+        (100, 6.94, 100, 16.97),
+        (100, 6.94, 250, 16.97),
+        (300, 6.94, 120, 0.5),
+        (7, 0.0, 9, 3.0),
+    ]:
+
+        def product(s: float, t1: int = t1, g1: float = g1, t2: int = t2, g2: float = g2) -> float:
+            return (g1 + 1) * s**g1 / t1 ** (g1 + 1) * (g2 + 1) * s**g2 / t2 ** (g2 + 1)
+
+        integral = quad(product, 0, min(t1, t2), epsabs=0, epsrel=1e-11)[0]
         assert float(inner_product(t1, g1, t2, g2)) == pytest.approx(integral, rel=1e-9)
 
 
@@ -129,11 +168,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[float, tor
         for s, profile in kept.items():
             averages[s] = torch.lerp(averages[s], weights, 1 - profile(t))
             if s in (0.05, 0.1) and t % 50 == 0:
-                save_snapshot(folder, {"a": averages[s][:2], "b.c": averages[s][2:].view(2, 2)}, step=t, sigma_rel=s)
+                save_snapshot(
+                    folder,
+                    {"a": averages[s][:2], "b.c": averages[s][2:].view(2, 2)},
+                    step=t,
+                    sigma_rel=s,
+                )
     return folder, averages
 
 
-@pytest.mark.parametrize(("sigma_rel", "near"), [(0.04, 5e-3), (0.07, 1e-3), (0.15, 1e-3), (0.2, 3e-3)])
+@pytest.mark.parametrize(
+    ("sigma_rel", "near"), [(0.04, 5e-3), (0.07, 1e-3), (0.15, 1e-3), (0.2, 3e-3)]
+)
 def test_an_average_that_was_not_kept(run: Any, sigma_rel: float, near: float) -> None:
     folder, averages = run
     made, right = posthoc_ema(folder, sigma_rel), averages[sigma_rel]
@@ -154,7 +200,9 @@ def test_snapshots_come_back(run: Any, sigma_rel: float, step: int) -> None:
         assert plan.error < 1e-6 and np.abs(plan.coefficients).max() == pytest.approx(1, abs=1e-6)
     if step == 2000:
         right = averages[sigma_rel]
-        torch.testing.assert_close(posthoc_ema(folder, sigma_rel)["a"].double(), right[:2], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            posthoc_ema(folder, sigma_rel)["a"].double(), right[:2], rtol=1e-6, atol=1e-6
+        )
     assert plan.coefficients.sum() == pytest.approx(1, abs=1e-9)
 
 
@@ -163,17 +211,26 @@ def test_the_fit_is_the_best_and_its_error_the_distance() -> None:
     x, error = posthoc_coefficients(steps, gammas, 800, gamma)
     times = (np.arange(800_000) + 0.5) / 1000
     density = lambda t, g: np.where(times < t, (g + 1) * times**g / float(t) ** (g + 1), 0)  # noqa: E731
-    parts, wanted = np.stack([density(t, g) for t, g in zip(steps, gammas, strict=True)]), density(800, gamma)
+    parts, wanted = (
+        np.stack([density(t, g) for t, g in zip(steps, gammas, strict=True)]),
+        density(800, gamma),
+    )
     best = np.linalg.lstsq(parts.T, wanted, rcond=None)[0]
     np.testing.assert_allclose(x, best / best.sum(), rtol=1e-3)
-    assert error == pytest.approx(np.linalg.norm(x @ parts - wanted) / np.linalg.norm(wanted), rel=1e-3)
+    assert error == pytest.approx(
+        np.linalg.norm(x @ parts - wanted) / np.linalg.norm(wanted), rel=1e-3
+    )
 
 
 def test_float16_snapshots(tmp_path: Path) -> None:
-    path = save_snapshot(tmp_path, {"w": torch.tensor([0.1])}, step=7, sigma_rel=0.1, dtype="float16")
+    path = save_snapshot(
+        tmp_path, {"w": torch.tensor([0.1])}, step=7, sigma_rel=0.1, dtype="float16"
+    )
     assert load_file(path)["w"].dtype == torch.float16
     assert posthoc_ema(tmp_path, 0.1)["w"].item() == pytest.approx(0.1, rel=1e-3)
-    with pytest.raises(ValueError, match=r"weights \['w'\] hold NaN, infinity, or what float16 cannot hold"):
+    with pytest.raises(
+        ValueError, match=r"weights \['w'\] hold NaN, infinity, or what float16 cannot hold"
+    ):
         save_snapshot(tmp_path, {"w": torch.tensor([1e6])}, step=8, sigma_rel=0.1, dtype="float16")
     assert [found.step for found in read_snapshots(tmp_path)] == [7]
 
@@ -197,7 +254,9 @@ def test_folders_that_do_not_serve(tmp_path: Path) -> None:
         posthoc_ema(tmp_path, 0.1)
     save_snapshot(tmp_path, {"w": torch.ones(1)}, step=10, sigma_rel=0.1)
     for step in (9, 11):
-        with pytest.raises(ValueError, match=f"step must lie between the snapshots' 10 and 10, got {step}"):
+        with pytest.raises(
+            ValueError, match=f"step must lie between the snapshots' 10 and 10, got {step}"
+        ):
             posthoc_ema(tmp_path, 0.1, step)
     save_snapshot(tmp_path, {"v": torch.ones(1)}, step=20, sigma_rel=0.1)
     with pytest.raises(ValueError, match=r"has other weights than .*\['v', 'w'\]"):
@@ -212,7 +271,10 @@ def test_command(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     out = tmp_path / "new" / "x.safetensors"
     assert main(["ema", str(folder), "--sigma_rel", "0.07", "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    assert "sigma_rel 0.07 at step 2000 from 80 snapshots, off the profile that was asked for by 0." in said
+    assert (
+        "sigma_rel 0.07 at step 2000 from 80 snapshots, off the profile that was asked for by 0."
+        in said
+    )
     assert "weights alone" in said and "--checkpoint" in said
     for name, value in posthoc_ema(folder, 0.07).items():
         assert torch.equal(load_file(out)[name], value)
@@ -231,14 +293,24 @@ def test_an_average_that_the_snapshots_do_not_give_is_refused_unless_accepted(
     command = ["ema", str(folder), "--sigma_rel", "0.002", "--out", str(out)]
     assert main(command) == 2 and not out.exists()
     error = capsys.readouterr().err
-    found = re.search(r"the nearest one is off by \d+% of its profile.* accept it with --max_error ([\d.]+)\n", error)
+    found = re.search(
+        r"the nearest one is off by \d+% of its profile.* accept it with --max_error ([\d.]+)\n",
+        error,
+    )
     assert found is not None and error.count("\n") == 1
     assert main([*command, "--max_error", found[1]]) == 0
     assert out.is_file() and "off the profile that was asked for by" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("metadata", [{"step": "-1"}, {"step": "1" * 5000}, {"gamma": "nan"}, {"gamma": "-3"}, {"gamma": "x"}])
+@pytest.mark.parametrize(
+    "metadata",
+    [{"step": "-1"}, {"step": "1" * 5000}, {"gamma": "nan"}, {"gamma": "-3"}, {"gamma": "x"}],
+)
 def test_snapshots_that_say_nonsense_are_named(tmp_path: Path, metadata: dict[str, str]) -> None:
-    save_file({"w": torch.ones(1)}, tmp_path / "a.safetensors", {"format": FORMAT, "step": "1", "gamma": "7.0"} | metadata)
+    save_file(
+        {"w": torch.ones(1)},
+        tmp_path / "a.safetensors",
+        {"format": FORMAT, "step": "1", "gamma": "7.0"} | metadata,
+    )
     with pytest.raises(ValueError, match=r"a\.safetensors' is damaged"):
         read_snapshots(tmp_path)

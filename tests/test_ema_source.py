@@ -17,7 +17,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from alphabar.callbacks import ema_weights
 from callbacks_toy import Toy, fresh, one_thread, train, trainer, weights
 
-pytestmark = pytest.mark.filterwarnings("ignore::Warning:lightning", "ignore::FutureWarning:diffusers")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::Warning:lightning", "ignore::FutureWarning:diffusers"
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -91,20 +93,28 @@ class Draw(Callback):
         self.averages, self.fail = averages, fail
         self.seen: list[bool] = []
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.look(trainer, pl_module)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.look(trainer, pl_module)
 
     def look(self, trainer: Any, module: Any) -> None:
         raw = {name: p.detach().clone() for name, p in module.named_parameters()}
-        averages = {name: value.detach().clone() for name, value in self.averages(trainer, module).items()}
+        averages = {
+            name: value.detach().clone() for name, value in self.averages(trainer, module).items()
+        }
         try:
             with ema_weights(trainer, module) as used:
                 self.seen.append(used)
                 for name, p in module.named_parameters():
-                    assert torch.equal(p, averages[name] if used and name in averages else raw[name]), name
+                    assert torch.equal(
+                        p, averages[name] if used and name in averages else raw[name]
+                    ), name
                 if used and trainer.global_step > 1:
                     assert any(not torch.equal(averages[name], raw[name]) for name in averages)
                 if self.fail:
@@ -134,7 +144,8 @@ def test_averages_of_lightning(tmp_path: Path, first: bool) -> None:
     callbacks = [average, draw] if first else [draw, average]
     module = train(tmp_path, *callbacks, max_epochs=1)
     assert draw.seen[0] is False and draw.seen[2] is True and len(draw.seen) == 12
-    assert draw.seen[1] is first  # the other way round, the average is not yet updated when it is drawn with
+    # the other way round, the average is not yet updated when it is drawn with
+    assert draw.seen[1] is first
     assert weights(module) == weights(train(tmp_path, EMAWeightAveraging(decay=0.5), max_epochs=1))
 
 
@@ -149,7 +160,10 @@ def test_an_average_of_nothing_known_is_named(tmp_path: Path) -> None:
     module.ema = EMAModel([nn.Parameter(torch.zeros(3, 5))])
     module.ema.optimization_step = 1
     with (
-        pytest.raises(ValueError, match=r"Toy.ema averages 1 parameters, and no parts of the module .* ema_unet"),
+        pytest.raises(
+            ValueError,
+            match=r"Toy.ema averages 1 parameters, and no parts of the module .* ema_unet",
+        ),
         ema_weights(trainer(tmp_path), module),
     ):
         pass
@@ -164,5 +178,8 @@ def test_twins_are_told_apart_by_name(tmp_path: Path) -> None:
         assert used and torch.equal(module.student.weight, module.ema_student.module.weight)
         assert not torch.equal(module.teacher.weight, module.student.weight)
     module.ema_other = module.ema_student
-    with pytest.raises(ValueError, match="and 2 parts of the module have such"), ema_weights(trainer(tmp_path), module):
+    with (
+        pytest.raises(ValueError, match="and 2 parts of the module have such"),
+        ema_weights(trainer(tmp_path), module),
+    ):
         pass

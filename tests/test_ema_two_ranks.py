@@ -37,7 +37,9 @@ def ranks(root: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_training_is_untouched_by_averaging_and_drawing(ranks: list[dict[str, Any]], name: str) -> None:
+def test_training_is_untouched_by_averaging_and_drawing(
+    ranks: list[dict[str, Any]], name: str
+) -> None:
     for report in ranks:
         plain, averaged, resumed = report[name]["losses"]
         assert averaged == plain and len(plain) == 4
@@ -50,7 +52,8 @@ def test_averages_of_shards(ranks: list[dict[str, Any]], name: str) -> None:
     for report in ranks:
         assert report[name]["seen"] == 4
         assert report[name]["error"] < 1e-6  # float32, of bfloat16 weights too
-        assert report[name]["worst"] < (1e-3 if "bf16" in name else 1e-6)  # as swapped into the model
+        # as swapped into the model
+        assert report[name]["worst"] < (1e-3 if "bf16" in name else 1e-6)
         assert report[name]["dtypes"] == ["torch.float32"]
         assert report[name]["resumed"]
     total = sum(report[name]["numel"] for report in ranks)
@@ -62,17 +65,24 @@ def test_whole_averages_in_files_are_those_of_ddp(root: Path, name: str) -> None
     for step in (2, 4):
         one, other = (_saved(root / which, step) for which in ("ddp_32-true", name))
         for first, second in zip(one["ema"]["averages"], other["ema"]["averages"], strict=True):
-            assert first["profile"] == second["profile"] and first["updates"] == second["updates"] == step
+            assert (
+                first["profile"] == second["profile"]
+                and first["updates"] == second["updates"] == step
+            )
             assert first["weights"].keys() == second["weights"].keys()
             for key, value in first["weights"].items():
                 torch.testing.assert_close(second["weights"][key], value, rtol=1e-5, atol=1e-6)
         file = f"snapshots/ema_{step:08d}_0.2.safetensors"
         snapshot = load_file(root / name / file)
-        assert all(torch.equal(snapshot[n], p) for n, p in other["ema"]["averages"][1]["weights"].items())
+        assert all(
+            torch.equal(snapshot[n], p) for n, p in other["ema"]["averages"][1]["weights"].items()
+        )
         if "sharded" not in name:
             for key, value in other["ema"]["averages"][0]["weights"].items():
                 assert torch.equal(other["state_dict"][key], value)
-                torch.testing.assert_close(other["current_model_state"][key], one["current_model_state"][key])
+                torch.testing.assert_close(
+                    other["current_model_state"][key], one["current_model_state"][key]
+                )
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -44,14 +44,21 @@ def test_every_method_on_every_schedule(method: str) -> None:
         for steps in (1, 2, 3, 10):
             if (method, name) in REFUSED:
                 with pytest.raises(
-                    ValueError, match="do not say the noise of an image that has none; start at the least"
+                    ValueError,
+                    match="do not say the noise of an image that has none; start at the least",
                 ):
                     Sampler(schedule, method, steps)
                 continue
-            table = Sampler(schedule, method, steps).table  # checks itself: finite, and right for data of one point
+            # checks itself: finite, and right for data of one point
+            table = Sampler(schedule, method, steps).table
             assert all(math.isfinite(knot.timestep) for knot in table.knots), (name, steps)
             assert table.steps[-1].carry[0], (name, steps)
-            if steps == 10 and name in TAME and METHODS[method].order and not METHODS[method].inverse:
+            if (
+                steps == 10
+                and name in TAME
+                and METHODS[method].order
+                and not METHODS[method].inverse
+            ):
                 *_, (mean, variance) = moments(table, Gaussian(0.0, 0.5))
                 assert abs(mean) < 1e-6, name
                 assert abs(variance - 0.25) < 0.4, name
@@ -77,25 +84,37 @@ def test_rounding_is_no_wrong_formula(options: dict[str, Any], sigma_max: float,
 def test_a_wrong_formula_is_seen_in_well_conditioned_tables() -> None:
     """The bound is a few thousand roundings of the numbers that went in, not a fixed distance."""
     for schedule in (SCALED, SCHEDULES["flow_shifted"]):
-        bounds = [ROUNDINGS * rounding for _, rounding in point_mass_defects(Sampler(schedule, "dpmpp_2m", 20).table)]
+        bounds = [
+            ROUNDINGS * rounding
+            for _, rounding in point_mass_defects(Sampler(schedule, "dpmpp_2m", 20).table)
+        ]
         assert max(bounds) < 1e-6
 
 
 # one step
 
 
-@pytest.mark.parametrize("grid", ["karras", "exponential", "beta", "lu", "kl_optimal", "polyexponential"])
+@pytest.mark.parametrize(
+    "grid", ["karras", "exponential", "beta", "lu", "kl_optimal", "polyexponential"]
+)
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
 def test_one_step_from_the_range_of_a_timestep_grid(grid: str, spacing: str) -> None:
     """The range is one point: the peer goes from it to the clean sample, and so does this."""
-    flags = {"karras": "use_karras_sigmas", "exponential": "use_exponential_sigmas", "beta": "use_beta_sigmas"}
+    flags = {
+        "karras": "use_karras_sigmas",
+        "exponential": "use_exponential_sigmas",
+        "beta": "use_beta_sigmas",
+    }
     schedule = NoiseSchedule.linear()
     first, last = Sampler(schedule, "euler", 1, grid, range_from=spacing).knots
     (expected, _) = make_knots(schedule, 1, spacing)
     assert first.sigma_ve == pytest.approx(expected.sigma_ve, rel=1e-9)
     assert last == CLEAN
-    if grid in flags and spacing != "linspace":  # theirs starts at the least noise, where one step does nothing
-        scheduler = diffusers.EulerDiscreteScheduler(timestep_spacing=spacing, **{flags[grid]: True})
+    # theirs starts at the least noise, where one step does nothing
+    if grid in flags and spacing != "linspace":
+        scheduler = diffusers.EulerDiscreteScheduler(
+            timestep_spacing=spacing, **{flags[grid]: True}
+        )
         scheduler.set_timesteps(1)
         assert scheduler.sigmas.tolist() == pytest.approx([first.sigma_ve, 0.0], rel=1e-3)
 
@@ -103,7 +122,9 @@ def test_one_step_from_the_range_of_a_timestep_grid(grid: str, spacing: str) -> 
 def test_a_range_of_one_point_is_refused_for_more_steps() -> None:
     with pytest.raises(ValueError, match=r"^need 0 < sigma_min < sigma_max, got 2 and 2$"):
         Sampler(SCALED, "euler", 2, "karras", sigma_min=2.0, sigma_max=2.0)
-    assert Sampler(SCALED, "euler", 1, "karras", sigma_min=2.0, sigma_max=2.0).sigmas == pytest.approx([2.0, 0.0])
+    assert Sampler(
+        SCALED, "euler", 1, "karras", sigma_min=2.0, sigma_max=2.0
+    ).sigmas == pytest.approx([2.0, 0.0])
 
 
 # numbers of other libraries
@@ -113,7 +134,11 @@ def still(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return -x
 
 
-@pytest.mark.parametrize("kind", [int, np.int64, np.int32, np.uint8, np.array, torch.tensor], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind",
+    [int, np.int64, np.int32, np.uint8, np.array, torch.tensor],
+    ids=lambda kind: kind.__name__,
+)
 def test_integers_of_any_kind(kind: Any) -> None:
     schedule = SCALED.with_prediction("v_prediction")
     sampler = Sampler(schedule, "dpmpp_2m", kind(4), "leading", steps_offset=kind(1))
@@ -131,7 +156,9 @@ def test_integers_of_any_kind(kind: Any) -> None:
     assert resolution_shift(kind(128), 64) == 2.0
 
 
-@pytest.mark.parametrize("kind", [float, np.float64, np.float32, np.array, torch.tensor], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [float, np.float64, np.float32, np.array, torch.tensor], ids=lambda kind: kind.__name__
+)
 def test_floats_of_any_kind(kind: Any) -> None:
     sampler = Sampler(SCALED, "ddim", 4, "karras", eta=kind(0.5), rho=kind(6))
     assert sampler == Sampler(SCALED, "ddim", 4, "karras", eta=0.5, rho=6)
@@ -142,7 +169,9 @@ BOOLS = [True, np.bool_(True), torch.tensor(True), np.array(True)]
 
 
 @pytest.mark.parametrize(
-    "value", [*BOOLS, 20.0, np.float64(20), torch.tensor(20.0), "20", None, [20], np.array([20])], ids=repr
+    "value",
+    [*BOOLS, 20.0, np.float64(20), torch.tensor(20.0), "20", None, [20], np.array([20])],
+    ids=repr,
 )
 def test_what_is_no_integer(value: Any) -> None:
     for make in (
@@ -192,6 +221,8 @@ def test_what_is_no_number(value: Any) -> None:
         (("ddim",), {"timesteps": [True, False]}, r"^timesteps must be a sequence of numbers, got \[True, False\]$"),
     ],
 )  # fmt: skip
-def test_bad_arguments_are_named(arguments: tuple[Any, ...], options: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_named(
+    arguments: tuple[Any, ...], options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         Sampler(SCALED, *arguments, **options)

@@ -16,7 +16,18 @@ from alphabar.noising import NoiseSchedule
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 V_ZERO_SNR = ["--prediction_type", "v_prediction", "--rescale_betas_zero_snr"]
-SHORT = ["--max_steps", "2", "--batch_size", "2", "--num_samples", "4", "--sampling_steps", "2", "--preview_every", "1"]
+SHORT = [
+    "--max_steps",
+    "2",
+    "--batch_size",
+    "2",
+    "--num_samples",
+    "4",
+    "--sampling_steps",
+    "2",
+    "--preview_every",
+    "1",
+]
 
 
 def load(name: str) -> ModuleType:
@@ -30,8 +41,16 @@ def load(name: str) -> ModuleType:
 
 
 def small(channels: int) -> diffusers.UNet2DModel:
-    blocks: dict[str, Any] = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-    size = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 32}
+    blocks: dict[str, Any] = {
+        "down_block_types": ("DownBlock2D",) * 2,
+        "up_block_types": ("UpBlock2D",) * 2,
+    }
+    size = {
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "sample_size": 32,
+    }
     return diffusers.UNet2DModel(in_channels=channels, out_channels=channels, **size, **blocks)
 
 
@@ -52,11 +71,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_brightness_leaves_what_the_readme_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_brightness_leaves_what_the_readme_promises(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     ratios = brightness().main([*V_ZERO_SNR, *SHORT, "--compare", "--out", str(tmp_path)])
     assert set(ratios) == {"v_prediction + zero terminal SNR", "epsilon, ordinary"}
     assert json.loads((tmp_path / "brightness.json").read_text()) == ratios
-    for name in ("brightness.ckpt", "brightness.png", "scheduler/scheduler_config.json", "ordinary/brightness.ckpt"):
+    for name in (
+        "brightness.ckpt",
+        "brightness.png",
+        "scheduler/scheduler_config.json",
+        "ordinary/brightness.ckpt",
+    ):
         assert (tmp_path / name).is_file(), name
     assert len(list((tmp_path / "previews").glob("*.png"))) == 2
     scheduler = diffusers.DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
@@ -69,22 +95,35 @@ def test_brightness_leaves_what_the_readme_promises(tmp_path: Path, capsys: pyte
 def test_brightness_goes_on_from_its_checkpoint(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     first = json.loads((tmp_path / "brightness.json").read_text())
-    assert brightness().main([*V_ZERO_SNR, *SHORT, "--out", str(tmp_path)]) == first  # nothing is left to train
+    # nothing is left to train
+    assert brightness().main([*V_ZERO_SNR, *SHORT, "--out", str(tmp_path)]) == first
 
 
-def test_brightness_refuses_another_schedule_in_the_same_folder(trained: Path, tmp_path: Path) -> None:
+def test_brightness_refuses_another_schedule_in_the_same_folder(
+    trained: Path, tmp_path: Path
+) -> None:
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     with pytest.raises(ValueError, match=r"beta_end=0\.02"):
-        brightness().main([*V_ZERO_SNR, "--beta_end", "0.02", *SHORT, "--max_steps", "4", "--out", str(tmp_path)])
+        brightness().main(
+            [*V_ZERO_SNR, "--beta_end", "0.02", *SHORT, "--max_steps", "4", "--out", str(tmp_path)]
+        )
 
 
 def test_brightness_refuses_to_report_another_run_as_its_own(tmp_path: Path) -> None:
     example = brightness()
     example.require_same_run(example.parse([*V_ZERO_SNR, *SHORT]), tmp_path)
     (tmp_path / "brightness.ckpt").touch()
-    example.require_same_run(example.parse([*V_ZERO_SNR, *SHORT, "--max_steps", "9", "--compare"]), tmp_path)
-    for flags in (["--snr_gamma", "5", "--loss_weight_floor", "0.1"], ["--seed", "1"], ["--channels", "3"]):
-        with pytest.raises(ValueError, match=rf"was trained with .*, and this run has .*{flags[0][2:]}={flags[1]}"):
+    example.require_same_run(
+        example.parse([*V_ZERO_SNR, *SHORT, "--max_steps", "9", "--compare"]), tmp_path
+    )
+    for flags in (
+        ["--snr_gamma", "5", "--loss_weight_floor", "0.1"],
+        ["--seed", "1"],
+        ["--channels", "3"],
+    ):
+        with pytest.raises(
+            ValueError, match=rf"was trained with .*, and this run has .*{flags[0][2:]}={flags[1]}"
+        ):
             example.main([*V_ZERO_SNR, *SHORT, *flags, "--out", str(tmp_path)])
     (tmp_path / "flags.json").unlink()
     with pytest.raises(ValueError, match="holds a checkpoint and no flags"):
@@ -129,6 +168,8 @@ def test_brightness_says_what_is_wrong(tmp_path: Path, flags: list[str], words: 
 def test_plain_loop(tmp_path: Path) -> None:
     load("plain_loop").main(["--steps", "2", "--out", str(tmp_path)])
     assert (tmp_path / "squares.png").is_file()
-    scheduler = diffusers.DPMSolverMultistepScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    scheduler = diffusers.DPMSolverMultistepScheduler.from_pretrained(
+        tmp_path, subfolder="scheduler"
+    )
     assert scheduler.config["prediction_type"] == "v_prediction"
     assert len((EXAMPLES / "plain_loop.py").read_text().splitlines()) < 60

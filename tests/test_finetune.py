@@ -43,7 +43,8 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def as_in_a_new_process() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one precision for the whole process
+    # accelerate keeps one precision for the whole process
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def names_of(folder: Path) -> list[str]:
@@ -64,7 +65,9 @@ def test_epsilon_becomes_v_with_zero_terminal_snr(given: list[str], tmp_path: Pa
         "--num_inference_steps",
         "2",
     ]
-    load("finetune_text_to_image").main([*given, *V_ZERO_SNR, *SHORT, *flags, "--output_dir", str(tmp_path)])
+    load("finetune_text_to_image").main(
+        [*given, *V_ZERO_SNR, *SHORT, *flags, "--output_dir", str(tmp_path)]
+    )
     config = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
     assert config["prediction_type"] == "v_prediction" and config["rescale_betas_zero_snr"] is True
     assert config["timestep_spacing"] == "trailing"
@@ -72,12 +75,19 @@ def test_epsilon_becomes_v_with_zero_terminal_snr(given: list[str], tmp_path: Pa
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)  # such as of a steps_offset that is not 1
         pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
-    assert pipeline.scheduler.alphas_cumprod[-1] == 0 and pipeline.scheduler.config.prediction_type == "v_prediction"
-    image = pipeline("a red square", num_inference_steps=2, height=16, width=16, output_type="pt").images
+    assert (
+        pipeline.scheduler.alphas_cumprod[-1] == 0
+        and pipeline.scheduler.config.prediction_type == "v_prediction"
+    )
+    image = pipeline(
+        "a red square", num_inference_steps=2, height=16, width=16, output_type="pt"
+    ).images
     assert image.shape == (1, 3, 16, 16) and bool(torch.as_tensor(image).isfinite().all())
     assert (tmp_path / "previews" / "step_0000002.png").is_file()
     before = diffusers.UNet2DConditionModel.from_pretrained(given[1], subfolder="unet").state_dict()
-    assert any(not torch.equal(value, before[name]) for name, value in pipeline.unet.state_dict().items())
+    assert any(
+        not torch.equal(value, before[name]) for name, value in pipeline.unet.state_dict().items()
+    )
 
 
 def test_killed_and_resumed_it_learns_the_same(given: list[str], tmp_path: Path) -> None:
@@ -102,21 +112,32 @@ def test_killed_and_resumed_it_learns_the_same(given: list[str], tmp_path: Path)
         "--output_dir",
         str(tmp_path / "killed"),
     ]
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "checkpoint-0000004.pt").is_file():  # an epoch has three steps: it is inside one
+    # an epoch has three steps: it is inside one
+    while not (tmp_path / "killed" / "checkpoint-0000004.pt").is_file():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed" / "unet").exists(), "it had finished before it was killed"
-    example.main([*flags, "--output_dir", str(tmp_path / "killed"), "--resume_from_checkpoint", "latest"])
+    example.main(
+        [*flags, "--output_dir", str(tmp_path / "killed"), "--resume_from_checkpoint", "latest"]
+    )
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    rates = [json.loads(line)["lr"] for line in (tmp_path / "killed" / "losses.jsonl").read_text().splitlines()]
-    assert rates == pytest.approx([0.0, 1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3, 1e-3, 1e-3])  # three steps of warm-up
+    rates = [
+        json.loads(line)["lr"]
+        for line in (tmp_path / "killed" / "losses.jsonl").read_text().splitlines()
+    ]
+    # three steps of warm-up
+    assert rates == pytest.approx([0.0, 1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3, 1e-3, 1e-3])
     assert len(losses(tmp_path / "whole")) == 7
     unets = [
-        diffusers.UNet2DConditionModel.from_pretrained(tmp_path / name, subfolder="unet").state_dict()
+        diffusers.UNet2DConditionModel.from_pretrained(
+            tmp_path / name, subfolder="unet"
+        ).state_dict()
         for name in ("whole", "killed")
     ]
     assert all(torch.equal(value, unets[1][name]) for name, value in unets[0].items())
@@ -128,13 +149,25 @@ def test_lora_loads_into_the_pipeline_with_its_scheduler(
     given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("peft")
-    flags = ["--max_train_steps", "2", "--rank", "2", "--snr_gamma", "5", "--loss_weight_floor", "0.05"]
+    flags = [
+        "--max_train_steps",
+        "2",
+        "--rank",
+        "2",
+        "--snr_gamma",
+        "5",
+        "--loss_weight_floor",
+        "0.05",
+    ]
     flags += ["--mixed_precision", "bf16", "--gradient_checkpointing"]
-    load("finetune_text_to_image").main([*given, *V_ZERO_SNR, *SHORT, *flags, "--output_dir", str(tmp_path)])
+    load("finetune_text_to_image").main(
+        [*given, *V_ZERO_SNR, *SHORT, *flags, "--output_dir", str(tmp_path)]
+    )
     pipeline = diffusers.DiffusionPipeline.from_pretrained(given[1])
     before = pipeline.unet(torch.ones(1, 4, 8, 8), 5, torch.ones(1, 16, 32)).sample
     named: dict[str, Any] = {}
-    exec(capsys.readouterr().out.split("beside it.\n")[1], named)  # the call that is printed, as it stands
+    # the call that is printed, as it stands
+    exec(capsys.readouterr().out.split("beside it.\n")[1], named)
     pipeline = named["pipeline"]
     after = pipeline.unet(torch.ones(1, 4, 8, 8), 5, torch.ones(1, 16, 32)).sample
     assert not torch.equal(before, after)
@@ -143,19 +176,28 @@ def test_lora_loads_into_the_pipeline_with_its_scheduler(
     assert not (tmp_path / "unet").exists()
 
 
-def test_a_lora_file_says_its_schedule_and_keeps_its_weights(given: list[str], tmp_path: Path) -> None:
+def test_a_lora_file_says_its_schedule_and_keeps_its_weights(
+    given: list[str], tmp_path: Path
+) -> None:
     pytest.importorskip("peft")
     flags = ["--max_train_steps", "1", "--rank", "2", "--output_dir", str(tmp_path)]
     load("finetune_text_to_image").main([*given, *V_ZERO_SNR, *SHORT, *flags])
     header = read_header(tmp_path / "pytorch_lora_weights.safetensors")
-    assert header.metadata["modelspec.prediction_type"] == "v" and header.metadata["ss_zero_terminal_snr"] == "True"
+    assert (
+        header.metadata["modelspec.prediction_type"] == "v"
+        and header.metadata["ss_zero_terminal_snr"] == "True"
+    )
     schedule = NoiseSchedule.from_config(json.loads(header.metadata["alphabar.noise_schedule"]))
     assert schedule == NoiseSchedule.from_pretrained(tmp_path, subfolder="scheduler")
-    assert all(".lora" in name for name in header.tensors)  # no tensor that a loader of LoRA would not know
+    # no tensor that a loader of LoRA would not know
+    assert all(".lora" in name for name in header.tensors)
 
 
 def test_a_folder_that_holds_a_run_is_refused(
-    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    given: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     example = load("finetune_text_to_image")
     flags = [*given, *SHORT, "--checkpointing_steps", "2", "--output_dir", str(tmp_path)]
@@ -179,8 +221,13 @@ def test_a_folder_that_holds_a_run_is_refused(
     # to be replaced: the run's own checkpoints are kept, though the old ones had higher numbers
     AcceleratorState._reset_state(reset_partial_state=True)
     example.main([*flags, "--max_train_steps", "4", "--overwrite_output_dir"])
-    assert names_of(tmp_path) == ["checkpoint-0000002.pt", "checkpoint-0000004.pt"] and len(losses(tmp_path)) == 4
-    assert NoiseSchedule.from_pretrained(tmp_path, subfolder="scheduler").prediction.name == "epsilon"
+    assert (
+        names_of(tmp_path) == ["checkpoint-0000002.pt", "checkpoint-0000004.pt"]
+        and len(losses(tmp_path)) == 4
+    )
+    assert (
+        NoiseSchedule.from_pretrained(tmp_path, subfolder="scheduler").prediction.name == "epsilon"
+    )
     # gone on with, from its last checkpoint and from an earlier one
     first = losses(tmp_path)
     capsys.readouterr()
@@ -202,15 +249,17 @@ def test_latest_says_when_it_finds_nothing(
     given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     example = load("finetune_text_to_image")
-    (tmp_path / "losses.jsonl").write_text(
-        '{"step": 1, "loss": 9.0, "lr": 0.0}\n{"st'
-    )  # killed before its first checkpoint
+    # killed before its first checkpoint
+    (tmp_path / "losses.jsonl").write_text('{"step": 1, "loss": 9.0, "lr": 0.0}\n{"st')
     flags = [*given, *SHORT, "--max_train_steps", "1", "--resume_from_checkpoint", "latest"]
     example.main([*flags, "--output_dir", str(tmp_path)])
-    assert f"no checkpoint in {str(tmp_path)!r}: training begins at step 0" in capsys.readouterr().out
+    assert (
+        f"no checkpoint in {str(tmp_path)!r}: training begins at step 0" in capsys.readouterr().out
+    )
     assert len(losses(tmp_path)) == 1 and losses(tmp_path) != [9.0]
     (tmp_path / "checkpoint-0000001.pt").unlink()
-    with pytest.raises(ValueError, match="holds a run already"):  # its result, and nothing to go on from
+    # its result, and nothing to go on from
+    with pytest.raises(ValueError, match="holds a run already"):
         example.main([*flags, "--output_dir", str(tmp_path)])
 
 

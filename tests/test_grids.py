@@ -76,14 +76,19 @@ def test_the_tutorials_digits_come_out_of_its_float32_table() -> None:
     alphas_cumprod = diffusers.LMSDiscreteScheduler(**SD).alphas_cumprod.double()
     before = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
     theirs = NoiseSchedule.from_betas(1 - alphas_cumprod / before)
-    assert printed(Sampler(theirs, "LMS", 15, "linspace", interpolation="sigma").sigmas) == TUTORIAL_SIGMAS
+    assert (
+        printed(Sampler(theirs, "LMS", 15, "linspace", interpolation="sigma").sigmas)
+        == TUTORIAL_SIGMAS
+    )
 
 
 # shape
 
 
 @pytest.mark.parametrize(
-    ("grid", "name", "final"), all_pairs(list(GRIDS), list(SCHEDULES), ["zero", "sigma_min"]), ids=str
+    ("grid", "name", "final"),
+    all_pairs(list(GRIDS), list(SCHEDULES), ["zero", "sigma_min"]),
+    ids=str,
 )
 def test_shape(grid: str, name: str, final: str) -> None:
     schedule = SCHEDULES[name]
@@ -92,7 +97,9 @@ def test_shape(grid: str, name: str, final: str) -> None:
         knots = make_knots(schedule, steps, grid, final=final)
         assert len(knots) == number_of_knots(grid, steps, schedule, final=final)
         assert grid == "dpm_fast" or len(knots) == steps + 1
-        assert knots[-1] == (CLEAN if final == "zero" else knots_at(schedule, [lowest_time(curve)])[0])
+        assert knots[-1] == (
+            CLEAN if final == "zero" else knots_at(schedule, [lowest_time(curve)])[0]
+        )
         assert all(n.sigma_ve < s.sigma_ve for s, n in pairwise(knots))
         # every knot is on the schedule, at the time that the network is given
         first, called = knots[0], [k for k in knots if k.alpha > 0.0 and k.sigma > 0.0]
@@ -102,7 +109,8 @@ def test_shape(grid: str, name: str, final: str) -> None:
         log_snr = torch.tensor([2 * k.half_log_snr for k in called], dtype=torch.float64)
         t = curve.time(log_snr)
         alpha, sigma, timestep, scale = (
-            column.numpy() for column in (*curve.levels_at(log_snr), curve.timestep(t), curve.input_scale(t))
+            column.numpy()
+            for column in (*curve.levels_at(log_snr), curve.timestep(t), curve.input_scale(t))
         )
         assert [k.alpha for k in called] == pytest.approx(alpha, rel=1e-9)
         assert [k.sigma for k in called] == pytest.approx(sigma, rel=1e-9)
@@ -129,7 +137,11 @@ def test_as_many_steps_as_timesteps(grid: str) -> None:
 def test_linear_quarters() -> None:
     assert times(SCALED, 5, "linspace") == [999.0, 749.25, 499.5, 249.75, 0.0]
     assert times(SCALED, 5, "linspace", rounded=True) == [999.0, 749.0, 500.0, 250.0, 0.0]
-    assert times(SCALED, 3, "linspace", drop_last=True) == times(SCALED, 3, "sgm_uniform") == [999.0, 666.0, 333.0]
+    assert (
+        times(SCALED, 3, "linspace", drop_last=True)
+        == times(SCALED, 3, "sgm_uniform")
+        == [999.0, 666.0, 333.0]
+    )
     assert times(SCALED, 4, "leading") == [750.0, 500.0, 250.0, 0.0]
     assert times(SCALED, 3, "leading", drop_last=True, steps_offset=1) == [751.0, 501.0, 251.0]
     assert times(SCALED, 3, "trailing") == [999.0, 666.0, 332.0]
@@ -148,13 +160,17 @@ def test_grids_are_functions_that_pickle_and_document_their_options(grid: str) -
 
 def test_no_option_belongs_to_a_method_and_to_a_grid() -> None:
     of_grids = {option for grid in GRIDS for option in grid_options(grid)} | {"timesteps", "sigmas"}
-    assert {(m.name, option) for m in METHODS.values() for option in m.options if option in of_grids} == set()
+    assert {
+        (m.name, option) for m in METHODS.values() for option in m.options if option in of_grids
+    } == set()
 
 
 # how a grid ends
 
 
-@pytest.mark.parametrize("grid", ["karras", "exponential", "polyexponential", "beta", "lu", "vp", "kl_optimal"])
+@pytest.mark.parametrize(
+    "grid", ["karras", "exponential", "polyexponential", "beta", "lu", "vp", "kl_optimal"]
+)
 def test_sigma_min_ends_a_grid_where_its_own_lowest_point_is(grid: str) -> None:
     """No step of zero length: diffusers repeats the last sigma, and so evaluates the network once for nothing."""
     whole = make_knots(SCALED, 9, grid)
@@ -165,7 +181,9 @@ def test_sigma_min_ends_a_grid_where_its_own_lowest_point_is(grid: str) -> None:
 
 
 def test_linspace_with_drop_last_goes_on_to_sigma_min() -> None:
-    assert [k.timestep for k in make_knots(SCALED, 3, "linspace", drop_last=True, final="sigma_min")] == [
+    assert [
+        k.timestep for k in make_knots(SCALED, 3, "linspace", drop_last=True, final="sigma_min")
+    ] == [
         999,
         666,
         333,
@@ -179,16 +197,25 @@ def test_linspace_with_drop_last_goes_on_to_sigma_min() -> None:
 def test_a_range_of_ones_own_ends_at_its_own_sigma_min() -> None:
     knots = make_knots(SCALED, 5, "karras", sigma_min=0.5, final="sigma_min")
     assert ratios(knots)[-1] == pytest.approx(0.5, rel=1e-12)
-    assert ratios(knots)[:-1] == pytest.approx(ratios(make_knots(SCALED, 6, "karras", sigma_min=0.5))[:5], rel=1e-12)
+    assert ratios(knots)[:-1] == pytest.approx(
+        ratios(make_knots(SCALED, 6, "karras", sigma_min=0.5))[:5], rel=1e-12
+    )
 
 
 def test_the_least_noise_of_training() -> None:
     assert final_knot(SCALED, "sigma_min").timestep == 0.0
-    assert final_knot(FLOW_3, "sigma_min").sigma == pytest.approx(3e-3 / 1.002, rel=1e-12)  # t = 1 / T, shifted
+    # t = 1 / T, shifted
+    assert final_knot(FLOW_3, "sigma_min").sigma == pytest.approx(3e-3 / 1.002, rel=1e-12)
     assert final_knot(NoiseSchedule.karras(), "sigma_min").sigma == 0.002
-    assert final_knot(NoiseSchedule.variance_exploding(), "sigma_min").sigma == pytest.approx(0.01, rel=1e-12)
-    assert final_knot(NoiseSchedule.variance_preserving(), "sigma_min").timestep == pytest.approx(1.0, rel=1e-12)
-    assert final_knot(NoiseSchedule.cosine(), "sigma_min").sigma == pytest.approx(math.sin(math.pi / 2000), rel=1e-12)
+    assert final_knot(NoiseSchedule.variance_exploding(), "sigma_min").sigma == pytest.approx(
+        0.01, rel=1e-12
+    )
+    assert final_knot(NoiseSchedule.variance_preserving(), "sigma_min").timestep == pytest.approx(
+        1.0, rel=1e-12
+    )
+    assert final_knot(NoiseSchedule.cosine(), "sigma_min").sigma == pytest.approx(
+        math.sin(math.pi / 2000), rel=1e-12
+    )
 
 
 # σ-spaced grids in closed form
@@ -204,11 +231,23 @@ CLOSED_FORMS: list[tuple[str, dict[str, Any], Callable[[int, float, float], Arra
     ("karras", {"rho": 3.0}, lambda n, low, high: karras(n, low, high, 3.0)),
     ("exponential", {}, lambda n, low, high: np.geomspace(high, low, n)),
     ("polyexponential", {}, lambda n, low, high: np.geomspace(high, low, n)),
-    ("polyexponential", {"rho": 2.0}, lambda n, low, high: low * (high / low) ** (ramp(n)[::-1] ** 2)),
+    (
+        "polyexponential",
+        {"rho": 2.0},
+        lambda n, low, high: low * (high / low) ** (ramp(n)[::-1] ** 2),
+    ),
     ("beta", {}, lambda n, low, high: low + stats.beta.ppf(1 - ramp(n), 0.6, 0.6) * (high - low)),
-    ("beta", {"alpha": 2.0, "beta": 1.0}, lambda n, low, high: low + stats.beta.ppf(1 - ramp(n), 2, 1) * (high - low)),
+    (
+        "beta",
+        {"alpha": 2.0, "beta": 1.0},
+        lambda n, low, high: low + stats.beta.ppf(1 - ramp(n), 2, 1) * (high - low),
+    ),
     ("lu", {}, lambda n, low, high: np.exp(np.linspace(np.log(high), np.log(low), n))),
-    ("kl_optimal", {}, lambda n, low, high: np.tan(ramp(n) * np.arctan(low) + (1 - ramp(n)) * np.arctan(high))),
+    (
+        "kl_optimal",
+        {},
+        lambda n, low, high: np.tan(ramp(n) * np.arctan(low) + (1 - ramp(n)) * np.arctan(high)),
+    ),
 ]
 
 
@@ -227,27 +266,38 @@ def test_vp_is_that_of_k_diffusion_and_of_the_schedules_own_range() -> None:
     for options in ({}, {"beta_d": 19.9, "beta_min": 0.1}):
         sigmas = ratios(make_knots(schedule, 20, "vp", **options))
         assert sigmas[:-1] == pytest.approx(k_diffusion_vp(20, 19.9, 0.1), rel=1e-9)
-    assert times(schedule, 20, "vp") == pytest.approx(np.linspace(1000, 1, 20), rel=1e-9)  # its own time, evenly
+    # its own time, evenly
+    assert times(schedule, 20, "vp") == pytest.approx(np.linspace(1000, 1, 20), rel=1e-9)
     low, high = low_and_high()  # elsewhere the betas that EDM's generate.py solves for
     beta_d = 2 * (np.log(low**2 + 1) / 1e-3 - np.log(high**2 + 1)) / (1e-3 - 1)
     beta_min = np.log(high**2 + 1) - 0.5 * beta_d
-    assert ratios(make_knots(SCALED, 20, "vp"))[:-1] == pytest.approx(k_diffusion_vp(20, beta_d, beta_min), rel=1e-9)
+    assert ratios(make_knots(SCALED, 20, "vp"))[:-1] == pytest.approx(
+        k_diffusion_vp(20, beta_d, beta_min), rel=1e-9
+    )
     with pytest.raises(
-        ValueError, match=r"^noise level 152\.1\d* is outside 0\.0291672 \.\.\. 14\.6146, which this schedule"
+        ValueError,
+        match=r"^noise level 152\.1\d* is outside 0\.0291672 \.\.\. 14\.6146, which this schedule",
     ):
         make_knots(SCALED, 20, "vp", beta_d=19.9, beta_min=0.1)
 
 
 @pytest.mark.parametrize("grid", ["karras", "exponential", "beta", "lu", "kl_optimal"])
-def test_zero_terminal_snr_starts_at_the_terminal_step_and_goes_on_as_from_terminal_sigma(grid: str) -> None:
-    formula = next(formula for name, options, formula in CLOSED_FORMS if name == grid and not options)
+def test_zero_terminal_snr_starts_at_the_terminal_step_and_goes_on_as_from_terminal_sigma(
+    grid: str,
+) -> None:
+    formula = next(
+        formula for name, options, formula in CLOSED_FORMS if name == grid and not options
+    )
+    # the latter: diffusers
     for options, terminal_sigma in (
         ({}, TERMINAL_SIGMA),
         ({"terminal_sigma": 4096.0}, 4096.0),
-    ):  # the latter: diffusers
+    ):
         knots = make_knots(ZTSNR, 10, grid, **options)
         assert (knots[0].timestep, knots[0].alpha, knots[0].sigma) == (999.0, 0.0, 1.0)
-        assert ratios(knots)[1:-1] == pytest.approx(formula(10, ratios(knots)[-2], terminal_sigma)[1:], rel=1e-9)
+        assert ratios(knots)[1:-1] == pytest.approx(
+            formula(10, ratios(knots)[-2], terminal_sigma)[1:], rel=1e-9
+        )
 
 
 @pytest.mark.parametrize("terminal_sigma", [0.01, 0.0, math.inf, math.nan])
@@ -270,11 +320,15 @@ def test_a_large_but_finite_noise_is_not_capped() -> None:
     schedule = SCHEDULES["squaredcos"]
     low, high = low_and_high(schedule)
     assert high > 20_000
-    assert ratios(make_knots(schedule, 10, "karras"))[:-1] == pytest.approx(karras(10, low, high), rel=1e-9)
+    assert ratios(make_knots(schedule, 10, "karras"))[:-1] == pytest.approx(
+        karras(10, low, high), rel=1e-9
+    )
 
 
 def test_a_flow_is_spaced_in_sigma_or_in_its_ratio() -> None:
-    assert flow_sigmas(make_knots(FLOW, 6, "karras"))[:-1] == pytest.approx(karras(6, 0.001, 1.0), rel=1e-9)
+    assert flow_sigmas(make_knots(FLOW, 6, "karras"))[:-1] == pytest.approx(
+        karras(6, 0.001, 1.0), rel=1e-9
+    )
     ratio = ratios(make_knots(FLOW, 6, "karras", ratio=True))
     assert ratio[0] == math.inf
     assert ratio[1:-1] == pytest.approx(karras(6, 0.001 / 0.999, TERMINAL_SIGMA)[1:], rel=1e-9)
@@ -284,7 +338,12 @@ def test_a_flow_is_spaced_in_sigma_or_in_its_ratio() -> None:
 
 def test_beta_quantiles_have_the_closed_forms() -> None:
     u = torch.linspace(0, 1, 501, dtype=torch.float64)
-    forms = {(1, 1): u, (0.5, 0.5): (u * math.pi / 2).sin() ** 2, (3, 1): u ** (1 / 3), (1, 4): 1 - (1 - u) ** 0.25}
+    forms = {
+        (1, 1): u,
+        (0.5, 0.5): (u * math.pi / 2).sin() ** 2,
+        (3, 1): u ** (1 / 3),
+        (1, 4): 1 - (1 - u) ** 0.25,
+    }
     for (a, b), quantile in forms.items():
         assert float((beta_quantile(u, a, b) - quantile).abs().max()) < 1e-12, (a, b)
 
@@ -305,11 +364,15 @@ def test_dpm_fast_is_laid_for_a_number_of_evaluations(evaluations: int) -> None:
 def test_a_method_can_ask_for_the_number_of_evaluations() -> None:
     asked: list[int] = []
 
-    def formula(trace: Any, knots: Sequence[Knot], i: int, x: Any, *, evaluations: int = 0) -> list[Any]:
+    def formula(
+        trace: Any, knots: Sequence[Knot], i: int, x: Any, *, evaluations: int = 0
+    ) -> list[Any]:
         asked.append(evaluations)
         return [METHODS["euler"].formula(trace, knots, i, x)[0]]
 
-    method = Method("fast", formula, order=1, source="", grid="dpm_fast", steps_as="evaluations")
+    method = Method(
+        "fast", formula, order=1, source="", grid="dpm_fast", steps_option="evaluations"
+    )
     sampler = Sampler(SCALED, method, steps=20)
     assert (sampler.steps, len(sampler.table.steps), set(asked)) == (20, 7, {20})
     assert sampler.knots[-1].timestep == 0.0
@@ -329,7 +392,10 @@ BAD_STEPS = {
 @pytest.mark.parametrize("steps", [*BAD_STEPS, True])
 def test_bad_steps(steps: Any) -> None:
     message = r"^steps must be an integer, got True$" if steps is True else BAD_STEPS[steps]
-    for make in (lambda: make_knots(SCALED, steps, "trailing"), lambda: Sampler(SCALED, "euler", steps)):
+    for make in (
+        lambda: make_knots(SCALED, steps, "trailing"),
+        lambda: Sampler(SCALED, "euler", steps),
+    ):
         with pytest.raises(ValueError, match=message):
             make()
 
@@ -390,11 +456,13 @@ def test_bad_options(number: int) -> None:
 def test_what_only_discrete_schedules_have(name: str) -> None:
     schedule = SCHEDULES[name]
     with pytest.raises(
-        ValueError, match=f"^interpolation='sigma' is for discrete schedules; a {schedule.curve.kind} curve is exact"
+        ValueError,
+        match=f"^interpolation='sigma' is for discrete schedules; a {schedule.curve.kind} curve is exact",
     ):
         make_knots(schedule, 5, "linspace", interpolation="sigma")
     with pytest.raises(
-        ValueError, match=f"^rounding='nearest' is for discrete schedules; a {schedule.curve.kind} network takes any"
+        ValueError,
+        match=f"^rounding='nearest' is for discrete schedules; a {schedule.curve.kind} network takes any",
     ):
         make_knots(schedule, 5, "karras", rounding="nearest")
 
@@ -403,11 +471,17 @@ def test_a_function_is_a_grid_and_is_checked_too() -> None:
     def two(schedule: NoiseSchedule, steps: int, *, first: float = 800.0) -> tuple[Knot, ...]:
         return (*knots_at(schedule, [first, 100.0]), CLEAN)
 
-    assert [knot.timestep for knot in make_knots(SCALED, 2, two, first=900.0)] == [900.0, 100.0, -1.0]
+    assert [knot.timestep for knot in make_knots(SCALED, 2, two, first=900.0)] == [
+        900.0,
+        100.0,
+        -1.0,
+    ]
     assert Sampler(SCALED, "euler", 2, two, first=700.0).timesteps == [700.0, 100.0]
     with pytest.raises(ValueError, match=r"^a grid of 3 steps must have 4 knots, got 3$"):
         make_knots(SCALED, 3, two)
-    with pytest.raises(ValueError, match=r"^noise must fall at every step, but σ/α goes from .* in step 1 of 2"):
+    with pytest.raises(
+        ValueError, match=r"^noise must fall at every step, but σ/α goes from .* in step 1 of 2"
+    ):
         make_knots(SCALED, 2, two, first=100.0)
     with pytest.raises(ValueError, match=r"did you mean 'first'"):
         make_knots(SCALED, 2, two, frist=100.0)

@@ -84,7 +84,9 @@ def test_comfyui(steps: int) -> None:
         ("karras", ()): [*karras(steps, low, high), 0.0],
     }
     for (grid, options), sigmas in expected.items():
-        assert ratios(make_knots(SCALED, steps, grid, **dict(options))) == pytest.approx(sigmas, rel=1e-9), grid
+        assert ratios(make_knots(SCALED, steps, grid, **dict(options))) == pytest.approx(
+            sigmas, rel=1e-9
+        ), grid
 
 
 @pytest.mark.parametrize("steps", COMFY_STEPS)
@@ -94,13 +96,18 @@ def test_comfyui_ddim_uniform_takes_as_many_as_fit(steps: int) -> None:
     assert ratios(ours) == pytest.approx(theirs, rel=1e-9)
     if 1000 % steps == 0:
         assert len(theirs) == steps + 1
-        assert make_knots(SCALED, steps, "ddim_uniform") == ours == make_knots(SCALED, steps, "leading", steps_offset=1)
+        assert (
+            make_knots(SCALED, steps, "ddim_uniform")
+            == ours
+            == make_knots(SCALED, steps, "leading", steps_offset=1)
+        )
 
 
 @pytest.mark.parametrize("steps", COMFY_STEPS)
 def test_comfyui_on_a_flow(steps: int) -> None:
     low, high = float(FLOW_TABLE[0]), 1.0
-    t = np.linspace(high, low, steps)  # 'normal' takes the shifted ends for times, and shifts them again
+    # 'normal' takes the shifted ends for times, and shifts them again
+    t = np.linspace(high, low, steps)
     t_sgm = np.linspace(high, low, steps + 1)[:-1]
     twice = low
     expected = [
@@ -116,7 +123,9 @@ def test_comfyui_on_a_flow(steps: int) -> None:
         ),
     ]
     for grid, options, sigmas in expected:
-        assert flow_sigmas(make_knots(FLOW_3, steps, grid, **options)) == pytest.approx(sigmas, rel=1e-9), grid
+        assert flow_sigmas(make_knots(FLOW_3, steps, grid, **options)) == pytest.approx(
+            sigmas, rel=1e-9
+        ), grid
 
 
 @pytest.mark.parametrize("steps", [2, 8, 20])
@@ -124,8 +133,12 @@ def test_a1111_differs_in_the_end_of_kl_optimal_and_in_beta(steps: int) -> None:
     low, high = low_and_high()
     i = np.arange(steps + 1) / steps
     theirs = np.tan(i * np.arctan(low) + (1 - i) * np.arctan(high))
-    assert ratios(make_knots(SCALED, steps, "kl_optimal", final="sigma_min")) == pytest.approx(theirs, rel=1e-9)
-    sigmas = [low + stats.beta.ppf(x, 0.6, 0.6) * (high - low) for x in 1 - np.linspace(0, 1, steps)]
+    assert ratios(make_knots(SCALED, steps, "kl_optimal", final="sigma_min")) == pytest.approx(
+        theirs, rel=1e-9
+    )
+    sigmas = [
+        low + stats.beta.ppf(x, 0.6, 0.6) * (high - low) for x in 1 - np.linspace(0, 1, steps)
+    ]
     assert ratios(make_knots(SCALED, steps, "beta"))[:-1] == pytest.approx(sigmas, rel=1e-9)
 
 
@@ -160,7 +173,11 @@ def test_align_your_steps_holds_the_published_tables() -> None:
     assert list(STABLE_DIFFUSION_TIMESTEPS["sd15"][:-1]) == published["StableDiffusionTimesteps"]
     assert list(STABLE_DIFFUSION_TIMESTEPS["sdxl"][:-1]) == published["StableDiffusionXLTimesteps"]
     assert list(SIGMAS["svd"][:-1]) == published["StableDiffusionVideoSigmas"][:-1]
-    for variant, key in (("sd15", "StableDiffusion"), ("sdxl", "StableDiffusionXL"), ("svd", "StableDiffusionVideo")):
+    for variant, key in (
+        ("sd15", "StableDiffusion"),
+        ("sdxl", "StableDiffusionXL"),
+        ("svd", "StableDiffusionVideo"),
+    ):
         knots = make_knots(AYS_SCHEDULES[variant], 10, "align_your_steps", variant=variant)
         # the published sigmas are those of the timesteps, rounded to about three figures
         assert ratios(knots) == pytest.approx(published[f"{key}Sigmas"], rel=0.015)
@@ -185,9 +202,12 @@ def test_align_your_steps_elsewhere() -> None:
     knots = make_knots(ZTSNR, 10, "align_your_steps")
     assert knots[0].alpha == 0.0
     assert ratios(knots)[1:-1] == pytest.approx(COMFY_LEVELS["sd15"][1:-1], rel=1e-9)
-    assert ratios(make_knots(FLOW, 10, "align_your_steps"))[1:-1] == pytest.approx(COMFY_LEVELS["sd15"][1:-1], rel=1e-9)
+    assert ratios(make_knots(FLOW, 10, "align_your_steps"))[1:-1] == pytest.approx(
+        COMFY_LEVELS["sd15"][1:-1], rel=1e-9
+    )
     with pytest.raises(
-        ValueError, match=r"^noise level 700 is outside 0\.002 \.\.\. 80, which this schedule was trained on"
+        ValueError,
+        match=r"^noise level 700 is outside 0\.002 \.\.\. 80, which this schedule was trained on",
     ):
         make_knots(NoiseSchedule.karras(), 10, "align_your_steps", variant="svd")
     with pytest.raises(ValueError, match=r"^unknown variant 'sd3'; did you mean 'svd'\?$"):

@@ -42,7 +42,9 @@ SOLVER_SPACING: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler"])
+@pytest.mark.parametrize(
+    "name", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler"]
+)
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_euler_spacings(name: str, spacing: str) -> None:
     for steps in STEPS:
@@ -52,14 +54,21 @@ def test_euler_spacings(name: str, spacing: str) -> None:
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("grid", CONVERSIONS)
-def test_euler_conversions_take_their_range_from_the_subsampled_grid(spacing: str, grid: str) -> None:
+def test_euler_conversions_take_their_range_from_the_subsampled_grid(
+    spacing: str, grid: str
+) -> None:
     for name in ("EulerDiscreteScheduler", "LMSDiscreteScheduler"):
         for steps in STEPS:
             config = {"timestep_spacing": spacing, "steps_offset": 1, CONVERSIONS[grid]: True}
-            check(peer(name, steps, **config), make_knots(SCALED, steps, grid, range_from=spacing, steps_offset=1))
+            check(
+                peer(name, steps, **config),
+                make_knots(SCALED, steps, grid, range_from=spacing, steps_offset=1),
+            )
 
 
-@pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"])
+@pytest.mark.parametrize(
+    "name", ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"]
+)
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_classes_of_two_evaluations(name: str, spacing: str) -> None:
     for steps in (10,):  # KDPM2 takes 0.15 s to lay one
@@ -76,24 +85,36 @@ def test_classes_of_two_evaluations(name: str, spacing: str) -> None:
             assert ratios(knots) == pytest.approx(sigmas, rel=3e-7, abs=1e-12)
             called = [scheduler.timesteps[0].item(), *scheduler.timesteps[2::2].tolist()]
             whole = grid == "karras" and name != "HeunDiscreteScheduler"  # rounded there
-            assert [k.timestep for k in knots[:-1]] == pytest.approx(called, abs=0.5001 if whole else 5e-5)
+            assert [k.timestep for k in knots[:-1]] == pytest.approx(
+                called, abs=0.5001 if whole else 5e-5
+            )
 
 
 @pytest.mark.parametrize(
-    "name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler", "SASolverScheduler"]
+    "name",
+    [
+        "DPMSolverMultistepScheduler",
+        "UniPCMultistepScheduler",
+        "DEISMultistepScheduler",
+        "SASolverScheduler",
+    ],
 )
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_solver_spacings(name: str, spacing: str) -> None:
-    selects = "final_sigmas_type" in getattr(diffusers, name)().config  # DEIS and SA-Solver always end at sigma_min
+    # DEIS and SA-Solver always end at sigma_min
+    selects = "final_sigmas_type" in getattr(diffusers, name)().config
     for final in ("zero", "sigma_min") if selects else ("sigma_min",):
-        config = {"timestep_spacing": spacing, "steps_offset": 1} | ({"final_sigmas_type": final} if selects else {})
+        config = {"timestep_spacing": spacing, "steps_offset": 1} | (
+            {"final_sigmas_type": final} if selects else {}
+        )
         for steps in (1, *STEPS, 100):
             knots = make_knots(SCALED, steps, spacing, final=final, **SOLVER_SPACING[spacing])
             check(peer(name, steps, **config), knots)
 
 
 @pytest.mark.parametrize(
-    "name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DPMSolverSinglestepScheduler"]
+    "name",
+    ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DPMSolverSinglestepScheduler"],
 )
 @pytest.mark.parametrize("grid", CONVERSIONS)
 def test_solver_conversions_take_their_range_from_the_schedule(name: str, grid: str) -> None:
@@ -102,7 +123,9 @@ def test_solver_conversions_take_their_range_from_the_schedule(name: str, grid: 
         check(peer(name, steps, **{CONVERSIONS[grid]: True}), knots)
 
 
-@pytest.mark.parametrize("name", ["DEISMultistepScheduler", "SASolverScheduler", "UniPCMultistepScheduler"])
+@pytest.mark.parametrize(
+    "name", ["DEISMultistepScheduler", "SASolverScheduler", "UniPCMultistepScheduler"]
+)
 @pytest.mark.parametrize("grid", CONVERSIONS)
 def test_solvers_that_repeat_their_last_sigma(name: str, grid: str) -> None:
     """Their last step has no length: it is ours with one step fewer."""
@@ -111,7 +134,11 @@ def test_solvers_that_repeat_their_last_sigma(name: str, grid: str) -> None:
         scheduler = peer(name, steps, **{CONVERSIONS[grid]: True}, **final)
         assert scheduler.sigmas[-1] == scheduler.sigmas[-2]
         knots = make_knots(
-            SCALED, steps - 1, grid, final="sigma_min", rounding="nearest" if grid == "karras" else "down"
+            SCALED,
+            steps - 1,
+            grid,
+            final="sigma_min",
+            rounding="nearest" if grid == "karras" else "down",
         )
         assert ratios(knots) == pytest.approx(scheduler.sigmas[:-1].tolist(), rel=3e-7)
         assert [k.timestep for k in knots[:-1]] == scheduler.timesteps[:-1].tolist()
@@ -123,7 +150,9 @@ def test_lu() -> None:
         check(scheduler, make_knots(SCALED, steps, "lu", rounding="nearest"))
 
 
-@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "SASolverScheduler", "DPMSolverSinglestepScheduler"])
+@pytest.mark.parametrize(
+    "name", ["DPMSolverMultistepScheduler", "SASolverScheduler", "DPMSolverSinglestepScheduler"]
+)
 def test_clipped_lambda(name: str) -> None:
     cosine = SCHEDULES["squaredcos"]
     spacings = ("linspace",) if name == "DPMSolverSinglestepScheduler" else SPACINGS
@@ -131,9 +160,19 @@ def test_clipped_lambda(name: str) -> None:
     for spacing in spacings:
         for steps in (10, 20):
             config = {"timestep_spacing": spacing, "steps_offset": 1} if len(spacings) > 1 else {}
-            scheduler = peer(name, steps, cosine, beta_schedule="squaredcos_cap_v2", lambda_min_clipped=-5.1, **config)
+            scheduler = peer(
+                name,
+                steps,
+                cosine,
+                beta_schedule="squaredcos_cap_v2",
+                lambda_min_clipped=-5.1,
+                **config,
+            )
             check(
-                scheduler, make_knots(cosine, steps, spacing, lambda_min=-5.1, final=final, **SOLVER_SPACING[spacing])
+                scheduler,
+                make_knots(
+                    cosine, steps, spacing, lambda_min=-5.1, final=final, **SOLVER_SPACING[spacing]
+                ),
             )
     assert make_knots(cosine, 10, "linspace", lambda_min=-5.1)[0].half_log_snr >= -5.1
 
@@ -142,7 +181,9 @@ def test_the_peers_own_float32_table_is_near() -> None:
     scheduler = diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True, **SD)
     scheduler.set_timesteps(20)
     # σ / α of its first timestep is wrong by 3e-5
-    assert ratios(make_knots(SCALED, 20, "karras")) == pytest.approx(scheduler.sigmas.tolist(), rel=4e-5)
+    assert ratios(make_knots(SCALED, 20, "karras")) == pytest.approx(
+        scheduler.sigmas.tolist(), rel=4e-5
+    )
 
 
 COUNTS = [*range(2, 201), 250, 333, 500, 777, 999, 1000]
@@ -162,7 +203,8 @@ def test_whole_timesteps(name: str, spacing: str) -> None:
     options = {"rounded": True} if spacing == "linspace" else {}
     for steps in sorted({*COUNTS} - ({*arange_overshoots()} if spacing == "trailing" else set())):
         scheduler.set_timesteps(steps)
-        theirs = sorted({int(t) for t in scheduler.timesteps}, reverse=True)  # PLMS visits one twice
+        # PLMS visits one twice
+        theirs = sorted({int(t) for t in scheduler.timesteps}, reverse=True)
         assert times(SCALED, steps, spacing, **options) == theirs
 
 
@@ -199,7 +241,10 @@ def test_unclip() -> None:
     for steps in (2, 10, 25, 64):
         scheduler = diffusers.UnCLIPScheduler()
         scheduler.set_timesteps(steps)
-        assert times(SCHEDULES["squaredcos"], steps, "linspace", rounded=True) == scheduler.timesteps.tolist()
+        assert (
+            times(SCHEDULES["squaredcos"], steps, "linspace", rounded=True)
+            == scheduler.timesteps.tolist()
+        )
 
 
 def test_ipndm() -> None:
@@ -215,7 +260,11 @@ def test_consistency_models(steps: int) -> None:
     scheduler = diffusers.CMStochasticIterativeScheduler()  # 40 timesteps, σ from 0.002 to 80
     scheduler.set_timesteps(steps)
     schedule = NoiseSchedule(Karras(num_train_timesteps=40), "sample")
-    check(scheduler, make_knots(schedule, steps, "trailing", whole_stride=True, final="sigma_min"), call_scale=1000.0)
+    check(
+        scheduler,
+        make_knots(schedule, steps, "trailing", whole_stride=True, final="sigma_min"),
+        call_scale=1000.0,
+    )
 
 
 @pytest.mark.parametrize("name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"])
@@ -224,7 +273,8 @@ def test_edm(name: str, grid: str) -> None:
     for steps in (2, 18, 50):
         scheduler = getattr(diffusers, name)(sigma_schedule=grid)
         scheduler.set_timesteps(steps)
-        check(scheduler, make_knots(NoiseSchedule.karras(), steps, grid), rel=2e-6)  # one of them in float32
+        # one of them in float32
+        check(scheduler, make_knots(NoiseSchedule.karras(), steps, grid), rel=2e-6)
 
 
 def test_karras_ve_squares_its_sigmas() -> None:
@@ -268,7 +318,9 @@ def test_flow_match_with_a_static_shift_shifts_its_end_twice(shift: float) -> No
         assert flow_sigmas(knots) == pytest.approx(euler.sigmas.tolist(), abs=5e-8)
         assert [k.timestep for k in knots[:-1]] == pytest.approx(euler.timesteps.tolist(), abs=1e-4)
         heun = flow_peer("FlowMatchHeunDiscreteScheduler", steps, shift=shift)
-        assert flow_sigmas(knots) == pytest.approx(sorted({*heun.sigmas.tolist()}, reverse=True), abs=5e-8)
+        assert flow_sigmas(knots) == pytest.approx(
+            sorted({*heun.sigmas.tolist()}, reverse=True), abs=5e-8
+        )
         once = make_knots(schedule, steps, "flow")
         assert steps == 1 or once[-2].sigma == pytest.approx(end, rel=1e-9)
 
@@ -277,7 +329,9 @@ def test_flow_match_with_a_static_shift_shifts_its_end_twice(shift: float) -> No
 def test_flow_match_conversions(grid: str) -> None:
     schedule, end = FLOW_3, 3.0 / 1002.0
     for steps in FLOW_STEPS:
-        theirs = flow_peer("FlowMatchEulerDiscreteScheduler", steps, shift=3.0, **{CONVERSIONS[grid]: True})
+        theirs = flow_peer(
+            "FlowMatchEulerDiscreteScheduler", steps, shift=3.0, **{CONVERSIONS[grid]: True}
+        )
         knots = make_knots(schedule, steps, grid, sigma_min=3 * end / (1 + 2 * end))
         assert flow_sigmas(knots) == pytest.approx(theirs.sigmas.tolist(), abs=5e-8)
 
@@ -291,15 +345,16 @@ def test_flow_match_with_a_dynamic_shift(mu: float) -> None:
             knots = make_knots(FLOW_3, steps, "flow", mu=mu, shift_terminal=terminal)
             assert flow_sigmas(knots) == pytest.approx(theirs.sigmas.tolist(), abs=8e-8)
         linear = flow_peer(name, steps, mu, use_dynamic_shifting=True, time_shift_type="linear")
-        assert flow_sigmas(make_knots(FLOW, steps, "flow", shift=mu)) == pytest.approx(linear.sigmas.tolist(), abs=8e-8)
+        assert flow_sigmas(make_knots(FLOW, steps, "flow", shift=mu)) == pytest.approx(
+            linear.sigmas.tolist(), abs=8e-8
+        )
 
 
 def test_solvers_on_a_flow() -> None:
     config = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
     for steps in FLOW_STEPS:
-        unipc = flow_peer(
-            "UniPCMultistepScheduler", steps, **config
-        )  # its first sigma is 1 - 1e-6; the ratio at 1 is infinite
+        # its first sigma is 1 - 1e-6; the ratio at 1 is infinite
+        unipc = flow_peer("UniPCMultistepScheduler", steps, **config)
         knots = make_knots(FLOW_3, steps, "flow", drop_last=True)
         assert flow_sigmas(knots)[1:] == pytest.approx(unipc.sigmas.tolist()[1:], abs=5e-8)
         assert (knots[0].sigma, unipc.sigmas[0].item()) == (1.0, pytest.approx(1 - 1e-6, abs=5e-8))
@@ -314,7 +369,9 @@ def test_resolution_dependent_shift() -> None:
     assert math.log(shift_of(FLOW, image_seq_len=4096)) == pytest.approx(1.15)
     for length in (256, 1024, 4096, 9216):
         by_length = flow_sigmas(make_knots(FLOW, 8, "flow", image_seq_len=length))
-        assert by_length == pytest.approx(flow_sigmas(make_knots(FLOW, 8, "flow", mu=flux_mu(length))), rel=1e-12)
+        assert by_length == pytest.approx(
+            flow_sigmas(make_knots(FLOW, 8, "flow", mu=flux_mu(length))), rel=1e-12
+        )
     by_mu = flow_sigmas(make_knots(FLOW, 8, "flow", mu=math.log(3.0)))
     assert flow_sigmas(make_knots(FLOW, 8, "flow", shift=3.0)) == pytest.approx(by_mu, rel=1e-12)
     assert flow_sigmas(make_knots(FLOW_3, 8, "flow")) == pytest.approx(
@@ -334,4 +391,6 @@ def flux_mu(length: int) -> float:
 def test_flow_elsewhere_shifts_the_training_time() -> None:
     assert times(SCALED, 4, "flow") == pytest.approx(times(SCALED, 4, "linspace"), abs=1e-9)
     t = np.linspace(1, 1 / 1000, 4)
-    assert times(SCALED, 4, "flow", shift=3.0) == pytest.approx(1000 * 3 * t / (1 + 2 * t) - 1, abs=1e-9)
+    assert times(SCALED, 4, "flow", shift=3.0) == pytest.approx(
+        1000 * 3 * t / (1 + 2 * t) - 1, abs=1e-9
+    )

@@ -39,7 +39,9 @@ def test_given_timesteps_are_the_timesteps(name: str) -> None:
         again = Sampler(schedule, "euler", timesteps=sampler.timesteps)
         assert (again.steps, again.timesteps) == (7, sampler.timesteps)
         for ours, theirs in zip(again.knots, sampler.knots, strict=True):
-            assert (ours.alpha, ours.sigma) == pytest.approx((theirs.alpha, theirs.sigma), rel=1e-7, abs=1e-9)
+            assert (ours.alpha, ours.sigma) == pytest.approx(
+                (theirs.alpha, theirs.sigma), rel=1e-7, abs=1e-9
+            )
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -48,7 +50,9 @@ def test_the_sigmas_of_a_sampler_can_be_given_again(name: str) -> None:
     sampler = Sampler(schedule, "euler", 7, "trailing")
     again = Sampler(schedule, "euler", sigmas=sampler.sigmas)
     for ours, theirs in zip(again.knots, sampler.knots, strict=True):
-        assert (ours.alpha, ours.sigma) == pytest.approx((theirs.alpha, theirs.sigma), rel=1e-9, abs=1e-12)
+        assert (ours.alpha, ours.sigma) == pytest.approx(
+            (theirs.alpha, theirs.sigma), rel=1e-9, abs=1e-12
+        )
 
 
 def test_given_sigmas_are_the_sigmas() -> None:
@@ -64,7 +68,9 @@ def test_given_sigmas_are_the_sigmas() -> None:
         assert again.sigmas == pytest.approx(sampler.sigmas, rel=1e-12)
         assert again.timesteps == pytest.approx(sampler.timesteps, abs=1e-9)
     assert Sampler(ZTSNR, "euler", sigmas=[math.inf, 5.0, 1.0]).timesteps[0] == 999.0
-    assert flow_sigmas(make_knots(FLOW_3, sigmas=[1.0, 0.8, 0.3])) == pytest.approx([1.0, 0.8, 0.3, 0.0], rel=1e-12)
+    assert flow_sigmas(make_knots(FLOW_3, sigmas=[1.0, 0.8, 0.3])) == pytest.approx(
+        [1.0, 0.8, 0.3, 0.0], rel=1e-12
+    )
     ended = make_knots(SCALED, sigmas=[10.0, 1.0], final="sigma_min")
     assert ratios(ended) == pytest.approx([10.0, 1.0, low_and_high()[0]], rel=1e-12)
 
@@ -78,7 +84,9 @@ def test_given_points_agree_with_diffusers() -> None:
     check(theirs, make_knots(SCALED, sigmas=[14.6, 5.0, 0.5, 0.0]))
     flow = diffusers.FlowMatchEulerDiscreteScheduler()
     flow.set_timesteps(sigmas=[1.0, 0.7, 0.1])
-    assert flow_sigmas(make_knots(FLOW, sigmas=[1.0, 0.7, 0.1])) == pytest.approx(np.asarray(flow.sigmas), rel=1e-6)
+    assert flow_sigmas(make_knots(FLOW, sigmas=[1.0, 0.7, 0.1])) == pytest.approx(
+        np.asarray(flow.sigmas), rel=1e-6
+    )
 
 
 def test_a_sampler_of_given_points_is_a_value() -> None:
@@ -119,7 +127,10 @@ GIVEN: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize("number", range(len(GIVEN)))
 def test_bad_points(number: int) -> None:
     options, message = GIVEN[number]
-    for make in (lambda: make_knots(SCALED, **options), lambda: Sampler(SCALED, "euler", **options)):
+    for make in (
+        lambda: make_knots(SCALED, **options),
+        lambda: Sampler(SCALED, "euler", **options),
+    ):
         with pytest.raises(ValueError, match=message):
             make()
 
@@ -151,9 +162,17 @@ def test_dpm_solver_inverse_goes_from_the_least_noise_to_the_most() -> None:
 
 
 def test_given_points_upwards() -> None:
-    assert [k.timestep for k in Sampler(SCALED, "ddim_inverse", timesteps=[0, 250, 500]).knots] == [-1, 0, 250, 500]
-    assert ratios(Sampler(SCALED, "ddim_inverse", sigmas=[0, 1, 10]).knots) == pytest.approx([0, 1, 10], rel=1e-12)
+    assert [k.timestep for k in Sampler(SCALED, "ddim_inverse", timesteps=[0, 250, 500]).knots] == [
+        -1,
+        0,
+        250,
+        500,
+    ]
+    assert ratios(Sampler(SCALED, "ddim_inverse", sigmas=[0, 1, 10]).knots) == pytest.approx(
+        [0, 1, 10], rel=1e-12
+    )
     with pytest.raises(
-        ValueError, match=r"^timesteps must rise at every step, but timesteps\[1\] = 5 comes after timesteps\[0\] = 9$"
+        ValueError,
+        match=r"^timesteps must rise at every step, but timesteps\[1\] = 5 comes after timesteps\[0\] = 9$",
     ):
         Sampler(SCALED, "ddim_inverse", timesteps=[9, 5])

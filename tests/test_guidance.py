@@ -15,7 +15,7 @@ from alphabar.noising import NoiseSchedule
 from alphabar.sampling import METHODS, Sampler, guide
 from alphabar.sampling.guidance import guided_network
 from alphabar.sampling.standalone.learned_variance import LearnedVariance
-from alphabar.sampling.table import Unconditional
+from alphabar.sampling.tracing import Unconditional
 
 V = NoiseSchedule.scaled_linear(prediction="v_prediction")
 SHAPE = (3, 2, 4)
@@ -45,7 +45,8 @@ def total(value: Any) -> Any:
         return WORDS[value.text] + value.scale
     if isinstance(value, dict):
         return sum(total(part) for part in value.values())
-    if isinstance(value, list | tuple) and value and isinstance(value[0], str):  # a text for each image
+    # a text for each image
+    if isinstance(value, list | tuple) and value and isinstance(value[0], str):
         return rows(*(WORDS[text] for text in value))
     if isinstance(value, list | tuple):
         return sum(total(part) for part in value)
@@ -78,8 +79,16 @@ KINDS: dict[str, tuple[Any, Any, bool]] = {
     "lists of other lengths": ([EACH], [OTHER, OTHER], False),
     "a text for each image": (["a cat", "a dog", "a cat"], ["", "", ""], False),
     "the same texts for each image": (["a cat", "a dog", ""], ["a cat", "a dog", ""], False),
-    "nested": ({"a": EACH, "deep": {"b": [OTHER], "c": 0.1}}, {"a": OTHER, "deep": {"b": [EACH], "c": 0.1}}, True),
-    "nested with a number": ({"a": EACH, "deep": {"c": 0.1}}, {"a": OTHER, "deep": {"c": 0.2}}, False),
+    "nested": (
+        {"a": EACH, "deep": {"b": [OTHER], "c": 0.1}},
+        {"a": OTHER, "deep": {"b": [EACH], "c": 0.1}},
+        True,
+    ),
+    "nested with a number": (
+        {"a": EACH, "deep": {"c": 0.1}},
+        {"a": OTHER, "deep": {"c": 0.2}},
+        False,
+    ),
     "another kind of mapping": (OrderedDict(a=EACH), OrderedDict(a=OTHER), False),
     "objects": (Prompt("a cat", EACH), Prompt("", OTHER), False),
     "an object that is the same": (PROMPT := Prompt("a cat", EACH), PROMPT, False),
@@ -110,7 +119,9 @@ def test_both_halves_get_their_own(kind: str, beside: dict[str, Any]) -> None:
     assert batches == ([6] if joined else [3, 3])
 
 
-@pytest.mark.parametrize("kind", ["numbers", "texts", "a list of tensors", "objects", "one for all"])
+@pytest.mark.parametrize(
+    "kind", ["numbers", "texts", "a list of tensors", "objects", "one for all"]
+)
 def test_a_run_with_conditioning_of_any_kind(kind: str) -> None:
     one, other, _ = KINDS[kind]
 
@@ -124,7 +135,9 @@ def test_a_run_with_conditioning_of_any_kind(kind: str) -> None:
         )
         assert not torch.allclose(guided, plain, atol=1e-2)
     sampler = Sampler(V, "euler", 4)
-    ours = sampler(network, START, conditioning={"y": one}, unconditional={"y": other}, guidance_scale=3.0)
+    ours = sampler(
+        network, START, conditioning={"y": one}, unconditional={"y": other}, guidance_scale=3.0
+    )
     assert close(ours, sampler(mixed, START))
 
 
@@ -145,7 +158,14 @@ def test_what_a_network_keeps_is_of_the_conditional_half() -> None:
 
     sampler = LearnedVariance(V, 4)
     numbers, tensors = (
-        sampler(double, START, seeds=0, conditioning={"y": a}, unconditional={"y": b}, guidance_scale=2.0)
+        sampler(
+            double,
+            START,
+            seeds=0,
+            conditioning={"y": a},
+            unconditional={"y": b},
+            guidance_scale=2.0,
+        )
         for a, b in ((0.4, -0.2), (rows(0.4, 0.4, 0.4), rows(-0.2, -0.2, -0.2)))
     )
     assert close(numbers, tensors)
@@ -179,7 +199,9 @@ def test_halves_that_contradict(one: Any, other: Any, message: str) -> None:
 CFG_PP = [
     name
     for name in METHODS
-    if any(isinstance(op, Unconditional) for step in Sampler(V, name, 3).table.steps for op in step.ops)
+    if any(
+        isinstance(op, Unconditional) for step in Sampler(V, name, 3).table.steps for op in step.ops
+    )
 ]
 
 

@@ -14,14 +14,25 @@ import pytest
 import torch
 
 from alphabar.noising import NoiseSchedule
-from alphabar.sampling import METHODS, OUTSIDE, Clip, DynamicThreshold, Knot, Method, Sampler, make_knots
+from alphabar.sampling import (
+    METHODS,
+    STANDALONE,
+    Clip,
+    DynamicThreshold,
+    Knot,
+    Method,
+    Sampler,
+    make_knots,
+)
 from alphabar.sampling.identity import exact
 from alphabar.sampling.methods.euler import euler_ancestral
 
 SCALED = NoiseSchedule.scaled_linear()
 
 
-def gained(trace: Any, knots: Sequence[Knot], i: int, x: Any, *, mode: Any = 1, level: Any = 0.0) -> list[Any]:
+def gained(
+    trace: Any, knots: Sequence[Knot], i: int, x: Any, *, mode: Any = 1, level: Any = 0.0
+) -> list[Any]:
     """A method whose options are of no declared kind: True is another mode than 1, and -0.0 another level than 0.0."""
     trace.keeps_marginals = False
     gain = {(True, bool): 0.9, (1, int): 1.0, (1.0, float): 1.1}.get((mode, type(mode)), 0.5)
@@ -59,7 +70,9 @@ def all_different() -> list[Sampler]:
         Sampler(SCALED, "heun", 4, partial(laid, rho=6.0)),
         Sampler(SCALED, "heun", 4, Laid(4.0)),
         Sampler(SCALED, "heun", 4, Laid(3.0)),
-        Sampler(SCALED, "heun", 4, lambda schedule, steps: make_knots(schedule, steps, "exponential")),
+        Sampler(
+            SCALED, "heun", 4, lambda schedule, steps: make_knots(schedule, steps, "exponential")
+        ),
         Sampler(SCALED, "heun", 4, lambda schedule, steps: make_knots(schedule, steps, "linspace")),
         Sampler(SCALED, "heun", 4, "karras"),
         Sampler(SCALED, "heun", 5, "karras"),
@@ -84,10 +97,20 @@ def test_the_cache_tells_the_defaults_of_methods_apart() -> None:
 
 
 def test_the_cache_tells_kinds_of_option_values_apart() -> None:
-    gains = [Sampler(SCALED.with_prediction("sample"), OWN, 2, mode=mode).table for mode in (1, True, 1.0)]
+    gains = [
+        Sampler(SCALED.with_prediction("sample"), OWN, 2, mode=mode).table
+        for mode in (1, True, 1.0)
+    ]
     assert [table.steps[0].carry[0][-1][1] for table in gains] == [1.0, 0.9, 1.1]
     for level, rows in ((0.0, 1), (-0.0, 2), (0.0, 1)):
-        assert len(Sampler(SCALED.with_prediction("sample"), OWN, 2, level=level).table.steps[0].carry[0]) == rows
+        assert (
+            len(
+                Sampler(SCALED.with_prediction("sample"), OWN, 2, level=level)
+                .table.steps[0]
+                .carry[0]
+            )
+            == rows
+        )
 
 
 def test_a_bad_option_is_refused_whatever_was_made_before() -> None:
@@ -116,10 +139,16 @@ def test_the_same_sampler_said_in_other_ways_is_equal_and_has_one_table() -> Non
         assert same.table is first.table
         assert [type(value) for _, value in same.options] == [float, float]
     given = Sampler(SCALED, "heun", sigmas=[14.0, 1.0, 0.0])
-    assert given == Sampler(SCALED, "heun", sigmas=np.array([14.0, 1.0, 0.0])) == pickle.loads(pickle.dumps(given))
+    assert (
+        given
+        == Sampler(SCALED, "heun", sigmas=np.array([14.0, 1.0, 0.0]))
+        == pickle.loads(pickle.dumps(given))
+    )
 
 
-@pytest.mark.parametrize("sampler", [s for s in all_different() if "lambda" not in repr(s)], ids=lambda s: s.method.name)
+@pytest.mark.parametrize(
+    "sampler", [s for s in all_different() if "lambda" not in repr(s)], ids=lambda s: s.method.name
+)
 def test_pickles_are_equal(sampler: Sampler) -> None:
     hash(sampler)  # what a hash keeps is no part of the pickle
     twin = pickle.loads(pickle.dumps(sampler))
@@ -132,7 +161,7 @@ def test_methods_are_equal_in_every_fact() -> None:
     changes = {
         "name": "other", "order": 2, "source": "", "evaluations": 2, "stochastic": False, "point_mass": False,
         "inverse": True, "reaches": (2, {"eta": 0.0}), "block": 2, "rewrites": (1,), "defaults": {"eta": 0.0},
-        "grid": "karras", "grid_options": {"rho": 5.0}, "steps_as": "eta", "blocks": len, "called": {"x": {}},
+        "grid": "karras", "grid_options": {"rho": 5.0}, "steps_option": "eta", "blocks": len, "aliases": {"x": {}},
         "formula": METHODS["ddim"].formula,
     }  # fmt: skip
     assert {*changes} == {*Method.__dataclass_fields__}
@@ -141,13 +170,19 @@ def test_methods_are_equal_in_every_fact() -> None:
     assert replace(ancestral) == ancestral
     assert hash(replace(ancestral)) == hash(ancestral)
     assert ancestral != "euler_ancestral"
-    for entry in (*METHODS.values(), *OUTSIDE.values()):
+    for entry in (*METHODS.values(), *STANDALONE.values()):
         assert hash(entry) == hash(replace(entry))
         assert entry == replace(entry)
 
 
 def test_clips_are_equal_where_they_clip_alike() -> None:
-    clips = [Clip(1.0), Clip(0.5), DynamicThreshold(), DynamicThreshold(0.9), DynamicThreshold(0.9, 2.0)]
+    clips = [
+        Clip(1.0),
+        Clip(0.5),
+        DynamicThreshold(),
+        DynamicThreshold(0.9),
+        DynamicThreshold(0.9, 2.0),
+    ]
     for a, b in combinations(clips, 2):
         assert a != b
     assert all(pickle.loads(pickle.dumps(clip)) == clip for clip in clips)

@@ -39,7 +39,9 @@ SMALL = LossSecondMoment(bins=4, history_per_term=3, uniform_prob=0.1)
 def history(losses: list[float], uniform_prob: float = 0.5) -> SecondMoments:
     """A history of one loss in each bin."""
     one = SecondMoments(len(losses), 1, uniform_prob)
-    one.record(0, torch.tensor([[i, i, loss] for i, loss in enumerate(losses)], dtype=torch.float64))
+    one.record(
+        0, torch.tensor([[i, i, loss] for i, loss in enumerate(losses)], dtype=torch.float64)
+    )
     one.commit(1)
     return one
 
@@ -50,7 +52,9 @@ def error_of(noised: Noised) -> Tensor:
     return noised.target + off.view(-1, *[1] * (noised.target.ndim - 1))
 
 
-def train(noising: Noising, steps: range, batch: int = 8, world_size: int = 1, accumulate: int = 1) -> list[Any]:
+def train(
+    noising: Noising, steps: range, batch: int = 8, world_size: int = 1, accumulate: int = 1
+) -> list[Any]:
     """Train on x_0 = 0 as if on several ranks; return the times and weights of each step by global index."""
     seen, n = [], batch // world_size // accumulate
     for step in steps:
@@ -58,7 +62,12 @@ def train(noising: Noising, steps: range, batch: int = 8, world_size: int = 1, a
         for micro in range(accumulate):
             for rank in range(world_size):
                 index = [(micro * n + k) * world_size + rank for k in range(n)]
-                place = {"rank": rank, "world_size": world_size, "micro_batch": micro, "accumulate": accumulate}
+                place = {
+                    "rank": rank,
+                    "world_size": world_size,
+                    "micro_batch": micro,
+                    "accumulate": accumulate,
+                }
                 noised = noising(torch.zeros(n, 2), step=step, **place)
                 noised.loss(error_of(noised).requires_grad_())
                 times[index], weights[index] = noised.t.float(), noised.weight
@@ -77,7 +86,9 @@ def state_of(noising: Noising) -> list[Any]:
 # unbiased
 
 
-@pytest.mark.parametrize("base", [UniformTimesteps(), LogitNormalTimesteps(mean=0.5)], ids=lambda d: d.name)
+@pytest.mark.parametrize(
+    "base", [UniformTimesteps(), LogitNormalTimesteps(mean=0.5)], ids=lambda d: d.name
+)
 @pytest.mark.parametrize("schedule", [FOUR, FLOW, ZTSNR], ids=["four", "flow", "discrete"])
 def test_the_expectation_is_that_of_the_density(schedule: NoiseSchedule, base: Timesteps) -> None:
     """By exact sums: p are multiples of 1/8, so that u at the middles of 2^15 cells fill every bin evenly."""
@@ -96,7 +107,9 @@ def test_the_expectation_is_that_of_the_density(schedule: NoiseSchedule, base: T
     if schedule is FOUR and base.name == "uniform":
         t = density.times(drawn.u, curve)
         assert torch.equal(t, drawn.bins)
-        assert [float((drawn.weight * (t == k)).mean()) for k in range(4)] == pytest.approx([0.25] * 4, rel=1e-7)
+        assert [float((drawn.weight * (t == k)).mean()) for k in range(4)] == pytest.approx(
+            [0.25] * 4, rel=1e-7
+        )
 
 
 def test_it_has_less_variance_where_losses_differ() -> None:
@@ -116,7 +129,9 @@ def test_noised_weights_are_the_scheme_s_over_n_p() -> None:
     p = noising.loss_history.probabilities()
     assert float(p.max() / p.min()) > 1.5
     noised = noising(torch.zeros(64, 2), step=30)
-    plain = Noising(ZTSNR, weighting=MinSNR(floor=0.1))(torch.zeros(64, 2), step=30, timesteps=noised.t)
+    plain = Noising(ZTSNR, weighting=MinSNR(floor=0.1))(
+        torch.zeros(64, 2), step=30, timesteps=noised.t
+    )
     bins = noised.t // 250
     assert torch.allclose(noised.weight, plain.weight * (1 / (4 * p[bins])).float())
     assert len(bins.unique()) == 4
@@ -129,7 +144,9 @@ def test_times_follow_the_losses() -> None:
     # errors are (1 + t)², so p ∝ (1 + t)² up to the width of the bins
     expected = torch.tensor([(1 + (k + 0.5) / 10) ** 2 for k in range(10)])
     shares = torch.bincount((late * 10).long().clamp(max=9), minlength=10) / len(late)
-    assert torch.allclose(shares, expected / expected.sum(), atol=4 * math.sqrt(0.1 / len(late)) + 0.005)
+    assert torch.allclose(
+        shares, expected / expected.sum(), atol=4 * math.sqrt(0.1 / len(late)) + 0.005
+    )
 
 
 # the history
@@ -137,7 +154,10 @@ def test_times_follow_the_losses() -> None:
 
 def test_probabilities_are_those_of_the_last_losses() -> None:
     bins, per_term, eps = 5, 4, 0.01
-    ours, theirs = SecondMoments(bins, per_term, eps), [deque[float](maxlen=per_term) for _ in range(bins)]
+    ours, theirs = (
+        SecondMoments(bins, per_term, eps),
+        [deque[float](maxlen=per_term) for _ in range(bins)],
+    )
     generator = torch.Generator().manual_seed(0)
     warmed = 0
     for step in range(40):
@@ -146,12 +166,16 @@ def test_probabilities_are_those_of_the_last_losses() -> None:
         values = torch.rand(count, generator=generator, dtype=torch.float64)
         for k, value in zip(where.tolist(), values.tolist(), strict=True):
             theirs[k].append(value)
-        rows = torch.stack([torch.arange(count, dtype=torch.float64), where.double(), values], dim=1)
+        rows = torch.stack(
+            [torch.arange(count, dtype=torch.float64), where.double(), values], dim=1
+        )
         ours.record(step, rows[torch.randperm(count, generator=generator)])
         ours.commit(step + 1)
         if all(len(losses) == per_term for losses in theirs):
             warmed += 1
-            root = torch.tensor([math.sqrt(sum(v * v for v in d) / per_term) for d in theirs], dtype=torch.float64)
+            root = torch.tensor(
+                [math.sqrt(sum(v * v for v in d) / per_term) for d in theirs], dtype=torch.float64
+            )
             expected = root / root.sum() * (1 - eps) + eps / bins
         else:
             expected = torch.full((bins,), 1 / bins, dtype=torch.float64)
@@ -161,7 +185,10 @@ def test_probabilities_are_those_of_the_last_losses() -> None:
 
 def test_it_hears_the_weighted_loss_without_1_over_n_p() -> None:
     noising = Noising(
-        ZTSNR, weighting=MinSNR(floor=0.1), timesteps=LossSecondMoment(bins=2, history_per_term=1), seed=1
+        ZTSNR,
+        weighting=MinSNR(floor=0.1),
+        timesteps=LossSecondMoment(bins=2, history_per_term=1),
+        seed=1,
     )
     train(noising, range(10))
     state_of(noising)
@@ -176,7 +203,9 @@ def test_it_hears_the_weighted_loss_without_1_over_n_p() -> None:
     bins = (noised.t // 500).tolist()
     heard = state_of(noising)[0]
     for k in set(bins):  # the last one of each bin, in the order of the global index
-        assert heard[k] == [pytest.approx([v for b, v in zip(bins, losses, strict=True) if b == k][-1], rel=1e-6)]
+        assert heard[k] == [
+            pytest.approx([v for b, v in zip(bins, losses, strict=True) if b == k][-1], rel=1e-6)
+        ]
 
 
 def test_p_does_not_change_within_an_optimizer_step() -> None:
@@ -195,7 +224,9 @@ def test_p_does_not_change_within_an_optimizer_step() -> None:
 
 @pytest.mark.parametrize(("world_size", "accumulate"), [(1, 4), (2, 2), (4, 1), (8, 1), (1, 8)])
 @pytest.mark.parametrize("stratified", [False, True])
-def test_it_does_not_depend_on_how_the_step_is_split(world_size: int, accumulate: int, stratified: bool) -> None:
+def test_it_does_not_depend_on_how_the_step_is_split(
+    world_size: int, accumulate: int, stratified: bool
+) -> None:
     density = LossSecondMoment(bins=4, history_per_term=3, stratified=stratified)
     one, other = (Noising(ZTSNR, timesteps=density, seed=2) for _ in range(2))
     whole = train(one, range(12))
@@ -262,7 +293,10 @@ def test_a_run_that_is_killed_and_resumed_is_the_same(stopped_after: int) -> Non
     nn.ModuleDict({"noising": again}).load_state_dict(state)
     assert train(again, range(stopped_after, 14)) == whole[stopped_after:]
     if stopped_after > 4:  # without the history it would not be
-        assert train(Noising(ZTSNR, timesteps=SMALL, seed=6), range(stopped_after, 14)) != whole[stopped_after:]
+        assert (
+            train(Noising(ZTSNR, timesteps=SMALL, seed=6), range(stopped_after, 14))
+            != whole[stopped_after:]
+        )
 
 
 def test_copies_take_the_history_with_them() -> None:
@@ -287,7 +321,8 @@ def test_precision_and_device_of_the_model_do_not_reach_it() -> None:
 def test_another_number_of_bins_is_refused() -> None:
     state = Noising(FLOW, timesteps=SMALL).state_dict()
     with pytest.raises(
-        ValueError, match=r"^the checkpoint holds losses of 4 bins with 3 each, the density has 5 with 3"
+        ValueError,
+        match=r"^the checkpoint holds losses of 4 bins with 3 each, the density has 5 with 3",
     ):
         Noising(FLOW, timesteps=LossSecondMoment(bins=5, history_per_term=3)).load_state_dict(state)
 

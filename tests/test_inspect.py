@@ -30,10 +30,16 @@ INTERFACE = {
 DIFFUSERS = {"conv_in.weight": torch.randn(4, 3), "conv_in.bias": torch.randn(3).bfloat16()}
 
 
-def model(path: Path, *markers: str, tensors: dict[str, torch.Tensor] = INTERFACE, **metadata: str) -> Path:
+def model(
+    path: Path, *markers: str, tensors: dict[str, torch.Tensor] = INTERFACE, **metadata: str
+) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     empty = {name: torch.tensor([]) for name in markers}
-    save_file({**tensors, **empty}, path, {key.replace("__", "."): value for key, value in metadata.items()})
+    save_file(
+        {**tensors, **empty},
+        path,
+        {key.replace("__", "."): value for key, value in metadata.items()},
+    )
     return path
 
 
@@ -48,14 +54,28 @@ def model(path: Path, *markers: str, tensors: dict[str, torch.Tensor] = INTERFAC
         (ZERO, ["v_pred", "ztsnr"], ("v", "True")),
         (ZERO.with_prediction("sample"), [], (None, "True")),
         (FLOW, [], (None, None)),
-        (NoiseSchedule.cosine(), [], ("v", None)),  # no interface knows that curve, whatever v_pred says
+        (
+            NoiseSchedule.cosine(),
+            [],
+            ("v", None),
+        ),  # no interface knows that curve, whatever v_pred says
     ],
 )
 @pytest.mark.parametrize("tensors", [INTERFACE, DIFFUSERS], ids=["interface", "diffusers"])
 def test_markers_for_every_schedule(
-    tmp_path: Path, schedule: NoiseSchedule, markers: list[str], metadata: Any, tensors: dict[str, torch.Tensor]
+    tmp_path: Path,
+    schedule: NoiseSchedule,
+    markers: list[str],
+    metadata: Any,
+    tensors: dict[str, torch.Tensor],
 ) -> None:
-    path = model(tmp_path / "a.safetensors", *MARKERS, tensors=tensors, author="me", modelspec__prediction_type="old")
+    path = model(
+        tmp_path / "a.safetensors",
+        *MARKERS,
+        tensors=tensors,
+        author="me",
+        modelspec__prediction_type="old",
+    )
     before = read_header(path)
     assert write_markers(path, schedule) == path
     loaded = load_file(path)
@@ -66,8 +86,13 @@ def test_markers_for_every_schedule(
     with safe_open(path, "pt") as file:
         said = file.metadata()
     word, zero = metadata
-    assert said["author"] == "me" and NoiseSchedule.from_config(json.loads(said[OWN_KEY])) == schedule
-    assert (said.get("modelspec.prediction_type"), said.get("modelspec.predict_key")) == (word, word)
+    assert (
+        said["author"] == "me" and NoiseSchedule.from_config(json.loads(said[OWN_KEY])) == schedule
+    )
+    assert (said.get("modelspec.prediction_type"), said.get("modelspec.predict_key")) == (
+        word,
+        word,
+    )
     assert said.get("ss_zero_terminal_snr") == zero
     assert read_header(path).start % 8 == 0 and before.start % 8 == 0
 
@@ -102,7 +127,10 @@ def test_a_write_that_fails_leaves_the_file(tmp_path: Path, monkeypatch: Any) ->
 def test_a_marker_with_values_is_kept_or_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({**INTERFACE, "v_pred": torch.ones(2)}, path)
-    assert load_file(write_markers(path, V, tmp_path / "b.safetensors"))["v_pred"].tolist() == [1, 1]
+    assert load_file(write_markers(path, V, tmp_path / "b.safetensors"))["v_pred"].tolist() == [
+        1,
+        1,
+    ]
     with pytest.raises(ValueError, match="a tensor 'v_pred' with values"):
         write_markers(path, EPSILON)
 
@@ -170,7 +198,12 @@ def yaml(tmp_path: Path, text: str) -> Path:
 # how it is made; prediction, zero terminal SNR; what is missing; what contradicts
 CASES: dict[str, tuple[Any, Any, list[str], list[str]]] = {
     "nothing": (lambda p: model(p / "a.safetensors"), (None, None), ["everything: neither"], []),
-    "v_pred alone": (lambda p: model(p / "a.safetensors", "v_pred"), ("v_prediction", None), ["schedule: nothing"], []),
+    "v_pred alone": (
+        lambda p: model(p / "a.safetensors", "v_pred"),
+        ("v_prediction", None),
+        ["schedule: nothing"],
+        [],
+    ),
     "both markers": (
         lambda p: model(p / "a.safetensors", "v_pred", "ztsnr"),
         ("v_prediction", True),
@@ -184,7 +217,9 @@ CASES: dict[str, tuple[Any, Any, list[str], list[str]]] = {
         [],
     ),
     "metadata alone, as sd-scripts leaves a v model": (
-        lambda p: model(p / "a.safetensors", modelspec__prediction_type="v", ss_zero_terminal_snr="True"),
+        lambda p: model(
+            p / "a.safetensors", modelspec__prediction_type="v", ss_zero_terminal_snr="True"
+        ),
         ("v_prediction", True),
         ["tensor v_pred: ComfyUI", "tensor ztsnr: they do not", "schedule: nothing"],
         [],
@@ -197,7 +232,10 @@ CASES: dict[str, tuple[Any, Any, list[str], list[str]]] = {
     ),
     "a LoRA": (
         lambda p: model(
-            p / "a.safetensors", tensors=DIFFUSERS, ss_zero_terminal_snr="False", modelspec__predict_key="v"
+            p / "a.safetensors",
+            tensors=DIFFUSERS,
+            ss_zero_terminal_snr="False",
+            modelspec__predict_key="v",
         ),
         ("v_prediction", False),
         ["schedule: nothing"],
@@ -207,10 +245,15 @@ CASES: dict[str, tuple[Any, Any, list[str], list[str]]] = {
         lambda p: model(p / "a.safetensors", "v_pred", modelspec__prediction_type="epsilon"),
         (None, None),
         ["schedule: nothing"],
-        ["prediction type: v_prediction (tensor v_pred) against epsilon (metadata modelspec.prediction_type)"],
+        [
+            "prediction type: v_prediction (tensor v_pred) against epsilon (metadata modelspec.prediction_type)"
+        ],
     ),
     "marker against its sidecar": (
-        lambda p: EPSILON.save_pretrained(p / "scheduler") and model(p / "a.safetensors", "v_pred", "ztsnr"),
+        lambda p: (
+            EPSILON.save_pretrained(p / "scheduler")
+            and model(p / "a.safetensors", "v_pred", "ztsnr")
+        ),
         (None, None),
         [],
         [
@@ -225,7 +268,10 @@ CASES: dict[str, tuple[Any, Any, list[str], list[str]]] = {
         [],
     ),
     "a yaml of sgm": (
-        lambda p: yaml(p, "scaling_config:\n  target: sgm.modules.diffusionmodules.denoiser_scaling.EpsScaling\n"),
+        lambda p: yaml(
+            p,
+            "scaling_config:\n  target: sgm.modules.diffusionmodules.denoiser_scaling.EpsScaling\n",
+        ),
         ("epsilon", None),
         ["schedule: nothing"],
         [],
@@ -250,16 +296,22 @@ CASES: dict[str, tuple[Any, Any, list[str], list[str]]] = {
         [],
     ),
     "keys left out": (
-        lambda p: config(p / "pipe", prediction_type=None, beta_end=None, rescale_betas_zero_snr=False),
+        lambda p: config(
+            p / "pipe", prediction_type=None, beta_end=None, rescale_betas_zero_snr=False
+        ),
         ("epsilon", False),
-        ["scheduler/scheduler_config.json leaves out beta_end, prediction_type: filled with the defaults of DDIM"],
+        [
+            "scheduler/scheduler_config.json leaves out beta_end, prediction_type: filled with the defaults of DDIM"
+        ],
         [],
     ),
     "zero terminal SNR that is not sampled from": (
         lambda p: config(p / "pipe", timestep_spacing="leading"),
         ("v_prediction", True),
         [],
-        ["rescale_betas_zero_snr with timestep_spacing='leading', which does not sample from the last timestep"],
+        [
+            "rescale_betas_zero_snr with timestep_spacing='leading', which does not sample from the last timestep"
+        ],
     ),
     "epsilon with zero terminal SNR": (
         lambda p: config(p / "pipe", prediction_type="epsilon"),
@@ -268,10 +320,18 @@ CASES: dict[str, tuple[Any, Any, list[str], list[str]]] = {
         ["'epsilon' is ill-posed on a schedule with zero terminal SNR"],
     ),
     "two files that differ": (
-        lambda p: FLOW.save_pretrained(p) and config(p) and V.save_pretrained(p / "scheduler") and _exact(p, FLOW),
+        lambda p: (
+            FLOW.save_pretrained(p)
+            and config(p)
+            and V.save_pretrained(p / "scheduler")
+            and _exact(p, FLOW)
+        ),
         (None, False),
         [],
-        ["prediction type: flow_prediction (scheduler/noise_schedule.json) against v_prediction", "schedule: "],
+        [
+            "prediction type: flow_prediction (scheduler/noise_schedule.json) against v_prediction",
+            "schedule: ",
+        ],
     ),
     "an embedded schedule": (
         lambda p: unsaid(p, {"noise_schedule": ZERO.to_config(), "state_dict": {}}),
@@ -286,19 +346,31 @@ CASES: dict[str, tuple[Any, Any, list[str], list[str]]] = {
         ["key noise_schedule: "],
     ),
     "hyperparameters": (
-        lambda p: unsaid(p, {"hyper_parameters": {"parameterization": "v", "rescale_betas_zero_snr": True}}),
+        lambda p: unsaid(
+            p, {"hyper_parameters": {"parameterization": "v", "rescale_betas_zero_snr": True}}
+        ),
         ("v_prediction", True),
         ["schedule: nothing"],
         [],
     ),
     "hyperparameters against the schedule": (
-        lambda p: unsaid(p, {"hyper_parameters": {"prediction_type": "epsilon"}, "noise_schedule": ZERO.to_config()}),
+        lambda p: unsaid(
+            p,
+            {
+                "hyper_parameters": {"prediction_type": "epsilon"},
+                "noise_schedule": ZERO.to_config(),
+            },
+        ),
         (None, True),
         [],
-        ["prediction type: v_prediction (key noise_schedule) against epsilon (hyperparameter prediction_type)"],
+        [
+            "prediction type: v_prediction (key noise_schedule) against epsilon (hyperparameter prediction_type)"
+        ],
     ),
     "a checkpoint beside its folder": (
-        lambda p: V.save_pretrained(p / "scheduler") and unsaid(p, {"state_dict": {"w": torch.ones(2)}}),
+        lambda p: (
+            V.save_pretrained(p / "scheduler") and unsaid(p, {"state_dict": {"w": torch.ones(2)}})
+        ),
         ("v_prediction", False),
         ["embedded schedule: away from"],
         [],
@@ -311,8 +383,13 @@ CASES: dict[str, tuple[Any, Any, list[str], list[str]]] = {
     ),
     "a LoRA of sd-scripts for SD 2.1 768": (
         lambda p: model(
-            p / "a.safetensors", tensors=DIFFUSERS, ss_v2="True", ss_base_model_version="sd_v2_v", ss_min_snr_gamma="5.0",
-            ss_noise_offset="None", modelspec__architecture="stable-diffusion-v2-768-v/lora",
+            p / "a.safetensors",
+            tensors=DIFFUSERS,
+            ss_v2="True",
+            ss_base_model_version="sd_v2_v",
+            ss_min_snr_gamma="5.0",
+            ss_noise_offset="None",
+            modelspec__architecture="stable-diffusion-v2-768-v/lora",
         ),
         ("v_prediction", None),
         ["schedule: nothing"],
@@ -320,8 +397,13 @@ CASES: dict[str, tuple[Any, Any, list[str], list[str]]] = {
     ),
     "a LoRA of sd-scripts for SD 1.5": (
         lambda p: model(
-            p / "a.safetensors", tensors=DIFFUSERS, ss_v2="False", ss_base_model_version="sd_v1", ss_zero_terminal_snr="False",
-            modelspec__architecture="stable-diffusion-v1/lora", modelspec__prediction_type="epsilon",
+            p / "a.safetensors",
+            tensors=DIFFUSERS,
+            ss_v2="False",
+            ss_base_model_version="sd_v1",
+            ss_zero_terminal_snr="False",
+            modelspec__architecture="stable-diffusion-v1/lora",
+            modelspec__prediction_type="epsilon",
         ),
         ("epsilon", False),
         ["schedule: nothing"],
@@ -329,7 +411,9 @@ CASES: dict[str, tuple[Any, Any, list[str], list[str]]] = {
     ),
     "a LoRA of sd-scripts for SDXL leaves it open": (
         lambda p: model(
-            p / "a.safetensors", tensors=DIFFUSERS, ss_base_model_version="sdxl_base_v1-0",
+            p / "a.safetensors",
+            tensors=DIFFUSERS,
+            ss_base_model_version="sdxl_base_v1-0",
             modelspec__architecture="stable-diffusion-xl-v1-base/lora",
         ),
         (None, None),
@@ -338,7 +422,10 @@ CASES: dict[str, tuple[Any, Any, list[str], list[str]]] = {
     ),
     "a LoRA of sd-scripts for Flux": (
         lambda p: model(
-            p / "a.safetensors", tensors=DIFFUSERS, ss_base_model_version="flux1", ss_discrete_flow_shift="3.1582",
+            p / "a.safetensors",
+            tensors=DIFFUSERS,
+            ss_base_model_version="flux1",
+            ss_discrete_flow_shift="3.1582",
             modelspec__architecture="flux-1-dev/lora",
         ),
         ("flow_prediction", None),
@@ -347,7 +434,9 @@ CASES: dict[str, tuple[Any, Any, list[str], list[str]]] = {
     ),
     "Stable Diffusion 3, of which sd-scripts says epsilon": (
         lambda p: model(
-            p / "a.safetensors", modelspec__architecture="stable-diffusion-3-m", modelspec__prediction_type="epsilon"
+            p / "a.safetensors",
+            modelspec__architecture="stable-diffusion-3-m",
+            modelspec__prediction_type="epsilon",
         ),
         ("flow_prediction", None),
         ["schedule: nothing"],
@@ -355,12 +444,16 @@ CASES: dict[str, tuple[Any, Any, list[str], list[str]]] = {
     ),
     "an architecture against the prediction type": (
         lambda p: model(
-            p / "a.safetensors", tensors=DIFFUSERS, modelspec__architecture="stable-diffusion-v2-768-v/lora",
+            p / "a.safetensors",
+            tensors=DIFFUSERS,
+            modelspec__architecture="stable-diffusion-v2-768-v/lora",
             modelspec__prediction_type="epsilon",
         ),
         (None, None),
         ["schedule: nothing"],
-        ["prediction type: epsilon (metadata modelspec.prediction_type) against v_prediction (metadata modelspec.architecture)"],
+        [
+            "prediction type: epsilon (metadata modelspec.prediction_type) against v_prediction (metadata modelspec.architecture)"
+        ],
     ),
     "a pipeline whose class does not read a key": (
         lambda p: config(p / "pipe", _class_name="HeunDiscreteScheduler"),
@@ -383,7 +476,9 @@ def _exact(folder: Path, schedule: NoiseSchedule) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_said_missing_and_contradicted(tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_said_missing_and_contradicted(
+    tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     make, said, missing, contradictions = CASES[case]
     path = make(tmp_path)
     found = inspect_path(path)
@@ -405,7 +500,9 @@ def test_what_is_said_missing_and_contradicted(tmp_path: Path, case: str, capsys
 
 def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    model(Path("a.safetensors"), "v_pred", modelspec__prediction_type="v", ss_zero_terminal_snr="True")
+    model(
+        Path("a.safetensors"), "v_pred", modelspec__prediction_type="v", ss_zero_terminal_snr="True"
+    )
     assert main(["inspect", "a.safetensors"]) == 0
     assert capsys.readouterr().out == (
         "a.safetensors: a safetensors file of 4 tensors, named as ComfyUI, Forge and A1111 read them\n"
@@ -422,8 +519,19 @@ def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
 
 
 def test_what_sd_scripts_says_of_the_loss_is_shown(tmp_path: Path) -> None:
-    said = {"ss_noise_offset": "0.05", "ss_min_snr_gamma": "5.0", "ss_prior_loss_weight": "1.0", "ss_ip_noise_gamma": "None"}
-    text = str(inspect_path(model(tmp_path / "a.safetensors", tensors=DIFFUSERS, **said, ss_tag_frequency="x" * 10_000)))
+    said = {
+        "ss_noise_offset": "0.05",
+        "ss_min_snr_gamma": "5.0",
+        "ss_prior_loss_weight": "1.0",
+        "ss_ip_noise_gamma": "None",
+    }
+    text = str(
+        inspect_path(
+            model(
+                tmp_path / "a.safetensors", tensors=DIFFUSERS, **said, ss_tag_frequency="x" * 10_000
+            )
+        )
+    )
     for key, value in said.items():
         assert (f"metadata {key}" in text) is (value != "None")
     assert "0.05" in text and "5.0" in text and "says: nothing" not in text and len(text) < 2000
@@ -432,14 +540,20 @@ def test_what_sd_scripts_says_of_the_loss_is_shown(tmp_path: Path) -> None:
 def test_what_cannot_be_inspected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.ckpt").write_text("hello")
-    for name, text in (("nowhere", "nothing at"), ("empty", "holds nothing that says"), ("text.ckpt", "is damaged")):
+    for name, text in (
+        ("nowhere", "nothing at"),
+        ("empty", "holds nothing that says"),
+        ("text.ckpt", "is damaged"),
+    ):
         assert main(["inspect", str(tmp_path / name)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("alphabar inspect: ") and text in error and error.count("\n") == 1
 
 
 def test_no_weight_is_read(tmp_path: Path) -> None:
-    path = write_markers(model(tmp_path / "a.safetensors", tensors={**INTERFACE, "w": torch.zeros(1 << 20)}), V)
+    path = write_markers(
+        model(tmp_path / "a.safetensors", tensors={**INTERFACE, "w": torch.zeros(1 << 20)}), V
+    )
     start = read_header(path).start
     content = bytearray(path.read_bytes())
     content[start:] = os.urandom(len(content) - start)
@@ -453,4 +567,6 @@ def test_folders_of_alphabar_and_of_a_run(tmp_path: Path) -> None:
         found = inspect_path(place)
         assert found.schedule == ZERO and not found.missing and not found.contradictions
     torch.save({"state_dict": {}}, tmp_path / "run/a.ckpt")
-    assert inspect_path(tmp_path / "run/a.ckpt").schedule == schedule_from_checkpoint(tmp_path / "run/a.ckpt")
+    assert inspect_path(tmp_path / "run/a.ckpt").schedule == schedule_from_checkpoint(
+        tmp_path / "run/a.ckpt"
+    )

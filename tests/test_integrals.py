@@ -7,7 +7,23 @@ from scipy.integrate import quad
 
 from alphabar.sampling.methods.integrals import lagrange_integrals, phi_2, phi_3
 
-STEPS = [-9.0, -2.0, -0.3, -0.1, -0.06, -0.04, -1e-3, 1e-6, 0.04, 0.06, 0.099, 0.101, 0.5, 3.0, 12.0]
+STEPS = [
+    -9.0,
+    -2.0,
+    -0.3,
+    -0.1,
+    -0.06,
+    -0.04,
+    -1e-3,
+    1e-6,
+    0.04,
+    0.06,
+    0.099,
+    0.101,
+    0.5,
+    3.0,
+    12.0,
+]
 
 
 @pytest.mark.parametrize("h", STEPS)
@@ -29,5 +45,11 @@ def test_lagrange_integrals(nodes: list[float], b: float, rate: float) -> None:
         return math.prod((y - z) / (nodes[j] - z) for k, z in enumerate(nodes) if k != j)
 
     for j, weight in enumerate(lagrange_integrals(nodes, a, b, rate)):
-        exact = quad(lambda y, j=j: polynomial(j, y) * math.exp(rate * (y - b)), a, b, epsabs=1e-14, epsrel=1e-13)[0]
+        exact = quad(
+            lambda y, j=j: polynomial(j, y) * math.exp(rate * (y - b)),
+            a,
+            b,
+            epsabs=1e-14,
+            epsrel=1e-13,
+        )[0]
         assert weight == pytest.approx(exact, rel=1e-10, abs=1e-13)

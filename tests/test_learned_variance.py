@@ -14,7 +14,7 @@ from torch import Tensor
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Knot, Sampler
 from alphabar.sampling.inference import Run
-from alphabar.sampling.methods.euler import posterior_spread
+from alphabar.sampling.methods.steps import posterior_std
 from alphabar.sampling.standalone.learned_variance import LearnedVariance
 
 LINEAR = NoiseSchedule.linear()
@@ -43,10 +43,14 @@ def walked(sampler: LearnedVariance, x: Tensor, network: Any, draws: list[Tensor
     left, parts = iter(draws), []
 
     def evaluate(x: Tensor, knot: Knot) -> Tensor:
-        parts[:] = network(x, torch.full(x.shape[:1], knot.timestep, dtype=torch.float64)).chunk(2, 1)
+        parts[:] = network(x, torch.full(x.shape[:1], knot.timestep, dtype=torch.float64)).chunk(
+            2, 1
+        )
         return parts[0]
 
-    *_, last = sampler.advance(Run(x, evaluate, lambda: next(left), head=lambda k: parts[k]), sampler.knots)
+    *_, last = sampler.advance(
+        Run(x, evaluate, lambda: next(left), head=lambda k: parts[k]), sampler.knots
+    )
     return last.x
 
 
@@ -54,15 +58,26 @@ def walked(sampler: LearnedVariance, x: Tensor, network: Any, draws: list[Tensor
 @pytest.mark.parametrize("variance_type", ["learned_range", "learned"])
 @pytest.mark.parametrize(
     ("prediction", "zero_snr"),
-    [("epsilon", False), ("sample", False), ("v_prediction", False), ("sample", True), ("v_prediction", True)],
+    [
+        ("epsilon", False),
+        ("sample", False),
+        ("v_prediction", False),
+        ("sample", True),
+        ("v_prediction", True),
+    ],
 )
 def test_agreement_with_the_peer(
     variance_type: str, grid: str, prediction: str, zero_snr: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     schedule = LINEAR.with_prediction(prediction)
-    sampler = LearnedVariance(schedule.zero_terminal_snr() if zero_snr else schedule, 20, variance_type, grid)
+    sampler = LearnedVariance(
+        schedule.zero_terminal_snr() if zero_snr else schedule, 20, variance_type, grid
+    )
     scheduler = peer.DDPMScheduler(
-        variance_type=variance_type, clip_sample=False, timestep_spacing=grid, prediction_type=prediction
+        variance_type=variance_type,
+        clip_sample=False,
+        timestep_spacing=grid,
+        prediction_type=prediction,
     )
     scheduler.set_timesteps(20)
     scheduler.alphas_cumprod = sampler.schedule.alphas_cumprod  # its own are float32
@@ -78,16 +93,21 @@ def test_agreement_with_the_peer(
 
 
 @pytest.mark.parametrize(
-    "schedule", [LINEAR, ZTSNR, NoiseSchedule.squaredcos_cap_v2(), NoiseSchedule.flow()], ids=lambda s: s.curve.kind
+    "schedule",
+    [LINEAR, ZTSNR, NoiseSchedule.squaredcos_cap_v2(), NoiseSchedule.flow()],
+    ids=lambda s: s.curve.kind,
 )
 def test_the_range_is_from_the_posterior_to_the_forward_chain(schedule: NoiseSchedule) -> None:
     sampler = LearnedVariance(schedule, 50)
     for s, n in list(pairwise(sampler.knots))[:-1]:
-        low, middle, high = (float(sampler.spread(torch.tensor(v, dtype=torch.float64), s, n)) for v in (-1, 0, 1))
+        low, middle, high = (
+            float(sampler.spread(torch.tensor(v, dtype=torch.float64), s, n)) for v in (-1, 0, 1)
+        )
         beta = s.sigma**2 - (s.alpha / n.alpha * n.sigma) ** 2
-        assert low == pytest.approx(posterior_spread(s, n), rel=1e-12)
+        assert low == pytest.approx(posterior_std(s, n), rel=1e-12)
         assert high == pytest.approx(math.sqrt(beta), rel=1e-12)
-        assert middle == pytest.approx(math.sqrt(low * high), rel=1e-12)  # half way in the logarithm
+        # half way in the logarithm
+        assert middle == pytest.approx(math.sqrt(low * high), rel=1e-12)
         if schedule.curve.is_discrete and s.alpha:
             assert beta == pytest.approx(1 - (s.alpha / n.alpha) ** 2, rel=1e-9)
         assert low <= high * (1 + 1e-12)
@@ -95,7 +115,9 @@ def test_the_range_is_from_the_posterior_to_the_forward_chain(schedule: NoiseSch
 
 @pytest.mark.parametrize("schedule", [LINEAR, ZTSNR], ids=["linear", "ztsnr"])
 @pytest.mark.parametrize(("v", "variance_type"), [(-1.0, "fixed_small"), (1.0, "fixed_large")])
-def test_the_ends_of_the_range_are_ddpm(schedule: NoiseSchedule, v: float, variance_type: str) -> None:
+def test_the_ends_of_the_range_are_ddpm(
+    schedule: NoiseSchedule, v: float, variance_type: str
+) -> None:
     def single(x: Tensor, t: Tensor) -> Tensor:
         return both(x, t)[:, :3]
 
@@ -103,7 +125,9 @@ def test_the_ends_of_the_range_are_ddpm(schedule: NoiseSchedule, v: float, varia
         return torch.cat([single(x, t), torch.full_like(x, v)], 1)
 
     fixed = Sampler(schedule, "ddpm", 10, variance_type=variance_type)(single, SHAPE, seeds=4)
-    assert torch.allclose(LearnedVariance(schedule, 10)(double, SHAPE, seeds=4), fixed, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(
+        LearnedVariance(schedule, 10)(double, SHAPE, seeds=4), fixed, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_learned_logarithm() -> None:
@@ -111,7 +135,9 @@ def test_a_learned_logarithm() -> None:
     s, n = sampler.knots[3:5]
     variance = torch.tensor([0.04, 0.25])
     assert torch.allclose(sampler.spread(variance.log(), s, n), torch.tensor([0.2, 0.5]))
-    assert torch.allclose(LearnedVariance(LINEAR, 10, "learned").spread(variance, s, n), torch.tensor([0.2, 0.5]))
+    assert torch.allclose(
+        LearnedVariance(LINEAR, 10, "learned").spread(variance, s, n), torch.tensor([0.2, 0.5])
+    )
 
 
 def test_guidance_leaves_the_conditional_variance_alone() -> None:
@@ -157,7 +183,10 @@ def test_a_network_without_a_variance() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variance_type": "fixed"}, "variance_type must be one of learned_range, learned, learned_log, got 'fixed'"),
+        (
+            {"variance_type": "fixed"},
+            "variance_type must be one of learned_range, learned, learned_log, got 'fixed'",
+        ),
         ({"steps": 0}, "steps must be between 1 and the 1000 training timesteps, got 0"),
         ({"grid": "leeding"}, "unknown grid 'leeding'; did you mean 'leading'?"),
     ],

@@ -22,9 +22,7 @@ FALLS_SLOWLY = {("score", "uniform"): 0.8}
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_the_loss_falls(prediction: str, weighting: str, noise: str, tmp_path: Path) -> None:
     example = load("train_brightness")
-    flags = (
-        f"--prediction_type {prediction} --loss_weighting {weighting} --noise {noise} --timestep_density stratified"
-    )
+    flags = f"--prediction_type {prediction} --loss_weighting {weighting} --noise {noise} --timestep_density stratified"
     flags += f" --max_steps {STEPS} --batch_size 16 --preview_every 1000 --num_samples 4 --sampling_steps 2"
     if prediction in ("karras", "consistency"):
         flags += " --sigma_data 0.5"
@@ -37,9 +35,17 @@ def test_the_loss_falls(prediction: str, weighting: str, noise: str, tmp_path: P
     torch.manual_seed(args.seed)
     untrained = example.make_network(args.channels)
     trained = example.make_network(args.channels)
-    weights = torch.load(example.train(setting, args, tmp_path), weights_only=True)["current_model_state"]
-    trained.load_state_dict({k.removeprefix("network."): v for k, v in weights.items() if k.startswith("network.")})
+    weights = torch.load(example.train(setting, args, tmp_path), weights_only=True)[
+        "current_model_state"
+    ]
+    trained.load_state_dict(
+        {k.removeprefix("network."): v for k, v in weights.items() if k.startswith("network.")}
+    )
     with torch.no_grad():
-        before, after = (noised.loss(net(noised.x, noised.timesteps)).item() for net in (untrained, trained))
-    print(f"{prediction} {weighting} {noise}: {before:.4f} -> {after:.4f}, ratio {after / before:.3f}")
+        before, after = (
+            noised.loss(net(noised.x, noised.timesteps)).item() for net in (untrained, trained)
+        )
+    print(
+        f"{prediction} {weighting} {noise}: {before:.4f} -> {after:.4f}, ratio {after / before:.3f}"
+    )
     assert after < FALLS_SLOWLY.get((prediction, weighting), FALLS_TO) * before

@@ -55,7 +55,10 @@ def test_objects_and_names_from_the_command_line(tmp_path: Path) -> None:
     assert noising.weighting == MinSNR(gamma=3.0, floor=0.05) and noising.noise == Offset(0.2)
     assert noising.schedule.prediction.name == "sample"
     callbacks = cli.trainer.callbacks
-    assert [c.subfolder for c in callbacks if isinstance(c, ScheduleCheckpoint)] == ["scheduler", "elsewhere"]
+    assert [c.subfolder for c in callbacks if isinstance(c, ScheduleCheckpoint)] == [
+        "scheduler",
+        "elsewhere",
+    ]
 
 
 def test_two_previews_side_by_side_and_the_printed_config_says_the_same(
@@ -83,15 +86,26 @@ def test_two_previews_side_by_side_and_the_printed_config_says_the_same(
 
 
 def test_every_callback_can_be_added(tmp_path: Path) -> None:
-    more = ["EMA", "profiles=constant", "LossBySNR", "every_n_train_steps=1", "ValidationSampling", "weights=both"]
+    more = [
+        "EMA",
+        "profiles=constant",
+        "LossBySNR",
+        "every_n_train_steps=1",
+        "ValidationSampling",
+        "weights=both",
+    ]
     flags = [f"--trainer.callbacks{'.' if '=' in word else '+='}{word}" for word in more]
     cli = run("fit", "--config", CONFIG, *SHORT, f"--trainer.default_root_dir={tmp_path}", *flags)
-    assert {"EMA", "LossBySNR", "ScheduleCheckpoint"} <= {type(c).__name__ for c in cli.trainer.callbacks}
+    assert {"EMA", "LossBySNR", "ScheduleCheckpoint"} <= {
+        type(c).__name__ for c in cli.trainer.callbacks
+    }
     assert list(tmp_path.rglob("previews_2/step_*_ema.png"))
     assert list(tmp_path.rglob("loss_by_snr/step_*.png"))
 
 
-def test_an_unknown_name_is_an_error_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_name_is_an_error_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises((SystemExit, ValueError)) as stop:
         run(
             "fit",

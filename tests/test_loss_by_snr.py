@@ -86,7 +86,9 @@ def test_tags_are_names_that_loggers_take() -> None:
 
 def sums_of(counts: list[float], errors: list[float], weight: list[float]) -> Tensor:
     rows = torch.tensor([counts, errors, errors, weight])
-    rows[LOSS] = torch.tensor([e * w / max(c, 1) for c, e, w in zip(counts, errors, weight, strict=True)])
+    rows[LOSS] = torch.tensor(
+        [e * w / max(c, 1) for c, e, w in zip(counts, errors, weight, strict=True)]
+    )
     return rows
 
 
@@ -95,7 +97,10 @@ def test_words() -> None:
     assert buckets.reach[0] == pytest.approx(1 / 1000) and buckets.reach[3] == 0
 
     def said(
-        counts: list[float], errors: list[float], weight: list[float], drawn: list[float] | None = None
+        counts: list[float],
+        errors: list[float],
+        weight: list[float],
+        drawn: list[float] | None = None,
     ) -> list[str]:
         found = findings(buckets, sums_of(counts, errors, weight), torch.tensor(drawn or counts))
         return [f"{'warning' if one.warning else 'info'}: {one.text}" for one in found]
@@ -103,16 +108,26 @@ def test_words() -> None:
     fine = [10.0, 5000, 5000, 0], [10.0, 900, 800, 0], [10.0, 5000, 5000, 0]
     assert said(*fine) == []
     (never,) = said([0.0, 50, 50, 0], [0.0, 9, 8, 0], [0.0, 50, 50, 0], [0.0, 20_000, 20_000, 0])
-    assert never.startswith("warning: of 40000 samples none had zero SNR, which is 0.1 % of the schedule's times")
+    assert never.startswith(
+        "warning: of 40000 samples none had zero SNR, which is 0.1 % of the schedule's times"
+    )
     assert said([0.0, 50, 50, 0], [0.0, 9, 8, 0], [0.0, 50, 50, 0]) == []  # too few to tell
     (dead,) = said([10.0, 5000, 5000, 0], [10.0, 900, 800, 0], [0.0, 5000, 5000, 0])
-    assert dead.startswith("warning: all 10 samples of zero SNR had weight 0, and taught") and "floor=0.05" in dead
+    assert (
+        dead.startswith("warning: all 10 samples of zero SNR had weight 0, and taught")
+        and "floor=0.05" in dead
+    )
     (dead,) = said([10.0, 5000, 50, 0], [10.0, 900, 80, 0], [10.0, 5000, 0, 0])
     assert "all 50 samples of log SNR" in dead and "floor" not in dead
     (most,) = said([10.0, 500, 9490, 0], [10.0, 900, 80, 0], [10.0, 500, 9490, 0])
-    assert most.startswith("info: log SNR ") and "makes 91 % of the loss with 5 % of the samples" in most
+    assert (
+        most.startswith("info: log SNR ")
+        and "makes 91 % of the loss with 5 % of the samples" in most
+    )
     (bad,) = [
-        text for text in said([10.0, 500, 9490, 0], [10.0, math.nan, 80, 0], [10.0, 500, 9490, 0]) if "finite" in text
+        text
+        for text in said([10.0, 500, 9490, 0], [10.0, math.nan, 80, 0], [10.0, 500, 9490, 0])
+        if "finite" in text
     ]
     assert bad.startswith("warning: the loss of log SNR")
 
@@ -199,24 +214,35 @@ def test_scalars_are_means_over_the_steps_between(tmp_path: Path, accumulate: in
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_training_is_bit_identical(tmp_path: Path, accumulate: int) -> None:
     plain = train(tmp_path / "a", module=fresh(Seen), accumulate_grad_batches=accumulate)
-    counted = train(tmp_path / "b", LossBySNR(6), module=fresh(Seen), accumulate_grad_batches=accumulate)
+    counted = train(
+        tmp_path / "b", LossBySNR(6), module=fresh(Seen), accumulate_grad_batches=accumulate
+    )
     assert counted.losses == plain.losses and weights(counted) == weights(plain)
     assert not counted.noising._listeners
 
 
 def test_a_failure_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = train(tmp_path / "a")
-    for place, words in [("add", "counts no further: RuntimeError: full"), ("index", "counts no further")]:
+    for place, words in [
+        ("add", "counts no further: RuntimeError: full"),
+        ("index", "counts no further"),
+    ]:
         with monkeypatch.context() as patch:
             patch.setattr(Buckets, place, _fail)
             with pytest.warns(UserWarning, match=words) as told:
                 failed = train(tmp_path / "b", LossBySNR(6))
         assert len([one for one in told if "counts no further" in str(one.message)]) == 1
         assert failed.losses == plain.losses and weights(failed) == weights(plain)
-    for place, words in [("plot", "the plot failed"), ("means", "logging failed"), ("findings", "words failed")]:
+    for place, words in [
+        ("plot", "the plot failed"),
+        ("means", "logging failed"),
+        ("findings", "words failed"),
+    ]:
         with monkeypatch.context() as patch:
             patch.setattr(f"alphabar.callbacks.loss_by_snr.{place}", _fail)
-            with pytest.warns(UserWarning, match=f"LossBySNR: {words}: RuntimeError: full; training goes on"):
+            with pytest.warns(
+                UserWarning, match=f"LossBySNR: {words}: RuntimeError: full; training goes on"
+            ):
                 failed = train(tmp_path / "b", LossBySNR(6))
         assert failed.losses == plain.losses and weights(failed) == weights(plain)
 
@@ -254,9 +280,20 @@ class Dead(Toy):
 @pytest.mark.filterwarnings("always")
 def test_what_stands_out_is_said_once(tmp_path: Path) -> None:
     with pytest.warns(UserWarning) as told:
-        train(tmp_path, LossBySNR(32, buckets=4), module=fresh(Dead), max_epochs=4, data=loader(128))
+        train(
+            tmp_path, LossBySNR(32, buckets=4), module=fresh(Dead), max_epochs=4, data=loader(128)
+        )
     words = [str(one.message) for one in told]
-    assert len([text for text in words if text.startswith("step 32: all 64 samples of zero SNR had weight 0")]) == 1
+    assert (
+        len(
+            [
+                text
+                for text in words
+                if text.startswith("step 32: all 64 samples of zero SNR had weight 0")
+            ]
+        )
+        == 1
+    )
     never = [text for text in words if "samples none had log SNR" in text]
     assert len(never) == len({text.split("none had")[1] for text in never}) >= 1
 
@@ -273,7 +310,9 @@ def test_losses_that_pass_it_by_are_named(tmp_path: Path) -> None:
 
 
 def test_resume_goes_on_counting(tmp_path: Path) -> None:
-    keep = ModelCheckpoint(tmp_path, filename="{step}", auto_insert_metric_name=False, save_top_k=-1)
+    keep = ModelCheckpoint(
+        tmp_path, filename="{step}", auto_insert_metric_name=False, save_top_k=-1
+    )
     train(tmp_path, LossBySNR(3), keep, max_epochs=1, enable_checkpointing=True)
     again, log = LossBySNR(3), Log()
     train(tmp_path, again, ckpt_path=tmp_path / "6.ckpt", logger=log)
@@ -285,12 +324,18 @@ def test_resume_goes_on_counting(tmp_path: Path) -> None:
     assert sum(again._drawn) == 24  # another run
 
 
-def test_rehearsal_and_missing_matplotlib_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rehearsal_and_missing_matplotlib_write_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train(tmp_path, LossBySNR(1), fast_dev_run=True)
     assert files(tmp_path) == []
-    monkeypatch.setattr("alphabar.callbacks.loss_by_snr.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(
+        "alphabar.callbacks.loss_by_snr.importlib.util.find_spec", lambda name: None
+    )
     log = Log()
-    with pytest.warns(UserWarning, match=r"its plots need matplotlib, pip install 'alphabar\[matplotlib\]'"):
+    with pytest.warns(
+        UserWarning, match=r"its plots need matplotlib, pip install 'alphabar\[matplotlib\]'"
+    ):
         train(tmp_path, LossBySNR(6), logger=log)
     assert list(log.metrics) == [6, 12] and not list(tmp_path.rglob("*.png"))
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,13 +20,14 @@ import torch
 import oracles
 from all_pairs import all_pairs
 from alphabar.noising import PREDICTIONS, NoiseSchedule
+from alphabar.noising.utils.registry import Registry
 from alphabar.sampling import CLEAN, GRIDS, METHODS, Knot, Method, Sampler, Table, make_knots
 from alphabar.sampling.kernel import run
-from alphabar.sampling.methods import adams, churn, dpm_solver, exponential, unipc
-from alphabar.sampling.methods import dpm2 as midpoint
-from alphabar.sampling.methods import euler as first_order
-from alphabar.sampling.methods.euler import posterior_spread
-from alphabar.sampling.table import Trace, compile_table
+from alphabar.sampling.methods import adams, base, churn, dpm2, dpm_solver, exponential, heun, unipc
+from alphabar.sampling.methods import steps as first_order_steps
+from alphabar.sampling.methods.steps import posterior_std
+from alphabar.sampling.table import compile_table
+from alphabar.sampling.tracing import Trace
 from oracles import (
     SCHEDULES,
     Gaussian,
@@ -38,7 +41,8 @@ from oracles import (
 )
 
 UPWARD = [method for method in METHODS.values() if method.inverse]
-FEW_STEPS = [m for m in METHODS.values() if m.order == 0 and not m.reaches]  # of distilled models: they do not converge
+# of distilled models: they do not converge
+FEW_STEPS = [m for m in METHODS.values() if m.order == 0 and not m.reaches]
 CONVERGING = [method for method in METHODS.values() if method not in UPWARD + FEW_STEPS]
 REACHING = [method for method in CONVERGING if method.reaches]
 DETERMINISTIC = [method for method in CONVERGING if not method.stochastic]
@@ -58,7 +62,9 @@ def options_of(method: Method) -> dict[str, Any]:
 
 def default_options(method: Method) -> dict[str, Any]:
     """The defaults; SA-Solver's noise, which it draws at some training timesteps alone, at all points of these grids."""
-    everywhere = {"tau_timesteps": (-math.inf, math.inf)} if "tau_timesteps" in method.options else {}
+    everywhere = (
+        {"tau_timesteps": (-math.inf, math.inf)} if "tau_timesteps" in method.options else {}
+    )
     return dict(method.defaults) | everywhere
 
 
@@ -112,7 +118,11 @@ VARIANTS: list[tuple[str, int, dict[str, Any]]] = [
     ("res_multistep", 1, {"order": 1}),
     ("res_multistep", 4, {"order": 4}),
     ("sa_solver", 2, {"tau": 0.0}),
-    ("sa_solver", 4, {"tau": 0.0, "predictor_order": 3, "corrector_order": 4, "lower_order_final": False}),
+    (
+        "sa_solver",
+        4,
+        {"tau": 0.0, "predictor_order": 3, "corrector_order": 4, "lower_order_final": False},
+    ),
 ]
 
 
@@ -124,16 +134,18 @@ def test_order_of_every_variant(name: str, order: int, options: dict[str, Any]) 
     block = options.get("order", method.block) if method.block > 1 else 1
     measured = oracles.local_order(method.formula, rewrites=rewrites, block=block, **options)
     assert measured == pytest.approx(order + 1, abs=NEAR)
-    assert oracles.global_order(method.formula, rewrites=rewrites, **options) == pytest.approx(order, abs=NEAR)
+    assert oracles.global_order(method.formula, rewrites=rewrites, **options) == pytest.approx(
+        order, abs=NEAR
+    )
 
 
 def test_third_order_blocks_on_an_even_grid() -> None:
     """DPM-Solver-3 assumes its points at thirds of the step: it is of order 3 where they are, and of order 2 elsewhere."""
     formula, counts = METHODS["dpm_solver_singlestep"].formula, (48, 96, 192)
     for options in ({}, {"algorithm": "dpmsolver"}, {"solver_type": "heun"}):
-        assert oracles.global_order(formula, grid=even_grid, counts=counts, order=3, **options) == pytest.approx(
-            3, abs=NEAR
-        )
+        assert oracles.global_order(
+            formula, grid=even_grid, counts=counts, order=3, **options
+        ) == pytest.approx(3, abs=NEAR)
 
 
 @pytest.mark.parametrize("method", STOCHASTIC, ids=name_of)
@@ -146,13 +158,17 @@ def test_weak_order(method: Method, grid: Any) -> None:
         assert measured == pytest.approx(order_of(method), abs=NEAR)
 
 
-def test_one_brownian_path_is_what_makes_dpmpp_sde_second_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_brownian_path_is_what_makes_dpmpp_sde_second_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert oracles.weak_order(METHODS["dpmpp_sde"].formula) == pytest.approx(2, abs=NEAR)
     monkeypatch.setattr(Trace, "noise", lambda self, s, n: self._draw(s.sigma_ve, n.sigma_ve))
     assert oracles.weak_order(METHODS["dpmpp_sde"].formula) == pytest.approx(1, abs=NEAR)
 
 
-ETA = [method for method in CONVERGING if "eta" in method.options and method.options["eta"] is not None]
+ETA = [
+    method for method in CONVERGING if "eta" in method.options and method.options["eta"] is not None
+]
 
 
 @pytest.mark.parametrize("method", ETA, ids=name_of)
@@ -161,13 +177,16 @@ def test_eta(method: Method, eta: float) -> None:
     options = options_of(method) | {"eta": eta}
     table = traced(method.formula, zigzag_grid(10), oracles.V, **options)
     assert (table.draws > 0) == (eta > 0)
-    if order_of(method) == 1 or eta == 1.0:  # between the ends the second-order ancestral methods are of order 1
+    # between the ends the second-order ancestral methods are of order 1
+    if order_of(method) == 1 or eta == 1.0:
         assert oracles.weak_order(method.formula, **options) > 0.8
 
 
 @pytest.mark.parametrize("method", CONVERGING, ids=name_of)
 def test_declared_draws_and_evaluations(method: Method) -> None:
-    table = traced(method.formula, even_grid(10), PREDICTIONS["v_prediction"](), **options_of(method))
+    table = traced(
+        method.formula, even_grid(10), PREDICTIONS["v_prediction"](), **options_of(method)
+    )
     assert (table.draws > 0) == method.stochastic
     # of their starts; Heun++ ends with a step of two and one of one, and the first step of PECE corrects nothing
     extra = {"plms": 1, "pndm": 9, "heunpp2": -3, "sa_solver_pece": -1}.get(method.name, 0)
@@ -186,7 +205,9 @@ def test_samples_have_the_spread_of_the_data(method: Method, name: str) -> None:
     errors = []
     for steps in (50, 200):
         knots = make_knots(schedule, steps, "trailing")
-        table = compile_table("traced", lambda *a: method.formula(*a, **options), knots, schedule, point_mass=False)
+        table = compile_table(
+            "traced", lambda *a: method.formula(*a, **options), knots, schedule, point_mass=False
+        )
         *_, (mean, variance) = oracles.moments(table, data)
         errors.append(max(abs(mean - data.mean), abs(variance - data.spread**2)))
     assert errors[1] < max(errors[0], 1e-3)
@@ -196,25 +217,37 @@ def test_samples_have_the_spread_of_the_data(method: Method, name: str) -> None:
 @pytest.mark.parametrize("name", ["consistency", "lcm"])
 def test_a_consistency_model_is_sampled_exactly(name: str) -> None:
     """With the exact consistency function, which carries x to the end of its trajectory, every number of steps gives the data."""
-    curve = {"consistency": NoiseSchedule.karras(sigma_min=1e-6), "lcm": NoiseSchedule.scaled_linear()}[name]
+    curve = {
+        "consistency": NoiseSchedule.karras(sigma_min=1e-6),
+        "lcm": NoiseSchedule.scaled_linear(),
+    }[name]
     schedule, data = curve.with_prediction("sample"), Gaussian()
     options = {"timestep_scaling": 1e9} if name == "lcm" else {}
     for steps in (1, 2, 5):
         knots = make_knots(schedule, steps, "karras" if name == "consistency" else "trailing")
-        table = compile_table(name, lambda *a: METHODS[name].formula(*a, **options), knots, schedule, point_mass=False)
+        table = compile_table(
+            name, lambda *a: METHODS[name].formula(*a, **options), knots, schedule, point_mass=False
+        )
         mean, deviation = data.marginal(knots[0])
-        points = torch.tensor([mean, mean + deviation], dtype=torch.float64)  # the map is affine: two points tell it
+        # the map is affine: two points tell it
+        points = torch.tensor([mean, mean + deviation], dtype=torch.float64)
 
         def consistency_function(x: torch.Tensor, knot: Any) -> torch.Tensor:
             return data.flow(x / knot.input_scale, knot, CLEAN)
 
-        *_, last = run(table, points, consistency_function, lambda start, end, still=0 * points: still)
+        *_, last = run(
+            table, points, consistency_function, lambda start, end, still=0 * points: still
+        )
         noiseless = last.x
         assert float(noiseless[0]) == pytest.approx(data.mean, abs=1e-4)
         variance = float(noiseless[1] - noiseless[0]) ** 2
         for k in range(table.draws):
-            draws = iter([float(j == k) * torch.ones(2, dtype=torch.float64) for j in range(table.draws)])
-            *_, last = run(table, points, consistency_function, lambda start, end, draws=draws: next(draws))
+            draws = iter(
+                [float(j == k) * torch.ones(2, dtype=torch.float64) for j in range(table.draws)]
+            )
+            *_, last = run(
+                table, points, consistency_function, lambda start, end, draws=draws: next(draws)
+            )
             variance += float(last.x[0] - noiseless[0]) ** 2
         assert math.sqrt(variance) == pytest.approx(data.spread, abs=1e-4)
 
@@ -222,7 +255,10 @@ def test_a_consistency_model_is_sampled_exactly(name: str) -> None:
 def test_flow_heun_follows_the_straight_path_on_every_curve() -> None:
     """x / (α + σ) on a variance preserving path is x on the flow of the same SNRs."""
     preserving = zigzag_grid(10)
-    straight = [Knot(k.timestep, k.alpha / (k.alpha + k.sigma), k.sigma / (k.alpha + k.sigma)) for k in preserving]
+    straight = [
+        Knot(k.timestep, k.alpha / (k.alpha + k.sigma), k.sigma / (k.alpha + k.sigma))
+        for k in preserving
+    ]
     ends = []
     for knots in (preserving, straight):
         table = traced(METHODS["flow_heun"].formula, knots, oracles.V)
@@ -241,8 +277,8 @@ def test_posterior_spread_is_that_of_bayes() -> None:
         gain = s.alpha / n.alpha
         forward = s.sigma**2 - gain**2 * n.sigma**2
         variance = 1 / (1 / n.sigma**2 + gain**2 / forward)
-        assert posterior_spread(s, n) == pytest.approx(math.sqrt(variance), rel=1e-12)
-        assert posterior_spread(s, CLEAN) == 0.0
+        assert posterior_std(s, n) == pytest.approx(math.sqrt(variance), rel=1e-12)
+        assert posterior_std(s, CLEAN) == 0.0
 
 
 def test_ddpm_variance_is_beta_tilde() -> None:
@@ -253,7 +289,7 @@ def test_ddpm_variance_is_beta_tilde() -> None:
         bars = schedule.alphas_cumprod[t - 1 : t + 1].tolist()
         assert (s.timestep, n.timestep) == (t, t - 1)
         beta_tilde = (1 - bars[0]) / (1 - bars[1]) * beta  # Ho et al. 2006.11239, eq. 7
-        assert posterior_spread(s, n) == pytest.approx(math.sqrt(beta_tilde), rel=1e-9)
+        assert posterior_std(s, n) == pytest.approx(math.sqrt(beta_tilde), rel=1e-9)
 
 
 # the point mass
@@ -271,7 +307,9 @@ def test_point_mass(method: Method) -> None:
         schedule = allowed(SCHEDULES[name])[index]
         table = Sampler(schedule, method, steps, grid).table
         if not table.point_mass:
-            assert method.name == "score_sde_vp", "a formula that misses the marginals must be known here"
+            assert method.name == "score_sde_vp", (
+                "a formula that misses the marginals must be known here"
+            )
             return
         assert point_mass_defect(table) <= tolerance(method, name, table), (schedule, grid, steps)
 
@@ -324,13 +362,13 @@ MUTANTS = {
     "2M SDE: weight of the difference": Mutant(dpm_solver, "dpmpp_2m_sde", "m[0] + 0.5 * D1", "m[0] + D1", "weak order"),
     "3M: second difference": Mutant(dpm_solver, "dpmpp_3m", "second = (m[1] - m[2]) / r1", "second = (m[0] - m[2]) / r1", "local order"),
     "singlestep: the block's slope": Mutant(dpm_solver, "dpm_solver_singlestep", "(m[j] - m[0]) / r[j]", "(m[j] - m[0]) * r[j]", "local order"),  # noqa: E501
-    "Heun: only the second slope": Mutant(churn, "heun", "0.5 * (e + e_n)", "e_n", "local order"),
-    "Heun: weights that do not sum to one": Mutant(churn, "heun", "0.5 * (e + e_n)", "0.6 * (e + e_n)", "point mass"),
+    "Heun: only the second slope": Mutant(heun, "heun", "0.5 * (e + e_n)", "e_n", "local order"),
+    "Heun: weights that do not sum to one": Mutant(heun, "heun", "0.5 * (e + e_n)", "0.6 * (e + e_n)", "point mass"),
     "churn: the noise added": Mutant(churn, "heun", "(1 + gamma) ** 2 - 1", "(1 + gamma) - 1", "point mass", (("s_churn", 20.0),)),
-    "dpm_2: the midpoint": Mutant(midpoint, "dpm_2", "ratio: float = 0.5", "ratio: float = 0.6", "local order"),
-    "dpm_2: wrong sigma in the slope": Mutant(midpoint, "dpm_2", "along(x, D, e, e_m, s, d)", "along(x, D, e_m, e, s, d)", "local order"),
-    "2S a: it goes to the knot, not below it": Mutant(midpoint, "dpmpp_2s_ancestral", "    d = lowered(n, r)\n", "    d = n\n", "point mass"),  # noqa: E501
-    "SDE: weight of the middle": Mutant(midpoint, "dpmpp_sde", "(D_m - D) / (2 * r)", "(D_m - D) / r", "weak order"),
+    "dpm_2: the midpoint": Mutant(dpm2, "dpm_2", "ratio: float = 0.5", "ratio: float = 0.6", "local order"),
+    "dpm_2: wrong sigma in the slope": Mutant(dpm2, "dpm_2", "along(x, D, e, e_m, s, d)", "along(x, D, e_m, e, s, d)", "local order"),
+    "2S a: it goes to the knot, not below it": Mutant(dpm2, "dpmpp_2s_ancestral", "    d = ancestral_target(n, r)\n", "    d = n\n", "point mass"),  # noqa: E501
+    "SDE: weight of the middle": Mutant(dpm2, "dpmpp_sde", "(D_m - D) / (2 * r)", "(D_m - D) / r", "weak order"),
     "LMS: the interval": Mutant(adams, "lms", "s.sigma_ve, n.sigma_ve)", "s.sigma_ve, 0.9 * n.sigma_ve)", "local order"),
     "DEIS: rate of the weight": Mutant(adams, "deis", "rate=1.0", "rate=-1.0", "local order"),
     "PLMS: Adams-Bashforth 3": Mutant(adams, "plms", "-16 / 12, 5 / 12", "-16 / 12, 4 / 12", "point mass"),
@@ -339,42 +377,66 @@ MUTANTS = {
     "RES: nodes in the wrong order": Mutant(exponential, "res_multistep", "rate=H)]\n        E", "rate=H)][::-1]\n        E", "local order"),  # noqa: E501
     "SEEDS-2: weight of the middle": Mutant(exponential, "seeds_2", "(D_m - D) / (2 * r)", "(D_m - D) / r", "weak order"),
     "SEEDS: noise not carried on": Mutant(exponential, "seeds_2", "math.exp(-stretch) * self.gathered + fresh", "fresh", "point mass"),
-    "DDIM: alpha of the wrong end": Mutant(first_order, "ddim", "n.alpha - keep * s.alpha", "n.alpha - keep * n.alpha", "point mass"),
-    "DDIM: sigma of the wrong end": Mutant(first_order, "ddim", ") / s.sigma\n    y", ") / n.sigma\n    y", "point mass"),
-    "ancestral: noise level squared": Mutant(first_order, "euler_ancestral", "(s_noise * r) * trace", "(s_noise * r * r) * trace", "point mass"),  # noqa: E501
-    "ancestral: variance not restored": Mutant(first_order, "ddpm", KEEP, KEEP.replace("r**2", "2 * r**2"), "point mass"),
-    "posterior: ratio not squared": Mutant(first_order, "ddpm", "1 - ratio**2", "1 - ratio", "posterior"),
-    "posterior: sigma of the wrong end": Mutant(first_order, "ddpm", "return n.sigma * math.sqrt(max(1", "return s.sigma * math.sqrt(max(1", "posterior"),  # noqa: E501
+    "DDIM: alpha of the wrong end": Mutant(first_order_steps, "ddim", "n.alpha - keep * s.alpha", "n.alpha - keep * n.alpha", "point mass"),
+    "DDIM: sigma of the wrong end": Mutant(first_order_steps, "ddim", ") / s.sigma\n    y", ") / n.sigma\n    y", "point mass"),
+    "ancestral: noise level squared": Mutant(first_order_steps, "euler_ancestral", "(s_noise * r) * trace", "(s_noise * r * r) * trace", "point mass"),  # noqa: E501
+    "ancestral: variance not restored": Mutant(first_order_steps, "ddpm", KEEP, KEEP.replace("r**2", "2 * r**2"), "point mass"),
+    "posterior: ratio not squared": Mutant(first_order_steps, "ddpm", "1 - ratio**2", "1 - ratio", "posterior"),
+    "posterior: sigma of the wrong end": Mutant(first_order_steps, "ddpm", "return n.sigma * math.sqrt(max(1", "return s.sigma * math.sqrt(max(1", "posterior"),  # noqa: E501
 }  # fmt: skip
 
 
+class Mutated(NamedTuple):
+    module: ModuleType
+    method: Method
+
+
 @cache
-def mutated(module: ModuleType, right: str, wrong: str) -> ModuleType:
-    source = inspect.getsource(module)
-    assert source.count(right) == 1, (
-        f"{right!r} stands {source.count(right)} times in {module.__name__}: word the mutant anew"
+def mutated(mutant: Mutant) -> Mutated:
+    """Run the module with one text replaced, and the module of the method on top of it, apart from the registry."""
+    source = inspect.getsource(mutant.module)
+    name = mutant.module.__name__
+    assert source.count(mutant.right) == 1, (
+        f"{mutant.right!r} stands {source.count(mutant.right)} times in {name}: word the mutant anew"
     )
+    home = sys.modules[METHODS[mutant.method].formula.__module__]
+    with patch.object(base, "METHODS", Registry[Method]("method")) as registry:
+        copy = executed(mutant.module, source.replace(mutant.right, mutant.wrong))
+        if home is not mutant.module:
+            with patch.dict(sys.modules, {name: copy}):
+                executed(home, inspect.getsource(home))
+    return Mutated(copy, registry[mutant.method])
+
+
+def executed(module: ModuleType, source: str) -> ModuleType:
     copy = ModuleType(module.__name__ + "_mutant")
     copy.__package__ = module.__package__
-    exec(compile(source.replace(right, wrong), copy.__name__, "exec"), copy.__dict__)
+    exec(compile(source, copy.__name__, "exec"), copy.__dict__)
     return copy
 
 
-def findings(module: ModuleType, name: str, options: dict[str, Any]) -> set[str]:
-    """The measurements that disagree with what the method of this name declares."""
-    method = next(m for m in module.METHODS if m.name == name)
+def findings(module: ModuleType, method: Method, options: dict[str, Any]) -> set[str]:
+    """The measurements that disagree with what the method declares."""
     options = options_of(method) | options
     table = traced(method.formula, zigzag_grid(20), oracles.V, **options)
     found = {"point mass"} if point_mass_defect(table) > POINT_MASS else set()
     if table.draws:
         measured = {"weak order": (oracles.weak_order(method.formula, **options), order_of(method))}
     else:
-        order = oracles.local_order(method.formula, rewrites=method.rewrites, block=method.block, **options)
+        order = oracles.local_order(
+            method.formula, rewrites=method.rewrites, block=method.block, **options
+        )
         measured = {"local order": (order, order_of(method) + 1)}
-    found |= {what for what, (order, declared) in measured.items() if not abs(order - declared) <= NEAR}
-    if hasattr(module, "posterior_spread"):
+    found |= {
+        what for what, (order, declared) in measured.items() if not abs(order - declared) <= NEAR
+    }
+    if hasattr(module, "posterior_std"):
         s, n = vp_knots([-0.5, 0.5])
-        found |= {"posterior"} if abs(module.posterior_spread(s, n) / posterior_spread(s, n) - 1) > 1e-9 else set()
+        found |= (
+            {"posterior"}
+            if abs(module.posterior_std(s, n) / posterior_std(s, n) - 1) > 1e-9
+            else set()
+        )
     return found
 
 
@@ -382,15 +444,16 @@ def findings(module: ModuleType, name: str, options: dict[str, Any]) -> set[str]
 def test_mutants_are_noticed(mistake: str) -> None:
     mutant = MUTANTS[mistake]
     options = dict(mutant.options)
-    assert findings(mutant.module, mutant.method, options) == set()  # as it stands, nothing is found
-    assert mutant.seen_by in findings(mutated(mutant.module, mutant.right, mutant.wrong), mutant.method, options)
+    # as it stands, nothing is found
+    assert findings(mutant.module, METHODS[mutant.method], options) == set()
+    assert mutant.seen_by in findings(*mutated(mutant), options)
 
 
 def test_a_table_with_a_wrong_formula_is_refused_at_birth() -> None:
-    mutant = MUTANTS["Heun: weights that do not sum to one"]
-    wrong = next(m for m in mutated(mutant.module, mutant.right, mutant.wrong).METHODS if m.name == "heun")
+    wrong = mutated(MUTANTS["Heun: weights that do not sum to one"]).method
     with pytest.raises(
-        ValueError, match=r"^heun: the table misses the marginals of its grid by .*; its formula is wrong$"
+        ValueError,
+        match=r"^heun: the table misses the marginals of its grid by .*; its formula is wrong$",
     ):
         Sampler(SCHEDULES["scaled_linear"], wrong, 10)
 
@@ -403,7 +466,11 @@ def test_a_table_that_is_not_finite_is_refused_at_birth() -> None:
         ValueError,
         match=r"^blows_up: step 1 of 5 has a coefficient that is not finite; use another grid or fewer steps$",
     ):
-        Sampler(SCHEDULES["scaled_linear"], Method("blows_up", blows_up, order=1, source="", point_mass=False), 5)
+        Sampler(
+            SCHEDULES["scaled_linear"],
+            Method("blows_up", blows_up, order=1, source="", point_mass=False),
+            5,
+        )
 
 
 def test_the_oracle_is_right() -> None:
@@ -412,7 +479,9 @@ def test_the_oracle_is_right() -> None:
     (knot,) = vp_knots([0.4])
     generator = torch.Generator().manual_seed(0)
     x0 = data.mean + data.spread * torch.randn(400_000, generator=generator, dtype=torch.float64)
-    x = knot.alpha * x0 + knot.sigma * torch.randn(x0.shape, generator=generator, dtype=torch.float64)
+    x = knot.alpha * x0 + knot.sigma * torch.randn(
+        x0.shape, generator=generator, dtype=torch.float64
+    )
     mean, deviation = data.marginal(knot)
     assert float(x.mean()) == pytest.approx(mean, abs=5e-3)
     assert float(x.std()) == pytest.approx(deviation, abs=5e-3)
@@ -425,7 +494,10 @@ def test_the_oracle_is_right() -> None:
     before, here, after = vp_knots([0.4 - h, 0.4, 0.4 + h])
     point = torch.tensor(1.3, dtype=torch.float64)
     slope = float(data.flow(point, here, after) - data.flow(point, here, before)) / (2 * h)
-    d_alpha, d_sigma = (after.alpha - before.alpha) / (2 * h), (after.sigma - before.sigma) / (2 * h)
+    d_alpha, d_sigma = (
+        (after.alpha - before.alpha) / (2 * h),
+        (after.sigma - before.sigma) / (2 * h),
+    )
     denoised = a * float(point) + b
     epsilon = (float(point) - here.alpha * denoised) / here.sigma
     assert slope == pytest.approx(d_alpha * denoised + d_sigma * epsilon, rel=1e-6)

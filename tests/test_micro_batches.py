@@ -15,7 +15,14 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from alphabar.noising import LearnedUncertainty, LossSecondMoment, Noised, NoiseSchedule, Noising, UniformTimesteps
+from alphabar.noising import (
+    LearnedUncertainty,
+    LossSecondMoment,
+    Noised,
+    NoiseSchedule,
+    Noising,
+    UniformTimesteps,
+)
 from alphabar.noising.micro_batches import MicroBatches, Step
 from alphabar.noising.utils.validation import require_integer
 
@@ -43,10 +50,14 @@ def distinct(parts: Sequence[Noised]) -> bool:
 def test_unequal_micro_batches_share_no_noise(sizes: tuple[int, ...], explicit: bool) -> None:
     noising = Noising(FLOW, seed=1)
     for step in (4, 5):
-        place = [{"micro_batch": i, "accumulate": len(sizes)} if explicit else {} for i in range(len(sizes))]
+        place = [
+            {"micro_batch": i, "accumulate": len(sizes)} if explicit else {}
+            for i in range(len(sizes))
+        ]
         parts = [noising(zeros(n), step=step, **p) for n, p in zip(sizes, place, strict=True)]
         assert distinct(parts)
-        one = whole(noising, sum(sizes), step)  # nothing depends on the split, nor on what happened before
+        # nothing depends on the split, nor on what happened before
+        one = whole(noising, sum(sizes), step)
         assert torch.equal(torch.cat([part.noise for part in parts]), one.noise)
         assert torch.equal(torch.cat([part.t for part in parts]), one.t)
 
@@ -81,7 +92,10 @@ def test_a_run_that_begins_inside_of_a_step() -> None:
 def test_a_micro_batch_twice_is_refused() -> None:
     noising = Noising(FLOW)
     noising(zeros(2), step=3, micro_batch=0, accumulate=2)
-    with pytest.raises(ValueError, match=r"^micro-batch 0 of step 3 was noised already, .*; count micro_batch up, or leave it out"):
+    with pytest.raises(
+        ValueError,
+        match=r"^micro-batch 0 of step 3 was noised already, .*; count micro_batch up, or leave it out",
+    ):
         noising(zeros(2), step=3, micro_batch=0, accumulate=2)
     noising(zeros(2), step=3, micro_batch=1, accumulate=2)
     noising(zeros(2), step=4, micro_batch=0, accumulate=2)
@@ -92,7 +106,10 @@ def test_more_micro_batches_than_there_are_is_refused() -> None:
     noising = Noising(FLOW)
     for _ in range(2):
         noising(zeros(2), step=0, accumulate=2)
-    with pytest.raises(ValueError, match=r"^step 0 has had its 2 micro-batches already; count step up after each optimizer step"):
+    with pytest.raises(
+        ValueError,
+        match=r"^step 0 has had its 2 micro-batches already; count step up after each optimizer step",
+    ):
         noising(zeros(2), step=0, accumulate=2)
 
 
@@ -160,19 +177,26 @@ def test_contiguous_batches(timesteps: str) -> None:
         index = range(rank * 4, rank * 4 + 4)
         for given in (index, list(index), torch.tensor(index), np.arange(rank * 4, rank * 4 + 4)):
             part = noising(zeros(4), step=1, rank=rank, world_size=2, index=given)
-            assert torch.equal(part.noise, one.noise[list(index)]) and torch.equal(part.t, one.t[list(index)])
+            assert torch.equal(part.noise, one.noise[list(index)]) and torch.equal(
+                part.t, one.t[list(index)]
+            )
 
 
 def test_equal_indices_are_pairs() -> None:
     noised = Noising(FLOW)(zeros(4), step=0, index=[0, 1, 0, 1])
-    assert torch.equal(noised.noise[:2], noised.noise[2:]) and torch.equal(noised.t[:2], noised.t[2:])
+    assert torch.equal(noised.noise[:2], noised.noise[2:]) and torch.equal(
+        noised.t[:2], noised.t[2:]
+    )
     assert distinct([Noising(FLOW)(zeros(2), step=0)])
 
 
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ([0, 1, 2], r"^index must have shape \(2,\), a global index for each sample, got \[0, 1, 2\]$"),
+        (
+            [0, 1, 2],
+            r"^index must have shape \(2,\), a global index for each sample, got \[0, 1, 2\]$",
+        ),
         (torch.tensor([[0], [1]]), "^an index must be an integer"),
         (torch.tensor(0), r"^index must have shape \(2,\)"),
         ([0.0, 1.0], r"^an index must be an integer, got 0\.0 \(float\)"),
@@ -187,7 +211,10 @@ def test_bad_indices_are_refused(index: Any, message: str) -> None:
 
 
 def test_index_and_micro_batch_are_one_too_many() -> None:
-    with pytest.raises(ValueError, match=r"^index already says where each sample lies in the optimizer step; leave micro_batch out"):
+    with pytest.raises(
+        ValueError,
+        match=r"^index already says where each sample lies in the optimizer step; leave micro_batch out",
+    ):
         Noising(FLOW)(zeros(2), step=0, index=[0, 1], micro_batch=0)
 
 
@@ -207,16 +234,27 @@ def test_strata_of_each_micro_batch_where_their_number_is_not_known() -> None:
 
 def test_strata_of_the_whole_step_where_it_is() -> None:
     noising = Noising(FLOW, timesteps="stratified", seed=2)
-    parts = [noising(zeros(6), step=0, accumulate=4) for _ in range(3)] + [noising(zeros(2), step=0, accumulate=4)]
+    parts = [noising(zeros(6), step=0, accumulate=4) for _ in range(3)] + [
+        noising(zeros(2), step=0, accumulate=4)
+    ]
     seen = [k for part in parts for k in strata(part, 24)]
-    assert len(set(seen)) == len(seen) == 20  # the smaller last batch leaves some empty, and fills none twice
+    # the smaller last batch leaves some empty, and fills none twice
+    assert len(set(seen)) == len(seen) == 20
 
 
 @pytest.mark.parametrize("index", [3, 9, 17])
 def test_times_beyond_the_total_are_uniform(index: int) -> None:
     noising, n = Noising(FLOW, timesteps=UniformTimesteps(stratified=True), seed=1), 1000
-    t = torch.cat([noising.draw([index], (1,), step=step, total=8).t for step in range(n)]).double().sort().values
-    distance = max(float((t - torch.arange(n) / n).abs().max()), float((t - torch.arange(1, n + 1) / n).abs().max()))
+    t = (
+        torch.cat([noising.draw([index], (1,), step=step, total=8).t for step in range(n)])
+        .double()
+        .sort()
+        .values
+    )
+    distance = max(
+        float((t - torch.arange(n) / n).abs().max()),
+        float((t - torch.arange(1, n + 1) / n).abs().max()),
+    )
     assert distance * math.sqrt(n) < 1.95  # Kolmogorov-Smirnov, p = 0.001
 
 
@@ -233,16 +271,26 @@ def test_importance_hears_every_sample_of_unequal_micro_batches() -> None:
 # numbers
 
 
-@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8, torch.tensor, lambda v: np.array(v)])
+@pytest.mark.parametrize(
+    "kind", [np.int64, np.int32, np.uint8, torch.tensor, lambda v: np.array(v)]
+)
 def test_integers_of_other_libraries(kind: Callable[[int], Any]) -> None:
     place = {"step": 3, "micro_batch": 1, "accumulate": 2, "rank": 1, "world_size": 2, "total": 9}
     one = Noising(FLOW, seed=4, timesteps="stratified")(zeros(2), **place)
-    other = Noising(FLOW, seed=kind(4), timesteps="stratified")(zeros(2), **{k: kind(v) for k, v in place.items()})
+    other = Noising(FLOW, seed=kind(4), timesteps="stratified")(
+        zeros(2), **{k: kind(v) for k, v in place.items()}
+    )
     assert torch.equal(one.noise, other.noise) and torch.equal(one.t, other.t)
 
 
-@pytest.mark.parametrize("name", ["step", "micro_batch", "accumulate", "rank", "world_size", "total"])
-@pytest.mark.parametrize("value", [True, np.True_, torch.tensor(True), 1.0, np.float64(1), torch.tensor(1.0), "1", [1]], ids=repr)
+@pytest.mark.parametrize(
+    "name", ["step", "micro_batch", "accumulate", "rank", "world_size", "total"]
+)
+@pytest.mark.parametrize(
+    "value",
+    [True, np.True_, torch.tensor(True), 1.0, np.float64(1), torch.tensor(1.0), "1", [1]],
+    ids=repr,
+)
 def test_other_numbers_are_refused(name: str, value: Any) -> None:
     with pytest.raises(TypeError, match=f"^{name} must be an integer, got .*; write int"):
         Noising(FLOW)(zeros(2), **{"step": 0, name: value})
@@ -255,11 +303,16 @@ def test_a_seed_is_an_integer(seed: Any) -> None:
 
 
 def test_whole_numbers_pass_as_they_are() -> None:
-    assert require_integer("step", 2**70) == 2**70 and type(require_integer("step", np.int8(3))) is int
+    assert (
+        require_integer("step", 2**70) == 2**70 and type(require_integer("step", np.int8(3))) is int
+    )
 
 
 def test_a_total_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^total must be at least 1, the samples of the whole optimizer step, got 0$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^total must be at least 1, the samples of the whole optimizer step, got 0$",
+    ):
         Noising(FLOW)(zeros(2), step=0, total=0)
 
 
@@ -283,30 +336,48 @@ def test_a_compiled_step_is_compiled_once() -> None:
         compiled(torch.ones(2), step)
     with pytest.raises(Exception, match="a compiled call cannot count micro-batches"):
         torch.compile(
-            lambda x: x + counted.take(2, Step(0, accumulate=2), counted=True).index[0], fullgraph=True, backend="eager"
+            lambda x: x + counted.take(2, Step(0, accumulate=2), counted=True).index[0],
+            fullgraph=True,
+            backend="eager",
         )(torch.ones(2))
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed", "64-true"])
-@pytest.mark.parametrize("schedule", [FLOW, NoiseSchedule.linear(), NoiseSchedule.karras()], ids=lambda s: s.curve.kind)
+@pytest.mark.parametrize(
+    "schedule", [FLOW, NoiseSchedule.linear(), NoiseSchedule.karras()], ids=lambda s: s.curve.kind
+)
 def test_fabric_hands_the_batch_on_as_it_is(schedule: NoiseSchedule, precision: Any) -> None:
     fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
     noising = Noising(schedule, LearnedUncertainty(channels=4), seed=3)
     plain = copy.deepcopy(noising)
     wrapped, network = fabric.setup_module(noising), fabric.setup_module(nn.Linear(3, 3))
-    x0 = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).bfloat16().float()  # which every precision holds
+    # which every precision holds
+    x0 = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).bfloat16().float()
     noised = wrapped(x0, step=0)
     expected = plain(x0, step=0)
     assert isinstance(noised, Noised) and noised.schedule is schedule
     assert torch.equal(noised.t.double(), expected.t.double())
     # the network's own precision for x; everything else in float32 or better
-    assert noised.x.dtype == {"32": torch.float32, "bf": torch.bfloat16, "64": torch.float64}[precision[:2]]
-    assert noised.timesteps.dtype == (torch.int64 if schedule.curve.is_discrete else torch.promote_types(noised.x.dtype, torch.float32))
-    assert noised.target.dtype == noised.weight.dtype == torch.promote_types(noised.x.dtype, torch.float32)
+    assert (
+        noised.x.dtype
+        == {"32": torch.float32, "bf": torch.bfloat16, "64": torch.float64}[precision[:2]]
+    )
+    assert noised.timesteps.dtype == (
+        torch.int64
+        if schedule.curve.is_discrete
+        else torch.promote_types(noised.x.dtype, torch.float32)
+    )
+    assert (
+        noised.target.dtype
+        == noised.weight.dtype
+        == torch.promote_types(noised.x.dtype, torch.float32)
+    )
     assert torch.allclose(noised.target.float(), expected.target, rtol=1e-5, atol=1e-6)
     loss = noised.loss(network(noised.x))
     fabric.backward(loss)
-    assert noising.log_variance is not None and all(p.grad is not None for p in noising.log_variance.parameters())
+    assert noising.log_variance is not None and all(
+        p.grad is not None for p in noising.log_variance.parameters()
+    )
 
 
 def test_lightning_moves_a_batch_without_touching_its_precision() -> None:

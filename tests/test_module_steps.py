@@ -40,7 +40,9 @@ class Recorded(DiffusionModule):
     def __init__(self, timesteps: str = "stratified", **options: Any) -> None:
         super().__init__(Net(), Noising(FLOW, timesteps=timesteps, seed=4), **options)
         self.seen: list[tuple[int, Noised]] = []
-        self.noising.listen(lambda noised, errors: self.seen.append((self.trainer.global_step, noised)))
+        self.noising.listen(
+            lambda noised, errors: self.seen.append((self.trainer.global_step, noised))
+        )
 
     def by_step(self) -> dict[int, list[Noised]]:
         steps: dict[int, list[Noised]] = {}
@@ -53,8 +55,19 @@ def data(count: int, batch: int, **options: Any) -> Any:
     return DataLoader(torch.zeros(count, 2), batch_size=batch, **options)  # type: ignore[arg-type]
 
 
-def fit(module: Recorded, loader: Any, tmp_path: Path, *callbacks: Callback, ckpt_path: Any = None, **options: Any) -> Trainer:
-    settings = QUIET | {"enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks)} | options
+def fit(
+    module: Recorded,
+    loader: Any,
+    tmp_path: Path,
+    *callbacks: Callback,
+    ckpt_path: Any = None,
+    **options: Any,
+) -> Trainer:
+    settings = (
+        QUIET
+        | {"enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks)}
+        | options
+    )
     trainer = Trainer(callbacks=list(callbacks), default_root_dir=tmp_path, **settings)
     trainer.fit(module, loader, ckpt_path=ckpt_path)
     return trainer
@@ -75,7 +88,12 @@ def assert_right(module: Recorded, total: int, sizes: dict[int, list[int]]) -> N
         t = torch.cat([part.t for part in parts])
         assert torch.equal(t, expected.t)
         assert len((t.double() * total).ceil().unique()) == n
-    every = [sample.numpy().tobytes() for parts in steps.values() for part in parts for sample in part.noise]
+    every = [
+        sample.numpy().tobytes()
+        for parts in steps.values()
+        for part in parts
+        for sample in part.noise
+    ]
     assert len(set(every)) == len(every)
 
 
@@ -112,7 +130,10 @@ def test_an_accumulation_that_changes(tmp_path: Path) -> None:
     steps = module.by_step()
     assert [len(parts) for parts in steps.values()] == [1, 1, 1, 3]
     for step, parts in steps.items():
-        assert torch.equal(noise_of(parts), module.noising.draw(range(4 * len(parts)), (2,), step=step, total=4).noise)
+        assert torch.equal(
+            noise_of(parts),
+            module.noising.draw(range(4 * len(parts)), (2,), step=step, total=4).noise,
+        )
 
 
 def test_manual_optimization(tmp_path: Path) -> None:
@@ -134,7 +155,9 @@ def test_manual_optimization(tmp_path: Path) -> None:
     steps = module.by_step()
     assert [len(parts) for parts in steps.values()] == [3, 3]
     for step, parts in steps.items():
-        assert torch.equal(noise_of(parts), module.noising.draw(range(6), (2,), step=step, total=6).noise)
+        assert torch.equal(
+            noise_of(parts), module.noising.draw(range(6), (2,), step=step, total=6).noise
+        )
 
 
 def test_a_closure_that_is_called_again_sees_the_same_noise(tmp_path: Path) -> None:
@@ -146,7 +169,10 @@ def test_a_closure_that_is_called_again_sees_the_same_noise(tmp_path: Path) -> N
     fit(module, data(8, 4), tmp_path, max_epochs=1)
     for parts in module.by_step().values():
         assert len(parts) > 1
-        assert all(torch.equal(part.noise, parts[0].noise) and torch.equal(part.t, parts[0].t) for part in parts)
+        assert all(
+            torch.equal(part.noise, parts[0].noise) and torch.equal(part.t, parts[0].t)
+            for part in parts
+        )
 
 
 def test_two_loaders(tmp_path: Path) -> None:
@@ -155,15 +181,27 @@ def test_two_loaders(tmp_path: Path) -> None:
             return torch.cat(list(batch.values())), {}
 
     module = Two("uniform")
-    fit(module, {"a": data(8, 2), "b": data(12, 3)}, tmp_path, accumulate_grad_batches=2, max_epochs=1)
+    fit(
+        module,
+        {"a": data(8, 2), "b": data(12, 3)},
+        tmp_path,
+        accumulate_grad_batches=2,
+        max_epochs=1,
+    )
     for step, parts in module.by_step().items():
-        assert torch.equal(noise_of(parts), module.noising.draw(range(10), (2,), step=step, total=10).noise)
+        assert torch.equal(
+            noise_of(parts), module.noising.draw(range(10), (2,), step=step, total=10).noise
+        )
 
 
-@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.filterwarnings(
+    "ignore:You're resuming from a checkpoint that ended before the epoch ended"
+)
 def test_a_resume_within_an_epoch_goes_on_to_the_same_noise(tmp_path: Path) -> None:
     options: dict[str, Any] = {"accumulate_grad_batches": 2}
-    saves = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=1, filename="{step}", save_weights_only=False)
+    saves = ModelCheckpoint(
+        tmp_path, save_top_k=-1, every_n_train_steps=1, filename="{step}", save_weights_only=False
+    )
     first = Recorded()
     fit(first, data(12, 2), tmp_path, saves, **options)
     again = Recorded()
@@ -179,7 +217,9 @@ def test_a_resume_within_an_epoch_goes_on_to_the_same_noise(tmp_path: Path) -> N
 def as_rank(rank: int, replicas: int, loader: Any, **state: Any) -> Any:
     """What of a Trainer a step looks at."""
     return SimpleNamespace(
-        distributed_sampler_kwargs={"rank": rank, "num_replicas": replicas} if replicas > 1 else None,
+        distributed_sampler_kwargs={"rank": rank, "num_replicas": replicas}
+        if replicas > 1
+        else None,
         train_dataloader=loader,
         **({"global_step": 3, "current_epoch": 0, "accumulate_grad_batches": 2} | state),
     )
@@ -187,7 +227,10 @@ def as_rank(rank: int, replicas: int, loader: Any, **state: Any) -> Any:
 
 def noised_on(module: DiffusionModule, trainer: Any, sizes: Sequence[int]) -> list[Noised]:
     module._trainer = trainer
-    return [module.noising(torch.zeros(n, 2), **module._place(n, batch_idx)) for batch_idx, n in enumerate(sizes)]
+    return [
+        module.noising(torch.zeros(n, 2), **module._place(n, batch_idx))
+        for batch_idx, n in enumerate(sizes)
+    ]
 
 
 def test_unequal_last_batches_on_two_ranks() -> None:
@@ -211,7 +254,9 @@ def test_both_smaller_on_two_ranks_keep_their_strata() -> None:
 def test_ranks_that_share_their_data_share_their_noise() -> None:
     """Tensor parallelism: four processes, two replicas; Lightning's sampler has the two."""
     parts = [noised_on(Recorded(), as_rank(rank // 2, 2, data(8, 4)), [4])[0] for rank in range(4)]
-    assert torch.equal(parts[0].noise, parts[1].noise) and torch.equal(parts[2].noise, parts[3].noise)
+    assert torch.equal(parts[0].noise, parts[1].noise) and torch.equal(
+        parts[2].noise, parts[3].noise
+    )
     assert not torch.equal(parts[0].noise, parts[2].noise)
 
 
@@ -231,7 +276,10 @@ def test_several_validation_loaders(tmp_path: Path) -> None:
     trainer = Trainer(**QUIET, default_root_dir=tmp_path, enable_checkpointing=False)
     results = [trainer.validate(module, [data(8, 4), data(4, 2)], verbose=False) for _ in range(2)]
     assert results[0] == results[1]
-    assert [list(one) for one in results[0]] == [["val_loss/dataloader_idx_0"], ["val_loss/dataloader_idx_1"]]
+    assert [list(one) for one in results[0]] == [
+        ["val_loss/dataloader_idx_0"],
+        ["val_loss/dataloader_idx_1"],
+    ]
 
 
 # labels
@@ -252,7 +300,9 @@ def test_tensor_dataset_with_a_class_network(tmp_path: Path) -> None:
         lambda module, args, kwargs: seen.append(kwargs["class_labels"].tolist()), with_kwargs=True
     )
     module = DiffusionModule(network, Noising(FLOW), label_key="class_labels")
-    Trainer(**QUIET | {"max_epochs": 1}, default_root_dir=tmp_path, enable_checkpointing=False).fit(module, loader, loader)
+    Trainer(**QUIET | {"max_epochs": 1}, default_root_dir=tmp_path, enable_checkpointing=False).fit(
+        module, loader, loader
+    )
     assert seen == [[1, 2], [3, 4]] * 3  # the sanity check, training, validation
 
 
@@ -260,10 +310,16 @@ def test_tensor_dataset_with_a_class_network(tmp_path: Path) -> None:
 def test_entries_without_a_name_are_refused(label_key: str | None) -> None:
     module = DiffusionModule(Net(), Noising(FLOW), label_key=label_key)
     x = torch.zeros(2, 1)
-    with pytest.raises(ValueError, match=r"entries beside the samples: a tensor of shape \(2,\), a str, .*label_key='class_labels'"):
+    with pytest.raises(
+        ValueError,
+        match=r"entries beside the samples: a tensor of shape \(2,\), a str, .*label_key='class_labels'",
+    ):
         module.unpack([x, torch.zeros(2), "more"])
     if label_key is None:
-        with pytest.raises(ValueError, match=r"entries beside the samples: a tensor of shape \(2,\), of which the network would see"):
+        with pytest.raises(
+            ValueError,
+            match=r"entries beside the samples: a tensor of shape \(2,\), of which the network would see",
+        ):
             module.unpack([x, torch.zeros(2)])
     else:
         assert list(module.unpack([x, torch.zeros(2)])[1]) == ["class_labels"]
@@ -275,7 +331,10 @@ def test_entries_without_a_name_are_refused(label_key: str | None) -> None:
 
 def test_an_average_by_its_decay() -> None:
     assert EMA(0.999).profiles == (Constant(decay=0.999),)
-    assert EMA([0.9, "power_function:sigma_rel=0.05"]).profiles == (Constant(decay=0.9), PowerFunction(sigma_rel=0.05))
+    assert EMA([0.9, "power_function:sigma_rel=0.05"]).profiles == (
+        Constant(decay=0.9),
+        PowerFunction(sigma_rel=0.05),
+    )
 
 
 @pytest.mark.parametrize(
@@ -283,7 +342,10 @@ def test_an_average_by_its_decay() -> None:
     [
         (1.5, "^decay must be at least 0 and below 1, got 1.5"),
         (True, "^unknown EMA profile True; known: "),
-        ("constant:decy=0.9", "^unknown option of EMA profile constant 'decy'; did you mean 'decay'"),
+        (
+            "constant:decy=0.9",
+            "^unknown option of EMA profile constant 'decy'; did you mean 'decay'",
+        ),
     ],
 )
 def test_other_averages_are_refused(profiles: Any, message: str) -> None:

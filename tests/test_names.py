@@ -12,10 +12,10 @@ import torch
 
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import GRIDS, METHODS, Knot, Method, Sampler, make_sampler, resolve_method
-from alphabar.sampling.names import ALIASES, SUFFIXES, all_names, key_of, resolve, settle
-from alphabar.sampling.standalone import OUTSIDE, Outside
+from alphabar.sampling.names import ALIASES, SUFFIXES, all_names, key_of, resolve, resolve_settings
+from alphabar.sampling.standalone import STANDALONE, StandaloneEntry
+from alphabar.sampling.standalone.langevin import PredictorCorrector
 from alphabar.sampling.standalone.repaint import RePaint
-from alphabar.sampling.standalone.score_sde import PredictorCorrector
 from alphabar.sampling.standalone.vq_diffusion import TokenSchedule
 
 SCHEDULE = NoiseSchedule.scaled_linear(prediction="v_prediction")
@@ -166,7 +166,8 @@ SCHEDULERS = {  # A1111's labels and ComfyUI's names for grids
 
 
 @pytest.mark.parametrize(
-    ("name", "method"), [*A1111.items(), *CLASSES.items(), *((name, method) for name, (method, _) in COMFYUI.items())]
+    ("name", "method"),
+    [*A1111.items(), *CLASSES.items(), *((name, method) for name, (method, _) in COMFYUI.items())],
 )
 def test_the_names_of_the_field(name: str, method: str) -> None:
     assert resolve(name)[0].name == method
@@ -205,7 +206,9 @@ def test_the_short_forms_of_a1111(short: str, name: str) -> None:
     assert resolve(short) == resolve(name)
 
 
-@pytest.mark.parametrize("name", ["sample_euler_ancestral", "sample_dpmpp_2m_sde", "sample_lms", "sample_dpm_fast"])
+@pytest.mark.parametrize(
+    "name", ["sample_euler_ancestral", "sample_dpmpp_2m_sde", "sample_lms", "sample_dpm_fast"]
+)
 def test_the_functions_of_k_diffusion(name: str) -> None:
     assert resolve(name) == resolve(name.removeprefix("sample_"))
 
@@ -236,29 +239,35 @@ def test_what_a_name_implies() -> None:
 
 # names of methods that are for one kind of schedule alone
 FLOW, VP = NoiseSchedule.flow(), NoiseSchedule.variance_preserving()
-OWN_SCHEDULES = {"flow_heun": FLOW, "FlowMatchHeunDiscreteScheduler": FLOW, "ScoreSdeVpScheduler": VP}
+OWN_SCHEDULES = {
+    "flow_heun": FLOW,
+    "FlowMatchHeunDiscreteScheduler": FLOW,
+    "ScoreSdeVpScheduler": VP,
+}
 
 
 def test_no_two_meanings_of_one_name() -> None:
-    entries = {**METHODS, **OUTSIDE}
+    entries = {**METHODS, **STANDALONE}
     meant: dict[str, set[str]] = {}
     for name, entry in entries.items():
-        for called in (name, *entry.called):
+        for called in (name, *entry.aliases):
             meant.setdefault(key_of(called), set()).add(name)
     for alias, (name, _) in ALIASES.items():
         meant.setdefault(key_of(alias), set()).add(name)
     assert {key: names for key, names in meant.items() if len(names) > 1} == {}
-    assert not METHODS.keys() & OUTSIDE.keys()
+    assert not METHODS.keys() & STANDALONE.keys()
 
 
 def test_what_names_imply_exists() -> None:
-    entries = {**METHODS, **OUTSIDE}
-    implied = [(name, what) for name, entry in entries.items() for what in entry.called.values()]
+    entries = {**METHODS, **STANDALONE}
+    implied = [(name, what) for name, entry in entries.items() for what in entry.aliases.values()]
     for name, what in [*implied, *ALIASES.values()]:
         settings = dict(what)
         grid = settings.pop("grid", None)
         entry = entries[name]
-        options = entry.options | (inspect.signature(GRIDS[grid]).parameters if isinstance(grid, str) else {})
+        options = entry.options | (
+            inspect.signature(GRIDS[grid]).parameters if isinstance(grid, str) else {}
+        )
         assert set(settings) <= set(options), name
     assert all(what.get("grid", "karras") in GRIDS for what in SUFFIXES.values())
 
@@ -301,31 +310,66 @@ def test_unknown_names_list_the_nearest() -> None:
 
 
 def test_settings() -> None:
-    assert settle("DPM++ 2M Karras", 20)[2:] == ("karras", {})
-    assert settle("DPM++ 2M Karras", 20, "exponential")[2:] == ("exponential", {})
-    assert settle("DPM++ 2M Karras", 20, options={"rho": 5.0})[2:] == ("karras", {"rho": 5.0})
-    assert settle("dpmpp_2m", 20)[2] == "trailing"
-    assert settle("lcm", 4)[2] == settle("LCMScheduler", 4)[2] == "lcm"
-    assert settle("DPM++ 2M Karras", options={"sigmas": [5, 1, 0]})[1:] == (2, "sigmas", {"sigmas": (5.0, 1.0, 0.0)})
-    assert settle("uni_pc", 8, options={"order": 2}).options == {"order": 2, "solver_type": "bh1"}
-    assert Sampler(SCHEDULE, "DPM++ 2M AYS SDXL", 10).timesteps == [999, 845, 730, 587, 443, 310, 193, 116, 53, 13]
+    assert resolve_settings("DPM++ 2M Karras", 20)[2:] == ("karras", {})
+    assert resolve_settings("DPM++ 2M Karras", 20, "exponential")[2:] == ("exponential", {})
+    assert resolve_settings("DPM++ 2M Karras", 20, options={"rho": 5.0})[2:] == (
+        "karras",
+        {"rho": 5.0},
+    )
+    assert resolve_settings("dpmpp_2m", 20)[2] == "trailing"
+    assert resolve_settings("lcm", 4)[2] == resolve_settings("LCMScheduler", 4)[2] == "lcm"
+    assert resolve_settings("DPM++ 2M Karras", options={"sigmas": [5, 1, 0]})[1:] == (
+        2,
+        "sigmas",
+        {"sigmas": (5.0, 1.0, 0.0)},
+    )
+    assert resolve_settings("uni_pc", 8, options={"order": 2}).options == {
+        "order": 2,
+        "solver_type": "bh1",
+    }
+    assert Sampler(SCHEDULE, "DPM++ 2M AYS SDXL", 10).timesteps == [
+        999,
+        845,
+        730,
+        587,
+        443,
+        310,
+        193,
+        116,
+        53,
+        13,
+    ]
 
 
 def test_options_of_a_methods_own_grid_stay_where_another_grid_has_them() -> None:
     formula = METHODS["ddim"].formula
     own = Method(
-        "own", formula, order=1, source="", grid="linspace", grid_options={"rounded": True, "final": "sigma_min"}
+        "own",
+        formula,
+        order=1,
+        source="",
+        grid="linspace",
+        grid_options={"rounded": True, "final": "sigma_min"},
     )
-    assert settle(own, 5).options == {"rounded": True, "final": "sigma_min"}
-    assert settle(own, 5, "karras").options == {"final": "sigma_min"}
-    assert settle(own, 5, options={"final": "zero"}).options == {"rounded": True, "final": "zero"}
-    assert settle(own, options={"timesteps": [5, 2]}).options == {"final": "sigma_min", "timesteps": (5.0, 2.0)}
+    assert resolve_settings(own, 5).options == {"rounded": True, "final": "sigma_min"}
+    assert resolve_settings(own, 5, "karras").options == {"final": "sigma_min"}
+    assert resolve_settings(own, 5, options={"final": "zero"}).options == {
+        "rounded": True,
+        "final": "zero",
+    }
+    assert resolve_settings(own, options={"timesteps": [5, 2]}).options == {
+        "final": "sigma_min",
+        "timesteps": (5.0, 2.0),
+    }
 
 
 BAD = [
     ({"etta": 1.0}, r"^unknown option of ddim on the trailing grid 'etta'; did you mean 'eta'\?$"),
     ({"rho": 7.0}, "^unknown option of ddim on the trailing grid 'rho'"),
-    ({"grid": "karras", "eeta": 1.0}, r"^unknown option of ddim on the karras grid 'eeta'; did you mean 'eta'\?$"),
+    (
+        {"grid": "karras", "eeta": 1.0},
+        r"^unknown option of ddim on the karras grid 'eeta'; did you mean 'eta'\?$",
+    ),
 ]
 
 
@@ -343,33 +387,53 @@ def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return -x
 
 
-@pytest.mark.parametrize("name", [called for entry in OUTSIDE.values() for called in (entry.name, *entry.called)])
-def test_samplers_outside_the_table_are_made_by_name(name: str) -> None:
+@pytest.mark.parametrize(
+    "name", [called for entry in STANDALONE.values() for called in (entry.name, *entry.aliases)]
+)
+def test_samplers_without_a_table_are_made_by_name(name: str) -> None:
     entry = resolve(name)[0]
-    assert isinstance(entry, Outside)
+    assert isinstance(entry, StandaloneEntry)
     assert entry.documentation
-    made = make_sampler(TokenSchedule(num_vec_classes=4) if name.startswith(("vq", "VQ")) else SCHEDULE, name, steps=20)
-    assert isinstance(made, entry.made_by)
+    made = make_sampler(
+        TokenSchedule(num_vec_classes=4) if name.startswith(("vq", "VQ")) else SCHEDULE,
+        name,
+        steps=20,
+    )
+    assert isinstance(made, entry.factory)
     assert getattr(made, "steps", 20) == 20
+    assert made.name == entry.name
+    schedule = made.schedule
+    assert (
+        type(Sampler(schedule, name, steps=20)) is type(Sampler(schedule, entry)) is entry.factory
+    )
     with pytest.raises(
-        ValueError, match=f"^'{name}' is no table of fixed steps; make it with make_sampler\\(schedule, '{name}'\\)$"
+        ValueError,
+        match=rf"^'{name}' has no table of fixed steps; make it with Sampler\(schedule, '{name}'\)$",
     ):
-        Sampler(SCHEDULE, name)
+        resolve_method(name)
     with pytest.raises(ValueError, match=f"^unknown option of {entry.name} 'stepss'"):
         make_sampler(SCHEDULE, name, stepss=5)
 
 
 def test_what_their_names_imply_arrives() -> None:
-    assert make_sampler(SCHEDULE, "DPM adaptive").final == make_sampler(SCHEDULE, "dpm_adaptive").final == "sigma_min"
+    assert (
+        make_sampler(SCHEDULE, "DPM adaptive").final
+        == make_sampler(SCHEDULE, "dpm_adaptive").final
+        == "sigma_min"
+    )
     assert make_sampler(SCHEDULE, "DPM adaptive", final="zero", rtol=0.01).rtol == 0.01
     assert make_sampler(SCHEDULE, "RePaintScheduler", 20) == RePaint(
         SCHEDULE, 20, eta=0.0, resample_clean=True, grid="leading"
     )
-    assert make_sampler(SCHEDULE, "ScoreSdeVeScheduler", 20) == PredictorCorrector(SCHEDULE, 20, norm="batch")
+    assert make_sampler(SCHEDULE, "ScoreSdeVeScheduler", 20) == PredictorCorrector(
+        SCHEDULE, 20, norm="batch"
+    )
 
 
 def test_make_sampler_makes_tables_too() -> None:
-    assert make_sampler(SCHEDULE, "DPM++ 2M Karras", 12, rho=5.0) == Sampler(SCHEDULE, "DPM++ 2M Karras", 12, rho=5.0)
+    assert make_sampler(SCHEDULE, "DPM++ 2M Karras", 12, rho=5.0) == Sampler(
+        SCHEDULE, "DPM++ 2M Karras", 12, rho=5.0
+    )
     assert make_sampler(SCHEDULE, "euler", sigmas=[5.0, 1.0]).steps == 2
 
 
@@ -390,7 +454,11 @@ def test_scheduler_config_names_the_grid() -> None:
     assert flags("DPM++ 2M lu")["use_lu_lambdas"]
     assert flags("DPM++ 2M", final="sigma_min")["final_sigmas_type"] == "sigma_min"
     leading = flags("DPM++ 2M", grid="leading", steps_offset=1, drop_last=True)
-    assert (leading["timestep_spacing"], leading["steps_offset"], leading["lower_order_final"]) == ("leading", 1, False)
+    assert (leading["timestep_spacing"], leading["steps_offset"], leading["lower_order_final"]) == (
+        "leading",
+        1,
+        False,
+    )
     assert not any(value for key, value in leading.items() if key.startswith("use_"))
 
 

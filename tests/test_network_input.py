@@ -62,14 +62,20 @@ def calls_of_sampler(schedule: NoiseSchedule, start: Tensor, **options: Any) -> 
 
 def close(a: Tensor, b: Tensor) -> bool:
     assert a.dtype == b.dtype and a.shape == b.shape
-    tolerance = 1e-5 if a.dtype in (torch.float32, torch.float64, torch.int64) else 2 * torch.finfo(a.dtype).eps
+    tolerance = (
+        1e-5
+        if a.dtype in (torch.float32, torch.float64, torch.int64)
+        else 2 * torch.finfo(a.dtype).eps
+    )
     return torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance)
 
 
 def noised_at(noising: Noising, call: Call, dtype: torch.dtype) -> Noised:
     """Noise x_0 = 0 with the noise that leads to the sampler's x_t."""
     sigma = noising.schedule.sigma(call.t.double()).view(-1, 1)
-    return noising(torch.zeros(call.x_t.shape, dtype=dtype), step=0, timesteps=call.t, noise=call.x_t / sigma)
+    return noising(
+        torch.zeros(call.x_t.shape, dtype=dtype), step=0, timesteps=call.t, noise=call.x_t / sigma
+    )
 
 
 @pytest.mark.parametrize("schedule", EVERY, ids=lambda s: f"{s.curve.kind}-{s.prediction.name}")
@@ -109,14 +115,23 @@ def test_conversions_take_x_t(schedule: NoiseSchedule) -> None:
     x0 = torch.randn(16, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     noised = Noising(schedule)(x0, step=0)
     assert torch.equal(noised.x_t, schedule.add_noise(x0, noised.noise, noised.t))
-    assert torch.allclose(schedule.to_x0(noised.target, noised.x_t, noised.t), x0, rtol=0, atol=1e-8)
+    assert torch.allclose(
+        schedule.to_x0(noised.target, noised.x_t, noised.t), x0, rtol=0, atol=1e-8
+    )
     assert not torch.allclose(noised.x, noised.x_t)
 
 
 def test_curves_without_a_scale_make_no_copy() -> None:
-    for schedule in (NoiseSchedule.flow(), NoiseSchedule.linear(), NoiseSchedule.flow().truncated(t_max=0.5)):
+    for schedule in (
+        NoiseSchedule.flow(),
+        NoiseSchedule.linear(),
+        NoiseSchedule.flow().truncated(t_max=0.5),
+    ):
         noised = Noising(schedule)(torch.zeros(2, 3), step=0)
-        assert noised.x is noised.x_t and schedule.scale_model_input(noised.x_t, noised.t) is noised.x_t
+        assert (
+            noised.x is noised.x_t
+            and schedule.scale_model_input(noised.x_t, noised.t) is noised.x_t
+        )
     assert not NoiseSchedule.flow().curve.scales_input
     assert KARRAS.curve.scales_input and BASES["karras_part"].curve.scales_input
 
@@ -131,14 +146,20 @@ def test_a_part_of_a_curve_scales_as_the_whole() -> None:
     assert torch.allclose(noised.x, (1 + noised.t)[:, None] * noised.x_t)
 
 
-@pytest.mark.parametrize("timesteps", [torch.tensor(2.0), torch.tensor([2.0]), torch.tensor([2.0] * 3)])
+@pytest.mark.parametrize(
+    "timesteps", [torch.tensor(2.0), torch.tensor([2.0]), torch.tensor([2.0] * 3)]
+)
 def test_scale_takes_the_shapes_that_add_noise_takes(timesteps: Tensor) -> None:
     x_t = torch.ones(3, 1, 2)
-    assert torch.allclose(KARRAS.scale_model_input(x_t, timesteps), torch.full((3, 1, 2), 4.25**-0.5))
+    assert torch.allclose(
+        KARRAS.scale_model_input(x_t, timesteps), torch.full((3, 1, 2), 4.25**-0.5)
+    )
 
 
 def test_scale_refuses_other_shapes() -> None:
-    with pytest.raises(ValueError, match=r"^timesteps must be a scalar or have shape \(3,\), got \(2,\)$"):
+    with pytest.raises(
+        ValueError, match=r"^timesteps must be a scalar or have shape \(3,\), got \(2,\)$"
+    ):
         KARRAS.scale_model_input(torch.ones(3, 1), torch.tensor([1.0, 2.0]))
 
 
@@ -175,7 +196,9 @@ def assert_as_a_sampler_would(probe: Probe, seen: list[Noised], schedule: NoiseS
         assert close(timesteps, schedule.model_timesteps(noised.t))
 
 
-@pytest.mark.parametrize("schedule", [KARRAS, NoiseSchedule.flow(3.0), BASES["ztsnr"]], ids=lambda s: s.curve.kind)
+@pytest.mark.parametrize(
+    "schedule", [KARRAS, NoiseSchedule.flow(3.0), BASES["ztsnr"]], ids=lambda s: s.curve.kind
+)
 def test_training_and_validation_step(schedule: NoiseSchedule, tmp_path: Path) -> None:
     probe = Probe()
     module = DiffusionModule(probe, Noising(schedule))
@@ -189,7 +212,9 @@ def test_training_and_validation_step(schedule: NoiseSchedule, tmp_path: Path) -
 
 
 def by_flags(words: str) -> Noising:
-    return noising_from_arguments(add_noising_arguments(argparse.ArgumentParser()).parse_args(words.split()))
+    return noising_from_arguments(
+        add_noising_arguments(argparse.ArgumentParser()).parse_args(words.split())
+    )
 
 
 def by_brightness(words: str) -> Noising:
@@ -199,7 +224,13 @@ def by_brightness(words: str) -> Noising:
 
 @pytest.mark.parametrize("make", [by_flags, by_brightness])
 @pytest.mark.parametrize(
-    "words", ["--noise_schedule karras:sigma_data=0.7", "--flow_shift 3", "--v_parameterization", "--noise_schedule karras"]
+    "words",
+    [
+        "--noise_schedule karras:sigma_data=0.7",
+        "--flow_shift 3",
+        "--v_parameterization",
+        "--noise_schedule karras",
+    ],
 )
 def test_flags_and_example(words: str, make: Callable[[str], Noising]) -> None:
     noising, probe = make(words), Probe()
@@ -221,7 +252,9 @@ def test_previews(tmp_path: Path) -> None:
     probe = Probe()
     module = DiffusionModule(probe, Noising(KARRAS), sample_shape=(1, 4, 4))
     sampler = Sampler(KARRAS, "euler", 3)
-    previews = ValidationSampling(sampler, num_images=2, every_n_train_steps=1, folder=tmp_path, seed=5)
+    previews = ValidationSampling(
+        sampler, num_images=2, every_n_train_steps=1, folder=tmp_path, seed=5
+    )
     data: Any = DataLoader(torch.randn(2, 1, 4, 4), batch_size=2)  # type: ignore[arg-type]
     trainer = Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, callbacks=[previews],
                       enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path)  # fmt: skip

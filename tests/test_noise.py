@@ -70,7 +70,9 @@ def implied(noised: Noised, x0: Tensor) -> Tensor:
 def test_the_target_is_made_of_what_the_kind_says(kind: str, schedule: NoiseSchedule) -> None:
     x0 = batch_of(16)
     t = torch.linspace(0.3, 1, 16) * schedule.curve.t_max
-    noised = Noising(schedule, noise=KINDS[kind], seed=2)(x0, step=3, timesteps=t.long() if t[-1] > 1 else t)
+    noised = Noising(schedule, noise=KINDS[kind], seed=2)(
+        x0, step=3, timesteps=t.long() if t[-1] > 1 else t
+    )
     plain = Noising(schedule, seed=2)(x0, step=3, timesteps=noised.t)
     assert torch.equal(noised.target, schedule.target(x0, noised.noise, noised.t))
     assert KINDS[kind].changes_target is (kind not in ONLY_INPUT)
@@ -89,12 +91,19 @@ def test_the_target_is_made_of_what_the_kind_says(kind: str, schedule: NoiseSche
 
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - BATCH_WIDE))
 @pytest.mark.parametrize(("world_size", "accumulate"), [(1, 4), (2, 2), (4, 1)])
-def test_noise_does_not_depend_on_how_the_step_is_split(kind: str, world_size: int, accumulate: int) -> None:
+def test_noise_does_not_depend_on_how_the_step_is_split(
+    kind: str, world_size: int, accumulate: int
+) -> None:
     x0, noising = batch_of(8), Noising(V, noise=KINDS[kind], seed=11)
     whole = copy.deepcopy(noising)(x0, step=4)
     for rank, micro in itertools.product(range(world_size), range(accumulate)):
         index = [(micro * 2 + k) * world_size + rank for k in range(2)]
-        place = {"rank": rank, "world_size": world_size, "micro_batch": micro, "accumulate": accumulate}
+        place = {
+            "rank": rank,
+            "world_size": world_size,
+            "micro_batch": micro,
+            "accumulate": accumulate,
+        }
         part = noising(x0[index], step=4, **place)
         for name in ("x", "timesteps", "target", "weight", "noise", "t"):
             assert torch.equal(getattr(part, name), getattr(whole, name)[index]), name
@@ -167,9 +176,13 @@ def test_offset_is_one_number_per_channel() -> None:
 @pytest.mark.parametrize("strength", [0.0, 0.1, 1.0])
 def test_offset_variance(strength: float) -> None:
     noise = noises(Offset(strength), (2, 4, 4), 2000)
-    for sample, variance in ((noise.mean((2, 3)), 1 / 16 + strength**2), (noise[:, :, 0, 0], 1 + strength**2)):
+    for sample, variance in (
+        (noise.mean((2, 3)), 1 / 16 + strength**2),
+        (noise[:, :, 0, 0], 1 + strength**2),
+    ):
         assert_mean(sample**2, variance, variance * math.sqrt(2))
-    assert_mean(noise[:, 0, 0, 0] * noise[:, 0, 3, 3], strength**2, 1 + 2 * strength**2)  # within a channel
+    # within a channel
+    assert_mean(noise[:, 0, 0, 0] * noise[:, 0, 3, 3], strength**2, 1 + 2 * strength**2)
     assert_mean(noise[:, 0, 0, 0] * noise[:, 1, 0, 0], 0.0, 1 + strength**2)  # between channels
 
 
@@ -177,9 +190,14 @@ def test_offset_of_random_strength() -> None:
     s = 0.6
     part = parts(Offset(s, random_strength=True), (1, 2, 2)).flatten()
     assert_mean(part**2, s**2 / 3, s**2 * math.sqrt(3 / 5 - 1 / 9))
-    assert_mean(part**4, 3 * s**4 / 5, s**4 * math.sqrt(105 / 9 - 9 / 25))  # not one constant strength
+    # not one constant strength
+    assert_mean(part**4, 3 * s**4 / 5, s**4 * math.sqrt(105 / 9 - 9 / 25))
     ratio = parts(Offset(s, random_strength=True), (2, 1, 1)) / parts(Offset(s), (2, 1, 1))
-    assert torch.allclose(ratio[:, 0], ratio[:, 1]) and float(ratio.min()) > 0 and float(ratio.max()) < 1
+    assert (
+        torch.allclose(ratio[:, 0], ratio[:, 1])
+        and float(ratio.min()) > 0
+        and float(ratio.max()) < 1
+    )
 
 
 def test_offset_with_a_probability() -> None:
@@ -191,14 +209,21 @@ def test_offset_with_a_probability() -> None:
 
 @pytest.mark.parametrize(("strength", "scale"), [(0.1, 0.5), (0.3, -0.5), (0.0, 1.0)])
 def test_adaptive_offset(strength: float, scale: float) -> None:
-    x0, noise, kind = batch_of(6), torch.randn(6, 3, 4, 5, generator=own()), AdaptiveOffset(strength, scale)
+    x0, noise, kind = (
+        batch_of(6),
+        torch.randn(6, 3, 4, 5, generator=own()),
+        AdaptiveOffset(strength, scale),
+    )
     part = kind.draw((3, 4, 5), draws_of(*range(6)))
     added = (kind.apply(noise, part, x0) - noise).double()
     for i, c in itertools.product(range(6), range(3)):
         s = max(0.0, strength + scale * abs(float(x0[i, c].double().mean())))
-        assert torch.allclose(added[i, c], torch.full((4, 5), s * float(part[i, c]), dtype=torch.float64), atol=1e-6)
+        assert torch.allclose(
+            added[i, c], torch.full((4, 5), s * float(part[i, c]), dtype=torch.float64), atol=1e-6
+        )
     assert_mean(parts(kind, (1, 1)) ** 2, 1.0, math.sqrt(2))
-    assert (strength + scale * x0.mean((2, 3)).abs() < 0).any() == (scale < 0)  # the clamp is reached
+    # the clamp is reached
+    assert (strength + scale * x0.mean((2, 3)).abs() < 0).any() == (scale < 0)
 
 
 def test_adaptive_offset_of_flat_samples() -> None:
@@ -210,7 +235,10 @@ def test_adaptive_offset_of_flat_samples() -> None:
 def reference_pyramid(shape: tuple[int, ...], kind: Pyramid, draws: Draws) -> tuple[Tensor, Tensor]:
     """The sum of the octaves of one sample as torch enlarges them, and the variance of each element from unit impulses."""
     mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(shape) - 1]
-    total, variance = torch.zeros(shape, dtype=torch.float64), torch.ones(shape[1:], dtype=torch.float64)
+    total, variance = (
+        torch.zeros(shape, dtype=torch.float64),
+        torch.ones(shape[1:], dtype=torch.float64),
+    )
     for i in range(kind.iterations):
         r = 2 + 2 * float(draws.uniform())
         grid = [max(1, int(n / r**i)) for n in shape[1:]]
@@ -218,7 +246,9 @@ def reference_pyramid(shape: tuple[int, ...], kind: Pyramid, draws: Draws) -> tu
         octave = octave[(slice(None), *(slice(n) for n in grid))]
         total += kind.discount**i * interpolate(octave[None], size=shape[1:], mode=mode)[0]
         impulses = torch.eye(math.prod(grid), dtype=torch.float64).view(1, -1, *grid)
-        variance += kind.discount ** (2 * i) * (interpolate(impulses, size=shape[1:], mode=mode)[0] ** 2).sum(0)
+        variance += kind.discount ** (2 * i) * (
+            interpolate(impulses, size=shape[1:], mode=mode)[0] ** 2
+        ).sum(0)
         if 1 in grid:
             break
     return total, variance
@@ -234,7 +264,9 @@ def test_pyramid_is_enlarged_noise_of_unit_variance(shape: tuple[int, ...], kind
         assert torch.allclose(part[-1].double(), variance.rsqrt(), rtol=1e-6, atol=0)
         noise = torch.randn(1, *shape, generator=own(seed + 9))
         expected = (noise[0].double() + total) / variance.sqrt()
-        assert torch.allclose(kind.apply(noise, part[None], noise)[0].double(), expected, rtol=0, atol=1e-5)
+        assert torch.allclose(
+            kind.apply(noise, part[None], noise)[0].double(), expected, rtol=0, atol=1e-5
+        )
 
 
 def test_pyramid_variance_is_one_at_every_element() -> None:
@@ -250,7 +282,9 @@ def test_input_perturbation_decays_linearly(step: int) -> None:
     expected = full.draw((3, 4), draws_of(step=step)) * max(0.0, 1 - step / 100)
     assert torch.allclose(kind.draw((3, 4), draws_of(step=step)), expected)
     x0 = batch_of(4)
-    noising, plain = (Noising(EPSILON, noise=one, seed=3)(x0, step=step) for one in (kind, "gaussian"))
+    noising, plain = (
+        Noising(EPSILON, noise=one, seed=3)(x0, step=step) for one in (kind, "gaussian")
+    )
     assert torch.equal(noising.x, plain.x) is (step >= 100)
 
 
@@ -262,7 +296,8 @@ def test_input_perturbation_variance() -> None:
     x0 = torch.zeros(3000, 2)
     noised = Noising(FLOW, noise=InputPerturbation(gamma))(x0, step=0, timesteps=torch.ones(3000))
     assert_mean(noised.x.double() ** 2, 1 + gamma**2, (1 + gamma**2) * math.sqrt(2))
-    assert_mean(noised.x.double() * noised.noise, 1.0, math.sqrt(2 + gamma**2))  # the target's part is whole
+    # the target's part is whole
+    assert_mean(noised.x.double() * noised.noise, 1.0, math.sqrt(2 + gamma**2))
     assert_mean(noised.noise.double() ** 2, 1.0, math.sqrt(2))
 
 
@@ -279,7 +314,9 @@ def test_parts_do_not_depend_on_the_batch(kind: str) -> None:
 
 def test_kinds_are_independent_of_each_other() -> None:
     """Of one name too: the second has a stream of its own, and a kind's noise is the same in any chain."""
-    one, two, other = draw_kinds([Offset(1.0), Offset(1.0), AdaptiveOffset()], (3, 2), 0, list(range(4000)), step=0)
+    one, two, other = draw_kinds(
+        [Offset(1.0), Offset(1.0), AdaptiveOffset()], (3, 2), 0, list(range(4000)), step=0
+    )
     for a, b in ((one, two), (one, other), (two, other)):
         assert_mean(a.double() * b.double(), 0.0, 1.0)
     (alone,) = draw_kinds([AdaptiveOffset()], (3, 2), 0, list(range(4000)), step=0)
@@ -304,19 +341,25 @@ def test_immiscible_has_the_least_total_distance(seed: int) -> None:
 
 def test_immiscible_target_follows_the_permutation() -> None:
     x0 = 2 * batch_of(32)
-    noised, plain = (Noising(EPSILON, noise=kind, seed=8)(x0, step=0) for kind in ("immiscible", "gaussian"))
+    noised, plain = (
+        Noising(EPSILON, noise=kind, seed=8)(x0, step=0) for kind in ("immiscible", "gaussian")
+    )
     assert torch.equal(noised.target, noised.noise) and torch.equal(noised.t, plain.t)
     assert torch.equal(noised.x, EPSILON.add_noise(x0, noised.noise, noised.t))
     moved = [k for k in range(32) if not torch.equal(noised.noise[k], plain.noise[k])]
     assert len(moved) > 16
-    assert sorted(n.tolist() for n in noised.noise) == sorted(n.tolist() for n in plain.noise)  # the same noises
+    # the same noises
+    assert sorted(n.tolist() for n in noised.noise) == sorted(n.tolist() for n in plain.noise)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 def test_immiscible_noises_do_not_depend_on_the_layout(accumulate: int) -> None:
     x0, noising = batch_of(8), Noising(EPSILON, noise="immiscible", seed=8)
     n = 8 // accumulate
-    pieces = [noising(x0[m * n : (m + 1) * n], step=1, micro_batch=m, accumulate=accumulate) for m in range(accumulate)]
+    pieces = [
+        noising(x0[m * n : (m + 1) * n], step=1, micro_batch=m, accumulate=accumulate)
+        for m in range(accumulate)
+    ]
     plain = Noising(EPSILON, seed=8)(x0, step=1)
     assert torch.equal(torch.cat([p.t for p in pieces]), plain.t)
     drawn = [n.tolist() for p in pieces for n in p.noise]
@@ -335,22 +378,31 @@ def test_a_chain_is_its_kinds_one_after_the_other() -> None:
     noised = both(x0, step=2)
     assert torch.equal(noised.noise, drawn.noise + offset)
     assert torch.equal(noised.target, noised.noise)
-    assert torch.equal(noised.x, EPSILON.add_noise(x0, drawn.noise + offset + perturbation, noised.t))
+    assert torch.equal(
+        noised.x, EPSILON.add_noise(x0, drawn.noise + offset + perturbation, noised.t)
+    )
     alone = Noising(EPSILON, noise=Offset(0.2), seed=4)(x0, step=2)
     assert torch.equal(alone.noise, noised.noise)
-    assert torch.equal(Noising(EPSILON, noise=[Gaussian(), Offset(0.2)], seed=4)(x0, step=2).noise, alone.noise)
+    assert torch.equal(
+        Noising(EPSILON, noise=[Gaussian(), Offset(0.2)], seed=4)(x0, step=2).noise, alone.noise
+    )
 
 
 def test_order_counts_among_kinds_that_change_the_target() -> None:
     x0 = batch_of(4)
-    one, other = (Noising(EPSILON, noise=c)(x0, step=0).noise for c in (["pyramid", "offset"], ["offset", "pyramid"]))
+    one, other = (
+        Noising(EPSILON, noise=c)(x0, step=0).noise
+        for c in (["pyramid", "offset"], ["offset", "pyramid"])
+    )
     assert not torch.allclose(one, other, atol=1e-3)
 
 
 def test_given_noise_is_taken_as_it_is() -> None:
     x0, noise = batch_of(4), batch_of(4, seed=1)
     noised = Noising(EPSILON, noise=KINDS["chain"])(x0, step=0, noise=noise)
-    assert torch.equal(noised.noise, noise) and torch.equal(noised.x, EPSILON.add_noise(x0, noise, noised.t))
+    assert torch.equal(noised.noise, noise) and torch.equal(
+        noised.x, EPSILON.add_noise(x0, noise, noised.t)
+    )
 
 
 # bad input
@@ -380,5 +432,7 @@ def test_bad_settings_are_refused(name: str) -> None:
 
 
 def test_a_chain_is_of_kinds() -> None:
-    with pytest.raises(TypeError, match=r"^a chain of noises is of Noise objects, got str; names go to Noising"):
+    with pytest.raises(
+        TypeError, match=r"^a chain of noises is of Noise objects, got str; names go to Noising"
+    ):
         Chain(("offset",))

@@ -59,7 +59,9 @@ def test_contents(schedule: NoiseSchedule) -> None:
     alpha, sigma = (level.view(-1, 1, 1, 1) for level in (schedule.alpha(t), schedule.sigma(t)))
     noise = noised.noise.double()
     loudest = max(1.0, float(sigma.max()))
-    assert torch.allclose(noised.x_t.double(), alpha * x0 + sigma * noise, rtol=0, atol=2e-6 * loudest)
+    assert torch.allclose(
+        noised.x_t.double(), alpha * x0 + sigma * noise, rtol=0, atol=2e-6 * loudest
+    )
     scale = schedule.curve.input_scale(t).view_as(alpha)
     assert torch.allclose(noised.x.double(), scale * noised.x_t.double(), rtol=1e-6, atol=1e-6)
     c0, c1 = schedule.prediction.coefficients(alpha, sigma)
@@ -95,7 +97,9 @@ def test_dtypes(schedule: NoiseSchedule, dtype: torch.dtype) -> None:
 
 
 def test_the_weight_is_the_scheme_s() -> None:
-    noising = Noising(SCHEDULES["scaled_linear"].with_prediction("v_prediction"), weighting=MinSNR(gamma=5.0))
+    noising = Noising(
+        SCHEDULES["scaled_linear"].with_prediction("v_prediction"), weighting=MinSNR(gamma=5.0)
+    )
     noised = noising(batch_of(64), step=0)
     snr = noising.schedule.snr(noised.t.double())
     assert torch.allclose(noised.weight.double(), snr.clamp(max=5.0) / (snr + 1), rtol=1e-5, atol=0)
@@ -136,14 +140,22 @@ def test_deterministic(timesteps: str, noise: str) -> None:
 
 def test_every_counter_counts() -> None:
     x0 = batch_of(8)
-    seen = [Noising(ZTSNR, seed=seed)(x0, step=step) for seed in (0, 1, -1, 2**40) for step in (0, 1, 2**32 - 1)]
+    seen = [
+        Noising(ZTSNR, seed=seed)(x0, step=step)
+        for seed in (0, 1, -1, 2**40)
+        for step in (0, 1, 2**32 - 1)
+    ]
     samples = [noise for noised in seen for noise in noised.noise]
     assert len({noise.numpy().tobytes() for noise in samples}) == len(samples) == 96
 
 
 @pytest.mark.parametrize("timesteps", DENSITIES)
-@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 8), (8, 1)])
-def test_samples_do_not_depend_on_how_the_step_is_split(timesteps: str, world_size: int, accumulate: int) -> None:
+@pytest.mark.parametrize(
+    ("world_size", "accumulate"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 8), (8, 1)]
+)
+def test_samples_do_not_depend_on_how_the_step_is_split(
+    timesteps: str, world_size: int, accumulate: int
+) -> None:
     x0 = batch_of(8)
     noising = Noising(FLOW, timesteps=timesteps, noise="offset", seed=11)
     whole = copy.deepcopy(noising)(x0, step=4)
@@ -153,7 +165,12 @@ def test_samples_do_not_depend_on_how_the_step_is_split(timesteps: str, world_si
         for micro_batch in range(accumulate):
             index = [(micro_batch * batch + k) * world_size + rank for k in range(batch)]
             part = noising(
-                x0[index], step=4, micro_batch=micro_batch, accumulate=accumulate, rank=rank, world_size=world_size
+                x0[index],
+                step=4,
+                micro_batch=micro_batch,
+                accumulate=accumulate,
+                rank=rank,
+                world_size=world_size,
             )
             for name in ("x", "timesteps", "target", "weight", "noise", "t"):
                 assert torch.equal(getattr(part, name), getattr(whole, name)[index])
@@ -193,7 +210,10 @@ def test_two_processes_draw_what_one_draws(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WORKER]
     workers = [
         subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store"), str(out)], env=environment, stderr=subprocess.PIPE, text=True
+            [*command, str(rank), str(tmp_path / "store"), str(out)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank, out in enumerate(outs)
     ]
@@ -241,10 +261,17 @@ def test_global_generators_are_neither_used_nor_touched(timesteps: str, noise: s
 # times
 
 
-def strata_seen(noising: Noising, step: int, batch: int, world_size: int, accumulate: int) -> list[int]:
+def strata_seen(
+    noising: Noising, step: int, batch: int, world_size: int, accumulate: int
+) -> list[int]:
     total = batch * world_size * accumulate
     t = [
-        noising.draw([(micro * batch + k) * world_size + rank for k in range(batch)], (1,), step=step, total=total)[0]
+        noising.draw(
+            [(micro * batch + k) * world_size + rank for k in range(batch)],
+            (1,),
+            step=step,
+            total=total,
+        )[0]
         for rank in range(world_size)
         for micro in range(accumulate)
     ]
@@ -254,17 +281,21 @@ def strata_seen(noising: Noising, step: int, batch: int, world_size: int, accumu
 @pytest.mark.parametrize(
     ("batch", "world_size", "accumulate"), [(16, 1, 1), (4, 2, 2), (3, 2, 5), (1, 4, 2), (1, 1, 1)]
 )
-def test_stratified_times_fall_once_into_every_stratum(batch: int, world_size: int, accumulate: int) -> None:
+def test_stratified_times_fall_once_into_every_stratum(
+    batch: int, world_size: int, accumulate: int
+) -> None:
     noising = Noising(NoiseSchedule.flow(), timesteps="stratified", seed=2)
     total = batch * world_size * accumulate
     orders = [strata_seen(noising, step, batch, world_size, accumulate) for step in range(20)]
     for order in orders:
         assert sorted(order) == list(range(total))
-    assert len({tuple(order) for order in orders}) > (1 if total > 1 else 0)  # and not always in the same place
+    # and not always in the same place
+    assert len({tuple(order) for order in orders}) > (1 if total > 1 else 0)
     independent = Noising(NoiseSchedule.flow(), timesteps="uniform", seed=2)
     if total > 2:
         assert any(
-            sorted(strata_seen(independent, s, batch, world_size, accumulate)) != list(range(total)) for s in range(20)
+            sorted(strata_seen(independent, s, batch, world_size, accumulate)) != list(range(total))
+            for s in range(20)
         )
 
 
@@ -272,10 +303,20 @@ def test_stratified_times_fall_once_into_every_stratum(batch: int, world_size: i
 @pytest.mark.parametrize("index", [0, 5])
 def test_times_are_uniform(stratified: bool, index: int) -> None:
     """Kolmogorov-Smirnov of one sample's times over many steps: also where each step is stratified."""
-    noising = Noising(NoiseSchedule.flow(), timesteps=UniformTimesteps(stratified=stratified), seed=1)
+    noising = Noising(
+        NoiseSchedule.flow(), timesteps=UniformTimesteps(stratified=stratified), seed=1
+    )
     n = 2000
-    t = torch.cat([noising.draw([index], (1,), step=step, total=8)[0] for step in range(n)]).double().sort().values
-    distance = max(float((t - torch.arange(n) / n).abs().max()), float((t - torch.arange(1, n + 1) / n).abs().max()))
+    t = (
+        torch.cat([noising.draw([index], (1,), step=step, total=8)[0] for step in range(n)])
+        .double()
+        .sort()
+        .values
+    )
+    distance = max(
+        float((t - torch.arange(n) / n).abs().max()),
+        float((t - torch.arange(1, n + 1) / n).abs().max()),
+    )
     assert distance * math.sqrt(n) < 1.95  # p = 0.001
     assert abs(float(t.mean()) - 0.5) < 4 * math.sqrt(1 / 12 / n)
     assert abs(float((t**2).mean()) - 1 / 3) < 4 * math.sqrt((1 / 5 - 1 / 9) / n)
@@ -283,14 +324,21 @@ def test_times_are_uniform(stratified: bool, index: int) -> None:
 
 def test_times_of_different_samples_are_independent() -> None:
     noising, n = Noising(NoiseSchedule.flow(), seed=1), 2000
-    t = torch.stack([noising.draw([0, 1], (1,), step=step, total=2)[0] for step in range(n)]).double() - 0.5
+    t = (
+        torch.stack(
+            [noising.draw([0, 1], (1,), step=step, total=2)[0] for step in range(n)]
+        ).double()
+        - 0.5
+    )
     pairs = {"samples": t[:, 0] * t[:, 1], "steps": t[1:, 0] * t[:-1, 0]}
     for name, products in pairs.items():
         assert abs(float(products.mean())) < 4 / 12 / math.sqrt(n), name
 
 
 def test_every_timestep_is_reached_equally_often() -> None:
-    schedule = NoiseSchedule.from_betas([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], "v_prediction").zero_terminal_snr()
+    schedule = NoiseSchedule.from_betas(
+        [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], "v_prediction"
+    ).zero_terminal_snr()
     n = 7 * 300
     for timesteps in DENSITIES:
         t = Noising(schedule, timesteps=timesteps)(torch.zeros(n, 1), step=0).timesteps
@@ -316,7 +364,9 @@ def test_pure_noise_is_reached_and_a_clean_sample_is_not() -> None:
 def test_the_extreme_draws(schedule: NoiseSchedule, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is drawn lies in [0, 1): its 0 must be pure noise, which a model has to learn, and not a clean sample."""
     for u, expected in ((0.0, schedule.curve.t_max), (1 - 2**-53, 0.0)):
-        monkeypatch.setattr(Draws, "uniform", lambda self, u=u, dtype=None: torch.full((1,), u, dtype=dtype))
+        monkeypatch.setattr(
+            Draws, "uniform", lambda self, u=u, dtype=None: torch.full((1,), u, dtype=dtype)
+        )
         t = Noising(schedule)(torch.zeros(1, 2), step=0).t
         assert float(t) == pytest.approx(expected, abs=1e-9)
         assert schedule.curve.is_discrete or float(t) > 0
@@ -328,7 +378,12 @@ def test_the_extreme_draws(schedule: NoiseSchedule, monkeypatch: pytest.MonkeyPa
 def test_gaussian_noise_is_standard_normal() -> None:
     noise = Noising(ZTSNR)(torch.zeros(2000, 3), step=0).noise.double().flatten()
     n = noise.numel()
-    for power, moment, spread in ((1, 0.0, 1.0), (2, 1.0, math.sqrt(2)), (4, 3.0, math.sqrt(96))):  # sd of z, z², z⁴
+    # sd of z, z², z⁴
+    for power, moment, spread in (
+        (1, 0.0, 1.0),
+        (2, 1.0, math.sqrt(2)),
+        (4, 3.0, math.sqrt(96)),
+    ):
         assert abs(float((noise**power).mean()) - moment) < 4 * spread / math.sqrt(n)
 
 
@@ -341,7 +396,8 @@ def test_loss_is_the_weighted_mean() -> None:
     by_hand = [
         float(noised.weight[i])
         * sum(
-            (float(p) - float(y)) ** 2 for p, y in zip(prediction[i].flatten(), noised.target[i].flatten(), strict=True)
+            (float(p) - float(y)) ** 2
+            for p, y in zip(prediction[i].flatten(), noised.target[i].flatten(), strict=True)
         )
         / 60
         for i in range(6)
@@ -356,7 +412,9 @@ def test_loss_carries_the_gradient() -> None:
     prediction = noised.target.clone().add_(0.5).requires_grad_()
     noised.loss(prediction).backward()
     assert prediction.grad is not None
-    assert torch.allclose(prediction.grad, torch.full_like(prediction, 2 * 0.5 / prediction.numel()))
+    assert torch.allclose(
+        prediction.grad, torch.full_like(prediction, 2 * 0.5 / prediction.numel())
+    )
 
 
 def test_loss_takes_what_networks_return() -> None:
@@ -368,11 +426,14 @@ def test_loss_takes_what_networks_return() -> None:
     assert noised.loss(out.bfloat16()).dtype == torch.float32
 
 
-@pytest.mark.parametrize("returned", [None, {"sample": torch.zeros(1)}, SimpleNamespace(sample=3), 0.0])
+@pytest.mark.parametrize(
+    "returned", [None, {"sample": torch.zeros(1)}, SimpleNamespace(sample=3), 0.0]
+)
 def test_loss_refuses_what_is_no_output(returned: Any) -> None:
     noised = Noising(ZTSNR)(batch_of(2), step=0)
     with pytest.raises(
-        ValueError, match=r"^the network must return a tensor or an object with a tensor \.sample, got "
+        ValueError,
+        match=r"^the network must return a tensor or an object with a tensor \.sample, got ",
     ):
         noised.loss(returned)
 
@@ -381,7 +442,8 @@ def test_loss_refuses_what_is_no_output(returned: Any) -> None:
 def test_loss_refuses_another_shape(shape: tuple[int, ...]) -> None:
     noised = Noising(ZTSNR)(batch_of(2), step=0)
     with pytest.raises(
-        ValueError, match=r"^the network's output must have the shape of the target, \(2, 3, 4, 5\), got "
+        ValueError,
+        match=r"^the network's output must have the shape of the target, \(2, 3, 4, 5\), got ",
     ):
         noised.loss(torch.zeros(shape))
 
@@ -437,8 +499,14 @@ def test_bad_arguments_are_refused(name: str) -> None:
 
 
 BAD_SETTINGS = {
-    "weighting": ({"weighting": "unifrom"}, r"^unknown weighting 'unifrom'; did you mean 'uniform'\?$"),
-    "timesteps": ({"timesteps": "stratifed"}, r"^unknown timestep density 'stratifed'; did you mean 'stratified'\?$"),
+    "weighting": (
+        {"weighting": "unifrom"},
+        r"^unknown weighting 'unifrom'; did you mean 'uniform'\?$",
+    ),
+    "timesteps": (
+        {"timesteps": "stratifed"},
+        r"^unknown timestep density 'stratifed'; did you mean 'stratified'\?$",
+    ),
     "noise": ({"noise": "gausian"}, r"^unknown noise 'gausian'; did you mean 'gaussian'\?$"),
 }
 
@@ -458,7 +526,8 @@ def test_bad_offset_strength(strength: float) -> None:
 
 def test_a_curve_is_no_schedule() -> None:
     with pytest.raises(
-        TypeError, match=r"^schedule must be a NoiseSchedule, got Discrete; e\.g\. NoiseSchedule\.scaled_linear\(\)$"
+        TypeError,
+        match=r"^schedule must be a NoiseSchedule, got Discrete; e\.g\. NoiseSchedule\.scaled_linear\(\)$",
     ):
         Noising(ZTSNR.curve)
 
@@ -472,16 +541,25 @@ def test_nothing_to_checkpoint() -> None:
 
 @pytest.mark.parametrize(
     "place",
-    [{"rank": 2, "world_size": 2}, {"rank": -1}, {"micro_batch": 1}, {"micro_batch": 4, "accumulate": 4}],
+    [
+        {"rank": 2, "world_size": 2},
+        {"rank": -1},
+        {"micro_batch": 1},
+        {"micro_batch": 4, "accumulate": 4},
+    ],
     ids=str,
 )
 def test_a_place_outside_the_optimizer_step_is_refused(place: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="need 0 <= rank < world_size and 0 <= micro_batch < accumulate, got rank"):
+    with pytest.raises(
+        ValueError, match="need 0 <= rank < world_size and 0 <= micro_batch < accumulate, got rank"
+    ):
         Noising(NoiseSchedule.flow())(torch.zeros(2, 3), step=0, **place)
 
 
 def test_listeners_hear_unweighted_errors_and_do_not_travel_with_copies() -> None:
-    noising = Noising(NoiseSchedule.scaled_linear(prediction="v_prediction"), weighting=MinSNR(gamma=5.0))
+    noising = Noising(
+        NoiseSchedule.scaled_linear(prediction="v_prediction"), weighting=MinSNR(gamma=5.0)
+    )
     heard: list[Tensor] = []
     stop = noising.listen(lambda noised, errors: heard.append(errors))
     noised = noising(torch.zeros(4, 2, 3), step=0)

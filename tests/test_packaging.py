@@ -23,7 +23,8 @@ NOT_PACKAGED = {"tests", "examples", "benchmarks", "docs", "runs", "build", "dis
 
 
 def pyproject() -> dict[str, Any]:
-    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  # pytest brings tomli on 3.10
+    # pytest brings tomli on 3.10
+    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     return toml.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
@@ -32,11 +33,15 @@ def pyproject() -> dict[str, Any]:
 
 def test_every_folder_with_code_is_packaged() -> None:
     mapping: dict[str, str] = pyproject()["tool"]["setuptools"]["package-dir"]
-    roots = {path.parent.name for path in ROOT.glob("*/*.py") if not path.parent.name.startswith(".")} - NOT_PACKAGED
+    roots = {
+        path.parent.name for path in ROOT.glob("*/*.py") if not path.parent.name.startswith(".")
+    } - NOT_PACKAGED
     assert roots == set(FLOORS)
     assert mapping == {f"alphabar.{floor}": floor for floor in FLOORS}
     folders = sorted({name_of(path.parent) for path in modules(*FLOORS)})
-    assert sorted(pyproject()["tool"]["setuptools"]["packages"]) == ["alphabar." + f.replace("/", ".") for f in folders]
+    assert sorted(pyproject()["tool"]["setuptools"]["packages"]) == [
+        "alphabar." + f.replace("/", ".") for f in folders
+    ]
 
 
 @pytest.mark.parametrize("folder", sorted({path.parent for path in modules(*FLOORS)}), ids=name_of)
@@ -63,7 +68,9 @@ def requirements() -> tuple[set[str], set[str]]:
 def test_direct_dependencies_are_pinned() -> None:
     always, extras = requirements()
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    assert always | extras == distributions([line for line in lines if line and not line.startswith("#")])
+    assert always | extras == distributions(
+        [line for line in lines if line and not line.startswith("#")]
+    )
 
 
 def test_allowed_imports_are_declared() -> None:
@@ -74,22 +81,39 @@ def test_allowed_imports_are_declared() -> None:
 
 @pytest.mark.slow
 def test_wheel_holds_the_four_packages_and_nothing_else(tmp_path: Path) -> None:
-    source = tmp_path / "source"  # a copy: building in the checkout would leave (and take) stale files under build/
-    kept = [path for folder in FLOORS for path in (ROOT / folder).rglob("*") if "__pycache__" not in path.parts]
+    # a copy: building in the checkout would leave (and take) stale files under build/
+    source = tmp_path / "source"
+    kept = [
+        path
+        for folder in FLOORS
+        for path in (ROOT / folder).rglob("*")
+        if "__pycache__" not in path.parts
+    ]
     kept += [path for path in ROOT.iterdir() if path.is_file()]
     for path in kept:
         if path.is_file():
             copy = source / path.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes())
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+    ]
     subprocess.run([*build, str(source)], check=True, capture_output=True, text=True)
     (wheel,) = tmp_path.glob("alphabar-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         (entry_points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
         assert "alphabar = alphabar.training.cli:main" in archive.read(entry_points).decode()
-    assert names == {f"alphabar/{name_of(path)}" for path in kept if path.is_file() and path.parent != ROOT}
+    assert names == {
+        f"alphabar/{name_of(path)}" for path in kept if path.is_file() and path.parent != ROOT
+    }
 
 
 # Docstrings
@@ -97,8 +121,13 @@ def test_wheel_holds_the_four_packages_and_nothing_else(tmp_path: Path) -> None:
 
 def packaged_modules() -> list[str]:
     """Names of all modules, found without importing any: an import error fails its own test only."""
-    inside = [pkgutil.walk_packages([str(ROOT / folder)], f"alphabar.{folder}.") for folder in FLOORS]
-    return sorted([f"alphabar.{folder}" for folder in FLOORS] + [info.name for found in inside for info in found])
+    inside = [
+        pkgutil.walk_packages([str(ROOT / folder)], f"alphabar.{folder}.") for folder in FLOORS
+    ]
+    return sorted(
+        [f"alphabar.{folder}" for folder in FLOORS]
+        + [info.name for found in inside for info in found]
+    )
 
 
 def public_names(folder: str) -> list[str]:
@@ -112,11 +141,15 @@ def public_names(folder: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", packaged_modules())
-def test_docstring_examples_hold(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_docstring_examples_hold(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = importlib.import_module(name)
     monkeypatch.chdir(tmp_path)  # examples may write files
     result = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
-    assert result.failed == 0, f"{result.failed} of {result.attempted} examples failed: see the captured output"
+    assert result.failed == 0, (
+        f"{result.failed} of {result.attempted} examples failed: see the captured output"
+    )
 
 
 @pytest.mark.parametrize("folder", FLOORS)
@@ -126,27 +159,40 @@ def test_package_lists_its_public_names(folder: str) -> None:
     assert [name for name in names if not hasattr(package, name)] == []
 
 
-@pytest.mark.parametrize(("folder", "name"), [(folder, name) for folder in FLOORS for name in public_names(folder)])
+@pytest.mark.parametrize(
+    ("folder", "name"), [(folder, name) for folder in FLOORS for name in public_names(folder)]
+)
 def test_public_name_shows_an_example(folder: str, name: str) -> None:
     value = getattr(importlib.import_module(f"alphabar.{folder}"), name)
     if not (inspect.isclass(value) or inspect.isroutine(value)):
         value = type(value)  # a constant or a registry has the docstring of its type
         if not value.__module__.startswith("alphabar."):
             return
-    assert ">>>" in (value.__doc__ or ""), f"alphabar.{folder}.{name} has no example in its docstring"
+    assert ">>>" in (value.__doc__ or ""), (
+        f"alphabar.{folder}.{name} has no example in its docstring"
+    )
 
 
 # Hygiene
 
-LEFTOVERS = re.compile("|".join(["/wo" + "rk/", r"\.\./sha" + "red", r"\bTO" + r"DO\b", r"\bFIX" + r"ME\b"]))
+LEFTOVERS = re.compile(
+    "|".join(["/wo" + "rk/", r"\.\./sha" + "red", r"\bTO" + r"DO\b", r"\bFIX" + r"ME\b"])
+)
 
 
 def test_no_leftovers() -> None:
     folders = [*FLOORS, "tests", "examples", "benchmarks", "docs", ".ci", ".github"]
-    files = [path for folder in folders for path in (ROOT / folder).rglob("*")] + list(ROOT.iterdir())
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*")] + list(
+        ROOT.iterdir()
+    )
     found = []
     for path in files:
-        if path.is_file() and not {"__pycache__", ".git"} & set(path.parts):  # .git: a file in a worktree
+        # .git: a file in a worktree
+        if path.is_file() and not {"__pycache__", ".git"} & set(path.parts):
             lines = path.read_text(encoding="utf-8", errors="ignore").splitlines()
-            found += [f"{name_of(path)}:{i}: {line}" for i, line in enumerate(lines, 1) if LEFTOVERS.search(line)]
+            found += [
+                f"{name_of(path)}:{i}: {line}"
+                for i, line in enumerate(lines, 1)
+                if LEFTOVERS.search(line)
+            ]
     assert not found

@@ -18,7 +18,9 @@ from PIL import Image
 from alphabar.callbacks.previews.html import render
 from alphabar.callbacks.previews.publish import Preview, publish
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 in_browser = pytest.mark.skipif(BROWSER is None, reason="needs chromium")
 FLAGS = [
     "--headless",
@@ -33,7 +35,9 @@ FLAGS = [
     "--force-device-scale-factor=1",
     "--window-size=1200,800",
 ]
-HOSTILE = '</script><b id="bad">bold</b><img src=x onerror="document.title=1"> & \u2028 {{data}} \ud800'
+HOSTILE = (
+    '</script><b id="bad">bold</b><img src=x onerror="document.title=1"> & \u2028 {{data}} \ud800'
+)
 PROMPTS = ("a cat", HOSTILE, "a cat")
 SEEDS = (4, 4, 2**60)
 
@@ -46,7 +50,9 @@ def colour(step: int, weights: str, row: int) -> tuple[int, int, int]:
 def drawn(step: int, weights: str = "raw") -> Preview:
     colours = torch.tensor([colour(step, weights, row) for row in range(3)], dtype=torch.uint8)
     images = colours[:, :, None, None].expand(3, 3, 16, 16)
-    return Preview(step, 1, weights, images, SEEDS, PROMPTS, "dpmpp_2m", 20, 1.0, "ab" * 32, 1.0, "")
+    return Preview(
+        step, 1, weights, images, SEEDS, PROMPTS, "dpmpp_2m", 20, 1.0, "ab" * 32, 1.0, ""
+    )
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +80,18 @@ def browse(folder: Path, tmp_path: Path) -> Callable[..., str]:
             text = page.read_text().replace("</body>", f"<script>{events}</script></body>")
             page = page.with_name("keys.html")
             page.write_text(text)
-        command = [BROWSER, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *(flags or ["--dump-dom"])]
+        command = [
+            BROWSER,
+            *FLAGS,
+            f"--user-data-dir={tmp_path / 'profile'}",
+            *(flags or ["--dump-dom"]),
+        ]
         result = subprocess.run(
-            [*command, f"{page.as_uri()}#{place}"], capture_output=True, text=True, timeout=120, check=True
+            [*command, f"{page.as_uri()}#{place}"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
         )
         return result.stdout
 
@@ -105,24 +120,33 @@ def sources(page: str) -> list[str]:
 
 
 def names(*wanted: tuple[int, str, int]) -> list[str]:
-    return [f"images/step_{step:08d}/{weights}_{row:04d}_seed_{SEEDS[row]}.png" for step, weights, row in wanted]
+    return [
+        f"images/step_{step:08d}/{weights}_{row:04d}_seed_{SEEDS[row]}.png"
+        for step, weights, row in wanted
+    ]
 
 
 @in_browser
 def test_rows_are_images_and_columns_are_steps(browse: Callable[..., str]) -> None:
     page = browse()
-    assert sources(page) == names(*((step, "raw", row) for row in range(3) for step in (500, 1000, 1500)))
+    assert sources(page) == names(
+        *((step, "raw", row) for row in range(3) for step in (500, 1000, 1500))
+    )
     headings = re.findall(r'class="column"[^>]*>(\d+)<', page)
     assert headings == ["500", "1000", "1500"]
     assert "seed 4" in page and f"seed {2**60}" in page  # not what a float makes of it
-    assert html.unescape(page[page.index("<title>") + 7 : page.index("</title>")]) == "previews & <i>"
+    assert (
+        html.unescape(page[page.index("<title>") + 7 : page.index("</title>")]) == "previews & <i>"
+    )
 
 
 @in_browser
 def test_prompts_are_text(browse: Callable[..., str]) -> None:
     found = Texts(browse())
     assert not [
-        attributes for tag, attributes in found.tags if attributes.get("id") == "bad" or "onerror" in attributes
+        attributes
+        for tag, attributes in found.tags
+        if attributes.get("id") == "bad" or "onerror" in attributes
     ]
     assert any(word == HOSTILE.replace("\ud800", "?") for word in found.words)
     assert len([tag for tag, _ in found.tags if tag == "script"]) == 2
@@ -142,10 +166,15 @@ def test_prompts_are_text(browse: Callable[..., str]) -> None:
         ),
         ("view=one&q=cat", [(1500, "raw", 0), (1500, "raw", 2)]),
         ("view=one&q=4+CAT", [(1500, "raw", 0)]),
-        ("view=nonsense&weights=nonsense&how=constructor&q=4+cat", [(step, "raw", 0) for step in (500, 1000, 1500)]),
+        (
+            "view=nonsense&weights=nonsense&how=constructor&q=4+cat",
+            [(step, "raw", 0) for step in (500, 1000, 1500)],
+        ),
     ],
 )
-def test_views(browse: Callable[..., str], place: str, expected: list[tuple[int, str, int]]) -> None:
+def test_views(
+    browse: Callable[..., str], place: str, expected: list[tuple[int, str, int]]
+) -> None:
     assert sources(browse(place)) == names(*expected)
 
 
@@ -163,7 +192,9 @@ def test_views(browse: Callable[..., str], place: str, expected: list[tuple[int,
         ("view=compare&q=4+cat", "1", [(step, "raw", 0) for step in (500, 1000, 1500)]),
     ],
 )
-def test_keys(browse: Callable[..., str], place: str, keys: str, expected: list[tuple[int, str, int]]) -> None:
+def test_keys(
+    browse: Callable[..., str], place: str, keys: str, expected: list[tuple[int, str, int]]
+) -> None:
     assert sources(browse(place, keys=keys)) == names(*expected)
 
 
@@ -179,16 +210,27 @@ def screenshot(browse: Callable[..., str], path: Path, place: str) -> np.ndarray
 
 
 @in_browser
-def test_the_same_seed_is_seen_across_steps_side_by_side(browse: Callable[..., str], tmp_path: Path) -> None:
+def test_the_same_seed_is_seen_across_steps_side_by_side(
+    browse: Callable[..., str], tmp_path: Path
+) -> None:
     picture = screenshot(browse, tmp_path / "a.png", "view=steps")
-    found = [[places(picture, colour(step, "raw", row)) for step in (500, 1000, 1500)] for row in range(3)]
+    found = [
+        [places(picture, colour(step, "raw", row)) for step in (500, 1000, 1500)]
+        for row in range(3)
+    ]
     middles = np.array(found, dtype=float)  # (row, step, xy); fails where a picture was not shown
-    np.testing.assert_allclose(np.ptp(middles[:, :, 1], axis=1), 0, atol=1)  # one height for one seed
-    np.testing.assert_allclose(np.ptp(middles[:, :, 0], axis=0), 0, atol=1)  # one column for one step
+    # one height for one seed
+    np.testing.assert_allclose(np.ptp(middles[:, :, 1], axis=1), 0, atol=1)
+    # one column for one step
+    np.testing.assert_allclose(np.ptp(middles[:, :, 0], axis=0), 0, atol=1)
     assert (np.diff(middles[0, :, 0]) > 100).all() and (np.diff(middles[:, 0, 1]) > 100).all()
     assert places(picture, colour(500, "ema", 0)) is None
-    both = screenshot(browse, tmp_path / "b.png", "view=compare&weights=both&a=500:raw&b=500:ema&how=wipe&cut=50")
-    (left, y), (right, same) = (places(both, colour(500, weights, 0)) or (0, 0) for weights in ("raw", "ema"))
+    both = screenshot(
+        browse, tmp_path / "b.png", "view=compare&weights=both&a=500:raw&b=500:ema&how=wipe&cut=50"
+    )
+    (left, y), (right, same) = (
+        places(both, colour(500, weights, 0)) or (0, 0) for weights in ("raw", "ema")
+    )
     assert left and left < right and abs(y - same) <= 1  # the two halves of one picture
 
 
@@ -204,17 +246,23 @@ def test_light_and_dark_and_narrow(browse: Callable[..., str], tmp_path: Path) -
 
 
 @in_browser
-def test_a_picture_that_is_gone_and_a_page_without_any(browse: Callable[..., str], tmp_path: Path) -> None:
+def test_a_picture_that_is_gone_and_a_page_without_any(
+    browse: Callable[..., str], tmp_path: Path
+) -> None:
     publish(drawn(500), str(tmp_path), [], set())
     (tmp_path / drawn(500).image_names[0]).unlink()
-    page = browse("view=one", "--virtual-time-budget=2000", "--dump-dom", page=tmp_path / "index.html")
+    page = browse(
+        "view=one", "--virtual-time-budget=2000", "--dump-dom", page=tmp_path / "index.html"
+    )
     assert page.count('"picture missing"') == 1
     (tmp_path / "empty.html").write_text(render([], "empty"))
     assert "No previews yet" in browse(page=tmp_path / "empty.html")
 
 
 @in_browser
-def test_another_schedule_in_the_middle_is_marked(browse: Callable[..., str], tmp_path: Path) -> None:
+def test_another_schedule_in_the_middle_is_marked(
+    browse: Callable[..., str], tmp_path: Path
+) -> None:
     previews = [drawn(500), dataclasses.replace(drawn(1000), fingerprint="cd" * 32), drawn(1500)]
     previews[2] = dataclasses.replace(previews[2], fingerprint="cd" * 32, sampler="euler")
     for preview in previews:
@@ -227,16 +275,23 @@ def test_the_page_asks_nobody_for_anything(folder: Path) -> None:
     page = (folder / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"https?://|//cdn|fetch\(|XMLHttpRequest|import\(|@import|url\(", page)
     found = Texts(page)
-    assert not [tag for tag, attributes in found.tags if tag == "link" or ("src" in attributes and tag != "img")]
+    assert not [
+        tag
+        for tag, attributes in found.tags
+        if tag == "link" or ("src" in attributes and tag != "img")
+    ]
     assert page.count("</script>") == 2
 
 
 def test_the_data_of_the_page(folder: Path) -> None:
     page = (folder / "index.html").read_text(encoding="utf-8")
     text = page[page.index('type="application/json">') + 24 :].split("</script>")[0]
-    assert not set("<>&") & set(text) and text.isascii()  # whatever the prompts are, no parser sees a tag
+    # whatever the prompts are, no parser sees a tag
+    assert not set("<>&") & set(text) and text.isascii()
     data = json.loads(text)
-    assert [row["prompt"] for row in data["rows"]] == [prompt.replace("\ud800", "?") for prompt in PROMPTS]
+    assert [row["prompt"] for row in data["rows"]] == [
+        prompt.replace("\ud800", "?") for prompt in PROMPTS
+    ]
     assert [row["seed"] for row in data["rows"]] == ["4", "4", str(2**60)]
     steps = [(preview["step"], preview["weights"]) for preview in data["previews"]]
     assert steps == [(step, weights) for step in (500, 1000, 1500) for weights in ("raw", "ema")]
@@ -246,13 +301,19 @@ def test_equal_seeds_with_equal_prompts_have_rows_of_their_own() -> None:
     twice = dataclasses.replace(drawn(500), seeds=(1, 1, 1), captions=("", "", "x"))
     page = render(twice.records(), "t")
     data = json.loads(page[page.index('type="application/json">') + 24 :].split("</script>")[0])
-    assert len(data["rows"]) == 3 and list(data["previews"][0]["images"].values()) == twice.image_names
+    assert (
+        len(data["rows"]) == 3 and list(data["previews"][0]["images"].values()) == twice.image_names
+    )
 
 
 def test_package_data_is_declared() -> None:
     """What lies beside the modules is in the wheel only where pyproject.toml names it."""
     root = Path(__file__).resolve().parent.parent
     text = (root / "pyproject.toml").read_text(encoding="utf-8")
-    lying = {path.relative_to(root).as_posix() for path in (root / "callbacks").rglob("*") if path.suffix == ".html"}
+    lying = {
+        path.relative_to(root).as_posix()
+        for path in (root / "callbacks").rglob("*")
+        if path.suffix == ".html"
+    }
     assert lying == {"callbacks/previews/page.html"}
     assert '"alphabar.callbacks.previews" = ["page.html"]' in text

@@ -13,15 +13,30 @@ from matplotlib.axes import Axes
 from PIL import Image
 from torch import Tensor, nn
 
-from alphabar.noising import CURVES, TIMESTEPS, WEIGHTINGS, MinSNR, NoiseSchedule, QuantileTimesteps, UniformTimesteps
+from alphabar.noising import (
+    CURVES,
+    TIMESTEPS,
+    WEIGHTINGS,
+    MinSNR,
+    NoiseSchedule,
+    QuantileTimesteps,
+    UniformTimesteps,
+)
 from alphabar.noising.timesteps.importance import SecondMoments
 from alphabar.noising.utils.items import call_with_options, make_item, parse_item
 from alphabar.sampling import GRIDS, METHODS, Sampler, make_knots
-from alphabar.sampling.plotting import COLOURS, coefficients, plot_grids, plot_table
-from alphabar.sampling.table import Evaluation
+from alphabar.sampling.tracing import Evaluation
 from alphabar.training.cli.plot import drawable
 from alphabar.training.flags.items import SCHEDULES, read_schedule
-from alphabar.training.plots import densities_of, is_learned, plot_schedules, plot_timesteps, plot_weights
+from alphabar.training.plots.figure import COLOURS
+from alphabar.training.plots.schedules import (
+    densities_of,
+    is_learned,
+    plot_schedules,
+    plot_timesteps,
+    plot_weights,
+)
+from alphabar.training.plots.tables import coefficients, plot_grids, plot_table
 
 SCALED = NoiseSchedule.scaled_linear(prediction="v_prediction")
 ZTSNR = SCALED.zero_terminal_snr()
@@ -31,7 +46,9 @@ FLOW = NoiseSchedule.flow()
 def named(axes: Axes) -> dict[str, tuple[list[float], list[float]]]:
     """The lines that have a label, as (x, y)."""
     lines = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
-    return {str(line.get_label()): (list(line.get_xdata()), list(line.get_ydata())) for line in lines}
+    return {
+        str(line.get_label()): (list(line.get_xdata()), list(line.get_ydata())) for line in lines
+    }
 
 
 def ticks(axis: Any) -> list[str]:
@@ -44,7 +61,9 @@ def test_grids_draw_log_snr_against_the_step() -> None:
     lines = named(curves)
     assert list(lines) == ["trailing", "karras", "karras (rho=3.0)"]
     for label, options in zip(
-        lines, ({"grid": "trailing"}, {"grid": "karras"}, {"grid": "karras", "rho": 3.0}), strict=True
+        lines,
+        ({"grid": "trailing"}, {"grid": "karras"}, {"grid": "karras", "rho": 3.0}),
+        strict=True,
     ):
         x, y = lines[label]
         assert x == list(range(9))
@@ -54,7 +73,8 @@ def test_grids_draw_log_snr_against_the_step() -> None:
     assert ticks(curves.yaxis)[-1] == "∞"
     assert "−∞" not in ticks(curves.yaxis)
     assert ticks(calls.yaxis) == ["trailing", "karras", "karras\n(rho=3.0)"]
-    assert len(calls.lines) == 3 * 8 + 3  # a mark for each call of the network, a line for each grid
+    # a mark for each call of the network, a line for each grid
+    assert len(calls.lines) == 3 * 8 + 3
 
 
 def test_zero_terminal_snr_stands_at_the_lower_edge() -> None:
@@ -63,7 +83,9 @@ def test_zero_terminal_snr_stands_at_the_lower_edge() -> None:
     assert math.isnan(named(curves)["trailing"][1][0])
     assert ticks(curves.yaxis)[0] == ticks(calls.xaxis)[0] == "−∞"
     assert "∞" not in ticks(calls.xaxis)
-    lowest = min(float(x[0]) for x in (list(line.get_xdata()) for line in calls.lines) if len(x) == 1)
+    lowest = min(
+        float(x[0]) for x in (list(line.get_xdata()) for line in calls.lines) if len(x) == 1
+    )
     assert all(float(value) > lowest for value in named(curves)["trailing"][1][1:-1])
 
 
@@ -75,7 +97,9 @@ def test_all_grids_at_once_are_told_apart() -> None:
     assert {colour for colour, _ in styles} == set(COLOURS)
 
 
-@pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "heun", "dpmpp_sde", "lms", "unipc", "euler_ancestral_cfg_pp"])
+@pytest.mark.parametrize(
+    "name", ["euler", "dpmpp_2m", "heun", "dpmpp_sde", "lms", "unipc", "euler_ancestral_cfg_pp"]
+)
 def test_coefficients_are_those_of_the_table(name: str) -> None:
     table = Sampler(ZTSNR, name, steps=6).table
     rows = coefficients(table)
@@ -84,14 +108,23 @@ def test_coefficients_are_those_of_the_table(name: str) -> None:
         drawn = [values[i] for values in rows.values() if values[i] is not None]
         assert sorted(c for c in drawn if c) == sorted(c for _, c in step.carry[0])
         calls = sum(isinstance(op, Evaluation) for op in step.ops)
-        assert sum(values[i] is not None for label, values in rows.items() if label.startswith("network")) == calls
+        assert (
+            sum(
+                values[i] is not None
+                for label, values in rows.items()
+                if label.startswith("network")
+            )
+            == calls
+        )
 
 
 def test_a_table_is_drawn() -> None:
     table = Sampler(SCALED, "dpmpp_2m", steps=6).table
-    figure = table.plot()
+    figure = plot_table(table)
     curve, weights = figure.axes
-    assert named(curve)["dpmpp_2m"][1][:-1] == pytest.approx([2 * k.half_log_snr for k in table.knots[:-1]])
+    assert named(curve)["dpmpp_2m"][1][:-1] == pytest.approx(
+        [2 * k.half_log_snr for k in table.knots[:-1]]
+    )
     lines = named(weights)
     assert list(lines) == ["x", "network", "memory 1"]
     assert lines["x"][0] == [1, 2, 3, 4, 5, 6]
@@ -107,7 +140,9 @@ def test_large_coefficients_get_a_logarithmic_scale() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_can_be_drawn(name: str) -> None:
-    labels = list(coefficients(Sampler(FLOW if name == "flow_heun" else SCALED, name, steps=5).table))
+    labels = list(
+        coefficients(Sampler(FLOW if name == "flow_heun" else SCALED, name, steps=5).table)
+    )
     assert labels[0] == "x" or name in ("consistency",)
     assert len(set(labels)) == len(labels)
 
@@ -116,10 +151,22 @@ def test_every_method_can_be_drawn(name: str) -> None:
 def test_pictures_are_written(tmp_path: Path, ending: str) -> None:
     for file, draw in (
         (tmp_path / f"grids.{ending}", lambda path: plot_grids(SCALED, steps=5, path=path)),
-        (tmp_path / f"table.{ending}", lambda path: Sampler(ZTSNR, "dpmpp_sde", steps=5).table.plot(path)),
-        (tmp_path / f"schedule.{ending}", lambda path: plot_schedules({"sd": SCALED, "zero SNR": ZTSNR}, path)),
-        (tmp_path / f"weights.{ending}", lambda path: plot_weights(ZTSNR, {"min_snr": MinSNR()}, path=path)),
-        (tmp_path / f"timesteps.{ending}", lambda path: plot_timesteps(FLOW, {"uniform": UniformTimesteps()}, path)),
+        (
+            tmp_path / f"table.{ending}",
+            lambda path: plot_table(Sampler(ZTSNR, "dpmpp_sde", steps=5).table, path),
+        ),
+        (
+            tmp_path / f"schedule.{ending}",
+            lambda path: plot_schedules({"sd": SCALED, "zero SNR": ZTSNR}, path),
+        ),
+        (
+            tmp_path / f"weights.{ending}",
+            lambda path: plot_weights(ZTSNR, {"min_snr": MinSNR()}, path=path),
+        ),
+        (
+            tmp_path / f"timesteps.{ending}",
+            lambda path: plot_timesteps(FLOW, {"uniform": UniformTimesteps()}, path),
+        ),
     ):
         draw(file)
         assert file.stat().st_size > 4000
@@ -139,7 +186,8 @@ def test_nothing_is_imported_before_a_picture_is_drawn(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(
-        ImportError, match=r"^pictures need matplotlib, which is not installed: pip install 'alphabar\[matplotlib\]'$"
+        ImportError,
+        match=r"^pictures need matplotlib, which is not installed: pip install 'alphabar\[matplotlib\]'$",
     ):
         plot_grids(SCALED)
     assert len(make_knots(SCALED, 5, "karras")) == 6
@@ -163,7 +211,12 @@ def test_bad_input() -> None:
 
 
 def test_schedules_are_drawn_as_they_are() -> None:
-    drawn = {"plain": SCALED, "zero": ZTSNR, "flow": NoiseSchedule.flow(shift=3.0), "edm": NoiseSchedule.karras()}
+    drawn = {
+        "plain": SCALED,
+        "zero": ZTSNR,
+        "flow": NoiseSchedule.flow(shift=3.0),
+        "edm": NoiseSchedule.karras(),
+    }
     figure = plot_schedules(drawn)
     alpha, sigma, log_snr = (named(axes) for axes in figure.axes)
     assert list(alpha) == list(sigma) == list(log_snr) == list(drawn)
@@ -231,7 +284,9 @@ class FollowsLosses(UniformTimesteps):
 
 def test_what_is_learned_is_not_drawn() -> None:
     assert is_learned(Learned())
-    with pytest.raises(ValueError, match=r"^weighting 'mine' is learned: what its weights are, only training says$"):
+    with pytest.raises(
+        ValueError, match=r"^weighting 'mine' is learned: what its weights are, only training says$"
+    ):
         plot_weights(SCALED, {"mine": Learned()})
     with pytest.raises(ValueError, match=r"^timestep density 'mine' follows measured losses"):
         plot_timesteps(SCALED, {"mine": FollowsLosses()})
@@ -279,10 +334,11 @@ def test_a_density_on_timesteps_is_the_probability_of_each() -> None:
     levels = schedule.log_snr(torch.arange(10.0, dtype=torch.float64))
     assert log_snr.tolist() == levels.tolist()
     assert q[0].item() == pytest.approx(float(edges.diff()[0] / (levels[0] - levels[1])), rel=1e-9)
-    assert q[4].item() == pytest.approx(float(edges.diff()[4] / ((levels[3] - levels[5]) / 2)), rel=1e-9)
-    assert (
-        len(densities_of(LogitNormal(), ZTSNR.curve)[1][0]) == 998
-    )  # zero SNR, and the interval that ends there, have no width
+    assert q[4].item() == pytest.approx(
+        float(edges.diff()[4] / ((levels[3] - levels[5]) / 2)), rel=1e-9
+    )
+    # zero SNR, and the interval that ends there, have no width
+    assert len(densities_of(LogitNormal(), ZTSNR.curve)[1][0]) == 998
 
 
 def test_a_mass_at_one_time_is_in_its_interval() -> None:
@@ -309,7 +365,10 @@ def test_every_density_can_be_drawn(name: str, schedule: NoiseSchedule) -> None:
     ("text", "parsed"),
     [
         ("flow", ("flow", {})),
-        ("a:b=1,c=2.5e-3,d=true,e=None,f=word", ("a", {"b": 1, "c": 0.0025, "d": True, "e": None, "f": "word"})),
+        (
+            "a:b=1,c=2.5e-3,d=true,e=None,f=word",
+            ("a", {"b": 1, "c": 0.0025, "d": True, "e": None, "f": "word"}),
+        ),
         ("per_range:ranges=((0, 0.5, 2.0), (0.5, 1, 1)),elsewhere=3", None),
         ("C:/runs/a", ("C:/runs/a", {})),
         ("runs/a:shifted=2", ("runs/a", {"shifted": 2})),
@@ -326,7 +385,9 @@ def test_items(text: str, parsed: Any) -> None:
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_items_of_schedules(name: str, tmp_path: Path) -> None:
     plain = read_schedule(name)
-    assert read_schedule(f"{name}:prediction=sample,shifted=2") == plain.with_prediction("sample").shifted(2)
+    assert read_schedule(f"{name}:prediction=sample,shifted=2") == plain.with_prediction(
+        "sample"
+    ).shifted(2)
     plain = plain if plain.curve.kind in ("discrete", "flow") else FLOW
     if plain.prediction.name in ("epsilon", "flow_prediction"):
         plain.save_pretrained(tmp_path)
@@ -337,25 +398,48 @@ def test_transformations_act_in_their_order() -> None:
     first = read_schedule("scaled_linear:shifted=2,zero_snr=true,t_min=100")
     assert first == SCALED.shifted(2).zero_terminal_snr().truncated(t_min=100)
     assert read_schedule("scaled_linear:zero_snr=true,shifted=2") == ZTSNR.shifted(2)
-    assert read_schedule("scaled_linear:prediction=sample,zero_snr=true").prediction.name == "sample"
+    assert (
+        read_schedule("scaled_linear:prediction=sample,zero_snr=true").prediction.name == "sample"
+    )
 
 
 BAD_ITEMS: list[tuple[Any, str]] = [
-    (lambda: make_item("min_snrr", WEIGHTINGS), "^unknown weighting 'min_snrr'; did you mean 'min_snr'"),
+    (
+        lambda: make_item("min_snrr", WEIGHTINGS),
+        "^unknown weighting 'min_snrr'; did you mean 'min_snr'",
+    ),
     (
         lambda: make_item("min_snr:gama=5", WEIGHTINGS),
         "^unknown option of weighting min_snr 'gama'; did you mean 'gamma'",
     ),
-    (lambda: make_item("min_snr:gamma=big", WEIGHTINGS), "^weighting min_snr does not take gamma='big': "),
+    (
+        lambda: make_item("min_snr:gamma=big", WEIGHTINGS),
+        "^weighting min_snr does not take gamma='big': ",
+    ),
     (
         lambda: make_item("min_snr:gamma=0", WEIGHTINGS),
         "^snr gamma must be positive and finite, got 0; the paper uses 5",
     ),
-    (lambda: call_with_options("x f", lambda gamma: gamma, {}), r"^x f needs gamma; write e\.g\. f:gamma=\.\.\.$"),
-    (lambda: parse_item("min_snr:gamma=1,floor"), "^option 'floor' of 'min_snr:gamma=1,floor' has no value"),
-    (lambda: parse_item("a:b=1,b=2"), "^option 'b' of 'a:b=1,b=2' is given twice; write name:option=value"),
-    (lambda: read_schedule("flow:shif=3"), "^unknown option of schedule flow 'shif'; did you mean 'shift'"),
-    (lambda: read_schedule("flow:shift=3,shiftd=2"), "^unknown option of schedule flow 'shiftd'; did you mean"),
+    (
+        lambda: call_with_options("x f", lambda gamma: gamma, {}),
+        r"^x f needs gamma; write e\.g\. f:gamma=\.\.\.$",
+    ),
+    (
+        lambda: parse_item("min_snr:gamma=1,floor"),
+        "^option 'floor' of 'min_snr:gamma=1,floor' has no value",
+    ),
+    (
+        lambda: parse_item("a:b=1,b=2"),
+        "^option 'b' of 'a:b=1,b=2' is given twice; write name:option=value",
+    ),
+    (
+        lambda: read_schedule("flow:shif=3"),
+        "^unknown option of schedule flow 'shif'; did you mean 'shift'",
+    ),
+    (
+        lambda: read_schedule("flow:shift=3,shiftd=2"),
+        "^unknown option of schedule flow 'shiftd'; did you mean",
+    ),
     (lambda: read_schedule("flow:shift=0"), "^shift must be positive and finite, got 0"),
     (lambda: read_schedule("./nowhere:shifted=2"), "no schedule in 'nowhere'"),
     (lambda: read_schedule("laplac"), "^unknown schedule 'laplac'; did you mean 'laplace'"),

@@ -29,7 +29,9 @@ def name_of(prediction: Prediction) -> str:
 
 
 def draw(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    x0, epsilon = torch.randn(2, 64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x0, epsilon = torch.randn(
+        2, 64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     return x0, epsilon
 
 
@@ -71,7 +73,9 @@ def test_target_is_the_formula(name: str, path: str) -> None:
     for alpha, sigma in LEVELS[path]:
         target = PREDICTIONS[name]().combine(x0, epsilon, alpha, sigma)
         expected = BY_HAND[name](alpha, sigma, x0, epsilon)
-        assert torch.allclose(target, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max()))
+        assert torch.allclose(
+            target, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max())
+        )
 
 
 def test_karras_with_unit_data_is_minus_v_on_a_variance_preserving_path() -> None:
@@ -84,45 +88,68 @@ def test_karras_with_unit_data_is_minus_v_on_a_variance_preserving_path() -> Non
 # conversions
 
 
-@pytest.mark.parametrize(("source", "to"), list(product(ALL_PREDICTIONS, repeat=2)), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    ("source", "to"), list(product(ALL_PREDICTIONS, repeat=2)), ids=lambda p: p.name
+)
 def test_every_conversion(source: Prediction, to: Prediction) -> None:
     x0, epsilon = draw()
     for alpha, sigma in POINTS:
         x_t = alpha * x0 + sigma * epsilon
         out = source.combine(x0, epsilon, alpha, sigma)
-        x0_back, epsilon_back = source.to_x0(out, x_t, alpha, sigma), source.to_epsilon(out, x_t, alpha, sigma)
+        x0_back, epsilon_back = (
+            source.to_x0(out, x_t, alpha, sigma),
+            source.to_epsilon(out, x_t, alpha, sigma),
+        )
         assert worst(x0_back, x0) < TOLERANCE
         assert worst(epsilon_back, epsilon) < TOLERANCE
         converted = to.combine(x0_back, epsilon_back, alpha, sigma)
         assert worst(converted, to.combine(x0, epsilon, alpha, sigma)) < TOLERANCE
 
 
-@pytest.mark.parametrize(("source", "to"), list(product(AT_ZERO_SNR, ALL_PREDICTIONS)), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    ("source", "to"), list(product(AT_ZERO_SNR, ALL_PREDICTIONS)), ids=lambda p: p.name
+)
 def test_every_conversion_at_zero_snr(source: Prediction, to: Prediction) -> None:
     x0, epsilon = draw()
     alpha, sigma = 0.0, 1.0
     out = source.combine(x0, epsilon, alpha, sigma)
-    x0_back, epsilon_back = source.to_x0(out, epsilon, alpha, sigma), source.to_epsilon(out, epsilon, alpha, sigma)
+    x0_back, epsilon_back = (
+        source.to_x0(out, epsilon, alpha, sigma),
+        source.to_epsilon(out, epsilon, alpha, sigma),
+    )
     assert worst(x0_back, x0) < TOLERANCE
     assert worst(epsilon_back, epsilon) < TOLERANCE
-    assert worst(to.combine(x0_back, epsilon_back, alpha, sigma), to.combine(x0, epsilon, alpha, sigma)) < TOLERANCE
+    assert (
+        worst(
+            to.combine(x0_back, epsilon_back, alpha, sigma), to.combine(x0, epsilon, alpha, sigma)
+        )
+        < TOLERANCE
+    )
 
 
 @pytest.mark.parametrize(
-    ("source", "to"), list(product([p for p in ALL_PREDICTIONS if p.name not in ("epsilon", "score")], ALL_PREDICTIONS))
+    ("source", "to"),
+    list(
+        product([p for p in ALL_PREDICTIONS if p.name not in ("epsilon", "score")], ALL_PREDICTIONS)
+    ),
 )
 def test_the_schedule_converts_between_all(source: Prediction, to: Prediction) -> None:
     """There and back through the public face, on a path that is neither variance preserving nor exploding."""
     schedule = NoiseSchedule.flow(shift=3.0, prediction=source)
     t = torch.tensor([0.1, 0.4, 0.95], dtype=torch.float64)
-    x0, noise = torch.randn(2, 3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    x0, noise = torch.randn(
+        2, 3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(4)
+    )
     x_t, out = schedule.add_noise(x0, noise, t), schedule.target(x0, noise, t)
     converted = schedule.convert(out, x_t, t, to)
     alpha, sigma = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
     expected = to.combine(x0, noise, alpha, sigma)
     assert worst(converted, expected) < TOLERANCE
     back = source.combine(
-        to.to_x0(converted, x_t, alpha, sigma), to.to_epsilon(converted, x_t, alpha, sigma), alpha, sigma
+        to.to_x0(converted, x_t, alpha, sigma),
+        to.to_epsilon(converted, x_t, alpha, sigma),
+        alpha,
+        sigma,
     )
     assert worst(back, out) < TOLERANCE
 
@@ -138,7 +165,9 @@ def test_the_weighted_loss_of_edm_is_the_plain_loss_of_f(sigma_data: float, path
     }[path]
     on_f = Noising(curve.with_prediction(KarrasF(sigma_data)), "uniform", seed=3)
     on_d = Noising(curve.with_prediction("sample"), EDM(sigma_data=sigma_data), seed=3)
-    x0, out = torch.randn(2, 64, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    x0, out = torch.randn(
+        2, 64, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5)
+    )
     noised, denoised = on_f(x0, step=0), on_d(x0, step=0)
     assert torch.equal(noised.x, denoised.x)
     losses = noised.losses(out)
@@ -162,7 +191,9 @@ def test_x0_coefficients_are_the_same_solve(prediction: Prediction) -> None:
     ids=lambda s: f"{s.curve.kind}-{s.prediction.name}",
 )
 def test_the_schedule_converts_batches(schedule: NoiseSchedule) -> None:
-    x0, noise = torch.randn(2, 4, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x0, noise = torch.randn(
+        2, 4, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     first, last = schedule.curve.t_min, schedule.curve.t_max
     t = first + torch.tensor([0.3, 0.5, 0.9, 1.0], dtype=torch.float64) * (last - first)
     well_posed = slice(0, 3) if schedule.prediction.name in ("epsilon", "score") else slice(0, 4)
@@ -175,7 +206,9 @@ def test_the_schedule_converts_batches(schedule: NoiseSchedule) -> None:
     assert worst(schedule.to_epsilon(out, x_t, t), noise) < TOLERANCE
     for to in ("sample", "v_prediction", "flow_prediction"):
         expected = schedule.with_prediction(to).target(x0, noise, t)
-        assert worst(schedule.convert(out, x_t, t, to)[well_posed], expected[well_posed]) < TOLERANCE
+        assert (
+            worst(schedule.convert(out, x_t, t, to)[well_posed], expected[well_posed]) < TOLERANCE
+        )
 
 
 def test_half_precision_is_computed_in_float32() -> None:
@@ -220,7 +253,10 @@ def test_the_others_are_well_posed_at_zero_snr(prediction: Prediction) -> None:
         ("Epsilon", "unknown prediction type 'Epsilon'; did you mean 'epsilon'?"),
         ("xyz", "unknown prediction type 'xyz'; known: " + ", ".join(sorted(PREDICTIONS))),
         (None, "unknown prediction type None; known: " + ", ".join(sorted(PREDICTIONS))),
-        ({"sigma_data": 1.0}, "unknown prediction type None; known: " + ", ".join(sorted(PREDICTIONS))),
+        (
+            {"sigma_data": 1.0},
+            "unknown prediction type None; known: " + ", ".join(sorted(PREDICTIONS)),
+        ),
     ],
 )
 def test_unknown_names(name: Any, message: str) -> None:
@@ -248,10 +284,14 @@ def test_config_round_trip(prediction: Prediction) -> None:
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     schedule, x0 = NoiseSchedule.linear(), torch.zeros(2, 3)
-    with pytest.raises(ValueError, match=r"^noise must have the shape of x0, \(2, 3\), got \(1, 3\)$"):
+    with pytest.raises(
+        ValueError, match=r"^noise must have the shape of x0, \(2, 3\), got \(1, 3\)$"
+    ):
         schedule.add_noise(x0, x0[:1], torch.tensor([1, 2]))
     with pytest.raises(ValueError, match=r"^noise must have the shape of x0"):
         schedule.target(x0, x0[:1], torch.tensor([1, 2]))
     for t in (torch.zeros(3, dtype=torch.int64), torch.zeros(2, 1, dtype=torch.int64)):
-        with pytest.raises(ValueError, match=r"^timesteps must be a scalar or have shape \(2,\), got "):
+        with pytest.raises(
+            ValueError, match=r"^timesteps must be a scalar or have shape \(2,\), got "
+        ):
             schedule.add_noise(x0, x0, t)

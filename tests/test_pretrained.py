@@ -29,8 +29,12 @@ SCHEDULES = {
     "laplace_diffusers": NoiseSchedule(Discrete("laplace_diffusers")),
     "ends_in_one": NoiseSchedule.from_betas([0.01, 0.02, 0.1, 1.0], "v_prediction"),
     "shifted": NoiseSchedule.scaled_linear().shifted(1.7),
-    "shifted_ztsnr": NoiseSchedule.scaled_linear(prediction="v_prediction").shifted(1.7).zero_terminal_snr(),
-    "ztsnr_shifted": NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr().shifted(0.6),
+    "shifted_ztsnr": NoiseSchedule.scaled_linear(prediction="v_prediction")
+    .shifted(1.7)
+    .zero_terminal_snr(),
+    "ztsnr_shifted": NoiseSchedule.scaled_linear(prediction="v_prediction")
+    .zero_terminal_snr()
+    .shifted(0.6),
 }
 BETAS = [name for name in SCHEDULES if name != "flow"]
 
@@ -52,7 +56,9 @@ def test_round_trips(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", BETAS)
-@pytest.mark.parametrize("kind", ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"])
+@pytest.mark.parametrize(
+    "kind", ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"]
+)
 def test_diffusers_reads_the_same_schedule(name: str, kind: str, tmp_path: Path) -> None:
     schedule = SCHEDULES[name]
     scheduler: Any = getattr(diffusers, kind).from_pretrained(schedule.save_pretrained(tmp_path))
@@ -68,11 +74,18 @@ def test_diffusers_reads_the_same_schedule(name: str, kind: str, tmp_path: Path)
 
 def test_a_class_that_ignores_zero_terminal_snr_is_not_named() -> None:
     schedule = SCHEDULES["ztsnr"]
-    assert schedule.to_diffusers({"_class_name": "HeunDiscreteScheduler"})["_class_name"] == "DDIMScheduler"
-    assert schedule.to_diffusers({"_class_name": "EulerDiscreteScheduler"})["_class_name"] == "EulerDiscreteScheduler"
+    assert (
+        schedule.to_diffusers({"_class_name": "HeunDiscreteScheduler"})["_class_name"]
+        == "DDIMScheduler"
+    )
+    assert (
+        schedule.to_diffusers({"_class_name": "EulerDiscreteScheduler"})["_class_name"]
+        == "EulerDiscreteScheduler"
+    )
     with pytest.raises(ValueError, match="no scheduler class of diffusers is this sampler"):
         Sampler(schedule, "heun").to_diffusers()
-    euler = Sampler(schedule, "euler", 20).to_diffusers()  # DDIM has α = 0 itself, where EulerDiscrete has 2^-12
+    # DDIM has α = 0 itself, where EulerDiscrete has 2^-12
+    euler = Sampler(schedule, "euler", 20).to_diffusers()
     assert schedule.to_diffusers(euler)["_class_name"] == "DDIMScheduler"
 
 
@@ -98,7 +111,9 @@ NAMED = [
 
 @pytest.mark.parametrize("name", BETAS)
 @pytest.mark.parametrize("kind", NAMED)
-def test_the_class_that_is_named_reads_all_that_the_schedule_holds(name: str, kind: str, tmp_path: Path) -> None:
+def test_the_class_that_is_named_reads_all_that_the_schedule_holds(
+    name: str, kind: str, tmp_path: Path
+) -> None:
     """Whichever class a sampler asks for: the file names it or another, and that one has the schedule's numbers."""
     schedule = SCHEDULES[name]
     config = schedule.to_diffusers({"_class_name": kind})
@@ -114,7 +129,9 @@ def test_the_class_that_is_named_reads_all_that_the_schedule_holds(name: str, ki
 
 
 def test_cogvideox_keeps_its_shift_by_name() -> None:
-    schedule = NoiseSchedule.scaled_linear(prediction="v_prediction").shifted(3**0.5).zero_terminal_snr()
+    schedule = (
+        NoiseSchedule.scaled_linear(prediction="v_prediction").shifted(3**0.5).zero_terminal_snr()
+    )
     config = schedule.to_diffusers({"_class_name": "CogVideoXDDIMScheduler"})
     assert config["snr_shift_scale"] == pytest.approx(3.0, rel=1e-15)
     assert (config["beta_schedule"], config["trained_betas"], config["rescale_betas_zero_snr"]) == (
@@ -129,7 +146,8 @@ def test_cogvideox_keeps_its_shift_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep", "SASolver"]
+    "kind",
+    ["DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep", "SASolver"],
 )
 def test_solvers_that_sample_a_flow(kind: str) -> None:
     config = SCHEDULES["flow"].to_diffusers({"_class_name": f"{kind}Scheduler"})
@@ -138,14 +156,18 @@ def test_solvers_that_sample_a_flow(kind: str) -> None:
     scheduler.set_timesteps(10)
     sigmas = scheduler.sigmas.double()[:-1]
     time = SCHEDULES["flow"].curve.time_at_noise_level(sigmas)
-    assert torch.allclose(time.diff(), torch.full((9,), -0.0999, dtype=torch.float64), atol=1e-5)  # 1 to 1 / T
+    # 1 to 1 / T
+    assert torch.allclose(time.diff(), torch.full((9,), -0.0999, dtype=torch.float64), atol=1e-5)
     assert NoiseSchedule.from_diffusers(config) == SCHEDULES["flow"]
 
 
 @pytest.mark.parametrize(
     ("sampling", "named"),
     [
-        ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, "FlowMatchEulerDiscreteScheduler"),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True},
+            "FlowMatchEulerDiscreteScheduler",
+        ),
         ({"_class_name": "EulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler"),
         ({"_class_name": "DDIMScheduler"}, "FlowMatchEulerDiscreteScheduler"),
         ({"_class_name": "FlowMatchHeunDiscreteScheduler"}, "FlowMatchHeunDiscreteScheduler"),
@@ -174,16 +196,25 @@ FLUX = {
 
 def test_dynamic_shifting_needs_the_tokens(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"use_dynamic_shifting: its shift depends on the size of the image; give tokens="
+        ValueError,
+        match=r"use_dynamic_shifting: its shift depends on the size of the image; give tokens=",
     ):
         NoiseSchedule.from_diffusers(FLUX)
-    assert NoiseSchedule.from_diffusers(FLUX, tokens=1024) == NoiseSchedule.flow().shifted_for_tokens(1024)
-    other = NoiseSchedule.from_diffusers(FLUX | {"max_shift": 0.9, "time_shift_type": "linear"}, tokens=4096)
+    assert NoiseSchedule.from_diffusers(
+        FLUX, tokens=1024
+    ) == NoiseSchedule.flow().shifted_for_tokens(1024)
+    other = NoiseSchedule.from_diffusers(
+        FLUX | {"max_shift": 0.9, "time_shift_type": "linear"}, tokens=4096
+    )
     assert other == NoiseSchedule.flow(shift=0.9)
     (tmp_path / CONFIG_NAME).write_text(json.dumps(FLUX))
-    assert NoiseSchedule.from_pretrained(tmp_path, tokens=256).curve.shift == pytest.approx(math.exp(0.5))
+    assert NoiseSchedule.from_pretrained(tmp_path, tokens=256).curve.shift == pytest.approx(
+        math.exp(0.5)
+    )
     for config in (FLUX | {"use_dynamic_shifting": False}, SCHEDULES["sd"].to_diffusers()):
-        with pytest.raises(ValueError, match="tokens are for a config that says use_dynamic_shifting"):
+        with pytest.raises(
+            ValueError, match="tokens are for a config that says use_dynamic_shifting"
+        ):
             NoiseSchedule.from_diffusers(config, tokens=256)
 
 
@@ -195,35 +226,52 @@ def test_configs_of_other_schedules() -> None:
         "prediction_type": "flow_prediction",
     }
     assert NoiseSchedule.from_diffusers(wan) == NoiseSchedule.flow(shift=5.0)
-    assert NoiseSchedule.from_diffusers({"_class_name": "CogVideoXDDIMScheduler"}).curve == Discrete(snr_shift_scale=3.0)
+    assert NoiseSchedule.from_diffusers(
+        {"_class_name": "CogVideoXDDIMScheduler"}
+    ).curve == Discrete(snr_shift_scale=3.0)
     peers = {"_class_name": "DDPMScheduler", "beta_schedule": "laplace"}
     assert NoiseSchedule.from_diffusers(peers).curve.beta_schedule == "laplace_diffusers"
     ignored = {"_class_name": "DDIMScheduler", "snr_shift_scale": 3.0}  # by that class too
     with pytest.warns(UserWarning, match="DDIMScheduler does not know snr_shift_scale=3.0"):
-        assert NoiseSchedule.from_diffusers(ignored) == NoiseSchedule.from_diffusers({"_class_name": "DDIMScheduler"})
+        assert NoiseSchedule.from_diffusers(ignored) == NoiseSchedule.from_diffusers(
+            {"_class_name": "DDIMScheduler"}
+        )
     with pytest.raises(
-        ValueError, match=r"^a config of EDMEulerScheduler does not say its noise schedule in a form that is known"
+        ValueError,
+        match=r"^a config of EDMEulerScheduler does not say its noise schedule in a form that is known",
     ):
-        NoiseSchedule.from_diffusers({"_class_name": "EDMEulerScheduler", "prediction_type": "epsilon"})
+        NoiseSchedule.from_diffusers(
+            {"_class_name": "EDMEulerScheduler", "prediction_type": "epsilon"}
+        )
     with pytest.raises(ValueError, match=r"^invert_sigmas runs time from noise to data"):
-        NoiseSchedule.from_diffusers({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True})
+        NoiseSchedule.from_diffusers(
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True}
+        )
 
 
 def test_diffusers_reads_a_flow(tmp_path: Path) -> None:
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(SCHEDULES["flow"].save_pretrained(tmp_path))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(
+        SCHEDULES["flow"].save_pretrained(tmp_path)
+    )
     assert scheduler.config["shift"] == 3.0
 
 
 def test_a_sampler_is_written_too(tmp_path: Path) -> None:
     schedule = SCHEDULES["v"]
-    schedule.save_pretrained(tmp_path, sampler=Sampler(schedule, "DPM++ 2M Karras", 20, rounding="nearest"))
+    schedule.save_pretrained(
+        tmp_path, sampler=Sampler(schedule, "DPM++ 2M Karras", 20, rounding="nearest")
+    )
     config = json.loads((tmp_path / CONFIG_NAME).read_text())
     assert config["_class_name"] == "DPMSolverMultistepScheduler"
     assert config["use_karras_sigmas"] is True
-    assert diffusers.DPMSolverMultistepScheduler.from_pretrained(tmp_path).config["use_karras_sigmas"]
+    assert diffusers.DPMSolverMultistepScheduler.from_pretrained(tmp_path).config[
+        "use_karras_sigmas"
+    ]
 
 
-@pytest.mark.parametrize("kind", ["DDPM", "DDIM", "EulerDiscrete", "HeunDiscrete", "KDPM2Discrete", "LCM", "PNDM"])
+@pytest.mark.parametrize(
+    "kind", ["DDPM", "DDIM", "EulerDiscrete", "HeunDiscrete", "KDPM2Discrete", "LCM", "PNDM"]
+)
 def test_keys_left_out_mean_the_defaults_of_that_class(kind: str) -> None:
     scheduler: Any = getattr(diffusers, f"{kind}Scheduler")()
     ours = NoiseSchedule.from_diffusers({"_class_name": f"{kind}Scheduler"}).alphas_cumprod
@@ -233,7 +281,9 @@ def test_keys_left_out_mean_the_defaults_of_that_class(kind: str) -> None:
 def test_contradicting_files_are_named(tmp_path: Path) -> None:
     SCHEDULES["v"].save_pretrained(tmp_path)
     (tmp_path / CONFIG_NAME).write_text(json.dumps(SCHEDULES["sd"].to_diffusers()))
-    with pytest.raises(ValueError, match=r"contradict each other.*v_prediction.*epsilon.*remove the wrong one"):
+    with pytest.raises(
+        ValueError, match=r"contradict each other.*v_prediction.*epsilon.*remove the wrong one"
+    ):
         NoiseSchedule.from_pretrained(tmp_path)
 
 
@@ -241,7 +291,9 @@ def test_contradicting_files_are_named(tmp_path: Path) -> None:
 def test_a_small_contradiction_is_one(name: str, tmp_path: Path) -> None:
     SCHEDULES[name].save_pretrained(tmp_path)
     other = NoiseSchedule.scaled_linear(beta_end=0.01200001)
-    (tmp_path / CONFIG_NAME).write_text(json.dumps((other if name == "sd" else other.shifted(1.7)).to_diffusers()))
+    (tmp_path / CONFIG_NAME).write_text(
+        json.dumps((other if name == "sd" else other.shifted(1.7)).to_diffusers())
+    )
     with pytest.raises(ValueError, match="contradict each other"):
         NoiseSchedule.from_pretrained(tmp_path)
 
@@ -254,11 +306,14 @@ def test_the_betas_of_little_noise_are_exact() -> None:
 
 
 def test_missing_and_corrupt_files(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"neither noise_schedule\.json nor scheduler_config\.json"):
+    with pytest.raises(
+        FileNotFoundError, match=r"neither noise_schedule\.json nor scheduler_config\.json"
+    ):
         NoiseSchedule.from_pretrained(tmp_path)
     (tmp_path / CONFIG_NAME).write_text('{"_class_name": "DDIM')
     with pytest.raises(
-        ValueError, match=r"scheduler_config\.json' is not valid JSON .* write it anew with save_pretrained"
+        ValueError,
+        match=r"scheduler_config\.json' is not valid JSON .* write it anew with save_pretrained",
     ):
         NoiseSchedule.from_pretrained(tmp_path)
     (tmp_path / CONFIG_NAME).write_text("[]")
@@ -277,9 +332,15 @@ def edited(**changes: Any) -> dict[str, Any]:
         ("flow", "expected the keys"),
         (edited(version=9), "version 9.*update alphabar"),
         (edited(prediction="sample"), "fingerprint .* edited or damaged"),
-        (edited(prediction="v_predicton"), "unknown prediction type 'v_predicton'; did you mean 'v_prediction'"),
+        (
+            edited(prediction="v_predicton"),
+            "unknown prediction type 'v_predicton'; did you mean 'v_prediction'",
+        ),
         (edited(curve={"kind": "flwo"}), "unknown curve 'flwo'; did you mean 'flow'"),
-        (edited(curve={"kind": "flow", "shfit": 3.0}), "unknown setting of a flow curve 'shfit'; did you mean 'shift'"),
+        (
+            edited(curve={"kind": "flow", "shfit": 3.0}),
+            "unknown setting of a flow curve 'shfit'; did you mean 'shift'",
+        ),
         (edited(prediction="epsilon"), "ill-posed"),
     ],
 )
@@ -296,14 +357,18 @@ def test_an_edited_value_is_noticed() -> None:
 
 
 @pytest.mark.parametrize(
-    "schedule", [NoiseSchedule.linear(prediction="score"), NoiseSchedule.flow(prediction="v_prediction")], ids=str
+    "schedule",
+    [NoiseSchedule.linear(prediction="score"), NoiseSchedule.flow(prediction="v_prediction")],
+    ids=str,
 )
 def test_what_diffusers_cannot_say_is_refused(schedule: NoiseSchedule) -> None:
     with pytest.raises(ValueError, match="diffusers"):
         schedule.to_diffusers()
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_atomically(tmp_path / "a.json", "old")
 
     def fail(*_: Any) -> None:
@@ -318,7 +383,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match=r"cannot write to the output folder .*name a folder that can be written"):
+    with pytest.raises(
+        OSError, match=r"cannot write to the output folder .*name a folder that can be written"
+    ):
         require_writable(tmp_path / "file" / "out")
 
 

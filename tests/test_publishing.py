@@ -94,19 +94,27 @@ def test_what_lies_in_the_folder(place: str, tmp_path: Path) -> None:
     assert publish(ema, place, [], set()) == []
     images = [f"images/step_00000500/{name}" for name in NAMES]
     both = images + [name.replace("raw", "ema") for name in images]
-    assert names(place) == sorted([*both, "index.html", "previews.jsonl", "step_00000500.png", "step_00000500_ema.png"])
+    assert names(place) == sorted(
+        [*both, "index.html", "previews.jsonl", "step_00000500.png", "step_00000500_ema.png"]
+    )
     folder = Folder(place)
     assert folder.read("step_00000500.png") == png_bytes(image_grid(IMAGES))
     for i, name in enumerate(images):
-        np.testing.assert_array_equal(pixels(folder.read(name), tmp_path), IMAGES[i].permute(1, 2, 0).numpy())
+        np.testing.assert_array_equal(
+            pixels(folder.read(name), tmp_path), IMAGES[i].permute(1, 2, 0).numpy()
+        )
         shown = pixels(folder.read(name.replace("raw", "ema")), tmp_path)
         np.testing.assert_array_equal(shown, 255 - IMAGES[i].permute(1, 2, 0).numpy())
 
 
 def test_a_line_says_all_about_an_image(place: str) -> None:
     publish(PREVIEW, place, [], set())
-    publish(preview(step=1000, guidance_scale=float("nan"), note="half the steps"), place, [], set())
-    lines = [json.loads(line) for line in (Folder(place).read("previews.jsonl") or b"").splitlines()]
+    publish(
+        preview(step=1000, guidance_scale=float("nan"), note="half the steps"), place, [], set()
+    )
+    lines = [
+        json.loads(line) for line in (Folder(place).read("previews.jsonl") or b"").splitlines()
+    ]
     assert len(lines) == 6
     assert lines[1] == {
         "step": 500,
@@ -124,8 +132,14 @@ def test_a_line_says_all_about_an_image(place: str) -> None:
         "seconds": 1.25,
         "note": "",
     }
-    assert lines[2]["seed"] == 2**60 and lines[3]["guidance_scale"] is None and lines[3]["note"] == "half the steps"
-    assert all(Folder(place).has(line["image"]) and Folder(place).has(line["grid"]) for line in lines[:3])
+    assert (
+        lines[2]["seed"] == 2**60
+        and lines[3]["guidance_scale"] is None
+        and lines[3]["note"] == "half the steps"
+    )
+    assert all(
+        Folder(place).has(line["image"]) and Folder(place).has(line["grid"]) for line in lines[:3]
+    )
 
 
 def test_grey_images_are_grey_files(tmp_path: Path) -> None:
@@ -134,7 +148,11 @@ def test_grey_images_are_grey_files(tmp_path: Path) -> None:
 
 
 def test_names_sort_as_the_images_do() -> None:
-    many = preview(images=IMAGES[:1].expand(12, -1, -1, -1), seeds=tuple(range(11, -1, -1)), captions=("",) * 12)
+    many = preview(
+        images=IMAGES[:1].expand(12, -1, -1, -1),
+        seeds=tuple(range(11, -1, -1)),
+        captions=("",) * 12,
+    )
     assert sorted(many.image_names) == many.image_names and len(set(many.image_names)) == 12
     assert preview(step=99).grid_name < preview(step=1000).grid_name
 
@@ -153,7 +171,12 @@ def test_a_step_drawn_again_is_shown_once_as_it_was_drawn_last(place: str) -> No
     again = preview(images=IMAGES[:1], seeds=(3,), captions=("a cow",))
     publish(again, place, [], set())
     records = read_records(Folder(place).read("previews.jsonl") or b"")
-    assert [(r["step"], r["prompt"]) for r in records] == [(500, "a cow"), (1000, "a cat"), (1000, "a dog"), (1000, "")]
+    assert [(r["step"], r["prompt"]) for r in records] == [
+        (500, "a cow"),
+        (1000, "a cat"),
+        (1000, "a dog"),
+        (1000, ""),
+    ]
 
 
 @pytest.mark.parametrize("torn", [1, 50, 200])
@@ -169,16 +192,27 @@ def test_a_last_line_torn_by_a_kill_costs_that_line_alone(place: str, torn: int)
     assert [r["index"] for r in records if r["step"] == 1000] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("line", [b"\xff\xfe", b"[]", b"5", b"null", b'{"step": 1}', b'{"step": "x"}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "line", [b"\xff\xfe", b"[]", b"5", b"null", b'{"step": 1}', b'{"step": "x"}', b"[" * 100_000]
+)
 def test_lines_that_are_no_records_are_passed_over(line: bytes) -> None:
     good = json.dumps(PREVIEW.records()[0]).encode()
     assert len(read_records(b"\n".join([line, good, line]))) == 1
 
 
 def test_raw_comes_before_ema_and_steps_in_order() -> None:
-    lines = [preview(step=step, weights=weights).records()[0] for step in (1000, 500) for weights in ("ema", "raw")]
+    lines = [
+        preview(step=step, weights=weights).records()[0]
+        for step in (1000, 500)
+        for weights in ("ema", "raw")
+    ]
     records = read_records("\n".join(map(json.dumps, lines)).encode())
-    assert [(r["step"], r["weights"]) for r in records] == [(500, "raw"), (500, "ema"), (1000, "raw"), (1000, "ema")]
+    assert [(r["step"], r["weights"]) for r in records] == [
+        (500, "raw"),
+        (500, "ema"),
+        (1000, "raw"),
+        (1000, "ema"),
+    ]
 
 
 # Places that fail
@@ -188,7 +222,10 @@ def test_a_place_that_fails_is_told_and_costs_no_other(tmp_path: Path) -> None:
     (tmp_path / "previews").write_text("in the way")
     shown = Wandb()
     failed = publish(PREVIEW, str(tmp_path / "previews"), [Broken(), shown], set())
-    assert all(str(failure).startswith(f"cannot write to '{tmp_path / 'previews'}': ") for failure in failed[:-1])
+    assert all(
+        str(failure).startswith(f"cannot write to '{tmp_path / 'previews'}': ")
+        for failure in failed[:-1]
+    )
     assert str(failed[-1]) == "Broken: ConnectionError: no network"
     assert len(shown.calls) == 1
 
@@ -196,7 +233,9 @@ def test_a_place_that_fails_is_told_and_costs_no_other(tmp_path: Path) -> None:
 def test_one_file_in_the_way_costs_that_file_alone(tmp_path: Path) -> None:
     (tmp_path / "step_00000500.png").mkdir()
     (failure,) = publish(PREVIEW, str(tmp_path), [], set())
-    assert str(failure).startswith(f"cannot write to '{tmp_path}': ") and "step_00000500.png" in str(failure)
+    assert str(failure).startswith(
+        f"cannot write to '{tmp_path}': "
+    ) and "step_00000500.png" in str(failure)
     assert {"index.html", "previews.jsonl"} <= set(files(tmp_path)) and len(files(tmp_path)) == 5
 
 
@@ -215,17 +254,24 @@ def test_a_store_without_whole_uploads_gets_a_neighbour_that_is_moved() -> None:
     Folder("moving://bucket/a").write("x/b.txt", "one")
     Folder("moving://bucket/a").write("x/b.txt", "two")
     assert Folder("moving://bucket/a").read("x/b.txt") == b"two"
-    assert len(Moving.uploads) == 2 and all(path.startswith("/bucket/a/x/.b.txt.") for path in Moving.uploads)
+    assert len(Moving.uploads) == 2 and all(
+        path.startswith("/bucket/a/x/.b.txt.") for path in Moving.uploads
+    )
     assert names("moving://bucket/a") == ["x/b.txt"]
 
 
-def test_a_store_that_cannot_move_gets_the_file_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_cannot_move_gets_the_file_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def mv(*_: Any, **__: Any) -> None:
         raise NotImplementedError
 
     monkeypatch.setattr(Moving, "mv", mv)
     Folder("moving://bucket/still").write("b.txt", "one")
-    assert names("moving://bucket/still") == ["b.txt"] and Folder("moving://bucket/still").read("b.txt") == b"one"
+    assert (
+        names("moving://bucket/still") == ["b.txt"]
+        and Folder("moving://bucket/still").read("b.txt") == b"one"
+    )
 
 
 @pytest.mark.parametrize("place", ["path", "memory"], indirect=True)
@@ -256,8 +302,12 @@ class Fake:
 
 
 class Wandb(Fake):
-    def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
-        assert isinstance(images, list) and all(len(values) == len(images) for values in kwargs.values())
+    def log_image(
+        self, key: str, images: list[Any], step: int | None = None, **kwargs: Any
+    ) -> None:
+        assert isinstance(images, list) and all(
+            len(values) == len(images) for values in kwargs.values()
+        )
         self.calls.append({"key": key, "images": images, "step": step, **kwargs})
 
 
@@ -298,10 +348,17 @@ class CometExperiment(Fake):
 
 class SummaryWriter(Fake):
     def add_image(
-        self, tag: str, img_tensor: Any, global_step: Any = None, walltime: Any = None, dataformats: str = "CHW"
+        self,
+        tag: str,
+        img_tensor: Any,
+        global_step: Any = None,
+        walltime: Any = None,
+        dataformats: str = "CHW",
     ) -> None:
         assert dataformats == "HWC"
-        self.calls.append({"key": tag, "images": [Image.fromarray(img_tensor)], "step": global_step})
+        self.calls.append(
+            {"key": tag, "images": [Image.fromarray(img_tensor)], "step": global_step}
+        )
 
 
 class Lit(Fake):
@@ -327,7 +384,13 @@ GRID = (18, 14)  # width and height of three images of 6 x 4, in two columns
 
 @pytest.mark.parametrize("weights", ["raw", "ema"])
 def test_loggers_are_shown_the_grid(tmp_path: Path, weights: str) -> None:
-    mlflow, comet, writer, unknown, album = MlflowClient(), CometExperiment(), SummaryWriter(), SummaryWriter(), Wandb()
+    mlflow, comet, writer, unknown, album = (
+        MlflowClient(),
+        CometExperiment(),
+        SummaryWriter(),
+        SummaryWriter(),
+        Wandb(),
+    )
     loggers = [
         with_experiment("MLFlowLogger", mlflow, run_id="run5"),
         with_experiment("CometLogger", comet),
@@ -351,7 +414,10 @@ def test_weights_and_biases_is_shown_every_image_with_its_caption(tmp_path: Path
     logger = Mine()
     publish(PREVIEW, str(tmp_path), [logger], set())
     (call,) = logger.calls
-    assert call["caption"] == ["a cat (seed 7)", "a dog (seed 7)", f"seed {2**60}"] and call["step"] == 500
+    assert (
+        call["caption"] == ["a cat (seed 7)", "a dog (seed 7)", f"seed {2**60}"]
+        and call["step"] == 500
+    )
     for image, expected in zip(call["images"], IMAGES, strict=True):
         np.testing.assert_array_equal(np.asarray(image), expected.permute(1, 2, 0).numpy())
 
@@ -359,21 +425,29 @@ def test_weights_and_biases_is_shown_every_image_with_its_caption(tmp_path: Path
 def test_lit_logger_is_given_the_file_where_there_is_one(tmp_path: Path, recwarn: Any) -> None:
     logger, told = named("LitLogger", Lit), set[str]()
     publish(PREVIEW, f"file://{tmp_path}", [logger], told)
-    assert [Path(call["path"]).read_bytes() for call in logger.calls] == [png_bytes(image_grid(IMAGES))]
+    assert [Path(call["path"]).read_bytes() for call in logger.calls] == [
+        png_bytes(image_grid(IMAGES))
+    ]
     assert not recwarn.list
-    with pytest.warns(UserWarning, match="LitLogger takes no images; previews are in 'memory://a/b' alone"):
+    with pytest.warns(
+        UserWarning, match="LitLogger takes no images; previews are in 'memory://a/b' alone"
+    ):
         publish(PREVIEW, "memory://a/b", [logger], told)
 
 
 def test_loggers_without_images_are_told_of_once(tmp_path: Path) -> None:
-    told, loggers = set[str](), [CSVLogger(tmp_path / "csv"), with_experiment("Plain", None), object()]
+    told, loggers = (
+        set[str](),
+        [CSVLogger(tmp_path / "csv"), with_experiment("Plain", None), object()],
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step in (500, 1000):
             assert publish(preview(step=step), str(tmp_path / "p"), loggers, told) == []
     texts = [str(w.message) for w in caught]
     assert texts == [
-        f"{name} takes no images; previews are in '{tmp_path / 'p'}' alone" for name in ("CSVLogger", "Plain", "object")
+        f"{name} takes no images; previews are in '{tmp_path / 'p'}' alone"
+        for name in ("CSVLogger", "Plain", "object")
     ]
 
 
@@ -390,7 +464,9 @@ def test_tensorboard_itself(tmp_path: Path) -> None:
     for tag in ("previews", "previews_ema"):
         (event,) = events.Images(tag)
         assert event.step == 500
-        np.testing.assert_array_equal(pixels(event.encoded_image_string, tmp_path), image_grid(IMAGES).numpy())
+        np.testing.assert_array_equal(
+            pixels(event.encoded_image_string, tmp_path), image_grid(IMAGES).numpy()
+        )
 
 
 def test_every_logger_of_lightning_is_listed() -> None:

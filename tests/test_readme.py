@@ -29,7 +29,9 @@ class Network(nn.Module):
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_readme(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["train.py", "--prediction_type", "v_prediction", "--rescale_betas_zero_snr"])
+    monkeypatch.setattr(
+        "sys.argv", ["train.py", "--prediction_type", "v_prediction", "--rescale_betas_zero_snr"]
+    )
     network = Network()
     schedule = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
     names: dict[str, Any] = {

@@ -70,14 +70,18 @@ def reference_walk(t_T: int, jump_length: int, jump_n_sample: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("steps", "jump_length", "jump_n_sample"), [(250, 10, 10), (20, 5, 3), (7, 1, 2), (11, 4, 4), (5, 9, 1)]
+    ("steps", "jump_length", "jump_n_sample"),
+    [(250, 10, 10), (20, 5, 3), (7, 1, 2), (11, 4, 4), (5, 9, 1)],
 )
 def test_the_walk_of_the_paper(steps: int, jump_length: int, jump_n_sample: int) -> None:
     places = time_travel(steps, jump_length, jump_n_sample)
-    assert [steps - 1 - place for place in places] == reference_walk(steps, jump_length, jump_n_sample)
+    assert [steps - 1 - place for place in places] == reference_walk(
+        steps, jump_length, jump_n_sample
+    )
     assert all(abs(a - b) == 1 for a, b in pairwise(places))
     assert (places[0], places[-1]) == (0, steps)
-    assert places.count(steps) == 1  # the clean image is reached once: algorithm 1 jumps back for t > 1 alone
+    # the clean image is reached once: algorithm 1 jumps back for t > 1 alone
+    assert places.count(steps) == 1
 
 
 def test_how_much_the_paper_s_walk_costs() -> None:
@@ -94,16 +98,22 @@ def test_how_much_the_paper_s_walk_costs() -> None:
     sampler = RePaint(LINEAR, steps=12, jump_length=3, jump_n_sample=2)
     sampler(network, SHAPE, seeds=0, known=torch.zeros(SHAPE), mask=torch.zeros(SHAPE))
     assert len(calls) == 12 + 3 * 3
-    assert calls == [int(s.timestep) for s, n in pairwise(sampler.visits) if n.sigma_ve < s.sigma_ve]
+    assert calls == [
+        int(s.timestep) for s, n in pairwise(sampler.visits) if n.sigma_ve < s.sigma_ve
+    ]
 
 
-@pytest.mark.parametrize(("steps", "jump_length", "jump_n_sample"), [(250, 10, 10), (20, 5, 3), (7, 1, 2), (11, 4, 4)])
+@pytest.mark.parametrize(
+    ("steps", "jump_length", "jump_n_sample"), [(250, 10, 10), (20, 5, 3), (7, 1, 2), (11, 4, 4)]
+)
 def test_the_walk_of_the_peer(steps: int, jump_length: int, jump_n_sample: int) -> None:
     scheduler = peer.RePaintScheduler(num_train_timesteps=steps)
     scheduler.set_timesteps(steps, jump_length, jump_n_sample)
     # it lists the level where a step down begins, and one more than that where a step up ends
     places = time_travel(steps, jump_length, jump_n_sample, resample_clean=True)
-    assert [steps - (a + 1 if b > a else b) for a, b in pairwise(places)] == scheduler.timesteps.tolist()
+    assert [
+        steps - (a + 1 if b > a else b) for a, b in pairwise(places)
+    ] == scheduler.timesteps.tolist()
 
 
 # diffusers
@@ -123,7 +133,12 @@ def peer_run(scheduler: Any, x: Tensor, known: Tensor, mask: Tensor) -> Iterator
 
 
 def exact_peer(
-    steps: int, jump_length: int, jump_n_sample: int, eta: float, trained: int, clip_sample: bool = False
+    steps: int,
+    jump_length: int,
+    jump_n_sample: int,
+    eta: float,
+    trained: int,
+    clip_sample: bool = False,
 ) -> Any:
     """The peer with its tables in float64."""
     scheduler = peer.RePaintScheduler(num_train_timesteps=trained, clip_sample=clip_sample, eta=eta)
@@ -146,8 +161,12 @@ def test_agreement_with_the_peer(
     # the peer draws for a step into the clean image as well, without using it
     left = iter(draws)
     into_clean = iter([n.sigma == 0 for n in sampler.visits[1:]])
-    monkeypatch.setattr(peer, "randn_tensor", lambda *a, **k: torch.zeros(SHAPE) if next(into_clean) else next(left))
-    theirs = list(peer_run(exact_peer(steps, jump_length, jump_n_sample, eta, steps), start, known, mask))
+    monkeypatch.setattr(
+        peer, "randn_tensor", lambda *a, **k: torch.zeros(SHAPE) if next(into_clean) else next(left)
+    )
+    theirs = list(
+        peer_run(exact_peer(steps, jump_length, jump_n_sample, eta, steps), start, known, mask)
+    )
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
@@ -171,7 +190,9 @@ def test_agreement_with_the_peer_that_clips(eta: float, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_agreement_with_the_peer_on_a_coarser_grid(eta: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_agreement_with_the_peer_on_a_coarser_grid(
+    eta: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     known, mask = *drawn(1, seed=9), half_known()
     sampler = RePaint(LINEAR, 20, 5, 1, eta, grid="leading")
     start, *draws = drawn(21)
@@ -182,7 +203,9 @@ def test_agreement_with_the_peer_on_a_coarser_grid(eta: float, monkeypatch: pyte
     assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
-def test_the_way_up_ends_in_the_marginal_and_the_peer_s_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_way_up_ends_in_the_marginal_and_the_peer_s_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     # with 20 of 1000 timesteps: from the level of t to that of t + 50
     sampler = RePaint(LINEAR, 20, 5, 2, grid="leading")
     s, n = sampler.knots[15], sampler.knots[14]
@@ -202,7 +225,10 @@ def test_the_way_up_ends_in_the_marginal_and_the_peer_s_does_not(monkeypatch: py
 
 
 def test_the_known_part_comes_out_as_it_was() -> None:
-    known, mask = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)), half_known().bool()
+    known, mask = (
+        torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)),
+        half_known().bool(),
+    )
     for schedule in (LINEAR, ZTSNR, NoiseSchedule.flow(3.0)):
         sampler = RePaint(schedule, steps=6, jump_length=2, jump_n_sample=2)
         x = sampler(lambda x, t: -x, SHAPE, seeds=0, known=known, mask=mask)
@@ -212,7 +238,9 @@ def test_the_known_part_comes_out_as_it_was() -> None:
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize(
-    "schedule", [LINEAR, ZTSNR, NoiseSchedule.flow(), NoiseSchedule.karras()], ids=lambda s: s.curve.kind
+    "schedule",
+    [LINEAR, ZTSNR, NoiseSchedule.flow(), NoiseSchedule.karras()],
+    ids=lambda s: s.curve.kind,
 )
 def test_without_a_mask_and_jumps_it_is_ddim(schedule: NoiseSchedule, eta: float) -> None:
     def network(x: Tensor, t: Tensor) -> Tensor:
@@ -222,11 +250,15 @@ def test_without_a_mask_and_jumps_it_is_ddim(schedule: NoiseSchedule, eta: float
     # RePaint draws at eta = 0 too, for the known part: give both the same start
     start = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
     x = sampler(network, start, seeds=0, known=torch.zeros(SHAPE), mask=torch.zeros(1, 1, 1, 1))
-    assert torch.allclose(x, Sampler(schedule, "ddim", 10, eta=eta)(network, start, seeds=0), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(
+        x, Sampler(schedule, "ddim", 10, eta=eta)(network, start, seeds=0), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])
-@pytest.mark.parametrize("schedule", [LINEAR, ZTSNR, NoiseSchedule.flow()], ids=lambda s: s.curve.kind)
+@pytest.mark.parametrize(
+    "schedule", [LINEAR, ZTSNR, NoiseSchedule.flow()], ids=lambda s: s.curve.kind
+)
 def test_every_step_of_the_walk_is_at_its_marginal(schedule: NoiseSchedule, eta: float) -> None:
     # data of one point, draws that are unit vectors: x - α x_0 is a combination of them whose length is σ, known or not
     sampler = RePaint(schedule, 8, 3, 3, eta)
@@ -237,12 +269,18 @@ def test_every_step_of_the_walk_is_at_its_marginal(schedule: NoiseSchedule, eta:
         draws = iter(unit[1:])
 
         def evaluate(x: Tensor, knot: Knot) -> Tensor:
-            return schedule.prediction.combine(x0, (x - knot.alpha * x0) / knot.sigma, knot.alpha, knot.sigma)
+            return schedule.prediction.combine(
+                x0, (x - knot.alpha * x0) / knot.sigma, knot.alpha, knot.sigma
+            )
 
         first = visits[0]
-        run = Run(first.alpha * x0 + first.sigma * unit[0], evaluate, lambda draws=draws: next(draws))
+        run = Run(
+            first.alpha * x0 + first.sigma * unit[0], evaluate, lambda draws=draws: next(draws)
+        )
         for progress, n in zip(sampler.advance(run, visits, x0, mask), visits[1:], strict=True):
-            assert float((progress.x - n.alpha * x0).norm()) == pytest.approx(n.sigma, rel=1e-9, abs=1e-9)
+            assert float((progress.x - n.alpha * x0).norm()) == pytest.approx(
+                n.sigma, rel=1e-9, abs=1e-9
+            )
 
 
 def test_resampling_brings_the_parts_into_agreement() -> None:
@@ -254,7 +292,9 @@ def test_resampling_brings_the_parts_into_agreement() -> None:
     def network(x: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = float(schedule.alpha(t[:1].double())), float(schedule.sigma(t[:1].double()))
         gain = (
-            alpha * covariance @ torch.linalg.inv(alpha**2 * covariance + sigma**2 * torch.eye(2, dtype=torch.float64))
+            alpha
+            * covariance
+            @ torch.linalg.inv(alpha**2 * covariance + sigma**2 * torch.eye(2, dtype=torch.float64))
         )
         return (x.double() @ gain.T).to(x)
 
@@ -275,7 +315,9 @@ def test_progress_and_seeds() -> None:
     sampler = RePaint(ZTSNR, steps=6, jump_length=2, jump_n_sample=2)
     known, mask = torch.ones(SHAPE), half_known()
     steps = list(sampler.iterate(lambda x, t: -x, SHAPE, seeds=[3, 4], known=known, mask=mask))
-    assert [(p.step, p.steps) for p in steps] == [(i, len(sampler.visits) - 1) for i in range(1, len(sampler.visits))]
+    assert [(p.step, p.steps) for p in steps] == [
+        (i, len(sampler.visits) - 1) for i in range(1, len(sampler.visits))
+    ]
     assert torch.allclose(steps[-1].denoised[..., 2:], steps[-1].x[..., 2:])
     alone = sampler(lambda x, t: -x, (1, *SHAPE[1:]), seeds=4, known=known[:1], mask=mask[:1])
     assert torch.equal(alone[0], steps[-1].x[1])
@@ -286,7 +328,9 @@ def test_progress_and_seeds() -> None:
 def test_masks_that_are_the_same_for_all(mask_shape: tuple[int, ...]) -> None:
     mask = (torch.rand(mask_shape, generator=torch.Generator().manual_seed(2)) > 0.5).float()
     known = torch.full(SHAPE, 7.0)
-    x = RePaint(ZTSNR, steps=4, jump_n_sample=1)(lambda x, t: -x, SHAPE, seeds=0, known=known, mask=mask)
+    x = RePaint(ZTSNR, steps=4, jump_n_sample=1)(
+        lambda x, t: -x, SHAPE, seeds=0, known=known, mask=mask
+    )
     assert torch.equal(x == 7.0, mask.bool().expand(SHAPE))
 
 
@@ -308,14 +352,19 @@ def test_masks_that_are_the_same_for_all(mask_shape: tuple[int, ...]) -> None:
 )  # fmt: skip
 def test_bad_masks(mask: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        RePaint(ZTSNR, steps=20)(lambda x, t: x, SHAPE, seeds=0, known=torch.zeros(SHAPE), mask=mask)
+        RePaint(ZTSNR, steps=20)(
+            lambda x, t: x, SHAPE, seeds=0, known=torch.zeros(SHAPE), mask=mask
+        )
 
 
 def test_bad_known_images() -> None:
     with pytest.raises(
-        ValueError, match=r"^known must have the shape of the samples, \(2, 3, 4, 4\), got \(1, 3, 4, 4\)$"
+        ValueError,
+        match=r"^known must have the shape of the samples, \(2, 3, 4, 4\), got \(1, 3, 4, 4\)$",
     ):
-        RePaint(ZTSNR)(lambda x, t: x, SHAPE, seeds=0, known=torch.zeros(1, 3, 4, 4), mask=half_known())
+        RePaint(ZTSNR)(
+            lambda x, t: x, SHAPE, seeds=0, known=torch.zeros(1, 3, 4, 4), mask=half_known()
+        )
 
 
 @pytest.mark.parametrize(

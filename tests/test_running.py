@@ -13,10 +13,10 @@ from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Sampler
 from alphabar.sampling.inference import SeededNoise, checked_shape
 from alphabar.sampling.standalone.adaptive import DPMAdaptive
+from alphabar.sampling.standalone.langevin import PredictorCorrector
 from alphabar.sampling.standalone.learned_variance import LearnedVariance
 from alphabar.sampling.standalone.repaint import RePaint
-from alphabar.sampling.standalone.score_sde import PredictorCorrector
-from alphabar.sampling.table import Evaluation
+from alphabar.sampling.tracing import Evaluation
 
 V = NoiseSchedule.scaled_linear(prediction="v_prediction")
 SHAPE = (2, 3, 4, 4)
@@ -46,7 +46,9 @@ def network_for(name: str, network: Any = smooth) -> Any:
     return double
 
 
-def drawn(name: str, shape: tuple[int, ...] = SHAPE, network: Any = smooth, **arguments: Any) -> Tensor:
+def drawn(
+    name: str, shape: tuple[int, ...] = SHAPE, network: Any = smooth, **arguments: Any
+) -> Tensor:
     sampler, further = SAMPLERS[name]
     further = {key: value.expand(shape[0], *value.shape[1:]) for key, value in further.items()}
     return sampler(network_for(name, network), shape, **further, **arguments)
@@ -66,7 +68,9 @@ def test_the_same_seeds_give_the_same_images(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "adaptive"])
 def test_an_image_does_not_depend_on_its_batch(name: str) -> None:
-    assert torch.allclose(drawn(name, (1, 3, 4, 4), seeds=4)[0], drawn(name, seeds=3)[1], rtol=0, atol=1e-6)
+    assert torch.allclose(
+        drawn(name, (1, 3, 4, 4), seeds=4)[0], drawn(name, seeds=3)[1], rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -98,19 +102,26 @@ def test_no_gradients_and_no_leak_of_that_mode(name: str) -> None:
     ("shape", "arguments", "message"),
     [
         ((2,), {}, r"^the shape must be \(batch, ...\) of positive integers, got \(2,\)$"),
-        ((2, 0, 3, 3), {}, r"^the shape must be \(batch, ...\) of positive integers, got \(2, 0, 3, 3\)$"),
+        (
+            (2, 0, 3, 3),
+            {},
+            r"^the shape must be \(batch, ...\) of positive integers, got \(2, 0, 3, 3\)$",
+        ),
         (SHAPE, {"seeds": [1, 2, 3]}, r"^need one seed for each of 2 images, got 3$"),
         (SHAPE, {"guidance_scale": 3.0}, r"^guidance_scale=3.0 needs unconditional=..., "),
         (SHAPE, {"clip": -1.0}, r"^clip must be a positive limit of \|x_0\|, got -1.0; "),
     ],
 )
-def test_bad_arguments_fail_at_the_call(name: str, shape: Any, arguments: dict[str, Any], message: str) -> None:
+def test_bad_arguments_fail_at_the_call(
+    name: str, shape: Any, arguments: dict[str, Any], message: str
+) -> None:
     sampler, further = SAMPLERS[name]
     with pytest.raises(ValueError, match=message):
         sampler.iterate(network_for(name), shape, **further, **arguments)  # not even begun
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "learned_variance"])  # see its own tests
+# see its own tests
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "learned_variance"])
 def test_guidance_is_sampling_with_the_guided_network(name: str) -> None:
     def mixed(x: Tensor, t: Tensor) -> Tensor:
         return torch.lerp(smooth(x, t, -0.2), smooth(x, t, 0.3), 3.0)
@@ -137,7 +148,9 @@ def test_times_between_timesteps_are_not_cut_off(method: str) -> None:
 
     sampler = Sampler(V, method, 5)
     sampler(network, SHAPE, seeds=0)
-    knots = [op.knot for step in sampler.table.steps for op in step.ops if isinstance(op, Evaluation)]
+    knots = [
+        op.knot for step in sampler.table.steps for op in step.ops if isinstance(op, Evaluation)
+    ]
     assert seen == pytest.approx([knot.timestep for knot in knots], rel=1e-6)
     assert any(time % 1 for time in seen)
 
@@ -174,7 +187,10 @@ def test_cfg_plus_plus_goes_along_the_unconditional_noise() -> None:
 
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_cfg_plus_plus_without_guidance_is_ddim(clip: float | None) -> None:
-    ours, ddim = (Sampler(V, method, 4)(smooth, SHAPE, seeds=0, clip=clip) for method in ("ddim_cfg_pp", "ddim"))
+    ours, ddim = (
+        Sampler(V, method, 4)(smooth, SHAPE, seeds=0, clip=clip)
+        for method in ("ddim_cfg_pp", "ddim")
+    )
     assert torch.allclose(ours, ddim, rtol=0, atol=1e-5)
 
 
@@ -192,7 +208,8 @@ def test_an_image_is_told_by_its_seed_alone() -> None:
         for drawn, alone in zip(batch, draws_of((1, 2, 5), seed), strict=True):
             assert torch.equal(drawn[i], alone[0])
     assert not torch.equal(batch[0], batch[2])  # another draw
-    assert all(torch.equal(a, b) for a, b in zip(batch, draws_of((3, 2, 5), 5), strict=True))  # counted up
+    # counted up
+    assert all(torch.equal(a, b) for a, b in zip(batch, draws_of((3, 2, 5), 5), strict=True))
 
 
 SEEDS = {
@@ -208,12 +225,17 @@ SEEDS = {
 @pytest.mark.parametrize("name", SEEDS)
 def test_what_is_an_integer_is_a_seed(name: str) -> None:
     given, same = SEEDS[name]
-    assert all(torch.equal(a, b) for a, b in zip(draws_of((3, 2), given), draws_of((3, 2), same), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(draws_of((3, 2), given), draws_of((3, 2), same), strict=True)
+    )
 
 
 @pytest.mark.parametrize("seed", [True, np.True_, 1.0, "1", [1, 2.5, 3], [True, 1, 2]])
 def test_what_is_no_integer_is_no_seed(seed: Any) -> None:
-    with pytest.raises((TypeError, ValueError), match=r"^a seed must be an integer, got |^need one seed for each"):
+    with pytest.raises(
+        (TypeError, ValueError), match=r"^a seed must be an integer, got |^need one seed for each"
+    ):
         draws_of((3, 2), seed)
 
 
@@ -232,5 +254,7 @@ def test_all_64_bits_of_a_seed_count() -> None:
 def test_shapes_of_numpy_integers() -> None:
     assert checked_shape(np.array([2, 3])) == checked_shape((np.int32(2), 3)) == (2, 3)
     for shape in ((2, True), (2, np.int64(0)), (2, 3.0)):
-        with pytest.raises(ValueError, match=r"^the shape must be \(batch, \.\.\.\) of positive integers, got "):
+        with pytest.raises(
+            ValueError, match=r"^the shape must be \(batch, \.\.\.\) of positive integers, got "
+        ):
             checked_shape(shape)

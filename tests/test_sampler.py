@@ -98,7 +98,9 @@ def test_names_of_the_field(name: str, method: str, grid: str) -> None:
 
 
 def test_every_name_is_one_method_s() -> None:
-    names = [(name, method) for method in METHODS.values() for name in (method.name, *method.called)]
+    names = [
+        (name, method) for method in METHODS.values() for name in (method.name, *method.aliases)
+    ]
     for name, method in names:
         assert resolve_method(name)[0] is method
     for name, method in METHODS.items():
@@ -107,14 +109,21 @@ def test_every_name_is_one_method_s() -> None:
 
 
 def test_a_grid_that_is_said_outranks_the_name_s() -> None:
-    assert Sampler(V, "DPM++ 2M Karras", 5, "leading").timesteps == Sampler(V, "dpmpp_2m", 5, "leading").timesteps
+    assert (
+        Sampler(V, "DPM++ 2M Karras", 5, "leading").timesteps
+        == Sampler(V, "dpmpp_2m", 5, "leading").timesteps
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
         (("dpm2m",), {}, "unknown method 'dpm2m'; did you mean 'DPM2', 'DPM++ 2M' or 'DPM2 a'?"),
-        (("Eular a",), {}, "unknown method 'Eular a'; did you mean 'Euler a', 'Euler' or 'Euler a CFG++'?"),
+        (
+            ("Eular a",),
+            {},
+            "unknown method 'Eular a'; did you mean 'Euler a', 'Euler' or 'Euler a CFG++'?",
+        ),
         (
             ("EulerDiscreteSheduler",),
             {},
@@ -122,11 +131,17 @@ def test_a_grid_that_is_said_outranks_the_name_s() -> None:
             "or 'LMSDiscreteScheduler'?",
         ),
         (("ddim", 20, "trialing"), {}, "unknown grid 'trialing'; did you mean 'trailing'?"),
-        (("ddim", 20), {"etta": 1.0}, "unknown option of ddim on the trailing grid 'etta'; did you mean 'eta'?"),
+        (
+            ("ddim", 20),
+            {"etta": 1.0},
+            "unknown option of ddim on the trailing grid 'etta'; did you mean 'eta'?",
+        ),
         (("heun", 0), {}, "steps must be between 1 and the 1000 training timesteps, got 0"),
     ],
 )
-def test_what_is_unknown_is_refused(arguments: tuple[Any, ...], options: dict[str, Any], message: str) -> None:
+def test_what_is_unknown_is_refused(
+    arguments: tuple[Any, ...], options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError) as caught:
         Sampler(V, *arguments, **options)
     assert str(caught.value) == message
@@ -139,7 +154,8 @@ def test_unknown_method_without_a_near_one() -> None:
 
 def test_a_curve_is_no_schedule() -> None:
     with pytest.raises(
-        TypeError, match=r"^schedule must be a NoiseSchedule, got Discrete; e\.g\. NoiseSchedule\.scaled_linear\(\)$"
+        TypeError,
+        match=r"^schedule must be a NoiseSchedule, got Discrete; e\.g\. NoiseSchedule\.scaled_linear\(\)$",
     ):
         Sampler(V.curve)
 
@@ -156,7 +172,8 @@ FROM_NOISE = [
     schedule
     for name in ("ztsnr", "shifted_ztsnr", "flow")
     for schedule in allowed(SCHEDULES[name])
-    if schedule.prediction.name != "consistency"  # of EDM's σ; its D is x itself at the least noise, and not defined below
+    if schedule.prediction.name
+    != "consistency"  # of EDM's σ; its D is x itself at the least noise, and not defined below
 ]
 ENDS = all_pairs(ENDING, FROM_NOISE, ["linspace", "leading", "trailing", "karras"])
 
@@ -191,7 +208,8 @@ def test_denoised_is_the_estimate_of_the_step(method: str) -> None:
         return estimates[-1]
 
     for progress in sampler.iterate(network, start, seeds=0):
-        assert torch.equal(progress.denoised, estimates[0])  # made of the x that the step started from
+        # made of the x that the step started from
+        assert torch.equal(progress.denoised, estimates[0])
         estimates.clear()
 
 
@@ -253,7 +271,9 @@ def test_an_image_depends_on_its_seed_alone(method: str) -> None:
         assert torch.equal(sampler(smooth, (1, *SHAPE[1:]), seeds=[seed])[0], batch[place])
     assert not torch.allclose(batch[0], batch[1], atol=1e-2)
     assert torch.equal(sampler(smooth, SHAPE, seeds=4), sampler(smooth, SHAPE, seeds=[4, 5, 6]))
-    assert torch.equal(sampler(smooth, SHAPE, seeds=range(4, 7)), sampler(smooth, SHAPE, seeds=[4, 5, 6]))
+    assert torch.equal(
+        sampler(smooth, SHAPE, seeds=range(4, 7)), sampler(smooth, SHAPE, seeds=[4, 5, 6])
+    )
 
 
 def test_the_first_noise_is_the_seed_s() -> None:
@@ -300,7 +320,9 @@ def test_one_seed_for_each_image(seeds: list[int]) -> None:
 
 @pytest.mark.parametrize("shape", [(3,), (), (0, 2), (3, -1), (3, 2.5)])
 def test_bad_shapes(shape: Any) -> None:
-    with pytest.raises(ValueError, match=r"^the shape must be \(batch, \.\.\.\) of positive integers, got "):
+    with pytest.raises(
+        ValueError, match=r"^the shape must be \(batch, \.\.\.\) of positive integers, got "
+    ):
         Sampler(V)(smooth, shape, seeds=0)
 
 
@@ -318,7 +340,9 @@ def times_given(sampler: Sampler) -> list[Tensor]:
     return seen
 
 
-@pytest.mark.parametrize(("grid", "options"), [("trailing", {}), ("leading", {}), ("linspace", {"rounded": True})])
+@pytest.mark.parametrize(
+    ("grid", "options"), [("trailing", {}), ("leading", {}), ("linspace", {"rounded": True})]
+)
 def test_whole_timesteps_are_integers(grid: str, options: dict[str, Any]) -> None:
     sampler = Sampler(V, "euler", 7, grid, **options)
     seen = times_given(sampler)
@@ -328,7 +352,8 @@ def test_whole_timesteps_are_integers(grid: str, options: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("schedule", "steps", "grid"), [(V, 6, "linspace"), (V, 7, "karras"), (FLOW, 7, "trailing"), (FLOW, 4, "trailing")]
+    ("schedule", "steps", "grid"),
+    [(V, 6, "linspace"), (V, 7, "karras"), (FLOW, 7, "trailing"), (FLOW, 4, "trailing")],
 )
 def test_other_times_are_floats(schedule: NoiseSchedule, steps: int, grid: str) -> None:
     sampler = Sampler(schedule, "euler", steps, grid)
@@ -385,16 +410,22 @@ def test_networks_may_return_a_tensor_an_object_or_a_tuple() -> None:
     sampler = Sampler(V, "heun", 4)
     expected = sampler(smooth, SHAPE, seeds=0)
     for wrap in (lambda out: SimpleNamespace(sample=out), lambda out: (out, None)):
-        assert torch.equal(sampler(lambda x, t, wrap=wrap: wrap(smooth(x, t)), SHAPE, seeds=0), expected)
+        assert torch.equal(
+            sampler(lambda x, t, wrap=wrap: wrap(smooth(x, t)), SHAPE, seeds=0), expected
+        )
     with pytest.raises(
-        ValueError, match=r"^the network must return a tensor or an object with a tensor \.sample, got dict$"
+        ValueError,
+        match=r"^the network must return a tensor or an object with a tensor \.sample, got dict$",
     ):
         sampler(lambda x, t: {}, SHAPE, seeds=0)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 4), (3, 1, 4), (3, 4, 4)])
 def test_networks_must_return_the_shape_that_they_are_given(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"^the network's output must have the shape of its input, \(3, 2, 4\), got "):
+    with pytest.raises(
+        ValueError,
+        match=r"^the network's output must have the shape of its input, \(3, 2, 4\), got ",
+    ):
         Sampler(V, "euler", 2)(lambda x, t: torch.zeros(shape), SHAPE, seeds=0)
 
 
@@ -440,7 +471,10 @@ def test_the_given_noise_is_left_alone() -> None:
 
 def test_what_was_yielded_stays_as_it_was() -> None:
     for method in METHODS:
-        kept = [(progress.x, progress.x.clone()) for progress in Sampler(V, method, 5).iterate(smooth, SHAPE, seeds=0)]
+        kept = [
+            (progress.x, progress.x.clone())
+            for progress in Sampler(V, method, 5).iterate(smooth, SHAPE, seeds=0)
+        ]
         assert all(torch.equal(x, copy) for x, copy in kept), method
 
 
@@ -513,7 +547,10 @@ def test_guidance_doubles_the_batch_and_not_the_calls() -> None:
         assert flag == "as it is"
         return smooth(x, t)
 
-    both = {"conditioning": {"y": C, "flag": "as it is"}, "unconditional": {"y": U, "flag": "as it is"}}
+    both = {
+        "conditioning": {"y": C, "flag": "as it is"},
+        "unconditional": {"y": U, "flag": "as it is"},
+    }
     Sampler(V, "heun", 3)(network, SHAPE, seeds=0, guidance_scale=2.0, **both)
     assert batches == [6] * 5
     batches.clear()
@@ -619,7 +656,9 @@ def test_the_printed_coefficients_of_2m_follow_from_its_paper() -> None:
 
 
 def test_a_method_of_one_s_own_is_one_function() -> None:
-    def straight(trace: Any, knots: tuple[Knot, ...], i: int, x: Any, *, gain: float = 1.0) -> list[Any]:
+    def straight(
+        trace: Any, knots: tuple[Knot, ...], i: int, x: Any, *, gain: float = 1.0
+    ) -> list[Any]:
         s, n = knots[i], knots[i + 1]
         D = gain * trace.denoise(x, s)
         keep = n.sigma / s.sigma
@@ -627,7 +666,9 @@ def test_a_method_of_one_s_own_is_one_function() -> None:
 
     own = Method("straight", straight, order=1, source="here")
     assert torch.allclose(
-        Sampler(V, own, 5)(smooth, SHAPE, seeds=0), Sampler(V, "euler", 5)(smooth, SHAPE, seeds=0), atol=1e-5
+        Sampler(V, own, 5)(smooth, SHAPE, seeds=0),
+        Sampler(V, "euler", 5)(smooth, SHAPE, seeds=0),
+        atol=1e-5,
     )
     assert Sampler(V, own, 5, gain=1.0).options == (("gain", 1.0),)
     with pytest.raises(ValueError, match=r"its formula is wrong$"):
@@ -644,7 +685,11 @@ def test_the_kernel_runs_a_table_alone() -> None:
 
     *_, last = run(table, torch.zeros(SHAPE), lambda x, knot: 0 * x, noise)
     sigmas = [knot.sigma_ve for knot in table.knots]
-    assert intervals == [(sigmas[0], sigmas[1]), (sigmas[1], sigmas[2])]  # and no draw into the clean end
+    # and no draw into the clean end
+    assert intervals == [
+        (sigmas[0], sigmas[1]),
+        (sigmas[1], sigmas[2]),
+    ]
     assert last.step == 3
 
 
@@ -652,7 +697,9 @@ def test_to_diffusers_names_the_class_that_names_the_method() -> None:
     for name in CLASSES:
         if not CLASSES[name].written or name.startswith("FlowMatch"):
             continue
-        config = Sampler(NoiseSchedule.scaled_linear(prediction="v_prediction"), name, 10).to_diffusers()
+        config = Sampler(
+            NoiseSchedule.scaled_linear(prediction="v_prediction"), name, 10
+        ).to_diffusers()
         assert config["_class_name"] == name and hasattr(diffusers, name)
         assert not config.get("use_karras_sigmas")
         assert ("use_karras_sigmas" in config) == ("karras" in CLASSES[name].lays)

@@ -24,7 +24,9 @@ from callbacks_toy import SCHEDULE, Toy, files, fresh, loader, one_thread, train
 
 PLAIN = NoiseSchedule.scaled_linear(prediction="v_prediction")
 OTHERS = {
-    "beta_end": NoiseSchedule.scaled_linear(beta_end=0.02, prediction="v_prediction").zero_terminal_snr(),
+    "beta_end": NoiseSchedule.scaled_linear(
+        beta_end=0.02, prediction="v_prediction"
+    ).zero_terminal_snr(),
     "prediction": SCHEDULE.with_prediction("sample"),
     "zero_terminal_snr": PLAIN,
     "flow": NoiseSchedule.flow(shift=3.0),
@@ -77,7 +79,12 @@ def resume(path: Path, root: Path, schedule: NoiseSchedule, **arguments: Any) ->
 
 
 def test_what_lies_on_disk(saved: Path) -> None:
-    assert files(saved) == ["scheduler/noise_schedule.json", f"scheduler/{CONFIG_NAME}", "step=12.ckpt", "step=6.ckpt"]
+    assert files(saved) == [
+        "scheduler/noise_schedule.json",
+        f"scheduler/{CONFIG_NAME}",
+        "step=12.ckpt",
+        "step=6.ckpt",
+    ]
 
 
 def test_the_checkpoint_holds_plain_values(saved: Path) -> None:
@@ -93,12 +100,17 @@ def test_diffusers_loads_the_folder(saved: Path) -> None:
         scheduler: Any = kind.from_pretrained(str(saved), subfolder="scheduler")
         config = scheduler.config
         assert config.prediction_type == "v_prediction" and config.timestep_spacing == "trailing"
-        assert (config.beta_schedule, config.beta_start, config.beta_end) == ("scaled_linear", 0.00085, 0.012)
+        assert (config.beta_schedule, config.beta_start, config.beta_end) == (
+            "scaled_linear",
+            0.00085,
+            0.012,
+        )
         assert config.rescale_betas_zero_snr is True and config.clip_sample is False
     scheduler = diffusers.DDIMScheduler.from_pretrained(str(saved), subfolder="scheduler")
     ours = SCHEDULE.alphas_cumprod.numpy()
     np.testing.assert_allclose(scheduler.alphas_cumprod.numpy(), ours, rtol=1e-5, atol=1e-7)
-    assert ours[-1] == 0 and float(scheduler.alphas_cumprod[-1]) < 1e-14  # diffusers' float32 leaves a trace
+    # diffusers' float32 leaves a trace
+    assert ours[-1] == 0 and float(scheduler.alphas_cumprod[-1]) < 1e-14
     scheduler.set_timesteps(4)
     assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
 
@@ -110,7 +122,10 @@ def test_every_checkpoint_folder_is_served_and_default_checkpoints_stay(tmp_path
     assert type(plain.checkpoint_callback) is ModelCheckpoint
     plain.fit(fresh(), loader())
     assert f"checkpoints/scheduler/{CONFIG_NAME}" in files(tmp_path)
-    more = [ModelCheckpoint(tmp_path / "a", every_n_train_steps=3), OnExceptionCheckpoint(str(tmp_path / "b"))]
+    more = [
+        ModelCheckpoint(tmp_path / "a", every_n_train_steps=3),
+        OnExceptionCheckpoint(str(tmp_path / "b")),
+    ]
     save(tmp_path / "c", SCHEDULE, ScheduleCheckpoint(subfolder="noise"), *more, max_epochs=1)
     for folder in ("a", "b", "c"):
         assert NoiseSchedule.from_pretrained(tmp_path / folder, subfolder="noise") == SCHEDULE
@@ -147,8 +162,12 @@ def test_a_folder_changed_by_another_run_is_told_and_mended(tmp_path: Path) -> N
                 OTHERS["prediction"].save_pretrained(tmp_path / "scheduler")
 
     keep = ModelCheckpoint(tmp_path, every_n_train_steps=5)
-    with pytest.warns(UserWarning, match="had come to say .* with sample .* it says .* with v_prediction"):
-        train(tmp_path, keep, ScheduleCheckpoint(), module=fresh(Visited), enable_checkpointing=True)
+    with pytest.warns(
+        UserWarning, match="had come to say .* with sample .* it says .* with v_prediction"
+    ):
+        train(
+            tmp_path, keep, ScheduleCheckpoint(), module=fresh(Visited), enable_checkpointing=True
+        )
     assert NoiseSchedule.from_pretrained(tmp_path, subfolder="scheduler") == SCHEDULE
 
 
@@ -161,7 +180,9 @@ def test_a_schedule_that_diffusers_cannot_say_is_saved_exactly(tmp_path: Path) -
 
 
 def test_top_k_and_links_leave_the_folder(tmp_path: Path) -> None:
-    keep = ModelCheckpoint(tmp_path / "runs", filename="{step}", every_n_train_steps=3, save_last="link")
+    keep = ModelCheckpoint(
+        tmp_path / "runs", filename="{step}", every_n_train_steps=3, save_last="link"
+    )
     train(tmp_path, keep, ScheduleCheckpoint(), enable_checkpointing=True)
     names = files(tmp_path / "runs")
     assert f"scheduler/{CONFIG_NAME}" in names and "step=3.ckpt" not in names
@@ -179,10 +200,18 @@ def test_remote_folders_are_left_to_the_checkpoint_itself(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
-def test_resuming_under_another_schedule_is_refused_naming_both(saved: Path, tmp_path: Path, other: Any) -> None:
+def test_resuming_under_another_schedule_is_refused_naming_both(
+    saved: Path, tmp_path: Path, other: Any
+) -> None:
     with pytest.raises(ValueError) as refusal:
         resume(saved / "step=12.ckpt", tmp_path, other)
-    for part in (str(SCHEDULE), str(other), "step=12.ckpt", "give the module the schedule", "on_mismatch='warn'"):
+    for part in (
+        str(SCHEDULE),
+        str(other),
+        "step=12.ckpt",
+        "give the module the schedule",
+        "on_mismatch='warn'",
+    ):
         assert part in str(refusal.value)
 
 
@@ -196,26 +225,36 @@ def test_the_same_schedule_goes_on_whatever_config_it_came_from(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("mode", "warned"), [("warn", 1), ("ignore", 0)])
-def test_warn_and_ignore_go_on(saved: Path, tmp_path: Path, mode: Any, warned: int, recwarn: Any) -> None:
+def test_warn_and_ignore_go_on(
+    saved: Path, tmp_path: Path, mode: Any, warned: int, recwarn: Any
+) -> None:
     other = OTHERS["beta_end"]
     assert len(resume(saved / "step=12.ckpt", tmp_path, other, on_mismatch=mode).losses) == 6
     told = [str(w.message) for w in recwarn if "of the noise schedule" in str(w.message)]
-    assert len(told) == warned and all(str(other) in text and str(SCHEDULE) in text for text in told)
+    assert len(told) == warned and all(
+        str(other) in text and str(SCHEDULE) in text for text in told
+    )
 
 
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
 @pytest.mark.parametrize("embedded", [True, False])
-def test_evaluating_under_another_schedule_is_refused(copy: Path, verb: str, embedded: bool) -> None:
+def test_evaluating_under_another_schedule_is_refused(
+    copy: Path, verb: str, embedded: bool
+) -> None:
     path = copy / "step=12.ckpt"
     if not embedded:
         _strip(path, "noise_schedule", "callbacks")
     module = fresh(schedule=OTHERS["beta_end"])
     evaluating = trainer(copy, ScheduleCheckpoint(), inference_mode=False)
-    with pytest.raises(ValueError, match=r"step=12.ckpt' is of the noise schedule .* but this module has"):
+    with pytest.raises(
+        ValueError, match=r"step=12.ckpt' is of the noise schedule .* but this module has"
+    ):
         getattr(evaluating, verb)(module, loader(), ckpt_path=path)
     assert module.losses == []
     same = fresh()
-    getattr(trainer(copy, ScheduleCheckpoint(), inference_mode=False), verb)(same, loader(), ckpt_path=path)
+    getattr(trainer(copy, ScheduleCheckpoint(), inference_mode=False), verb)(
+        same, loader(), ckpt_path=path
+    )
     assert len(same.losses) == 6
 
 
@@ -231,7 +270,9 @@ def test_weights_only_files_are_known_by_their_folder(tmp_path: Path) -> None:
     assert "noise_schedule" not in read_checkpoint(path)
     assert schedule_from_checkpoint(path) == SCHEDULE
     with pytest.raises(ValueError, match=r"step=6.ckpt' is of the noise schedule"):
-        trainer(tmp_path, ScheduleCheckpoint()).validate(fresh(schedule=PLAIN), loader(), ckpt_path=path)
+        trainer(tmp_path, ScheduleCheckpoint()).validate(
+            fresh(schedule=PLAIN), loader(), ckpt_path=path
+        )
 
 
 def test_a_checkpoint_without_a_schedule_is_told_of_and_goes_on(copy: Path, caplog: Any) -> None:
@@ -240,9 +281,11 @@ def test_a_checkpoint_without_a_schedule_is_told_of_and_goes_on(copy: Path, capl
     shutil.rmtree(copy / "scheduler")
     with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
         assert len(resume(path, copy, PLAIN).losses) == 6
-    assert [r.levelname for r in caplog.records if "does not say its noise schedule; going on with" in r.message] == [
-        "INFO"
-    ]
+    assert [
+        r.levelname
+        for r in caplog.records
+        if "does not say its noise schedule; going on with" in r.message
+    ] == ["INFO"]
 
 
 def test_an_old_checkpoint_is_judged_by_the_folder_beside_it(copy: Path, tmp_path: Path) -> None:
@@ -257,7 +300,10 @@ def test_a_damaged_embedded_schedule_is_an_error(copy: Path, tmp_path: Path) -> 
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["noise_schedule"]["curve"]["beta_end"] = 0.5
     torch.save(checkpoint, path)
-    with pytest.raises(ValueError, match=r"the checkpoint's 'noise_schedule' .*step=12.ckpt' cannot be read.*damaged"):
+    with pytest.raises(
+        ValueError,
+        match=r"the checkpoint's 'noise_schedule' .*step=12.ckpt' cannot be read.*damaged",
+    ):
         resume(path, tmp_path, SCHEDULE)
     with pytest.raises(ValueError, match="cannot be read"):
         schedule_from_checkpoint(path)
@@ -342,8 +388,14 @@ def write(path: Path, content: Any) -> Path:
         (b"{}" * 50, "is damaged, or no checkpoint"),
         ([1, 2], "it holds a list, not a dict"),
         ({"hyper_parameters": Path("x")}, r"holds a pathlib.*; save hyperparameters as numbers"),
-        ({"noise_schedule": None}, "'noise_schedule' of .* cannot be read: not a noise schedule config"),
-        ({"noise_schedule": {"curve": {"kind": "disc"}, "prediction": "epsilon"}}, "did you mean 'discrete'"),
+        (
+            {"noise_schedule": None},
+            "'noise_schedule' of .* cannot be read: not a noise schedule config",
+        ),
+        (
+            {"noise_schedule": {"curve": {"kind": "disc"}, "prediction": "epsilon"}},
+            "did you mean 'discrete'",
+        ),
     ],
 )
 def test_unreadable_checkpoints_say_why(tmp_path: Path, content: Any, message: str) -> None:

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from alphabar.noising import NoiseSchedule, VarianceExploding
-from alphabar.sampling import Combination, Knot, Method, Sampler, Table, Trace
+from alphabar.sampling import METHODS, Combination, Knot, Method, Sampler, Table, Trace
 from alphabar.sampling.grids import make_knots
 from alphabar.sampling.inference import Run
 from alphabar.sampling.knots import knot_at_half_log_snr
-from alphabar.sampling.standalone.score_sde import METHODS, PredictorCorrector, score_sde_vp
-from alphabar.sampling.table import Draw, Evaluation, compile_table
+from alphabar.sampling.methods.score_sde import score_sde_vp
+from alphabar.sampling.standalone.langevin import PredictorCorrector
+from alphabar.sampling.table import compile_table
+from alphabar.sampling.tracing import Draw, Evaluation
 
-(VP_METHOD,) = METHODS
+VP_METHOD = METHODS["score_sde_vp"]
 VP = NoiseSchedule.variance_preserving()
 VE = NoiseSchedule.variance_exploding()
 MEAN, SPREAD = 0.7, 0.4
@@ -77,7 +79,7 @@ def test_agreement_with_the_vp_peer(steps: int, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_peer_s_name_stands_for_its_predictor_and_times() -> None:
-    implied = VP_METHOD.called["ScoreSdeVpScheduler"]
+    implied = VP_METHOD.aliases["ScoreSdeVpScheduler"]
     sampler = Sampler(VP, VP_METHOD, 20, **implied)
     assert sampler.timesteps == pytest.approx(
         [1000 * t for t in torch.linspace(1, 1e-3, 20, dtype=torch.float64).tolist()]
@@ -132,7 +134,9 @@ def weak_error(steps: int, schedule: NoiseSchedule, predictor: str) -> float:
         knots = tuple(knot_at_half_log_snr(schedule, -2 + 4 * i / steps) for i in range(steps + 1))
         last = knots[-1]
     mean, variance = moments(compile_table("score_sde", formula, knots, schedule), schedule)
-    return max(abs(mean - last.alpha * MEAN), abs(variance - (last.alpha * SPREAD) ** 2 - last.sigma**2))
+    return max(
+        abs(mean - last.alpha * MEAN), abs(variance - (last.alpha * SPREAD) ** 2 - last.sigma**2)
+    )
 
 
 @pytest.mark.parametrize(
@@ -145,7 +149,9 @@ def weak_error(steps: int, schedule: NoiseSchedule, predictor: str) -> float:
         (VP, "euler_maruyama"),
         (VP.with_prediction("score"), "euler_maruyama"),
     ],
-    ids=lambda value: value if isinstance(value, str) else f"{value.curve.kind}-{value.prediction.name}",
+    ids=lambda value: (
+        value if isinstance(value, str) else f"{value.curve.kind}-{value.prediction.name}"
+    ),
 )
 def test_weak_order_one(schedule: NoiseSchedule, predictor: str) -> None:
     errors = [weak_error(steps, schedule, predictor) for steps in (200, 400, 800)]
@@ -157,7 +163,12 @@ def test_weak_order_one(schedule: NoiseSchedule, predictor: str) -> None:
 @pytest.mark.parametrize("grid", ["trailing", "leading", "linspace", "karras"])
 @pytest.mark.parametrize(
     "schedule",
-    [VP, VE, NoiseSchedule.flow(3.0), NoiseSchedule.linear(prediction="sample").zero_terminal_snr()],
+    [
+        VP,
+        VE,
+        NoiseSchedule.flow(3.0),
+        NoiseSchedule.linear(prediction="sample").zero_terminal_snr(),
+    ],
     ids=lambda schedule: schedule.curve.kind,
 )
 def test_the_table_is_finite_on_every_schedule_and_grid(schedule: NoiseSchedule, grid: str) -> None:
@@ -171,14 +182,21 @@ def test_from_zero_snr_the_predictor_takes_the_posterior() -> None:
     trace, x = Trace(schedule, 1), Combination({0: 1.0})
     knots = [Knot(999.0, 0.0, 1.0), Knot(500.0, 0.6, 0.8)]
     (x_n,) = score_sde_vp(trace, knots, 0, x)
-    assert x_n.row == ((1, pytest.approx(0.6)), (2, pytest.approx(0.8)))  # α_n D + σ_n z, nothing of x
+    # α_n D + σ_n z, nothing of x
+    assert x_n.row == (
+        (1, pytest.approx(0.6)),
+        (2, pytest.approx(0.8)),
+    )
 
 
 # predictor and corrector
 
 
 def replayed(
-    sampler: PredictorCorrector, x: Tensor, network: Callable[[Tensor, Knot], Tensor], draws: Iterator[Tensor]
+    sampler: PredictorCorrector,
+    x: Tensor,
+    network: Callable[[Tensor, Knot], Tensor],
+    draws: Iterator[Tensor],
 ) -> Tensor:
     *_, last = sampler.advance(Run(x, network, lambda: next(draws)), sampler.knots)
     return last.x
@@ -192,7 +210,9 @@ def test_agreement_with_the_ve_peer(correct_steps: int, monkeypatch: pytest.Monk
     scheduler = peer_ve.ScoreSdeVeScheduler(sigma_max=50.0)
     scheduler.set_timesteps(steps)
     scheduler.set_sigmas(steps, 0.01, 50.0)
-    scheduler.discrete_sigmas = torch.linspace(math.log(0.01), math.log(50.0), steps, dtype=torch.float64).exp()
+    scheduler.discrete_sigmas = torch.linspace(
+        math.log(0.01), math.log(50.0), steps, dtype=torch.float64
+    ).exp()
     sigmas = scheduler.discrete_sigmas.flip(0)
 
     def score(x: Tensor, sigma: float) -> Tensor:
@@ -215,19 +235,25 @@ def test_agreement_with_the_ve_peer(correct_steps: int, monkeypatch: pytest.Monk
 
 def test_the_noise_levels_are_geometric() -> None:
     # as algorithm 2 has them; the network is given exactly these, where the peer's are up to 1e-4 off its own steps
-    knots = PredictorCorrector(NoiseSchedule(VarianceExploding(num_train_timesteps=2000), "score"), 2000).knots
+    knots = PredictorCorrector(
+        NoiseSchedule(VarianceExploding(num_train_timesteps=2000), "score"), 2000
+    ).knots
     ratios = [n.sigma / s.sigma for s, n in pairwise(knots[:-1])]
     assert max(ratios) - min(ratios) < 1e-12
     assert (knots[0].sigma, knots[-2].sigma, knots[-1].sigma) == pytest.approx((1348.0, 0.01, 0.0))
     scheduler = peer_ve.ScoreSdeVeScheduler()
     scheduler.set_timesteps(2000)
     scheduler.set_sigmas(2000)
-    assert scheduler.discrete_sigmas.flip(0).tolist() == pytest.approx([k.sigma for k in knots[:-1]], rel=1e-5)
+    assert scheduler.discrete_sigmas.flip(0).tolist() == pytest.approx(
+        [k.sigma for k in knots[:-1]], rel=1e-5
+    )
     seen = (scheduler.sigmas / scheduler.discrete_sigmas.flip(0) - 1).abs().max()
     assert 5e-5 < float(seen) < 2e-4
 
 
-@pytest.mark.parametrize("schedule", [VE, VP, NoiseSchedule.flow(), NoiseSchedule.karras()], ids=lambda s: s.curve.kind)
+@pytest.mark.parametrize(
+    "schedule", [VE, VP, NoiseSchedule.flow(), NoiseSchedule.karras()], ids=lambda s: s.curve.kind
+)
 def test_without_a_corrector_it_is_the_table(schedule: NoiseSchedule) -> None:
     def network(x: Tensor, t: Tensor) -> Tensor:
         return torch.tanh(x / (1 + x.abs())) + 0 * t.view(-1, 1)
@@ -237,7 +263,9 @@ def test_without_a_corrector_it_is_the_table(schedule: NoiseSchedule) -> None:
 
 
 @pytest.mark.parametrize(
-    "schedule", [VE, VP, VP.with_prediction("v_prediction")], ids=lambda s: f"{s.curve.kind}-{s.prediction.name}"
+    "schedule",
+    [VE, VP, VP.with_prediction("v_prediction")],
+    ids=lambda s: f"{s.curve.kind}-{s.prediction.name}",
 )
 def test_the_corrector_is_langevin_dynamics(schedule: NoiseSchedule) -> None:
     # algorithms 4 and 5: x + ε s + sqrt(2 ε) z, with ε = 2 α (r |z| / |s|)²; image by image
@@ -245,7 +273,9 @@ def test_the_corrector_is_langevin_dynamics(schedule: NoiseSchedule) -> None:
     s, n = sampler.knots[4:6]
     (x, z), a_b = noises(2, (2, 3)), score_gaussian(s)
     score = a_b[0] * x + a_b[1]
-    out = schedule.prediction.combine((x + s.sigma**2 * score) / s.alpha, -s.sigma * score, s.alpha, s.sigma)
+    out = schedule.prediction.combine(
+        (x + s.sigma**2 * score) / s.alpha, -s.sigma * score, s.alpha, s.sigma
+    )
     ours = sampler._corrected(Run(x, lambda x, knot: out, lambda: z), x, s, n)
     scale = (s.alpha / n.alpha) ** 2
     for image in range(2):
@@ -262,7 +292,10 @@ def test_an_image_and_its_company(norm: str) -> None:
         return -x / (1 + sigma.view(-1, 1) ** 2)
 
     sampler = PredictorCorrector(VE, 20, norm=norm)
-    alone, among = sampler(network, (1, 3), seeds=[4])[0], sampler(network, (3, 3), seeds=[4, 5, 6])[0]
+    alone, among = (
+        sampler(network, (1, 3), seeds=[4])[0],
+        sampler(network, (3, 3), seeds=[4, 5, 6])[0],
+    )
     assert torch.allclose(alone, among, rtol=1e-5, atol=1e-6) == (norm == "image")
 
 
@@ -291,7 +324,10 @@ def test_a_score_of_zero_is_no_reason_to_leave_the_numbers() -> None:
     ("options", "message"),
     [
         ({"norm": "mean"}, "norm must be one of image, batch, got 'mean'"),
-        ({"snr": 0.0}, "snr must be positive, got 0.0; the paper uses 0.16 for VE, 0.15 is diffusers'"),
+        (
+            {"snr": 0.0},
+            "snr must be positive, got 0.0; the paper uses 0.16 for VE, 0.15 is diffusers'",
+        ),
         ({"correct_steps": -1}, "correct_steps must be an integer of at least 0, got -1"),
         ({"correct_steps": 1.5}, "correct_steps must be an integer of at least 0, got 1.5"),
         ({"steps": 0}, "steps must be between 1 and the 1000 training timesteps, got 0"),
@@ -312,7 +348,10 @@ def test_euler_maruyama_needs_a_rate() -> None:
     with pytest.raises(ValueError) as caught:
         Sampler(NoiseSchedule.flow(), VP_METHOD, 5, predictor="euler_maruyama")
     assert str(caught.value) == message
-    with pytest.raises(ValueError, match=r"^predictor must be one of reverse_diffusion, euler_maruyama, got 'heun'$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^predictor must be one of reverse_diffusion, euler_maruyama, got 'heun'$",
+    ):
         Sampler(VP, VP_METHOD, 5, predictor="heun")
 
 

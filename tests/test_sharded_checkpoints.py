@@ -23,7 +23,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_folder_holds_its_schedule_and_goes_with_it(root: Path) -> None:
-    inside = [f"step=6.ckpt/scheduler/{name}" for name in ("noise_schedule.json", "scheduler_config.json")]
+    inside = [
+        f"step=6.ckpt/scheduler/{name}" for name in ("noise_schedule.json", "scheduler_config.json")
+    ]
     found = files(root / "saved")
     assert {*inside, "step=6.ckpt/meta.pt", "scheduler/scheduler_config.json"} <= set(found)
     assert not [name for name in found if "step=3" in name]
@@ -44,4 +46,7 @@ def test_another_schedule_is_refused_on_every_rank(root: Path) -> None:
         report = json.loads((root / f"rank{rank}.json").read_text())
         assert report["saved"] is None and report["same"] is None
         for verb in ("fit", "validate"):
-            assert "step=6.ckpt' is of the noise schedule" in report[verb] and "with sample" in report[verb]
+            assert (
+                "step=6.ckpt' is of the noise schedule" in report[verb]
+                and "with sample" in report[verb]
+            )

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMScheduler
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
+)
 
 from alphabar.noising import (
     CURVES,
@@ -100,7 +102,9 @@ def test_shift_and_zero_terminal_snr_act_in_the_order_of_the_calls() -> None:
     # a shift after the rescaling, and another rescaling, which finds nothing to do
     assert rescale_first.zero_terminal_snr() == rescale_first
     late = Discrete(rescaled_snr_shift_scale=3.0)
-    assert torch.allclose(late.zero_terminal_snr().alpha(t), shift_first.alpha(t), rtol=0, atol=1e-14)
+    assert torch.allclose(
+        late.zero_terminal_snr().alpha(t), shift_first.alpha(t), rtol=0, atol=1e-14
+    )
 
 
 @pytest.mark.parametrize("zero_snr", [False, True])
@@ -117,7 +121,9 @@ def test_resolution() -> None:
     t = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
     shifted = NoiseSchedule.cosine().shifted_for_resolution(256, 64)
     assert torch.allclose(
-        shifted.log_snr(t), -2 * torch.tan(math.pi * t / 2).log() + 2 * math.log(64 / 256), atol=1e-12
+        shifted.log_snr(t),
+        -2 * torch.tan(math.pi * t / 2).log() + 2 * math.log(64 / 256),
+        atol=1e-12,
     )
     # 2403.03206, eq. 23: t_m = sqrt(m / n) t_n / (1 + (sqrt(m / n) - 1) t_n)
     root = math.sqrt(1024 * 1536 / (512 * 512))
@@ -131,7 +137,9 @@ def test_resolution() -> None:
 def test_dynamic_shifting_is_that_of_diffusers(tokens: int, kind: str) -> None:
     peer: Any = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind)
     slope = (1.15 - 0.5) / (4096 - 256)  # calculate_shift of its Flux pipeline
-    peer.set_timesteps(sigmas=np.linspace(1, 1 / 20, 20).tolist(), mu=tokens * slope + 0.5 - slope * 256)
+    peer.set_timesteps(
+        sigmas=np.linspace(1, 1 / 20, 20).tolist(), mu=tokens * slope + 0.5 - slope * 256
+    )
     ours = NoiseSchedule.flow().shifted_for_tokens(tokens, kind=kind)
     t = torch.linspace(1, 1 / 20, 20, dtype=torch.float64)
     assert float((ours.sigma(t) - peer.sigmas[:-1].double()).abs().max()) < 1e-6
@@ -142,20 +150,35 @@ def test_dynamic_shifting_is_that_of_diffusers(tokens: int, kind: str) -> None:
 BAD: list[tuple[Any, str]] = [
     (lambda: SD.shifted(0.0), "^factor must be positive and finite, got 0.0; 1 changes nothing$"),
     (lambda: SD.shifted(float("nan")), "^factor must be positive and finite, got nan"),
-    (lambda: resolution_shift(0, 64), r"^size must be a positive side or \(height, width\), got 0; e\.g\. 1024"),
+    (
+        lambda: resolution_shift(0, 64),
+        r"^size must be a positive side or \(height, width\), got 0; e\.g\. 1024",
+    ),
     (
         lambda: resolution_shift(64, (64, 64, 3)),
         r"^base_size must be a positive side or \(height, width\), got \(64, 64, 3\)",
     ),
-    (lambda: token_shift(0), "^need tokens >= 1 and 0 < base_tokens < max_tokens, got 0, 256 and 4096; "),
-    (lambda: token_shift(9, 256, 256), "^need tokens >= 1 and 0 < base_tokens < max_tokens, got 9, 256 and 256; "),
+    (
+        lambda: token_shift(0),
+        "^need tokens >= 1 and 0 < base_tokens < max_tokens, got 0, 256 and 4096; ",
+    ),
+    (
+        lambda: token_shift(9, 256, 256),
+        "^need tokens >= 1 and 0 < base_tokens < max_tokens, got 9, 256 and 256; ",
+    ),
     (lambda: token_shift(9, kind="cubic"), "^unknown kind of shift 'cubic'; 'exponential' takes"),
-    (lambda: token_shift(1, base_shift=-1.0, kind="linear"), "^the shift must be positive and finite, got -"),
+    (
+        lambda: token_shift(1, base_shift=-1.0, kind="linear"),
+        "^the shift must be positive and finite, got -",
+    ),
     (
         lambda: SD.truncated(t_max=5, log_snr_min=0.0),
         "^t_max and log_snr_min are the same end of the schedule; give one",
     ),
-    (lambda: SD.truncated(t_min=500, log_snr_min=8.0), "^a part of this discrete schedule needs 0 <= first < last"),
+    (
+        lambda: SD.truncated(t_min=500, log_snr_min=8.0),
+        "^a part of this discrete schedule needs 0 <= first < last",
+    ),
     (lambda: SD.zero_terminal_snr().with_prediction("epsilon"), "ill-posed"),
 ]
 
@@ -252,7 +275,8 @@ def test_levels_of_a_part_of_a_flow_are_sigmas() -> None:
 def test_the_rate_of_a_shifted_sde_is_not_taken_for_the_plain_one() -> None:
     shifted = NoiseSchedule.variance_preserving(prediction="score").shifted(2.0)
     with pytest.raises(
-        ValueError, match="got a shifted variance_preserving schedule; use predictor='reverse_diffusion'"
+        ValueError,
+        match="got a shifted variance_preserving schedule; use predictor='reverse_diffusion'",
     ):
         Sampler(shifted, "score_sde_vp", steps=10, predictor="euler_maruyama")
 
@@ -275,7 +299,9 @@ def test_two_experts_sample_as_one() -> None:
     whole = Sampler(SD, "ddim", 6, timesteps=knots)(network, x)
     expert, refiner = SD.truncated(t_min=400), SD.truncated(t_max=400)
     middle = Sampler(expert, "ddim", 3, timesteps=knots[:3], final="sigma_min")(network, x)
-    assert torch.allclose(Sampler(refiner, "ddim", 3, timesteps=knots[3:])(network, middle), whole, rtol=1e-12)
+    assert torch.allclose(
+        Sampler(refiner, "ddim", 3, timesteps=knots[3:])(network, middle), whole, rtol=1e-12
+    )
 
 
 def test_ends_by_log_snr() -> None:
@@ -293,7 +319,9 @@ def test_transformations_of_a_part() -> None:
     assert part.shifted(3.0) == NoiseSchedule.flow(shift=3.0).truncated(0.25, 0.75)
     assert part.truncated(0.5, 0.75) == NoiseSchedule.flow().truncated(0.5, 0.75)
     assert SD.truncated(500, 999).zero_terminal_snr() == SD.zero_terminal_snr().truncated(500, 999)
-    assert NoiseSchedule.karras().truncated(0.5, 10.0).curve == Karras(sigma_min=0.5, sigma_max=10.0)
+    assert NoiseSchedule.karras().truncated(0.5, 10.0).curve == Karras(
+        sigma_min=0.5, sigma_max=10.0
+    )
     # epsilon is ill-posed at zero SNR, and not on a part without it
     zero = NoiseSchedule(truncate(SD.zero_terminal_snr().curve, 0, 998), "epsilon")
     assert zero.prediction.name == "epsilon"
@@ -302,9 +330,13 @@ def test_transformations_of_a_part() -> None:
 
 def test_what_a_part_is_is_said(tmp_path: Path) -> None:
     part = SD.shifted(3**0.5).truncated(0, 199)
-    assert str(part).startswith("truncated(curve=discrete(num_train_timesteps=1000, beta_schedule=scaled_linear, ")
+    assert str(part).startswith(
+        "truncated(curve=discrete(num_train_timesteps=1000, beta_schedule=scaled_linear, "
+    )
     assert "snr_shift_scale=" in str(part)
     assert "first=0.0, last=199.0) with v_prediction [" in str(part)
     assert "snr_shift_scale" not in str(SD)
-    with pytest.raises(ValueError, match=r"^diffusers has no scheduler config for a truncated curve$"):
+    with pytest.raises(
+        ValueError, match=r"^diffusers has no scheduler config for a truncated curve$"
+    ):
         part.save_pretrained(tmp_path)

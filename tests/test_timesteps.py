@@ -48,7 +48,9 @@ DENSITIES: dict[str, Timesteps] = {
     "beta(0.3, 5)": BetaTimesteps(a=0.3, b=5.0),
     "edm2": LogNormalSigmaTimesteps(mean=-0.4, std=1.0),
     "reversed": LogitNormalTimesteps(mean=1.0).reversed(),
-    "noise level": NoiseLevelTimesteps(density=LogitNormalTimesteps(mean=0.5), shift=2.0, low=0.1, high=0.9),
+    "noise level": NoiseLevelTimesteps(
+        density=LogitNormalTimesteps(mean=0.5), shift=2.0, low=0.1, high=0.9
+    ),
     "weighted": WeightedTimesteps(weights=(0.0, 1.0, 0.0, 2.0, 0.0)),
     "custom": CustomTimesteps(function=torch.sqrt),
     "around": LossSecondMoment(density=LogitNormalTimesteps(stratified=True), bins=7),
@@ -79,8 +81,12 @@ def test_reversed_is_the_density_of_trainers_that_index_a_descending_array() -> 
     theirs = descending[(v * n).long()]
     assert torch.equal(density.reversed().times(INSIDE, ZTSNR.curve), theirs)
     for one, mean in ((density, 0.696), (density.reversed(), 0.304)):
-        assert float(FLOW.sigma(one.times(INSIDE, FLOW.curve)).mean()) == pytest.approx(mean, abs=1e-3)
-    assert torch.allclose(density.reversed().reversed().quantile(INSIDE), density.quantile(INSIDE), atol=1e-15)
+        assert float(FLOW.sigma(one.times(INSIDE, FLOW.curve)).mean()) == pytest.approx(
+            mean, abs=1e-3
+        )
+    assert torch.allclose(
+        density.reversed().reversed().quantile(INSIDE), density.quantile(INSIDE), atol=1e-15
+    )
 
 
 # exact quantiles
@@ -106,9 +112,9 @@ def test_mode(scale: float) -> None:
 def test_cosmap() -> None:
     t = CosMapTimesteps().quantile(U)
     for share, end in zip(U[::500].tolist(), t[::500].tolist(), strict=True):
-        assert integrate.quad(lambda s: 2 / (math.pi - 2 * math.pi * s + 2 * math.pi * s**2), 0, end)[0] == (
-            pytest.approx(share, abs=1e-10)
-        )
+        assert integrate.quad(
+            lambda s: 2 / (math.pi - 2 * math.pi * s + 2 * math.pi * s**2), 0, end
+        )[0] == (pytest.approx(share, abs=1e-10))
 
 
 @pytest.mark.parametrize(("a", "b"), [(2.0, 2.0), (0.6, 0.6), (1.5, 1.0), (0.3, 5.0), (20.0, 3.0)])
@@ -140,7 +146,9 @@ def test_lognormal_sigma(schedule: str, mean: float, std: float) -> None:
 
 @pytest.mark.parametrize("schedule", EVERY)
 @pytest.mark.parametrize("density", DENSITIES)
-def test_extreme_draws_stay_inside(density: str, schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extreme_draws_stay_inside(
+    density: str, schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen = EVERY[schedule]
     noising = Noising(chosen, timesteps=DENSITIES[density])
     for u in (0.0, 1 - 2.0**-53, 0.5):
@@ -148,7 +156,12 @@ def test_extreme_draws_stay_inside(density: str, schedule: str, monkeypatch: pyt
         noised = noising(torch.zeros(2, 2), step=0)  # raises for times outside
         assert bool(chosen.sigma(noised.t).gt(0).all()) and bool(noised.target.isfinite().all())
         assert bool((noised.t >= chosen.curve.t_min).all() & (noised.t <= chosen.curve.t_max).all())
-    if isinstance(chosen.curve.t_max, float) and density in ("logit_normal", "cosmap", "mode", "beta"):
+    if isinstance(chosen.curve.t_max, float) and density in (
+        "logit_normal",
+        "cosmap",
+        "mode",
+        "beta",
+    ):
         assert float(DENSITIES[density].times(EXTREMES, chosen.curve)[-1]) == chosen.curve.t_max
 
 
@@ -164,7 +177,10 @@ def test_a_saturated_logit_normal_is_the_last_timestep() -> None:
 def test_half_precision_latents_change_no_time(density: str, dtype: torch.dtype) -> None:
     for schedule in (ZTSNR, FLOW):
         noising = Noising(schedule, timesteps=DENSITIES[density], seed=4)
-        half, full = (noising(torch.zeros(64, 2, dtype=d), step=0, index=range(64)) for d in (dtype, torch.float32))
+        half, full = (
+            noising(torch.zeros(64, 2, dtype=d), step=0, index=range(64))
+            for d in (dtype, torch.float32)
+        )
         assert torch.equal(half.timesteps, full.timesteps) and torch.equal(half.t, full.t)
 
 
@@ -173,7 +189,9 @@ def test_half_precision_latents_change_no_time(density: str, dtype: torch.dtype)
 
 @pytest.mark.parametrize("density", [name for name, one in DENSITIES.items() if not one.stratified])
 @pytest.mark.parametrize(("batch", "world_size", "accumulate"), [(12, 1, 1), (2, 3, 2)])
-def test_every_density_can_be_stratified(density: str, batch: int, world_size: int, accumulate: int) -> None:
+def test_every_density_can_be_stratified(
+    density: str, batch: int, world_size: int, accumulate: int
+) -> None:
     one = DENSITIES[density]
     stratified = type(one)(**{**vars(one), "stratified": True})
     noising, n = Noising(FLOW, timesteps=stratified, seed=9), 12
@@ -185,7 +203,9 @@ def test_every_density_can_be_stratified(density: str, batch: int, world_size: i
         ])  # fmt: skip
         edges = one.times(torch.arange(1, n, dtype=torch.float64) / n, FLOW.curve)
         ordered = t.double().sort().values
-        assert bool((ordered[:-1] <= edges + 1e-7).all()) and bool((ordered[1:] >= edges - 1e-7).all())
+        assert bool((ordered[:-1] <= edges + 1e-7).all()) and bool(
+            (ordered[1:] >= edges - 1e-7).all()
+        )
 
 
 def test_stratified_names() -> None:
@@ -206,7 +226,9 @@ def test_a_range_of_timesteps_includes_both_ends() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["ztsnr", "flow", "karras"])
-@pytest.mark.parametrize("density", [k for k, one in DENSITIES.items() if not one.measures_losses | one.stratified])
+@pytest.mark.parametrize(
+    "density", [k for k, one in DENSITIES.items() if not one.measures_losses | one.stratified]
+)
 def test_a_range_cuts_the_density(density: str, schedule: str) -> None:
     curve, one = EVERY[schedule].curve, DENSITIES[density]
     low, high = one.times(torch.tensor([0.3, 0.7], dtype=torch.float64), curve).tolist()
@@ -228,7 +250,10 @@ def test_a_range_cuts_the_density(density: str, schedule: str) -> None:
 def test_a_range_is_exact() -> None:
     t = LogitNormalTimesteps(mean=0.5).within(0.25, 0.75).times(INSIDE, FLOW.curve)
     ends = stats.norm.cdf([math.log(1 / 3), math.log(3)], 0.5, 1)
-    close(INSIDE, (stats.norm.cdf((t.log() - (1 - t).log()).numpy(), 0.5, 1) - ends[0]) / (ends[1] - ends[0]))
+    close(
+        INSIDE,
+        (stats.norm.cdf((t.log() - (1 - t).log()).numpy(), 0.5, 1) - ends[0]) / (ends[1] - ends[0]),
+    )
 
 
 # one's own
@@ -242,7 +267,10 @@ def test_weights_of_timesteps_are_exact() -> None:
     t = density.times(u, schedule.curve)
     assert torch.equal(torch.bincount(t, minlength=8), (weights * 100).long())
     edges = torch.tensor([0.0, 3, 4, 6, 8], dtype=torch.float64) / 8
-    for t in (density.times(e.clamp(2.0**-53, 1), schedule.curve) for e in (edges, edges + 1e-16, edges - 1e-16)):
+    for t in (
+        density.times(e.clamp(2.0**-53, 1), schedule.curve)
+        for e in (edges, edges + 1e-16, edges - 1e-16)
+    ):
         assert bool((weights[t] > 0).all())
 
 
@@ -252,7 +280,9 @@ def test_weights_of_a_thousand_timesteps_never_miss_their_bin() -> None:
     assert bool((t % 2 == 1).all()) and len(t.unique()) == 500
 
 
-@pytest.mark.parametrize("schedule", [ZTSNR, NoiseSchedule.flow(num_train_timesteps=1000)], ids=["discrete", "flow"])
+@pytest.mark.parametrize(
+    "schedule", [ZTSNR, NoiseSchedule.flow(num_train_timesteps=1000)], ids=["discrete", "flow"]
+)
 def test_listed_timesteps(schedule: NoiseSchedule) -> None:
     listed = torch.tensor([999.0, 249, 749]) / (1 if schedule.curve.is_discrete else 1000)
     density = ListedTimesteps(listed=listed, weights=torch.tensor([1.0, 2, 1]))
@@ -270,7 +300,9 @@ def test_what_is_drawn_is_the_density_of_u() -> None:
     for name, density in DENSITIES.items():
         if not density.stratified and not density.measures_losses:
             t = Noising(FLOW, timesteps=density, seed=3).draw(range(64), (1,), step=2, total=64).t
-            assert torch.allclose(t.double(), density.times(u, FLOW.curve), rtol=1e-4, atol=1e-5), name
+            assert torch.allclose(t.double(), density.times(u, FLOW.curve), rtol=1e-4, atol=1e-5), (
+                name
+            )
 
 
 # bad input
@@ -327,7 +359,9 @@ def test_what_does_not_fit_the_schedule_is_refused_at_once(name: str) -> None:
 
 
 def test_densities_compare_and_print_by_their_numbers() -> None:
-    assert WithinTimesteps(density=UniformTimesteps(), low=1, high=2) == UniformTimesteps().within(1, 2)
+    assert WithinTimesteps(density=UniformTimesteps(), low=1, high=2) == UniformTimesteps().within(
+        1, 2
+    )
     assert len({LossSecondMoment(), LossSecondMoment(bins=100), LossSecondMoment(bins=10)}) == 2
     assert repr(ModeTimesteps(scale=0.5)) == "ModeTimesteps(stratified=False, scale=0.5)"
 

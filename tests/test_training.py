@@ -33,18 +33,24 @@ class Scale(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, **conditioning: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, **conditioning: torch.Tensor
+    ) -> torch.Tensor:
         return self.scale * x + sum(c.mean() for c in conditioning.values())
 
 
-def fit(folder: Path, network: nn.Module, *callbacks: object, steps: int = 4, **options: object) -> Trainer:
+def fit(
+    folder: Path, network: nn.Module, *callbacks: object, steps: int = 4, **options: object
+) -> Trainer:
     torch.manual_seed(0)
     data = DataLoader(torch.randn(16, 1, 8, 8), batch_size=4)  # type: ignore[arg-type]
     trainer = Trainer(
         accelerator="cpu", max_steps=steps, logger=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[ModelCheckpoint(folder, save_last=True), *callbacks], default_root_dir=folder, **options,
     )  # type: ignore[arg-type]  # fmt: skip
-    trainer.fit(DiffusionModule(network, Noising(SCHEDULE, timesteps="stratified"), learning_rate=0.1), data)
+    trainer.fit(
+        DiffusionModule(network, Noising(SCHEDULE, timesteps="stratified"), learning_rate=0.1), data
+    )
     return trainer
 
 
@@ -94,13 +100,17 @@ def test_learns(tmp_path: Path) -> None:
 def test_validation_loss_is_the_same_each_time(tmp_path: Path) -> None:
     data = DataLoader(torch.randn(8, 1, 4, 4), batch_size=4)  # type: ignore[arg-type]
     module = DiffusionModule(Scale(), Noising(SCHEDULE))
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
     first, second = (trainer.validate(module, data, verbose=False)[0]["val_loss"] for _ in range(2))
     torch.manual_seed(123)
     assert first == second == trainer.validate(module, data, verbose=False)[0]["val_loss"]
 
 
-@pytest.mark.parametrize("batch", [torch.ones(2, 1), (torch.ones(2, 1),), {"images": torch.ones(2, 1)}])
+@pytest.mark.parametrize(
+    "batch", [torch.ones(2, 1), (torch.ones(2, 1),), {"images": torch.ones(2, 1)}]
+)
 def test_unpack(batch: object) -> None:
     x0, conditioning = DiffusionModule(Scale(), Noising(SCHEDULE)).unpack(batch)
     assert x0.shape == (2, 1)
@@ -142,10 +152,14 @@ def test_checkpoint_loads_with_nothing_but_its_own_files(checkpoint: Path) -> No
     assert loaded.sample_shape == (1, 8, 8)
     assert not loaded.network.training
     weights = torch.load(checkpoint, weights_only=True)["state_dict"]
-    assert all(torch.equal(v, weights[f"network.{k}"]) for k, v in loaded.network.state_dict().items())
+    assert all(
+        torch.equal(v, weights[f"network.{k}"]) for k, v in loaded.network.state_dict().items()
+    )
 
 
-def test_command_samples_the_checkpoint(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_samples_the_checkpoint(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "new" / "grid.png"
     assert (
         main(
@@ -178,21 +192,30 @@ def test_command_samples_the_checkpoint(checkpoint: Path, tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--method", "dpm2m"], "unknown method 'dpm2m'; did you mean 'DPM2', 'DPM++ 2M' or 'DPM2 a'?"),
+        (
+            ["--method", "dpm2m"],
+            "unknown method 'dpm2m'; did you mean 'DPM2', 'DPM++ 2M' or 'DPM2 a'?",
+        ),
         (["--grid", "karass"], "unknown grid 'karass'; did you mean 'karras'?"),
         (["--steps", "0"], "steps must be between 1 and the 1000 training timesteps, got 0"),
         (["--num_images", "0"], "must be at least 1, got 0"),
     ],
 )
 def test_command_says_what_is_wrong(
-    checkpoint: Path, tmp_path: Path, flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    tmp_path: Path,
+    flags: list[str],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["sample", str(checkpoint), *flags, "--out", str(tmp_path / "grid.png")]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "grid.png").exists()
 
 
-def test_command_on_a_checkpoint_without_schedule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_on_a_checkpoint_without_schedule(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     fit(tmp_path, tiny_unet())
     assert main(["sample", str(tmp_path / "last.ckpt")]) == 2
     assert "ScheduleCheckpoint" in capsys.readouterr().err
@@ -211,7 +234,9 @@ def test_file_that_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "a.ckpt" in capsys.readouterr().err
 
 
-def test_unwritable_output(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unwritable_output(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("in the way")
     assert main(["sample", str(checkpoint), "--out", str(tmp_path / "file" / "grid.png")]) == 2
     assert "cannot write to the output folder" in capsys.readouterr().err

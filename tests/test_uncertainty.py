@@ -32,14 +32,21 @@ def module_of(noising: Noising) -> LogVariance:
     return noising.log_variance
 
 
-def learn(noising: Noising, x0: Tensor, prediction_error: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def learn(
+    noising: Noising, x0: Tensor, prediction_error: Tensor, t: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Minimise the mean loss over u; return u, the weighted errors and the losses there."""
     optimizer = torch.optim.LBFGS(
-        noising.parameters(), max_iter=500, tolerance_grad=1e-13, tolerance_change=0, line_search_fn="strong_wolfe"
+        noising.parameters(),
+        max_iter=500,
+        tolerance_grad=1e-13,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
     )
 
     def noised() -> Any:
-        return noising(x0, step=0, timesteps=t, index=range(len(x0)))  # the same noise at every evaluation
+        # the same noise at every evaluation
+        return noising(x0, step=0, timesteps=t, index=range(len(x0)))
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -64,7 +71,9 @@ def test_the_optimum_is_the_expected_weighted_error(schedule: NoiseSchedule, of:
     error = batch_of(len(t)) * torch.linspace(0.2, 3.0, len(t), dtype=torch.float64)[:, None, None]
     u, errors, losses = learn(noising, x0, error, t)
     expected = errors.view(-1, each).mean(1)
-    assert torch.allclose(u.view(-1, each).exp(), expected[:, None].expand(-1, each), rtol=1e-5, atol=0)
+    assert torch.allclose(
+        u.view(-1, each).exp(), expected[:, None].expand(-1, each), rtol=1e-5, atol=0
+    )
     assert torch.allclose(losses.view(-1, each).mean(1), 1 + expected.log(), rtol=0, atol=1e-8)
 
 
@@ -80,13 +89,17 @@ def test_the_static_weight_cancels_at_the_optimum() -> None:
         noised.loss(out).backward()
         gradients.append(out.grad)
     assert torch.allclose(*gradients, rtol=1e-5, atol=0)
-    relative = 2 * error / (error**2).flatten(1).sum(1)[:, None, None] / len(LEVELS)  # of log ||error||²
+    # of log ||error||²
+    relative = 2 * error / (error**2).flatten(1).sum(1)[:, None, None] / len(LEVELS)
     assert torch.allclose(gradients[0], relative, rtol=1e-5, atol=0)
 
 
 def test_it_begins_as_the_scheme_it_is_made_of() -> None:
     x0, out = batch_of(8), 2 * batch_of(8)
-    learned, plain = Noising(FLOW, "learned_uncertainty")(x0, step=0), Noising(FLOW, "edm")(x0, step=0)
+    learned, plain = (
+        Noising(FLOW, "learned_uncertainty")(x0, step=0),
+        Noising(FLOW, "edm")(x0, step=0),
+    )
     assert torch.equal(learned.losses(out), plain.losses(out))
 
 
@@ -95,7 +108,9 @@ def test_gradient_of_u_is_one_minus_the_relative_error() -> None:
     noised = noising(batch_of(1), step=0)
     loss = noised.loss(noised.target + 0.5)
     loss.backward()
-    assert float(module_of(noising).bias.grad) == pytest.approx(1 - float(noised.weight) * 0.25, rel=1e-12)
+    assert float(module_of(noising).bias.grad) == pytest.approx(
+        1 - float(noised.weight) * 0.25, rel=1e-12
+    )
 
 
 def test_levels_are_told_apart_and_the_ends_are_finite() -> None:
@@ -157,7 +172,9 @@ def test_what_is_masked_teaches_nothing(over: Any) -> None:
 
 def test_what_weighs_nothing_teaches_nothing() -> None:
     """Where the weight is 0 the loss would else fall for ever with u: at zero SNR under SNR weights, and in a range of 0."""
-    with pytest.warns(UserWarning, match=r"^weighting 'learned_uncertainty' is 0 at t = 999, where SNR is 0"):
+    with pytest.warns(
+        UserWarning, match=r"^weighting 'learned_uncertainty' is 0 at t = 999, where SNR is 0"
+    ):
         noising = Noising(ZTSNR, LearnedUncertainty(of="snr")).double()
     ranges = Noising(ZTSNR, LearnedUncertainty(of=PerRange(((0.0, 0.5, 0.0),)))).double()
     for each, counted in ((noising, [1.0, 1.0, 0.0]), (ranges, [0.0, 1.0, 1.0])):
@@ -261,5 +278,7 @@ def test_the_module_optimizes_it_without_decay() -> None:
 
 @pytest.mark.parametrize("channels", [0, -1])
 def test_bad_channels(channels: int) -> None:
-    with pytest.raises(ValueError, match=rf"^channels must be at least 1, got {channels}; the paper uses 128$"):
+    with pytest.raises(
+        ValueError, match=rf"^channels must be at least 1, got {channels}; the paper uses 128$"
+    ):
         LearnedUncertainty(channels=channels)

@@ -36,7 +36,19 @@ from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Sampler
 from alphabar.sampling.inference import SeededNoise
 from alphabar.training.images import image_grid, to_pixels
-from callbacks_toy import SCHEDULE, SHAPE, Toy, files, fresh, grids, loader, one_thread, train, trainer, weights
+from callbacks_toy import (
+    SCHEDULE,
+    SHAPE,
+    Toy,
+    files,
+    fresh,
+    grids,
+    loader,
+    one_thread,
+    train,
+    trainer,
+    weights,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:lightning", "ignore::Warning:tensorboard")
 
@@ -70,7 +82,9 @@ def picture(path: Path) -> np.ndarray[Any, Any]:
     return np.asarray(Image.open(path))
 
 
-def expected(module: Any, images: int, batch: int, method: str = "dpmpp_2m", steps: int = 4, **arguments: Any) -> Any:
+def expected(
+    module: Any, images: int, batch: int, method: str = "dpmpp_2m", steps: int = 4, **arguments: Any
+) -> Any:
     """The grid that the sampler alone draws with a module's weights."""
     module.eval()
     sampler = Sampler(SCHEDULE, method, steps)
@@ -92,7 +106,9 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 
 
 def test_training_is_bit_identical_with_previews(tmp_path: Path, reference: Toy) -> None:
-    previews = ValidationSampling("euler_ancestral", steps=3, every_n_train_steps=2, num_images=3, batch_size=2)
+    previews = ValidationSampling(
+        "euler_ancestral", steps=3, every_n_train_steps=2, num_images=3, batch_size=2
+    )
     module = train(tmp_path, previews)
     assert module.losses == reference.losses and len(module.losses) == 12
     assert weights(module) == weights(reference)
@@ -110,14 +126,17 @@ def test_training_is_bit_identical_with_careless_and_failing_previews(
         train(tmp_path, previews, module=module)
     else:
         with pytest.warns(
-            UserWarning, match="preview at step 12 failed: RuntimeError: no memory left .test_validation"
+            UserWarning,
+            match="preview at step 12 failed: RuntimeError: no memory left .test_validation",
         ):
             train(tmp_path, previews, module=module)
     assert len(predict.seen) > 3
     assert module.losses == reference.losses and weights(module) == weights(reference)
 
 
-def test_the_losses_notice_what_the_guards_prevent(tmp_path: Path, reference: Toy, monkeypatch: Any) -> None:
+def test_the_losses_notice_what_the_guards_prevent(
+    tmp_path: Path, reference: Toy, monkeypatch: Any
+) -> None:
     """The tests above can fail: without either guard the losses differ."""
     for guard in ("randomness_restored", "evaluating"):
         with monkeypatch.context() as patch:
@@ -138,22 +157,36 @@ def test_flags_of_frozen_parts_are_restored_after_an_exception(tmp_path: Path) -
     seen: list[dict[str, bool]] = []
 
     class Look(ValidationSampling):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_end(
+            self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             seen.append({name: m.training for name, m in pl_module.named_modules()})
 
     with pytest.warns(UserWarning, match="no memory left"):
-        train(tmp_path, Look(steps=2, every_n_train_steps=1, predict=predict), module=module, max_steps=2)
+        train(
+            tmp_path,
+            Look(steps=2, every_n_train_steps=1, predict=predict),
+            module=module,
+            max_steps=2,
+        )
     for flags in seen:
-        assert {name for name, training in flags.items() if not training} == {"frozen", "frozen.0", "frozen.1"}
+        assert {name for name, training in flags.items() if not training} == {
+            "frozen",
+            "frozen.0",
+            "frozen.1",
+        }
 
 
 def test_accumulation_neither_doubles_previews_nor_notices_them(tmp_path: Path) -> None:
     plain = train(tmp_path / "plain", accumulate_grad_batches=3, max_epochs=3)
     predict = Calls()
-    previews = ValidationSampling("euler", steps=2, every_n_train_steps=2, num_images=1, predict=predict)
+    previews = ValidationSampling(
+        "euler", steps=2, every_n_train_steps=2, num_images=1, predict=predict
+    )
     module = train(tmp_path / "seen", previews, accumulate_grad_batches=3, max_epochs=3)
-    assert len(predict.seen) == 1 + 3 * 2  # the trial; at the optimizer steps 2, 4, 6, two evaluations each
+    # the trial; at the optimizer steps 2, 4, 6, two evaluations each
+    assert len(predict.seen) == 1 + 3 * 2
     assert grids(tmp_path / "seen") == [f"previews/step_{step:08d}.png" for step in (2, 4, 6)]
     assert module.losses == plain.losses and len(plain.losses) == 18
 
@@ -168,8 +201,11 @@ def test_tensors_cached_during_a_preview_stay_usable_in_training(tmp_path: Path)
             scale = self.cache.setdefault(len(x), torch.ones_like(x) * 2)
             return super().predict(x, timesteps) * scale
 
-    previews = ValidationSampling("euler", steps=1, every_n_train_steps=1, num_images=3, batch_size=3, on_error="raise")
-    module = train(tmp_path, previews, module=Caching(), data=loader(23))  # the last batch is of 3, as the preview's
+    previews = ValidationSampling(
+        "euler", steps=1, every_n_train_steps=1, num_images=3, batch_size=3, on_error="raise"
+    )
+    # the last batch is of 3, as the preview's
+    module = train(tmp_path, previews, module=Caching(), data=loader(23))
     assert len(module.losses) == 12
 
 
@@ -186,7 +222,14 @@ def test_compiled_networks_get_no_graph_for_previews(tmp_path: Path) -> None:
 
     alone = graphs()
     assert alone >= 1
-    assert graphs(ValidationSampling("euler", steps=2, every_n_train_steps=1, batch_size=3, on_error="raise")) == alone
+    assert (
+        graphs(
+            ValidationSampling(
+                "euler", steps=2, every_n_train_steps=1, batch_size=3, on_error="raise"
+            )
+        )
+        == alone
+    )
     torch.compiler.reset()
 
 
@@ -226,33 +269,51 @@ def test_conditioning_rows_and_guidance(tmp_path: Path) -> None:
     module = train(tmp_path, previews, max_epochs=1).eval()
     sampler, drawn = Sampler(SCHEDULE, "dpmpp_2m", 4), []
     for rows in ([0, 1], [2, 3], [4, 4]):
-        arguments: Any = {"guidance_scale": 3.0, "guidance_rescale": 0.7, "unconditional": {"label": empty[[0, 0]]}}
-        drawn.append(sampler(module.predict, (2, *SHAPE), seeds=rows, conditioning={"label": label[rows]}, **arguments))
+        arguments: Any = {
+            "guidance_scale": 3.0,
+            "guidance_rescale": 0.7,
+            "unconditional": {"label": empty[[0, 0]]},
+        }
+        drawn.append(
+            sampler(
+                module.predict,
+                (2, *SHAPE),
+                seeds=rows,
+                conditioning={"label": label[rows]},
+                **arguments,
+            )
+        )
     shown = picture(tmp_path / "previews/step_00000006.png")
     np.testing.assert_array_equal(shown, image_grid(to_pixels(torch.cat(drawn)[:5])).numpy())
 
 
 @pytest.mark.parametrize(
-    ("precision", "dtype"), [("bf16-true", torch.bfloat16), ("bf16-mixed", torch.float32), ("64-true", torch.float64)]
+    ("precision", "dtype"),
+    [("bf16-true", torch.bfloat16), ("bf16-mixed", torch.float32), ("64-true", torch.float64)],
 )
 def test_precision_is_that_of_training(tmp_path: Path, precision: Any, dtype: torch.dtype) -> None:
     class Seen(Toy):
         def predict(self, x: Tensor, timesteps: Tensor, **conditioning: Any) -> Tensor:
             if not torch.is_grad_enabled():
                 label = conditioning["label"]
-                seen.append((x.dtype, timesteps.dtype, label.dtype, torch.is_autocast_enabled("cpu")))
+                seen.append(
+                    (x.dtype, timesteps.dtype, label.dtype, torch.is_autocast_enabled("cpu"))
+                )
                 starts.append(x)
             return super().predict(x, timesteps)
 
     seen: list[Any] = []
     starts: list[Tensor] = []
     label = {"label": torch.zeros(2)}
-    previews = ValidationSampling("euler", steps=2, num_images=2, conditioning=label, on_error="raise")
+    previews = ValidationSampling(
+        "euler", steps=2, num_images=2, conditioning=label, on_error="raise"
+    )
     train(tmp_path, previews, module=Seen(), max_epochs=1, precision=precision)
     assert set(seen) == {(dtype, torch.int64, dtype, precision == "bf16-mixed")}
     noise = SeededNoise((2, *SHAPE), 0, torch.device("cpu"))()
     torch.testing.assert_close(starts[0], noise[:1].to(dtype), rtol=0, atol=0)  # the trial
-    torch.testing.assert_close(starts[1], noise.to(dtype), rtol=0, atol=0)  # drawn in float32, whatever the precision
+    # drawn in float32, whatever the precision
+    torch.testing.assert_close(starts[1], noise.to(dtype), rtol=0, atol=0)
 
 
 def test_shape_recorded_from_the_first_batch(tmp_path: Path) -> None:
@@ -261,7 +322,11 @@ def test_shape_recorded_from_the_first_batch(tmp_path: Path) -> None:
             self.sample_shape = tuple(batch[0].shape[1:])
             return super().training_step(batch, batch_idx)
 
-    train(tmp_path, ValidationSampling("euler", steps=1, on_error="raise"), module=Recording(sample_shape=None))
+    train(
+        tmp_path,
+        ValidationSampling("euler", steps=1, on_error="raise"),
+        module=Recording(sample_shape=None),
+    )
     assert len(grids(tmp_path)) == 2
 
 
@@ -279,7 +344,9 @@ def test_triggers(tmp_path: Path, trigger: dict[str, int], steps: list[int]) -> 
 
 def test_sanity_check_and_validation_draw_nothing(tmp_path: Path) -> None:
     predict = Calls()
-    previews = ValidationSampling("euler", steps=1, num_images=1, predict=predict, every_n_train_steps=4)
+    previews = ValidationSampling(
+        "euler", steps=1, num_images=1, predict=predict, every_n_train_steps=4
+    )
 
     class Validate(Toy):
         def on_validation_epoch_end(self) -> None:
@@ -294,17 +361,33 @@ def test_sanity_check_and_validation_draw_nothing(tmp_path: Path) -> None:
     assert len(predict.seen) == 2
 
 
-def test_fast_dev_run_rehearses_one_preview_and_writes_nothing(tmp_path: Path, monkeypatch: Any) -> None:
+def test_fast_dev_run_rehearses_one_preview_and_writes_nothing(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
     predict = Calls()
-    previews = ValidationSampling("heun", steps=20, every_n_train_steps=500, predict=predict, on_error="raise")
-    train(tmp_path, previews, ScheduleCheckpoint(), fast_dev_run=True, enable_checkpointing=True, logger=True)
-    assert [tuple(x.shape) for x, *_ in predict.seen] == [
-        (1, *SHAPE)
-    ] * 3  # two steps: one from zero SNR, one of two evaluations
+    previews = ValidationSampling(
+        "heun", steps=20, every_n_train_steps=500, predict=predict, on_error="raise"
+    )
+    train(
+        tmp_path,
+        previews,
+        ScheduleCheckpoint(),
+        fast_dev_run=True,
+        enable_checkpointing=True,
+        logger=True,
+    )
+    # two steps: one from zero SNR, one of two evaluations
+    assert [tuple(x.shape) for x, *_ in predict.seen] == [(1, *SHAPE)] * 3
     assert files(tmp_path) == []
-    with pytest.raises(RuntimeError, match="preview at step 1 failed: RuntimeError: no memory left"):
-        train(tmp_path, ValidationSampling(predict=Calls(fail_at=2), on_error="raise"), fast_dev_run=True)
+    with pytest.raises(
+        RuntimeError, match="preview at step 1 failed: RuntimeError: no memory left"
+    ):
+        train(
+            tmp_path,
+            ValidationSampling(predict=Calls(fail_at=2), on_error="raise"),
+            fast_dev_run=True,
+        )
 
 
 # Resume
@@ -315,7 +398,9 @@ def _resumable(root: Path, *callbacks: Any, **settings: Any) -> Toy:
     data: Any = loader()
     order = DistributedSampler(data.dataset, num_replicas=1, rank=0, shuffle=True)
     data = torch.utils.data.DataLoader(data.dataset, batch_size=4, sampler=order)
-    checkpoints = ModelCheckpoint(root / "checkpoints", filename="{step}", every_n_train_steps=6, save_top_k=-1)
+    checkpoints = ModelCheckpoint(
+        root / "checkpoints", filename="{step}", every_n_train_steps=6, save_top_k=-1
+    )
     module = fresh(dropout=0.0)
     callbacks = (checkpoints, ScheduleCheckpoint(), *callbacks)
     return train(root, *callbacks, module=module, data=data, enable_checkpointing=True, **settings)
@@ -323,13 +408,17 @@ def _resumable(root: Path, *callbacks: Any, **settings: Any) -> Toy:
 
 def test_resume_repeats_no_preview_and_goes_on_as_if_uninterrupted(tmp_path: Path) -> None:
     def previews(predict: Any = None) -> ValidationSampling:
-        return ValidationSampling("euler_ancestral", steps=2, every_n_train_steps=3, num_images=2, predict=predict)
+        return ValidationSampling(
+            "euler_ancestral", steps=2, every_n_train_steps=3, num_images=2, predict=predict
+        )
 
     whole = _resumable(tmp_path / "whole", previews(), max_epochs=4)
     _resumable(tmp_path / "parts", previews(), max_epochs=2)
     half = tmp_path / "parts/checkpoints/step=12.ckpt"
     state = torch.load(half, weights_only=True)["callbacks"]
-    assert [v for k, v in state.items() if k.startswith("ValidationSampling")] == [{"last_step": 12}]
+    assert [v for k, v in state.items() if k.startswith("ValidationSampling")] == [
+        {"last_step": 12}
+    ]
     first = (tmp_path / "parts/previews/step_00000012.png").stat().st_mtime_ns
     rest = _resumable(tmp_path / "parts", previews(), max_epochs=4, ckpt_path=half)
     assert rest.losses == whole.losses[12:] and weights(rest) == weights(whole)
@@ -344,9 +433,17 @@ def test_resume_between_micro_batches_repeats_no_preview(tmp_path: Path) -> None
     """With accumulation a resumed run passes the step of the checkpoint again."""
     settings: Any = {"accumulate_grad_batches": 2, "enable_checkpointing": True}
     save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
-    train(tmp_path, ValidationSampling("euler", steps=1, every_n_train_steps=2), save, max_steps=2, **settings)
+    train(
+        tmp_path,
+        ValidationSampling("euler", steps=1, every_n_train_steps=2),
+        save,
+        max_steps=2,
+        **settings,
+    )
     predict = Calls()
-    again = ValidationSampling("euler", steps=1, every_n_train_steps=2, predict=predict, num_images=1)
+    again = ValidationSampling(
+        "euler", steps=1, every_n_train_steps=2, predict=predict, num_images=1
+    )
     again_state = ValidationSampling("euler", steps=1, every_n_train_steps=2)
     assert again.state_key == again_state.state_key
     train(tmp_path, again, max_steps=3, ckpt_path=tmp_path / "step=2.ckpt", **settings)
@@ -378,7 +475,11 @@ _resumable(Path(sys.argv[1]), Killed("euler_ancestral", steps=2, every_n_train_s
 def test_kill_and_resume(tmp_path: Path) -> None:
     run = [sys.executable, "-c", KILLED, str(tmp_path / "parts"), str(Path(__file__).parent)]
     assert subprocess.run(run, capture_output=True, timeout=120).returncode == -9
-    assert grids(tmp_path / "parts/previews") == ["step_00000003.png", "step_00000006.png", "step_00000009.png"]
+    assert grids(tmp_path / "parts/previews") == [
+        "step_00000003.png",
+        "step_00000006.png",
+        "step_00000009.png",
+    ]
     killed = (tmp_path / "parts/previews/step_00000009.png").read_bytes()
     last = tmp_path / "parts/checkpoints/step=6.ckpt"
     previews = ValidationSampling("euler_ancestral", steps=2, every_n_train_steps=3, num_images=2)
@@ -428,24 +529,37 @@ def test_loggers_of_every_kind(tmp_path: Path) -> None:
         warnings.simplefilter("always")
         train(tmp_path, ValidationSampling("euler", steps=1, num_images=2), logger=[csv, album])
     told = [str(w.message) for w in caught if "takes no images" in str(w.message)]
-    assert told == [f"CSVLogger takes no images; previews are in {str(Path(csv.log_dir) / 'previews')!r} alone"]
+    assert told == [
+        f"CSVLogger takes no images; previews are in {str(Path(csv.log_dir) / 'previews')!r} alone"
+    ]
     assert album.shown == [("previews", (22, 12), 6), ("previews", (22, 12), 12)]
 
 
-def test_a_broken_logger_costs_neither_training_nor_the_file_nor_other_loggers(tmp_path: Path, reference: Toy) -> None:
+def test_a_broken_logger_costs_neither_training_nor_the_file_nor_other_loggers(
+    tmp_path: Path, reference: Toy
+) -> None:
     broken, album = Album(broken=True), Album()
     folder = tmp_path / "pictures"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        module = train(tmp_path, ValidationSampling("euler", steps=1, folder=folder), logger=[broken, album])
+        module = train(
+            tmp_path, ValidationSampling("euler", steps=1, folder=folder), logger=[broken, album]
+        )
     told = [str(w.message) for w in caught if "Album" in str(w.message)]  # once, and the sum of it
-    assert len(told) == 2 and "the preview at step 6 failed: Album: ConnectionError: no network; training" in told[0]
+    assert (
+        len(told) == 2
+        and "the preview at step 6 failed: Album: ConnectionError: no network; training" in told[0]
+    )
     assert told[1] == "ValidationSampling: 2 times in this run at Album: ConnectionError"
     assert grids(folder) == ["step_00000006.png", "step_00000012.png"]
     assert [step for *_, step in album.shown] == [6, 12] and album.shown[0][0] == "pictures"
     assert module.losses == reference.losses
     with pytest.raises(RuntimeError, match="no network"):
-        train(tmp_path, ValidationSampling("euler", steps=1, folder=folder, on_error="raise"), logger=broken)
+        train(
+            tmp_path,
+            ValidationSampling("euler", steps=1, folder=folder, on_error="raise"),
+            logger=broken,
+        )
 
 
 def test_a_folder_that_vanishes_or_fills_up_costs_a_warning(tmp_path: Path, reference: Toy) -> None:
@@ -455,7 +569,9 @@ def test_a_folder_that_vanishes_or_fills_up_costs_a_warning(tmp_path: Path, refe
             (tmp_path / "previews").rmdir()
             (tmp_path / "previews").write_text("in the way")
 
-    with pytest.warns(UserWarning, match="the preview at step 6 failed: cannot write to .*previews"):
+    with pytest.warns(
+        UserWarning, match="the preview at step 6 failed: cannot write to .*previews"
+    ):
         module = train(tmp_path, Blocked("euler", steps=1))
     assert module.losses == reference.losses and files(tmp_path) == ["previews"]
 
@@ -465,7 +581,9 @@ def test_unwritable_folder_fails_before_training(tmp_path: Path, given: bool) ->
     (tmp_path / "previews").write_text("a file where the folder should be")
     module = Toy()
     previews = ValidationSampling(folder=tmp_path / "previews/deep" if given else None)
-    with pytest.raises(OSError, match=r"cannot write to the output folder '.*previews.*; name a folder"):
+    with pytest.raises(
+        OSError, match=r"cannot write to the output folder '.*previews.*; name a folder"
+    ):
         train(tmp_path, previews, module=module)
     assert module.losses == []
 
@@ -477,7 +595,9 @@ def test_two_instances_side_by_side(tmp_path: Path, reference: Toy) -> None:
     module = train(tmp_path, *pair, save, logger=logger, enable_checkpointing=True)
     assert module.losses == reference.losses
     names = grids(tmp_path)
-    assert names == [f"{folder}/step_{step:08d}.png" for folder in ("previews", "previews_2") for step in (6, 12)]
+    assert names == [
+        f"{folder}/step_{step:08d}.png" for folder in ("previews", "previews_2") for step in (6, 12)
+    ]
     for folder, steps in (("previews", 1), ("previews_2", 4)):
         shown = picture(tmp_path / folder / "step_00000012.png")
         np.testing.assert_array_equal(shown, expected(module, 2, 2, "euler", steps))
@@ -487,7 +607,9 @@ def test_two_instances_side_by_side(tmp_path: Path, reference: Toy) -> None:
 
 def test_two_instances_in_one_place_are_refused(tmp_path: Path) -> None:
     pair = [ValidationSampling(steps=i, folder=tmp_path / str(i) / "same") for i in (1, 2)]
-    with pytest.raises(ValueError, match="two ValidationSampling callbacks have folders named 'same'"):
+    with pytest.raises(
+        ValueError, match="two ValidationSampling callbacks have folders named 'same'"
+    ):
         train(tmp_path, *pair)
 
 
@@ -504,13 +626,22 @@ def test_two_instances_in_one_place_are_refused(tmp_path: Path) -> None:
         ({"batch_size": True}, "batch_size must be"),
         ({"every_n_train_steps": 0}, "every_n_train_steps must be"),
         ({"every_n_epochs": -1}, "every_n_epochs must be"),
-        ({"every_n_train_steps": 5, "every_n_epochs": 1}, "steps or epochs, not both; got every_n_train_steps=5"),
+        (
+            {"every_n_train_steps": 5, "every_n_epochs": 1},
+            "steps or epochs, not both; got every_n_train_steps=5",
+        ),
         ({"on_error": "rais"}, "unknown on_error 'rais'; did you mean 'raise'"),
         ({"shape": (16000,)}, r"shape \(channels, height, width\), got \(16000,\)"),
-        ({"conditioning": {"y": torch.zeros(3)}}, "conditioning 'y' must have a row for each of 16 images"),
+        (
+            {"conditioning": {"y": torch.zeros(3)}},
+            "conditioning 'y' must have a row for each of 16 images",
+        ),
         ({"conditioning": {"a": {"b": torch.zeros(3)}}}, "conditioning 'a' 'b' must have"),
         ({"guidance_scale": 7.0}, "needs unconditional="),
-        ({"guidance_scale": 7.0, "conditioning": {"a": 1}, "unconditional": {"b": 1}}, "give both the same"),
+        (
+            {"guidance_scale": 7.0, "conditioning": {"a": 1}, "unconditional": {"b": 1}},
+            "give both the same",
+        ),
         ({"sampler": Sampler(SCHEDULE, steps=5), "steps": 6}, "5 steps, and steps=6 contradicts"),
     ],
 )
@@ -539,7 +670,11 @@ class NoPredict(Toy):
     ("make", "arguments", "message"),
     [
         (Toy, {"steps": 1001}, "between 1 and the 1000 training timesteps, got 1001"),
-        (Toy, {"sampler": Sampler(NoiseSchedule.flow(), steps=3)}, r"made for flow\(.*trains on discrete\("),
+        (
+            Toy,
+            {"sampler": Sampler(NoiseSchedule.flow(), steps=3)},
+            r"made for flow\(.*trains on discrete\(",
+        ),
         (NoSchedule, {}, "NoSchedule has no noise schedule"),
         (NoShape, {}, "NoShape has no attribute sample_shape"),
         (NoPredict, {}, "NoPredict has no method predict"),
@@ -569,7 +704,9 @@ def test_a_schedule_alone_and_functions_given_are_enough(tmp_path: Path) -> None
         predict: Any = None
 
     predict = Calls()
-    previews = ValidationSampling("euler", steps=2, shape=SHAPE, num_images=2, predict=predict, on_error="raise")
+    previews = ValidationSampling(
+        "euler", steps=2, shape=SHAPE, num_images=2, predict=predict, on_error="raise"
+    )
     train(tmp_path, previews, module=Bare(), max_epochs=1)
     assert len(predict.seen) == 1 + 2 and grids(tmp_path) == ["previews/step_00000006.png"]
 
@@ -579,15 +716,27 @@ def test_nan_and_an_unknown_shape_are_told(tmp_path: Path) -> None:
         return torch.where(torch.arange(len(x)).view(-1, 1, 1, 1) == 1, torch.nan, -x)
 
     previews = ValidationSampling("euler", steps=2, num_images=2, predict=broken, on_error="raise")
-    with pytest.warns(UserWarning, match=r"preview at step 6 has NaN in 1 of 2 images, 50.0% of the pixels"):
+    with pytest.warns(
+        UserWarning, match=r"preview at step 6 has NaN in 1 of 2 images, 50.0% of the pixels"
+    ):
         train(tmp_path, previews, max_epochs=1)
     shown = picture(tmp_path / "previews/step_00000006.png")
-    assert (shown[2:6, 12:16] == 0).all() and (shown[2:6, 16:20] == 255).all()  # the other image is as it was
-    whole = ValidationSampling("euler", steps=2, num_images=2, predict=lambda x, t: -x, folder=tmp_path / "whole")
+    # the other image is as it was
+    assert (shown[2:6, 12:16] == 0).all() and (shown[2:6, 16:20] == 255).all()
+    whole = ValidationSampling(
+        "euler", steps=2, num_images=2, predict=lambda x, t: -x, folder=tmp_path / "whole"
+    )
     train(tmp_path, whole, max_epochs=1)
-    np.testing.assert_array_equal(shown[:, :12], picture(tmp_path / "whole/step_00000006.png")[:, :12])
+    np.testing.assert_array_equal(
+        shown[:, :12], picture(tmp_path / "whole/step_00000006.png")[:, :12]
+    )
     with pytest.warns(UserWarning, match="the shape of a sample is not known"):
-        train(tmp_path / "none", ValidationSampling(steps=2), module=Toy(sample_shape=None), max_epochs=1)
+        train(
+            tmp_path / "none",
+            ValidationSampling(steps=2),
+            module=Toy(sample_shape=None),
+            max_epochs=1,
+        )
     assert files(tmp_path / "none") == []
 
 
@@ -596,9 +745,13 @@ def test_objects_with_sample_and_raise(tmp_path: Path) -> None:
         def __init__(self, x: Tensor) -> None:
             self.sample = torch.zeros_like(x)
 
-    previews = ValidationSampling("euler", steps=1, num_images=2, predict=lambda x, t: Output(x), on_error="raise")
+    previews = ValidationSampling(
+        "euler", steps=1, num_images=2, predict=lambda x, t: Output(x), on_error="raise"
+    )
     train(tmp_path, previews, max_epochs=1)
-    with pytest.raises(RuntimeError, match="preview at step 6 failed: RuntimeError: no memory left"):
+    with pytest.raises(
+        RuntimeError, match="preview at step 6 failed: RuntimeError: no memory left"
+    ):
         train(tmp_path, ValidationSampling(steps=1, predict=Calls(fail_at=2), on_error="raise"))
 
 
@@ -609,7 +762,11 @@ def test_how_each_strategy_is_entered() -> None:
         return strategy
 
     plain, wrapped = Entrance(), Entrance(sharded=True, wrapped=True)
-    assert entrance_of(SingleDeviceStrategy(torch.device("cpu"))) == entrance_of(DDPStrategy()) == plain
+    assert (
+        entrance_of(SingleDeviceStrategy(torch.device("cpu")))
+        == entrance_of(DDPStrategy())
+        == plain
+    )
     assert entrance_of(deepspeed(2)) == plain and entrance_of(deepspeed(3)) == wrapped
     assert entrance_of(FSDPStrategy()) == wrapped
     assert entrance_of(ModelParallelStrategy()) == Entrance(sharded=True)
@@ -618,7 +775,9 @@ def test_how_each_strategy_is_entered() -> None:
 
 
 def test_callback_is_picklable_and_its_state_is_plain() -> None:
-    previews = ValidationSampling(Sampler(SCHEDULE, "DPM++ 2M Karras", 7), conditioning={"y": torch.zeros(16)})
+    previews = ValidationSampling(
+        Sampler(SCHEDULE, "DPM++ 2M Karras", 7), conditioning={"y": torch.zeros(16)}
+    )
     again = pickle.loads(pickle.dumps(previews))
     assert again.state_key == previews.state_key and again.steps == 7
     assert json.loads(json.dumps(previews.state_dict())) == {"last_step": 0}

@@ -25,15 +25,22 @@ def matrices(schedule: TokenSchedule) -> list[Tensor]:
     count, tokens = schedule.num_train_timesteps, schedule.num_vec_classes - 1
     alpha_bar = [
         1.0,
-        *torch.linspace(schedule.alpha_cum_start, schedule.alpha_cum_end, count, dtype=torch.float64).tolist(),
+        *torch.linspace(
+            schedule.alpha_cum_start, schedule.alpha_cum_end, count, dtype=torch.float64
+        ).tolist(),
     ]
     gamma_bar = [
         0.0,
-        *torch.linspace(schedule.gamma_cum_start, schedule.gamma_cum_end, count, dtype=torch.float64).tolist(),
+        *torch.linspace(
+            schedule.gamma_cum_start, schedule.gamma_cum_end, count, dtype=torch.float64
+        ).tolist(),
     ]
     found = []
     for t in range(1, count + 1):
-        alpha, gamma = alpha_bar[t] / alpha_bar[t - 1], 1 - (1 - gamma_bar[t]) / (1 - gamma_bar[t - 1])
+        alpha, gamma = (
+            alpha_bar[t] / alpha_bar[t - 1],
+            1 - (1 - gamma_bar[t]) / (1 - gamma_bar[t - 1]),
+        )
         beta = (1 - alpha - gamma) / tokens
         Q = torch.full((tokens + 1, tokens + 1), beta, dtype=torch.float64) + alpha * torch.eye(
             tokens + 1, dtype=torch.float64
@@ -80,9 +87,14 @@ def test_the_marginals_of_the_chain_are_products_of_its_matrices(schedule: Token
 
 def test_levels_between_times() -> None:
     for n, s in [(-1, 0), (0, 1), (1, 4), (-1, 5)]:
-        a, b, c = (level.exp().item() for level in SMALL.between(times(n, 1), times(s, 1), torch.zeros(1, K).double()))
+        a, b, c = (
+            level.exp().item()
+            for level in SMALL.between(times(n, 1), times(s, 1), torch.zeros(1, K).double())
+        )
         Q = chain(SMALL, n, s)
-        assert (a + b, b, c) == pytest.approx((Q[0, 0].item(), Q[1, 0].item(), Q[K, 0].item()), rel=1e-12)
+        assert (a + b, b, c) == pytest.approx(
+            (Q[0, 0].item(), Q[1, 0].item(), Q[K, 0].item()), rel=1e-12
+        )
 
 
 def test_add_noise_takes_a_time_for_each_sample() -> None:
@@ -106,16 +118,23 @@ def test_the_posterior_is_bayes_rule(schedule: TokenSchedule, s: int, n: int) ->
         known[:, x0] = 0.0
         ours = schedule.posterior(known, EVERY.unsqueeze(0), times(s, 1), times(n, 1))[0].exp()
         bayes = (between * to_n[:, x0]).T / to_s[:, x0]  # [x_n, x_s]
-        assert torch.allclose(ours, bayes, rtol=1e-6, atol=1e-12)  # β of the paper's schedule is a difference near 1e-8
-        assert torch.allclose(ours.sum(0), torch.ones(K + 1, dtype=torch.float64), rtol=0, atol=1e-9)
+        # β of the paper's schedule is a difference near 1e-8
+        assert torch.allclose(ours, bayes, rtol=1e-6, atol=1e-12)
+        assert torch.allclose(
+            ours.sum(0), torch.ones(K + 1, dtype=torch.float64), rtol=0, atol=1e-9
+        )
 
 
 @pytest.mark.parametrize("s", [5, 3, 0])
 def test_a_doubtful_network_mixes_the_posteriors(s: int) -> None:
-    p = torch.softmax(torch.randn(1, K, K + 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64), 1)
+    p = torch.softmax(
+        torch.randn(1, K, K + 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64), 1
+    )
     mixed = torch.zeros(K + 1, K + 1, dtype=torch.float64)
     for x0 in range(K):
-        bayes = (chain(SMALL, s - 1, s) * chain(SMALL, -1, s - 1)[:, x0]).T / chain(SMALL, -1, s)[:, x0]
+        bayes = (chain(SMALL, s - 1, s) * chain(SMALL, -1, s - 1)[:, x0]).T / chain(SMALL, -1, s)[
+            :, x0
+        ]
         mixed += bayes * p[0, x0]
     ours = SMALL.posterior(p.log(), EVERY.unsqueeze(0), times(s, 1))[0].exp()
     assert torch.allclose(ours, mixed, rtol=0, atol=1e-12)
@@ -155,7 +174,10 @@ def test_the_loss_of_a_network_that_knows_x_0_is_zero() -> None:
     x_t = PAPER.add_noise(x0, noise, timesteps)
     sure = 1e4 * one_hot(x0, K).double().mT
     assert torch.allclose(
-        PAPER.losses(sure, x0, x_t, timesteps), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-12
+        PAPER.losses(sure, x0, x_t, timesteps),
+        torch.zeros(3, dtype=torch.float64),
+        rtol=0,
+        atol=1e-12,
     )
     unsure = PAPER.losses(0 * sure, x0, x_t, timesteps)
     assert bool((unsure > 1e-4).all())
@@ -177,7 +199,10 @@ def test_the_loss_term_by_term(t: int, auxiliary_weight: float) -> None:
         to_s, to_n, step = chain(SMALL, -1, t), chain(SMALL, -1, t - 1), chain(SMALL, t - 1, t)
         posteriors = (step[b].unsqueeze(1) * to_n / to_s[b])[:, :K]  # [x_t-1, x_0], eq. 5
         true, model = posteriors[:, a], posteriors @ p[:, token]  # eq. 11
-        total += float(torch.special.xlogy(true, true / model).nan_to_num().sum()) + auxiliary_weight * L_x0
+        total += (
+            float(torch.special.xlogy(true, true / model).nan_to_num().sum())
+            + auxiliary_weight * L_x0
+        )
     ours = SMALL.losses(logits, x0, x_t, times(t, 1), auxiliary_weight)
     assert float(ours) == pytest.approx(total / 5, rel=1e-9)
 
@@ -192,7 +217,12 @@ def test_the_bound_is_the_likelihood_for_the_best_network() -> None:
         prior = chain(SMALL, -1, T - 1)
         marginal = prior[:, :K] @ data
         # L_T: the KL from q(x_T | x_0) to the marginal of x_T, from which the best sampler starts
-        total = float((data * torch.special.xlogy(prior[:, :K], prior[:, :K] / marginal.unsqueeze(1)).sum(0)).sum())
+        total = float(
+            (
+                data
+                * torch.special.xlogy(prior[:, :K], prior[:, :K] / marginal.unsqueeze(1)).sum(0)
+            ).sum()
+        )
         for t in range(T):
             q = chain(SMALL, -1, t)[:, :K] * data  # [x_t, x_0]
             pairs = [(a, b) for a in range(K) for b in range(K + 1)]
@@ -288,7 +318,8 @@ def test_agreement_with_the_peer_s_steps(monkeypatch: pytest.MonkeyPatch) -> Non
     noise = SeededNoise((1, 8), 4, torch.device("cpu"))
 
     def gumbel_noised(logits: Tensor, _: Any) -> Tensor:
-        u = noise.uniform(K + 1, 8)  # what seeds=4 draws, also where the peer has no logit for [MASK]
+        # what seeds=4 draws, also where the peer has no logit for [MASK]
+        u = noise.uniform(K + 1, 8)
         return logits - (-u.log()).log()[:, : logits.shape[1]]
 
     monkeypatch.setattr(module, "gumbel_noised", gumbel_noised)
@@ -305,7 +336,8 @@ def test_fewer_steps_start_where_training_ended_and_the_peer_s_do_not() -> None:
     assert VQDiffusion(PAPER).timesteps == list(range(99, -1, -1))
     scheduler = VQDiffusionScheduler(K + 1)
     scheduler.set_timesteps(10)
-    assert scheduler.timesteps.tolist() == list(range(9, -1, -1))  # all masked tokens, at a time when 1 in 10 is
+    # all masked tokens, at a time when 1 in 10 is
+    assert scheduler.timesteps.tolist() == list(range(9, -1, -1))
 
 
 def test_seeds_and_guidance() -> None:
@@ -333,8 +365,14 @@ def test_seeds_and_guidance() -> None:
     [
         ({"num_vec_classes": 1}, "num_vec_classes must be at least 2, got 1"),
         ({"num_train_timesteps": 1}, "num_train_timesteps must be at least 2, got 1"),
-        ({"alpha_cum_start": 1.0}, "need 1 > alpha_cum_start > alpha_cum_end > 0 and the reverse for gamma_cum, got "),
-        ({"gamma_cum_end": 0.0}, "need 1 > alpha_cum_start > alpha_cum_end > 0 and the reverse for gamma_cum, got "),
+        (
+            {"alpha_cum_start": 1.0},
+            "need 1 > alpha_cum_start > alpha_cum_end > 0 and the reverse for gamma_cum, got ",
+        ),
+        (
+            {"gamma_cum_end": 0.0},
+            "need 1 > alpha_cum_start > alpha_cum_end > 0 and the reverse for gamma_cum, got ",
+        ),
         (
             {"gamma_cum_start": 0.5},
             "alpha_cum + gamma_cum must be below 1, to leave a chance for a replaced token, got ",
@@ -353,34 +391,50 @@ def test_bad_schedules(options: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("steps", [0, 101, 2.5, True])
 def test_bad_steps(steps: Any) -> None:
-    with pytest.raises(ValueError, match=rf"^steps must be an integer between 1 and 100, got {steps}$"):
+    with pytest.raises(
+        ValueError, match=rf"^steps must be an integer between 1 and 100, got {steps}$"
+    ):
         VQDiffusion(PAPER, steps)
 
 
 def test_bad_tokens_noise_and_times() -> None:
-    x0, noise, t = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.float64), torch.tensor([0, 1])
+    x0, noise, t = (
+        torch.zeros(2, 3, dtype=torch.int64),
+        torch.zeros(2, 3, dtype=torch.float64),
+        torch.tensor([0, 1]),
+    )
     with pytest.raises(
-        ValueError, match=r"^tokens must be int64 of shape \(batch, ...\), got torch.float32 of shape \(2, 3\)$"
+        ValueError,
+        match=r"^tokens must be int64 of shape \(batch, ...\), got torch.float32 of shape \(2, 3\)$",
     ):
         PAPER.add_noise(x0.float(), noise, t)
     with pytest.raises(ValueError, match=r"^tokens must lie in 0 ... 4, got 0 ... 9$"):
         PAPER.add_noise(torch.tensor([[0, 9, 0], [0, 0, 0]]), noise, t)
-    with pytest.raises(ValueError, match=r"^noise must have the shape of x0, \(2, 3\), got \(2, 2\)$"):
+    with pytest.raises(
+        ValueError, match=r"^noise must have the shape of x0, \(2, 3\), got \(2, 2\)$"
+    ):
         PAPER.add_noise(x0, noise[:, :2], t)
     with pytest.raises(ValueError, match=r"^noise must be float64, got torch.float32: "):
         PAPER.add_noise(x0, noise.float(), t)
-    with pytest.raises(ValueError, match=r"^timesteps must have shape \(2,\), one for each sample, got \(3,\)$"):
+    with pytest.raises(
+        ValueError, match=r"^timesteps must have shape \(2,\), one for each sample, got \(3,\)$"
+    ):
         PAPER.add_noise(x0, noise, torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match=r"^timesteps must lie in 0 ... 99, got 0 ... 100$"):
         PAPER.add_noise(x0, noise, torch.tensor([0, 100]))
 
 
 def test_a_network_of_the_wrong_shape() -> None:
-    with pytest.raises(ValueError, match=r"^the network must return logits of shape \(2, 4, 3\), got \(2, 5, 3\)$"):
+    with pytest.raises(
+        ValueError, match=r"^the network must return logits of shape \(2, 4, 3\), got \(2, 5, 3\)$"
+    ):
         VQDiffusion(PAPER)(lambda x, t: torch.zeros(2, 5, 3), (2, 3), seeds=0)
 
 
 @pytest.mark.parametrize(("name", "value"), [("clip", 1.0), ("guidance_rescale", 0.7)])
 def test_what_is_made_for_numbers(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=rf"^{name} is for images of numbers, got {value} for tokens; leave it out$"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^{name} is for images of numbers, got {value} for tokens; leave it out$",
+    ):
         VQDiffusion(PAPER)(lambda x, t: torch.zeros(2, K, 3), (2, 3), seeds=0, **{name: value})

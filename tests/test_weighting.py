@@ -43,12 +43,23 @@ from oracles import ALL_PREDICTIONS, EVERY_SCHEDULE, SCHEDULES, allowed
 
 TOLERANCE = 1e-12
 OTHERS: Sequence[Weighting] = [  # beside the defaults
-    *(MinSNR(gamma=1.0), MinSNR(gamma=20.0), SoftMinSNR(gamma=1.0), Sigmoid(bias=-3.0), P2(k=0.5, gamma=0.5)),
-    *(EDM(sigma_data=1.0), VLike(strength=0.3), PerRange(((0.0, 0.3, 2.0), (0.6, 0.8, 0.0)), "min_snr", 0.5)),
+    *(
+        MinSNR(gamma=1.0),
+        MinSNR(gamma=20.0),
+        SoftMinSNR(gamma=1.0),
+        Sigmoid(bias=-3.0),
+        P2(k=0.5, gamma=0.5),
+    ),
+    *(
+        EDM(sigma_data=1.0),
+        VLike(strength=0.3),
+        PerRange(((0.0, 0.3, 2.0), (0.6, 0.8, 0.0)), "min_snr", 0.5),
+    ),
     LearnedUncertainty(of="snr"),
 ]
 SCHEMES = [scheme() for scheme in WEIGHTINGS.values()] + list(OTHERS)
-INVARIANT = [s for s in SCHEMES if not isinstance(s, Uniform) and s != PerRange()]  # PerRange() is of uniform
+# PerRange() is of uniform
+INVARIANT = [s for s in SCHEMES if not isinstance(s, Uniform) and s != PerRange()]
 PEERS = [scheme for scheme in SCHEMES if isinstance(scheme, Peer)]
 GAMMAS = [0.5, 1.0, 5.0, 20.0]
 VP = ("scaled_linear", "ztsnr", "squaredcos")
@@ -56,7 +67,9 @@ VP = ("scaled_linear", "ztsnr", "squaredcos")
 
 def times(schedule: NoiseSchedule, count: int = 200) -> Tensor:
     """Times inside the schedule."""
-    return torch.linspace(schedule.curve.t_min, schedule.curve.t_max, count, dtype=torch.float64)[1:-1]
+    return torch.linspace(schedule.curve.t_min, schedule.curve.t_max, count, dtype=torch.float64)[
+        1:-1
+    ]
 
 
 def levels(schedule: NoiseSchedule, count: int = 200) -> tuple[Tensor, Tensor]:
@@ -87,8 +100,11 @@ TARGETS = all_pairs(INVARIANT, list(EVERY_SCHEDULE), ALL_PREDICTIONS)
 def test_the_objective_does_not_depend_on_the_target(scheme: Weighting) -> None:
     for _, name, prediction in (row for row in TARGETS if row[0] is scheme):
         alpha, sigma = levels(EVERY_SCHEDULE[name])
-        on_x0 = weights(scheme, PREDICTIONS["sample"](), alpha, sigma)  # times an error of 1, squared
-        on_target = weights(scheme, prediction, alpha, sigma) * target_error(prediction, alpha, sigma) ** 2
+        # times an error of 1, squared
+        on_x0 = weights(scheme, PREDICTIONS["sample"](), alpha, sigma)
+        on_target = (
+            weights(scheme, prediction, alpha, sigma) * target_error(prediction, alpha, sigma) ** 2
+        )
         counted = on_x0 > 0  # all, but for ranges that are told not to
         assert int(counted.sum()) > 100, (name, prediction)
         assert torch.equal(on_target > 0, counted), (name, prediction)
@@ -101,7 +117,12 @@ def test_a_scheme_is_a_function_of_snr_alone(scheme: Weighting, name: str) -> No
     """w_x0 does not change when a path is multiplied by a number: a variance exploding path is trained as the preserving one."""
     alpha, sigma = levels(SCHEDULES[name])
     sample = PREDICTIONS["sample"]()
-    assert worst(weights(scheme, sample, 3.7 * alpha, 3.7 * sigma), weights(scheme, sample, alpha, sigma)) < TOLERANCE
+    assert (
+        worst(
+            weights(scheme, sample, 3.7 * alpha, 3.7 * sigma), weights(scheme, sample, alpha, sigma)
+        )
+        < TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("prediction", ALL_PREDICTIONS, ids=lambda p: p.name)
@@ -118,9 +139,16 @@ def test_min_snr_closed_forms(gamma: float, name: str) -> None:
     clipped = snr.clamp(max=gamma)
     assert bool((snr < gamma).any())
     assert bool((snr > gamma).any())
-    closed_forms = {"epsilon": clipped / snr, "v_prediction": clipped / (snr + 1), "sample": clipped}
+    closed_forms = {
+        "epsilon": clipped / snr,
+        "v_prediction": clipped / (snr + 1),
+        "sample": clipped,
+    }
     for prediction, expected in closed_forms.items():
-        assert worst(weights(MinSNR(gamma=gamma), PREDICTIONS[prediction](), alpha, sigma), expected) < TOLERANCE
+        assert (
+            worst(weights(MinSNR(gamma=gamma), PREDICTIONS[prediction](), alpha, sigma), expected)
+            < TOLERANCE
+        )
 
 
 def test_min_snr_on_a_flow() -> None:
@@ -143,18 +171,24 @@ W_X0: dict[str, Callable[[Tensor], Tensor]] = {
     "p2": lambda snr: snr / (1 + snr),
     "debiased": torch.sqrt,
     "edm": lambda snr: (1 / snr + 0.25) / (0.25 / snr),  # (s² + σ_d²) / (s σ_d)²
-    "cosmap": lambda snr: 2 / (math.pi * (1 - 2 * flow_sigma(snr) + 2 * flow_sigma(snr) ** 2)) / flow_sigma(snr) ** 2,
+    "cosmap": lambda snr: (
+        2 / (math.pi * (1 - 2 * flow_sigma(snr) + 2 * flow_sigma(snr) ** 2)) / flow_sigma(snr) ** 2
+    ),
     "sigma_sqrt": lambda snr: flow_sigma(snr) ** -4,
     "v_like": lambda snr: snr + 1.0 * (snr + 1),
 }
 BY_PEERS: dict[str, Callable[[Tensor], Tensor]] = {  # on their target, as their code has it
-    "diffusers_cosmap_x0": lambda snr: 2 / (math.pi * (1 - 2 * flow_sigma(snr) + 2 * flow_sigma(snr) ** 2)),
+    "diffusers_cosmap_x0": lambda snr: (
+        2 / (math.pi * (1 - 2 * flow_sigma(snr) + 2 * flow_sigma(snr) ** 2))
+    ),
     "diffusers_min_snr_plus_one_v": lambda snr: snr.clamp(max=5.0) / snr + 1,
     "diffusers_pixart_min_snr_v": lambda snr: (snr + 1).clamp(max=5.0) / (snr + 1),
     "kohya_debiased_epsilon": lambda snr: 1 / snr.clamp(max=1000.0).sqrt(),
     "kohya_debiased_v": lambda snr: 1 / (snr.clamp(max=1000.0) + 1),
     "kohya_scale_v_pred": lambda snr: snr.clamp(max=1000.0) / (snr.clamp(max=1000.0) + 1),
-    "kohya_v_pred_like": lambda snr: 1 + 1.0 / (snr.clamp(max=1000.0) / (snr.clamp(max=1000.0) + 1)),
+    "kohya_v_pred_like": lambda snr: (
+        1 + 1.0 / (snr.clamp(max=1000.0) / (snr.clamp(max=1000.0) + 1))
+    ),
     "onetrainer_debiased_v": lambda snr: (snr.clamp(max=1000.0) + 1).rsqrt(),
     "onetrainer_p2_v": lambda snr: (1 + (snr + 1)) ** -1.0,
     "onetrainer_sigma": lambda snr: flow_sigma(snr),
@@ -192,11 +226,20 @@ def test_weights_of_every_target(scheme: str, name: str) -> None:
     alpha, sigma = levels(SCHEDULES[name])
     snr = (alpha / sigma) ** 2
     w = W_X0[scheme](snr)
-    for prediction, expected in {"sample": w, "epsilon": w / snr, "v_prediction": w / (snr + 1)}.items():
-        assert worst(weights(WEIGHTINGS[scheme](), PREDICTIONS[prediction](), alpha, sigma), expected) < TOLERANCE
+    for prediction, expected in {
+        "sample": w,
+        "epsilon": w / snr,
+        "v_prediction": w / (snr + 1),
+    }.items():
+        assert (
+            worst(weights(WEIGHTINGS[scheme](), PREDICTIONS[prediction](), alpha, sigma), expected)
+            < TOLERANCE
+        )
 
 
-OF_PARAMETERS: dict[Weighting, Callable[[Tensor], Tensor]] = {  # w_x0 of other parameters than the defaults
+OF_PARAMETERS: dict[
+    Weighting, Callable[[Tensor], Tensor]
+] = {  # w_x0 of other parameters than the defaults
     MinSNR(gamma=20.0): lambda snr: snr.clamp(max=20.0),
     SoftMinSNR(gamma=1.0): lambda snr: snr / (snr + 1),
     Sigmoid(bias=-3.0): lambda snr: snr * torch.sigmoid(-3.0 - snr.log()),
@@ -218,10 +261,15 @@ def test_weights_of_the_flow_velocity(scheme: str) -> None:
     schedule = SCHEDULES["flow"]
     alpha, sigma = levels(schedule)
     expected = W_X0[scheme]((alpha / sigma) ** 2) * sigma**2
-    assert worst(weights(WEIGHTINGS[scheme](), schedule.prediction, alpha, sigma), expected) < TOLERANCE
+    assert (
+        worst(weights(WEIGHTINGS[scheme](), schedule.prediction, alpha, sigma), expected)
+        < TOLERANCE
+    )
 
 
-@pytest.mark.parametrize(("scheme", "prediction"), [("snr", "epsilon"), ("v", "v_prediction"), ("x0", "sample")])
+@pytest.mark.parametrize(
+    ("scheme", "prediction"), [("snr", "epsilon"), ("v", "v_prediction"), ("x0", "sample")]
+)
 def test_plain_losses_weigh_their_own_target_by_one(scheme: str, prediction: str) -> None:
     alpha, sigma = levels(SCHEDULES["scaled_linear"])
     weight = weights(WEIGHTINGS[scheme](), PREDICTIONS[prediction](), alpha, sigma)
@@ -234,12 +282,17 @@ def test_plain_losses_weigh_their_own_target_by_one(scheme: str, prediction: str
 )
 def test_peers_weigh_as_their_code_does(scheme: str, name: str) -> None:
     schedule = SCHEDULES[name]
-    t = torch.linspace(0.0, schedule.curve.t_max, 1000, dtype=torch.float64)[int(name == "flow") : 999]
+    t = torch.linspace(0.0, schedule.curve.t_max, 1000, dtype=torch.float64)[
+        int(name == "flow") : 999
+    ]
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     snr = (alpha / sigma) ** 2
     assert float(snr.max()) > 1000  # the cap is seen
     target = PREDICTIONS[WEIGHTINGS[scheme].target]()
-    assert worst(weights(WEIGHTINGS[scheme](), target, alpha, sigma), BY_PEERS[scheme](snr)) < TOLERANCE
+    assert (
+        worst(weights(WEIGHTINGS[scheme](), target, alpha, sigma), BY_PEERS[scheme](snr))
+        < TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("scheme", TRULY)
@@ -258,7 +311,8 @@ def test_weights_of_diffusers_for_flows(scheme: str) -> None:
     schedule = SCHEDULES["flow"]
     alpha, sigma = levels(schedule)
     expected = compute_loss_weighting_for_sd3(scheme, sigma).double()
-    assert worst(weights(WEIGHTINGS[scheme](), schedule.prediction, alpha, sigma), expected) < 1e-6  # theirs is float32
+    # theirs is float32
+    assert worst(weights(WEIGHTINGS[scheme](), schedule.prediction, alpha, sigma), expected) < 1e-6
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -323,7 +377,9 @@ MEASURED = {
 def test_numbers(scheme: str) -> None:
     schedule = SCHEDULES["ztsnr"]
     t = torch.tensor([500, 999], dtype=torch.float64)
-    middle, last = weights(WEIGHTINGS[scheme](), schedule.prediction, schedule.alpha(t), schedule.sigma(t)).tolist()
+    middle, last = weights(
+        WEIGHTINGS[scheme](), schedule.prediction, schedule.alpha(t), schedule.sigma(t)
+    ).tolist()
     assert middle == pytest.approx(MEASURED[scheme][0], abs=6e-4)
     assert last == MEASURED[scheme][1]
 
@@ -331,7 +387,8 @@ def test_numbers(scheme: str) -> None:
 def test_how_many_steps_min_snr_leaves_out() -> None:
     v, t = PREDICTIONS["v_prediction"](), torch.arange(1000)
     plain, zero = (
-        weights(MinSNR(), v, s.alpha(t), s.sigma(t)) for s in (SCHEDULES["scaled_linear"], SCHEDULES["ztsnr"])
+        weights(MinSNR(), v, s.alpha(t), s.sigma(t))
+        for s in (SCHEDULES["scaled_linear"], SCHEDULES["ztsnr"])
     )
     assert torch.nonzero(zero < 1e-3).flatten().tolist() == list(range(937, 1000))
     assert float(plain.min()) > 1e-3
@@ -344,9 +401,22 @@ AT_THE_END = {  # exactly, on v, where SNR is 0
     **dict.fromkeys(("snr", "min_snr", "soft_min_snr", "sigmoid", "p2", "debiased"), 0.0),
     **dict.fromkeys(("kohya_debiased_epsilon", "kohya_scale_v_pred"), 0.0),
     **dict.fromkeys(
-        ("uniform", "v", "x0", "flow", "sigma_sqrt", "v_like", "kohya_debiased_v", "kohya_v_pred_like"), 1.0
+        (
+            "uniform",
+            "v",
+            "x0",
+            "flow",
+            "sigma_sqrt",
+            "v_like",
+            "kohya_debiased_v",
+            "kohya_v_pred_like",
+        ),
+        1.0,
     ),
-    **dict.fromkeys(("onetrainer_debiased_v", "onetrainer_sigma", "diffusers_pixart_min_snr_v", "per_range"), 1.0),
+    **dict.fromkeys(
+        ("onetrainer_debiased_v", "onetrainer_sigma", "diffusers_pixart_min_snr_v", "per_range"),
+        1.0,
+    ),
     "edm": 4.0,
     "learned_uncertainty": 4.0,
     "cosmap": 2 / math.pi,
@@ -361,7 +431,9 @@ DEAD_AT_THE_END = [name for name, weight in AT_THE_END.items() if weight == 0]
 def test_weights_are_finite_at_both_ends(scheme: Weighting) -> None:
     for schedule, dtype in product(allowed(SCHEDULES["ztsnr"]), (torch.float32, torch.float64)):
         t = torch.tensor([0, 999]).to(dtype)
-        first, last = weights(scheme, schedule.prediction, schedule.alpha(t), schedule.sigma(t)).tolist()
+        first, last = weights(
+            scheme, schedule.prediction, schedule.alpha(t), schedule.sigma(t)
+        ).tolist()
         assert 0 < first < math.inf, (schedule.prediction, dtype)
         assert 0 <= last < math.inf, (schedule.prediction, dtype)
 
@@ -369,7 +441,9 @@ def test_weights_are_finite_at_both_ends(scheme: Weighting) -> None:
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_weights_where_snr_is_zero(name: str) -> None:
     last = weights(
-        WEIGHTINGS[name](), PREDICTIONS["v_prediction"](), *torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+        WEIGHTINGS[name](),
+        PREDICTIONS["v_prediction"](),
+        *torch.tensor([[0.0], [1.0]], dtype=torch.float64),
     )
     assert float(last) == pytest.approx(AT_THE_END[name], rel=1e-15, abs=0)
 
@@ -390,7 +464,9 @@ def test_weights_at_both_ends_of_a_flow(scheme: Weighting) -> None:
 def test_the_first_weight_is_not_lost_in_float32() -> None:
     schedule, t = SCHEDULES["ztsnr"], torch.arange(1000)
     in_float32 = weights(MinSNR(), schedule.prediction, schedule.alpha(t), schedule.sigma(t))
-    in_float64 = weights(MinSNR(), schedule.prediction, schedule.alpha(t.double()), schedule.sigma(t.double()))
+    in_float64 = weights(
+        MinSNR(), schedule.prediction, schedule.alpha(t.double()), schedule.sigma(t.double())
+    )
     assert worst(in_float32[:-1].double(), in_float64[:-1]) < 1e-5
 
 
@@ -403,7 +479,9 @@ DEAD = (
 
 
 @pytest.mark.parametrize("name", DEAD_AT_THE_END)
-@pytest.mark.parametrize(("schedule", "end"), [(SCHEDULES["ztsnr"], "999"), (SCHEDULES["flow"], "1")])
+@pytest.mark.parametrize(
+    ("schedule", "end"), [(SCHEDULES["ztsnr"], "999"), (SCHEDULES["flow"], "1")]
+)
 def test_a_dead_terminal_step_is_warned_of(name: str, schedule: NoiseSchedule, end: str) -> None:
     with pytest.warns(UserWarning, match=DEAD.format(name=name, end=end)) as caught:
         Noising(schedule, weighting=name)
@@ -413,8 +491,18 @@ def test_a_dead_terminal_step_is_warned_of(name: str, schedule: NoiseSchedule, e
 
 @pytest.mark.parametrize(
     ("schedule", "scheme"),
-    [(SCHEDULES[name], WEIGHTINGS[w](floor=f)) for name in ("ztsnr", "flow") for w in DEAD_AT_THE_END for f in (0.05,)]
-    + [(SCHEDULES[name], w) for name in ("ztsnr", "flow") for w in WEIGHTINGS if w not in DEAD_AT_THE_END]
+    [
+        (SCHEDULES[name], WEIGHTINGS[w](floor=f))
+        for name in ("ztsnr", "flow")
+        for w in DEAD_AT_THE_END
+        for f in (0.05,)
+    ]
+    + [
+        (SCHEDULES[name], w)
+        for name in ("ztsnr", "flow")
+        for w in WEIGHTINGS
+        if w not in DEAD_AT_THE_END
+    ]
     + [(SCHEDULES["scaled_linear"], name) for name in WEIGHTINGS],
     ids=repr,
 )
@@ -426,7 +514,8 @@ def test_no_warning_without_cause(schedule: NoiseSchedule, scheme: Weighting | s
 
 def test_a_range_that_leaves_the_last_step_out_is_warned_of() -> None:
     with pytest.warns(
-        UserWarning, match=r"^weighting 'per_range' is 0 at t = 999: the step that sampling starts from gets no"
+        UserWarning,
+        match=r"^weighting 'per_range' is 0 at t = 999: the step that sampling starts from gets no",
     ):
         Noising(SCHEDULES["scaled_linear"], weighting=PerRange(((0.5, 1.0, 0.0),)))
 
@@ -434,7 +523,9 @@ def test_a_range_that_leaves_the_last_step_out_is_warned_of() -> None:
 def test_floor_lifts_what_is_below_it_and_nothing_else() -> None:
     schedule, t = SCHEDULES["ztsnr"], torch.arange(1000, dtype=torch.float64)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    bare, floored = (weights(MinSNR(floor=f), schedule.prediction, alpha, sigma) for f in (0.0, 0.05))
+    bare, floored = (
+        weights(MinSNR(floor=f), schedule.prediction, alpha, sigma) for f in (0.0, 0.05)
+    )
     assert float(floored[-1]) == 0.05
     assert torch.equal(floored, torch.where(bare < 0.05, torch.full_like(bare, 0.05), bare))
     assert 50 < int((bare < 0.05).sum()) < 500
@@ -511,8 +602,14 @@ BAD_RANGES: list[tuple[Any, str]] = [
         r"^a range needs 0 <= min < max <= 1, got \(200.0, 400.0, 1.0\); times are fractions of training time",
     ),
     (((math.nan, 0.5, 1.0),), r"^a range needs 0 <= min < max <= 1, got \(nan, 0.5, 1.0\); "),
-    (((0.6, 1.0, 1.0), (0.0, 0.7, 1.0)), r"^ranges overlap: \(0.0, 0.7, 1.0\) and \(0.6, 1.0, 1.0\); end the first"),
-    (((0.0, 0.5, -1.0),), r"^the weight of range \(0.0, 0.5, -1.0\) must be at least 0 and finite, got -1.0$"),
+    (
+        ((0.6, 1.0, 1.0), (0.0, 0.7, 1.0)),
+        r"^ranges overlap: \(0.0, 0.7, 1.0\) and \(0.6, 1.0, 1.0\); end the first",
+    ),
+    (
+        ((0.0, 0.5, -1.0),),
+        r"^the weight of range \(0.0, 0.5, -1.0\) must be at least 0 and finite, got -1.0$",
+    ),
     (((0.0, 0.5, math.inf),), r"^the weight of range .* must be at least 0 and finite, got inf$"),
     (((0.0, 0.5),), r"^a range is \(min, max, weight\), got \(0.0, 0.5\)$"),
 ]
@@ -528,11 +625,15 @@ def test_bad_weight_elsewhere_and_missing_time() -> None:
     with pytest.raises(ValueError, match=r"^elsewhere must be at least 0 and finite, got nan$"):
         PerRange(elsewhere=math.nan)
     one = torch.ones(1)
-    with pytest.raises(ValueError, match=r"^weighting 'per_range' needs the fraction of training time; give fraction="):
+    with pytest.raises(
+        ValueError,
+        match=r"^weighting 'per_range' needs the fraction of training time; give fraction=",
+    ):
         PerRange()(one, one, one)
     for make in (lambda of: PerRange(of=of), lambda of: LearnedUncertainty(of=of)):
         with pytest.raises(
-            ValueError, match=r"cannot be made of 'learned_uncertainty', which is learned; give it a closed form$"
+            ValueError,
+            match=r"cannot be made of 'learned_uncertainty', which is learned; give it a closed form$",
         ):
             make("learned_uncertainty")
 
@@ -542,18 +643,32 @@ def test_bad_weight_elsewhere_and_missing_time() -> None:
 
 @pytest.mark.parametrize("gamma", [0.0, -1.0, float("nan"), float("inf")])
 def test_bad_gamma(gamma: float) -> None:
-    with pytest.raises(ValueError, match=rf"^snr gamma must be positive and finite, got {gamma}; the paper uses 5$"):
+    with pytest.raises(
+        ValueError, match=rf"^snr gamma must be positive and finite, got {gamma}; the paper uses 5$"
+    ):
         MinSNR(gamma=gamma)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SoftMinSNR(gamma=0.0), "gamma of weighting 'soft_min_snr' must be positive and finite, got 0.0"),
+        (
+            lambda: SoftMinSNR(gamma=0.0),
+            "gamma of weighting 'soft_min_snr' must be positive and finite, got 0.0",
+        ),
         (lambda: P2(k=0.0), "k of weighting 'p2' must be positive and finite, got 0.0"),
-        (lambda: P2(gamma=-1.0), "gamma of weighting 'p2' must be at least 0 and finite, got -1.0; the paper uses 1"),
-        (lambda: EDM(sigma_data=-1.0), "sigma_data of weighting 'edm' must be positive and finite, got -1.0"),
-        (lambda: VLike(strength=math.nan), "strength of weighting 'v_like' must be positive and finite, got nan"),
+        (
+            lambda: P2(gamma=-1.0),
+            "gamma of weighting 'p2' must be at least 0 and finite, got -1.0; the paper uses 1",
+        ),
+        (
+            lambda: EDM(sigma_data=-1.0),
+            "sigma_data of weighting 'edm' must be positive and finite, got -1.0",
+        ),
+        (
+            lambda: VLike(strength=math.nan),
+            "strength of weighting 'v_like' must be positive and finite, got nan",
+        ),
         (
             lambda: Sigmoid(bias=math.nan),
             "bias of weighting 'sigmoid' must lie in -80 ... 80, got nan; it is a log SNR",

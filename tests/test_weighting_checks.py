@@ -58,7 +58,9 @@ def test_every_weighting_on_every_density(weighting: str, density: str) -> None:
     for schedule in OPEN.values():
         own = scheme.on_curve(schedule.curve)
         assert end_without_mean(own, times, schedule.with_prediction("v_prediction")) is None
-        assert end_without_mean(own, times, schedule.with_prediction("sample")) == (0.0 if infinite else None)
+        assert end_without_mean(own, times, schedule.with_prediction("sample")) == (
+            0.0 if infinite else None
+        )
 
 
 @pytest.mark.parametrize("base", CLOSED)
@@ -105,11 +107,15 @@ def test_the_warning() -> None:
     assert message.startswith(
         "weighting 'v' on prediction 'sample' has no finite mean under 'uniform' timesteps: it grows without bound towards t = 0"
     )
-    assert warned(schedule=FLOW.with_prediction("sample"), weighting="v", timesteps="logit_normal") == []
+    assert (
+        warned(schedule=FLOW.with_prediction("sample"), weighting="v", timesteps="logit_normal")
+        == []
+    )
     bounded = PerRange(of="sigma_sqrt"), LearnedUncertainty(of="sigma_sqrt")
     for weighting in ("min_snr:floor=0.1", "uniform", "cosmap", "sigma_sqrt", *bounded):
         assert warned(schedule=FLOW, weighting=weighting) == []
-    assert len(warned(schedule=FLOW, weighting=SigmaSqrt(sigma_min=0.0))) == 1  # the bound taken away
+    # the bound taken away
+    assert len(warned(schedule=FLOW, weighting=SigmaSqrt(sigma_min=0.0))) == 1
 
 
 # sigma_sqrt
@@ -118,7 +124,9 @@ def test_the_warning() -> None:
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_sigma_sqrt_is_bounded_as_the_peer_s(shift: float) -> None:
     peer = FlowMatchEulerDiscreteScheduler(shift=shift)
-    theirs = compute_loss_weighting_for_sd3("sigma_sqrt", torch.as_tensor(peer.sigmas)[: peer.config.num_train_timesteps]).double()
+    theirs = compute_loss_weighting_for_sd3(
+        "sigma_sqrt", torch.as_tensor(peer.sigmas)[: peer.config.num_train_timesteps]
+    ).double()
     noising = Noising(NoiseSchedule.flow(shift), weighting="sigma_sqrt")
     schedule, weighting = noising.schedule, noising.weighting
     index = torch.arange(1000, dtype=torch.float64)
@@ -129,7 +137,9 @@ def test_sigma_sqrt_is_bounded_as_the_peer_s(shift: float) -> None:
     drawn = weighting(schedule.alpha(every), schedule.sigma(every), 1.0)
     assert float(drawn.max()) == pytest.approx(float(theirs.max()), rel=1e-4)
     assert 0.5 < float(drawn.mean() / theirs.mean()) < 1.5
-    assert float(weighting(torch.ones(1), torch.zeros(1), 1.0)) == pytest.approx(float(theirs.max()), rel=1e-4)
+    assert float(weighting(torch.ones(1), torch.zeros(1), 1.0)) == pytest.approx(
+        float(theirs.max()), rel=1e-4
+    )
 
 
 def test_the_bound_reaches_the_scheme_inside_of_another() -> None:
@@ -151,7 +161,11 @@ def test_a_bound_is_a_level_of_the_flow(sigma_min: float) -> None:
 
 def test_items_with_options() -> None:
     noising = Noising(
-        FLOW, weighting="min_snr:gamma=3,floor=0.05", timesteps="logit_normal:mean=1", noise="offset:strength=0.05", loss="huber:c=0.2"
+        FLOW,
+        weighting="min_snr:gamma=3,floor=0.05",
+        timesteps="logit_normal:mean=1",
+        noise="offset:strength=0.05",
+        loss="huber:c=0.2",
     )
     assert (noising.weighting.gamma, noising.weighting.floor) == (3, 0.05)
     assert noising.timesteps == LogitNormalTimesteps(mean=1)
@@ -163,10 +177,19 @@ def test_items_with_options() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weighting": "min_snr:gama=3"}, r"^unknown option of weighting min_snr 'gama'; did you mean 'gamma'\?$"),
-        ({"weighting": "min_snr:gamma"}, r"^unknown weighting 'min_snr:gamma'; did you mean 'min_snr'"),
+        (
+            {"weighting": "min_snr:gama=3"},
+            r"^unknown option of weighting min_snr 'gama'; did you mean 'gamma'\?$",
+        ),
+        (
+            {"weighting": "min_snr:gamma"},
+            r"^unknown weighting 'min_snr:gamma'; did you mean 'min_snr'",
+        ),
         ({"weighting": "min_snr:gamma=much"}, "^weighting min_snr does not take gamma='much'"),
-        ({"timesteps": "logit_norm:mean=1"}, "^unknown timestep density 'logit_norm'; did you mean 'logit_normal'"),
+        (
+            {"timesteps": "logit_norm:mean=1"},
+            "^unknown timestep density 'logit_norm'; did you mean 'logit_normal'",
+        ),
         ({"noise": "offset:strength=-1"}, "^noise offset strength must be at least 0, got -1"),
         ({"loss": "huber:c=0"}, "^c and scale of loss 'huber' must be positive"),
     ],
@@ -180,7 +203,10 @@ def test_bad_items_are_refused(settings: dict[str, str], message: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("scaled_linear", r"^a NoiseSchedule is made by name as a call, not from 'scaled_linear'; write NoiseSchedule\.scaled_linear\(\)$"),
+        (
+            "scaled_linear",
+            r"^a NoiseSchedule is made by name as a call, not from 'scaled_linear'; write NoiseSchedule\.scaled_linear\(\)$",
+        ),
         ("scaledlinear", r"; write NoiseSchedule\.scaled_linear\(\)$"),
         ("xyz", r"; the schedules are NoiseSchedule\.cosine, "),
         (None, r"^curve must be a Curve, got NoneType; e\.g\. NoiseSchedule\.scaled_linear\(\)$"),

@@ -24,10 +24,17 @@ WORDS = ["a", "red", "green", "blue", "square"]
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     letters = sorted(set("".join(WORDS)))
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokens = [
+        *letters,
+        *(f"{letter}</w>" for letter in letters),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+    return CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16
+    )
 
 
 def make_pipeline(folder: Path) -> Path:
@@ -64,10 +71,21 @@ def make_pipeline(folder: Path) -> Path:
         sample_size=16,
     )
     scheduler = PNDMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, skip_prk_steps=True, steps_offset=1
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        skip_prk_steps=True,
+        steps_offset=1,
     )
     pipeline = StableDiffusionPipeline(
-        vae, CLIPTextModel(text), tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+        vae,
+        CLIPTextModel(text),
+        tokenizer,
+        unet,
+        scheduler,
+        None,
+        None,
+        requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder / "pipeline")
     return folder / "pipeline"
@@ -91,9 +109,18 @@ def make_pipeline_xl(folder: Path) -> Path:
         block_out_channels=(16, 32), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=4, norm_num_groups=8, sample_size=16,
     )  # fmt: skip
-    scheduler = EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    scheduler = EulerDiscreteScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
+    )
     pipeline = StableDiffusionXLPipeline(
-        vae, CLIPTextModel(text), CLIPTextModelWithProjection(text), tokenizer, tokenizer, unet, scheduler, add_watermarker=False
+        vae,
+        CLIPTextModel(text),
+        CLIPTextModelWithProjection(text),
+        tokenizer,
+        tokenizer,
+        unet,
+        scheduler,
+        add_watermarker=False,
     )
     pipeline.save_pretrained(folder / "pipeline")
     return folder / "pipeline"
@@ -108,6 +135,8 @@ def make_images(folder: Path, count: int = 12, size: int = 20) -> Path:
         pixels = np.full((size, size + 4, 3), 30, np.uint8)
         pixels[4:14, 4:14, i % 3] = rng.integers(180, 255)
         Image.fromarray(pixels).save(folder / f"{i:02d}.png")
-        lines.append(json.dumps({"file_name": f"{i:02d}.png", "text": f"a {WORDS[1 + i % 3]} square"}))
+        lines.append(
+            json.dumps({"file_name": f"{i:02d}.png", "text": f"a {WORDS[1 + i % 3]} square"})
+        )
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return folder

@@ -7,7 +7,15 @@ from .checkpoints.loading import load_checkpoint
 from .checkpoints.read import schedule_from_checkpoint
 from .checkpoints.safetensors import write_markers
 from .ema.posthoc import posthoc_ema, save_snapshot
-from .ema.profiles import EMA_PROFILES, Constant, EMAProfile, HalfLife, InverseGamma, PowerFunction, Warmup
+from .ema.profiles import (
+    EMA_PROFILES,
+    Constant,
+    EMAProfile,
+    HalfLife,
+    InverseGamma,
+    PowerFunction,
+    Warmup,
+)
 from .flags.base_model import diffusers_scheduler
 from .flags.parsing import add_noising_arguments, noising_from_arguments, schedule_from_arguments
 

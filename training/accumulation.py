@@ -32,7 +32,9 @@ class Accumulation:
         self._starts: dict[tuple[int, int], int] = {}
         self._next = self._full = 0
 
-    def batch(self, step: int, number: tuple[int, int], micro_batch: int, samples: int, full: int) -> Batch:
+    def batch(
+        self, step: int, number: tuple[int, int], micro_batch: int, samples: int, full: int
+    ) -> Batch:
         """Return the place of the batch with this ``number``, (epoch, batch); the same one for the same number.
 
         ``micro_batch``: how many batches of the step went before it, which counts where they were not seen, after a resume.

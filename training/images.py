@@ -65,7 +65,9 @@ def image_grid(pixels: Tensor, columns: int | None = None, margin: int = 2) -> T
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     high, wide = height + margin, width + margin
-    grid = torch.full((channels, rows * high + margin, columns * wide + margin), BACKGROUND, dtype=torch.uint8)
+    grid = torch.full(
+        (channels, rows * high + margin, columns * wide + margin), BACKGROUND, dtype=torch.uint8
+    )
     for k, image in enumerate(pixels):
         top, left = margin + k // columns * high, margin + k % columns * wide
         grid[:, top : top + height, left : left + width] = image

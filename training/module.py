@@ -14,7 +14,9 @@ from ..noising.noising import prediction_tensor
 from .accumulation import Accumulation, full_batch, replicas
 from .networks import network_config
 
-VALIDATION_SEED = 20_240_229  # any fixed number: validation noise is the same in every run and epoch
+VALIDATION_SEED = (
+    20_240_229  # any fixed number: validation noise is the same in every run and epoch
+)
 
 
 class DiffusionModule(LightningModule):
@@ -61,7 +63,9 @@ class DiffusionModule(LightningModule):
         self.input_key = input_key
         self.label_key = label_key
         self._accumulation = Accumulation()
-        self.validation_noising = Noising(noising.schedule, Uniform(), "stratified", seed=VALIDATION_SEED)
+        self.validation_noising = Noising(
+            noising.schedule, Uniform(), "stratified", seed=VALIDATION_SEED
+        )
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -133,14 +137,21 @@ class DiffusionModule(LightningModule):
             full_batch(trainer.train_dataloader),
         )
         total = full * accumulate * replicas(trainer)[1]
-        return {"step": trainer.global_step, "index": self.global_index(start, samples), "total": total}
+        return {
+            "step": trainer.global_step,
+            "index": self.global_index(start, samples),
+            "total": total,
+        }
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         x0, conditioning = self.unpack(batch)
         # the batch's number stands in for the step: the same noise and times at every validation
         samples = len(x0)
         noised = self.validation_noising(
-            x0, step=batch_idx, index=self.global_index(0, samples), total=samples * replicas(self.trainer)[1]
+            x0,
+            step=batch_idx,
+            index=self.global_index(0, samples),
+            total=samples * replicas(self.trainer)[1],
         )
         loss = noised.loss(self.predict(noised.x, noised.timesteps, **conditioning))
         self.log("val_loss", loss, prog_bar=True, sync_dist=True, batch_size=x0.shape[0])
@@ -150,7 +161,9 @@ class DiffusionModule(LightningModule):
         # a learned log-variance is a statistic of the loss: decay would pull it to 0 and bias it
         learned = [p for p in self.noising.parameters() if p.requires_grad]
         kept = set(learned)
-        groups: list[dict[str, Any]] = [{"params": [p for p in self.parameters() if p.requires_grad and p not in kept]}]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in self.parameters() if p.requires_grad and p not in kept]}
+        ]
         if learned:
             groups.append({"params": learned, "weight_decay": 0.0})
         return torch.optim.AdamW(groups, lr=self.learning_rate)
@@ -165,4 +178,8 @@ class DiffusionModule(LightningModule):
 
 
 def _in_words(entry: Any) -> str:
-    return f"a tensor of shape {tuple(entry.shape)}" if isinstance(entry, Tensor) else f"a {type(entry).__name__}"
+    return (
+        f"a tensor of shape {tuple(entry.shape)}"
+        if isinstance(entry, Tensor)
+        else f"a {type(entry).__name__}"
+    )

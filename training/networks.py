@@ -16,7 +16,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from ..noising.utils.config_reading import mapping
 from ..noising.utils.registry import shown, unknown
 
-LARGEST_SETTING = 1 << 20  # of a network's config: no width, number of layers or vocabulary is larger
+# of a network's config: no width, number of layers or vocabulary is larger
+LARGEST_SETTING = 1 << 20
 
 
 def network_config(network: nn.Module) -> dict[str, Any] | None:
@@ -28,13 +29,17 @@ def network_config(network: nn.Module) -> dict[str, Any] | None:
     config = getattr(network, "config", None)
     if not isinstance(config, Mapping) or not type(network).__module__.startswith("diffusers."):
         return None
-    plain = json.loads(
-        json.dumps(dict(config), default=str)
-    )  # a FrozenDict would make the checkpoint unloadable with weights_only
-    return {"_class_name": type(network).__name__, **{k: v for k, v in plain.items() if k != "_name_or_path"}}
+    # a FrozenDict would make the checkpoint unloadable with weights_only
+    plain = json.loads(json.dumps(dict(config), default=str))
+    return {
+        "_class_name": type(network).__name__,
+        **{k: v for k, v in plain.items() if k != "_name_or_path"},
+    }
 
 
-def build_network(config: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> nn.Module:
+def build_network(
+    config: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None
+) -> nn.Module:
     """Return a new diffusers model, with random weights, from :func:`network_config`'s dict.
 
     Only model classes of diffusers are looked up, so a config cannot name other code. ``weights``: what will be loaded into
@@ -51,7 +56,9 @@ def build_network(config: Mapping[str, Any], weights: Mapping[str, Tensor] | Non
     for key, value in values.items():
         _require_small(key, value)
     name = values.get("_class_name")
-    kind = getattr(diffusers, name, None) if isinstance(name, str) and name in dir(diffusers) else None
+    kind = (
+        getattr(diffusers, name, None) if isinstance(name, str) and name in dir(diffusers) else None
+    )
     if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
         models = [n for n in dir(diffusers) if n.endswith("Model")]
         raise ValueError(unknown("diffusers model", name, models))
@@ -64,8 +71,12 @@ def build_network(config: Mapping[str, Any], weights: Mapping[str, Tensor] | Non
         with _no_larger_than(weights):
             _try_without_memory(make, values)
             return cast(nn.Module, make(values))
-    except Exception as error:  # whatever the constructor of a class says to settings that are not its own
-        raise ValueError(f"no {name} can be made of the network config: {_in_one_line(error)}") from error
+    except (
+        Exception
+    ) as error:  # whatever the constructor of a class says to settings that are not its own
+        raise ValueError(
+            f"no {name} can be made of the network config: {_in_one_line(error)}"
+        ) from error
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
@@ -79,7 +90,9 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str)
     problems = {
         "are missing": [name for name in own if name not in weights],
         "are of no part of it": [name for name in weights if name not in own],
-        "have other shapes": [name for name in own if name in weights and own[name].shape != weights[name].shape],
+        "have other shapes": [
+            name for name in own if name in weights and own[name].shape != weights[name].shape
+        ],
     }
     found = [f"{names[:3]} {words}" for words, names in problems.items() if names]
     if found:
@@ -120,7 +133,11 @@ def _no_larger_than(weights: Mapping[str, Tensor]) -> Generator[None, None, None
     ValueError: it has more parameters than the 4 weights that are there
     """
     whole = sum(value.numel() for value in weights.values())
-    left = {"parameters": 2 * len(weights) + 16, "numbers": 2 * whole + 16}  # a few are made and then replaced
+    # a few are made and then replaced
+    left = {
+        "parameters": 2 * len(weights) + 16,
+        "numbers": 2 * whole + 16,
+    }
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is None:
@@ -141,7 +158,10 @@ def _try_without_memory(make: Any, values: dict[str, Any]) -> None:
     try:
         with torch.device("meta"):
             make(values)
-    except (NotImplementedError, RuntimeError):  # classes that compute with their weights while they are built
+    except (
+        NotImplementedError,
+        RuntimeError,
+    ):  # classes that compute with their weights while they are built
         return
 
 
@@ -151,15 +171,21 @@ def _require_small(what: str, value: Any) -> None:
             _require_small(f"{what}.{key}", part)
     elif isinstance(value, list | tuple):
         if len(value) > 1000:
-            raise ValueError(f"{what} of the network's config has {len(value)} entries, and no network has more than 1000")
+            raise ValueError(
+                f"{what} of the network's config has {len(value)} entries, and no network has more than 1000"
+            )
         for part in value:
             _require_small(what, part)
     elif isinstance(value, str) and len(value) <= 1000:
         return
     elif value is not None and not isinstance(value, bool | int | float):
-        raise ValueError(f"{what} of the network's config must be a number or a word, got {shown(value)}")
+        raise ValueError(
+            f"{what} of the network's config must be a number or a word, got {shown(value)}"
+        )
     elif value is not None and not abs(value) <= LARGEST_SETTING:
-        raise ValueError(f"{what} of the network's config is {shown(value)}, and no network has more than {LARGEST_SETTING}")
+        raise ValueError(
+            f"{what} of the network's config is {shown(value)}, and no network has more than {LARGEST_SETTING}"
+        )
 
 
 def _require_number(what: str, value: Any, default: Any) -> None:
@@ -167,7 +193,11 @@ def _require_number(what: str, value: Any, default: Any) -> None:
     if isinstance(default, list | tuple) and isinstance(value, list | tuple):
         for part in value:
             _require_number(what, part, default[0] if default else None)
-    elif isinstance(default, int | float) and not isinstance(default, bool) and isinstance(value, bool | str):
+    elif (
+        isinstance(default, int | float)
+        and not isinstance(default, bool)
+        and isinstance(value, bool | str)
+    ):
         raise ValueError(f"{what} of the network's config must be a number, got {shown(value)}")
 
 

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from ..noising import NoiseSchedule
 
-FURTHEST = 15.0  # log SNR beyond which there is nothing to tell apart: noise, or data, to float32 eyes
+FURTHEST = (
+    15.0  # log SNR beyond which there is nothing to tell apart: noise, or data, to float32 eyes
+)
 COUNT, ERROR, LOSS, WEIGHT = range(4)  # the rows of sums
 ENOUGH = 20  # samples that uniform times would have brought, before the lack of any is worth a word
 DOMINATES = 0.5  # share of the loss in one bucket
@@ -95,7 +97,8 @@ def _index(log_snr: Tensor, edges: tuple[float, ...]) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _inner(edges: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(edges[1:-1], dtype=dtype, device=device)  # once: the copy makes the host wait
+    # once: the copy makes the host wait
+    return torch.tensor(edges[1:-1], dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,13 @@ def _dominating(buckets: Buckets, sums: Tensor) -> list[Finding]:
     if not share[i] > DOMINATES or not share[i] > 2 * samples[i]:
         return []
     text = f"{buckets.name(i)} makes {_percent(float(share[i]))} of the loss with {_percent(float(samples[i]))} of the samples"
-    return [Finding(f"dominates {i}", False, f"{text}; other noise levels are hardly trained: look at the weighting")]
+    return [
+        Finding(
+            f"dominates {i}",
+            False,
+            f"{text}; other noise levels are hardly trained: look at the weighting",
+        )
+    ]
 
 
 def _shares(row: Tensor) -> Tensor:
@@ -233,7 +242,9 @@ def _positions(buckets: Buckets) -> tuple[np.ndarray[Any, Any], tuple[list[float
     return x, ([x[0], *shown, x[-1]], ["-∞", *(f"{edge:.1f}" for edge in shown), "∞"])
 
 
-def _bars(axes: Any, x: np.ndarray[Any, Any], samples: np.ndarray[Any, Any], loss: np.ndarray[Any, Any]) -> None:
+def _bars(
+    axes: Any, x: np.ndarray[Any, Any], samples: np.ndarray[Any, Any], loss: np.ndarray[Any, Any]
+) -> None:
     width = 0.4 * (x[2] - x[1] if len(x) > 3 else x[1] - x[0])
     axes.bar(x - width / 2, samples, width, color="#999999", label="samples")
     axes.bar(x + width / 2, np.nan_to_num(loss), width, color="#D55E00", label="loss")

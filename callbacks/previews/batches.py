@@ -85,6 +85,8 @@ def require_rows(name: str, values: Mapping[Any, Any], num_images: int) -> None:
             require_rows(f"{name} {key!r}", value, num_images)
         elif type(value) in (list, tuple):
             require_rows(f"{name} {key!r}", dict(enumerate(value)), num_images)
-        elif isinstance(value, Tensor) and (value.ndim == 0 or value.shape[0] not in (1, num_images)):
+        elif isinstance(value, Tensor) and (
+            value.ndim == 0 or value.shape[0] not in (1, num_images)
+        ):
             rows = f"a row for each of {num_images} images (or one for all)"
             raise ValueError(f"{name} {key!r} must have {rows}, got shape {tuple(value.shape)}")

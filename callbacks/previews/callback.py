@@ -19,7 +19,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from ...noising.utils.registry import lookup
 from ...sampling import Method, Sampler
-from ..support.background import AFTER_AN_ERROR, AT_THE_END, BEFORE_A_CHECKPOINT, finish, pictures_of
+from ..support.background import (
+    AFTER_AN_ERROR,
+    AT_THE_END,
+    BEFORE_A_CHECKPOINT,
+    finish,
+    pictures_of,
+)
 from ..support.collectives import AgreedError, agree, any_rank, on_rank_zero, together
 from ..support.complaints import Complaints, Failure
 from ..support.isolation import sigterm_deferred
@@ -142,7 +148,11 @@ class ValidationSampling(Callback):
         super().__init__()
         self.sampler, self.steps = sampler, require_steps(sampler, steps)
         self.triggers = Triggers(
-            every_n_train_steps, every_n_epochs, train_time_interval, tuple(extra_steps), bool(at_end)
+            every_n_train_steps,
+            every_n_epochs,
+            train_time_interval,
+            tuple(extra_steps),
+            bool(at_end),
         )
         seeds = () if seeds is None else tuple(int(s) for s in seeds)
         if num_images is None:
@@ -161,7 +171,10 @@ class ValidationSampling(Callback):
                 dict(conditioning or {}),
                 unconditional,
             ),
-            guidance={"guidance_scale": float(guidance_scale), "guidance_rescale": float(guidance_rescale)},
+            guidance={
+                "guidance_scale": float(guidance_scale),
+                "guidance_rescale": float(guidance_rescale),
+            },
             batch_size=min(at_least_one("batch_size", batch_size), num_images),
             predict=predict,
             decode=decode,
@@ -182,7 +195,8 @@ class ValidationSampling(Callback):
         self._previewer: Previewer | None = None
         self._folder: str | None = None
         self._loggers_told: set[str] = set()
-        self._failed: list[tuple[int, Failure]] = []  # by the thread that publishes: the step, and what went wrong
+        # by the thread that publishes: the step, and what went wrong
+        self._failed: list[tuple[int, Failure]] = []
         self._complaints = Complaints("ValidationSampling")
         self._untried = self._over = False
 
@@ -208,13 +222,19 @@ class ValidationSampling(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            self._last_step, self._folder = 0, None  # an earlier run's; a resume restores its own step after this
+            # an earlier run's; a resume restores its own step after this
+            self._last_step, self._folder = (
+                0,
+                None,
+            )
             self._untried = self._over = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._previewer = None
         if trainer.barebones:
-            rank_zero_info("no previews: Trainer(barebones=True) leaves out what could slow training down")
+            rank_zero_info(
+                "no previews: Trainer(barebones=True) leaves out what could slow training down"
+            )
             return
         self._entrance = entrance_of(trainer.strategy)
         if self._entrance.sharded and self.recipe.pipeline is not None:
@@ -231,7 +251,9 @@ class ValidationSampling(Callback):
                 require_drawable(shape, self.recipe.decode)
         if not is_rehearsal(trainer):
             folder = self._folder = self._choose_folder(trainer)
-            on_rank_zero(trainer, lambda: self._note(0, try_out(folder, trainer.loggers, self._loggers_told)))
+            on_rank_zero(
+                trainer, lambda: self._note(0, try_out(folder, trainer.loggers, self._loggers_told))
+            )
             self._complain("showing previews")
 
     def _sample_shape(self, module: LightningModule) -> tuple[int, ...] | None:
@@ -240,11 +262,14 @@ class ValidationSampling(Callback):
         return shape_of_module(module)
 
     def _choose_folder(self, trainer: Trainer) -> str:
-        log_dir = trainer.log_dir or trainer.default_root_dir  # log_dir is a collective: every rank asks for it
+        # log_dir is a collective: every rank asks for it
+        log_dir = trainer.log_dir or trainer.default_root_dir
         instances = [c for c in cast(Any, trainer).callbacks if isinstance(c, ValidationSampling)]
         number = [c for c in instances if c.folder is None or c is self].index(self) + 1
         name = "previews" if number == 1 else f"previews_{number}"
-        folder = self.folder if self.folder is not None else f"{os.fspath(log_dir).rstrip('/')}/{name}"
+        folder = (
+            self.folder if self.folder is not None else f"{os.fspath(log_dir).rstrip('/')}/{name}"
+        )
         if _name(folder) in [_name(c._folder) for c in instances if c._folder is not None]:
             raise ValueError(
                 f"two ValidationSampling callbacks have folders named {_name(folder)!r}, which also names the picture in "
@@ -261,7 +286,8 @@ class ValidationSampling(Callback):
         assert entrance is not None  # since on_fit_start
         sampler = sampler_for(schedule_of_module(pl_module), self.sampler, self.steps)
         self._previewer = together(
-            lambda: Previewer.prepare(self.recipe, sampler, entrance, trainer, pl_module), trainer.world_size
+            lambda: Previewer.prepare(self.recipe, sampler, entrance, trainer, pl_module),
+            trainer.world_size,
         )
         if is_rehearsal(trainer):  # which is itself a trial
             return
@@ -309,7 +335,9 @@ class ValidationSampling(Callback):
         self._complain()
         if self._untried:
             self._try(trainer, pl_module)
-            self._untried = False  # a module that does not know it now is told of at its first preview
+            self._untried = (
+                False  # a module that does not know it now is told of at its first preview
+            )
         if trainer.global_step in (0, self._last_step):
             return
         due = self.triggers.at_time(trainer, time.monotonic() - self._last_time)
@@ -350,7 +378,9 @@ class ValidationSampling(Callback):
             except AgreedError as error:
                 failure = error
             # also what came during publishing, so that all ranks stop at the same place
-            (termination.agreed,) = any_rank([termination.arrived], trainer.world_size, trainer.strategy.root_device)
+            (termination.agreed,) = any_rank(
+                [termination.arrived], trainer.world_size, trainer.strategy.root_device
+            )
         self._last_time = time.monotonic()
         if termination.agreed:
             self._last_step = before  # what a resumed run is to draw
@@ -366,7 +396,9 @@ class ValidationSampling(Callback):
         lane, loggers = pictures_of(trainer), list(trainer.loggers)
         for preview in previews:
             if lane.wait_for_room():
-                lane.submit(partial(self._show, preview, loggers), partial(self._lost, preview.step))
+                lane.submit(
+                    partial(self._show, preview, loggers), partial(self._lost, preview.step)
+                )
             else:
                 words = f"{lane.pending} others are still being published, and none was finished for long"
                 self._lost(preview.step, TimeoutError(words))
@@ -385,7 +417,10 @@ class ValidationSampling(Callback):
         """Say what failed beside the training, on the thread that trains."""
         while self._failed:
             step, failure = self._failed.pop(0)
-            self._complaints.tell(f"{what or f'publishing the preview at step {step}'} failed: {failure}", failure.kind)
+            self._complaints.tell(
+                f"{what or f'publishing the preview at step {step}'} failed: {failure}",
+                failure.kind,
+            )
 
     def _require_published(self, trainer: Trainer) -> None:
         """Raise AgreedError on every rank where rank 0 could not show what was drawn; every rank must call it."""
@@ -396,7 +431,9 @@ class ValidationSampling(Callback):
 
     # -- what is still to be shown ---------------------------------------------------------------------------------------
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         if not self._over:  # a run that resumes from it does not draw them again
             self._finish(trainer, BEFORE_A_CHECKPOINT)
 
@@ -404,7 +441,9 @@ class ValidationSampling(Callback):
         self._finish(trainer, AT_THE_END)
         self._complaints.sum_up()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         self._over = True  # for this rank, perhaps not for others: nothing is agreed on any more
         pictures_of(trainer).wait(AFTER_AN_ERROR)
         self._complain()
@@ -430,11 +469,17 @@ def _require_fit(recipe: Recipe) -> None:
     """Raise ValueError for arguments that contradict each other, as far as is known before prompts are encoded."""
     encode, pipeline = recipe.conditions.encode, recipe.pipeline
     if recipe.conditions.prompts and encode is None and pipeline is None:
-        raise ValueError("prompts need encode=, a function from a list of texts to arguments of the network")
+        raise ValueError(
+            "prompts need encode=, a function from a list of texts to arguments of the network"
+        )
     if pipeline is not None and (recipe.predict is not None or recipe.decode is not None):
-        raise ValueError("a pipeline brings its own network and decoder; leave predict and decode out, or pipeline")
+        raise ValueError(
+            "a pipeline brings its own network and decoder; leave predict and decode out, or pipeline"
+        )
     if recipe.max_seconds is not None and not recipe.max_seconds > 0:
-        raise ValueError(f"max_seconds must be above 0, got {recipe.max_seconds}; leave it out for no limit")
+        raise ValueError(
+            f"max_seconds must be above 0, got {recipe.max_seconds}; leave it out for no limit"
+        )
     if encode is None:
         recipe.conditioned()
 

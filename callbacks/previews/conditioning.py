@@ -38,11 +38,15 @@ class Conditions:
             raise ValueError("previews show prompts or classes, not both; leave one out")
         for name, given in (("prompts", self.prompts), ("classes", self.classes)):
             if len(given) > self.num_images:
-                raise ValueError(f"{len(given)} {name} need as many images at least, got num_images={self.num_images}")
+                raise ValueError(
+                    f"{len(given)} {name} need as many images at least, got num_images={self.num_images}"
+                )
         if self.encode is not None and not self.prompts:
             raise ValueError("encode= has nothing to encode; give prompts=")
         if self.classes and self.class_key in {**self.conditioning, **(self.unconditional or {})}:
-            raise ValueError(f"conditioning has {self.class_key!r} already; leave it or classes out, or give class_key")
+            raise ValueError(
+                f"conditioning has {self.class_key!r} already; leave it or classes out, or give class_key"
+            )
         require_rows("conditioning", self.conditioning, self.num_images)
         require_rows("unconditional", self.unconditional or {}, self.num_images)
 
@@ -53,7 +57,9 @@ class Conditions:
         >>> Conditions(3, prompts=("a cat", "a dog"), encode=lambda texts: {}).captions
         ('a cat', 'a dog', 'a cat')
         """
-        shown = self.prompts or tuple(f"{self.class_key} {label}" for label in self.classes) or ("",)
+        shown = (
+            self.prompts or tuple(f"{self.class_key} {label}" for label in self.classes) or ("",)
+        )
         return tuple(shown[i % len(shown)] for i in range(self.num_images))
 
     def encoded(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -64,10 +70,14 @@ class Conditions:
         given, empty = self._of_texts() if self.encode is not None else self._of_classes()
         twice = sorted({*given} & {*self.conditioning})
         if twice:
-            raise ValueError(f"encode returned {twice}, which conditioning= gives too; leave one out")
+            raise ValueError(
+                f"encode returned {twice}, which conditioning= gives too; leave one out"
+            )
         if empty is None and self.unconditional is None:
             return {**self.conditioning, **given}, None
-        unconditional = dict(self.conditioning if self.unconditional is None else self.unconditional)
+        unconditional = dict(
+            self.conditioning if self.unconditional is None else self.unconditional
+        )
         return {**self.conditioning, **given}, unconditional | (empty or {})
 
     def _of_classes(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -75,7 +85,9 @@ class Conditions:
             return {}, None
         labels = torch.tensor([self.classes[i % len(self.classes)] for i in range(self.num_images)])
         null = self.null_class
-        return {self.class_key: labels}, None if null is None else {self.class_key: torch.full_like(labels, null)}
+        return {self.class_key: labels}, None if null is None else {
+            self.class_key: torch.full_like(labels, null)
+        }
 
     def _of_texts(self) -> tuple[dict[str, Any], dict[str, Any]]:
         assert self.encode is not None

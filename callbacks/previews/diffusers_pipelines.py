@@ -74,12 +74,17 @@ def differences_of(sampler: Sampler, pipeline: Any = None) -> tuple[str, ...]:
 
 def _nearest(sampler: Sampler, pipeline: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
     is_flow = isinstance(sampler.schedule.curve, Flow)
-    passed = ("eta",) if pipeline is not None and "eta" in inspect.signature(pipeline.__call__).parameters else ()
+    passed = (
+        ("eta",)
+        if pipeline is not None and "eta" in inspect.signature(pipeline.__call__).parameters
+        else ()
+    )
     try:
         config, differences = nearest_config(sampler, passed, stand_ins=False)
     except ValueError:
         config, differences = {"_class_name": ""}, ()
-    if not config["_class_name"].startswith("FlowMatch" if is_flow else ""):  # pipelines of flows know these alone
+    # pipelines of flows know these alone
+    if not config["_class_name"].startswith("FlowMatch" if is_flow else ""):
         config = {"_class_name": ""}
     if not config["_class_name"]:
         of_flows = " of a flow" if is_flow else ""
@@ -162,11 +167,16 @@ def pipeline_steps(
         )
     drawn = getattr(output, "images", None)
     if drawn is None or getattr(drawn, "ndim", 0) != 4:
-        got = f"{type(output).__name__} with {sorted(vars(output))}" if drawn is None else tuple(drawn.shape)
+        got = (
+            f"{type(output).__name__} with {sorted(vars(output))}"
+            if drawn is None
+            else tuple(drawn.shape)
+        )
         raise ValueError(
             f"a {type(pipeline).__name__} draws no images that can be shown, got {got}; use predict= and decode="
         )
-    samples = torch.as_tensor(drawn).movedim(-1, 1).float()  # (n, height, width, channels) in [0, 1]
+    # (n, height, width, channels) in [0, 1]
+    samples = torch.as_tensor(drawn).movedim(-1, 1).float()
     yield paint(samples * 2 - 1)
 
 

@@ -15,7 +15,18 @@ PAGE_NAME = "index.html"
 RECORDS_NAME = "previews.jsonl"
 
 _NEEDED = {"step": int, "weights": str, "image": str, "index": int, "seed": int, "prompt": str}
-_SHARED = ("step", "epoch", "weights", "grid", "sampler", "steps", "guidance_scale", "schedule", "seconds", "note")
+_SHARED = (
+    "step",
+    "epoch",
+    "weights",
+    "grid",
+    "sampler",
+    "steps",
+    "guidance_scale",
+    "schedule",
+    "seconds",
+    "note",
+)
 
 
 def read_records(content: bytes) -> list[dict[str, Any]]:
@@ -54,7 +65,13 @@ def render(records: Iterable[Mapping[str, Any]], title: str) -> str:
     # one pass, so that a title cannot name the place of the data
     head, rest = _template().split("{{title}}", 1)
     middle, tail = rest.split("{{data}}", 1)
-    return head + html.escape(title) + middle + _json_in_html({"title": title, **_compact(records)}) + tail
+    return (
+        head
+        + html.escape(title)
+        + middle
+        + _json_in_html({"title": title, **_compact(records)})
+        + tail
+    )
 
 
 def _template() -> str:
@@ -63,10 +80,13 @@ def _template() -> str:
 
 def _record(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line, parse_constant=lambda _: None)  # NaN, which others may write, is no JSON
+        # NaN, which others may write, is no JSON
+        record = json.loads(line, parse_constant=lambda _: None)
     except (ValueError, RecursionError):  # UnicodeDecodeError among them
         return None
-    fits = isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in _NEEDED.items())
+    fits = isinstance(record, dict) and all(
+        isinstance(record.get(key), kind) for key, kind in _NEEDED.items()
+    )
     return record if fits else None
 
 
@@ -84,11 +104,16 @@ def _compact(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         same = *key, record["seed"], record["prompt"]
         seen[same] = seen.get(same, -1) + 1
         row = rows.setdefault((record["seed"], record["prompt"], seen[same]), len(rows))
-        preview = previews.setdefault(key, {name: record.get(name) for name in _SHARED} | {"images": {}})
+        preview = previews.setdefault(
+            key, {name: record.get(name) for name in _SHARED} | {"images": {}}
+        )
         preview["images"][row] = record["image"]
     return {
         # half a surrogate pair, as cut-off text may end in, is no text to a browser
-        "rows": [{"seed": str(seed), "prompt": prompt.encode(errors="replace").decode()} for seed, prompt, _ in rows],
+        "rows": [
+            {"seed": str(seed), "prompt": prompt.encode(errors="replace").decode()}
+            for seed, prompt, _ in rows
+        ],
         "previews": list(previews.values()),
     }
 
@@ -99,5 +124,6 @@ def _json_in_html(value: Any) -> str:
     >>> _json_in_html("</script><!--")
     '"\\\\u003c/script\\\\u003e\\\\u003c!--"'
     """
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)  # ASCII: no line separators, no lone surrogates
+    # ASCII: no line separators, no lone surrogates
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -55,7 +55,9 @@ class Rounds:
                 drawn.append(done)
         if not drawn:
             return Painted(torch.empty(0, dtype=torch.uint8), torch.empty(0))
-        return Painted(torch.stack([part.pixels for part in drawn]), torch.stack([part.nan for part in drawn]))
+        return Painted(
+            torch.stack([part.pixels for part in drawn]), torch.stack([part.nan for part in drawn])
+        )
 
     def _batch(self, images: Sequence[int], start: Start) -> Painted | None:
         """Return a batch, drawn ``batch_size`` at a time, or None where it was broken off."""
@@ -65,7 +67,9 @@ class Rounds:
             if part is None:
                 return None
             parts.append(part)
-        return Painted(torch.cat([part.pixels for part in parts]), torch.cat([part.nan for part in parts]))
+        return Painted(
+            torch.cat([part.pixels for part in parts]), torch.cat([part.nan for part in parts])
+        )
 
     def _part(self, images: Sequence[int], start: Start) -> Painted | None:
         steps: Iterator[Painted | None] | None = None

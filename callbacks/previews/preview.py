@@ -64,8 +64,11 @@ class Recipe:
     def conditioned(self) -> Drawing:
         """Return the drawing under its conditions; raises ValueError where these do not fit each other or the guidance."""
         conditioning, unconditional = self.conditions.encoded()
-        guidance: dict[str, Any] = {} if self.pipeline is not None else self.guidance  # a pipeline guides by itself
-        return replace(self.drawing, conditioning=conditioning, unconditional=unconditional, **guidance)
+        # a pipeline guides by itself
+        guidance: dict[str, Any] = {} if self.pipeline is not None else self.guidance
+        return replace(
+            self.drawing, conditioning=conditioning, unconditional=unconditional, **guidance
+        )
 
 
 @dataclass
@@ -81,22 +84,34 @@ class Previewer:
 
     @classmethod
     def prepare(
-        cls, recipe: Recipe, sampler: Sampler, entrance: Entrance, trainer: Trainer, module: LightningModule
+        cls,
+        recipe: Recipe,
+        sampler: Sampler,
+        entrance: Entrance,
+        trainer: Trainer,
+        module: LightningModule,
     ) -> Previewer:
         """Encode the prompts and make the pipeline; what a user's functions raise is raised as it is."""
         pipeline = None
         if recipe.pipeline is not None:
             pipeline = pipeline_of(recipe.pipeline, module)
-            name, differences = type(scheduler_of(sampler, pipeline)).__name__, differences_of(sampler, pipeline)
+            name, differences = (
+                type(scheduler_of(sampler, pipeline)).__name__,
+                differences_of(sampler, pipeline),
+            )
             if differences:
-                rank_zero_warn(f"the pipeline draws with {name}, which is not the sampler: {'; '.join(differences)}")
+                rank_zero_warn(
+                    f"the pipeline draws with {name}, which is not the sampler: {'; '.join(differences)}"
+                )
         encode = recipe.conditions.encode
         if encode is None:
             return cls(recipe, sampler, entrance, recipe.conditioned(), pipeline, recipe.batch_size)
         entering = entered(trainer, module, entrance, encode) if may_use(module, encode) else encode
         try:
             with without_a_trace(trainer.strategy.root_device, modules_of(module, encode)):
-                drawing = replace(recipe, conditions=replace(recipe.conditions, encode=entering)).conditioned()
+                drawing = replace(
+                    recipe, conditions=replace(recipe.conditions, encode=entering)
+                ).conditioned()
         finally:
             reshard(root_of(trainer, module))
         return cls(recipe, sampler, entrance, drawing, pipeline, recipe.batch_size)
@@ -115,7 +130,11 @@ class Previewer:
         """
         started, rehearsal = time.monotonic(), is_rehearsal(trainer)
         size, share = share_of(trainer.strategy, trainer.world_size, trainer.global_rank)
-        plan = Plan(1, 1, size) if rehearsal else Plan(self.drawing.num_images, self.recipe.batch_size, size)
+        plan = (
+            Plan(1, 1, size)
+            if rehearsal
+            else Plan(self.drawing.num_images, self.recipe.batch_size, size)
+        )
         stop = REHEARSAL_STEPS if rehearsal else None
         rounds = Rounds(
             min(self.batch_size, plan.batch_size),
@@ -132,7 +151,9 @@ class Previewer:
             if weights == "ema" and not averaged and self.recipe.weights == "both":
                 return None  # the raw ones are drawn anyway
             bar = _bar(
-                trainer, weights, plan.rounds * -(-plan.batch_size // rounds.batch_size) * (self.sampler.steps + 1)
+                trainer,
+                weights,
+                plan.rounds * -(-plan.batch_size // rounds.batch_size) * (self.sampler.steps + 1),
             )
             rounds.tick = stack.enter_context(bar).update
             drawn = rounds.draw(plan.batches(share), start)
@@ -143,16 +164,22 @@ class Previewer:
         if drawn.pixels.numel() == 0:
             mend = "raise it, or draw fewer images or steps"
             limit = f"in max_seconds={self.recipe.max_seconds}"
-            rank_zero_warn(f"the preview at step {trainer.global_step} finished no image {limit}; {mend}")
+            rank_zero_warn(
+                f"the preview at step {trainer.global_step} finished no image {limit}; {mend}"
+            )
             return None
         notes = []
         if weights == "ema" and not averaged:
             notes.append("there are no EMA weights yet: drawn with the raw ones")
         pixels, nan = (_in_order(trainer, plan, share, part) for part in drawn)
         if rounds.stopped:
-            notes.append(f"{len(pixels)} of {plan.num_images} images: max_seconds={self.recipe.max_seconds} had passed")
+            notes.append(
+                f"{len(pixels)} of {plan.num_images} images: max_seconds={self.recipe.max_seconds} had passed"
+            )
         if nan.any():
-            notes.append(f"NaN in {int((nan > 0).sum())} of {len(nan)} images, {float(nan.mean()):.1%} of the pixels")
+            notes.append(
+                f"NaN in {int((nan > 0).sum())} of {len(nan)} images, {float(nan.mean()):.1%} of the pixels"
+            )
             mend = "chequered in the picture; look at the loss and at the dtype that is sampled in"
             rank_zero_warn(f"the preview at step {trainer.global_step} has {notes[-1]} ({mend})")
         return Preview(
@@ -173,7 +200,11 @@ class Previewer:
         )
 
     def trial(
-        self, trainer: Trainer, module: LightningModule, shape: tuple[int, ...] | None, termination: Termination
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        shape: tuple[int, ...] | None,
+        termination: Termination,
     ) -> None:
         """Draw one image by one step (a pipeline: by two) and decode it on every rank, and show it nobody.
 
@@ -183,10 +214,18 @@ class Previewer:
         size, share = share_of(trainer.strategy, trainer.world_size, trainer.global_rank)
         plan, device = Plan(1, 1, size), trainer.strategy.root_device
         stop = REHEARSAL_STEPS if self.pipeline is not None else 1
-        rounds = Rounds(1, trainer.world_size, trainer.global_rank, device, interrupted=lambda: termination.arrived)
+        rounds = Rounds(
+            1,
+            trainer.world_size,
+            trainer.global_rank,
+            device,
+            interrupted=lambda: termination.arrived,
+        )
         with ExitStack() as stack:
             stack.callback(reshard, root_of(trainer, module))
-            start, _ = self._ready(trainer, module, self.recipe.weights != "raw", shape, stop, stack)
+            start, _ = self._ready(
+                trainer, module, self.recipe.weights != "raw", shape, stop, stack
+            )
             drawn = rounds.draw(plan.batches(share), start)
         termination.agreed = rounds.stopped == "signal"
         if not termination.agreed:
@@ -210,12 +249,18 @@ class Previewer:
             error = raised
         agree(error, trainer.world_size)
         assert start is not None  # or there was an error
-        modules = modules_of(module, self.recipe.predict, self.recipe.decode, pipeline=self.pipeline)
+        modules = modules_of(
+            module, self.recipe.predict, self.recipe.decode, pipeline=self.pipeline
+        )
         stack.enter_context(without_a_trace(trainer.strategy.root_device, modules))
         return start, averaged
 
     def _start(
-        self, trainer: Trainer, module: LightningModule, shape: tuple[int, ...] | None, stop: int | None
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        shape: tuple[int, ...] | None,
+        stop: int | None,
     ) -> Start:
         recipe = self.recipe
         if self.pipeline is not None:
@@ -232,12 +277,16 @@ class Previewer:
                 **recipe.guidance,
             )
         if shape is None:
-            raise ValueError("the shape of a sample is not known; set the module's sample_shape, or give shape=")
+            raise ValueError(
+                "the shape of a sample is not known; set the module's sample_shape, or give shape="
+            )
         predict = recipe.predict if recipe.predict is not None else predict_of_module(module)
         network = network_of(trainer, module, self.entrance, predict)
         decode = decoder_of(trainer, module, self.entrance, recipe.decode, recipe.decode_batch_size)
         device = trainer.strategy.root_device
-        return lambda images: self.drawing.steps(network, self.sampler, shape, images, device, decode=decode, stop=stop)
+        return lambda images: self.drawing.steps(
+            network, self.sampler, shape, images, device, decode=decode, stop=stop
+        )
 
     def _remember(self, rounds: Rounds) -> None:
         if rounds.out_of_memory:
@@ -251,7 +300,9 @@ class Previewer:
 def _bar(trainer: Trainer, weights: str, total: int) -> Any:
     """Return a progress bar, which shows itself where a preview takes long and the trainer shows progress at all."""
     shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-    return tqdm(total=total, desc=f"preview ({weights})", delay=BAR_AFTER, leave=False, disable=not shown)
+    return tqdm(
+        total=total, desc=f"preview ({weights})", delay=BAR_AFTER, leave=False, disable=not shown
+    )
 
 
 def _in_order(trainer: Trainer, plan: Plan, share: int, own: Tensor) -> Tensor:

@@ -64,7 +64,9 @@ class Preview:
     def image_names(self) -> list[str]:
         """The files of the images, in their order; the number keeps apart what has the same seed."""
         folder = f"images/step_{self.step:08d}"
-        return [f"{folder}/{self.weights}_{i:04d}_seed_{seed}.png" for i, seed in enumerate(self.seeds)]
+        return [
+            f"{folder}/{self.weights}_{i:04d}_seed_{seed}.png" for i, seed in enumerate(self.seeds)
+        ]
 
     @property
     def suffix(self) -> str:
@@ -118,15 +120,26 @@ def publish(preview: Preview, folder: str, loggers: Sequence[Any], told: set[str
 
     attempt(lambda: place.write(preview.grid_name, png_bytes(grid)))
     attempt(lambda: _write_images(place, preview, singles))
-    attempt(lambda: place.append(RECORDS_NAME, "".join(f"{json.dumps(record)}\n" for record in preview.records())))
-    attempt(lambda: place.write(PAGE_NAME, render(read_records(place.read(RECORDS_NAME) or b""), place.name)))
+    attempt(
+        lambda: place.append(
+            RECORDS_NAME, "".join(f"{json.dumps(record)}\n" for record in preview.records())
+        )
+    )
+    attempt(
+        lambda: place.write(
+            PAGE_NAME, render(read_records(place.read(RECORDS_NAME) or b""), place.name)
+        )
+    )
     local = place.local if not failed else None
     for logger in loggers:
         name = type(logger).__name__
         try:
             path = local / preview.grid_name if local is not None else None
             tag = place.name + preview.suffix
-            if not log_image(logger, tag, grid, preview.step, singles, _captions(preview), path) and name not in told:
+            if (
+                not log_image(logger, tag, grid, preview.step, singles, _captions(preview), path)
+                and name not in told
+            ):
                 told.add(name)
                 rank_zero_warn(f"{name} takes no images; previews are in {folder!r} alone")
         except Exception as error:

@@ -26,7 +26,9 @@ def network_of(
         # as in training: inputs are converted, times are not. Around the call and not around the loop, because half
         # precision changes the default dtype, in which the noise would then be drawn
         with precision.forward_context():
-            return predict(precision.convert_input(x), timesteps, **precision.convert_input(conditioning))
+            return predict(
+                precision.convert_input(x), timesteps, **precision.convert_input(conditioning)
+            )
 
     return network
 
@@ -66,4 +68,8 @@ def modules_of(*parts: Any, pipeline: Any = None) -> list[nn.Module]:
     [Linear(in_features=1, out_features=1, bias=True)]
     """
     owners = [getattr(part, "__self__", part) for part in parts]
-    return [part for part in owners + (components(pipeline) if pipeline else []) if isinstance(part, nn.Module)]
+    return [
+        part
+        for part in owners + (components(pipeline) if pipeline else [])
+        if isinstance(part, nn.Module)
+    ]

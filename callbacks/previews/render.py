@@ -51,7 +51,9 @@ class Drawing:
 
     def __post_init__(self) -> None:
         if len(self.seeds) not in (0, self.num_images):
-            raise ValueError(f"seeds must name one for each of {self.num_images} images, got {len(self.seeds)}")
+            raise ValueError(
+                f"seeds must name one for each of {self.num_images} images, got {len(self.seeds)}"
+            )
         require_rows("conditioning", self.conditioning, self.num_images)
         require_rows("unconditional", self.unconditional or {}, self.num_images)
         first = self.arguments([0], torch.device("cpu"))
@@ -90,7 +92,9 @@ class Drawing:
         with without_a_trace(device, modules):
             for batch in batches:
                 drawn += [
-                    part.pixels for part in self.steps(network, sampler, shape, batch, device) if part is not None
+                    part.pixels
+                    for part in self.steps(network, sampler, shape, batch, device)
+                    if part is not None
                 ]
         return torch.stack(drawn)
 
@@ -113,7 +117,9 @@ class Drawing:
         seeds = self.seeds_of(images)
         x = None
         arguments = self.arguments(images, device)
-        for progress in sampler.iterate(network, (len(images), *shape), seeds=seeds, device=device, **arguments):
+        for progress in sampler.iterate(
+            network, (len(images), *shape), seeds=seeds, device=device, **arguments
+        ):
             x = progress.x
             yield None
             if progress.step == stop:
@@ -125,14 +131,18 @@ class Drawing:
         """Return the arguments of the sampler that say under which conditions these images are drawn."""
         return {
             "conditioning": take_rows(self.conditioning, images, device),
-            "unconditional": None if self.unconditional is None else take_rows(self.unconditional, images, device),
+            "unconditional": None
+            if self.unconditional is None
+            else take_rows(self.unconditional, images, device),
             "guidance_scale": self.guidance_scale,
             "guidance_rescale": self.guidance_rescale,
         }
 
 
 @contextmanager
-def without_a_trace(device: torch.device | str, modules: Sequence[object]) -> Generator[None, None, None]:
+def without_a_trace(
+    device: torch.device | str, modules: Sequence[object]
+) -> Generator[None, None, None]:
     """Draw with these modules in eval mode, without gradients; what that may move is as before afterwards.
 
     That is generators, flags, modes, graphs and buffers.
@@ -145,8 +155,11 @@ def without_a_trace(device: torch.device | str, modules: Sequence[object]) -> Ge
         randomness_restored(device),
         evaluating(*modules),
         buffers_restored(*modules),
-        torch.compiler.set_stance("force_eager"),  # a graph for previews would count against training's limit
-        torch.no_grad(),  # not inference_mode: tensors that a network caches must stay usable in training
+        torch.compiler.set_stance(
+            "force_eager"
+        ),  # a graph for previews would count against training's limit
+        # not inference_mode: tensors that a network caches must stay usable in training
+        torch.no_grad(),
     ):
         yield
 

@@ -29,7 +29,9 @@ class Triggers:
 
     def __post_init__(self) -> None:
         names = ("every_n_train_steps", "every_n_epochs", "train_time_interval")
-        given = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
+        given = [
+            f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None
+        ]
         if len(given) > 1:
             raise ValueError(
                 f"previews follow time, steps or epochs, not both; got {' and '.join(given)}, leave one out"
@@ -40,7 +42,9 @@ class Triggers:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, at_least_one(name, getattr(self, name)))
         interval = self.train_time_interval
-        if interval is not None and not (isinstance(interval, timedelta) and interval > timedelta(0)):
+        if interval is not None and not (
+            isinstance(interval, timedelta) and interval > timedelta(0)
+        ):
             raise ValueError(
                 f"train_time_interval must be a timedelta above 0, e.g. timedelta(hours=1), got {interval!r}"
             )
@@ -76,7 +80,9 @@ def is_last_epoch(trainer: Trainer) -> bool:
     True
     """
     by_steps = trainer.max_steps not in (None, -1) and trainer.global_step >= trainer.max_steps
-    by_epochs = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= int(trainer.max_epochs or 0)
+    by_epochs = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= int(
+        trainer.max_epochs or 0
+    )
     return trainer.should_stop or by_steps or by_epochs
 
 

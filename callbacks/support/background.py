@@ -59,7 +59,9 @@ class Background:
         """How many tasks are not finished."""
         return len(self._tasks)
 
-    def submit(self, task: Task, failed: Callable[[Exception], object] = lambda error: None) -> None:
+    def submit(
+        self, task: Task, failed: Callable[[Exception], object] = lambda error: None
+    ) -> None:
         """Add a task, whether there is room or not."""
         with self._changed:
             self._tasks.append((task, failed))
@@ -74,7 +76,9 @@ class Background:
         else:
             self._thread = thread
 
-    def wait(self, seconds: float, interrupted: Callable[[], bool] = lambda: False, left: int = 0) -> bool:
+    def wait(
+        self, seconds: float, interrupted: Callable[[], bool] = lambda: False, left: int = 0
+    ) -> bool:
         """Wait until no more than ``left`` tasks are unfinished; return whether that was so in time.
 
         Where none is left, the thread has ended as well.
@@ -90,7 +94,9 @@ class Background:
             self._thread.join(_LOOK)  # after its last task it only returns
         return True
 
-    def wait_for_room(self, seconds: float = FOR_ROOM, interrupted: Callable[[], bool] = lambda: False) -> bool:
+    def wait_for_room(
+        self, seconds: float = FOR_ROOM, interrupted: Callable[[], bool] = lambda: False
+    ) -> bool:
         """Return whether there is room, within ``seconds``; at once where an earlier wait was in vain and nothing moved since."""
         head = self._tasks[0] if self._tasks else None
         if head is not None and head is self._stuck:

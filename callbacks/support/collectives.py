@@ -21,8 +21,10 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(hours=6)  # how long ranks wait for one that works alone; a rank that dies is noticed at once
-_patient: list[tuple[Any, Any]] = []  # (the world, its patient group): one, of the world that there is
+# how long ranks wait for one that works alone; a rank that dies is noticed at once
+PATIENCE = timedelta(hours=6)
+# (the world, its patient group): one, of the world that there is
+_patient: list[tuple[Any, Any]] = []
 
 
 class AgreedError(RuntimeError):
@@ -36,12 +38,16 @@ def patient_group() -> Any:
     """
     world = dist.group.WORLD
     if not _patient or _patient[0][0] is not world:
-        made = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.is_gloo_available() else None
+        made = (
+            dist.new_group(backend="gloo", timeout=PATIENCE) if dist.is_gloo_available() else None
+        )
         _patient[:] = [(world, made)]
     return _patient[0][1]
 
 
-def any_rank(flags: Sequence[bool], world_size: int = 1, device: torch.device | str = "cpu") -> list[bool]:
+def any_rank(
+    flags: Sequence[bool], world_size: int = 1, device: torch.device | str = "cpu"
+) -> list[bool]:
     """Return for each flag whether it is set on any rank; every rank must call it, and every rank gets the same.
 
     >>> any_rank([False, True])
@@ -113,7 +119,9 @@ def gather(own: Tensor, world_size: int = 1) -> Tensor:
     shapes: list[tuple[int, ...]] = [()] * world_size
     dist.all_gather_object(shapes, tuple(own.shape), group=patient_group())
     if len(set(shapes)) > 1:
-        raise AgreedError(f"ranks have images of different shapes, {sorted(set(shapes))}; all must draw the same shape")
+        raise AgreedError(
+            f"ranks have images of different shapes, {sorted(set(shapes))}; all must draw the same shape"
+        )
     parts = [torch.empty_like(own) for _ in range(world_size)]
     dist.all_gather(parts, own.contiguous())
     return torch.stack(parts)
@@ -130,7 +138,9 @@ def on_rank_zero(trainer: Trainer, act: Callable[[], object]) -> None:
             act()
         except Exception as raised:
             error = raised
-    told = _from_rank_zero(trainer, (isinstance(error, OSError), str(error)) if error is not None else None)
+    told = _from_rank_zero(
+        trainer, (isinstance(error, OSError), str(error)) if error is not None else None
+    )
     if error is not None:
         raise error
     if told is not None:
@@ -160,5 +170,7 @@ def _in_words(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     # the innermost line of the user's own code says more than the line of torch that raised
     own = [frame for frame in frames if "site-packages" not in Path(frame.filename).parts]
-    place = "".join(f" ({Path(frame.filename).name}:{frame.lineno})" for frame in (own or frames)[-1:])
+    place = "".join(
+        f" ({Path(frame.filename).name}:{frame.lineno})" for frame in (own or frames)[-1:]
+    )
     return f"{type(error).__name__}: {error}{place}"

@@ -28,7 +28,8 @@ class Failure:
 
     def __str__(self) -> str:
         words = str(self.error)
-        named = isinstance(self.error, OSError) and self.place in words  # an error of ours, which says it all
+        # an error of ours, which says it all
+        named = isinstance(self.error, OSError) and self.place in words
         return words if named else f"{self.place}: {type(self.error).__name__}: {words}"
 
 
@@ -54,7 +55,9 @@ class Complaints:
         """Warn, the first time that there is something of this kind; it is counted every time."""
         self._counts[kind] += 1
         if self._counts[kind] == 1:
-            rank_zero_warn(f"{message}; training goes on (more of this kind is counted, and told at the end)")
+            rank_zero_warn(
+                f"{message}; training goes on (more of this kind is counted, and told at the end)"
+            )
 
     def sum_up(self) -> None:
         """Warn how often there was what came more than once, and begin anew."""
@@ -69,4 +72,8 @@ def _cause(error: BaseException) -> str:
     while isinstance(error, OSError) and error.errno is None and error.__cause__ is not None:
         error = error.__cause__
     number = getattr(error, "errno", None)
-    return errno.errorcode.get(number, str(number)) if isinstance(number, int) else type(error).__name__
+    return (
+        errno.errorcode.get(number, str(number))
+        if isinstance(number, int)
+        else type(error).__name__
+    )

@@ -60,7 +60,9 @@ def evaluating(*roots: object) -> Generator[None, None, None]:
     >>> [m.training for m in net]
     [True, False]
     """
-    flags = [(m, m.training) for root in roots if isinstance(root, nn.Module) for m in root.modules()]
+    flags = [
+        (m, m.training) for root in roots if isinstance(root, nn.Module) for m in root.modules()
+    ]
     try:
         # eval() is not called: some libraries hang work on it (LoRA layers merge their weights), which setting the
         # flags back would not undo
@@ -85,10 +87,20 @@ def buffers_restored(*roots: object) -> Generator[None, None, None]:
     0
     """
     kept = []
-    for module in {id(m): m for root in roots if isinstance(root, nn.Module) for m in root.modules()}.values():
+    for module in {
+        id(m): m for root in roots if isinstance(root, nn.Module) for m in root.modules()
+    }.values():
         for name, buffer in module._buffers.items():
             small = buffer is not None and buffer.numel() * buffer.element_size() <= LARGEST_BUFFER
-            kept.append((module, name, buffer, buffer.clone() if buffer is not None and small else None, _version(buffer)))
+            kept.append(
+                (
+                    module,
+                    name,
+                    buffer,
+                    buffer.clone() if buffer is not None and small else None,
+                    _version(buffer),
+                )
+            )
     try:
         yield
     finally:
@@ -146,6 +158,9 @@ def _terminate_together(trainer: Trainer) -> None:
     """Run the handlers on every rank at once, and no more after them: the broadcasts of Lightning's pair up only so."""
     connector = getattr(trainer, "_signal_connector", None)
     if connector is not None:
-        connector.received_sigterm = True  # else rank 0 would send the signal to processes that know of it already
+        connector.received_sigterm = (
+            True  # else rank 0 would send the signal to processes that know of it already
+        )
     signal.raise_signal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # until fit ends, which it does at the next batch
+    # until fit ends, which it does at the next batch
+    signal.signal(signal.SIGTERM, lambda *_: None)

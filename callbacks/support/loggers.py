@@ -60,7 +60,9 @@ def log_image(
     >>> log_image(object(), "previews", torch.zeros(2, 4, 3, dtype=torch.uint8), step=5)
     False
     """
-    picture = Picture(tag, image, step, images, captions, os.fspath(path) if path is not None else None)
+    picture = Picture(
+        tag, image, step, images, captions, os.fspath(path) if path is not None else None
+    )
     for kind in type(logger).__mro__:
         if kind.__name__ in LOGGERS:
             return LOGGERS[kind.__name__](logger, picture)
@@ -80,15 +82,21 @@ def takes_images(logger: Any) -> bool:
     kind = next((kind.__name__ for kind in type(logger).__mro__ if kind.__name__ in LOGGERS), None)
     if LOGGERS.get(kind or "") is _none:
         return False
-    experiment = getattr(logger, "experiment", None) if kind or not hasattr(logger, "log_image") else None
-    return kind is not None or callable(getattr(logger, "log_image", None) or getattr(experiment, "add_image", None))
+    experiment = (
+        getattr(logger, "experiment", None) if kind or not hasattr(logger, "log_image") else None
+    )
+    return kind is not None or callable(
+        getattr(logger, "log_image", None) or getattr(experiment, "add_image", None)
+    )
 
 
 def _wandb(logger: Any, picture: Picture) -> bool:
     if not picture.images:
         return _album(logger, picture)
     images = [to_pil(image) for image in picture.images]
-    logger.log_image(key=picture.tag, images=images, step=picture.step, caption=list(picture.captions))
+    logger.log_image(
+        key=picture.tag, images=images, step=picture.step, caption=list(picture.captions)
+    )
     return True
 
 
@@ -98,12 +106,16 @@ def _album(logger: Any, picture: Picture) -> bool:
 
 
 def _tensorboard(logger: Any, picture: Picture) -> bool:
-    logger.experiment.add_image(picture.tag, picture.grid.cpu().numpy(), picture.step, dataformats="HWC")
+    logger.experiment.add_image(
+        picture.tag, picture.grid.cpu().numpy(), picture.step, dataformats="HWC"
+    )
     return True
 
 
 def _mlflow(logger: Any, picture: Picture) -> bool:
-    logger.experiment.log_image(logger.run_id, to_pil(picture.grid), key=picture.tag, step=picture.step)
+    logger.experiment.log_image(
+        logger.run_id, to_pil(picture.grid), key=picture.tag, step=picture.step
+    )
     return True
 
 

@@ -42,7 +42,9 @@ def predict_of_module(module: LightningModule) -> Callable[..., Any]:
     """
     predict = getattr(module, "predict", None)
     if not callable(predict):
-        raise TypeError(f"{type(module).__name__} has no method predict(x, timesteps, **conditioning); give predict=")
+        raise TypeError(
+            f"{type(module).__name__} has no method predict(x, timesteps, **conditioning); give predict="
+        )
     return predict
 
 
@@ -104,7 +106,9 @@ def require_steps(sampler: str | Method | Sampler, steps: int | None) -> int:
     """
     if isinstance(sampler, Sampler):
         if steps not in (None, sampler.steps):
-            raise ValueError(f"the sampler has {sampler.steps} steps, and steps={steps} contradicts it; leave it out")
+            raise ValueError(
+                f"the sampler has {sampler.steps} steps, and steps={steps} contradicts it; leave it out"
+            )
         return sampler.steps
     resolve_method(sampler)
     return DEFAULT_STEPS if steps is None else at_least_one("steps", steps)

@@ -38,7 +38,8 @@ def reshard(root: nn.Module) -> None:
         elif isinstance(unit, FullyShardedDataParallel) and unit._handle is not None:
             from torch.distributed.fsdp._runtime_utils import _reshard  # FSDP1 has no public call
 
-            if hasattr(unit._handle.flat_param, "_local_shard"):  # else there was no forward yet, and nothing to undo
+            # else there was no forward yet, and nothing to undo
+            if hasattr(unit._handle.flat_param, "_local_shard"):
                 _reshard(unit, unit._handle, True)
 
 
@@ -65,7 +66,9 @@ def clean_name(name: str) -> str:
 
 
 @contextmanager
-def values_swapped(root: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -> Generator[None, None, None]:
+def values_swapped(
+    root: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]
+) -> Generator[None, None, None]:
     """Copy values into parameters, and put the parameters' own back at the end, to the last bit, also after an error.
 
     ``pairs``: (parameter, this rank's part of other values for it, of any floating dtype and device); the latter is only
@@ -85,7 +88,8 @@ def values_swapped(root: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -> G
         copy_values(pairs)
         yield
     finally:
-        reshard(root)  # else the first training step would still see what was swapped in, in the outermost unit
+        # else the first training step would still see what was swapped in, in the outermost unit
+        reshard(root)
         copy_values(zip([parameter for parameter, _ in pairs], kept, strict=True))
 
 
@@ -124,14 +128,21 @@ class Layout:
                 flat: Any = unit._handle.flat_param
                 if unit._handle.uses_sharded_strategy:
                     found = zip(flat._params, flat._shapes, strict=True)
-                    self._flattened |= {id(own): (shape, unit.process_group) for own, shape in found}
+                    self._flattened |= {
+                        id(own): (shape, unit.process_group) for own, shape in found
+                    }
 
     def assemble(self, parameter: Tensor, part: Tensor) -> Tensor:
         """Return the whole tensor of which this rank has ``part``; of sharded parameters on the CPU."""
         if isinstance(parameter, DTensor):
             mesh, placements = parameter.device_mesh, parameter.placements
             whole = DTensor.from_local(
-                part, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+                part,
+                mesh,
+                placements,
+                run_check=False,
+                shape=parameter.shape,
+                stride=parameter.stride(),
             )
             return whole.full_tensor().cpu()
         if id(parameter) not in self._flattened:
@@ -142,7 +153,11 @@ class Layout:
         padded[: part.numel()] = part.flatten()
         runs = [torch.empty_like(padded) for _ in lengths]
         dist.all_gather(runs, padded, group=group)
-        return torch.cat([run[:length] for run, length in zip(runs, lengths, strict=True)]).view(shape).cpu()
+        return (
+            torch.cat([run[:length] for run, length in zip(runs, lengths, strict=True)])
+            .view(shape)
+            .cpu()
+        )
 
     def part(self, parameter: Tensor, whole: Tensor) -> Tensor:
         """Return this rank's part of a whole tensor, on the parameter's device, in the dtype of ``whole``."""
@@ -169,7 +184,10 @@ def is_sharded_state(state: Mapping[str, Any]) -> bool:
     >>> is_sharded_state({"w": torch.ones(1)})
     False
     """
-    return any(isinstance(value, DTensor) or type(value).__name__ == "ShardedTensor" for value in state.values())
+    return any(
+        isinstance(value, DTensor) or type(value).__name__ == "ShardedTensor"
+        for value in state.values()
+    )
 
 
 def require_parameters(root: nn.Module) -> None:
@@ -178,7 +196,15 @@ def require_parameters(root: nn.Module) -> None:
     >>> require_parameters(nn.Linear(2, 2))
     """
     for unit in root.modules():
-        if isinstance(unit, FullyShardedDataParallel) and unit._handle is not None and not unit._use_orig_params:
-            raise ValueError("averages need FSDP with use_orig_params=True, Lightning's default; leave out the False")
+        if (
+            isinstance(unit, FullyShardedDataParallel)
+            and unit._handle is not None
+            and not unit._use_orig_params
+        ):
+            raise ValueError(
+                "averages need FSDP with use_orig_params=True, Lightning's default; leave out the False"
+            )
     if any(hasattr(parameter, "ds_id") for parameter in root.parameters()):
-        raise ValueError("averages are not possible under DeepSpeed's stage 3; use stage 2, FSDP or DDP")
+        raise ValueError(
+            "averages are not possible under DeepSpeed's stage 3; use stage 2, FSDP or DDP"
+        )

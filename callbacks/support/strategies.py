@@ -42,7 +42,9 @@ class Entrance:
     wrapped: bool = False
 
 
-_KINDS: tuple[tuple[type[Strategy], Entrance | None], ...] = (  # the first that fits: some inherit from others
+_KINDS: tuple[
+    tuple[type[Strategy], Entrance | None], ...
+] = (  # the first that fits: some inherit from others
     (SingleDeviceXLAStrategy, None),
     (XLAStrategy, None),
     (FSDPStrategy, Entrance(sharded=True, wrapped=True)),
@@ -58,7 +60,8 @@ def entrance_of(strategy: Strategy) -> Entrance:
     >>> entrance_of(DDPStrategy()), entrance_of(FSDPStrategy())
     (Entrance(sharded=False, wrapped=False), Entrance(sharded=True, wrapped=True))
     """
-    if isinstance(strategy, DeepSpeedStrategy):  # ZeRO-1 and 2 leave the parameters whole on each rank
+    # ZeRO-1 and 2 leave the parameters whole on each rank
+    if isinstance(strategy, DeepSpeedStrategy):
         return Entrance(sharded=True, wrapped=True) if strategy.zero_stage_3 else Entrance()
     found = next((entrance for kind, entrance in _KINDS if isinstance(strategy, kind)), None)
     if found is None:
@@ -95,7 +98,9 @@ def entered(
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             if entrance.wrapped:
-                return _through_wrapper(trainer.strategy.model, module, lambda: function(*args, **kwargs))
+                return _through_wrapper(
+                    trainer.strategy.model, module, lambda: function(*args, **kwargs)
+                )
             return function(*args, **kwargs)
         except Exception as error:
             _end_soon()
@@ -119,7 +124,8 @@ def _through_wrapper(wrapper: Any, module: LightningModule, call: Callable[[], A
 
     def forward(_: Any) -> Any:
         restore()
-        return call()  # takes its arguments along: the wrapper would convert times to half precision
+        # takes its arguments along: the wrapper would convert times to half precision
+        return call()
 
     module.__dict__["forward"] = forward
     try:

@@ -37,22 +37,27 @@ _IMPORT = Edit(
     "check_min_version(",
     "from alphabar.training import add_noising_arguments, diffusers_scheduler, noising_from_arguments\n\n",
 )
-_STEP = (
-    "step=global_step, micro_batch=step % args.gradient_accumulation_steps, accumulate=args.gradient_accumulation_steps"
+_STEP = "step=global_step, micro_batch=step % args.gradient_accumulation_steps, accumulate=args.gradient_accumulation_steps"
+_PARSE = Edit(
+    "args = parser.parse_args()", instead="args = add_noising_arguments(parser).parse_args()"
 )
-_PARSE = Edit("args = parser.parse_args()", instead="args = add_noising_arguments(parser).parse_args()")
 
 EDITS: dict[str, tuple[Edit, ...]] = {
     "train_text_to_image.py": (
         _IMPORT,
         _PARSE,
-        Edit("noise_scheduler = DDPMScheduler.from_pretrained(", "noising = noising_from_arguments(args)\n"),
+        Edit(
+            "noise_scheduler = DDPMScheduler.from_pretrained(",
+            "noising = noising_from_arguments(args)\n",
+        ),
         Edit(
             "pipeline = pipeline.to(accelerator.device)",
             "pipeline.scheduler = diffusers_scheduler(noising_from_arguments(args).schedule, like=pipeline.scheduler)\n",
         ),
         Edit(
-            "# Sample noise that we'll add", f"noised = noising(latents, {_STEP})\n\n", until="# Get the text embedding"
+            "# Sample noise that we'll add",
+            f"noised = noising(latents, {_STEP})\n\n",
+            until="# Get the text embedding",
         ),
         Edit(
             "# Get the target for loss depending",
@@ -94,7 +99,10 @@ EDITS: dict[str, tuple[Edit, ...]] = {
             "pipeline = pipeline.to(accelerator.device)",
             "pipeline.scheduler = diffusers_scheduler(noising_from_arguments(args).schedule, like=pipeline.scheduler)\n",
         ),
-        Edit("noise_scheduler_copy = copy.deepcopy(noise_scheduler)", "noising = noising_from_arguments(args)\n"),
+        Edit(
+            "noise_scheduler_copy = copy.deepcopy(noise_scheduler)",
+            "noising = noising_from_arguments(args)\n",
+        ),
         Edit(
             "# Sample noise that we'll add",
             f"""\
@@ -152,7 +160,9 @@ def _find(lines: list[str], words: str, start: int) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("script", type=Path, help=f"one of {', '.join(EDITS)}")
     script = parser.parse_args(arguments).script
     if script.name not in EDITS:
@@ -164,7 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"{script}: {error}", file=sys.stderr)
         return 1
-    diff = difflib.unified_diff(before.splitlines(True), after.splitlines(True), f"a/{script.name}", f"b/{script.name}")
+    diff = difflib.unified_diff(
+        before.splitlines(True), after.splitlines(True), f"a/{script.name}", f"b/{script.name}"
+    )
     sys.stdout.writelines(diff)
     return 0
 

@@ -29,7 +29,9 @@ class Squares(LightningDataModule):
 
     def _loader(self, count: int, seed: int, shuffle: bool) -> DataLoader:
         side = self.size // 3
-        corner = torch.randint(self.size - side, (count, 2), generator=torch.Generator().manual_seed(seed))
+        corner = torch.randint(
+            self.size - side, (count, 2), generator=torch.Generator().manual_seed(seed)
+        )
         axis = torch.arange(self.size)
         inside = (axis >= corner[..., None]) & (axis < corner[..., None] + side)
         images = (inside[:, 0, :, None] & inside[:, 1, None, :]).float()[:, None] * 2 - 1

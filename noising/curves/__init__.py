@@ -9,7 +9,14 @@ from typing import Any
 from ..utils.config_reading import mapping, settings
 from ..utils.registry import lookup
 from .base import CURVES, Curve
-from .continuous import Cosine, Flow, Karras, SubVariancePreserving, VarianceExploding, VariancePreserving
+from .continuous import (
+    Cosine,
+    Flow,
+    Karras,
+    SubVariancePreserving,
+    VarianceExploding,
+    VariancePreserving,
+)
 from .discrete import Discrete
 from .truncated import Truncated
 
@@ -40,16 +47,26 @@ def curve_from_config(config: Mapping[str, Any]) -> Curve:
     kind = lookup("curve", values.pop("kind", None), {**CURVES, Truncated.kind: Truncated})
     known = signature(kind).parameters
     values = settings(f"a {kind.kind} curve", kind, values, known)
-    missing = [name for name, parameter in known.items() if parameter.default is parameter.empty and name not in values]
+    missing = [
+        name
+        for name, parameter in known.items()
+        if parameter.default is parameter.empty and name not in values
+    ]
     if missing:
         of = "the config of what it is a part of under 'curve', and " if kind is Truncated else ""
-        raise ValueError(f"a {kind.kind} curve needs {of}{', '.join(map(repr, missing))}, got {sorted(values)}")
+        raise ValueError(
+            f"a {kind.kind} curve needs {of}{', '.join(map(repr, missing))}, got {sorted(values)}"
+        )
     betas, count = values.get("trained_betas"), values.get("num_train_timesteps")
     if betas is not None and count not in (None, len(betas)):
-        raise ValueError(f"num_train_timesteps says {count}, but there are {len(betas)} trained_betas; remove one of the two")
+        raise ValueError(
+            f"num_train_timesteps says {count}, but there are {len(betas)} trained_betas; remove one of the two"
+        )
     if kind is Truncated:
         whole = mapping("the curve of a truncated one", values["curve"])
         if whole.get("kind") == Truncated.kind:
-            raise ValueError("a part of a part of a curve is written as one part; give the whole curve under 'curve'")
+            raise ValueError(
+                "a part of a part of a curve is written as one part; give the whole curve under 'curve'"
+            )
         values["curve"] = curve_from_config(whole)
     return kind(**values)

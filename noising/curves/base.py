@@ -133,7 +133,9 @@ class Curve(ABC):
     def to_config(self) -> dict[str, Any]:
         """Return plain JSON from which ``registered.curve_from_config`` makes an equal curve."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {"kind": self.kind} | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return {"kind": self.kind} | {
+            k: list(v) if isinstance(v, tuple) else v for k, v in values.items()
+        }
 
 
 CURVES: Registry[type[Curve]] = Registry("curve", attribute="kind")
@@ -203,7 +205,9 @@ def require_count(count: int, least: int = 1) -> int:
     if int(count) < least:
         raise ValueError(f"num_train_timesteps must be at least {least}, got {shown(count)}")
     if int(count) > MAX_TIMESTEPS:
-        raise ValueError(f"num_train_timesteps must be at most {MAX_TIMESTEPS}, got {shown(count)}; 1000 is usual")
+        raise ValueError(
+            f"num_train_timesteps must be at most {MAX_TIMESTEPS}, got {shown(count)}; 1000 is usual"
+        )
     return int(count)
 
 
@@ -220,4 +224,6 @@ def check_times(curve: Curve, t: Tensor) -> None:
     low, high = float(t.min()), float(t.max())
     if not (low >= curve.t_min and high <= curve.t_max):  # also catches NaN
         bad = low if not low >= curve.t_min else high
-        raise ValueError(f"time {bad} is outside {curve.t_min} ... {curve.t_max} of this {curve.kind} schedule")
+        raise ValueError(
+            f"time {bad} is outside {curve.t_min} ... {curve.t_max} of this {curve.kind} schedule"
+        )

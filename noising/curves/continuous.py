@@ -9,7 +9,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import CURVES, Curve, check_times, evaluation_dtype, require_count, require_factor, require_range
+from .base import (
+    CURVES,
+    Curve,
+    check_times,
+    evaluation_dtype,
+    require_count,
+    require_factor,
+    require_range,
+)
 
 
 @CURVES.register
@@ -57,7 +65,8 @@ class Flow(Curve):
         return self.num_train_timesteps * self.sigma(t)
 
     def shifted(self, factor: float) -> Flow:
-        return replace(self, shift=self.shift * require_factor("factor", factor))  # shifts of σ compose so
+        # shifts of σ compose so
+        return replace(self, shift=self.shift * require_factor("factor", factor))
 
 
 @CURVES.register
@@ -102,7 +111,9 @@ class VariancePreserving(Curve):
         return self._root(0.5 * torch.nn.functional.softplus(-value))
 
     def shifted(self, factor: float) -> VariancePreserving:
-        return replace(self, snr_shift_scale=self.snr_shift_scale * require_factor("factor", factor) ** 2)
+        return replace(
+            self, snr_shift_scale=self.snr_shift_scale * require_factor("factor", factor) ** 2
+        )
 
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         log_alpha = self.log_alpha(t)
@@ -184,7 +195,10 @@ class VarianceExploding(Curve):
 
     def sigma(self, t: Tensor) -> Tensor:
         check_times(self, t)
-        return self.sigma_min * (t.to(evaluation_dtype(t)) * math.log(self.sigma_max / self.sigma_min)).exp()
+        return (
+            self.sigma_min
+            * (t.to(evaluation_dtype(t)) * math.log(self.sigma_max / self.sigma_min)).exp()
+        )
 
     def time(self, log_snr: Tensor) -> Tensor:
         t = (-0.5 * log_snr.to(evaluation_dtype(log_snr)) - math.log(self.sigma_min)) / math.log(
@@ -260,7 +274,8 @@ class Karras(Curve):
 
     def fraction(self, t: Tensor) -> Tensor:
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        return ((t.to(evaluation_dtype(t)) ** (1 / self.rho) - low) / (high - low)).clamp(0, 1)  # of time_at_quantile
+        # of time_at_quantile
+        return ((t.to(evaluation_dtype(t)) ** (1 / self.rho) - low) / (high - low)).clamp(0, 1)
 
     def input_scale(self, t: Tensor) -> Tensor:
         return (t.to(evaluation_dtype(t)) ** 2 + self.sigma_data**2).rsqrt()
@@ -271,7 +286,8 @@ class Karras(Curve):
     def time_at_quantile(self, u: Tensor) -> Tensor:
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         sigma = ((low + u * (high - low)) ** self.rho).clamp(self.t_min, self.t_max)
-        return torch.where(u >= 1, self.t_max, sigma)  # which the power misses by a rounding for some σ_max
+        # which the power misses by a rounding for some σ_max
+        return torch.where(u >= 1, self.t_max, sigma)
 
     def shifted(self, factor: float) -> Karras:
         s = require_factor("factor", factor)  # the time is σ, so it is the range of σ that moves
@@ -319,4 +335,6 @@ class Cosine(Curve):
         return (2 / math.pi) * torch.atan((-0.5 * value).exp())
 
     def shifted(self, factor: float) -> Cosine:
-        return replace(self, log_snr_shift=self.log_snr_shift - 2 * math.log(require_factor("factor", factor)))
+        return replace(
+            self, log_snr_shift=self.log_snr_shift - 2 * math.log(require_factor("factor", factor))
+        )

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from ..utils.registry import lookup
-from .base import CURVES, MAX_TIMESTEPS, Curve, check_times, evaluation_dtype, require_count, require_factor
+from .base import (
+    CURVES,
+    MAX_TIMESTEPS,
+    Curve,
+    check_times,
+    evaluation_dtype,
+    require_count,
+    require_factor,
+)
 from .betas import BETA_SCHEDULES
 
 LEAST_BETA = 1e-12  # σ = 1e-6, of which float32 still tells α apart from σ
@@ -46,7 +54,8 @@ class Discrete(Curve):
     rescale_betas_zero_snr: bool = False
     snr_shift_scale: float = 1.0
     rescaled_snr_shift_scale: float = 1.0
-    _tables: ClassVar[dict[tuple[str, int | None, torch.dtype], _Table]]  # of an instance, and no field
+    # of an instance, and no field
+    _tables: ClassVar[dict[tuple[str, int | None, torch.dtype], _Table]]
 
     def __init__(
         self,
@@ -61,10 +70,14 @@ class Discrete(Curve):
     ) -> None:
         if trained_betas is not None:
             if len(trained_betas) > MAX_TIMESTEPS:
-                raise ValueError(f"trained_betas must be at most {MAX_TIMESTEPS}, got {len(trained_betas)}")
+                raise ValueError(
+                    f"trained_betas must be at most {MAX_TIMESTEPS}, got {len(trained_betas)}"
+                )
             trained_betas = tuple(float(b) for b in trained_betas)
             beta_schedule, num_train_timesteps = TRAINED, len(trained_betas)
-            beta_start, beta_end = (trained_betas[0], trained_betas[-1]) if trained_betas else (0.0, 0.0)
+            beta_start, beta_end = (
+                (trained_betas[0], trained_betas[-1]) if trained_betas else (0.0, 0.0)
+            )
         else:
             lookup("beta schedule", beta_schedule, BETA_SCHEDULES)
         values = {
@@ -74,14 +87,21 @@ class Discrete(Curve):
             "num_train_timesteps": require_count(num_train_timesteps, least=2),
             "trained_betas": trained_betas,
             "rescale_betas_zero_snr": bool(rescale_betas_zero_snr),
-            "snr_shift_scale": require_factor("snr_shift_scale", snr_shift_scale, "1 is no shift, CogVideoX-2b uses 3"),
-            "rescaled_snr_shift_scale": require_factor("rescaled_snr_shift_scale", rescaled_snr_shift_scale),
+            "snr_shift_scale": require_factor(
+                "snr_shift_scale", snr_shift_scale, "1 is no shift, CogVideoX-2b uses 3"
+            ),
+            "rescaled_snr_shift_scale": require_factor(
+                "rescaled_snr_shift_scale", rescaled_snr_shift_scale
+            ),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
         for name, value in (("beta_start", self.beta_start), ("beta_end", self.beta_end)):
-            if not 0 <= value <= 1 and trained_betas is None:  # the square root of a negative one is no number
-                raise ValueError(f"betas must lie in (0, 1], got {value} as {name}; 0.0001 to 0.02 is usual")
+            # the square root of a negative one is no number
+            if not 0 <= value <= 1 and trained_betas is None:
+                raise ValueError(
+                    f"betas must lie in (0, 1], got {value} as {name}; 0.0001 to 0.02 is usual"
+                )
         _require_betas(self.betas())
         self._tabulate()
 
@@ -110,7 +130,9 @@ class Discrete(Curve):
         """Return the T betas as given, before any rescaling (float64, on the CPU)."""
         if self.trained_betas is not None:
             return torch.tensor(self.trained_betas, dtype=torch.float64)
-        return BETA_SCHEDULES[self.beta_schedule](self.num_train_timesteps, self.beta_start, self.beta_end)
+        return BETA_SCHEDULES[self.beta_schedule](
+            self.num_train_timesteps, self.beta_start, self.beta_end
+        )
 
     @property
     def t_max(self) -> float:
@@ -139,7 +161,9 @@ class Discrete(Curve):
         sigma = torch.where(to_zero, (1 - alpha**2).sqrt(), sigma)
         nearest = t.round().long().clamp(0, self.num_train_timesteps - 1)
         on_table = t == nearest
-        return torch.where(on_table, table.alpha[nearest], alpha), torch.where(on_table, table.sigma[nearest], sigma)
+        return torch.where(on_table, table.alpha[nearest], alpha), torch.where(
+            on_table, table.sigma[nearest], sigma
+        )
 
     def time(self, log_snr: Tensor) -> Tensor:
         table = self._table(log_snr.device, evaluation_dtype(log_snr))
@@ -161,13 +185,22 @@ class Discrete(Curve):
         return index
 
     def time_at_quantile(self, u: Tensor) -> Tensor:
-        return (u * self.num_train_timesteps).ceil().long().sub(1).clamp(0, self.num_train_timesteps - 1)
+        return (
+            (u * self.num_train_timesteps)
+            .ceil()
+            .long()
+            .sub(1)
+            .clamp(0, self.num_train_timesteps - 1)
+        )
 
     def zero_terminal_snr(self) -> Discrete:
         if not float(_table_f64(self).alpha[-1]):
             return self
-        before = self.snr_shift_scale * self.rescaled_snr_shift_scale  # all that was shifted until now
-        return replace(self, rescale_betas_zero_snr=True, snr_shift_scale=before, rescaled_snr_shift_scale=1.0)
+        # all that was shifted until now
+        before = self.snr_shift_scale * self.rescaled_snr_shift_scale
+        return replace(
+            self, rescale_betas_zero_snr=True, snr_shift_scale=before, rescaled_snr_shift_scale=1.0
+        )
 
     def shifted(self, factor: float) -> Discrete:
         scale = require_factor("factor", factor) ** 2
@@ -181,11 +214,17 @@ def _require_betas(betas: Tensor) -> None:
     if len(bad):
         i = int(bad[0])
         value = float(betas[i])
-        advice = f"below {LEAST_BETA:g} it adds no noise" if 0 < value < 1 else "check beta_start and beta_end"
+        advice = (
+            f"below {LEAST_BETA:g} it adds no noise"
+            if 0 < value < 1
+            else "check beta_start and beta_end"
+        )
         raise ValueError(f"betas must lie in (0, 1], got {value} at index {i}; {advice}")
     ones = (betas[:-1] == 1).any()
     if bool(ones):
-        raise ValueError("only the last beta may be 1 (zero terminal SNR); an earlier one leaves pure noise ever after")
+        raise ValueError(
+            "only the last beta may be 1 (zero terminal SNR); an earlier one leaves pure noise ever after"
+        )
 
 
 @dataclass(frozen=True)
@@ -195,12 +234,15 @@ class _Table:
     log_snr: Tensor  # finite: an infinite last value is replaced by a finite one below all others
 
     def to(self, device: torch.device, dtype: torch.dtype) -> _Table:
-        return _Table(*(column.to(device, dtype) for column in (self.alpha, self.sigma, self.log_snr)))
+        return _Table(
+            *(column.to(device, dtype) for column in (self.alpha, self.sigma, self.log_snr))
+        )
 
 
 @lru_cache(maxsize=64)
 def _table_f64(curve: Discrete) -> _Table:
-    log_alpha_bar = torch.cumsum(torch.log1p(-curve.betas()), 0)  # never 1 - ᾱ, which cancels near t = 0
+    # never 1 - ᾱ, which cancels near t = 0
+    log_alpha_bar = torch.cumsum(torch.log1p(-curve.betas()), 0)
     alpha, sigma = torch.exp(0.5 * log_alpha_bar), torch.sqrt(-torch.expm1(log_alpha_bar))
     alpha, sigma = _shifted(alpha, sigma, curve.snr_shift_scale)
     if curve.rescale_betas_zero_snr and float(alpha[-1]) > 0:

@@ -34,9 +34,14 @@ def resolution_shift(size: int | tuple[int, ...], base_size: int | tuple[int, ..
 
 def _pixels(name: str, size: int | tuple[int, ...]) -> int:
     several = isinstance(size, Iterable) and getattr(size, "ndim", 1) > 0
-    sides = [whole_number(name, side) for side in (cast(Iterable[int], size) if several else (size, size))]
+    sides = [
+        whole_number(name, side)
+        for side in (cast(Iterable[int], size) if several else (size, size))
+    ]
     if len(sides) != 2 or min(sides) < 1:
-        raise ValueError(f"{name} must be a positive side or (height, width), got {size}; e.g. 1024 or (768, 1344)")
+        raise ValueError(
+            f"{name} must be a positive side or (height, width), got {size}; e.g. 1024 or (768, 1344)"
+        )
     return sides[0] * sides[1]
 
 
@@ -64,4 +69,8 @@ def token_shift(
     mu = base_shift + (tokens - base_tokens) * (max_shift - base_shift) / (max_tokens - base_tokens)
     if kind not in ("exponential", "linear"):
         raise ValueError(f"unknown kind of shift {kind!r}; 'exponential' takes e^mu, 'linear' mu")
-    return require_factor("the shift", math.exp(min(mu, 700.0)) if kind == "exponential" else mu, "check base_shift and max_shift")
+    return require_factor(
+        "the shift",
+        math.exp(min(mu, 700.0)) if kind == "exponential" else mu,
+        "check base_shift and max_shift",
+    )

@@ -38,13 +38,20 @@ class Truncated(Curve):
 
     def __init__(self, curve: Curve, first: float, last: float) -> None:
         if isinstance(curve, Karras):
-            raise ValueError("a karras curve has no part but another range of its own: give it sigma_min and sigma_max")
+            raise ValueError(
+                "a karras curve has no part but another range of its own: give it sigma_min and sigma_max"
+            )
         if isinstance(curve, Truncated):  # a part of a part is a part
             _require_inside(curve, first, last)
             curve = curve.curve
         _require_inside(curve, first, last)
         count = round(last - first) + 1 if curve.is_discrete else curve.num_train_timesteps
-        values = {"curve": curve, "first": float(first), "last": float(last), "num_train_timesteps": count}
+        values = {
+            "curve": curve,
+            "first": float(first),
+            "last": float(last),
+            "num_train_timesteps": count,
+        }
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -98,7 +105,11 @@ class Truncated(Curve):
         return self.curve.scales_input
 
     def time_at_index(self, index: Tensor) -> Tensor:
-        return index + int(self.first) if self.is_discrete else self._part(self.curve.time_at_index(index))
+        return (
+            index + int(self.first)
+            if self.is_discrete
+            else self._part(self.curve.time_at_index(index))
+        )
 
     def time_at_quantile(self, u: Tensor) -> Tensor:
         if self.is_discrete:
@@ -124,7 +135,12 @@ class Truncated(Curve):
         return Truncated(self.curve.shifted(factor), self.first, self.last)
 
     def to_config(self) -> dict[str, Any]:
-        return {"kind": self.kind, "curve": self.curve.to_config(), "first": self.first, "last": self.last}
+        return {
+            "kind": self.kind,
+            "curve": self.curve.to_config(),
+            "first": self.first,
+            "last": self.last,
+        }
 
 
 def _require_inside(curve: Curve, first: float, last: float) -> None:
@@ -133,7 +149,9 @@ def _require_inside(curve: Curve, first: float, last: float) -> None:
             f"a part of this {curve.kind} schedule needs {curve.t_min:g} <= first < last <= {curve.t_max:g}, got {first:g} and {last:g}"
         )
     if last - first < SHORTEST * (curve.t_max - curve.t_min):
-        raise ValueError(f"a part of this {curve.kind} schedule from {first} to {last} is too short for any step")
+        raise ValueError(
+            f"a part of this {curve.kind} schedule from {first} to {last} is too short for any step"
+        )
     if curve.is_discrete and (math.floor(first) != first or math.floor(last) != last):
         raise ValueError(
             f"a part of a discrete schedule begins and ends at whole timesteps, got {first:g} and {last:g}"

@@ -50,7 +50,9 @@ _PLAIN = (
 )
 _SD_BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012}
 _SCALED: dict[str, Any] = {"beta_schedule": "scaled_linear"} | _SD_BETAS
-_DEFAULTS: dict[str, dict[str, Any]] = {  # every class that reads betas, with the defaults that are its own
+_DEFAULTS: dict[
+    str, dict[str, Any]
+] = {  # every class that reads betas, with the defaults that are its own
     **{name: {} for name in _PLAIN},
     "UnCLIPScheduler": {"beta_schedule": "squaredcos_cap_v2"},
     "HeunDiscreteScheduler": _SD_BETAS,
@@ -63,7 +65,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {  # every class that reads betas, with t
     "CogVideoXDPMScheduler": _SCALED | {"snr_shift_scale": 3.0},
 }
 _READ_SNR_SHIFT = {name for name, defaults in _DEFAULTS.items() if "snr_shift_scale" in defaults}
-_READ_ZERO_SNR = {  # classes that know rescale_betas_zero_snr; the others would silently sample on the betas as they were
+# classes that know rescale_betas_zero_snr; the others would silently sample on the betas as they were
+_READ_ZERO_SNR = {
     *_READ_SNR_SHIFT,
     "DDIMInverseScheduler",
     "DDIMParallelScheduler",
@@ -77,7 +80,11 @@ _READ_ZERO_SNR = {  # classes that know rescale_betas_zero_snr; the others would
     "TCDScheduler",
     "UniPCMultistepScheduler",
 }
-_READ_SHIFT = {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"}
+_READ_SHIFT = {
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "FlowMatchLCMScheduler",
+}
 _READ_FLOW_SHIFT = {  # classes of betas that sample a flow where use_flow_sigmas says so
     "DEISMultistepScheduler",
     "DPMSolverMultistepInverseScheduler",
@@ -91,8 +98,18 @@ _READ_DYNAMIC_SHIFT = {
     "FlowMatchLCMScheduler",
     *(_READ_FLOW_SHIFT - {"DPMSolverMultistepInverseScheduler", "SASolverScheduler"}),
 }
-_BEFORE_FLOW_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
-_KNOWN_TO_ALL = ("linear", "scaled_linear", "squaredcos_cap_v2")  # beta schedules that every class knows by name
+_BEFORE_FLOW_SIGMAS = (
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "use_lu_lambdas",
+)
+# beta schedules that every class knows by name
+_KNOWN_TO_ALL = (
+    "linear",
+    "scaled_linear",
+    "squaredcos_cap_v2",
+)
 _OTHER_NAMES = {"laplace": "laplace_diffusers"}  # what its numbers are called here
 _DDIM_LIKE = {
     *_READ_SNR_SHIFT,
@@ -117,7 +134,10 @@ _ELSE: dict[
         False,
         _DDIM_LIKE | _DDPM_LIKE | {"HeunDiscreteScheduler", "RePaintScheduler", "UnCLIPScheduler"},
     ),
-    "thresholding": (False, (_DDIM_LIKE | _DDPM_LIKE | _READ_FLOW_SHIFT) - _READ_SNR_SHIFT - {"DDIMInverseScheduler"}),
+    "thresholding": (
+        False,
+        (_DDIM_LIKE | _DDPM_LIKE | _READ_FLOW_SHIFT) - _READ_SNR_SHIFT - {"DDIMInverseScheduler"},
+    ),
 }
 
 
@@ -168,7 +188,11 @@ def _discrete_config(curve: Discrete, prediction: str, sampling: dict[str, Any])
     name = sampling.get("_class_name", "DDIMScheduler")
     if zero and name not in _READ_ZERO_SNR:
         name, sampling = "DDIMScheduler", {}
-    config = {key: value for key, (value, classes) in _ELSE.items() if name in classes or name not in _DEFAULTS}
+    config = {
+        key: value
+        for key, (value, classes) in _ELSE.items()
+        if name in classes or name not in _DEFAULTS
+    }
     config |= sampling | {"_class_name": name, "prediction_type": prediction}
     if name in _READ_ZERO_SNR:
         config["rescale_betas_zero_snr"] = zero
@@ -187,7 +211,9 @@ def _beta_keys(curve: Discrete) -> dict[str, Any]:
         "beta_schedule": curve.beta_schedule if by_name else "linear",
         "beta_start": curve.beta_start,
         "beta_end": curve.beta_end,
-        "trained_betas": None if by_name else (curve.betas() if plain else _shifted_betas(curve)).tolist(),
+        "trained_betas": None
+        if by_name
+        else (curve.betas() if plain else _shifted_betas(curve)).tolist(),
     }
 
 
@@ -197,7 +223,8 @@ def _shifted_betas(curve: Discrete) -> Tensor:
         curve = replace(curve, rescale_betas_zero_snr=False)
     index = torch.arange(curve.num_train_timesteps, dtype=torch.float64)
     alpha, sigma = curve.alpha(index), curve.sigma(index)
-    log_alpha_bar = torch.where(sigma < 0.5, torch.log1p(-(sigma**2)), 2 * alpha.log())  # neither end cancels
+    # neither end cancels
+    log_alpha_bar = torch.where(sigma < 0.5, torch.log1p(-(sigma**2)), 2 * alpha.log())
     return -torch.expm1(log_alpha_bar.diff(prepend=torch.zeros(1, dtype=torch.float64)))
 
 
@@ -226,13 +253,19 @@ def from_diffusers(config: Mapping[str, Any], tokens: int | None = None) -> tupl
     if name in _READ_SHIFT or flow_sigmas:
         shift = _shift_of(config, "flow_shift" if flow_sigmas else "shift", tokens)
         prediction = config.get("prediction_type", "epsilon") if flow_sigmas else "flow_prediction"
-        return Flow(shift=shift, num_train_timesteps=config.get("num_train_timesteps", 1000)), prediction
+        return Flow(
+            shift=shift, num_train_timesteps=config.get("num_train_timesteps", 1000)
+        ), prediction
     if tokens is not None:
         raise ValueError(
             f"tokens are for a config that says use_dynamic_shifting; this one of {name or 'no class'} does not"
         )
     said = {key: value for key, value in config.items() if key in _DISCRETE_DEFAULTS}
-    if name and name not in _DEFAULTS and not (said.get("beta_schedule") or said.get("trained_betas")):
+    if (
+        name
+        and name not in _DEFAULTS
+        and not (said.get("beta_schedule") or said.get("trained_betas"))
+    ):
         raise ValueError(
             f"a config of {name} does not say its noise schedule in a form that is known here; make it, e.g. with "
             "NoiseSchedule.flow() or NoiseSchedule.karras()"
@@ -269,5 +302,9 @@ def _shift_of(config: Mapping[str, Any], key: str, tokens: int | None) -> float:
             "the config says use_dynamic_shifting: its shift depends on the size of the image; give tokens=, the number of image "
             "tokens that the network sees (Flux at 1024 x 1024: 4096)"
         )
-    line = {ours: config[theirs] for theirs, ours in _TOKEN_SHIFT_KEYS.items() if config.get(theirs) is not None}
+    line = {
+        ours: config[theirs]
+        for theirs, ours in _TOKEN_SHIFT_KEYS.items()
+        if config.get(theirs) is not None
+    }
     return token_shift(tokens, **line)

@@ -37,16 +37,36 @@ READERS: Mapping[str, Callable[[str, Any], Any]] = {
 }
 """How each key that describes a schedule is read."""
 
-MAY_BE_NULL = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift", "time_shift_type", "timestep_spacing")
+MAY_BE_NULL = (
+    "base_image_seq_len",
+    "max_image_seq_len",
+    "base_shift",
+    "max_shift",
+    "time_shift_type",
+    "timestep_spacing",
+)
 
 _BETAS = frozenset(
-    {"num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "prediction_type"}
+    {
+        "num_train_timesteps",
+        "beta_schedule",
+        "beta_start",
+        "beta_end",
+        "trained_betas",
+        "prediction_type",
+    }
 )
 _ZERO = _BETAS | {"rescale_betas_zero_snr"}
 _FLOW = {"use_flow_sigmas", "flow_shift"}
 _SHIFT = frozenset({"num_train_timesteps", "shift"})
 _DYNAMIC = {"use_dynamic_shifting", "time_shift_type"}
-_TOKENS = _DYNAMIC | {"base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift", "invert_sigmas"}
+_TOKENS = _DYNAMIC | {
+    "base_image_seq_len",
+    "max_image_seq_len",
+    "base_shift",
+    "max_shift",
+    "invert_sigmas",
+}
 _COUNT = frozenset({"num_train_timesteps"})
 
 KNOWN_TO_CLASS: Mapping[str, frozenset[str]] = {
@@ -90,7 +110,14 @@ KNOWN_TO_CLASS: Mapping[str, frozenset[str]] = {
 }
 """The keys of ``READERS`` that a class of diffusers reads (diffusers 0.42.1); of other classes nothing is known here."""
 
-FOR_PIPELINES = {"base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift", "timestep_spacing", "_class_name"}
+FOR_PIPELINES = {
+    "base_image_seq_len",
+    "max_image_seq_len",
+    "base_shift",
+    "max_shift",
+    "timestep_spacing",
+    "_class_name",
+}
 """Keys that are read by others than the class: pipelines, samplers."""
 
 OTHERS = frozenset(
@@ -109,7 +136,12 @@ OTHERS = frozenset(
 )  # fmt: skip
 """Keys that say how a class samples, and nothing of the schedule."""
 
-_NEUTRAL = {"prediction_type": ("epsilon", "flow_prediction"), "snr_shift_scale": (1,), "shift": (1,), "flow_shift": (1,)}
+_NEUTRAL = {
+    "prediction_type": ("epsilon", "flow_prediction"),
+    "snr_shift_scale": (1,),
+    "shift": (1,),
+    "flow_shift": (1,),
+}
 
 
 def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,12 +160,16 @@ def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
             values[key] = READERS[key](key, values[key])
     betas, count = values.get("trained_betas"), values.get("num_train_timesteps")
     if betas is not None and count not in (None, len(betas)):
-        raise ValueError(f"num_train_timesteps says {count}, but there are {len(betas)} trained_betas; remove one of the two")
+        raise ValueError(
+            f"num_train_timesteps says {count}, but there are {len(betas)} trained_betas; remove one of the two"
+        )
     name = values.get("_class_name", "")
     known = KNOWN_TO_CLASS.get(name)
     if known is None:
         return values
-    ignored = [key for key in values if key in READERS and key not in known and key not in FOR_PIPELINES]
+    ignored = [
+        key for key in values if key in READERS and key not in known and key not in FOR_PIPELINES
+    ]
     told = [key for key in ignored if values[key] and values[key] not in _NEUTRAL.get(key, ())]
     if told:
         words = ", ".join(f"{key}={shown(values[key])}" for key in told)
@@ -142,7 +178,13 @@ def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
             "if the model was trained so",
             stacklevel=3,
         )
-    strange = [key for key in values if not key.startswith("_") and key not in READERS and key not in OTHERS]
+    strange = [
+        key
+        for key in values
+        if not key.startswith("_") and key not in READERS and key not in OTHERS
+    ]
     for key in strange:
-        warnings.warn(f"{unknown(f'key of a {name} config', key, READERS)}; it is left out", stacklevel=3)
+        warnings.warn(
+            f"{unknown(f'key of a {name} config', key, READERS)}; it is left out", stacklevel=3
+        )
     return {key: value for key, value in values.items() if key not in ignored}

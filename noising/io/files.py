@@ -30,7 +30,13 @@ def write_configs(folder: str | os.PathLike[str], configs: Mapping[str, Mapping[
 
 def read_configs(folder: Path) -> dict[str, Any]:
     """Read those of the two files that are there, by name; FileNotFoundError for none, ValueError for a corrupt one."""
-    found = {name: read_json(folder / name) for name in (EXACT_NAME, CONFIG_NAME) if (folder / name).is_file()}
+    found = {
+        name: read_json(folder / name)
+        for name in (EXACT_NAME, CONFIG_NAME)
+        if (folder / name).is_file()
+    }
     if not found:
-        raise FileNotFoundError(f"no schedule in {str(folder)!r}: neither {EXACT_NAME} nor {CONFIG_NAME} is there")
+        raise FileNotFoundError(
+            f"no schedule in {str(folder)!r}: neither {EXACT_NAME} nor {CONFIG_NAME} is there"
+        )
     return found

@@ -25,7 +25,8 @@ from ..curves.base import Curve
 from ..utils.items import make_item
 from ..utils.registry import D, Registry
 
-LEAST = 2.0**-53  # the least share of training time that is drawn: a clean sample has nothing to learn from
+# the least share of training time that is drawn: a clean sample has nothing to learn from
+LEAST = 2.0**-53
 _LOG_SNR_BOUND = 200.0  # where a curve has no end in log SNR: e^100 is still finite in float64
 
 
@@ -46,7 +47,9 @@ class LossHistory(nn.Module, ABC):
         """Return uniform ``u`` in (0, 1], shape (batch,), as shares of the density, with their bins and weights."""
 
     @abstractmethod
-    def observe(self, step: int, index: Tensor, drawn: Resampled, weight: Tensor, errors: Tensor) -> None:
+    def observe(
+        self, step: int, index: Tensor, drawn: Resampled, weight: Tensor, errors: Tensor
+    ) -> None:
         """Record the errors of a loss and the weights on them: shape (batch,), of these global indices at this step."""
 
     @abstractmethod
@@ -213,12 +216,18 @@ class WithinTimesteps(Around):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.low < self.high:
-            raise ValueError(f"a range of timesteps needs low < high, got {self.low} and {self.high}")
+            raise ValueError(
+                f"a range of timesteps needs low < high, got {self.low} and {self.high}"
+            )
 
     def times(self, u: Tensor, curve: Curve) -> Tensor:
         known = self._known  # torch.compile, which no cache stops, would trace the search
         same = known is not None and known[0] is curve
-        first, last = known[1] if known is not None and same else _shares(self.density, curve, self.low, self.high)
+        first, last = (
+            known[1]
+            if known is not None and same
+            else _shares(self.density, curve, self.low, self.high)
+        )
         t = self.density.times(first + u * (last - first), curve)
         low, high = (int(self.low), int(self.high)) if curve.is_discrete else (self.low, self.high)
         return t.clamp(low, high)  # where u was rounded to the share below
@@ -227,7 +236,9 @@ class WithinTimesteps(Around):
         super().check(curve)
         require_time("low", self.low, curve)
         require_time("high", self.high, curve)
-        object.__setattr__(self, "_known", (curve, _shares(self.density, curve, self.low, self.high)))
+        object.__setattr__(
+            self, "_known", (curve, _shares(self.density, curve, self.low, self.high))
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,7 +323,9 @@ def _shares(density: Timesteps, curve: Curve, low: float, high: float) -> tuple[
     first = _largest(lambda u: float(density.times(u, curve)) < low)
     last = _largest(lambda u: float(density.times(u, curve)) <= high)
     if not first < last:
-        raise ValueError(f"{density.name} timesteps have none within {low:g} ... {high:g}; widen the range")
+        raise ValueError(
+            f"{density.name} timesteps have none within {low:g} ... {high:g}; widen the range"
+        )
     return first, last
 
 
@@ -323,5 +336,7 @@ def _largest(holds: Callable[[Tensor], bool]) -> float:
         return high
     for _ in range(64):
         middle = 0.5 * (low + high)
-        low, high = (middle, high) if holds(torch.tensor(middle, dtype=torch.float64)) else (low, middle)
+        low, high = (
+            (middle, high) if holds(torch.tensor(middle, dtype=torch.float64)) else (low, middle)
+        )
     return low

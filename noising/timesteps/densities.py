@@ -23,9 +23,11 @@ from .base import (
     require_time,
 )
 
-_EDGE = 2.0**-40  # kept from the edges of a bin, so that no rounding leads into its neighbour, which may have weight 0
+# kept from the edges of a bin, so that no rounding leads into its neighbour, which may have weight 0
+_EDGE = 2.0**-40
 _CHECKED = 1025  # points at which a quantile function of one's own is looked at
-MODE_SCALE_MAX = 2 / (math.pi - 2)  # Esser et al. 2403.03206, below eq. 20: beyond it the map is not monotone
+# Esser et al. 2403.03206, below eq. 20: beyond it the map is not monotone
+MODE_SCALE_MAX = 2 / (math.pi - 2)
 
 
 @TIMESTEPS.register
@@ -128,7 +130,9 @@ class BetaTimesteps(QuantileTimesteps):
 
     def __post_init__(self) -> None:
         if not (0 < self.a < math.inf and 0 < self.b < math.inf):
-            raise ValueError(f"a and b of beta timesteps must be positive and finite, got {self.a} and {self.b}")
+            raise ValueError(
+                f"a and b of beta timesteps must be positive and finite, got {self.a} and {self.b}"
+            )
 
     def quantile(self, u: Tensor) -> Tensor:
         return beta_quantile(u, self.a, self.b)
@@ -184,7 +188,9 @@ class CustomTimesteps(QuantileTimesteps):
                 "shares of training time, not timesteps"
             )
         if bool((values.diff() < 0).any()):
-            raise ValueError("the quantile function of custom timesteps decreases; u -> 1 must be noise: give f(1 - u)")
+            raise ValueError(
+                "the quantile function of custom timesteps decreases; u -> 1 must be noise: give f(1 - u)"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +237,9 @@ class ListedTimesteps(Timesteps):
         listed = tuple(float(t) for t in _plain(self.listed))
         weights = _weights("listed timesteps", _plain(self.weights) or [1.0] * len(listed))
         if len(weights) != len(listed):
-            raise ValueError(f"listed timesteps need one weight for each, got {len(weights)} for {len(listed)}")
+            raise ValueError(
+                f"listed timesteps need one weight for each, got {len(weights)} for {len(listed)}"
+            )
         if len(set(listed)) != len(listed):
             raise ValueError("listed timesteps repeat; give each once, with the sum of its weights")
         order = sorted(range(len(listed)), key=listed.__getitem__)
@@ -299,7 +307,9 @@ def beta_quantile(u: Tensor, a: float, b: float) -> Tensor:
     from scipy.special import betaincinv
 
     if not (a > 0 and b > 0):
-        raise ValueError(f"alpha and beta must be positive, got {a} and {b}; the published schedule has 0.6 for both")
+        raise ValueError(
+            f"alpha and beta must be positive, got {a} and {b}; the published schedule has 0.6 for both"
+        )
     u = u.double()
     if not bool(((u >= 0) & (u <= 1)).all()):
         raise ValueError("quantiles are of probabilities in [0, 1]")
@@ -315,7 +325,8 @@ def bin_of(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     upper = weights.cumsum(0)
     upper = upper / upper[-1]
     u = u.double().clamp(min=LEAST)
-    bins = torch.searchsorted(upper, u.contiguous())  # the first whose upper edge is not below u: its weight is not 0
+    # the first whose upper edge is not below u: its weight is not 0
+    bins = torch.searchsorted(upper, u.contiguous())
     lower = torch.cat([upper.new_zeros(1), upper[:-1]])
     return bins, ((u - lower[bins]) / (upper - lower)[bins]).clamp(_EDGE, 1 - _EDGE)
 
@@ -323,7 +334,9 @@ def bin_of(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 def _weights(what: str, weights: Sequence[float] | Tensor) -> tuple[float, ...]:
     values = tuple(float(w) for w in _plain(weights))
     if not values or not all(0 <= w < math.inf for w in values) or not sum(values) > 0:
-        raise ValueError(f"the weights of {what} must be finite, not negative and not all 0, got {str(values)[:80]}")
+        raise ValueError(
+            f"the weights of {what} must be finite, not negative and not all 0, got {str(values)[:80]}"
+        )
     return values
 
 
@@ -333,4 +346,6 @@ def _plain(values: Sequence[float] | Tensor) -> Sequence[float]:
 
 def _require_normal(what: str, mean: float, std: float, usual: str) -> None:
     if not (math.isfinite(mean) and 0 < std < math.inf):
-        raise ValueError(f"{what} need a finite mean and a positive, finite std, got {mean} and {std}; {usual}")
+        raise ValueError(
+            f"{what} need a finite mean and a positive, finite std, got {mean} and {std}; {usual}"
+        )

@@ -64,7 +64,9 @@ class LossSecondMoment(Timesteps):
                 f"uniform_prob must lie in (0, 1], got {self.uniform_prob}; with 0 a bin of no loss is never seen again"
             )
         if self.density.measures_losses:
-            raise ValueError(f"{self.name} timesteps do not go around {self.density.name}; give one of the two")
+            raise ValueError(
+                f"{self.name} timesteps do not go around {self.density.name}; give one of the two"
+            )
         object.__setattr__(self, "stratified", self.stratified or self.density.stratified)
 
     def times(self, u: Tensor, curve: Curve) -> Tensor:
@@ -119,7 +121,9 @@ class SecondMoments(LossHistory):
 
     # -- observing -----------------------------------------------------------------------------------------------------
 
-    def observe(self, step: int, index: Tensor, drawn: Resampled, weight: Tensor, errors: Tensor) -> None:
+    def observe(
+        self, step: int, index: Tensor, drawn: Resampled, weight: Tensor, errors: Tensor
+    ) -> None:
         """Record the losses, weight times error without 1 / (N p), of these global indices at this step; shape (batch,)."""
         if not (self.training and torch.is_grad_enabled()):
             return  # validation
@@ -129,7 +133,9 @@ class SecondMoments(LossHistory):
         if device.type == "mps":  # which has no float64
             weight, errors, device = weight.cpu(), errors.cpu(), torch.device("cpu")
         losses = (errors.detach().to(weight.dtype) * weight).double()
-        self.record(step, torch.cat([places.to(device, non_blocking=True), losses[None]]).T.contiguous())
+        self.record(
+            step, torch.cat([places.to(device, non_blocking=True), losses[None]]).T.contiguous()
+        )
 
     def record(self, step: int, rows: Tensor) -> None:
         """Add rows (global index, bin, loss), shape (batch, 3), and those of all other ranks, to what waits for its step's end.
@@ -151,7 +157,8 @@ class SecondMoments(LossHistory):
         if not len(rows):
             return
         first_of_index = torch.cat([torch.ones(1, dtype=torch.bool), rows[1:, 0] != rows[:-1, 0]])
-        rows = rows[first_of_index & rows[:, 2].isfinite()]  # a loss that was computed twice, or went wrong
+        # a loss that was computed twice, or went wrong
+        rows = rows[first_of_index & rows[:, 2].isfinite()]
         rows = rows[rows[:, 1].argsort(stable=True)]
         bins, losses = rows[:, 1].long(), rows[:, 2]
         per_term = self._losses.shape[1]
@@ -165,7 +172,10 @@ class SecondMoments(LossHistory):
 
     def get_extra_state(self) -> dict[str, Tensor]:
         rows = [(step, arriving.arrived()) for step, arriving in self._pending]
-        pending = [torch.cat([torch.full((len(r), 1), step, dtype=torch.float64), r], dim=1) for step, r in rows]
+        pending = [
+            torch.cat([torch.full((len(r), 1), step, dtype=torch.float64), r], dim=1)
+            for step, r in rows
+        ]
         return {
             "losses": self._losses.clone(),
             "counts": self._counts.clone(),
@@ -179,14 +189,21 @@ class SecondMoments(LossHistory):
                 f"the checkpoint holds losses of {shapes[1][0]} bins with {shapes[1][1]} each, the density has "
                 f"{shapes[0][0]} with {shapes[0][1]}; give bins and history_per_term as in the run that is resumed"
             )
-        self._losses, self._counts = state["losses"].cpu().double().clone(), state["counts"].cpu().long().clone()
+        self._losses, self._counts = (
+            state["losses"].cpu().double().clone(),
+            state["counts"].cpu().long().clone(),
+        )
         pending = state["pending"].cpu().double()
         steps = [int(step) for step in pending[:, 0].unique().tolist()]
-        self._pending = [(step, _Arriving(pending[pending[:, 0] == step, 1:].clone())) for step in steps]
+        self._pending = [
+            (step, _Arriving(pending[pending[:, 0] == step, 1:].clone())) for step in steps
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         # what still arrives from a GPU can be neither copied nor pickled
-        return self.__dict__ | {"_pending": [(step, _Arriving(rows.arrived().clone())) for step, rows in self._pending]}
+        return self.__dict__ | {
+            "_pending": [(step, _Arriving(rows.arrived().clone())) for step, rows in self._pending]
+        }
 
     def extra_repr(self) -> str:
         bins, per_term = self._losses.shape

@@ -34,7 +34,9 @@ def read_json(path: Path) -> Any:
     """
     size = os.path.getsize(path)
     if size > MAX_BYTES:
-        raise ValueError(f"{str(path)!r} has {size} bytes, and no config has more than {MAX_BYTES}; name another file")
+        raise ValueError(
+            f"{str(path)!r} has {size} bytes, and no config has more than {MAX_BYTES}; name another file"
+        )
     try:
         return parse_json(path.read_bytes())
     except ValueError as error:
@@ -42,7 +44,9 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{str(path)!r} is not valid JSON ({error}); {mend}") from error
 
 
-def parse_json(content: str | bytes, max_brackets: int = MAX_BRACKETS, max_values: int = MAX_VALUES) -> Any:
+def parse_json(
+    content: str | bytes, max_brackets: int = MAX_BRACKETS, max_values: int = MAX_VALUES
+) -> Any:
     """Return what a JSON text says; ValueError for one that is damaged, ambiguous or larger than the bounds.
 
     Refused are NaN and Infinity, which JSON does not have, a key that is given twice, and more brackets or commas than the
@@ -157,7 +161,8 @@ def numbers(what: str, value: Any) -> tuple[float, ...] | None:
     array = getattr(value, "ndim", None) == 1 and hasattr(value, "tolist")  # of torch or numpy
     if not (isinstance(value, Sequence) or array) or isinstance(value, str | bytes):
         raise ValueError(f"{what} must be a list of numbers, got {shown(value)}")
-    if len(value) > MAX_TIMESTEPS:  # before an array becomes a list: one number may be shown as any number of them
+    # before an array becomes a list: one number may be shown as any number of them
+    if len(value) > MAX_TIMESTEPS:
         raise ValueError(f"{what} must have at most {MAX_TIMESTEPS} numbers, got {len(value)}")
     value = cast(Any, value).tolist() if array else value
     return tuple(
@@ -176,7 +181,9 @@ KINDS: Mapping[str, Callable[[str, Any], Any]] = {
 """How a value is read, by the annotation of the field that it is for."""
 
 
-def settings(what: str, kind: type, values: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+def settings(
+    what: str, kind: type, values: Mapping[str, Any], known: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the settings of a dataclass ``kind``, each of the type of its field; those that are not ``known`` are refused.
 
     >>> from alphabar.noising import Flow

@@ -30,7 +30,9 @@ def parse_item(text: str) -> tuple[str, dict[str, Any]]:
         name, equals, value = (word.strip() for word in part.partition("="))
         if not equals or not value or name in options:
             what = "is given twice" if name in options else "has no value"
-            raise ValueError(f"option {name!r} of {text!r} {what}; write name:option=value,option=value")
+            raise ValueError(
+                f"option {name!r} of {text!r} {what}; write name:option=value,option=value"
+            )
         options[name] = _value(value)
     return found[1], options
 
@@ -75,7 +77,9 @@ def make_named(name: object, options: Mapping[str, Any], registry: Registry[Any]
     >>> make_named("min_snr", {"gamma": 2.0}, WEIGHTINGS)
     MinSNR(floor=0.0, gamma=2.0)
     """
-    return call_with_options(f"{registry.kind} {name}", lookup(registry.kind, name, registry), options)
+    return call_with_options(
+        f"{registry.kind} {name}", lookup(registry.kind, name, registry), options
+    )
 
 
 def call_with_options(what: str, make: Callable[..., T], options: Mapping[str, Any]) -> T:
@@ -90,7 +94,9 @@ def call_with_options(what: str, make: Callable[..., T], options: Mapping[str, A
         lookup(f"option of {what}", option, known)
     missing = [p.name for p in known.values() if p.default is p.empty and p.name not in options]
     if missing:
-        raise ValueError(f"{what} needs {', '.join(missing)}; write e.g. {what.split()[-1]}:{missing[0]}=...")
+        raise ValueError(
+            f"{what} needs {', '.join(missing)}; write e.g. {what.split()[-1]}:{missing[0]}=..."
+        )
     try:
         return make(**options)
     except TypeError as error:  # a word where a number belongs

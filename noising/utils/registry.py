@@ -36,6 +36,7 @@ class Registry(Mapping[str, T]):
         self.kind = kind
         self._attribute = attribute  # of a class, that holds its name
         self._entries: dict[str, T] = {}
+        self.changes = 0  # counts additions, for those who keep what they derive from the names
 
     def add(self, name: str, entry: T) -> None:
         """Register an entry under a name.
@@ -48,6 +49,7 @@ class Registry(Mapping[str, T]):
                 f"{self.kind} {name!r} is registered already, by {_origin(old)}; choose another name"
             )
         self._entries[name] = entry
+        self.changes += 1
 
     def register(self, entry: D) -> D:
         """Register a class by its ``name``, or a function by its own name, and return it."""
@@ -90,7 +92,10 @@ def load_plugins() -> None:
             point.load()
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
-            warnings.warn(f"the plugin {point.name!r} ({point.value}) is left out, its import fails: {text}", stacklevel=2)
+            warnings.warn(
+                f"the plugin {point.name!r} ({point.value}) is left out, its import fails: {text}",
+                stacklevel=2,
+            )
 
 
 def _origin(entry: Any) -> str:
@@ -120,7 +125,11 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     >>> unknown("grid", "xyz", ["karras", "leading"])
     "unknown grid 'xyz'; known: karras, leading"
     """
-    near = get_close_matches(name, list(known), n=1, cutoff=0.5) if isinstance(name, str) and len(name) < 100 else []
+    near = (
+        get_close_matches(name, list(known), n=1, cutoff=0.5)
+        if isinstance(name, str) and len(name) < 100
+        else []
+    )
     names = sorted(known)
     few = names if len(names) <= 100 else [*names[:10], f"... and {len(names) - 10} more"]
     fix = f"did you mean {near[0]!r}?" if near else "known: " + (", ".join(few) or "none")

@@ -109,7 +109,9 @@ class Draws:
         self.index = torch.as_tensor(index, dtype=torch.int64)
         self.step, self.stream, self.device = step, int(stream), torch.device(device)
         self._require_in_range()
-        self._seeds = [whole_seed(seed) & _MASK for seed in (seeds if isinstance(seeds, Sequence) else [seeds])]
+        self._seeds = [
+            whole_seed(seed) & _MASK for seed in (seeds if isinstance(seeds, Sequence) else [seeds])
+        ]
         self._block = 0
 
     @property
@@ -140,14 +142,21 @@ class Draws:
         return self._filled(_bits64, 2, torch.int64, shape)
 
     def _filled(
-        self, formula: _Formula, each: int, dtype: torch.dtype, shape: Sequence[int], out: Tensor | None = None
+        self,
+        formula: _Formula,
+        each: int,
+        dtype: torch.dtype,
+        shape: Sequence[int],
+        out: Tensor | None = None,
     ) -> Tensor:
         """Return what ``formula`` makes of the next blocks, of which each gives ``each`` numbers."""
         count = math.prod(shape)
         blocks = -(-count // each)
         first, self._block = self._block, self._block + blocks
         if self._block > 1 << 32:
-            raise ValueError(f"a sample draws at most 2^32 blocks of {each} numbers at a step, got {self._block}")
+            raise ValueError(
+                f"a sample draws at most 2^32 blocks of {each} numbers at a step, got {self._block}"
+            )
         whole = out if out is not None and count == each * blocks else None
         if whole is None:
             whole = torch.empty((self.batch, each * blocks), dtype=dtype, device=self.device)
@@ -160,12 +169,19 @@ class Draws:
         blocks = out.shape[1]
         if out.device.type != "cpu" or torch.compiler.is_compiling():
             block = torch.arange(first, first + blocks, device=out.device)[None]
-            index, step = self.index.to(out.device)[:, None], torch.full((1, 1), self.step, device=out.device)
+            index, step = (
+                self.index.to(out.device)[:, None],
+                torch.full((1, 1), self.step, device=out.device),
+            )
             words = _words(self._key(slice(None), torch), block, index, step, self.stream)
             for j, numbers in enumerate(formula(torch, words)):
                 out[..., j] = numbers.movedim(0, -1)
             return
-        index, step, array = self.index.numpy()[:, None], np.full((1, 1), self.step, dtype=np.int64), out.numpy()
+        index, step, array = (
+            self.index.numpy()[:, None],
+            np.full((1, 1), self.step, dtype=np.int64),
+            out.numpy(),
+        )
         for rows, low, high in _tiles(self.batch, blocks):
             block = np.arange(first + low, first + high, dtype=np.int64)[None]
             words = _words(self._key(rows, np), block, index[rows], step, self.stream)
@@ -177,16 +193,25 @@ class Draws:
         """Return the key's words: two numbers, or two arrays (batch, 1) for seeds of their own."""
         if len(self._seeds) == 1:
             return self._seeds[0] & _WORD, self._seeds[0] >> 32
-        low, high = [seed & _WORD for seed in self._seeds[rows]], [seed >> 32 for seed in self._seeds[rows]]
+        low, high = (
+            [seed & _WORD for seed in self._seeds[rows]],
+            [seed >> 32 for seed in self._seeds[rows]],
+        )
         if xp is np:
             return np.array(low)[:, None], np.array(high)[:, None]
-        return torch.tensor(low, device=self.device)[:, None], torch.tensor(high, device=self.device)[:, None]
+        return torch.tensor(low, device=self.device)[:, None], torch.tensor(
+            high, device=self.device
+        )[:, None]
 
     def _require_in_range(self) -> None:
         low, high = 0, 0
         if self.index.device.type == "cpu" and self.batch and not torch.compiler.is_compiling():
             low, high = (int(end) for end in self.index.aminmax())
-        for name, value in (("the index of a sample", low), ("the index of a sample", high), ("the step", self.step)):
+        for name, value in (
+            ("the index of a sample", low),
+            ("the index of a sample", high),
+            ("the step", self.step),
+        ):
             if not 0 <= value <= _WORD:
                 raise ValueError(f"{name} must lie in 0 ... 2^32 - 1, got {value}")
 
@@ -208,7 +233,9 @@ def _tiles(batch: int, blocks: int) -> Iterator[tuple[slice, int, int]]:
             yield slice(row, row + rows), low, min(low + columns, blocks)
 
 
-def _words(key: tuple[Any, Any], block: Any, index: Any, step: Any, stream: int) -> tuple[Any, Any, Any, Any]:
+def _words(
+    key: tuple[Any, Any], block: Any, index: Any, step: Any, stream: int
+) -> tuple[Any, Any, Any, Any]:
     """Return the four words of every block, int64 arrays (batch, blocks) of which the low 32 bits count; of numpy or torch.
 
     ``key``: two words, numbers or arrays (batch, 1). ``block``: (1, blocks), ``index``: (batch, 1), ``step``: (1, 1).
@@ -217,7 +244,12 @@ def _words(key: tuple[Any, Any], block: Any, index: Any, step: Any, stream: int)
     # is smaller is put together first. A product wraps to a negative int64 of the right bits; the masks take its sign away
     (m0, m1), (w0, w1), (k0, k1) = _MULTIPLIERS, _WEYL, key
     p0, p1 = block * m0, step * m1
-    x0, x1, x2, x3 = (((p1 >> 32) ^ k0) & _WORD) ^ index, p1, (((p0 >> 32) ^ stream) & _WORD) ^ k1, p0
+    x0, x1, x2, x3 = (
+        (((p1 >> 32) ^ k0) & _WORD) ^ index,
+        p1,
+        (((p0 >> 32) ^ stream) & _WORD) ^ k1,
+        p0,
+    )
     p0, p1 = x0 * m0, x2 * m1
     x0, x1, x2, x3 = (
         ((p1 >> 32) ^ x1 ^ (k0 + w0)) & _WORD,
@@ -295,13 +327,27 @@ def _normal(xp: ModuleType, words: _Words) -> tuple[Any, Any]:
 
 # near-minimax, the highest power first: 4 artanh(√y) / √y to 7e-7, sin(π √y / 2) / √y to 7e-9, cos(π √y / 2) to 5e-8
 _LOG = 0.6848259568214417, 0.7917383909225464, 1.3335222005844116, 3.9999992847442627
-_SINE = 0.00015167852689046413, -0.004674157593399286, 0.07968992739915848, -0.6459637880325317, 1.5707963705062866
-_COSINE = 0.0008581906440667808, -0.020810628309845924, 0.2536507546901703, -1.2336982488632202, 0.9999999403953552
+_SINE = (
+    0.00015167852689046413,
+    -0.004674157593399286,
+    0.07968992739915848,
+    -0.6459637880325317,
+    1.5707963705062866,
+)
+_COSINE = (
+    0.0008581906440667808,
+    -0.020810628309845924,
+    0.2536507546901703,
+    -1.2336982488632202,
+    0.9999999403953552,
+)
 
 
 def _uniform32(xp: ModuleType, words: _Words) -> tuple[Any, Any]:
     """Return a uniform number for each word, of its high 24 bits."""
-    first, second = (_cast((word & _WORD) >> 8, xp.float32) * 2.0**-24 for word in _pairs(xp, words, xp.int64))
+    first, second = (
+        _cast((word & _WORD) >> 8, xp.float32) * 2.0**-24 for word in _pairs(xp, words, xp.int64)
+    )
     return first, second
 
 

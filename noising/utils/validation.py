@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
+
+from torch import Tensor
 
 
 def whole_number(name: str, value: Any, least: int | None = None) -> int:
@@ -19,7 +22,9 @@ def whole_number(name: str, value: Any, least: int | None = None) -> int:
     whole = _index(value)
     if whole is not None and (least is None or whole >= least):
         return whole
-    raise ValueError(f"{name} must be an integer{'' if least is None else f' of at least {least}'}, got {value!r}")
+    raise ValueError(
+        f"{name} must be an integer{'' if least is None else f' of at least {least}'}, got {value!r}"
+    )
 
 
 def require_integer(name: str, value: Any, advice: str = "") -> int:
@@ -35,7 +40,9 @@ def require_integer(name: str, value: Any, advice: str = "") -> int:
     whole = _index(value)
     if whole is not None:
         return whole
-    raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__}){f'; {advice}' if advice else ''}")
+    raise TypeError(
+        f"{name} must be an integer, got {value!r} ({type(value).__name__}){f'; {advice}' if advice else ''}"
+    )
 
 
 def real_number(name: str, value: Any) -> float:
@@ -45,7 +52,11 @@ def real_number(name: str, value: Any) -> float:
     >>> real_number("eta", torch.tensor(0.5)), real_number("eta", 1)
     (0.5, 1.0)
     """
-    if not _is_bool(value) and not isinstance(value, str | bytes | bytearray) and getattr(value, "ndim", 0) == 0:
+    if (
+        not _is_bool(value)
+        and not isinstance(value, str | bytes | bytearray)
+        and getattr(value, "ndim", 0) == 0
+    ):
         try:
             return float(value) + 0.0
         except (TypeError, ValueError, OverflowError):
@@ -66,3 +77,29 @@ def _index(value: Any) -> int | None:
 
 def _is_bool(value: Any) -> bool:
     return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+
+
+def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
+    """Return ``value``, or raise a ValueError that lists what is allowed.
+
+    >>> one_of("order", 5, (1, 2, 3))
+    Traceback (most recent call last):
+    ValueError: order must be one of 1, 2, 3, got 5
+    """
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+    return value
+
+
+def require_same_shape(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    """Raise ValueError unless two tensors have the same shape.
+
+    >>> import torch
+    >>> require_same_shape("noise", torch.zeros(2), "x0", torch.zeros(3))
+    Traceback (most recent call last):
+    ValueError: noise must have the shape of x0, (3,), got (2,)
+    """
+    if value.shape != like.shape:
+        raise ValueError(
+            f"{name} must have the shape of {like_name}, {tuple(like.shape)}, got {tuple(value.shape)}"
+        )

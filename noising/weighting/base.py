@@ -46,10 +46,14 @@ class Weighting(ABC):
             raise ValueError(f"floor must be at least 0, got {self.floor}")
 
     @abstractmethod
-    def on_target(self, alpha: Tensor, sigma: Tensor, det: Tensor, fraction: Tensor | None) -> Tensor:
+    def on_target(
+        self, alpha: Tensor, sigma: Tensor, det: Tensor, fraction: Tensor | None
+    ) -> Tensor:
         """Return the weight before the floor; see :meth:`__call__`."""
 
-    def __call__(self, alpha: Tensor, sigma: Tensor, det: Tensor | float, fraction: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, alpha: Tensor, sigma: Tensor, det: Tensor | float, fraction: Tensor | None = None
+    ) -> Tensor:
         """Return the weight on the squared error of the target whose determinant is ``det``; shape of ``alpha``.
 
         ``fraction``: the fraction of training time, ``curve.fraction(t)``, shape of ``alpha``; for schemes that ask for it.
@@ -75,7 +79,9 @@ class Scheme(Weighting):
     def numerator(self, alpha2: Tensor, sigma2: Tensor, det2: Tensor) -> Tensor:
         """Return W = w_x0 σ², given α², σ² and det²."""
 
-    def on_target(self, alpha: Tensor, sigma: Tensor, det: Tensor, fraction: Tensor | None) -> Tensor:
+    def on_target(
+        self, alpha: Tensor, sigma: Tensor, det: Tensor, fraction: Tensor | None
+    ) -> Tensor:
         return self.numerator(alpha**2, sigma**2, det**2) / det**2
 
 
@@ -101,7 +107,9 @@ def require_positive(owner: str, **values: float) -> None:
     """
     for name, value in values.items():
         if not 0 < value < float("inf"):
-            raise ValueError(f"{name} of weighting {owner!r} must be positive and finite, got {value}")
+            raise ValueError(
+                f"{name} of weighting {owner!r} must be positive and finite, got {value}"
+            )
 
 
 def closed_form(owner: str, weighting: str | Weighting) -> Weighting:

@@ -27,7 +27,10 @@ def warn_of_weights(weighting: Weighting, timesteps: Timesteps, schedule: NoiseS
     >>> warn_of_weights(MinSNR(floor=0.1), UniformTimesteps(), NoiseSchedule.flow())
     """
     curve = schedule.curve
-    if float(_weights(weighting, schedule, torch.tensor([curve.t_max], dtype=torch.float64))) == 0.0:
+    if (
+        float(_weights(weighting, schedule, torch.tensor([curve.t_max], dtype=torch.float64)))
+        == 0.0
+    ):
         zero_snr = ", where SNR is 0" if schedule.has_zero_terminal_snr else ""
         warnings.warn(
             f"weighting {weighting.name!r} is 0 at t = {curve.t_max:g}{zero_snr}: the step that sampling starts from "
@@ -45,7 +48,9 @@ def warn_of_weights(weighting: Weighting, timesteps: Timesteps, schedule: NoiseS
         )
 
 
-def end_without_mean(weighting: Weighting, timesteps: Timesteps, schedule: NoiseSchedule) -> float | None:
+def end_without_mean(
+    weighting: Weighting, timesteps: Timesteps, schedule: NoiseSchedule
+) -> float | None:
     """Return the time towards which the weight grows so fast that its mean over the times is infinite; None where it is finite.
 
     >>> from alphabar.noising import SNR, UniformTimesteps
@@ -63,7 +68,9 @@ def end_without_mean(weighting: Weighting, timesteps: Timesteps, schedule: Noise
         if not bool(weight.isfinite().all()):
             return end
         growth = octaves[1:] / octaves[:-1].clamp(min=torch.finfo(torch.float64).tiny)
-        if float(octaves[-1]) > 0 and bool((growth > _SHRINKS ** float(_OCTAVES[1] - _OCTAVES[0])).all()):
+        if float(octaves[-1]) > 0 and bool(
+            (growth > _SHRINKS ** float(_OCTAVES[1] - _OCTAVES[0])).all()
+        ):
             return end
     return None
 
@@ -71,4 +78,6 @@ def end_without_mean(weighting: Weighting, timesteps: Timesteps, schedule: Noise
 def _weights(weighting: Weighting, schedule: NoiseSchedule, t: torch.Tensor) -> torch.Tensor:
     """Return the weights on the schedule's target at times in float64."""
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    return weighting(alpha, sigma, schedule.prediction.determinant(alpha, sigma), schedule.curve.fraction(t))
+    return weighting(
+        alpha, sigma, schedule.prediction.determinant(alpha, sigma), schedule.curve.fraction(t)
+    )

@@ -19,9 +19,8 @@ from ..utils.rng import Draws, Stream
 from .base import WEIGHTINGS, Weighting, closed_form
 from .schemes import EDM
 
-WIDEST = (
-    5.0  # of |c_noise|; log(σ / α) = ±20: α = 0 and σ = 0 are further than any other float32 level, but not infinite
-)
+# of |c_noise|; log(σ / α) = ±20: α = 0 and σ = 0 are further than any other float32 level, but not infinite
+WIDEST = 5.0
 
 
 class LogVariance(nn.Module):
@@ -79,13 +78,17 @@ class LearnedUncertainty(Weighting):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.channels < 1:
-            raise ValueError(f"channels must be at least 1, got {self.channels}; the paper uses 128")
+            raise ValueError(
+                f"channels must be at least 1, got {self.channels}; the paper uses 128"
+            )
         object.__setattr__(self, "of", closed_form(self.name, self.of))
 
     def on_curve(self, curve: Curve) -> Weighting:
         return replace(self, of=self.of.on_curve(curve))
 
-    def on_target(self, alpha: Tensor, sigma: Tensor, det: Tensor, fraction: Tensor | None) -> Tensor:
+    def on_target(
+        self, alpha: Tensor, sigma: Tensor, det: Tensor, fraction: Tensor | None
+    ) -> Tensor:
         return self.of(alpha, sigma, det, fraction)
 
     def log_variance(self) -> LogVariance:

@@ -126,7 +126,9 @@ class MinSNR(Scheme):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.gamma < float("inf"):
-            raise ValueError(f"snr gamma must be positive and finite, got {self.gamma}; the paper uses 5")
+            raise ValueError(
+                f"snr gamma must be positive and finite, got {self.gamma}; the paper uses 5"
+            )
 
     def numerator(self, alpha2: Tensor, sigma2: Tensor, det2: Tensor) -> Tensor:
         return minimum(alpha2, self.gamma * sigma2)
@@ -174,7 +176,9 @@ class Sigmoid(Scheme):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not abs(self.bias) <= 80:  # beyond it e^-b leaves float32
-            raise ValueError(f"bias of weighting 'sigmoid' must lie in -80 ... 80, got {self.bias}; it is a log SNR")
+            raise ValueError(
+                f"bias of weighting 'sigmoid' must lie in -80 ... 80, got {self.bias}; it is a log SNR"
+            )
 
     def numerator(self, alpha2: Tensor, sigma2: Tensor, det2: Tensor) -> Tensor:
         return alpha2 * sigma2 / (sigma2 + alpha2 * math.exp(-self.bias))
@@ -290,7 +294,9 @@ class SigmaSqrt(Scheme):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sigma_min is not None and not 0 <= self.sigma_min <= 1:
-            raise ValueError(f"sigma_min of weighting 'sigma_sqrt' must lie in 0 ... 1, got {self.sigma_min}; it is a σ of the flow path")
+            raise ValueError(
+                f"sigma_min of weighting 'sigma_sqrt' must lie in 0 ... 1, got {self.sigma_min}; it is a σ of the flow path"
+            )
 
     def on_curve(self, curve: Curve) -> SigmaSqrt:
         if self.sigma_min is not None or curve.is_discrete:  # which has no time before its first
@@ -301,7 +307,9 @@ class SigmaSqrt(Scheme):
 
     def numerator(self, alpha2: Tensor, sigma2: Tensor, det2: Tensor) -> Tensor:
         flow = flow_determinant2(alpha2, sigma2)
-        return flow**2 / (sigma2 if self.sigma_min is None else torch.maximum(sigma2, self.sigma_min**2 * flow))
+        return flow**2 / (
+            sigma2 if self.sigma_min is None else torch.maximum(sigma2, self.sigma_min**2 * flow)
+        )
 
 
 @WEIGHTINGS.register
@@ -369,12 +377,16 @@ class PerRange(Weighting):
         require_weight("elsewhere", self.elsewhere)
         for one, other in pairwise(sorted(ranges)):
             if other[0] < one[1]:
-                raise ValueError(f"ranges overlap: {one} and {other}; end the first where the second begins")
+                raise ValueError(
+                    f"ranges overlap: {one} and {other}; end the first where the second begins"
+                )
 
     def on_curve(self, curve: Curve) -> Weighting:
         return replace(self, of=self.of.on_curve(curve))
 
-    def on_target(self, alpha: Tensor, sigma: Tensor, det: Tensor, fraction: Tensor | None) -> Tensor:
+    def on_target(
+        self, alpha: Tensor, sigma: Tensor, det: Tensor, fraction: Tensor | None
+    ) -> Tensor:
         if fraction is None:
             raise ValueError(
                 "weighting 'per_range' needs the fraction of training time; give fraction=curve.fraction(t)"

@@ -23,7 +23,16 @@ from .base import Grid, keyword_parameters
 from .given import CUSTOM, given_points, number_of_steps
 from .sigmas import TERMINAL_SIGMA
 
-__all__ = ["GRIDS", "TERMINAL_SIGMA", "Grid", "check_knots", "choose_grid", "grid_options", "make_knots", "number_of_knots"]
+__all__ = [
+    "GRIDS",
+    "TERMINAL_SIGMA",
+    "Grid",
+    "check_knots",
+    "choose_grid",
+    "grid_options",
+    "make_knots",
+    "number_of_knots",
+]
 
 GRIDS: Mapping[str, Grid] = {
     "linspace": timestep_grids.linspace,
@@ -81,12 +90,16 @@ def make_knots(
         )
     function = _function(grid)
     options = {
-        name: plain_option(lookup(f"option of grid {grid!r}", name, keyword_parameters(function)), value)
+        name: plain_option(
+            lookup(f"option of grid {grid!r}", name, keyword_parameters(function)), value
+        )
         for name, value in options.items()
     }
     if grid in CUSTOM and ascending:
         options = {name: value[::-1] if name == grid else value for name, value in options.items()}
-    knots = check_knots(function(schedule, steps, **options), number_of_knots(grid, steps, schedule, **options) - 1)
+    knots = check_knots(
+        function(schedule, steps, **options), number_of_knots(grid, steps, schedule, **options) - 1
+    )
     return knots[::-1] if ascending else knots
 
 
@@ -109,11 +122,15 @@ def choose_grid(
         return steps, DEFAULT_GRID if grid is None else grid, options
     (name, *others) = names
     if others or grid not in (None, name):
-        raise ValueError(f"{name} stand in place of a grid; leave out {others[0] if others else f'grid {grid!r}'}")
+        raise ValueError(
+            f"{name} stand in place of a grid; leave out {others[0] if others else f'grid {grid!r}'}"
+        )
     points = given_points(name, options[name], ascending)
     counted = number_of_steps(name, points)
     if steps not in (None, counted):
-        raise ValueError(f"{len(points)} {name} make {counted} steps, got steps={steps}; leave steps out")
+        raise ValueError(
+            f"{len(points)} {name} make {counted} steps, got steps={steps}; leave steps out"
+        )
     return counted, name, options | {name: points}
 
 
@@ -135,7 +152,9 @@ def grid_parameters(grid: str | Grid) -> dict[str, Parameter]:
     return keyword_parameters(_function(grid))
 
 
-def number_of_knots(grid: str | Grid, steps: int, schedule: NoiseSchedule | None = None, **options: Any) -> int:
+def number_of_knots(
+    grid: str | Grid, steps: int, schedule: NoiseSchedule | None = None, **options: Any
+) -> int:
     """Return how many knots a grid has: steps + 1, but for one that is asked for a number of evaluations (dpm_fast).
 
     That depends on the grid's ends: without a ``schedule`` it is told for one of finite σ / α.
@@ -174,4 +193,8 @@ def check_knots(knots: tuple[Knot, ...], steps: int) -> tuple[Knot, ...]:
 
 
 def _function(grid: str | Grid) -> Grid:
-    return grid if callable(grid) else lookup("grid", grid, {**GRIDS, **CUSTOM} if grid in tuple(CUSTOM) else GRIDS)
+    return (
+        grid
+        if callable(grid)
+        else lookup("grid", grid, {**GRIDS, **CUSTOM} if grid in tuple(CUSTOM) else GRIDS)
+    )

@@ -33,7 +33,11 @@ def published_sigmas(variant: str) -> tuple[float, ...]:
     published = lookup("variant", variant, {**STABLE_DIFFUSION_TIMESTEPS, **SIGMAS})
     if variant in SIGMAS:
         return published
-    return tuple(NoiseSchedule.scaled_linear().sigma_ve(torch.tensor(published, dtype=torch.float64)).tolist())
+    return tuple(
+        NoiseSchedule.scaled_linear()
+        .sigma_ve(torch.tensor(published, dtype=torch.float64))
+        .tolist()
+    )
 
 
 def align_your_steps(

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ...noising import NoiseSchedule
 from ...noising.curves.base import Curve
+from ...noising.utils.validation import one_of
 from ..knots import CLEAN, Knot, knots_at
-from ..methods.base import one_of
 
 Grid = Callable[..., tuple[Knot, ...]]
 """(schedule, steps, **options) -> steps + 1 knots, from the most noise to where sampling ends."""
@@ -61,7 +61,10 @@ def grid_of(
     """
     own, shared = keyword_parameters(formula), keyword_parameters(lay)
     shared |= {name: shared[name].replace(default=default) for name, default in defaults.items()}
-    places = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("schedule", "steps")]
+    places = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        for name in ("schedule", "steps")
+    ]
     signature = inspect.Signature([*places, *own.values(), *shared.values()])
 
     @wraps(formula)
@@ -84,7 +87,11 @@ def lowest_time(curve: Curve) -> float:
     (0.001, 0.002)
     """
     first = torch.tensor([curve.t_min], dtype=torch.float64)
-    return curve.t_min if float(curve.sigma(first)) > 0 else float(curve.time_at_index(torch.zeros_like(first)))
+    return (
+        curve.t_min
+        if float(curve.sigma(first)) > 0
+        else float(curve.time_at_index(torch.zeros_like(first)))
+    )
 
 
 def final_knot(schedule: NoiseSchedule, final: str) -> Knot:
@@ -106,7 +113,9 @@ def standing_still(knot: Knot) -> Knot:
     return replace(knot, sigma=knot.sigma * (1 - STANDSTILL))
 
 
-def knots_at_indices(schedule: NoiseSchedule, index: Tensor, interpolation: str = "log_snr") -> tuple[Knot, ...]:
+def knots_at_indices(
+    schedule: NoiseSchedule, index: Tensor, interpolation: str = "log_snr"
+) -> tuple[Knot, ...]:
     """Return the knots at (fractional) training indices, shape (steps,).
 
     Between the timesteps of a discrete schedule log SNR is linear, or σ / α with ``interpolation="sigma"``, as numpy.interp
@@ -129,7 +138,9 @@ def knots_at_indices(schedule: NoiseSchedule, index: Tensor, interpolation: str 
     low, high = curve.sigma_ve(time.floor()), curve.sigma_ve(time.ceil())
     between = (low + (time - time.floor()) * (high - low)).tolist()
     inside = ((time.frac() > 0) & high.isfinite()).tolist()
-    return tuple(_at_ratio(k, s) if there else k for k, s, there in zip(knots, between, inside, strict=True))
+    return tuple(
+        _at_ratio(k, s) if there else k for k, s, there in zip(knots, between, inside, strict=True)
+    )
 
 
 def _at_ratio(knot: Knot, ratio: float) -> Knot:
@@ -174,5 +185,11 @@ def knots_at_levels(
     knots = knots_at(schedule, torch.where(levels >= high, curve.t_max, times))
     one_of("rounding", rounding, tuple(ROUNDINGS))
     if rounding and not curve.is_discrete:
-        raise ValueError(f"rounding={rounding!r} is for discrete schedules; a {curve.kind} network takes any time")
-    return tuple(replace(k, timestep=ROUNDINGS[rounding](k.timestep)) for k in knots) if rounding else knots
+        raise ValueError(
+            f"rounding={rounding!r} is for discrete schedules; a {curve.kind} network takes any time"
+        )
+    return (
+        tuple(replace(k, timestep=ROUNDINGS[rounding](k.timestep)) for k in knots)
+        if rounding
+        else knots
+    )

@@ -37,9 +37,14 @@ def at_timesteps(
     first, last = _network_times(curve)
     for i, t in enumerate(timesteps):
         if not first <= t <= last:
-            raise ValueError(f"timesteps[{i}] = {t:g} is outside {first:g} ... {last:g} of this {curve.kind} schedule")
+            raise ValueError(
+                f"timesteps[{i}] = {t:g} is outside {first:g} ... {last:g} of this {curve.kind} schedule"
+            )
     if curve.is_discrete:
-        return (*knots_at_indices(schedule, given - first, interpolation), final_knot(schedule, final))
+        return (
+            *knots_at_indices(schedule, given - first, interpolation),
+            final_knot(schedule, final),
+        )
     knots = knots_at(schedule, time_at_timestep(curve, given))
     return (
         *(replace(k, timestep=float(t)) for k, t in zip(knots, timesteps, strict=True)),
@@ -89,7 +94,9 @@ def given_points(name: str, values: Any, ascending: bool = False) -> tuple[float
     except ValueError:
         raise ValueError(f"{name} must be a sequence of numbers, got {listed!r}") from None
     if not points or (name == "sigmas" and set(points) == {0.0}):
-        raise ValueError(f"{name} must hold at least one {'noise level above 0' if name == 'sigmas' else 'timestep'}")
+        raise ValueError(
+            f"{name} must hold at least one {'noise level above 0' if name == 'sigmas' else 'timestep'}"
+        )
     word, sign = ("rise", -1) if ascending else ("fall", 1)
     for i, (a, b) in enumerate(pairwise(points)):
         if not sign * a > sign * b:
@@ -98,7 +105,9 @@ def given_points(name: str, values: Any, ascending: bool = False) -> tuple[float
             )
     bad = [i for i, v in enumerate(points) if math.isnan(v) or (name == "sigmas" and v < 0)]
     if bad:
-        raise ValueError(f"{name} must be numbers of at least 0, got {name}[{bad[0]}] = {points[bad[0]]:g}")
+        raise ValueError(
+            f"{name} must be numbers of at least 0, got {name}[{bad[0]}] = {points[bad[0]]:g}"
+        )
     return points
 
 
@@ -126,5 +135,7 @@ def time_at_timestep(curve: Curve, timesteps: Tensor) -> Tensor:
 
 
 def _network_times(curve: Curve) -> tuple[float, float]:
-    first, last = curve.timestep(torch.tensor([curve.t_min, curve.t_max], dtype=torch.float64)).tolist()
+    first, last = curve.timestep(
+        torch.tensor([curve.t_min, curve.t_max], dtype=torch.float64)
+    ).tolist()
     return first, last

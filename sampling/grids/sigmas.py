@@ -93,7 +93,9 @@ def _lay(
 
     end = final_knot(schedule, final)
     if final == "sigma_min" and sigma_min is not None:
-        end = knots_at_levels(schedule, torch.tensor([low], dtype=torch.float64), ratio, rounding)[0]
+        end = knots_at_levels(schedule, torch.tensor([low], dtype=torch.float64), ratio, rounding)[
+            0
+        ]
     laid = knots_at_levels(schedule, levels(steps + drop_last), ratio, rounding)
     there = bool(end.sigma) and not laid[-1].sigma_ve > end.sigma_ve * (1 + 1e-9)
     if there and final == "stay":
@@ -223,7 +225,12 @@ def kl_optimal(points: int, low: float, high: float) -> Tensor:
 
 @sigma_spaced()
 def linear_quadratic(
-    points: int, low: float, high: float, *, threshold_noise: float = 0.025, linear_steps: int | None = None
+    points: int,
+    low: float,
+    high: float,
+    *,
+    threshold_noise: float = 0.025,
+    linear_steps: int | None = None,
 ) -> Tensor:
     """Go down linearly by ``threshold_noise`` in the first half, then quadratically to 0 (Mochi; ComfyUI).
 
@@ -263,7 +270,9 @@ def _fast_steps(
     if schedule is not None and sigma_max is None:
         _, top = _training_range(schedule, ratio)
         if range_from is not None:
-            top = _subsampled_range(schedule, evaluations // 3 + 1, range_from, steps_offset, ratio)[1]
+            top = _subsampled_range(
+                schedule, evaluations // 3 + 1, range_from, steps_offset, ratio
+            )[1]
     return len(block_orders(evaluations, from_noise=math.isinf(top), to_clean=final == "zero"))
 
 

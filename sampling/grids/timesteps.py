@@ -46,7 +46,9 @@ def _lay(
     laid = index(steps + drop_last)
     if final == "sigma_min" and float(laid[-1]) <= 0:
         if steps == schedule.num_train_timesteps:
-            raise ValueError(f"{steps} steps visit the least noise already; with final='sigma_min' take one fewer")
+            raise ValueError(
+                f"{steps} steps visit the least noise already; with final='sigma_min' take one fewer"
+            )
         laid = index(steps + 1)
     if final == "stay" and float(laid[-1]) <= 0:
         knots = knots_at_indices(schedule, laid, interpolation)
@@ -112,7 +114,9 @@ def score_sde(schedule: NoiseSchedule, points: int) -> Tensor:
 
 
 @timestep_spaced()
-def leading(schedule: NoiseSchedule, points: int, *, steps_offset: int = 0, lambda_min: float = -math.inf) -> Tensor:
+def leading(
+    schedule: NoiseSchedule, points: int, *, steps_offset: int = 0, lambda_min: float = -math.inf
+) -> Tensor:
     """Take every (T // points)-th timestep from the first on (2305.08891, table 2); it never visits the last one.
 
     ``steps_offset`` is added to each; Stable Diffusion uses 1. ``lambda_min`` as in :func:`linspace`.
@@ -138,7 +142,11 @@ def _strided(schedule: NoiseSchedule, points: int, stride: int, offset: int) -> 
 
 @timestep_spaced()
 def trailing(
-    schedule: NoiseSchedule, points: int, *, whole_stride: bool = False, lambda_min: float = -math.inf
+    schedule: NoiseSchedule,
+    points: int,
+    *,
+    whole_stride: bool = False,
+    lambda_min: float = -math.inf,
 ) -> Tensor:
     """Count down from the last timestep in even strides (2305.08891, table 2): sampling starts where training ended.
 
@@ -198,11 +206,15 @@ def ddim_uniform(schedule: NoiseSchedule, points: int, *, stride: int | None = N
     >>> [k.timestep for k in ddim_uniform(NoiseSchedule.linear(), 4)]
     [751.0, 501.0, 251.0, 1.0, -1.0]
     """
-    return _strided(schedule, points, schedule.num_train_timesteps // points if stride is None else stride, 1)
+    return _strided(
+        schedule, points, schedule.num_train_timesteps // points if stride is None else stride, 1
+    )
 
 
 @timestep_spaced()
-def beta_timesteps(schedule: NoiseSchedule, points: int, *, alpha: float = 0.6, beta: float = 0.6) -> Tensor:
+def beta_timesteps(
+    schedule: NoiseSchedule, points: int, *, alpha: float = 0.6, beta: float = 0.6
+) -> Tensor:
     """Take quantiles of a Beta distribution over the timesteps, close at both ends (Lee et al. 2407.12173).
 
     With ``rounded=True`` ComfyUI's scheduler 'beta'; that of diffusers and A1111 is the grid ``beta``.
@@ -250,7 +262,9 @@ def flow(
     sigma = s * t / (1 + (s - 1) * t)
     if shift_terminal is not None:
         if not 0 < shift_terminal < 1:
-            raise ValueError(f"shift_terminal must be between 0 and 1, got {shift_terminal}; LTX-Video uses 0.1")
+            raise ValueError(
+                f"shift_terminal must be between 0 and 1, got {shift_terminal}; LTX-Video uses 0.1"
+            )
         sigma = 1 - (1 - sigma) * (1 - shift_terminal) / (1 - sigma[-1]) if points > 1 else sigma
     time = curve.time_at_noise_level(sigma) if curve.kind == "flow" else sigma
     return count * time - 1
@@ -260,7 +274,10 @@ SEQ_LENS, MUS = (256, 4096), (0.5, 1.15)
 
 
 def shift_of(
-    schedule: NoiseSchedule, shift: float | None = None, mu: float | None = None, image_seq_len: int | None = None
+    schedule: NoiseSchedule,
+    shift: float | None = None,
+    mu: float | None = None,
+    image_seq_len: int | None = None,
 ) -> float:
     """Return the shift s that at most one of the three says, or the schedule's own (1 where it has none).
 
@@ -268,12 +285,16 @@ def shift_of(
     1.15
     """
     given = [
-        name for name, value in (("shift", shift), ("mu", mu), ("image_seq_len", image_seq_len)) if value is not None
+        name
+        for name, value in (("shift", shift), ("mu", mu), ("image_seq_len", image_seq_len))
+        if value is not None
     ]
     if len(given) > 1:
         raise ValueError(f"give one of shift, mu and image_seq_len, got {' and '.join(given)}")
     if image_seq_len is not None:
-        mu = MUS[0] + (image_seq_len - SEQ_LENS[0]) * (MUS[1] - MUS[0]) / (SEQ_LENS[1] - SEQ_LENS[0])
+        mu = MUS[0] + (image_seq_len - SEQ_LENS[0]) * (MUS[1] - MUS[0]) / (
+            SEQ_LENS[1] - SEQ_LENS[0]
+        )
     if mu is not None:
         return math.exp(mu)
     s = float(getattr(schedule.curve, "shift", 1.0)) if shift is None else float(shift)
@@ -296,8 +317,12 @@ def lcm(schedule: NoiseSchedule, points: int, *, original_steps: int = 50) -> Te
         raise ValueError(
             f"need steps <= original_steps <= {count}, got {points} and {original_steps}; take fewer steps or another grid"
         )
-    taught = torch.arange(original_steps, 0, -1, dtype=torch.float64) * (count // original_steps) - 1
-    return taught[(torch.arange(points, dtype=torch.float64) * (original_steps / points)).floor().long()]
+    taught = (
+        torch.arange(original_steps, 0, -1, dtype=torch.float64) * (count // original_steps) - 1
+    )
+    return taught[
+        (torch.arange(points, dtype=torch.float64) * (original_steps / points)).floor().long()
+    ]
 
 
 @timestep_spaced()

@@ -35,7 +35,11 @@ Lays = Mapping[str, Mapping[str, Any]]
 
 WHOLE: Lays = {"linspace": {"rounded": True}, "leading": {}, "trailing": {}}
 BETWEEN: Lays = {"linspace": {"interpolation": "sigma"}, "leading": {}, "trailing": {}}
-DROPPED: Lays = {"linspace": {"rounded": True, "drop_last": True}, "leading": {"drop_last": True}, "trailing": {}}
+DROPPED: Lays = {
+    "linspace": {"rounded": True, "drop_last": True},
+    "leading": {"drop_last": True},
+    "trailing": {},
+}
 ROUNDED_SIGMAS: Lays = {
     "karras": {"rounding": "nearest"},
     "exponential": {"rounding": "down"},
@@ -127,7 +131,9 @@ _DDIM = SchedulerClass(
     strides=True,
     off=_CLIP,
 )
-_DDPM = SchedulerClass("ddpm", WHOLE, "leading", keys={"variance_type": Key("variance_type", "fixed_small")}, off=_CLIP)
+_DDPM = SchedulerClass(
+    "ddpm", WHOLE, "leading", keys={"variance_type": Key("variance_type", "fixed_small")}, off=_CLIP
+)
 _EULERS = SchedulerClass("euler", {**BETWEEN, **PLAIN_SIGMAS}, ranged=True, in_sigma=True)
 _KDPM2 = replace(
     _EULERS,
@@ -142,17 +148,29 @@ _DPM: dict[str, Key] = {
     "solver_type": Key("solver_type", "midpoint"),
 }
 _LAMBDA = {"lambda_min_clipped": Key("lambda_min", -math.inf)}
-_DPM_MULTISTEP = {**_DPM, "lower_order_final": LOWER, "euler_at_final": Key("euler_at_final", False)}
+_DPM_MULTISTEP = {
+    **_DPM,
+    "lower_order_final": LOWER,
+    "euler_at_final": Key("euler_at_final", False),
+}
 _LCM = SchedulerClass(
     "lcm",
     {"lcm": {}},
     "lcm",
     spaced=False,
-    keys={"original_inference_steps": Key("original_steps", 50), "timestep_scaling": Key("timestep_scaling", 10.0)},
+    keys={
+        "original_inference_steps": Key("original_steps", 50),
+        "timestep_scaling": Key("timestep_scaling", 10.0),
+    },
     off=_CLIP,
 )
-_FLOW_SIGMAS: Lays = {"flow": {"end_shifted": True}, **{grid: {"range_from": "flow"} for grid in PLAIN_SIGMAS}}
-_FLOWS = SchedulerClass("euler", _FLOW_SIGMAS, "flow", spaced=False, predictions=("flow_prediction",))
+_FLOW_SIGMAS: Lays = {
+    "flow": {"end_shifted": True},
+    **{grid: {"range_from": "flow"} for grid in PLAIN_SIGMAS},
+}
+_FLOWS = SchedulerClass(
+    "euler", _FLOW_SIGMAS, "flow", spaced=False, predictions=("flow_prediction",)
+)
 _OWN_LCM = {"timestep_scaling": 1e9}  # c_skip = 0, c_out = 1
 
 CLASSES: Mapping[str, SchedulerClass] = {
@@ -166,7 +184,9 @@ CLASSES: Mapping[str, SchedulerClass] = {
         off=("clip_sample",),
     ),
     "CogVideoXDDIMScheduler": replace(_DDIM, fixed={}, step={}, off=(), written=False),
-    "CogVideoXDPMScheduler": replace(_DDIM, method="dpmpp_2m_sde", fixed={}, step={}, off=(), written=False),
+    "CogVideoXDPMScheduler": replace(
+        _DDIM, method="dpmpp_2m_sde", fixed={}, step={}, off=(), written=False
+    ),
     "DDPMScheduler": _DDPM,
     "DDPMParallelScheduler": replace(_DDPM, written=False),
     "UnCLIPScheduler": replace(
@@ -253,7 +273,9 @@ CLASSES: Mapping[str, SchedulerClass] = {
             "predictor_order": Key("predictor_order", 2),
             "corrector_order": Key("corrector_order", 2),
             "algorithm_type": Key(
-                "predict_x0", "data_prediction", {"data_prediction": True, "noise_prediction": False}
+                "predict_x0",
+                "data_prediction",
+                {"data_prediction": True, "noise_prediction": False},
             ),
             "lower_order_final": LOWER,
             **_LAMBDA,
@@ -272,9 +294,16 @@ CLASSES: Mapping[str, SchedulerClass] = {
         _FLOWS,
         switch=("stochastic_sampling", False, {False: "euler", True: "lcm"}),
     ),
-    "FlowMatchHeunDiscreteScheduler": replace(_FLOWS, method="flow_heun", lays={"flow": {"end_shifted": True}}),
+    "FlowMatchHeunDiscreteScheduler": replace(
+        _FLOWS, method="flow_heun", lays={"flow": {"end_shifted": True}}
+    ),
     "EDMEulerScheduler": SchedulerClass(
-        "euler", {"karras": {}}, "karras", spaced=False, keys={"final_sigmas_type": FINAL}, written=False
+        "euler",
+        {"karras": {}},
+        "karras",
+        spaced=False,
+        keys={"final_sigmas_type": FINAL},
+        written=False,
     ),
     "EDMDPMSolverMultistepScheduler": SchedulerClass(
         "dpm_solver_multistep",
@@ -292,7 +321,7 @@ CLASSES: Mapping[str, SchedulerClass] = {
         written=False,
     ),
 }
-"""Every class that a sampler of a fixed table is named after, but for those whose names say all (``Method.called``)."""
+"""Every class that a sampler of a fixed table is named after, but for those whose names say all (``Method.aliases``)."""
 
 
 @dataclass(frozen=True)
@@ -310,12 +339,18 @@ class Reading:
     @property
     def of_grid(self) -> dict[str, Any]:
         """The options that belong to the grid."""
-        return {name: value for name, value in self.options.items() if name in grid_options(self.grid)}
+        return {
+            name: value for name, value in self.options.items() if name in grid_options(self.grid)
+        }
 
     @property
     def of_method(self) -> dict[str, Any]:
         """The options that belong to the method."""
-        return {name: value for name, value in self.options.items() if name not in grid_options(self.grid)}
+        return {
+            name: value
+            for name, value in self.options.items()
+            if name not in grid_options(self.grid)
+        }
 
     def lay(self, schedule: NoiseSchedule, steps: int) -> tuple[Knot, ...]:
         """Return the knots at which the class stands, with the times that it gives the network."""
@@ -343,13 +378,19 @@ class Reading:
         name = schedule.prediction.name
         if name not in self.kind.predictions and not (self.flow and name == "flow_prediction"):
             return f"it does not know prediction_type {name!r}"
-        return next((words for applies, words in FAILURES if applies(self, self.options, steps)), None)
+        return next(
+            (words for applies, words in FAILURES if applies(self, self.options, steps)), None
+        )
 
     def slips(self, schedule: NoiseSchedule, steps: int) -> Iterator[str]:
         """Yield, in words, where the class does in so many steps what the reading does not say."""
         kind, options = self.kind, self.options
         discrete = isinstance(schedule.curve, Discrete)
-        if discrete and "trailing" in (self.grid, options.get("range_from")) and not _trails(schedule, steps):
+        if (
+            discrete
+            and "trailing" in (self.grid, options.get("range_from"))
+            and not _trails(schedule, steps)
+        ):
             yield f"its trailing spacing has another number of steps than {steps}"
         if kind.cut and self.grid in FLAGS and not self._rounds(schedule):
             yield "its times are cut to whole ones, and rounding errors decide to which"
@@ -370,7 +411,9 @@ class Reading:
     def _rounds(self, schedule: NoiseSchedule) -> bool:
         """Return whether the times are rounded to whole ones, as of Karras sigmas."""
         cosine = getattr(schedule.curve, "beta_schedule", "") == "squaredcos_cap_v2"
-        by_table = cosine and self.method == "dpm_solver_multistep" and self.grid in ("karras", "lu")
+        by_table = (
+            cosine and self.method == "dpm_solver_multistep" and self.grid in ("karras", "lu")
+        )
         return self.options.get("rounding") == "nearest" and not by_table
 
     def _strides(self, schedule: NoiseSchedule, steps: int) -> bool:
@@ -389,7 +432,11 @@ ROUNDED_FROM = 1000.0
 
 @lru_cache(maxsize=128)
 def _knots(
-    schedule: NoiseSchedule, steps: int, grid: str, ascending: bool, options: tuple[tuple[str, Any], ...]
+    schedule: NoiseSchedule,
+    steps: int,
+    grid: str,
+    ascending: bool,
+    options: tuple[tuple[str, Any], ...],
 ) -> tuple[Knot, ...]:
     return make_knots(schedule, steps, grid, ascending=ascending, **dict(options))
 
@@ -411,7 +458,9 @@ FAILURES: tuple[tuple[_Applies, str], ...] = (
     ),
     (
         lambda r, o, n: (
-            r.method.startswith("dpm_solver") and o["algorithm"].endswith("dpmsolver") and o.get("final") == "zero"
+            r.method.startswith("dpm_solver")
+            and o["algorithm"].endswith("dpmsolver")
+            and o.get("final") == "zero"
         ),
         "it refuses the noise prediction with final_sigmas_type 'zero'",
     ),
@@ -420,7 +469,9 @@ FAILURES: tuple[tuple[_Applies, str], ...] = (
         "it has no sde-dpmsolver",
     ),
     (
-        lambda r, o, n: r.method == "dpm_solver_singlestep" and o["final"] != "zero" and n % o["order"] != 0,
+        lambda r, o, n: (
+            r.method == "dpm_solver_singlestep" and o["final"] != "zero" and n % o["order"] != 0
+        ),
         "it lowers its order at the end of so many steps",
     ),
     (
@@ -432,7 +483,10 @@ FAILURES: tuple[tuple[_Applies, str], ...] = (
         "it is not finite into final_sigmas_type 'zero' with these options",
     ),
     (lambda r, o, n: r.method == "sa_solver" and o["corrector_order"] == 0, "it needs a corrector"),
-    (lambda r, o, n: r.method == "ddpm" and o["variance_type"] == "fixed_large_log", "it is not a number there"),
+    (
+        lambda r, o, n: r.method == "ddpm" and o["variance_type"] == "fixed_large_log",
+        "it is not a number there",
+    ),
 )
 """What the classes cannot do, or do not finish: (a test of the reading, its options and steps; the words)."""
 
@@ -454,8 +508,13 @@ def read_config(config: Mapping[str, Any]) -> Reading:
     flagged = [grid for grid, flag in FLAGS.items() if grid in kind.lays and config.get(flag)]
     grid = next(iter(flagged), "flow" if flow else spacing)
     if grid not in kind.lays and not flow:
-        raise ValueError(f"{config['_class_name']} on {grid!r} spacing is no grid here; use {' or '.join(kind.lays)}")
-    options = {**kind.step, **{key.option: key.ours(config.get(name, key.default)) for name, key in kind.keys.items()}}
+        raise ValueError(
+            f"{config['_class_name']} on {grid!r} spacing is no grid here; use {' or '.join(kind.lays)}"
+        )
+    options = {
+        **kind.step,
+        **{key.option: key.ours(config.get(name, key.default)) for name, key in kind.keys.items()},
+    }
     options |= {**kind.fixed, **(FLOW_LAYS[str(kind.flow)] if flow else kind.lays[grid])}
     if method == "lcm" != kind.method:  # a class that only draws as LCM does
         options |= _OWN_LCM
@@ -480,7 +539,9 @@ def _unread(option: str, value: Any, grid: str) -> bool:
     return option in _OF_GRIDS and (option not in grid_options(grid) or value is None)
 
 
-def config_of_class(name: str, grid: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def config_of_class(
+    name: str, grid: str, options: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a config of a class on one of its grids with these options of ours, and the options that it has no word for.
 
     ``options`` may hold ``range_from``, which is the spacing of a flagged grid, and ``method``.
@@ -501,9 +562,13 @@ def config_of_class(name: str, grid: str, options: Mapping[str, Any]) -> tuple[d
         config[FLAGS[grid]] = True
     if kind.switch:
         key, default, methods = kind.switch
-        config[key] = next((said for said, method in methods.items() if method == options.get("method")), default)
+        config[key] = next(
+            (said for said, method in methods.items() if method == options.get("method")), default
+        )
     missing = {
-        k: v for k, v in {**kind.fixed, **kind.step}.items() if k in options and options[k] != v and k != "final"
+        k: v
+        for k, v in {**kind.fixed, **kind.step}.items()
+        if k in options and options[k] != v and k != "final"
     }
     for key_name, key in kind.keys.items():
         value = options.get(key.option, key.ours(key.default))
@@ -547,7 +612,10 @@ def settings_of_class(name: str, grid: str | None = None) -> dict[str, Any]:
     elif grid in kind.lays:
         config["timestep_spacing"] = grid
     reading = read_config(config)
-    options = dict(reading.options) | ({"init_noise": "sigma"} if reading.init_noise == "sigma" else {})
-    if grid is not None and reading.grid != grid:  # a grid that the class does not have: its method is left
+    options = dict(reading.options) | (
+        {"init_noise": "sigma"} if reading.init_noise == "sigma" else {}
+    )
+    # a grid that the class does not have: its method is left
+    if grid is not None and reading.grid != grid:
         options = {**reading.of_method, **{k: v for k, v in options.items() if k == "init_noise"}}
     return {"grid": reading.grid if grid is None else grid, **options}

@@ -11,7 +11,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,12 +21,34 @@ from ..grids import grid_options
 from ..grids.given import CUSTOM
 from ..kernel import Beside, run
 from ..knots import Knot
-from ..methods.base import Method
-from ..table import Table, Unconditional, compile_table
+from ..methods import METHODS, Method
+from ..table import Table, compile_table
+from ..tracing import Unconditional
 from .diffusers_classes import CLASSES, FLAGS, SPACINGS, Reading, config_of_class, read_config
 
-if TYPE_CHECKING:
-    from ..sampler import Sampler
+
+class TableSampler(Protocol):
+    """What is read of a :class:`Sampler` here."""
+
+    @property
+    def schedule(self) -> NoiseSchedule: ...
+    @property
+    def method(self) -> Method: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def grid(self) -> Any: ...
+    @property
+    def options(self) -> tuple[tuple[str, Any], ...]: ...
+    @property
+    def method_options(self) -> dict[str, Any]: ...
+    @property
+    def init_noise_scale(self) -> float: ...
+    @property
+    def knots(self) -> tuple[Knot, ...]: ...
+    @property
+    def table(self) -> Table: ...
+
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +59,12 @@ SAMPLES = 2e-5
 
 SAME: Mapping[str, Sequence[tuple[str, Mapping[str, Any]]]] = {
     "dpmpp_2m": [("dpm_solver_multistep", {"lower_order_final": False})],
-    "dpmpp_3m": [("dpm_solver_multistep", {"order": 3, "solver_type": "heun", "lower_order_final": False})],
-    "dpmpp_2m_sde": [("dpm_solver_multistep", {"algorithm": "sde-dpmsolver++", "lower_order_final": False})],
+    "dpmpp_3m": [
+        ("dpm_solver_multistep", {"order": 3, "solver_type": "heun", "lower_order_final": False})
+    ],
+    "dpmpp_2m_sde": [
+        ("dpm_solver_multistep", {"algorithm": "sde-dpmsolver++", "lower_order_final": False})
+    ],
     "unipc_3": [("unipc", {"order": 3})],
     "ddim": [
         ("ddpm", {}),
@@ -57,7 +83,11 @@ NEAREST: Mapping[tuple[bool, bool], Sequence[tuple[str, Mapping[str, Any]]]] = {
     (False, False): [("dpm_solver_multistep", {"order": 1}), ("euler", {})],
     (False, True): [("dpm_solver_multistep", {"order": 2}), ("euler", {})],
     (True, False): [("ddpm", {}), ("euler_ancestral", {}), ("lcm", {})],
-    (True, True): [("dpm_solver_multistep", {"order": 2, "algorithm": "sde-dpmsolver++"}), ("ddpm", {}), ("lcm", {})],
+    (True, True): [
+        ("dpm_solver_multistep", {"order": 2, "algorithm": "sde-dpmsolver++"}),
+        ("ddpm", {}),
+        ("lcm", {}),
+    ],
 }
 """What stands in for a method that no class has, by whether it draws noise and whether it is of a higher order."""
 
@@ -79,12 +109,14 @@ class Candidate:
         """The class that it names."""
         return str(self.config["_class_name"])
 
-    def table(self, sampler: Sampler) -> Table:
+    def table(self, sampler: TableSampler) -> Table:
         """Return the table of the class on its own knots; ValueError where it has none there."""
         return compiled_reading(self.reading, sampler.schedule, self.knots, self.given)
 
 
-def sampler_config(sampler: Sampler, nearest: bool = False, passed: Collection[str] = ()) -> dict[str, Any]:
+def sampler_config(
+    sampler: TableSampler, nearest: bool = False, passed: Collection[str] = ()
+) -> dict[str, Any]:
     """Return what scheduler_config.json says of a sampler; see :meth:`Sampler.to_diffusers`.
 
     ``passed``: arguments of ``step()`` (eta) that whoever runs the scheduler passes on from the sampler's options.
@@ -97,12 +129,14 @@ def sampler_config(sampler: Sampler, nearest: bool = False, passed: Collection[s
             "Change the sampler, or write that one with nearest=True"
         )
     if differences:
-        logger.warning("the scheduler config names %s, which is not %s: %s", name, described(sampler), what)
+        logger.warning(
+            "the scheduler config names %s, which is not %s: %s", name, described(sampler), what
+        )
     return config
 
 
 def nearest_config(
-    sampler: Sampler, passed: Collection[str] = (), stand_ins: bool = True
+    sampler: TableSampler, passed: Collection[str] = (), stand_ins: bool = True
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return the config that is the sampler, or comes nearest, and in words what differs; ValueError where none is near.
 
@@ -128,7 +162,7 @@ def nearest_config(
     return near
 
 
-def described(sampler: Sampler) -> str:
+def described(sampler: TableSampler) -> str:
     """Return a sampler in words.
 
     >>> from alphabar.sampling import Sampler
@@ -143,17 +177,21 @@ def described(sampler: Sampler) -> str:
 Relatives = Sequence[tuple[str, Mapping[str, Any]]]
 
 
-def _relatives(sampler: Sampler) -> Relatives:
+def _relatives(sampler: TableSampler) -> Relatives:
     """Return the methods that may be the sampler's, with their options: itself first."""
     own, options = sampler.method.name, sampler.method_options
     return [(own, options), *((name, {**options, **more}) for name, more in SAME.get(own, ()))]
 
 
-def _stand_ins(sampler: Sampler) -> Relatives:
-    return [] if sampler.method.inverse else NEAREST[sampler.table.draws > 0, sampler.method.order > 1]
+def _stand_ins(sampler: TableSampler) -> Relatives:
+    return (
+        [] if sampler.method.inverse else NEAREST[sampler.table.draws > 0, sampler.method.order > 1]
+    )
 
 
-def _candidates(sampler: Sampler, relatives: Relatives, passed: Collection[str]) -> Iterator[Candidate]:
+def _candidates(
+    sampler: TableSampler, relatives: Relatives, passed: Collection[str]
+) -> Iterator[Candidate]:
     for rank, (method, wanted) in enumerate(relatives):
         for name, kind in CLASSES.items():
             if kind.written and method in kind.methods and _holds(sampler.schedule, name):
@@ -169,7 +207,12 @@ def _holds(schedule: NoiseSchedule, name: str) -> bool:
 
 
 def _laid(
-    sampler: Sampler, name: str, grid: str, said: Mapping[str, Any], passed: Collection[str], rank: int
+    sampler: TableSampler,
+    name: str,
+    grid: str,
+    said: Mapping[str, Any],
+    passed: Collection[str],
+    rank: int,
 ) -> Iterator[Candidate]:
     """Yield the candidate of a class on a grid, unless it has none in so many steps."""
     schedule, steps = sampler.schedule, sampler.steps
@@ -190,16 +233,27 @@ def _laid(
     yield Candidate(config, reading, knots, slips, unsaid, given, rank)
 
 
-def _grids(sampler: Sampler, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _grids(sampler: TableSampler, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the grids of a class that may be the sampler's, with their options: its own first."""
     kind, options = CLASSES[name], dict(sampler.options)
     finals = {"final": options.get("final", grid_options(sampler.grid).get("final", "zero"))}
-    named = {k: v for k, v in options.items() if k in ("sigma_min", "sigma_max", "lambda_min", "original_steps")}
+    named = {
+        k: v
+        for k, v in options.items()
+        if k in ("sigma_min", "sigma_max", "lambda_min", "original_steps")
+    }
     if sampler.grid in kind.lays and sampler.grid in FLAGS:
-        spacings = [s for s in (options.get("range_from"), kind.spacing) if s] if not kind.ranged else SPACINGS
+        spacings = (
+            [s for s in (options.get("range_from"), kind.spacing) if s]
+            if not kind.ranged
+            else SPACINGS
+        )
         first = options.get("range_from")
         for spacing in sorted(spacings, key=lambda s: s != first):
-            yield str(sampler.grid), {**finals, **named, "range_from": spacing, **_offset(options, spacing)}
+            yield (
+                str(sampler.grid),
+                {**finals, **named, "range_from": spacing, **_offset(options, spacing)},
+            )
         return
     plain = [grid for grid in kind.lays if grid not in FLAGS]
     for grid in sorted(plain, key=lambda grid: grid != sampler.grid):
@@ -210,11 +264,13 @@ def _offset(options: Mapping[str, Any], spacing: str) -> dict[str, Any]:
     return {"steps_offset": options.get("steps_offset", 0)} if spacing == "leading" else {}
 
 
-def _differences(sampler: Sampler, candidate: Candidate) -> tuple[str, ...]:
+def _differences(sampler: TableSampler, candidate: Candidate) -> tuple[str, ...]:
     """Return in words what stands between a candidate and the sampler, without samples where the knots differ already."""
     custom = sampler.grid if sampler.grid in CUSTOM else "a grid of one's own"
     words = (
-        () if isinstance(sampler.grid, str) and sampler.grid not in CUSTOM else (f"a config does not hold {custom}",)
+        ()
+        if isinstance(sampler.grid, str) and sampler.grid not in CUSTOM
+        else (f"a config does not hold {custom}",)
     )
     words += (*candidate.slips, *_between(sampler, candidate))
     if words:
@@ -226,24 +282,47 @@ def _differences(sampler: Sampler, candidate: Candidate) -> tuple[str, ...]:
     return () if distance <= SAMPLES else _of_the_method(sampler, candidate, distance)
 
 
-def _of_the_method(sampler: Sampler, candidate: Candidate, distance: float) -> tuple[str, ...]:
-    step, method, ours = candidate.reading.kind.step, candidate.reading.method, sampler.method_options
-    other: tuple[str, ...] = () if method in dict(_relatives(sampler)) else (f"its method is {method}",)
+def _of_the_method(sampler: TableSampler, candidate: Candidate, distance: float) -> tuple[str, ...]:
+    step, method, ours = (
+        candidate.reading.kind.step,
+        candidate.reading.method,
+        sampler.method_options,
+    )
+    other: tuple[str, ...] = (
+        () if method in dict(_relatives(sampler)) else (f"its method is {method}",)
+    )
     if method == sampler.method.name:
-        said = [(k, v) for k, v in candidate.reading.of_method.items() if k in ours and k not in candidate.unsaid]
-        other += tuple(f"{option}={value!r} for {ours[option]!r}" for option, value in said if value != ours[option])
+        said = [
+            (k, v)
+            for k, v in candidate.reading.of_method.items()
+            if k in ours and k not in candidate.unsaid
+        ]
+        other += tuple(
+            f"{option}={value!r} for {ours[option]!r}"
+            for option, value in said
+            if value != ours[option]
+        )
     elsewhere = (
-        {k: v for k, v in sampler.options if k in ours and k not in candidate.reading.options} if not other else {}
+        {k: v for k, v in sampler.options if k in ours and k not in candidate.reading.options}
+        if not other
+        else {}
     )
     lost = {k: v for k, v in {**elsewhere, **candidate.unsaid}.items() if k not in candidate.given}
-    unsaid = (f"{option}={value!r} is {_whose(option, sampler.method.name, step)}" for option, value in lost.items())
+    unsaid = (
+        f"{option}={value!r} is {_whose(option, sampler.method.name, step)}"
+        for option, value in lost.items()
+    )
     return (*other, *unsaid, f"samples of a test network differ by {distance:.1e}")
 
 
 def _whose(option: str, method: str, step: Mapping[str, Any]) -> str:
     if option in step:
         return "an argument of its step()"
-    takers = [name for name, kind in CLASSES.items() if kind.written and method in kind.methods and option in kind.step]
+    takers = [
+        name
+        for name, kind in CLASSES.items()
+        if kind.written and method in kind.methods and option in kind.step
+    ]
     return f"an argument of step() in {takers[0]}" if takers else "no option of it"
 
 
@@ -251,7 +330,9 @@ TRIED = 4
 """How many candidates are run to find the nearest one."""
 
 
-def _nearest(sampler: Sampler, candidates: Sequence[Candidate]) -> tuple[dict[str, Any], tuple[str, ...]] | None:
+def _nearest(
+    sampler: TableSampler, candidates: Sequence[Candidate]
+) -> tuple[dict[str, Any], tuple[str, ...]] | None:
     """Return the nearest candidate: on the sampler's own grid before others, of its own method before relatives, then by samples.
 
     One that draws noise stands only for a sampler that does.
@@ -261,7 +342,9 @@ def _nearest(sampler: Sampler, candidates: Sequence[Candidate]) -> tuple[dict[st
         return candidate.reading.grid != sampler.grid, candidate.rank
 
     best: tuple[tuple[bool, int], float, Candidate] | None = None
-    for candidate in sorted(candidates, key=lambda c: (kinship(c), _way(sampler.knots, c.knots)))[:TRIED]:
+    for candidate in sorted(candidates, key=lambda c: (kinship(c), _way(sampler.knots, c.knots)))[
+        :TRIED
+    ]:
         try:
             table = candidate.table(sampler)
         except ValueError:
@@ -283,15 +366,19 @@ def _way(ours: Sequence[Knot], theirs: Sequence[Knot]) -> float:
     if len(ours) != len(theirs):
         return math.inf
     pairs = list(zip(ours, theirs, strict=True))
-    return max(abs(a.sigma - b.sigma) + abs(a.alpha - b.alpha) + 1e-3 * abs(a.timestep - b.timestep) for a, b in pairs)
+    return max(
+        abs(a.sigma - b.sigma) + abs(a.alpha - b.alpha) + 1e-3 * abs(a.timestep - b.timestep)
+        for a, b in pairs
+    )
 
 
 def compiled_reading(
-    reading: Reading, schedule: NoiseSchedule, knots: Sequence[Knot], given: Mapping[str, Any] | None = None
+    reading: Reading,
+    schedule: NoiseSchedule,
+    knots: Sequence[Knot],
+    given: Mapping[str, Any] | None = None,
 ) -> Table:
     """Return the table of a class on its own knots; ``given`` replaces options that are arguments of its step."""
-    from ..names import METHODS
-
     method: Method = METHODS[reading.method]
     known = method.options
     options = {k: v for k, v in {**reading.of_method, **(given or {})}.items() if k in known}
@@ -303,10 +390,12 @@ def compiled_reading(
 
 
 def _apart(a: Knot, b: Knot) -> bool:
-    return max(abs(a.alpha - b.alpha), abs(a.sigma - b.sigma) / max(a.sigma, b.sigma, 1e-12)) > LEVELS
+    return (
+        max(abs(a.alpha - b.alpha), abs(a.sigma - b.sigma) / max(a.sigma, b.sigma, 1e-12)) > LEVELS
+    )
 
 
-def _between(sampler: Sampler, candidate: Candidate) -> Iterator[str]:
+def _between(sampler: TableSampler, candidate: Candidate) -> Iterator[str]:
     """Yield in words how the knots, the start and the end of a class differ from the sampler's."""
     ours, theirs, reading = sampler.knots, candidate.knots, candidate.reading
     if len(ours) != len(theirs):
@@ -324,22 +413,30 @@ def _between(sampler: Sampler, candidate: Candidate) -> Iterator[str]:
         yield f"it gives the network times up to {time:.3g} away{_mend_of_times(sampler, reading)}"
     start = reading.start_scale(theirs[0]) / sampler.init_noise_scale
     if not math.isclose(start, 1.0, rel_tol=LEVELS):
-        mend = " (init_noise='sigma' does so too)" if reading.init_noise == "sigma" and not apart else ""
+        mend = (
+            " (init_noise='sigma' does so too)"
+            if reading.init_noise == "sigma" and not apart
+            else ""
+        )
         yield f"a pipeline starts it from {start:.5f} of the noise{mend}"
     end = reading.end_scale(theirs[-1])
     if not math.isclose(end, 1.0, rel_tol=LEVELS):
         yield f"it ends in x / alpha, {end:.5f} times the sample"
 
 
-def _mend_of_times(sampler: Sampler, reading: Reading) -> str:
+def _mend_of_times(sampler: TableSampler, reading: Reading) -> str:
     rounding = reading.options.get("rounding")
     same_grid = reading.grid == sampler.grid and dict(sampler.options).get("rounding") != rounding
-    return f" (rounding={rounding!r} is what it does)" if same_grid and rounding == "nearest" else ""
+    return (
+        f" (rounding={rounding!r} is what it does)" if same_grid and rounding == "nearest" else ""
+    )
 
 
 def _grid_of(reading: Reading) -> str:
     options = {k: v for k, v in reading.of_grid.items() if v != grid_options(reading.grid)[k]}
-    return f"{reading.grid!r}" + (f" with {', '.join(f'{k}={v!r}' for k, v in options.items())}" if options else "")
+    return f"{reading.grid!r}" + (
+        f" with {', '.join(f'{k}={v!r}' for k, v in options.items())}" if options else ""
+    )
 
 
 def sample_distance(ours: Table, theirs: Table) -> float:
@@ -365,7 +462,10 @@ def _fixed(rows: int, columns: int, phase: float) -> Tensor:
 
 
 def _samples(table: Table) -> Tensor:
-    inward, outward = _fixed(_CHANNELS, _HIDDEN, 0.0) / _CHANNELS**0.5, _fixed(_HIDDEN, _CHANNELS, 1.0) / _HIDDEN**0.5
+    inward, outward = (
+        _fixed(_CHANNELS, _HIDDEN, 0.0) / _CHANNELS**0.5,
+        _fixed(_HIDDEN, _CHANNELS, 1.0) / _HIDDEN**0.5,
+    )
     phase, step, drawn = _fixed(1, _HIDDEN, 2.0), 0, 0
     out = torch.zeros(())
 
@@ -381,7 +481,8 @@ def _samples(table: Table) -> Tensor:
         return _fixed(4, _CHANNELS, 4.0 + step + 0.37 * drawn)
 
     x = _fixed(4, _CHANNELS, 3.0)
-    beside: Beside = {Unconditional: lambda: 0.7 * out}  # CFG++ takes another half than any class does
+    # CFG++ takes another half than any class does
+    beside: Beside = {Unconditional: lambda: 0.7 * out}
     for progress in run(table, x, network, noise, beside):
         x, step, drawn = progress.x, progress.step, 0
     return x

@@ -1,0 +1,38 @@
+"""The methods, by family; a new file is a word here."""
+
+# isort: off: the order of the registry
+from . import (
+    adams,
+    cfg_pp,
+    consistency,
+    dpm2,
+    dpm_singlestep,
+    dpm_solver,
+    euler,
+    exponential,
+    heun,
+    sa_solver,
+    score_sde,
+    unipc,
+)
+
+# isort: on
+from .base import METHODS, Method, register_method
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "adams",
+    "cfg_pp",
+    "consistency",
+    "dpm2",
+    "dpm_singlestep",
+    "dpm_solver",
+    "euler",
+    "exponential",
+    "heun",
+    "register_method",
+    "sa_solver",
+    "score_sde",
+    "unipc",
+]

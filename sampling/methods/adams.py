@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ...noising.utils.validation import one_of
 from ..knots import Knot
-from ..table import Combination, Trace
-from .base import Method, one_of
-from .dpm_solver import usable
-from .euler import along, transfer
+from ..tracing import Combination, Trace
+from .base import register_method
+from .dpm_solver import valid_history
 from .integrals import lagrange_integrals
+from .steps import along, first_order_update
 
 ADAMS_BASHFORTH = {
     1: (1.0,),
@@ -37,6 +38,7 @@ def _shares(weights: Sequence[float]) -> list[float]:
     return [w / total for w in weights]
 
 
+@register_method(order=4, source="k-diffusion", aliases={"LMS": {}, "LMSDiscreteScheduler": {}})
 def lms(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination, order: int = 4
 ) -> list[Combination]:
@@ -46,13 +48,14 @@ def lms(
     D, e = trace.evaluate(x, s)
     memory = [e, *past[: order - 2]] if order > 1 else []
     if s.alpha == 0:
-        return [transfer(x, D, s, n), *memory]
-    m = [e, *usable(past, knots, i, order)]
+        return [first_order_update(x, D, s, n), *memory]
+    m = [e, *valid_history(past, knots, i, order)]
     nodes = [knots[i - j].sigma_ve for j in range(len(m))]
     weights = lagrange_integrals(nodes, s.sigma_ve, n.sigma_ve)
     return [along(x, D, e, weighted(m, _shares(weights)), s, n), *memory]
 
 
+@register_method(order=3, source="2204.13902", aliases={"DEIS": {}, "DEISMultistepScheduler": {}})
 def deis(
     trace: Trace,
     knots: Sequence[Knot],
@@ -68,28 +71,32 @@ def deis(
     D, e = trace.evaluate(x, s)
     memory = [e, *past[: order - 2]] if order > 1 else []
     if s.alpha == 0 or n.sigma == 0:
-        return [transfer(x, D, s, n), *memory]
+        return [first_order_update(x, D, s, n), *memory]
     used = min(order, steps - i) if lower_order_final and steps < 15 else order
-    m = [e, *usable(past, knots, i, used)]
+    m = [e, *valid_history(past, knots, i, used)]
     nodes = [-knots[i - j].half_log_snr for j in range(len(m))]  # log ρ, ρ = σ/α and dρ = ρ d log ρ
     weights = lagrange_integrals(nodes, nodes[0], -n.half_log_snr, rate=1.0)
     return [along(x, D, e, weighted(m, _shares(weights)), s, n), *memory]
 
 
+@register_method(
+    order=1, source="2202.09778", aliases={"iPNDM": {}, "IPNDMScheduler": {"grid": "sine_squared"}}
+)
 def ipndm(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination, order: int = 4
 ) -> list[Combination]:
-    """iPNDM: Adams-Bashforth weights of an even grid in the DDIM transfer, climbing from order 1 (2202.09778; 2204.13902, §3.3)."""
+    """iPNDM: Adams-Bashforth weights of an even grid in the DDIM update, climbing from order 1 (2202.09778; 2204.13902, §3.3)."""
     one_of("order", order, (1, 2, 3, 4))
     s, n = knots[i], knots[i + 1]
     D, e = trace.evaluate(x, s)
     memory = [e, *past[: order - 2]] if order > 1 else []
     if s.alpha == 0:
-        return [transfer(x, D, s, n), *memory]
-    m = [e, *usable(past, knots, i, order)]
+        return [first_order_update(x, D, s, n), *memory]
+    m = [e, *valid_history(past, knots, i, order)]
     return [along(x, D, e, weighted(m, ADAMS_BASHFORTH[len(m)]), s, n), *memory]
 
 
+@register_method(order=4, source="2204.13902", aliases={"iPNDM-v": {}})
 def ipndm_v(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination, order: int = 4
 ) -> list[Combination]:
@@ -101,18 +108,24 @@ def ipndm_v(
     """
     if knots[i + 1].sigma == 0:
         one_of("order", order, (1, 2, 3, 4))
-        return [transfer(x, trace.denoise(x, knots[i]), knots[i], knots[i + 1])]
+        return [first_order_update(x, trace.denoise(x, knots[i]), knots[i], knots[i + 1])]
     return lms(trace, knots, i, x, *past, order=order)
 
 
+@register_method(order=1, source="2306.04848", aliases={"Gradient Estimation": {}})
 def gradient_estimation(
-    trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination, gamma: float = 2.0
+    trace: Trace,
+    knots: Sequence[Knot],
+    i: int,
+    x: Combination,
+    *past: Combination,
+    gamma: float = 2.0,
 ) -> list[Combination]:
     """Gradient estimation: ε̄ = γ ε̂ + (1 - γ) ε̂_last (Permenter & Yuan 2306.04848, eq. 9)."""
     s, n = knots[i], knots[i + 1]
     D, e = trace.evaluate(x, s)
-    if s.alpha == 0 or n.sigma == 0 or not usable(past, knots, i, 2):
-        return [transfer(x, D, s, n), e]
+    if s.alpha == 0 or n.sigma == 0 or not valid_history(past, knots, i, 2):
+        return [first_order_update(x, D, s, n), e]
     return [along(x, D, e, e + (gamma - 1) * (e - past[0]), s, n), e]
 
 
@@ -124,11 +137,14 @@ def _combined(trace: Trace, D: Combination, e: Combination, k: Knot, combine: st
     if combine == "epsilon":
         return e
     c0, c1 = trace.schedule.prediction.coefficients(k.alpha, k.sigma)
-    trace.keeps_marginals = trace.keeps_marginals and c0 == 0  # outputs of several knots belong to different (x_0, ε)
+    # outputs of several knots belong to different (x_0, ε)
+    trace.keeps_marginals = trace.keeps_marginals and c0 == 0
     return c0 * D + c1 * e
 
 
-def _as_epsilon(trace: Trace, value: Combination, x: Combination, s: Knot, combine: str) -> Combination:
+def _as_epsilon(
+    trace: Trace, value: Combination, x: Combination, s: Knot, combine: str
+) -> Combination:
     """Return the ε̂ at x and s of a combined value."""
     if combine == "epsilon":
         return value
@@ -136,8 +152,14 @@ def _as_epsilon(trace: Trace, value: Combination, x: Combination, s: Knot, combi
     return (c0 * x - s.alpha * value) / (c0 * s.sigma - c1 * s.alpha)
 
 
+@register_method(order=1, source="2202.09778", aliases={"PLMS": {}})
 def plms(
-    trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination, combine: str = "epsilon"
+    trace: Trace,
+    knots: Sequence[Knot],
+    i: int,
+    x: Combination,
+    *past: Combination,
+    combine: str = "epsilon",
 ) -> list[Combination]:
     """PLMS: pseudo linear multistep, started by one pseudo improved Euler step (Liu et al. 2202.09778, eq. 12 and 22).
 
@@ -147,10 +169,10 @@ def plms(
     s, n = knots[i], knots[i + 1]
     D, e = trace.evaluate(x, s)
     if s.alpha == 0:
-        return [transfer(x, D, s, n)]
+        return [first_order_update(x, D, s, n)]
     value = _combined(trace, D, e, s, combine)
     if not past:
-        x_n = transfer(x, D, s, n)
+        x_n = first_order_update(x, D, s, n)
         if n.sigma > 0:
             mean = 0.5 * (value + _combined(trace, *trace.evaluate(x_n, n), n, combine))
             trace.denoised = D
@@ -161,8 +183,14 @@ def plms(
     return [along(x, D, e, _as_epsilon(trace, mean, x, s, combine), s, n), *m[:3]]
 
 
+@register_method(order=1, source="2202.09778", aliases={"PNDM": {}, "PNDMScheduler": {}})
 def pndm(
-    trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination, combine: str = "epsilon"
+    trace: Trace,
+    knots: Sequence[Knot],
+    i: int,
+    x: Combination,
+    *past: Combination,
+    combine: str = "epsilon",
 ) -> list[Combination]:
     """PNDM: three pseudo Runge-Kutta steps of order 4, then PLMS (Liu et al. 2202.09778, algorithm 2 and eq. 13).
 
@@ -174,7 +202,7 @@ def pndm(
         return plms(trace, knots, i, x, *past, combine=combine)
     D, e = trace.evaluate(x, s)
     if n.sigma == 0:
-        return [transfer(x, D, s, n)]
+        return [first_order_update(x, D, s, n)]
     m = trace.knot_at_time(0.5 * (trace.time(s) + trace.time(n)))
 
     def stage(value: Combination, k: Knot) -> Combination:
@@ -188,42 +216,3 @@ def pndm(
     trace.denoised = D
     mean = weighted([v1, v2, v3, v4], [1 / 6, 1 / 3, 1 / 3, 1 / 6])
     return [along(x, D, e, _as_epsilon(trace, mean, x, s, combine), s, n), v1, *past]
-
-
-METHODS = [
-    Method(
-        "lms",
-        lms,
-        order=4,
-        source="k-diffusion",
-        called={"LMS": {}, "LMSDiscreteScheduler": {}},
-    ),
-    Method(
-        "deis",
-        deis,
-        order=3,
-        source="2204.13902",
-        called={"DEIS": {}, "DEISMultistepScheduler": {}},
-    ),
-    Method(
-        "ipndm", ipndm, order=1, source="2202.09778", called={"iPNDM": {}, "IPNDMScheduler": {"grid": "sine_squared"}}
-    ),
-    Method("ipndm_v", ipndm_v, order=4, source="2204.13902", called={"iPNDM-v": {}}),
-    Method(
-        "gradient_estimation", gradient_estimation, order=1, source="2306.04848", called={"Gradient Estimation": {}}
-    ),
-    Method(
-        "plms",
-        plms,
-        order=1,
-        source="2202.09778",
-        called={"PLMS": {}},
-    ),
-    Method(
-        "pndm",
-        pndm,
-        order=1,
-        source="2202.09778",
-        called={"PNDM": {}, "PNDMScheduler": {}},
-    ),
-]

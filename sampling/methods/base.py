@@ -1,4 +1,4 @@
-"""The registry of methods: each a formula with what is known of it."""
+"""Methods: the formula of one step with its facts, and the registry of all methods."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
+from ...noising.utils.registry import Registry
 from ..identity import exact
 from ..knots import Knot
-from ..table import Combination
+from ..tracing import Combination
 
 Formula = Callable[..., list[Combination]]
+F = TypeVar("F", bound=Formula)
 
 
 @dataclass(frozen=True, eq=False)
 class Method:
     """A sampler's formula and its facts: ``order`` of convergence (weak order where it draws noise), ``evaluations`` of the
-    network per step, what it is ``called`` elsewhere, and its ``source``.
+    network per step, what , and its ``source``.
 
     ``order`` holds with default options on any grid, with exact starting values for methods that remember; 0 is for samplers
     that do not converge with the number of steps, those of distilled models above all. ``reaches`` is a higher order with
@@ -26,9 +28,9 @@ class Method:
     that climbs in blocks has that order. ``rewrites``: places of the memory that hold an earlier x.
 
     ``inverse``: it runs upwards, from the least noise. ``grid``, with ``grid_options``: where it runs unless told otherwise.
-    ``steps_as``: the option of the formula that is given the number of steps that was asked for, where that is not the
+    ``steps_option``: the option of the formula that is given the number of steps that was asked for, where that is not the
     number of knots but one. ``blocks(steps, from_noise, to_clean)``: over how many steps of a grid each of its own goes, where
-    that is not one. ``called`` maps names of other software to the grid and options that they stand for there.
+    that is not one. ``aliases`` maps names of other software to the grid and options that they stand for there.
     Equal methods are equal in every fact, the values of their options included.
 
     >>> from alphabar.sampling import METHODS
@@ -50,9 +52,9 @@ class Method:
     defaults: dict[str, Any] = field(default_factory=dict)
     grid: str = "trailing"
     grid_options: dict[str, Any] = field(default_factory=dict)
-    steps_as: str | None = None
+    steps_option: str | None = None
     blocks: Callable[[int, bool, bool], list[int]] | None = None
-    called: dict[str, dict[str, Any]] = field(default_factory=dict)
+    aliases: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def boundaries(self, knots: Sequence[Knot]) -> tuple[Knot, ...]:
         """Return those knots of a grid that the method's own steps go between.
@@ -90,13 +92,26 @@ class Method:
         return inspect.getdoc(self.formula) or ""
 
 
-def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
-    """Return ``value``, or raise a ValueError that lists what is allowed.
+METHODS: Registry[Method] = Registry("method")
+"""Every method by its name; ``@register_method(...)`` above a formula adds one."""
 
-    >>> one_of("order", 5, (1, 2, 3))
-    Traceback (most recent call last):
-    ValueError: order must be one of 1, 2, 3, got 5
+
+def register_method(
+    name: str | None = None, *, order: int, source: str, **facts: Any
+) -> Callable[[F], F]:
+    """Register a formula as a method, under its own name or another one; the facts are those of :class:`Method`.
+
+    >>> @register_method("half_euler", order=0, source="an example")
+    ... def half_euler(trace, knots, i, x):
+    ...     s, n = knots[i], knots[i + 1]
+    ...     return [n.alpha * trace.denoise(x, s)]
+    >>> METHODS["half_euler"].order
+    0
     """
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
-    return value
+
+    def add(formula: F) -> F:
+        method = Method(name or formula.__name__, formula, order=order, source=source, **facts)
+        METHODS.add(method.name, method)
+        return formula
+
+    return add

@@ -17,14 +17,37 @@ import math
 from collections.abc import Sequence
 
 from ..knots import Knot
-from ..table import Combination, Trace
-from .base import Method
-from .dpm2 import lowered, midpoint
-from .dpm_solver import usable
-from .euler import check_eta, posterior_spread, renewed, sde_spread, transfer
+from ..tracing import Combination, Trace
+from .base import register_method
+from .dpm2 import ancestral_target, midpoint
+from .dpm_solver import valid_history
 from .integrals import phi_2
+from .steps import check_eta, first_order_update, fresh_noise, posterior_std, sde_std, toward
 
 
+@register_method(order=1, source="2406.08070", stochastic=True, aliases={"Euler a CFG++": {}})
+def euler_ancestral_cfg_pp(
+    trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *, eta: float = 1.0
+) -> list[Combination]:
+    """Euler a with CFG++: to the guided D along the unconditional ε̂ (Chung et al. 2406.08070, algorithm 2)."""
+    s, n = knots[i], knots[i + 1]
+    D = trace.denoise(x, s)
+    if n.sigma == 0:
+        return [n.alpha * D]
+    _, e = trace.unconditional(x, s)
+    r = check_eta(eta) * posterior_std(s, n)
+    return [toward(D, e, n, r, fresh_noise(trace, s, n, r))]
+
+
+@register_method(
+    order=1, source="2406.08070", aliases={"DDIM CFG++": {}, "Euler CFG++": {}, "euler_cfg_pp": {}}
+)
+def ddim_cfg_pp(trace: Trace, knots: Sequence[Knot], i: int, x: Combination) -> list[Combination]:
+    """DDIM / Euler with CFG++: to the guided D along the unconditional ε̂ (Chung et al. 2406.08070, algorithm 2)."""
+    return euler_ancestral_cfg_pp(trace, knots, i, x, eta=0.0)
+
+
+@register_method(order=2, source="2406.08070", aliases={"DPM++ 2M CFG++": {}})
 def dpmpp_2m_cfg_pp(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination
 ) -> list[Combination]:
@@ -34,32 +57,57 @@ def dpmpp_2m_cfg_pp(
     """
     s, n = knots[i], knots[i + 1]
     D, _, U, _ = _both(trace, x, s)
-    x_n = transfer(x, U, s, n) + n.alpha * (D - U)
-    if n.sigma == 0 or s.alpha == 0 or not usable(past, knots, i, 2):
+    x_n = first_order_update(x, U, s, n) + n.alpha * (D - U)
+    if n.sigma == 0 or s.alpha == 0 or not valid_history(past, knots, i, 2):
         return [x_n, U]
     h = n.half_log_snr - s.half_log_snr
     r = (s.half_log_snr - knots[i - 1].half_log_snr) / h
     return [x_n + (n.alpha * -math.expm1(-h) / (2 * r)) * (D - past[0]), U]
 
 
+@register_method(
+    order=2, evaluations=2, source="2406.08070", stochastic=True, aliases={"DPM++ 2S a CFG++": {}}
+)
 def dpmpp_2s_ancestral_cfg_pp(
-    trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *, eta: float = 1.0, s_noise: float = 1.0
+    trace: Trace,
+    knots: Sequence[Knot],
+    i: int,
+    x: Combination,
+    *,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
 ) -> list[Combination]:
     """DPM++ 2S a with CFG++: both stages along U, then the guidance of the first (sample_dpmpp_2s_ancestral_cfg_pp)."""
     s, n = knots[i], knots[i + 1]
-    r = check_eta(eta) * posterior_spread(s, n)
-    d = lowered(n, r)
+    r = check_eta(eta) * posterior_std(s, n)
+    d = ancestral_target(n, r)
     D, _, U, _ = _both(trace, x, s)
     E = U
     if d.sigma > 0 and s.alpha > 0:
         m = midpoint(trace, s, d)
-        E = _both(trace, transfer(x, U, s, m), m)[2]
+        E = _both(trace, first_order_update(x, U, s, m), m)[2]
         trace.denoised = D
-    return [transfer(x, E, s, d, 0.0, renewed(trace, s, n, r, s_noise)) + n.alpha * (D - U)]
+    return [
+        first_order_update(x, E, s, d, 0.0, fresh_noise(trace, s, n, r, s_noise))
+        + n.alpha * (D - U)
+    ]
 
 
+@register_method(
+    "res_multistep_ancestral_cfg_pp",
+    order=2,
+    source="2308.02157",
+    stochastic=True,
+    defaults={"eta": 1.0},
+)
+@register_method(order=2, source="2308.02157", aliases={"RES Multistep CFG++": {}})
 def res_multistep_cfg_pp(
-    trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination, eta: float = 0.0
+    trace: Trace,
+    knots: Sequence[Knot],
+    i: int,
+    x: Combination,
+    *past: Combination,
+    eta: float = 0.0,
 ) -> list[Combination]:
     """RES with CFG++: U linear in λ through its last value, integrated exactly (2308.02157, eq. 8; sample_res_multistep_cfg_pp).
 
@@ -69,28 +117,35 @@ def res_multistep_cfg_pp(
     D, _, U, _ = _both(trace, x, s)
     if n.sigma == 0:
         return [n.alpha * D]
-    r = sde_spread(s, n, eta)
-    noise = renewed(trace, s, n, r)
-    if s.alpha == 0 or not usable(past, knots, i, 2):
-        return [transfer(x, U, s, n, r, noise) + n.alpha * (D - U), U]
+    r = sde_std(s, n, eta)
+    noise = fresh_noise(trace, s, n, r)
+    if s.alpha == 0 or not valid_history(past, knots, i, 2):
+        return [first_order_update(x, U, s, n, r, noise) + n.alpha * (D - U), U]
     h = n.half_log_snr - s.half_log_snr
     H, last = (1 + eta) * h, s.half_log_snr - knots[i - 1].half_log_snr
     E = U + (phi_2(H) / -math.expm1(-H) * h / last) * (U - past[0])
-    return [transfer(x + s.alpha * (D - U), E, s, n, r, noise), U]
+    return [first_order_update(x + s.alpha * (D - U), E, s, n, r, noise), U]
 
 
+@register_method(order=1, source="2306.04848", aliases={"Gradient Estimation CFG++": {}})
 def gradient_estimation_cfg_pp(
-    trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination, gamma: float = 2.0
+    trace: Trace,
+    knots: Sequence[Knot],
+    i: int,
+    x: Combination,
+    *past: Combination,
+    gamma: float = 2.0,
 ) -> list[Combination]:
     """Gradient estimation with CFG++: to D along γ ε̂_u + (1 - γ) ε̂_u,last of the way (2306.04848, eq. 9; 2406.08070)."""
     s, n = knots[i], knots[i + 1]
     D, _, _, e_u = _both(trace, x, s)
     x_n = n.alpha * D + n.sigma * e_u
-    if n.sigma == 0 or s.alpha == 0 or not usable(past, knots, i, 2):
+    if n.sigma == 0 or s.alpha == 0 or not valid_history(past, knots, i, 2):
         return [x_n, e_u]
     return [x_n + ((gamma - 1) * (n.sigma - n.alpha * s.sigma_ve)) * (e_u - past[0]), e_u]
 
 
+@register_method(order=0, source="ComfyUI", aliases={"CFG++ UD10 AB": {}})
 def cfgpp_ud10_ab(
     trace: Trace,
     knots: Sequence[Knot],
@@ -131,39 +186,8 @@ def _slope(e: Combination, e_u: Combination, s: Knot, n: Knot) -> Combination:
     return e + (n.sigma_ve / (n.sigma_ve - s.sigma_ve)) * (e_u - e)
 
 
-def _both(trace: Trace, x: Combination, s: Knot) -> tuple[Combination, Combination, Combination, Combination]:
+def _both(
+    trace: Trace, x: Combination, s: Knot
+) -> tuple[Combination, Combination, Combination, Combination]:
     """Evaluate once; return the guided (D, ε̂) and the unconditional (U, ε̂_u)."""
     return *trace.evaluate(x, s), *trace.unconditional(x, s)
-
-
-METHODS = [
-    Method("dpmpp_2m_cfg_pp", dpmpp_2m_cfg_pp, order=2, source="2406.08070", called={"DPM++ 2M CFG++": {}}),
-    Method(
-        "dpmpp_2s_ancestral_cfg_pp",
-        dpmpp_2s_ancestral_cfg_pp,
-        order=2,
-        evaluations=2,
-        source="2406.08070",
-        stochastic=True,
-        called={"DPM++ 2S a CFG++": {}},
-    ),
-    Method(
-        "res_multistep_cfg_pp", res_multistep_cfg_pp, order=2, source="2308.02157", called={"RES Multistep CFG++": {}}
-    ),
-    Method(
-        "res_multistep_ancestral_cfg_pp",
-        res_multistep_cfg_pp,
-        order=2,
-        source="2308.02157",
-        stochastic=True,
-        defaults={"eta": 1.0},
-    ),
-    Method(
-        "gradient_estimation_cfg_pp",
-        gradient_estimation_cfg_pp,
-        order=1,
-        source="2306.04848",
-        called={"Gradient Estimation CFG++": {}},
-    ),
-    Method("cfgpp_ud10_ab", cfgpp_ud10_ab, order=0, source="ComfyUI", called={"CFG++ UD10 AB": {}}),
-]

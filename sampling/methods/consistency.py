@@ -6,11 +6,17 @@ import math
 from collections.abc import Sequence
 
 from ..knots import Knot
-from ..table import Combination, Trace
-from .base import Method
-from .euler import check_eta
+from ..tracing import Combination, Trace
+from .base import register_method
+from .steps import check_eta
 
 
+@register_method(
+    order=0,
+    source="2303.01469",
+    stochastic=True,
+    aliases={"Consistency": {}, "CMStochasticIterativeScheduler": {}},
+)
 def consistency(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *, s_noise: float = 1.0
 ) -> list[Combination]:
@@ -23,6 +29,13 @@ def consistency(
     return [n.alpha * D + (s_noise * r) * trace.noise(s, n) if r else n.alpha * D]
 
 
+@register_method(
+    order=0,
+    source="2310.04378",
+    stochastic=True,
+    grid="lcm",
+    aliases={"LCM": {}, "LCMScheduler": {}},
+)
 def lcm(
     trace: Trace,
     knots: Sequence[Knot],
@@ -44,7 +57,16 @@ def lcm(
     return [n.alpha * f + n.sigma * trace.noise(s, n) if n.sigma else n.alpha * f]
 
 
-def tcd(trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *, eta: float = 0.3) -> list[Combination]:
+@register_method(
+    order=0,
+    source="2402.19159",
+    stochastic=True,
+    grid="lcm",
+    aliases={"TCD": {}, "TCDScheduler": {}},
+)
+def tcd(
+    trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *, eta: float = 0.3
+) -> list[Combination]:
     """TCD: down to time (1 - γ) t_n by the network, then up to t_n by noise (Zheng et al. 2402.19159, algorithm 4; γ is eta)."""
     s, n = knots[i], knots[i + 1]
     check_eta(eta)
@@ -61,33 +83,3 @@ def tcd(trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *, eta: flo
         return [y]
     up = n.alpha / low.alpha
     return [up * y + math.sqrt(max(n.sigma**2 - (up * low.sigma) ** 2, 0.0)) * trace.noise(low, n)]
-
-
-METHODS = [
-    Method(
-        "consistency",
-        consistency,
-        order=0,
-        source="2303.01469",
-        stochastic=True,
-        called={"Consistency": {}, "CMStochasticIterativeScheduler": {}},
-    ),
-    Method(
-        "lcm",
-        lcm,
-        order=0,
-        source="2310.04378",
-        stochastic=True,
-        grid="lcm",
-        called={"LCM": {}, "LCMScheduler": {}},
-    ),
-    Method(
-        "tcd",
-        tcd,
-        order=0,
-        source="2402.19159",
-        stochastic=True,
-        grid="lcm",
-        called={"TCD": {}, "TCDScheduler": {}},
-    ),
-]

@@ -9,13 +9,13 @@ import math
 from collections.abc import Sequence
 
 from ..knots import Knot
-from ..table import Combination, Trace
-from .base import Method
+from ..tracing import Combination, Trace
+from .base import register_method
 from .churn import churned
-from .euler import along, check_eta, posterior_spread, renewed, transfer
+from .steps import along, check_eta, first_order_update, fresh_noise, posterior_std
 
 
-def lowered(n: Knot, r: float) -> Knot:
+def ancestral_target(n: Knot, r: float) -> Knot:
     """Return the point of n's signal level that lies below it by noise of spread r; no network is called there."""
     return Knot(math.nan, n.alpha, math.sqrt(max(n.sigma**2 - r**2, 0.0)))
 
@@ -25,6 +25,9 @@ def midpoint(trace: Trace, s: Knot, d: Knot, ratio: float = 0.5) -> Knot:
     return trace.knot(s.half_log_snr + ratio * (d.half_log_snr - s.half_log_snr))
 
 
+@register_method(
+    order=2, evaluations=2, source="2206.00364", aliases={"DPM2": {}, "KDPM2DiscreteScheduler": {}}
+)
 def dpm_2(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *,
     s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
@@ -38,35 +41,68 @@ def dpm_2(
 def _dpm_2_step(trace: Trace, x: Combination, s: Knot, d: Knot) -> Combination:
     D, e = trace.evaluate(x, s)
     if d.sigma == 0 or s.alpha == 0:
-        return transfer(x, D, s, d)
+        return first_order_update(x, D, s, d)
     m = midpoint(trace, s, d)
-    _, e_m = trace.evaluate(transfer(x, D, s, m), m)
+    _, e_m = trace.evaluate(first_order_update(x, D, s, m), m)
     return along(x, D, e, e_m, s, d)
 
 
+@register_method(
+    order=2,
+    evaluations=2,
+    source="k-diffusion",
+    stochastic=True,
+    aliases={"DPM2 a": {}, "KDPM2AncestralDiscreteScheduler": {}},
+)
 def dpm_2_ancestral(
-    trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *, eta: float = 1.0, s_noise: float = 1.0
+    trace: Trace,
+    knots: Sequence[Knot],
+    i: int,
+    x: Combination,
+    *,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
 ) -> list[Combination]:
     """DPM2 a: ancestral sampling with DPM2 steps (k-diffusion's sample_dpm_2_ancestral)."""
     s, n = knots[i], knots[i + 1]
-    r = check_eta(eta) * posterior_spread(s, n)
-    return [_plus(_dpm_2_step(trace, x, s, lowered(n, r)), renewed(trace, s, n, r, s_noise))]
+    r = check_eta(eta) * posterior_std(s, n)
+    return [
+        _plus(
+            _dpm_2_step(trace, x, s, ancestral_target(n, r)), fresh_noise(trace, s, n, r, s_noise)
+        )
+    ]
 
 
+@register_method(
+    order=2, evaluations=2, source="2211.01095", stochastic=True, aliases={"DPM++ 2S a": {}}
+)
 def dpmpp_2s_ancestral(
-    trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *, eta: float = 1.0, s_noise: float = 1.0
+    trace: Trace,
+    knots: Sequence[Knot],
+    i: int,
+    x: Combination,
+    *,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
 ) -> list[Combination]:
     """DPM++ 2S a: ancestral sampling with DPM-Solver++(2S) steps (2211.01095, algorithm 1 with r_1 = 1/2; k-diffusion)."""
     s, n = knots[i], knots[i + 1]
-    r = check_eta(eta) * posterior_spread(s, n)
-    d = lowered(n, r)
+    r = check_eta(eta) * posterior_std(s, n)
+    d = ancestral_target(n, r)
     D, _ = trace.evaluate(x, s)
     if d.sigma > 0 and s.alpha > 0:
         m = midpoint(trace, s, d)
-        D, _ = trace.evaluate(transfer(x, D, s, m), m)
-    return [_plus(transfer(x, D, s, d), renewed(trace, s, n, r, s_noise))]
+        D, _ = trace.evaluate(first_order_update(x, D, s, m), m)
+    return [_plus(first_order_update(x, D, s, d), fresh_noise(trace, s, n, r, s_noise))]
 
 
+@register_method(
+    order=2,
+    evaluations=2,
+    source="2211.01095",
+    stochastic=True,
+    aliases={"DPM++ SDE": {}, "DPMSolverSDEScheduler": {}},
+)
 def dpmpp_sde(
     trace: Trace,
     knots: Sequence[Knot],
@@ -86,55 +122,29 @@ def dpmpp_sde(
     s, n = knots[i], knots[i + 1]
     check_eta(eta)
     D, _ = trace.evaluate(x, s)
-    spread = eta * posterior_spread(s, n)
+    spread = eta * posterior_std(s, n)
     if n.sigma == 0 or s.alpha == 0:
-        return [_plus(transfer(x, D, s, lowered(n, spread)), renewed(trace, s, n, spread, s_noise))]
+        return [
+            _plus(
+                first_order_update(x, D, s, ancestral_target(n, spread)),
+                fresh_noise(trace, s, n, spread, s_noise),
+            )
+        ]
     m = midpoint(trace, s, n, r)
-    to_m = eta * posterior_spread(s, m)
-    x_m = _plus(transfer(x, D, s, lowered(m, to_m)), renewed(trace, s, m, to_m, s_noise))
+    to_m = eta * posterior_std(s, m)
+    x_m = _plus(
+        first_order_update(x, D, s, ancestral_target(m, to_m)),
+        fresh_noise(trace, s, m, to_m, s_noise),
+    )
     D_m, _ = trace.evaluate(x_m, m)
     E = D + (D_m - D) / (2 * r)
-    return [_plus(transfer(x, E, s, lowered(n, spread)), renewed(trace, s, n, spread, s_noise))]
+    return [
+        _plus(
+            first_order_update(x, E, s, ancestral_target(n, spread)),
+            fresh_noise(trace, s, n, spread, s_noise),
+        )
+    ]
 
 
 def _plus(x: Combination, noise: Combination | None) -> Combination:
     return x if noise is None else x + noise
-
-
-METHODS = [
-    Method(
-        "dpm_2",
-        dpm_2,
-        order=2,
-        evaluations=2,
-        source="2206.00364",
-        called={"DPM2": {}, "KDPM2DiscreteScheduler": {}},
-    ),
-    Method(
-        "dpm_2_ancestral",
-        dpm_2_ancestral,
-        order=2,
-        evaluations=2,
-        source="k-diffusion",
-        stochastic=True,
-        called={"DPM2 a": {}, "KDPM2AncestralDiscreteScheduler": {}},
-    ),
-    Method(
-        "dpmpp_2s_ancestral",
-        dpmpp_2s_ancestral,
-        order=2,
-        evaluations=2,
-        source="2211.01095",
-        stochastic=True,
-        called={"DPM++ 2S a": {}},
-    ),
-    Method(
-        "dpmpp_sde",
-        dpmpp_sde,
-        order=2,
-        evaluations=2,
-        source="2211.01095",
-        stochastic=True,
-        called={"DPM++ SDE": {}, "DPMSolverSDEScheduler": {}},
-    ),
-]

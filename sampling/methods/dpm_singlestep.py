@@ -6,14 +6,27 @@ import math
 from collections.abc import Sequence
 
 from ..knots import Knot
-from ..table import Combination, Trace
-from .base import Method
-from .euler import along, check_eta, posterior_spread, renewed, transfer, transfer_epsilon
+from ..tracing import Combination, Trace
+from .base import register_method
 from .integrals import phi_2
+from .steps import (
+    along,
+    check_eta,
+    first_order_update,
+    first_order_update_epsilon,
+    fresh_noise,
+    posterior_std,
+)
 
 
 def dpm_solver_2(
-    trace: Trace, s: Knot, n: Knot, x: Combination, e: Combination, r1: float = 0.5, D: Combination | None = None
+    trace: Trace,
+    s: Knot,
+    n: Knot,
+    x: Combination,
+    e: Combination,
+    r1: float = 0.5,
+    D: Combination | None = None,
 ) -> tuple[Combination, Combination]:
     """Return x_n by DPM-Solver-2 from ε̂ at s and at r_1 of the way, and the latter (2206.00927, algorithm 4)."""
     m = _on_the_way(trace, s, n, r1)
@@ -40,9 +53,13 @@ def dpm_solver_3(
     return _step(x, D, e, e + _slope_weight(h) / r2 * (e2 - e), s, n)
 
 
-def _step(x: Combination, D: Combination | None, e: Combination, mean_e: Combination, s: Knot, n: Knot) -> Combination:
+def _step(
+    x: Combination, D: Combination | None, e: Combination, mean_e: Combination, s: Knot, n: Knot
+) -> Combination:
     """Return the step along ``mean_e``; with D of the same evaluation as ε̂ it loses fewer digits near α = 0."""
-    return transfer_epsilon(x, mean_e, s, n) if D is None else along(x, D, e, mean_e, s, n)
+    return (
+        first_order_update_epsilon(x, mean_e, s, n) if D is None else along(x, D, e, mean_e, s, n)
+    )
 
 
 def _on_the_way(trace: Trace, s: Knot, n: Knot, r: float) -> Knot:
@@ -81,6 +98,15 @@ def block_orders(nfe: int, from_noise: bool = False, to_clean: bool = False) -> 
     return [1] * from_noise + middle + [1] * to_clean
 
 
+@register_method(
+    order=3,
+    evaluations=3,
+    source="2206.00927",
+    grid="dpm_fast",
+    steps_option="nfe",
+    blocks=block_orders,
+    aliases={"DPM fast": {}},
+)
 def dpm_fast(
     trace: Trace,
     knots: Sequence[Knot],
@@ -101,35 +127,26 @@ def dpm_fast(
     ends = knots[0].alpha == 0, knots[-1].sigma == 0
     orders = [3] * steps if nfe is None else block_orders(nfe, *ends)
     if len(orders) != steps:
-        raise ValueError(f"{nfe} evaluations make {len(orders)} steps between these ends, got a grid of {steps}")
-    r = check_eta(eta) * posterior_spread(s, n)
+        raise ValueError(
+            f"{nfe} evaluations make {len(orders)} steps between these ends, got a grid of {steps}"
+        )
+    r = check_eta(eta) * posterior_std(s, n)
     # an ancestral step goes below the knot, but not below where the grid ends
     end = knots[-1]
     low = max(math.sqrt(max(n.sigma**2 - r**2, 0.0)), n.alpha * end.sigma_ve)
     d = Knot(math.nan, n.alpha, low) if r else n
     D, e = trace.evaluate(x, s)
-    noise = renewed(trace, s, n, math.sqrt(max(n.sigma**2 - d.sigma**2, 0.0)), s_noise) if r else None
+    noise = (
+        fresh_noise(trace, s, n, math.sqrt(max(n.sigma**2 - d.sigma**2, 0.0)), s_noise)
+        if r
+        else None
+    )
     order = orders[i]
     if order == 1 or s.alpha == 0 or d.sigma == 0:
-        y = transfer(x, D, s, d)
+        y = first_order_update(x, D, s, d)
     elif order == 2:
         y, _ = dpm_solver_2(trace, s, d, x, e, D=D)
     else:
         _, e1 = dpm_solver_2(trace, s, d, x, e, r1=1 / 3, D=D)
         y = dpm_solver_3(trace, s, d, x, e, e1, D=D)
     return [y if noise is None else y + noise]
-
-
-METHODS = [
-    Method(
-        "dpm_fast",
-        dpm_fast,
-        order=3,
-        evaluations=3,
-        source="2206.00927",
-        grid="dpm_fast",
-        steps_as="nfe",
-        blocks=block_orders,
-        called={"DPM fast": {}},
-    ),
-]

@@ -19,17 +19,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ...noising.utils.validation import one_of
 from ..knots import Knot
-from ..table import Combination, Trace
-from .base import Method, one_of
-from .euler import along, ddim_inverse, renewed, sde_spread, transfer, transfer_epsilon
+from ..tracing import Combination, Trace
+from .base import register_method
+from .euler import ddim_inverse
 from .integrals import phi_2, phi_3
+from .steps import along, first_order_update, first_order_update_epsilon, fresh_noise, sde_std
 
 ALGORITHMS = ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver")
 SOLVER_TYPES = ("midpoint", "heun")
 
 
-def differences(m: Sequence[Combination], lambdas: Sequence[float], h: float) -> tuple[Combination, Combination]:
+def differences(
+    m: Sequence[Combination], lambdas: Sequence[float], h: float
+) -> tuple[Combination, Combination]:
     """Return D1 = h D' and D2 = h² D'' / 2 at λ_0, from two or three past values (2211.01095, appendix)."""
     r0 = (lambdas[0] - lambdas[1]) / h
     first = (m[0] - m[1]) / r0
@@ -53,7 +57,9 @@ def weighted_mean(
     return m[0] + (phi_2(H) / whole) * D1 + (phi_3(H) / whole) * D2
 
 
-def usable(past: Sequence[Combination], knots: Sequence[Knot], i: int, order: int) -> list[Combination]:
+def valid_history(
+    past: Sequence[Combination], knots: Sequence[Knot], i: int, order: int
+) -> list[Combination]:
     """Return the remembered values that a step may use: none older than a knot with α = 0."""
     return [m for j, m in enumerate(past[: order - 1]) if knots[i - 1 - j].alpha > 0]
 
@@ -65,6 +71,7 @@ def step_order(i: int, steps: int, order: int, n: Knot, lower_order_final: bool)
     return min(order, steps - i) if lower_order_final and steps < 15 else order
 
 
+@register_method(order=2, source="2211.01095", aliases={"DPMSolverMultistepScheduler": {}})
 def dpm_solver_multistep(
     trace: Trace,
     knots: Sequence[Knot],
@@ -87,21 +94,23 @@ def dpm_solver_multistep(
     D, e = trace.evaluate(x, s)
     by_noise = algorithm.endswith("dpmsolver")
     value = e if by_noise else D
-    used = step_order(i, steps, 1 if euler_at_final and i == steps - 1 else order, n, lower_order_final)
-    m = [value, *usable(past, knots, i, used)]
+    used = step_order(
+        i, steps, 1 if euler_at_final and i == steps - 1 else order, n, lower_order_final
+    )
+    m = [value, *valid_history(past, knots, i, used)]
     eta = (1.0 if algorithm.startswith("sde") else 0.0) if eta is None else eta
     memory = [value, *past[: order - 2]] if order > 1 else []
     if n.sigma == 0:
-        return [transfer(x, D, s, n), *memory]
+        return [first_order_update(x, D, s, n), *memory]
     if s.alpha == 0 or (len(m) == 1 and not (by_noise and eta)):
-        r = sde_spread(s, n, eta)
-        return [transfer(x, D, s, n, r, renewed(trace, s, n, r, s_noise)), *memory]
+        r = sde_std(s, n, eta)
+        return [first_order_update(x, D, s, n, r, fresh_noise(trace, s, n, r, s_noise)), *memory]
     h = n.half_log_snr - s.half_log_snr
     lambdas = [knots[i - j].half_log_snr for j in range(len(m))]
     if not by_noise:
         E = weighted_mean(m, lambdas, h, (1 + eta) * h, solver_type)
-        r = sde_spread(s, n, eta)
-        return [transfer(x, E, s, n, r, renewed(trace, s, n, r, s_noise)), *memory]
+        r = sde_std(s, n, eta)
+        return [first_order_update(x, E, s, n, r, fresh_noise(trace, s, n, r, s_noise)), *memory]
     E = weighted_mean(m, lambdas, h, -h, solver_type)
     if not eta:
         return [along(x, D, e, E, s, n), *memory]
@@ -109,31 +118,57 @@ def dpm_solver_multistep(
     trace.keeps_marginals = False
     drift = 2 * (n.sigma - n.alpha * s.sigma_ve) * E
     return [
-        (n.alpha / s.alpha) * x + drift + (s_noise * n.sigma * math.sqrt(math.expm1(2 * h))) * trace.noise(s, n),
+        (n.alpha / s.alpha) * x
+        + drift
+        + (s_noise * n.sigma * math.sqrt(math.expm1(2 * h))) * trace.noise(s, n),
         *memory,
     ]
 
 
-def dpmpp_2m(trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination) -> list[Combination]:
+@register_method(order=2, source="2211.01095", aliases={"DPM++ 2M": {}})
+def dpmpp_2m(
+    trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination
+) -> list[Combination]:
     """DPM-Solver++(2M) (2211.01095, algorithm 2): first order at the start and into σ = 0."""
     return dpm_solver_multistep(trace, knots, i, x, *past, order=2, lower_order_final=False)
 
 
-def dpmpp_3m(trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination) -> list[Combination]:
+@register_method(order=2, source="2211.01095", aliases={"DPM++ 3M": {}})
+def dpmpp_3m(
+    trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination
+) -> list[Combination]:
     """DPM-Solver++(3M) in the published form (2211.01095, appendix; see the head of this module for its order)."""
-    return dpm_solver_multistep(trace, knots, i, x, *past, order=3, solver_type="heun", lower_order_final=False)
+    return dpm_solver_multistep(
+        trace, knots, i, x, *past, order=3, solver_type="heun", lower_order_final=False
+    )
 
 
+@register_method(
+    order=2,
+    source="2211.01095",
+    stochastic=True,
+    aliases={"DPM++ 2M SDE": {}, "DPM++ 2M SDE Heun": {"solver_type": "heun"}},
+)
 def dpmpp_2m_sde(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination,
     eta: float = 1.0, s_noise: float = 1.0, solver_type: str = "midpoint",
 ) -> list[Combination]:  # fmt: skip
     """SDE-DPM-Solver++(2M) (2211.01095, eq. 18; k-diffusion's sample_dpmpp_2m_sde)."""
     return dpm_solver_multistep(
-        trace, knots, i, x, *past, order=2, lower_order_final=False, eta=eta, s_noise=s_noise, solver_type=solver_type
+        trace,
+        knots,
+        i,
+        x,
+        *past,
+        order=2,
+        lower_order_final=False,
+        eta=eta,
+        s_noise=s_noise,
+        solver_type=solver_type,
     )
 
 
+@register_method(order=2, source="k-diffusion", stochastic=True, aliases={"DPM++ 3M SDE": {}})
 def dpmpp_3m_sde(
     trace: Trace,
     knots: Sequence[Knot],
@@ -145,10 +180,27 @@ def dpmpp_3m_sde(
 ) -> list[Combination]:
     """SDE-DPM-Solver++(3M) (k-diffusion's sample_dpmpp_3m_sde, which starts with the exact second-order coefficient)."""
     return dpm_solver_multistep(
-        trace, knots, i, x, *past, order=3, lower_order_final=False, eta=eta, s_noise=s_noise, solver_type="heun"
+        trace,
+        knots,
+        i,
+        x,
+        *past,
+        order=3,
+        lower_order_final=False,
+        eta=eta,
+        s_noise=s_noise,
+        solver_type="heun",
     )
 
 
+@register_method(
+    order=2,
+    source="2211.01095",
+    inverse=True,
+    grid="linspace",
+    grid_options={"final": "sigma_min"},
+    aliases={"DPMSolverMultistepInverseScheduler": {}},
+)
 def dpm_solver_inverse(
     trace: Trace,
     knots: Sequence[Knot],
@@ -170,7 +222,7 @@ def dpm_solver_inverse(
     if s.sigma == 0:
         return ddim_inverse(trace, knots, i, x)
     if n.alpha == 0:
-        return [transfer(x, trace.denoise(x, s), s, n)]
+        return [first_order_update(x, trace.denoise(x, s), s, n)]
     return dpm_solver_multistep(
         trace, knots, i, x, *past, order=order, algorithm=algorithm, solver_type=solver_type,
         lower_order_final=lower_order_final, euler_at_final=euler_at_final,
@@ -192,6 +244,9 @@ def singlestep_orders(steps: int, order: int, last_is_clean: bool) -> list[int]:
     return orders
 
 
+@register_method(
+    order=2, block=2, source="2206.00927", aliases={"DPMSolverSinglestepScheduler": {}}
+)
 def dpm_solver_singlestep(
     trace: Trace,
     knots: Sequence[Knot],
@@ -207,23 +262,31 @@ def dpm_solver_singlestep(
     one_of("algorithm", algorithm, ALGORITHMS[:3])
     one_of("solver_type", solver_type, SOLVER_TYPES)
     s, n, steps = knots[i], knots[i + 1], len(knots) - 1
-    alone = int(knots[0].alpha == 0)  # a zero-SNR knot takes its step alone, and blocks begin after it
+    # a zero-SNR knot takes its step alone, and blocks begin after it
+    alone = int(knots[0].alpha == 0)
     orders = [1] * alone + singlestep_orders(steps - alone, order, knots[-1].sigma == 0)
     k = orders[i]
     D, e = trace.evaluate(x, s)
     by_noise, eta = algorithm == "dpmsolver", 1.0 if algorithm.startswith("sde") else 0.0
     # memory: the block's first x, then its values, the newest first
-    origin, values = (x, [e if by_noise else D]) if k == 1 else (past[0], [e if by_noise else D, *past[1:k]])
+    origin, values = (
+        (x, [e if by_noise else D]) if k == 1 else (past[0], [e if by_noise else D, *past[1:k]])
+    )
     memory = [origin, *values] if i + 1 < steps and orders[i + 1] > 1 else []
     first = knots[i - k + 1]
-    r = sde_spread(first, n, eta)
-    z = renewed(trace, first, n, r)
+    r = sde_std(first, n, eta)
+    z = fresh_noise(trace, first, n, r)
     if k == 1:
-        return [transfer(x, D, s, n, r, z), *memory]
+        return [first_order_update(x, D, s, n, r, z), *memory]
     lambdas = [knots[i - k + 1 + j].half_log_snr for j in range(k)]
     h = n.half_log_snr - lambdas[0]
     E = _block_mean(values[::-1], lambdas, h, -h if by_noise else (1 + eta) * h, solver_type)
-    return [transfer_epsilon(origin, E, first, n) if by_noise else transfer(origin, E, first, n, r, z), *memory]
+    return [
+        first_order_update_epsilon(origin, E, first, n)
+        if by_noise
+        else first_order_update(origin, E, first, n, r, z),
+        *memory,
+    ]
 
 
 def _block_mean(
@@ -241,62 +304,3 @@ def _block_mean(
     D1 = (r2 * slope[0] - r1 * slope[1]) / (r2 - r1)
     D2 = 2.0 * (slope[1] - slope[0]) / (r2 - r1)
     return m[0] + (phi_2(H) / whole) * D1 + (phi_3(H) / whole) * D2
-
-
-METHODS = [
-    Method(
-        "dpm_solver_multistep",
-        dpm_solver_multistep,
-        order=2,
-        source="2211.01095",
-        called={"DPMSolverMultistepScheduler": {}},
-    ),
-    Method(
-        "dpm_solver_inverse",
-        dpm_solver_inverse,
-        order=2,
-        source="2211.01095",
-        inverse=True,
-        grid="linspace",
-        grid_options={"final": "sigma_min"},
-        called={"DPMSolverMultistepInverseScheduler": {}},
-    ),
-    Method(
-        "dpm_solver_singlestep",
-        dpm_solver_singlestep,
-        order=2,
-        block=2,
-        source="2206.00927",
-        called={"DPMSolverSinglestepScheduler": {}},
-    ),
-    Method(
-        "dpmpp_2m",
-        dpmpp_2m,
-        order=2,
-        source="2211.01095",
-        called={"DPM++ 2M": {}},
-    ),
-    Method(
-        "dpmpp_3m",
-        dpmpp_3m,
-        order=2,
-        source="2211.01095",
-        called={"DPM++ 3M": {}},
-    ),
-    Method(
-        "dpmpp_2m_sde",
-        dpmpp_2m_sde,
-        order=2,
-        source="2211.01095",
-        stochastic=True,
-        called={"DPM++ 2M SDE": {}, "DPM++ 2M SDE Heun": {"solver_type": "heun"}},
-    ),
-    Method(
-        "dpmpp_3m_sde",
-        dpmpp_3m_sde,
-        order=2,
-        source="k-diffusion",
-        stochastic=True,
-        called={"DPM++ 3M SDE": {}},
-    ),
-]

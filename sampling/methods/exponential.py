@@ -8,15 +8,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from ...noising.utils.validation import one_of
 from ..knots import Knot
-from ..table import Combination, Trace
+from ..tracing import Combination, Trace
 from .adams import weighted
-from .base import Method, one_of
-from .dpm_solver import usable
-from .euler import renewed, sde_spread, transfer
+from .base import register_method
+from .dpm_solver import valid_history
 from .integrals import lagrange_integrals, phi_2
+from .steps import first_order_update, fresh_noise, sde_std
 
 
+@register_method(
+    "exponential_adams_4", order=4, source="2308.02157", defaults={"order": 4, "extrapolate": True}
+)
+@register_method(
+    "exponential_adams", order=3, source="2308.02157", defaults={"order": 3, "extrapolate": True}
+)
+@register_method("res_multistep_3", order=3, source="2308.02157", defaults={"order": 3})
+@register_method(order=2, source="2308.02157", aliases={"RES Multistep": {}})
 def res_multistep(
     trace: Trace,
     knots: Sequence[Knot],
@@ -35,24 +44,30 @@ def res_multistep(
     one_of("order", order, (1, 2, 3, 4))
     s, n = knots[i], knots[i + 1]
     D = E = trace.denoise(x, s)
-    r = sde_spread(s, n, eta)
-    m = [D, *usable(past, knots, i, order)]
+    r = sde_std(s, n, eta)
+    m = [D, *valid_history(past, knots, i, order)]
     if n.sigma == 0 and extrapolate:
-        return [n.alpha * weighted(m, _lagrange_at_zero([knots[i - j].sigma_ve ** 2 for j in range(len(m))]))]
+        return [
+            n.alpha
+            * weighted(m, _lagrange_at_zero([knots[i - j].sigma_ve ** 2 for j in range(len(m))]))
+        ]
     if n.sigma > 0 and s.alpha > 0 and len(m) > 1:
         nodes = [knots[i - j].half_log_snr for j in range(len(m))]
         H = 1 + eta
         weights = [H * w for w in lagrange_integrals(nodes, nodes[0], n.half_log_snr, rate=H)]
         E = weighted(m, [w / -math.expm1(-H * (n.half_log_snr - nodes[0])) for w in weights])
     memory = [D, *past[: order - 2]] if order > 1 else []
-    return [transfer(x, E, s, n, r, renewed(trace, s, n, r)), *memory]
+    return [first_order_update(x, E, s, n, r, fresh_noise(trace, s, n, r)), *memory]
 
 
 def _lagrange_at_zero(nodes: Sequence[float]) -> list[float]:
     """Return the values at 0 of the Lagrange polynomials over ``nodes``."""
-    return [math.prod(y / (y - z) for k, y in enumerate(nodes) if k != j) for j, z in enumerate(nodes)]
+    return [
+        math.prod(y / (y - z) for k, y in enumerate(nodes) if k != j) for j, z in enumerate(nodes)
+    ]
 
 
+@register_method(order=2, source="2309.06169", stochastic=True, aliases={"ER SDE": {}})
 def er_sde(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination, order: int = 3
 ) -> list[Combination]:
@@ -64,15 +79,15 @@ def er_sde(
     s, n = knots[i], knots[i + 1]
     D = trace.denoise(x, s)
     if n.sigma == 0:
-        return [transfer(x, D, s, n)]
+        return [first_order_update(x, D, s, n)]
     if s.alpha == 0:
-        return [transfer(x, D, s, n, n.sigma, n.sigma * trace.noise(s, n)), D]
+        return [first_order_update(x, D, s, n, n.sigma, n.sigma * trace.noise(s, n)), D]
     a, b = s.sigma_ve, n.sigma_ve
     ratio = _scale(b) / _scale(a)
     keep = (n.alpha / s.alpha) * ratio
     x_n = keep * x + n.alpha * (1 - ratio) * D
     memory = [D]
-    values = usable(past[:1], knots, i, 2)
+    values = valid_history(past[:1], knots, i, 2)
     if values and order > 1:
         step = b - a
         slope = (D - values[0]) / (a - knots[i - 1].sigma_ve)
@@ -80,7 +95,10 @@ def er_sde(
         memory.append(slope)
         if len(past) > 1 and order > 2 and knots[i - 2].alpha > 0:
             curvature = (slope - past[1]) / ((a - knots[i - 2].sigma_ve) / 2)
-            x_n = x_n + n.alpha * (step**2 / 2 + _scale(b) * _integral(b, a, lambda y: y - a)) * curvature
+            x_n = (
+                x_n
+                + n.alpha * (step**2 / 2 + _scale(b) * _integral(b, a, lambda y: y - a)) * curvature
+            )
     spread = n.alpha * math.sqrt(max(b**2 - (a * ratio) ** 2, 0.0))
     return [x_n + spread * trace.noise(s, n), *memory]
 
@@ -96,6 +114,9 @@ def _integral(b: float, a: float, f: Callable[[float], float], panels: int = 200
     return sum(f(y) * y / _scale(y) for y in points) * width
 
 
+@register_method(
+    order=2, evaluations=2, source="2305.14267", stochastic=True, aliases={"SEEDS-2": {}}
+)
 def seeds_2(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *, eta: float = 1.0, r: float = 0.5
 ) -> list[Combination]:
@@ -103,15 +124,20 @@ def seeds_2(
     s, n = knots[i], knots[i + 1]
     D = trace.denoise(x, s)
     if n.sigma == 0 or s.alpha == 0:
-        spread = sde_spread(s, n, eta)
-        return [transfer(x, D, s, n, spread, spread * trace.noise(s, n) if spread else None)]
+        spread = sde_std(s, n, eta)
+        return [
+            first_order_update(x, D, s, n, spread, spread * trace.noise(s, n) if spread else None)
+        ]
     path = _Path(trace, s, eta)
     m = path.extend(r, n)
-    D_m = trace.denoise(transfer(x, D, s, m, *path.noise_at(m)), m)
+    D_m = trace.denoise(first_order_update(x, D, s, m, *path.noise_at(m)), m)
     path.end(n)
-    return [transfer(x, D + (D_m - D) / (2 * r), s, n, *path.noise_at(n))]
+    return [first_order_update(x, D + (D_m - D) / (2 * r), s, n, *path.noise_at(n))]
 
 
+@register_method(
+    order=2, evaluations=3, source="2305.14267", stochastic=True, aliases={"SEEDS-3": {}}
+)
 def seeds_3(
     trace: Trace,
     knots: Sequence[Knot],
@@ -126,17 +152,23 @@ def seeds_3(
     s, n = knots[i], knots[i + 1]
     D = trace.denoise(x, s)
     if n.sigma == 0 or s.alpha == 0:
-        spread = sde_spread(s, n, eta)
-        return [transfer(x, D, s, n, spread, spread * trace.noise(s, n) if spread else None)]
+        spread = sde_std(s, n, eta)
+        return [
+            first_order_update(x, D, s, n, spread, spread * trace.noise(s, n) if spread else None)
+        ]
     H = (1 + eta) * (n.half_log_snr - s.half_log_snr)
     path = _Path(trace, s, eta)
     m1 = path.extend(r_1, n)
-    D1 = trace.denoise(transfer(x, D, s, m1, *path.noise_at(m1)), m1)
+    D1 = trace.denoise(first_order_update(x, D, s, m1, *path.noise_at(m1)), m1)
     m2 = path.extend(r_2, n)
     E2 = D + (r_2 / r_1 * phi_2(r_2 * H) / -math.expm1(-r_2 * H)) * (D1 - D)
-    D2 = trace.denoise(transfer(x, E2, s, m2, *path.noise_at(m2)), m2)
+    D2 = trace.denoise(first_order_update(x, E2, s, m2, *path.noise_at(m2)), m2)
     path.end(n)
-    return [transfer(x, D + (phi_2(H) / -math.expm1(-H) / r_2) * (D2 - D), s, n, *path.noise_at(n))]
+    return [
+        first_order_update(
+            x, D + (phi_2(H) / -math.expm1(-H) / r_2) * (D2 - D), s, n, *path.noise_at(n)
+        )
+    ]
 
 
 class _Path:
@@ -155,23 +187,12 @@ class _Path:
         stretch = self.eta * (m.half_log_snr - self.last.half_log_snr)
         if stretch:
             fresh = math.sqrt(-math.expm1(-2 * stretch)) * self.trace.noise(self.last, m)
-            self.gathered = fresh if self.gathered is None else math.exp(-stretch) * self.gathered + fresh
+            self.gathered = (
+                fresh if self.gathered is None else math.exp(-stretch) * self.gathered + fresh
+            )
         self.last = m
 
     def noise_at(self, m: Knot) -> tuple[float, Combination | None]:
-        return sde_spread(self.s, m, self.eta), None if self.gathered is None else m.sigma * self.gathered
-
-
-METHODS = [
-    Method("res_multistep", res_multistep, order=2, source="2308.02157", called={"RES Multistep": {}}),
-    Method("res_multistep_3", res_multistep, order=3, source="2308.02157", defaults={"order": 3}),
-    Method(
-        "exponential_adams", res_multistep, order=3, source="2308.02157", defaults={"order": 3, "extrapolate": True}
-    ),
-    Method(
-        "exponential_adams_4", res_multistep, order=4, source="2308.02157", defaults={"order": 4, "extrapolate": True}
-    ),
-    Method("er_sde", er_sde, order=2, source="2309.06169", stochastic=True, called={"ER SDE": {}}),
-    Method("seeds_2", seeds_2, order=2, evaluations=2, source="2305.14267", stochastic=True, called={"SEEDS-2": {}}),
-    Method("seeds_3", seeds_3, order=2, evaluations=3, source="2305.14267", stochastic=True, called={"SEEDS-3": {}}),
-]
+        return sde_std(
+            self.s, m, self.eta
+        ), None if self.gathered is None else m.sigma * self.gathered

@@ -6,13 +6,63 @@ import math
 from collections.abc import Sequence
 
 from ..knots import Knot
-from ..table import Combination, Trace
-from .base import Method
+from ..tracing import Combination, Trace
+from .base import register_method
 from .churn import churned
-from .euler import along, renewed, sde_spread, transfer
 from .integrals import phi_2
+from .steps import along, first_order_update, fresh_noise, sde_std
 
 
+@register_method(
+    "stochastic_karras_ve",
+    order=0,
+    reaches=(2, {"s_churn": 10.0, "s_noise": 1.0}),
+    evaluations=2,
+    source="2206.00364, algorithm 2",
+    stochastic=True,
+    aliases={"KarrasVeScheduler": {"grid": "exponential"}},
+    defaults={"s_churn": 80.0, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.007},
+)
+@register_method(
+    order=2, evaluations=2, source="2206.00364", aliases={"Heun": {}, "HeunDiscreteScheduler": {}}
+)
+def heun(
+    trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *,
+    s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
+) -> list[Combination]:  # fmt: skip
+    """Heun's second-order steps (2206.00364, algorithm 2), with Euler's for the last into σ = 0 and from α = 0."""
+    n = knots[i + 1]
+    x, s = churned(trace, knots, i, x, s_churn, s_tmin, s_tmax, s_noise)
+    D, e = trace.evaluate(x, s)
+    x_n = first_order_update(x, D, s, n)
+    if n.sigma == 0 or s.alpha == 0:
+        return [x_n]
+    _, e_n = trace.evaluate(x_n, n)
+    trace.denoised = D
+    # in σ/α the slope is ε̂: line 11 with the mean of both ends
+    return [along(x, D, e, 0.5 * (e + e_n), s, n)]
+
+
+@register_method(order=2, evaluations=2, source="2403.03206")
+def flow_heun(trace: Trace, knots: Sequence[Knot], i: int, x: Combination) -> list[Combination]:
+    """Heun's steps in the time of the straight path, x_n = x + (σ_n - σ_s) (u_s + u_n) / 2 with u = ε̂ - D (2403.03206, §2).
+
+    ``heun`` takes the mean of both slopes in σ / α instead; both are of order 2. On other curves than a flow x / (α + σ) follows
+    the straight path, with the time σ / (α + σ).
+    """
+    s, n = knots[i], knots[i + 1]
+    D, e = trace.evaluate(x, s)
+    x_n = first_order_update(x, D, s, n)
+    if n.sigma == 0:
+        return [x_n]
+    D_n, e_n = trace.evaluate(x_n, n)
+    trace.denoised = D
+    whole, whole_n = s.alpha + s.sigma, n.alpha + n.sigma
+    gone = n.sigma / whole_n - s.sigma / whole
+    return [x_n + (0.5 * whole_n * gone) * ((e_n - D_n) - (e - D))]
+
+
+@register_method(order=1, evaluations=3, source="k-diffusion, Heun++", aliases={"Heun++ 2": {}})
 def heunpp2(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *,
     s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
@@ -27,16 +77,26 @@ def heunpp2(
     D, e = trace.evaluate(x, s)
     ahead = knots[i + 1 : min(i + 3, len(knots) - 1)]  # not the last knot, which is clean
     if s.alpha == 0 or not ahead:
-        return [transfer(x, D, s, knots[i + 1])]
+        return [first_order_update(x, D, s, knots[i + 1])]
     mean_e, y, D_y, k = e, x, D, s
     for n in ahead:
-        y = transfer(y, D_y, k, n)
+        y = first_order_update(y, D_y, k, n)
         D_y, e_n = trace.evaluate(y, n)
         mean_e, k = mean_e + (n.sigma_ve / ((len(ahead) + 1) * first)) * (e_n - e), n
     trace.denoised = D
     return [along(x, D, e, mean_e, s, knots[i + 1])]
 
 
+@register_method(
+    "exp_heun_2_x0_sde",
+    order=2,
+    evaluations=2,
+    source="2305.14267",
+    stochastic=True,
+    defaults={"eta": 1.0},
+    aliases={"Exp Heun 2 x0 SDE": {}},
+)
+@register_method(order=2, evaluations=2, source="2305.14267", aliases={"Exp Heun 2 x0": {}})
 def exp_heun_2_x0(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *, eta: float = 0.0
 ) -> list[Combination]:
@@ -48,28 +108,12 @@ def exp_heun_2_x0(
     """
     s, n = knots[i], knots[i + 1]
     D = trace.denoise(x, s)
-    r = sde_spread(s, n, eta)
-    noise = renewed(trace, s, n, r)
-    x_n = transfer(x, D, s, n, r, noise)
+    r = sde_std(s, n, eta)
+    noise = fresh_noise(trace, s, n, r)
+    x_n = first_order_update(x, D, s, n, r, noise)
     if n.sigma == 0 or s.alpha == 0:
         return [x_n]
     H = (1 + eta) * (n.half_log_snr - s.half_log_snr)
     D_n = trace.denoise(x_n, n)
     trace.denoised = D
-    return [transfer(x, D + (phi_2(H) / -math.expm1(-H)) * (D_n - D), s, n, r, noise)]
-
-
-METHODS = [
-    Method("heunpp2", heunpp2, order=1, evaluations=3, source="k-diffusion, Heun++", called={"Heun++ 2": {}}),
-    Method("exp_heun_2_x0", exp_heun_2_x0, order=2, evaluations=2, source="2305.14267", called={"Exp Heun 2 x0": {}}),
-    Method(
-        "exp_heun_2_x0_sde",
-        exp_heun_2_x0,
-        order=2,
-        evaluations=2,
-        source="2305.14267",
-        stochastic=True,
-        defaults={"eta": 1.0},
-        called={"Exp Heun 2 x0 SDE": {}},
-    ),
-]
+    return [first_order_update(x, D + (phi_2(H) / -math.expm1(-H)) * (D_n - D), s, n, r, noise)]

@@ -15,7 +15,9 @@ def _gauss_legendre() -> tuple[list[float], list[float]]:
     return nodes.tolist(), weights.tolist()
 
 
-def lagrange_integrals(nodes: Sequence[float], a: float, b: float, rate: float = 0.0) -> list[float]:
+def lagrange_integrals(
+    nodes: Sequence[float], a: float, b: float, rate: float = 0.0
+) -> list[float]:
     """Return ∫_a^b l_j(y) exp(rate (y - b)) dy for each Lagrange polynomial l_j over ``nodes``.
 
     Gauss-Legendre with 48 points: exact for rate 0, and to rounding for the steps that samplers take.
@@ -29,7 +31,9 @@ def lagrange_integrals(nodes: Sequence[float], a: float, b: float, rate: float =
         y = middle + half * x
         scale = w * half * math.exp(rate * (y - b))
         for j, yj in enumerate(nodes):
-            totals[j] += scale * math.prod((y - yk) / (yj - yk) for k, yk in enumerate(nodes) if k != j)
+            totals[j] += scale * math.prod(
+                (y - yk) / (yj - yk) for k, yk in enumerate(nodes) if k != j
+            )
     return totals
 
 

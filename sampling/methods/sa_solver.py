@@ -12,15 +12,33 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ...noising.utils.validation import one_of
 from ..knots import Knot
-from ..table import Combination, Trace
+from ..tracing import Combination, Trace
 from .adams import weighted
-from .base import Method, one_of
-from .dpm_solver import usable
-from .euler import sde_spread, transfer
+from .base import register_method
+from .dpm_solver import valid_history
 from .integrals import lagrange_integrals
+from .steps import first_order_update, sde_std
 
 
+@register_method(
+    "sa_solver_pece",
+    order=2,
+    evaluations=2,
+    rewrites=(1,),
+    source="2309.05019",
+    stochastic=True,
+    defaults={"predictor_order": 3, "corrector_order": 4, "pece": True},
+    aliases={"SA-Solver PECE": {}},
+)
+@register_method(
+    order=2,
+    rewrites=(1,),
+    source="2309.05019",
+    stochastic=True,
+    aliases={"SA-Solver": {}, "SASolverScheduler": {}},
+)
 def sa_solver(
     trace: Trace,
     knots: Sequence[Knot],
@@ -53,21 +71,21 @@ def sa_solver(
     values = [D if predict_x0 else e]
     advance = _by_data if predict_x0 else _by_noise
     if past:
-        drew = sde_spread(knots[i - 1], s, strength(i - 1)) > 0
+        drew = sde_std(knots[i - 1], s, strength(i - 1)) > 0
         x_last, z_last, older = past[0], past[1] if drew else None, past[1 + drew :]
-        values += usable(older, knots, i, 4)
+        values += valid_history(older, knots, i, 4)
         if corrector_order and knots[i - 1].alpha > 0:
             order = min(corrector_order, history + 1, steps - i + 2 if lower_order_final else 4)
             x = advance(x_last, values[:order], knots, i, knots[i - 1], s, strength(i - 1), z_last)
             if pece:
                 D, e = trace.evaluate(x, s)
                 values[0] = D if predict_x0 else e
-    r = sde_spread(s, n, strength(i))
+    r = sde_std(s, n, strength(i))
     z = trace.noise(s, n) if r else None
     kept = values[: max(predictor_order, corrector_order) - 1]
     memory = [x, *([z] if z is not None else []), *kept] if n.sigma > 0 else []
     if n.sigma == 0 or s.alpha == 0:
-        return [transfer(x, D, s, n, r, None if z is None else r * z), *memory]
+        return [first_order_update(x, D, s, n, r, None if z is None else r * z), *memory]
     if z is not None and not predict_x0:
         trace.keeps_marginals = False
     order = min(predictor_order, history + 1, steps - i if lower_order_final else 4)
@@ -79,9 +97,9 @@ def _by_data(
     s: Knot, n: Knot, eta: float, z: Combination | None,
 ) -> Combination:  # fmt: skip
     """Return x at n from x at s through data predictions at the knots i, i - 1, ... (eq. 14; where n is knot i, eq. 17)."""
-    r = sde_spread(s, n, eta)
+    r = sde_std(s, n, eta)
     E = _mean(values, knots, i, s, n, eta, corrector=n is knots[i])
-    return transfer(x, E, s, n, r, None if z is None else r * z)
+    return first_order_update(x, E, s, n, r, None if z is None else r * z)
 
 
 def _by_noise(
@@ -94,11 +112,21 @@ def _by_noise(
     y = (n.alpha / s.alpha) * x - weighted(values, [(1 + eta) * n.sigma * w for w in weights])
     if z is None:
         return y
-    return y + (math.sqrt(eta) * n.sigma * math.sqrt(math.expm1(2 * (n.half_log_snr - s.half_log_snr)))) * z
+    return (
+        y
+        + (math.sqrt(eta) * n.sigma * math.sqrt(math.expm1(2 * (n.half_log_snr - s.half_log_snr))))
+        * z
+    )
 
 
 def _mean(
-    values: Sequence[Combination], knots: Sequence[Knot], i: int, s: Knot, n: Knot, eta: float, corrector: bool
+    values: Sequence[Combination],
+    knots: Sequence[Knot],
+    i: int,
+    s: Knot,
+    n: Knot,
+    eta: float,
+    corrector: bool,
 ) -> Combination:
     """Return the weighted mean of D from s to n, interpolated through ``values`` at the knots i, i - 1, ... (eq. 14, 17)."""
     if len(values) == 1:
@@ -112,27 +140,3 @@ def _mean(
         shift = H * (h**2 / 2 - (H * h + math.expm1(-H * h)) / H**2) / span
         weights = [weights[0] + shift, weights[1] - shift]
     return weighted(values, [w / -math.expm1(-H * h) for w in weights])
-
-
-METHODS = [
-    Method(
-        "sa_solver",
-        sa_solver,
-        order=2,
-        rewrites=(1,),
-        source="2309.05019",
-        stochastic=True,
-        called={"SA-Solver": {}, "SASolverScheduler": {}},
-    ),
-    Method(
-        "sa_solver_pece",
-        sa_solver,
-        order=2,
-        evaluations=2,
-        rewrites=(1,),
-        source="2309.05019",
-        stochastic=True,
-        defaults={"predictor_order": 3, "corrector_order": 4, "pece": True},
-        called={"SA-Solver PECE": {}},
-    ),
-]

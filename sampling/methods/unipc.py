@@ -7,13 +7,29 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ...noising.utils.validation import one_of
 from ..knots import Knot
-from ..table import Combination, Trace
-from .base import Method, one_of
-from .dpm_solver import usable
-from .euler import transfer, transfer_epsilon
+from ..tracing import Combination, Trace
+from .base import register_method
+from .dpm_solver import valid_history
+from .steps import first_order_update, first_order_update_epsilon
 
 
+@register_method(
+    "unipc_3",
+    order=2,
+    reaches=(4, {"lower_order_final": False}),
+    rewrites=(1,),
+    source="2302.04867",
+    defaults={"order": 3},
+)
+@register_method(
+    order=2,
+    reaches=(3, {"lower_order_final": False}),
+    rewrites=(1,),
+    source="2302.04867",
+    aliases={"UniPC": {}, "UniPCMultistepScheduler": {}},
+)
 def unipc(
     trace: Trace,
     knots: Sequence[Knot],
@@ -36,15 +52,31 @@ def unipc(
     D, e = trace.evaluate(x, s)
     value = D if predict_x0 else e
 
-    def used(j: int) -> int:  # the order of the predictor at step j; each step corrects at the order it predicted with
+    # the order of the predictor at step j; each step corrects at the order it predicted with
+    def used(
+        j: int,
+    ) -> int:
         history = j if knots[0].alpha > 0 else max(j - 1, 0)
         return min(order, steps - j, history + 1) if lower_order_final else min(order, history + 1)
 
     if past and i - 1 not in disable_corrector and knots[i - 1].alpha > 0:
-        x = _advance(past[0], knots, i - 1, past[1 : 1 + used(i - 1)], s, solver_type, predict_x0, corrected=value)
-    values = [value, *usable(past[1:], knots, i, order)]
+        x = _advance(
+            past[0],
+            knots,
+            i - 1,
+            past[1 : 1 + used(i - 1)],
+            s,
+            solver_type,
+            predict_x0,
+            corrected=value,
+        )
+    values = [value, *valid_history(past[1:], knots, i, order)]
     alone = n.sigma == 0 or s.alpha == 0
-    x_n = transfer(x, D, s, n) if alone else _advance(x, knots, i, values[: used(i)], n, solver_type, predict_x0)
+    x_n = (
+        first_order_update(x, D, s, n)
+        if alone
+        else _advance(x, knots, i, values[: used(i)], n, solver_type, predict_x0)
+    )
     return [x_n, x, *values[:order]] if n.sigma > 0 else [x_n]
 
 
@@ -67,7 +99,11 @@ def _advance(
     residuals = [(values[j] - values[0]) / ratios[j - 1] for j in range(1, p)]
     if corrected is not None:
         ratios, residuals = [*ratios, 1.0], [*residuals, corrected - values[0]]
-    total = transfer(x, values[0], s, n) if predict_x0 else transfer_epsilon(x, values[0], s, n)
+    total = (
+        first_order_update(x, values[0], s, n)
+        if predict_x0
+        else first_order_update_epsilon(x, values[0], s, n)
+    )
     scale = (n.alpha if predict_x0 else n.sigma) * B
     for rho, residual in zip(_rhos(ratios, hh, B), residuals, strict=True):
         total = total - (scale * rho) * residual
@@ -86,25 +122,3 @@ def _rhos(ratios: Sequence[float], hh: float, B: float) -> list[float]:
         factorial *= k + 1
         h_phi = h_phi / hh - 1 / factorial
     return np.linalg.solve(R, np.array(b)).tolist()
-
-
-METHODS = [
-    Method(
-        "unipc",
-        unipc,
-        order=2,
-        reaches=(3, {"lower_order_final": False}),
-        rewrites=(1,),
-        source="2302.04867",
-        called={"UniPC": {}, "UniPCMultistepScheduler": {}},
-    ),
-    Method(
-        "unipc_3",
-        unipc,
-        order=2,
-        reaches=(4, {"lower_order_final": False}),
-        rewrites=(1,),
-        source="2302.04867",
-        defaults={"order": 3},
-    ),
-]

@@ -23,23 +23,28 @@ import torch
 from torch import Tensor
 
 from ...noising import NoiseSchedule
+from ...noising.utils.validation import one_of
 from ..guidance import Network
-from ..inference import Run, last, start_run, without_gradients
+from ..inference import Run, last, prepare_run, without_gradients
 from ..kernel import Progress, combine, perform
 from ..knots import CLEAN, Knot, knot_at_half_log_snr, knots_at
-from ..methods.base import one_of
-from ..methods.dpm2 import lowered
+from ..methods.dpm2 import ancestral_target
 from ..methods.dpm_singlestep import dpm_solver_2, dpm_solver_3
-from ..methods.euler import check_eta, posterior_spread, transfer, transfer_epsilon
-from ..table import Combination, Row, Trace
+from ..methods.steps import check_eta, first_order_update, first_order_update_epsilon, posterior_std
+from ..tracing import Combination, Row, Trace
+from .base import register_standalone
 
 
-def dpm_solver_12(trace: Trace, s: Knot, n: Knot, x: Combination, e: Combination) -> tuple[Combination, Combination]:
+def dpm_solver_12(
+    trace: Trace, s: Knot, n: Knot, x: Combination, e: Combination
+) -> tuple[Combination, Combination]:
     """Return x_n by DPM-Solver-1 and by DPM-Solver-2 (2206.00927, appendix C)."""
-    return transfer_epsilon(x, e, s, n), dpm_solver_2(trace, s, n, x, e)[0]
+    return first_order_update_epsilon(x, e, s, n), dpm_solver_2(trace, s, n, x, e)[0]
 
 
-def dpm_solver_23(trace: Trace, s: Knot, n: Knot, x: Combination, e: Combination) -> tuple[Combination, Combination]:
+def dpm_solver_23(
+    trace: Trace, s: Knot, n: Knot, x: Combination, e: Combination
+) -> tuple[Combination, Combination]:
     """Return x_n by DPM-Solver-2 and by DPM-Solver-3, which share their first two evaluations (2206.00927, appendix C)."""
     low, e1 = dpm_solver_2(trace, s, n, x, e, r1=1 / 3)
     return low, dpm_solver_3(trace, s, n, x, e, e1)
@@ -70,7 +75,11 @@ class PIDController:
         if not self.inverse_errors:
             self.inverse_errors = [now, now]
         one_ago, two_ago = self.inverse_errors
-        b1, b2, b3 = self.pcoeff + self.icoeff + self.dcoeff, -(self.pcoeff + 2 * self.dcoeff), self.dcoeff
+        b1, b2, b3 = (
+            self.pcoeff + self.icoeff + self.dcoeff,
+            -(self.pcoeff + 2 * self.dcoeff),
+            self.dcoeff,
+        )
         factor = (now**b1 * one_ago**b2 * two_ago**b3) ** (1 / self.order)
         factor = 1 + math.atan(factor - 1)
         accepted = factor >= self.accept_safety
@@ -100,7 +109,11 @@ class AdaptiveProgress(Progress):
     ) -> None:
         super().__init__(counts.steps, counts.steps + to_go, x, row, basis)
         self.knot, self.error, self.h = knot, error, h
-        self.evaluations, self.accepted, self.rejected = counts.evaluations, counts.accepted, counts.rejected
+        self.evaluations, self.accepted, self.rejected = (
+            counts.evaluations,
+            counts.accepted,
+            counts.rejected,
+        )
 
 
 @dataclass
@@ -111,6 +124,14 @@ class _Counts:
     rejected: int = 0
 
 
+@register_standalone(
+    "dpm_adaptive",
+    order=3,
+    source="2206.00927",
+    evaluations=None,
+    stochastic=False,
+    aliases={"DPM adaptive": {"final": "sigma_min"}},
+)
 @dataclass(frozen=True)
 class DPMAdaptive:
     """Draw samples with DPM-Solver-12 (``order`` 2) or -23 (``order`` 3) and an adaptive step size; called as a Sampler.
@@ -166,10 +187,14 @@ class DPMAdaptive:
         if self.sigma_min is not None:
             end = knot_at_half_log_snr(self.schedule, -math.log(self.sigma_min))
         if not end.sigma_ve < first.sigma_ve:
-            raise ValueError(f"need sigma_min < sigma_max, got {end.sigma_ve:g} and {first.sigma_ve:g}")
+            raise ValueError(
+                f"need sigma_min < sigma_max, got {end.sigma_ve:g} and {first.sigma_ve:g}"
+            )
         return first, end
 
-    def __call__(self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any) -> Tensor:
+    def __call__(
+        self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any
+    ) -> Tensor:
         """Return samples, shape (batch, ...), float32 or better. Arguments as in ``Sampler.iterate``."""
         return last(self.iterate(network, shape_or_noise, **arguments)).x
 
@@ -177,14 +202,19 @@ class DPMAdaptive:
         self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any
     ) -> Iterator[AdaptiveProgress]:
         """Sample, yielding after each accepted step. Arguments as in ``Sampler.iterate``."""
-        run = start_run(self.schedule, self.ends[0], network, shape_or_noise, **arguments)
+        run = prepare_run(self.schedule, self.ends[0], network, shape_or_noise, **arguments)
         return without_gradients(self.advance(run))
 
     def advance(self, run: Run) -> Iterator[AdaptiveProgress]:
         """Run from ``run.x`` at the first of :attr:`ends`."""
         (s, end), x, counts = self.ends, run.x, _Counts()
         pid = PIDController(
-            self.h_init, self.pcoeff, self.icoeff, self.dcoeff, 1.5 if self.eta else self.order, self.accept_safety
+            self.h_init,
+            self.pcoeff,
+            self.icoeff,
+            self.dcoeff,
+            1.5 if self.eta else self.order,
+            self.accept_safety,
         )
         if s.alpha == 0:
             n = self._after_terminal(end)
@@ -195,7 +225,11 @@ class DPMAdaptive:
         while not _reached(s, end):
             basis, row, e = self._evaluate(run, x, s, counts)
             while True:
-                n = end if s.half_log_snr + pid.h >= end.half_log_snr else self._knot(s.half_log_snr + pid.h)
+                n = (
+                    end
+                    if s.half_log_snr + pid.h >= end.half_log_snr
+                    else self._knot(s.half_log_snr + pid.h)
+                )
                 d = self._target(s, n, end)
                 low, high = self._attempt(run, x, e, s, d, counts)
                 error = self._error(low / n.alpha, high / n.alpha, x_low, s)
@@ -205,7 +239,9 @@ class DPMAdaptive:
             x, x_low, s = self._renewed(run, high, n, d), low / n.alpha, n
             counts.accepted += 1
             counts.steps += 1
-            yield AdaptiveProgress(x, row, basis, s, counts, error, pid.h, self._to_go(s, end, pid.h))
+            yield AdaptiveProgress(
+                x, row, basis, s, counts, error, pid.h, self._to_go(s, end, pid.h)
+            )
         if self.final == "zero":
             x, row, basis = self._first_order(run, x, s, CLEAN, counts)
             yield AdaptiveProgress(x, row, basis, CLEAN, counts, 0.0, pid.h, 0)
@@ -226,8 +262,9 @@ class DPMAdaptive:
         """Return the point that the ODE goes to, before noise of the ancestral step's spread raises x to n."""
         if not self.eta:
             return n
-        d = lowered(n, self.eta * posterior_spread(s, n))
-        return Knot(d.timestep, n.alpha, max(d.sigma, n.alpha * end.sigma_ve))  # never below the end of the run
+        d = ancestral_target(n, self.eta * posterior_std(s, n))
+        # never below the end of the run
+        return Knot(d.timestep, n.alpha, max(d.sigma, n.alpha * end.sigma_ve))
 
     def _renewed(self, run: Run, x: Tensor, n: Knot, d: Knot) -> Tensor:
         r = self.s_noise * math.sqrt(max(n.sigma**2 - d.sigma**2, 0.0))
@@ -239,12 +276,14 @@ class DPMAdaptive:
         self._count(1, s, counts)
         counts.steps += 1
         trace, state = Trace(self.schedule, 1), Combination({0: 1.0})
-        row = transfer(state, trace.denoise(state, s), s, n).row
+        row = first_order_update(state, trace.denoise(state, s), s, n).row
         basis = [x]
         perform(trace.ops, basis, run.evaluate, _no_noise)
         return combine(row, basis), trace.denoised.row, basis
 
-    def _evaluate(self, run: Run, x: Tensor, s: Knot, counts: _Counts) -> tuple[Sequence[Tensor], Row, Tensor]:
+    def _evaluate(
+        self, run: Run, x: Tensor, s: Knot, counts: _Counts
+    ) -> tuple[Sequence[Tensor], Row, Tensor]:
         """Return what D and ε̂ at s are made of, D's row and ε̂; attempts from s share them."""
         self._count(1, s, counts)
         trace = Trace(self.schedule, 1)
@@ -253,7 +292,9 @@ class DPMAdaptive:
         perform(trace.ops, basis, run.evaluate, _no_noise)
         return basis, D.row, combine(e.row, basis)
 
-    def _attempt(self, run: Run, x: Tensor, e: Tensor, s: Knot, d: Knot, counts: _Counts) -> tuple[Tensor, Tensor]:
+    def _attempt(
+        self, run: Run, x: Tensor, e: Tensor, s: Knot, d: Knot, counts: _Counts
+    ) -> tuple[Tensor, Tensor]:
         self._count(self.order - 1, s, counts)
         trace = Trace(self.schedule, 2)
         formula = dpm_solver_12 if self.order == 2 else dpm_solver_23

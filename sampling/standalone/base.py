@@ -1,31 +1,96 @@
-"""What samplers that are no table have in common: a grid that they walk once, called and iterated over as a ``Sampler`` is."""
+"""Samplers that a table cannot express: their registry, and the base class of those that visit a grid once."""
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
 from ...noising import NoiseSchedule
+from ...noising.utils.registry import Registry
 from ..grids import Grid, make_knots
 from ..guidance import Network
-from ..inference import Run, last, start_run, without_gradients
+from ..inference import Run, last, prepare_run, without_gradients
 from ..kernel import Progress
 from ..knots import Knot
 
+T = TypeVar("T")
 
-class Walk(ABC):
-    """A sampler by the knots of its grid; subclasses are dataclasses with these fields, and state :meth:`advance`.
+
+@dataclass(frozen=True)
+class StandaloneEntry:
+    """A sampler that is no table: ``factory(schedule, **options)`` returns one, and the facts are those of a ``Method``.
+
+    ``evaluations`` is None where their number is not known before the run. ``aliases`` maps names of other software to the
+    options that they stand for.
+
+    >>> STANDALONE["repaint"].factory.__name__
+    'RePaint'
+    """
+
+    name: str
+    factory: Callable[..., Any]
+    order: int
+    source: str
+    evaluations: int | None = 1
+    stochastic: bool = True
+    aliases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that it has, with their defaults."""
+        parameters = list(inspect.signature(self.factory).parameters.values())[1:]
+        return {p.name: p.default for p in parameters}
+
+    @property
+    def documentation(self) -> str:
+        """What it does, in words."""
+        return inspect.getdoc(self.factory) or ""
+
+
+STANDALONE: Registry[StandaloneEntry] = Registry("sampler")
+"""Every sampler that is no table, by its name; ``@register_standalone(...)`` above a class adds one."""
+
+
+def register_standalone(
+    name: str, *, order: int, source: str, **facts: Any
+) -> Callable[[type[T]], type[T]]:
+    """Register a class of samplers; the facts are those of :class:`StandaloneEntry`.
+
+    Its objects are called as a ``Sampler`` is, and have a ``schedule``, ``steps`` (None where it has no number of them) and
+    ``iterate``; its name is put into the class as ``name``.
+
+    >>> @register_standalone("constant_zero", order=0, source="an example")
+    ... class Zero:
+    ...     def __init__(self, schedule, steps=1):
+    ...         self.schedule, self.steps = schedule, steps
+    >>> STANDALONE["constant_zero"].factory.name
+    'constant_zero'
+    """
+
+    def add(kind: type[T]) -> type[T]:
+        kind.name = name  # type: ignore[attr-defined]
+        STANDALONE.add(name, StandaloneEntry(name, kind, order=order, source=source, **facts))
+        return kind
+
+    return add
+
+
+class GridSampler(ABC):
+    """A sampler that visits the knots of a grid; subclasses are dataclasses with these fields, and define :meth:`advance`.
 
     >>> from alphabar.sampling import LearnedVariance
-    >>> isinstance(LearnedVariance(NoiseSchedule.linear(), steps=5), Walk)
+    >>> isinstance(LearnedVariance(NoiseSchedule.linear(), steps=5), GridSampler)
     True
     """
 
-    heads: ClassVar[int] = 1
+    output_multiple: ClassVar[int] = 1
     """How many times the channels of x the network puts out."""
+    name: ClassVar[str]
     schedule: NoiseSchedule
     steps: int
     grid: str | Grid
@@ -39,13 +104,27 @@ class Walk(ABC):
         """The steps + 1 points that are visited, the last one clean."""
         return make_knots(self.schedule, self.steps, self.grid)
 
-    def __call__(self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any) -> Tensor:
+    def __call__(
+        self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any
+    ) -> Tensor:
         """Return samples, shape (batch, ...), float32 or better. Arguments as in ``Sampler.iterate``."""
         return last(self.iterate(network, shape_or_noise, **arguments)).x
 
-    def iterate(self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any) -> Iterator[Progress]:
+    def iterate(
+        self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any
+    ) -> Iterator[Progress]:
         """Sample step by step. Arguments as in ``Sampler.iterate``."""
         knots = self.knots
-        whole = self.schedule.curve.is_discrete and all(knot.timestep.is_integer() for knot in knots)
-        run = start_run(self.schedule, knots[0], network, shape_or_noise, whole=whole, heads=self.heads, **arguments)
+        integer = self.schedule.curve.is_discrete and all(
+            knot.timestep.is_integer() for knot in knots
+        )
+        run = prepare_run(
+            self.schedule,
+            knots[0],
+            network,
+            shape_or_noise,
+            integer_timesteps=integer,
+            output_multiple=self.output_multiple,
+            **arguments,
+        )
         return without_gradients(self.advance(run, knots))

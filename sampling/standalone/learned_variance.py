@@ -15,20 +15,21 @@ from typing import ClassVar
 from torch import Tensor
 
 from ...noising import NoiseSchedule
+from ...noising.utils.validation import one_of
 from ..grids import Grid
 from ..inference import Run
 from ..kernel import Progress, combine, perform
 from ..knots import Knot
-from ..methods.base import one_of
-from ..methods.euler import posterior_spread, transfer
-from ..table import Combination, Trace
-from .base import Walk
+from ..methods.steps import first_order_update, posterior_std
+from ..tracing import Combination, Trace
+from .base import GridSampler, register_standalone
 
 VARIANCE_TYPES = ("learned_range", "learned", "learned_log")
 
 
+@register_standalone("ddpm_learned_variance", order=1, source="2102.09672")
 @dataclass(frozen=True)
-class LearnedVariance(Walk):
+class LearnedVariance(GridSampler):
     """Draw samples with a network that puts out its prediction and a variance, in twice the channels; called as a Sampler.
 
     ``variance_type``: 'learned_range' reads v in [-1, 1] as a place between the logarithms of the posterior's variance and of
@@ -42,7 +43,7 @@ class LearnedVariance(Walk):
     torch.Size([2, 3, 4, 4])
     """
 
-    heads: ClassVar[int] = 2
+    output_multiple: ClassVar[int] = 2
     schedule: NoiseSchedule
     steps: int = 250
     variance_type: str = "learned_range"
@@ -58,7 +59,7 @@ class LearnedVariance(Walk):
         x = run.x
         for i, (s, n) in enumerate(pairwise(knots)):
             trace, state = Trace(self.schedule, 1), Combination({0: 1.0})
-            mean = transfer(state, trace.denoise(state, s), s, n, posterior_spread(s, n))
+            mean = first_order_update(state, trace.denoise(state, s), s, n, posterior_std(s, n))
             basis = [x]
             perform(trace.ops, basis, run.evaluate, lambda start, end: run.noise())
             x = combine(mean.row, basis)
@@ -72,13 +73,14 @@ class LearnedVariance(Walk):
         >>> import torch
         >>> sampler = LearnedVariance(NoiseSchedule.linear())
         >>> s, n = sampler.knots[100:102]
-        >>> bool(abs(sampler.spread(torch.tensor(-1.0), s, n) - posterior_spread(s, n)) < 1e-7)
+        >>> bool(abs(sampler.spread(torch.tensor(-1.0), s, n) - posterior_std(s, n)) < 1e-7)
         True
         """
         if self.variance_type == "learned":
             return v.sqrt()
         if self.variance_type == "learned_log":
             return (0.5 * v).exp()
-        beta = s.sigma**2 - (s.alpha * n.sigma / n.alpha) ** 2  # the forward chain's from n to s: 1 - α_s² / α_n² if VP
-        log_small, log_large = 2 * math.log(posterior_spread(s, n)), math.log(beta)
+        # the forward chain's from n to s: 1 - α_s² / α_n² if VP
+        beta = s.sigma**2 - (s.alpha * n.sigma / n.alpha) ** 2
+        log_small, log_large = 2 * math.log(posterior_std(s, n)), math.log(beta)
         return (0.5 * (log_small + 0.5 * (v + 1) * (log_large - log_small))).exp()  # eq. 15

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from ...noising import NoiseSchedule
-from ...noising.schedule import require_same_shape
-from ...noising.utils.validation import whole_number
+from ...noising.utils.validation import require_same_shape, whole_number
 from ..grids import Grid, make_knots
 from ..guidance import Network
-from ..inference import Run, last, start_run, without_gradients
+from ..inference import Run, last, prepare_run, without_gradients
 from ..kernel import Progress, combine, perform
 from ..knots import Knot
-from ..methods.euler import check_eta, posterior_spread, toward, transfer
-from ..table import Combination, Row, Trace
+from ..methods.steps import check_eta, first_order_update, posterior_std, toward
+from ..tracing import Combination, Row, Trace
+from .base import register_standalone
 
 
 def time_travel(
@@ -42,7 +42,9 @@ def time_travel(
     >>> time_travel(3, jump_length=1, jump_n_sample=1)
     (0, 1, 2, 3)
     """
-    left = {steps - 1 - level: jump_n_sample - 1 for level in range(0, steps - jump_length, jump_length)}
+    left = {
+        steps - 1 - level: jump_n_sample - 1 for level in range(0, steps - jump_length, jump_length)
+    }
     place, places = 0, [0]
     while place < steps:
         place += 1
@@ -55,6 +57,12 @@ def time_travel(
     return tuple(places)
 
 
+@register_standalone(
+    "repaint",
+    order=1,
+    source="2201.09865",
+    aliases={"RePaintScheduler": {"eta": 0.0, "resample_clean": True, "grid": "leading"}},
+)
 @dataclass(frozen=True)
 class RePaint:
     """Fill in the unknown part of images: called as a Sampler, with ``known=`` and ``mask=`` besides.
@@ -131,12 +139,25 @@ class RePaint:
         in (between: a blend); the shape of the samples, or with 1 in place of some of its numbers. Raises ValueError else.
         """
         visits = self.visits
-        whole = self.schedule.curve.is_discrete and all(knot.timestep.is_integer() for knot in visits)
-        run = start_run(self.schedule, visits[0], network, shape_or_noise, whole=whole, **arguments)
+        integer = self.schedule.curve.is_discrete and all(
+            knot.timestep.is_integer() for knot in visits
+        )
+        run = prepare_run(
+            self.schedule,
+            visits[0],
+            network,
+            shape_or_noise,
+            integer_timesteps=integer,
+            **arguments,
+        )
         require_same_shape("known", known, "the samples", run.x)
-        return without_gradients(self.advance(run, visits, known.detach().to(run.x), checked_mask(mask, run.x)))
+        return without_gradients(
+            self.advance(run, visits, known.detach().to(run.x), checked_mask(mask, run.x))
+        )
 
-    def advance(self, run: Run, visits: Sequence[Knot], known: Tensor, mask: Tensor) -> Iterator[Progress]:
+    def advance(
+        self, run: Run, visits: Sequence[Knot], known: Tensor, mask: Tensor
+    ) -> Iterator[Progress]:
         """Run from ``run.x`` at the first of ``visits``."""
         x, row, basis = run.x, ((0, 1.0),), [run.x]
         for i, (s, n) in enumerate(pairwise(visits)):
@@ -152,21 +173,28 @@ class RePaint:
         """Return x_n (algorithm 1, lines 4 to 8), and what D is made of. The parts share their noise: they do not overlap."""
         z = run.noise().to(x.dtype) if n.sigma else torch.zeros_like(x)
         trace, state, noise = Trace(self.schedule, 2), Combination({0: 1.0}), Combination({1: 1.0})
-        r = self.eta * posterior_spread(s, n)
+        r = self.eta * posterior_std(s, n)
         D = trace.denoise(state, s)
         if self.use_clipped_model_output:
-            row = transfer(state, D, s, n, r, r * noise).row
+            row = first_order_update(state, D, s, n, r, r * noise).row
         else:
             row = toward(D, trace.unclipped(state, s)[1], n, r, r * noise).row
         basis = [x, z]
         perform(trace.ops, basis, run.evaluate, lambda start, end: z, run.beside)
         unknown = combine(row, basis)  # line 7
-        return torch.lerp(unknown, n.alpha * known + n.sigma * z, mask), trace.denoised.row, basis  # lines 5 and 8
+        # lines 5 and 8
+        return (
+            torch.lerp(unknown, n.alpha * known + n.sigma * z, mask),
+            trace.denoised.row,
+            basis,
+        )
 
     def _up(self, run: Run, x: Tensor, s: Knot, n: Knot) -> Tensor:
         """Return x at the noisier knot n by the forward chain from s (line 10), all levels between in one."""
         a = n.alpha / s.alpha
-        return a * x + math.sqrt(max(n.sigma**2 - (a * s.sigma) ** 2, 0.0)) * run.noise().to(x.dtype)
+        return a * x + math.sqrt(max(n.sigma**2 - (a * s.sigma) ** 2, 0.0)) * run.noise().to(
+            x.dtype
+        )
 
 
 def checked_mask(mask: Tensor, x: Tensor) -> Tensor:
@@ -176,7 +204,9 @@ def checked_mask(mask: Tensor, x: Tensor) -> Tensor:
     Traceback (most recent call last):
     ValueError: mask must have the shape of the samples, (2, 1), or 1 in place of some of its numbers, got (3, 1)
     """
-    fits = mask.ndim == x.ndim and all(m in (1, n) for m, n in zip(mask.shape, x.shape, strict=True))
+    fits = mask.ndim == x.ndim and all(
+        m in (1, n) for m, n in zip(mask.shape, x.shape, strict=True)
+    )
     if not fits:
         raise ValueError(
             f"mask must have the shape of the samples, {tuple(x.shape)}, or 1 in place of some of its numbers, got {tuple(mask.shape)}"

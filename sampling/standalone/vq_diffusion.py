@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from ...noising.utils.shapes import require_same_shape
-from ...noising.utils.validation import whole_number
+from ...noising.utils.validation import require_same_shape, whole_number
 from ..guidance import Network, guided_network
 from ..inference import SeededNoise, checked_seeds, checked_shape, last, place, without_gradients
+from .base import register_standalone
 
 Levels = tuple[Tensor, Tensor, Tensor]
 """log α, log β, log γ of a stretch of the chain, each with a shape that broadcasts against (batch, K, ...)."""
@@ -57,10 +57,14 @@ class TokenSchedule:
         falls = 1 > self.alpha_cum_start > self.alpha_cum_end > 0
         rises = 0 < self.gamma_cum_start < self.gamma_cum_end < 1
         if not (falls and rises):
-            raise ValueError(f"need 1 > alpha_cum_start > alpha_cum_end > 0 and the reverse for gamma_cum, got {self}")
+            raise ValueError(
+                f"need 1 > alpha_cum_start > alpha_cum_end > 0 and the reverse for gamma_cum, got {self}"
+            )
         a, _, c = _cumulative(self)
         replaced = 1 - a - c
-        if not bool((replaced[1:] > 0).all()) or not bool((replaced[1:] * a[:-1] > replaced[:-1] * a[1:]).all()):
+        if not bool((replaced[1:] > 0).all()) or not bool(
+            (replaced[1:] * a[:-1] > replaced[:-1] * a[1:]).all()
+        ):
             raise ValueError(
                 f"alpha_cum + gamma_cum must be below 1, to leave a chance for a replaced token, got {self}"
             )
@@ -106,7 +110,9 @@ class TokenSchedule:
         x = torch.where(noise < a, x0, replaced)
         return torch.where(noise >= 1 - c, self.num_tokens, x)
 
-    def posterior(self, log_p_x0: Tensor, x_t: Tensor, timesteps: Tensor, to: Tensor | None = None) -> Tensor:
+    def posterior(
+        self, log_p_x0: Tensor, x_t: Tensor, timesteps: Tensor, to: Tensor | None = None
+    ) -> Tensor:
         """Return log p(x_n | x_t) = log Σ q(x_n | x_t, x_0) p(x_0), shape (batch, K + 1, ...) (eq. 5, 11 and 13).
 
         ``log_p_x0``: (batch, K, ...), normalized; ``x_t``: int64, (batch, ...); ``timesteps`` and ``to`` (the time n, by
@@ -125,18 +131,23 @@ class TokenSchedule:
         a, b, c = self.between(to, timesteps, log_p_x0)
         masked = (x_t == self.num_tokens).unsqueeze(1)
         same = _is_token(x_t, self.num_tokens)
-        log_q_s = torch.where(masked, c_s, torch.where(same, torch.logaddexp(a_s, b_s), b_s))  # q(x_s | x_0)
+        # q(x_s | x_0)
+        log_q_s = torch.where(masked, c_s, torch.where(same, torch.logaddexp(a_s, b_s), b_s))
         log_q = torch.where(masked, c, torch.where(same, torch.logaddexp(a, b), b))  # q(x_s | x_n)
         u = log_p_x0 - log_q_s
         total = u.logsumexp(1, keepdim=True)
-        to_token = log_q + torch.logaddexp(
-            u + a_n, total + b_n
-        )  # Σ_x_0 of q(x_s | x_n) q(x_n | x_0) / q(x_s | x_0) p(x_0)
+        # Σ_x_0 of q(x_s | x_n) q(x_n | x_0) / q(x_s | x_0) p(x_0)
+        to_token = log_q + torch.logaddexp(u + a_n, total + b_n)
         to_mask = torch.where(masked, total + c_n, -torch.inf)
         return torch.cat([to_token, to_mask], 1)
 
     def losses(
-        self, logits: Tensor, x0: Tensor, x_t: Tensor, timesteps: Tensor, auxiliary_weight: float = 5e-4
+        self,
+        logits: Tensor,
+        x0: Tensor,
+        x_t: Tensor,
+        timesteps: Tensor,
+        auxiliary_weight: float = 5e-4,
     ) -> Tensor:
         """Return L_(t-1) + λ L_x0 of each sample, or L_0 at t = 0: nats a token, shape (batch,) (eq. 9 and 12, algorithm 1).
 
@@ -151,8 +162,15 @@ class TokenSchedule:
         log_p_x0 = log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), 1)
         known = torch.where(_is_token(x0, self.num_tokens), 0.0, -torch.inf).to(log_p_x0.dtype)
         log_q, log_p = (self.posterior(log_x0, x_t, timesteps) for log_x0 in (known, log_p_x0))
-        kl = torch.where(log_q > -torch.inf, log_q.exp() * (log_q - log_p), 0.0).sum(1).flatten(1).mean(1)  # L_(t-1)
-        log_likelihood = log_p_x0.gather(1, x0.unsqueeze(1)).flatten(1).mean(1)  # -L_x0, and at t = 0 also -L_0
+        # L_(t-1)
+        kl = (
+            torch.where(log_q > -torch.inf, log_q.exp() * (log_q - log_p), 0.0)
+            .sum(1)
+            .flatten(1)
+            .mean(1)
+        )
+        # -L_x0, and at t = 0 also -L_0
+        log_likelihood = log_p_x0.gather(1, x0.unsqueeze(1)).flatten(1).mean(1)
         return torch.where(timesteps == 0, -log_likelihood, kl - auxiliary_weight * log_likelihood)
 
     def prior(self, noise: SeededNoise, shape: tuple[int, ...]) -> Tensor:
@@ -160,31 +178,48 @@ class TokenSchedule:
         _, b, c = _cumulative(self)[:, -1].tolist()
         # the product of a number just below 1 is rounded to num_tokens, which is [MASK]
         token = (noise.uniform(*shape[1:]) * self.num_tokens).long().clamp(max=self.num_tokens - 1)
-        return torch.where(noise.uniform(*shape[1:]) < c / (c + self.num_tokens * b), self.num_tokens, token)
+        return torch.where(
+            noise.uniform(*shape[1:]) < c / (c + self.num_tokens * b), self.num_tokens, token
+        )
 
     def _check(self, x: Tensor, like: Tensor, timesteps: Tensor) -> None:
         if x.dtype != torch.int64 or x.ndim < 2:
-            raise ValueError(f"tokens must be int64 of shape (batch, ...), got {x.dtype} of shape {tuple(x.shape)}")
+            raise ValueError(
+                f"tokens must be int64 of shape (batch, ...), got {x.dtype} of shape {tuple(x.shape)}"
+            )
         require_same_shape("tokens", x, "the tokens that the network speaks of", like)
         if timesteps.shape != x.shape[:1]:
             raise ValueError(
                 f"timesteps must have shape ({x.shape[0]},), one for each sample, got {tuple(timesteps.shape)}"
             )
         count = self.num_train_timesteps
-        if timesteps.device.type == "cpu" and not 0 <= int(timesteps.min()) <= int(timesteps.max()) < count:
+        if (
+            timesteps.device.type == "cpu"
+            and not 0 <= int(timesteps.min()) <= int(timesteps.max()) < count
+        ):
             raise ValueError(
                 f"timesteps must lie in 0 ... {count - 1}, got {int(timesteps.min())} ... {int(timesteps.max())}"
             )
-        if x.device.type == "cpu" and x.numel() and not 0 <= int(x.min()) <= int(x.max()) <= self.num_tokens:
-            raise ValueError(f"tokens must lie in 0 ... {self.num_tokens}, got {int(x.min())} ... {int(x.max())}")
+        if (
+            x.device.type == "cpu"
+            and x.numel()
+            and not 0 <= int(x.min()) <= int(x.max()) <= self.num_tokens
+        ):
+            raise ValueError(
+                f"tokens must lie in 0 ... {self.num_tokens}, got {int(x.min())} ... {int(x.max())}"
+            )
 
 
 @lru_cache(maxsize=16)
 def _cumulative(schedule: TokenSchedule) -> Tensor:
     """ᾱ, β̄, γ̄ at the times -1, 0, ..., T - 1, in float64."""
     count = schedule.num_train_timesteps
-    alpha = torch.linspace(schedule.alpha_cum_start, schedule.alpha_cum_end, count, dtype=torch.float64)
-    gamma = torch.linspace(schedule.gamma_cum_start, schedule.gamma_cum_end, count, dtype=torch.float64)
+    alpha = torch.linspace(
+        schedule.alpha_cum_start, schedule.alpha_cum_end, count, dtype=torch.float64
+    )
+    gamma = torch.linspace(
+        schedule.gamma_cum_start, schedule.gamma_cum_end, count, dtype=torch.float64
+    )
     alpha, gamma = torch.cat([alpha.new_ones(1), alpha]), torch.cat([gamma.new_zeros(1), gamma])
     return torch.stack([alpha, (1 - alpha - gamma) / schedule.num_tokens, gamma])
 
@@ -210,6 +245,9 @@ class TokenProgress:
         return self.log_p_x0.argmax(1)
 
 
+@register_standalone(
+    "vq_diffusion", order=0, source="2111.14822", aliases={"VQDiffusionScheduler": {}}
+)
 @dataclass(frozen=True)
 class VQDiffusion:
     """Draw tokens with a network that puts out logits of x_0; called as a Sampler, with token indices for x.
@@ -245,7 +283,9 @@ class VQDiffusion:
         steps = self.steps or count
         return [round(count - i * count / steps) - 1 for i in range(steps)]
 
-    def __call__(self, network: Network, shape_or_tokens: Sequence[int] | Tensor, **arguments: Any) -> Tensor:
+    def __call__(
+        self, network: Network, shape_or_tokens: Sequence[int] | Tensor, **arguments: Any
+    ) -> Tensor:
         """Return int64 tokens, shape (batch, ...). Arguments as in :meth:`iterate`."""
         return last(self.iterate(network, shape_or_tokens, **arguments)).x
 
@@ -259,7 +299,9 @@ class VQDiffusion:
         """
         for name in ("guidance_rescale", "clip"):
             if arguments.get(name):
-                raise ValueError(f"{name} is for images of numbers, got {arguments.get(name)} for tokens; leave it out")
+                raise ValueError(
+                    f"{name} is for images of numbers, got {arguments.get(name)} for tokens; leave it out"
+                )
         shape = checked_shape(shape_or_tokens)
         device, _ = place(network, shape_or_tokens, arguments.get("device"), None)
         noise = SeededNoise(shape, checked_seeds(arguments.get("seeds")), device)
@@ -282,9 +324,12 @@ class VQDiffusion:
             logits = network(x, s_in)
             expected = (x.shape[0], self.schedule.num_tokens, *x.shape[1:])
             if tuple(logits.shape) != expected:
-                raise ValueError(f"the network must return logits of shape {expected}, got {tuple(logits.shape)}")
+                raise ValueError(
+                    f"the network must return logits of shape {expected}, got {tuple(logits.shape)}"
+                )
             log_p_x0 = log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), 1)
             log_p = self.schedule.posterior(log_p_x0, x, s_in, n_in)
-            gumbel = -(-noise.uniform(*log_p.shape[1:]).log()).log()  # the largest of log p + Gumbel is drawn from p
+            # the largest of log p + Gumbel is drawn from p
+            gumbel = -(-noise.uniform(*log_p.shape[1:]).log()).log()
             x = (log_p + gumbel).argmax(1)
             yield TokenProgress(i + 1, len(times) - 1, x, log_p_x0)

@@ -11,12 +11,17 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+from diffusers.training_utils import (
+    compute_density_for_timestep_sampling,
+    compute_loss_weighting_for_sd3,
+)
 from diffusers.utils import check_min_version
 
 check_min_version("0.30.0")
 
-NOTHING = dict.fromkeys(f"{part}{end}" for part in ("text_encoder", "tokenizer") for end in ("", "_2", "_3"))
+NOTHING = dict.fromkeys(
+    f"{part}{end}" for part in ("text_encoder", "tokenizer") for end in ("", "_2", "_3")
+)
 NOTHING |= dict.fromkeys(("image_encoder", "feature_extractor"))
 
 
@@ -54,18 +59,29 @@ def parse_args(input_args=None):
 
 
 def main(args):
-    accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation_steps, cpu=True)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps, cpu=True
+    )
     noise_scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
         args.pretrained_model_name_or_path, subfolder="scheduler"
     )
     noise_scheduler_copy = copy.deepcopy(noise_scheduler)
-    vae = AutoencoderKL.from_pretrained(args.pretrained_model_name_or_path, subfolder="vae").requires_grad_(False)
-    transformer = SD3Transformer2DModel.from_pretrained(args.pretrained_model_name_or_path, subfolder="transformer")
+    vae = AutoencoderKL.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="vae"
+    ).requires_grad_(False)
+    transformer = SD3Transformer2DModel.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="transformer"
+    )
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=1e-4)
     torch.manual_seed(0)
-    rows = [{"pixel_values": p} for p in torch.randn(args.train_batch_size * 5, 3, args.resolution, args.resolution)]
+    rows = [
+        {"pixel_values": p}
+        for p in torch.randn(args.train_batch_size * 5, 3, args.resolution, args.resolution)
+    ]
     train_dataloader = torch.utils.data.DataLoader(rows, batch_size=args.train_batch_size)
-    transformer, optimizer, train_dataloader = accelerator.prepare(transformer, optimizer, train_dataloader)
+    transformer, optimizer, train_dataloader = accelerator.prepare(
+        transformer, optimizer, train_dataloader
+    )
     global_step = 0
     for step, batch in enumerate(train_dataloader):
         with accelerator.accumulate(transformer):
@@ -99,7 +115,9 @@ def main(args):
             # Follow: Section 5 of https://huggingface.co/papers/2206.00364.
             if args.precondition_outputs:
                 model_pred = model_pred * (-sigmas) + noisy_model_input
-            weighting = compute_loss_weighting_for_sd3(weighting_scheme=args.weighting_scheme, sigmas=sigmas)
+            weighting = compute_loss_weighting_for_sd3(
+                weighting_scheme=args.weighting_scheme, sigmas=sigmas
+            )
             target = model_input if args.precondition_outputs else noise - model_input
             losses = (weighting * (model_pred - target) ** 2).reshape(bsz, -1).mean(1)
             if args.with_prior_preservation:
@@ -114,10 +132,14 @@ def main(args):
         if accelerator.sync_gradients:
             global_step += 1
     pipeline = StableDiffusion3Pipeline.from_pretrained(
-        args.pretrained_model_name_or_path, transformer=accelerator.unwrap_model(transformer), **NOTHING
+        args.pretrained_model_name_or_path,
+        transformer=accelerator.unwrap_model(transformer),
+        **NOTHING,
     )
     pipeline.save_pretrained(args.output_dir)
-    log_validation(StableDiffusion3Pipeline.from_pretrained(args.output_dir, **NOTHING), args, accelerator)
+    log_validation(
+        StableDiffusion3Pipeline.from_pretrained(args.output_dir, **NOTHING), args, accelerator
+    )
 
 
 if __name__ == "__main__":

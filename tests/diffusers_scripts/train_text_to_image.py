@@ -43,10 +43,16 @@ def parse_args():
 
 def main():
     args = parse_args()
-    accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation_steps, cpu=True)
-    noise_scheduler = DDPMScheduler.from_pretrained(args.pretrained_model_name_or_path, subfolder="scheduler")
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps, cpu=True
+    )
+    noise_scheduler = DDPMScheduler.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="scheduler"
+    )
     vae = AutoencoderKL.from_pretrained(args.pretrained_model_name_or_path, subfolder="vae")
-    unet = UNet2DConditionModel.from_pretrained(args.pretrained_model_name_or_path, subfolder="unet")
+    unet = UNet2DConditionModel.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="unet"
+    )
     vae.requires_grad_(False)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4)
     torch.manual_seed(0)
@@ -63,11 +69,16 @@ def main():
     for _ in range(math.ceil(args.max_train_steps / num_update_steps_per_epoch)):
         for step, batch in enumerate(train_dataloader):
             with accelerator.accumulate(unet):
-                latents = vae.encode(batch["pixel_values"]).latent_dist.sample() * vae.config.scaling_factor
+                latents = (
+                    vae.encode(batch["pixel_values"]).latent_dist.sample()
+                    * vae.config.scaling_factor
+                )
 
                 # Sample noise that we'll add to the latents
                 noise = torch.randn_like(latents)
-                timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (latents.shape[0],)).long()
+                timesteps = torch.randint(
+                    0, noise_scheduler.config.num_train_timesteps, (latents.shape[0],)
+                ).long()
                 noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
 
                 # Get the text embedding for conditioning

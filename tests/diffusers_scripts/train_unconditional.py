@@ -18,7 +18,9 @@ def parse_args():
     parser.add_argument("--train_batch_size", type=int, default=16)
     parser.add_argument("--num_epochs", type=int, default=1)
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    parser.add_argument("--prediction_type", type=str, default="epsilon", choices=["epsilon", "sample"])
+    parser.add_argument(
+        "--prediction_type", type=str, default="epsilon", choices=["epsilon", "sample"]
+    )
     parser.add_argument("--ddpm_num_steps", type=int, default=1000)
     parser.add_argument("--ddpm_num_inference_steps", type=int, default=1000)
     parser.add_argument("--ddpm_beta_schedule", type=str, default="linear")
@@ -27,7 +29,9 @@ def parse_args():
 
 
 def main(args):
-    accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation_steps, cpu=True)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps, cpu=True
+    )
     model = UNet2DModel(
         sample_size=args.resolution,
         block_out_channels=(8, 16),
@@ -48,7 +52,10 @@ def main(args):
         lr=1e-4,
     )
     torch.manual_seed(0)
-    rows = [{"input": x} for x in torch.randn(args.train_batch_size * 5, 3, args.resolution, args.resolution)]
+    rows = [
+        {"input": x}
+        for x in torch.randn(args.train_batch_size * 5, 3, args.resolution, args.resolution)
+    ]
     train_dataloader = torch.utils.data.DataLoader(rows, batch_size=args.train_batch_size)
     model, optimizer, train_dataloader = accelerator.prepare(model, optimizer, train_dataloader)
     global_step = 0
@@ -57,7 +64,9 @@ def main(args):
             clean_images = batch["input"]
             # Sample noise that we'll add to the images
             noise = torch.randn_like(clean_images)
-            timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (len(clean_images),)).long()
+            timesteps = torch.randint(
+                0, noise_scheduler.config.num_train_timesteps, (len(clean_images),)
+            ).long()
             noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)
 
             with accelerator.accumulate(model):

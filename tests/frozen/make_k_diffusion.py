@@ -62,7 +62,11 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("dpm_adaptive", "sample_dpm_adaptive", {}),
     ("dpm_adaptive_2", "sample_dpm_adaptive", {"order": 2}),
     ("dpm_adaptive_tight", "sample_dpm_adaptive", {"rtol": 1e-3, "atol": 1e-4, "h_init": 0.5}),
-    ("dpm_adaptive_pid", "sample_dpm_adaptive", {"pcoeff": 0.2, "icoeff": 0.6, "dcoeff": 0.1, "h_init": 1.0}),
+    (
+        "dpm_adaptive_pid",
+        "sample_dpm_adaptive",
+        {"pcoeff": 0.2, "icoeff": 0.6, "dcoeff": 0.1, "h_init": 1.0},
+    ),
     ("dpm_adaptive_eta", "sample_dpm_adaptive", {"eta": 1.0, "s_noise": 0.95}),
     ("dpm_adaptive_2_eta", "sample_dpm_adaptive", {"order": 2, "eta": 0.5, "rtol": 0.01}),
     ("dpmpp_2s_ancestral", "sample_dpmpp_2s_ancestral", {}),
@@ -86,7 +90,11 @@ def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
 
 def load(path: str) -> ModuleType:
     """The file sampling.py as a module, in a package that has of k-diffusion only what the file uses."""
-    package, utils, odes = ModuleType("k_diffusion"), ModuleType("k_diffusion.utils"), ModuleType("torchdiffeq")
+    package, utils, odes = (
+        ModuleType("k_diffusion"),
+        ModuleType("k_diffusion.utils"),
+        ModuleType("torchdiffeq"),
+    )
     package.__path__ = []  # type: ignore[attr-defined]
     utils.append_dims = lambda x, count: x[(...,) + (None,) * (count - x.ndim)]  # type: ignore[attr-defined]
     odes.odeint = None  # type: ignore[attr-defined]
@@ -133,7 +141,9 @@ class Path:
 
 def karras(low: float, high: float, steps: int) -> Tensor:
     ramp = torch.linspace(0, 1, steps)
-    return torch.cat([(high ** (1 / RHO) + ramp * (low ** (1 / RHO) - high ** (1 / RHO))) ** RHO, torch.zeros(1)])
+    return torch.cat(
+        [(high ** (1 / RHO) + ramp * (low ** (1 / RHO) - high ** (1 / RHO))) ** RHO, torch.zeros(1)]
+    )
 
 
 def churned(sigmas: Tensor, options: dict[str, Any], draws: list[Tensor]) -> list[dict[str, Any]]:
@@ -141,7 +151,11 @@ def churned(sigmas: Tensor, options: dict[str, Any], draws: list[Tensor]) -> lis
     used = []
     for sigma, z in zip(sigmas[:-1].tolist(), draws, strict=True):
         inside = options.get("s_tmin", 0.0) <= sigma <= options.get("s_tmax", math.inf)
-        gamma = min(options.get("s_churn", 0.0) / (len(sigmas) - 1), math.sqrt(2) - 1) if inside else 0.0
+        gamma = (
+            min(options.get("s_churn", 0.0) / (len(sigmas) - 1), math.sqrt(2) - 1)
+            if inside
+            else 0.0
+        )
         if gamma:
             used.append({"from": sigma, "to": sigma * (1 + gamma), "z": z.tolist()})
     return used
@@ -189,7 +203,9 @@ def main() -> None:
     sigmas = karras(SIGMA_MIN, SIGMA_MAX, STEPS)
     x = SIGMA_MAX * torch.tensor([[0.3, -1.1, 0.7], [-0.2, 0.9, 1.4]])
     with torch.no_grad():
-        cases = [case(module, name, sampler, options, x, sigmas) for name, sampler, options in CASES]
+        cases = [
+            case(module, name, sampler, options, x, sigmas) for name, sampler, options in CASES
+        ]
     head = {
         "made_by": "tests/frozen/make_k_diffusion.py, with k-diffusion 0.1.1.post1",
         "network": NETWORK,

@@ -71,7 +71,9 @@ def passes(tree: Path, tests: str) -> bool:
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     if code not in (0, 1, 2, -signal.SIGALRM):  # 2: a module that cannot be imported any more
-        raise RuntimeError(f"pytest {tests} ended with {code}:\n{(tree / '.log').read_text()[-2000:]}")
+        raise RuntimeError(
+            f"pytest {tests} ended with {code}:\n{(tree / '.log').read_text()[-2000:]}"
+        )
     return code == 0
 
 
@@ -97,7 +99,9 @@ def main(words: list[str]) -> int:
                     outcome, why = "error", f"pytest {tests} fails without it"
                 else:
                     (tree / file).write_text(source.replace(old, new), encoding="utf-8")
-                    outcome, why = ("survived", f"pytest {tests}") if passes(tree, tests) else ("noticed", "")
+                    outcome, why = (
+                        ("survived", f"pytest {tests}") if passes(tree, tests) else ("noticed", "")
+                    )
                     (tree / file).write_text(source, encoding="utf-8")
                 counts[outcome] += 1
                 print(f"{outcome:<8} {file}: {old!r} -> {new!r}  {why}".rstrip(), flush=True)

@@ -41,7 +41,9 @@ class Statement:
     def __str__(self) -> str:
         if self.schedule is not None:
             return str(self.schedule)
-        snr = {True: "zero terminal SNR", False: "no zero terminal SNR", None: ""}[self.zero_terminal_snr]
+        snr = {True: "zero terminal SNR", False: "no zero terminal SNR", None: ""}[
+            self.zero_terminal_snr
+        ]
         note = self.note if self.note != self.prediction else ""
         return ", ".join(filter(None, [self.prediction, snr, note])) or "cannot be read"
 
@@ -60,7 +62,11 @@ PREDICTIONS = {
 
 def _prediction(source: str, value: Any) -> Statement:
     name = PREDICTIONS.get(value.lower()) if isinstance(value, str) else None
-    return Statement(source, prediction=name, note="" if name else f"{shown(value)}, which is no prediction type known here")
+    return Statement(
+        source,
+        prediction=name,
+        note="" if name else f"{shown(value)}, which is no prediction type known here",
+    )
 
 
 def _zero_snr(source: str, value: Any) -> Statement:
@@ -84,31 +90,53 @@ def _schedule(source: str, load: Callable[[], NoiseSchedule], beside: bool = Fal
 TENSORS: Mapping[str, Callable[[str], Statement]] = {
     "v_pred": lambda source: Statement(source, prediction="v_prediction"),
     "ztsnr": lambda source: Statement(source, zero_terminal_snr=True),
-    "edm_mean": lambda source: Statement(source, note="an EDM model on scaled latents, as Playground 2.5"),
-    "edm_vpred.sigma_max": lambda source: Statement(source, "v_prediction", note="on EDM noise levels, as CosXL"),
+    "edm_mean": lambda source: Statement(
+        source, note="an EDM model on scaled latents, as Playground 2.5"
+    ),
+    "edm_vpred.sigma_max": lambda source: Statement(
+        source, "v_prediction", note="on EDM noise levels, as CosXL"
+    ),
 }
 """Tensors whose presence says something to ComfyUI, Forge or A1111."""
 
-FLOWS = ("stable-diffusion-3", "flux", "chroma", "lumina", "sd3", "auraflow", "hunyuan-image", "qwen-image")
+FLOWS = (
+    "stable-diffusion-3",
+    "flux",
+    "chroma",
+    "lumina",
+    "sd3",
+    "auraflow",
+    "hunyuan-image",
+    "qwen-image",
+)
 """How the names of architectures begin whose models are flows."""
 
 
 def _architecture(source: str, value: str) -> Statement:
     """sd-scripts: 'stable-diffusion-v2-768-v/lora'; its other names leave the prediction type open, but for the flows."""
     name = value.lower().split("/")[0]
-    said = {"stable-diffusion-v2-768-v": "v_prediction", "stable-diffusion-v2-512": "epsilon"}.get(name)
+    said = {"stable-diffusion-v2-768-v": "v_prediction", "stable-diffusion-v2-512": "epsilon"}.get(
+        name
+    )
     return Statement(source, "flow_prediction" if name.startswith(FLOWS) else said, note=value[:80])
 
 
 def _base_model(source: str, value: str) -> Statement:
     """sd-scripts: 'sd_v1' and 'sd_v2' with '_v' behind it for v; 'sdxl_base_v1-0', 'sd3_m', 'flux1' of others."""
     name = value.lower()
-    said = {"sd_v1": "epsilon", "sd_v2": "epsilon", "sd_v1_v": "v_prediction", "sd_v2_v": "v_prediction"}.get(name)
+    said = {
+        "sd_v1": "epsilon",
+        "sd_v2": "epsilon",
+        "sd_v1_v": "v_prediction",
+        "sd_v2_v": "v_prediction",
+    }.get(name)
     return Statement(source, "flow_prediction" if name.startswith(FLOWS) else said, note=value[:80])
 
 
 def _v_parameterization(source: str, value: str) -> Statement:
-    return Statement(source, {"true": "v_prediction", "false": "epsilon"}.get(value.lower()), note=value[:80])
+    return Statement(
+        source, {"true": "v_prediction", "false": "epsilon"}.get(value.lower()), note=value[:80]
+    )
 
 
 def _as_it_is(source: str, value: str) -> Statement:
@@ -122,7 +150,9 @@ METADATA: Mapping[str, Callable[[str, str], Statement]] = {
     "ss_base_model_version": _base_model,
     "ss_v_parameterization": _v_parameterization,
     "ss_zero_terminal_snr": _zero_snr,
-    OWN_KEY: lambda source, text: _schedule(source, lambda: NoiseSchedule.from_config(parse_json(text))),
+    OWN_KEY: lambda source, text: _schedule(
+        source, lambda: NoiseSchedule.from_config(parse_json(text))
+    ),
 }
 """Metadata of safetensors files that says a prediction type or a schedule, as sd-scripts, OneTrainer, ComfyUI and alphabar write it."""
 
@@ -181,9 +211,15 @@ def statements_of_safetensors(header: Header) -> list[Statement]:
     said = [METADATA[key](f"metadata {key}", given[key]) for key in METADATA if key in given]
     if any(statement.prediction == "flow_prediction" for statement in said):
         # sd-scripts writes epsilon of every model that is not trained for v, Stable Diffusion 3 among them
-        said = [_open(s) if s.prediction == "epsilon" and "modelspec." in s.source else s for s in said]
+        said = [
+            _open(s) if s.prediction == "epsilon" and "modelspec." in s.source else s for s in said
+        ]
     shown_too = [key for key in OF_TRAINING if given.get(key, "").lower() not in SAYS_NOTHING]
-    return [*_marked(header.tensors), *said, *(_as_it_is(f"metadata {key}", given[key]) for key in shown_too)]
+    return [
+        *_marked(header.tensors),
+        *said,
+        *(_as_it_is(f"metadata {key}", given[key]) for key in shown_too),
+    ]
 
 
 def _open(statement: Statement) -> Statement:
@@ -206,7 +242,11 @@ def statements_of_checkpoint(path: Path) -> list[Statement]:
     found += _marked(weights if isinstance(weights, Mapping) else {})
     settings = checkpoint.get("hyper_parameters", {})
     settings = settings if isinstance(settings, Mapping) else {}
-    return found + [HYPERPARAMETERS[k](f"hyperparameter {k}", settings[k]) for k in HYPERPARAMETERS if k in settings]
+    return found + [
+        HYPERPARAMETERS[k](f"hyperparameter {k}", settings[k])
+        for k in HYPERPARAMETERS
+        if k in settings
+    ]
 
 
 def statements_beside(path: Path) -> list[Statement]:
@@ -216,7 +256,8 @@ def statements_beside(path: Path) -> list[Statement]:
     []
     """
     folders = [own_sidecar(path).local, sidecar_folder(path).local]
-    if path.suffix == ".safetensors":  # a component of a diffusers pipeline: unet/diffusion_pytorch_model.safetensors
+    # a component of a diffusers pipeline: unet/diffusion_pytorch_model.safetensors
+    if path.suffix == ".safetensors":
         folders.append(path.resolve().parent.parent / "scheduler")
     found = []
     for folder in dict.fromkeys(filter(None, folders)):
@@ -233,7 +274,9 @@ def statements_beside(path: Path) -> list[Statement]:
     return found
 
 
-def statements_of_folder(folder: Path, shown_from: Path, beside: bool = False) -> tuple[list[Statement], list[str]]:
+def statements_of_folder(
+    folder: Path, shown_from: Path, beside: bool = False
+) -> tuple[list[Statement], list[str]]:
     """Return what the two schedule files of a folder say, and what the config leaves to the defaults of a class.
 
     >>> statements_of_folder(Path("nowhere"), Path())
@@ -244,11 +287,21 @@ def statements_of_folder(folder: Path, shown_from: Path, beside: bool = False) -
         path = folder / name
         if not path.is_file():
             continue
-        source = path.relative_to(shown_from).as_posix() if path.is_relative_to(shown_from) else str(path)
+        source = (
+            path.relative_to(shown_from).as_posix()
+            if path.is_relative_to(shown_from)
+            else str(path)
+        )
         if name == EXACT_NAME:
-            found.append(_schedule(source, lambda path=path: NoiseSchedule.from_config(read_json(path)), beside))
+            found.append(
+                _schedule(
+                    source, lambda path=path: NoiseSchedule.from_config(read_json(path)), beside
+                )
+            )
         else:
-            statement = _schedule(source, lambda path=path: NoiseSchedule.from_diffusers(read_json(path)), beside)
+            statement = _schedule(
+                source, lambda path=path: NoiseSchedule.from_diffusers(read_json(path)), beside
+            )
             found.append(statement)
             if statement.schedule is not None:
                 config = read_json(path)
@@ -265,13 +318,19 @@ def _marked(tensors: Iterable[str]) -> list[Statement]:
 def _left_out(source: str, config: Mapping[str, Any]) -> list[str]:
     kind = str(config.get("_class_name", ""))
     needed = (
-        ["shift"] if kind.startswith("FlowMatch") else ["beta_schedule", "beta_start", "beta_end", "prediction_type"]
+        ["shift"]
+        if kind.startswith("FlowMatch")
+        else ["beta_schedule", "beta_start", "beta_end", "prediction_type"]
     )
     lacking = [key for key in needed if key not in config]
     if config.get("trained_betas"):
         lacking = [key for key in lacking if not key.startswith("beta_")]
     of = kind or "whatever class reads it"
-    return [f"{source} leaves out {', '.join(lacking)}: filled with the defaults of {of}"] if lacking else []
+    return (
+        [f"{source} leaves out {', '.join(lacking)}: filled with the defaults of {of}"]
+        if lacking
+        else []
+    )
 
 
 def _spacing(source: str, config: Mapping[str, Any], beside: bool) -> list[Statement]:
@@ -282,4 +341,6 @@ def _spacing(source: str, config: Mapping[str, Any], beside: bool) -> list[State
         f"{source}: rescale_betas_zero_snr with timestep_spacing={spacing!r}, which does not sample from the last "
         "timestep, the only one that is pure noise; use 'trailing' (2305.08891, section 3.3)"
     )
-    return [Statement(f"{source}: timestep_spacing", note=str(spacing), beside=beside, problem=problem)]
+    return [
+        Statement(f"{source}: timestep_spacing", note=str(spacing), beside=beside, problem=problem)
+    ]

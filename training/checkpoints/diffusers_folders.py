@@ -15,21 +15,33 @@ from ...noising.utils.config_reading import mapping, read_json
 from ...noising.utils.registry import shown, unknown
 
 INDEX_NAME = "model_index.json"
-LIBRARIES = ("diffusers", "transformers")  # of which a pipeline's parts are made; others would be code of the folder
+# of which a pipeline's parts are made; others would be code of the folder
+LIBRARIES = (
+    "diffusers",
+    "transformers",
+)
 
 Encoded = tuple[dict[str, Any], dict[str, Any] | None]
 """Conditioning, and that of guidance's other half: a row for each text."""
 
 
-def _stable_diffusion(pipeline: Any, texts: list[str], negative: str | None, guided: bool, side: int) -> Encoded:
+def _stable_diffusion(
+    pipeline: Any, texts: list[str], negative: str | None, guided: bool, side: int
+) -> Encoded:
     given = _encoded(pipeline, texts, negative, guided)
-    return {"encoder_hidden_states": given[0]}, {"encoder_hidden_states": given[1]} if guided else None
+    return {"encoder_hidden_states": given[0]}, {
+        "encoder_hidden_states": given[1]
+    } if guided else None
 
 
-def _stable_diffusion_xl(pipeline: Any, texts: list[str], negative: str | None, guided: bool, side: int) -> Encoded:
+def _stable_diffusion_xl(
+    pipeline: Any, texts: list[str], negative: str | None, guided: bool, side: int
+) -> Encoded:
     words, no_words, pooled, no_pooled = _encoded(pipeline, texts, negative, guided)
     pixels = float(side * pipeline.vae_scale_factor)
-    sizes = torch.tensor([[pixels, pixels, 0.0, 0.0, pixels, pixels]], dtype=words.dtype, device=words.device)
+    sizes = torch.tensor(
+        [[pixels, pixels, 0.0, 0.0, pixels, pixels]], dtype=words.dtype, device=words.device
+    )
 
     def conditions(hidden: Tensor, pooled: Tensor) -> dict[str, Any]:
         added = {"text_embeds": pooled, "time_ids": sizes.repeat(len(texts), 1)}
@@ -78,9 +90,13 @@ class LoadedPipeline:
     def encode(self, texts: Sequence[str], negative: str | None, guided: bool) -> Encoded:
         """Return what the pipeline's own text encoders make of texts, a row for each; ValueError where it has none."""
         if self.kind.encode is None:
-            raise ValueError(f"a {type(self.pipeline).__name__} takes no prompts; leave out --prompt")
+            raise ValueError(
+                f"a {type(self.pipeline).__name__} takes no prompts; leave out --prompt"
+            )
         with torch.no_grad():
-            return self.kind.encode(self.pipeline, list(texts), negative, guided, self.sample_shape[-1])
+            return self.kind.encode(
+                self.pipeline, list(texts), negative, guided, self.sample_shape[-1]
+            )
 
     @property
     def vae(self) -> nn.Module | None:
@@ -115,8 +131,14 @@ def load_pipeline(folder: str | Path, device: torch.device) -> LoadedPipeline:
             f"{unknown('kind of pipeline', name, KINDS)}; sample from others in Python, with Sampler and the pipeline's network"
         )
     for part, made in index.items():
-        if isinstance(made, list) and made and made[0] not in (*LIBRARIES, name, _module_of(name), None):
-            raise ValueError(f"the part {part!r} of {str(folder)!r} is of {shown(made[0])}, and no code but {LIBRARIES} is run")
+        if (
+            isinstance(made, list)
+            and made
+            and made[0] not in (*LIBRARIES, name, _module_of(name), None)
+        ):
+            raise ValueError(
+                f"the part {part!r} of {str(folder)!r} is of {shown(made[0])}, and no code but {LIBRARIES} is run"
+            )
     schedule = NoiseSchedule.from_pretrained(folder, subfolder="scheduler")
     pipeline = _pipeline(folder, index)
     kind = KINDS[name]
@@ -130,10 +152,21 @@ def _pipeline(folder: Path, index: Mapping[str, Any]) -> Any:
     left_out = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     options = left_out if "safety_checker" in index else {}
     try:
-        return getattr(diffusers, index["_class_name"]).from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:  # of a damaged folder
+        return getattr(diffusers, index["_class_name"]).from_pretrained(
+            folder, local_files_only=True, **options
+        )
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:  # of a damaged folder
         words = " ".join(str(error).split())[:300]
-        raise ValueError(f"diffusers cannot load the pipeline {str(folder)!r}: {type(error).__name__}: {words}") from error
+        raise ValueError(
+            f"diffusers cannot load the pipeline {str(folder)!r}: {type(error).__name__}: {words}"
+        ) from error
 
 
 def _module_of(name: Any) -> str:
@@ -161,7 +194,9 @@ def load_vae(folder: str | Path) -> nn.Module:
     folder = Path(folder)
     place = next((f for f in (folder, folder / "vae") if (f / "config.json").is_file()), None)
     if place is None:
-        raise FileNotFoundError(f"no VAE in {str(folder)!r}: neither config.json nor vae/config.json is there")
+        raise FileNotFoundError(
+            f"no VAE in {str(folder)!r}: neither config.json nor vae/config.json is there"
+        )
     kinds = {name: getattr(diffusers, name) for name in ("AutoencoderKL", "AutoencoderTiny")}
     name = mapping("config.json", read_json(place / "config.json")).get("_class_name")
     if not isinstance(name, str) or name not in kinds:
@@ -172,6 +207,8 @@ def load_vae(folder: str | Path) -> nn.Module:
 def decode(vae: Any, latents: Tensor) -> Tensor:
     """Return images in [-1, 1] from latents as a network is trained on them: z / scaling_factor + shift_factor, decoded."""
     config = vae.config
-    z = latents / getattr(config, "scaling_factor", 1.0) + (getattr(config, "shift_factor", None) or 0.0)
+    z = latents / getattr(config, "scaling_factor", 1.0) + (
+        getattr(config, "shift_factor", None) or 0.0
+    )
     with torch.no_grad():
         return vae.decode(z.to(vae.device, vae.dtype)).sample.float()

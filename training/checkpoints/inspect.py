@@ -60,7 +60,9 @@ class Inspection:
             ("missing", self.missing),
             ("contradicts", self.contradictions),
         ):
-            lines += [f"{title}:", *(f"  {item}" for item in items)] if items else [f"{title}: nothing"]
+            lines += (
+                [f"{title}:", *(f"  {item}" for item in items)] if items else [f"{title}: nothing"]
+            )
         return "\n".join(lines)
 
     def _conclusion(self) -> str:
@@ -68,8 +70,14 @@ class Inspection:
             return "not known, what is said contradicts itself"
         if self.schedule is not None:
             return str(self.schedule)
-        snr = {True: ", zero terminal SNR", False: ", no zero terminal SNR", None: ""}[self.zero_terminal_snr]
-        return f"{self.prediction}{snr}, on a schedule that is not said" if self.prediction else f"not known{snr}"
+        snr = {True: ", zero terminal SNR", False: ", no zero terminal SNR", None: ""}[
+            self.zero_terminal_snr
+        ]
+        return (
+            f"{self.prediction}{snr}, on a schedule that is not said"
+            if self.prediction
+            else f"not known{snr}"
+        )
 
 
 def inspect_path(path: str | os.PathLike[str]) -> Inspection:
@@ -91,7 +99,11 @@ def inspect_path(path: str | os.PathLike[str]) -> Inspection:
     kind, statements, notes = _kind_of(place)(place)
     contradictions = [note for note in (s.problem for s in statements) if note]
     contradictions += _disagreements(statements)
-    missing = [*notes(statements), *(text for s in statements for text in s.told), *_general(statements)]
+    missing = [
+        *notes(statements),
+        *(text for s in statements for text in s.told),
+        *_general(statements),
+    ]
     return Inspection(str(path), kind, tuple(statements), tuple(missing), tuple(contradictions))
 
 
@@ -108,7 +120,11 @@ def _kind_of(path: Path) -> Callable[[Path], _Read]:
 
 def _safetensors(path: Path) -> _Read:
     header = read_header(path)
-    layout = "named as ComfyUI, Forge and A1111 read them" if header.for_interfaces else "not in one of their layouts"
+    layout = (
+        "named as ComfyUI, Forge and A1111 read them"
+        if header.for_interfaces
+        else "not in one of their layouts"
+    )
     found = [*statements_of_safetensors(header), *statements_beside(path)]
 
     def notes(statements: Sequence[Statement]) -> list[str]:
@@ -116,9 +132,13 @@ def _safetensors(path: Path) -> _Read:
         v = "v_prediction" in (s.prediction for s in statements)
         zero = True in (s.zero_terminal_snr for s in statements)
         if header.for_interfaces and v and MARKERS[0] not in header.tensors:
-            missing.append("tensor v_pred: ComfyUI, Forge and A1111 take the model for epsilon; write_markers adds it")
+            missing.append(
+                "tensor v_pred: ComfyUI, Forge and A1111 take the model for epsilon; write_markers adds it"
+            )
         if header.for_interfaces and v and zero and MARKERS[1] not in header.tensors:
-            missing.append("tensor ztsnr: they do not sample from pure noise, the last level; write_markers adds it")
+            missing.append(
+                "tensor ztsnr: they do not sample from pure noise, the last level; write_markers adds it"
+            )
         if header.for_interfaces and zero and not v and MARKERS[1] in header.tensors:
             missing.append("tensor v_pred beside ztsnr: ComfyUI reads ztsnr only there")
         return missing
@@ -159,7 +179,9 @@ def _general(statements: Sequence[Statement]) -> list[str]:
     if all(s.prediction is None for s in statements):
         missing.append("prediction type: tools will guess, most of them epsilon")
     if all(s.schedule is None for s in statements):
-        missing.append("schedule: nothing says the betas, or the shift; ScheduleCheckpoint and write_markers say them")
+        missing.append(
+            "schedule: nothing says the betas, or the shift; ScheduleCheckpoint and write_markers say them"
+        )
     return missing
 
 
@@ -182,7 +204,9 @@ def _disagreements(statements: Sequence[Statement]) -> list[str]:
 
 
 def _word(value: object) -> str:
-    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+    return (
+        {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+    )
 
 
 def _only(values: Iterable[_T | None]) -> _T | None:

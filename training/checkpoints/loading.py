@@ -24,7 +24,12 @@ from .sidecars import sidecar_folder
 
 PREFIX = "network."  # where DiffusionModule keeps its network
 LARGEST_SAMPLE = 1 << 24  # numbers in one sample: 4096 x 4096
-DIMENSIONS: Mapping[str, int] = {"UNet1D": 2, "UNet2D": 3, "UNet3D": 4}  # of one sample, by the start of a class's name
+# of one sample, by the start of a class's name
+DIMENSIONS: Mapping[str, int] = {
+    "UNet1D": 2,
+    "UNet2D": 3,
+    "UNet3D": 4,
+}
 LARGEST_SIDES = 8  # times the sides of the samples that a network was made for
 WEIGHTS: Mapping[str, str] = {"raw": "current_model_state", "ema": "state_dict"}
 
@@ -39,7 +44,10 @@ class Loaded:
 
 
 def load_checkpoint(
-    path: str | Path, network: str | nn.Module | None = None, weights: str | None = None, shape: Any = None
+    path: str | Path,
+    network: str | nn.Module | None = None,
+    weights: str | None = None,
+    shape: Any = None,
 ) -> Loaded:
     """Load what a DiffusionModule's checkpoint holds: the network (EMA weights, where they were averaged) and its schedule.
 
@@ -106,12 +114,21 @@ def _of_checkpoint(path: str | Path, which: str | None) -> _Content:
     if which is not None:
         lookup("weights", which, WEIGHTS)
     if which == "ema" and not has_both:
-        raise ValueError(f"{str(path)!r} holds no EMA weights, train with EMA(); or take --weights raw")
+        raise ValueError(
+            f"{str(path)!r} holds no EMA weights, train with EMA(); or take --weights raw"
+        )
     key = WEIGHTS["raw"] if which == "raw" and has_both else WEIGHTS["ema"]
     config = checkpoint.get("network")
     if config is not None and not isinstance(config, Mapping):
-        raise ValueError(f"the network config of {str(path)!r} must be a mapping of settings, got {shown(config)}")
-    return _Content(weights_of(checkpoint.get(key), f"{key} of {str(path)!r}"), schedule, config, checkpoint.get("sample_shape"))
+        raise ValueError(
+            f"the network config of {str(path)!r} must be a mapping of settings, got {shown(config)}"
+        )
+    return _Content(
+        weights_of(checkpoint.get(key), f"{key} of {str(path)!r}"),
+        schedule,
+        config,
+        checkpoint.get("sample_shape"),
+    )
 
 
 def _of_safetensors(path: str | Path, which: str | None) -> _Content:
@@ -119,13 +136,19 @@ def _of_safetensors(path: str | Path, which: str | None) -> _Content:
         raise ValueError(f"{str(path)!r} holds one set of weights; leave out --weights")
     header = read_header(path)
     text = header.metadata.get(OWN_KEY)
-    beside = NoiseSchedule.from_config(parse_json(text)) if text is not None else schedule_beside(path)
+    beside = (
+        NoiseSchedule.from_config(parse_json(text)) if text is not None else schedule_beside(path)
+    )
     if beside is None:
         shared = sidecar_folder(path).url
         raise ValueError(
             f"{str(path)!r} does not say its noise schedule; if you know it, put it there: schedule.save_pretrained({shared!r})"
         )
-    said = {key: parse_json(header.metadata[key]) for key in (NETWORK_KEY, SHAPE_KEY) if key in header.metadata}
+    said = {
+        key: parse_json(header.metadata[key])
+        for key in (NETWORK_KEY, SHAPE_KEY)
+        if key in header.metadata
+    }
     config = said.get(NETWORK_KEY)
     return _Content(
         weights_of(read_tensors(path), repr(str(path))),
@@ -142,7 +165,9 @@ def weights_of(state: Any, source: str) -> dict[str, Tensor]:
     {'w': tensor([1.])}
     """
     if not isinstance(state, Mapping):
-        raise ValueError(f"{source} must be a mapping of weights by name, got {shown(state)}; no DiffusionModule wrote it")
+        raise ValueError(
+            f"{source} must be a mapping of weights by name, got {shown(state)}; no DiffusionModule wrote it"
+        )
     found: dict[str, Tensor] = {}
     for name, value in mapping(source, state).items():
         if name.startswith(PREFIX):
@@ -151,8 +176,14 @@ def weights_of(state: Any, source: str) -> dict[str, Tensor]:
 
 
 def _whole_tensor(what: str, value: Any) -> Tensor:
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type == "meta":
-        raise ValueError(f"{what} must be a tensor of numbers, got {shown(value)}; the file is damaged")
+    if (
+        not isinstance(value, Tensor)
+        or value.layout != torch.strided
+        or value.device.type == "meta"
+    ):
+        raise ValueError(
+            f"{what} must be a tensor of numbers, got {shown(value)}; the file is damaged"
+        )
     many = value.numel() > LARGEST_SAMPLE  # a small one may well be shown larger than it is
     if many and value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise ValueError(
@@ -167,12 +198,25 @@ def _require_fit(network: nn.Module, shape: tuple[int, ...]) -> None:
     config = config if isinstance(config, Mapping) else {}
     channels, side = config.get("in_channels"), config.get("sample_size")
     name = type(network).__name__
-    count = next((dimensions for start, dimensions in DIMENSIONS.items() if name.startswith(start)), len(shape))
+    count = next(
+        (dimensions for start, dimensions in DIMENSIONS.items() if name.startswith(start)),
+        len(shape),
+    )
     if len(shape) != count:
-        raise ValueError(f"a sample of {name} has {count} dimensions, and the sample_shape is {shape}; give --shape")
+        raise ValueError(
+            f"a sample of {name} has {count} dimensions, and the sample_shape is {shape}; give --shape"
+        )
     if isinstance(channels, int) and channels != shape[0]:
-        raise ValueError(f"the network takes {channels} channels, and the sample_shape is {shape}; one of the two is wrong")
-    sides = [side] * (len(shape) - 1) if isinstance(side, int) else list(side) if isinstance(side, list | tuple) else []
+        raise ValueError(
+            f"the network takes {channels} channels, and the sample_shape is {shape}; one of the two is wrong"
+        )
+    sides = (
+        [side] * (len(shape) - 1)
+        if isinstance(side, int)
+        else list(side)
+        if isinstance(side, list | tuple)
+        else []
+    )
     made_for = math.prod(sides) * LARGEST_SIDES ** len(sides)
     if sides and math.prod(shape[1:]) > made_for:
         raise ValueError(

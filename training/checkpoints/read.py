@@ -16,13 +16,20 @@ from ...noising import NoiseSchedule
 from .sidecars import SUBFOLDER, holds_schedule, own_sidecar, read_sidecar, sidecar_folder
 from .storage import Folder
 
-SCHEDULE_KEY = "noise_schedule"  # top level, so that it is readable without knowing the class that wrote it
+SCHEDULE_KEY = (
+    "noise_schedule"  # top level, so that it is readable without knowing the class that wrote it
+)
 OLD_SCHEDULE_KEY = "schedule"  # of examples/finetune_text_to_image.py, before it took the key above
-MAX_PICKLE = 256 << 20  # bytes of a checkpoint that are no tensors: hyperparameters, states of loaders and loops
-SHARDED_NAME = "meta.pt"  # in the folder of a sharded checkpoint: all but the tensors that are sharded
+# bytes of a checkpoint that are no tensors: hyperparameters, states of loaders and loops
+MAX_PICKLE = 256 << 20
+SHARDED_NAME = (
+    "meta.pt"  # in the folder of a sharded checkpoint: all but the tensors that are sharded
+)
 
 
-def schedule_from_checkpoint(path: str | os.PathLike[str], subfolder: str = SUBFOLDER) -> NoiseSchedule:
+def schedule_from_checkpoint(
+    path: str | os.PathLike[str], subfolder: str = SUBFOLDER
+) -> NoiseSchedule:
     """Return the schedule that a checkpoint was trained with: the embedded one, else that in a folder beside it.
 
     ``path``: a file, the folder of a sharded checkpoint, a link, or a URL that fsspec knows. ``subfolder``: the name that
@@ -60,7 +67,9 @@ def schedule_of(
     )
 
 
-def schedule_beside(path: str | os.PathLike[str], subfolder: str = SUBFOLDER) -> NoiseSchedule | None:
+def schedule_beside(
+    path: str | os.PathLike[str], subfolder: str = SUBFOLDER
+) -> NoiseSchedule | None:
     """Return the schedule in the folder of a checkpoint, else in the one that it shares; None where there is neither.
 
     Raises ValueError for a damaged one.
@@ -101,7 +110,11 @@ def schedule_key(checkpoint: Mapping[str, Any]) -> str | None:
     if SCHEDULE_KEY in checkpoint:
         return SCHEDULE_KEY
     old = checkpoint.get(OLD_SCHEDULE_KEY)  # a word that others use for other things
-    return OLD_SCHEDULE_KEY if isinstance(old, Mapping) and {"curve", "prediction"} <= set(old) else None
+    return (
+        OLD_SCHEDULE_KEY
+        if isinstance(old, Mapping) and {"curve", "prediction"} <= set(old)
+        else None
+    )
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -161,7 +174,9 @@ def _require_honest(file: IO[bytes], path: str | os.PathLike[str]) -> bool:
             for entry in entries:
                 if entry.filename.endswith(".pkl"):
                     if entry.file_size > MAX_PICKLE:
-                        raise ValueError(f"{str(path)!r} has {entry.file_size} bytes of values beside its tensors; at most {MAX_PICKLE}")
+                        raise ValueError(
+                            f"{str(path)!r} has {entry.file_size} bytes of values beside its tensors; at most {MAX_PICKLE}"
+                        )
                     _require_no_bytearray(archive.read(entry), path)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, UnicodeDecodeError) as error:
         raise ValueError(f"{str(path)!r} {_reason(error)}") from error
@@ -176,10 +191,14 @@ def _require_no_bytearray(pickled: bytes, path: str | os.PathLike[str]) -> None:
 def _loaded(file: Path | io.BytesIO, path: str | os.PathLike[str], mmap: bool) -> dict[str, Any]:
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # damaged bytes fail in a dozen ways, IndexError and UnicodeDecodeError among them
+    except (
+        Exception
+    ) as error:  # damaged bytes fail in a dozen ways, IndexError and UnicodeDecodeError among them
         raise ValueError(f"{str(path)!r} {_reason(error)}") from error
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{str(path)!r} is no checkpoint: it holds a {type(checkpoint).__name__}, not a dict")
+        raise ValueError(
+            f"{str(path)!r} is no checkpoint: it holds a {type(checkpoint).__name__}, not a dict"
+        )
     return checkpoint
 
 

@@ -27,9 +27,12 @@ METADATA = "__metadata__"
 OWN_KEY = "alphabar.noise_schedule"  # of the metadata: the schedule itself, as JSON
 NETWORK_KEY = "alphabar.network"  # the config of a diffusers model, as JSON
 SHAPE_KEY = "alphabar.sample_shape"
-INTERFACE_PREFIX = "model.diffusion_model."  # of the weights in files that ComfyUI, Forge and A1111 load
+INTERFACE_PREFIX = (
+    "model.diffusion_model."  # of the weights in files that ComfyUI, Forge and A1111 load
+)
 PREDICTION_WORDS = {"epsilon": "epsilon", "v_prediction": "v"}  # what modelspec calls them
-MAX_HEADER = 32 << 20  # bytes; the safetensors library accepts 100 MB, and the largest in use have a few
+# bytes; the safetensors library accepts 100 MB, and the largest in use have a few
+MAX_HEADER = 32 << 20
 MAX_TENSORS = 100_000
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
          "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # fmt: skip
@@ -68,8 +71,13 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(MAX_HEADER, size - 8):
                 raise ValueError(f"its header would have {length} bytes, of a file of {size}")
-            header = mapping("the header", parse_json(file.read(length), 4 * MAX_TENSORS, 8 * MAX_TENSORS))
-        metadata = {key: word(f"metadata {key}", value) for key, value in mapping("the metadata", header.pop(METADATA, {})).items()}
+            header = mapping(
+                "the header", parse_json(file.read(length), 4 * MAX_TENSORS, 8 * MAX_TENSORS)
+            )
+        metadata = {
+            key: word(f"metadata {key}", value)
+            for key, value in mapping("the metadata", header.pop(METADATA, {})).items()
+        }
         _require_laid_out(header, size - 8 - length)
         tensors = header
     except (ValueError, struct.error) as error:
@@ -103,13 +111,23 @@ def _require_laid_out(tensors: Mapping[str, Any], size: int) -> None:
         offsets: Any
         shape, offsets, dtype = (entry.get(key) for key in ("shape", "data_offsets", "dtype"))
         for numbers, most in ((shape, 64), (offsets, 2)):
-            if not isinstance(numbers, list) or len(numbers) > most or any(whole("a size", n) < 0 for n in numbers):
+            if (
+                not isinstance(numbers, list)
+                or len(numbers) > most
+                or any(whole("a size", n) < 0 for n in numbers)
+            ):
                 raise ValueError(f"the entry of {shown(name)} has no shape and no place")
         if len(offsets) != 2 or not offsets[0] <= offsets[1]:
             raise ValueError(f"the entry of {shown(name)} has no place")
         if offsets[1] > size:
-            raise ValueError(f"it has {size} bytes of tensors, and {shown(name)} ends at {offsets[1]}")
-        bits = _BITS.get(dtype, 8 if str(dtype).startswith("F8") else None) if isinstance(dtype, str) else None
+            raise ValueError(
+                f"it has {size} bytes of tensors, and {shown(name)} ends at {offsets[1]}"
+            )
+        bits = (
+            _BITS.get(dtype, 8 if str(dtype).startswith("F8") else None)
+            if isinstance(dtype, str)
+            else None
+        )
         if bits is not None and 8 * (offsets[1] - offsets[0]) != math.prod(shape) * bits:
             raise ValueError(f"{shown(name)} of shape {shape} has {offsets[1] - offsets[0]} bytes")
         if bits is None:
@@ -118,7 +136,9 @@ def _require_laid_out(tensors: Mapping[str, Any], size: int) -> None:
     end = 0
     for start, stop, name in sorted(spans):
         if start != end:
-            raise ValueError(f"the tensor {shown(name)} begins at {start}, and what is before it ends at {end}")
+            raise ValueError(
+                f"the tensor {shown(name)} begins at {start}, and what is before it ends at {end}"
+            )
         end = stop
 
 
@@ -147,23 +167,35 @@ def write_markers(
     for name in MARKERS:
         if name in tensors and tensors[name]["data_offsets"][0] != tensors[name]["data_offsets"][1]:
             if name not in wanted:
-                raise ValueError(f"{str(path)!r} has a tensor {name!r} with values: save it anew without that tensor")
+                raise ValueError(
+                    f"{str(path)!r} has a tensor {name!r} with values: save it anew without that tensor"
+                )
         else:
             tensors.pop(name, None)
     end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
     empty = {"dtype": "F32", "shape": [0], "data_offsets": [end, end]}
     tensors = {**tensors, **{name: empty for name in wanted if name not in tensors}}
     kept = {key: value for key, value in header.metadata.items() if key not in METADATA_KEYS}
-    content = json.dumps({METADATA: {**kept, **_metadata(schedule)}, **tensors}, separators=(",", ":")).encode()
+    content = json.dumps(
+        {METADATA: {**kept, **_metadata(schedule)}, **tensors}, separators=(",", ":")
+    ).encode()
     content += b" " * (-len(content) % 8)  # the format aligns the weights so
     _rewrite(
-        Path(path), Path(out if out is not None else path), struct.pack("<Q", len(content)) + content, header.start
+        Path(path),
+        Path(out if out is not None else path),
+        struct.pack("<Q", len(content)) + content,
+        header.start,
     )
     return Path(out if out is not None else path)
 
 
 MARKERS = ("v_pred", "ztsnr")
-METADATA_KEYS = ("modelspec.prediction_type", "modelspec.predict_key", "ss_zero_terminal_snr", OWN_KEY)
+METADATA_KEYS = (
+    "modelspec.prediction_type",
+    "modelspec.predict_key",
+    "ss_zero_terminal_snr",
+    OWN_KEY,
+)
 
 
 def _markers(schedule: NoiseSchedule) -> Collection[str]:

@@ -23,7 +23,22 @@ from fsspec.implementations.local import LocalFileSystem
 from ...noising.utils.atomic import require_writable, write_atomically
 
 # stores in which an upload is seen whole or not at all, so that a move would only be a second copy
-WHOLE_UPLOADS = {"memory", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "ocilake", "oss", "hf", "r2"}
+WHOLE_UPLOADS = {
+    "memory",
+    "s3",
+    "s3a",
+    "gs",
+    "gcs",
+    "abfs",
+    "abfss",
+    "az",
+    "adl",
+    "oci",
+    "ocilake",
+    "oss",
+    "hf",
+    "r2",
+}
 
 
 @dataclass(frozen=True)
@@ -80,7 +95,9 @@ class Folder:
         >>> (Folder("memory://run") / "scheduler").url
         'memory://run/scheduler'
         """
-        return Folder(str(Path(self.url, name)) if "://" not in self.url else posixpath.join(self.url, name))
+        return Folder(
+            str(Path(self.url, name)) if "://" not in self.url else posixpath.join(self.url, name)
+        )
 
     def read(self, name: str) -> bytes | None:
         """Return the content of a file; None where there is none."""
@@ -163,17 +180,26 @@ class Folder:
     def _store(self) -> tuple[Any, str]:
         try:
             filesystem, root = url_to_fs(self.url)
-        except (ValueError, ImportError) as error:  # a store that fsspec does not know, or whose package is missing
+        except (
+            ValueError,
+            ImportError,
+        ) as error:  # a store that fsspec does not know, or whose package is missing
             raise OSError(f"cannot reach {self.url!r}: {error}") from error
         return filesystem, root
 
     def _upload(self, name: str, data: bytes) -> None:
         filesystem, root = self._store
         path = posixpath.join(root, name)
-        protocols = {filesystem.protocol} if isinstance(filesystem.protocol, str) else set(filesystem.protocol)
+        protocols = (
+            {filesystem.protocol}
+            if isinstance(filesystem.protocol, str)
+            else set(filesystem.protocol)
+        )
         if protocols & WHOLE_UPLOADS:
             return self._put(filesystem, path, data)
-        beside = posixpath.join(posixpath.dirname(path), f".{posixpath.basename(path)}.{uuid.uuid4().hex[:8]}")
+        beside = posixpath.join(
+            posixpath.dirname(path), f".{posixpath.basename(path)}.{uuid.uuid4().hex[:8]}"
+        )
         self._put(filesystem, beside, data)
         try:
             filesystem.mv(beside, path)
@@ -194,7 +220,9 @@ class Folder:
         except OSError as error:
             raise OSError(f"cannot {verb} {self.url!r}: {error}") from error
         except Exception as error:  # remote stores raise errors of their own
-            raise OSError(f"cannot {verb} {self.url!r}: {type(error).__name__}: {error} ({name})") from error
+            raise OSError(
+                f"cannot {verb} {self.url!r}: {type(error).__name__}: {error} ({name})"
+            ) from error
 
 
 def _ended(content: bytes) -> bytes:

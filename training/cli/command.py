@@ -37,9 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return _run(parser_of_all().parse_args(arguments))
         finally:
-            sys.stdout.flush()  # here, and not at the interpreter's end, where nothing can catch what it raises
+            # here, and not at the interpreter's end, where nothing can catch what it raises
+            sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush of the interpreter
+        # for the last flush of the interpreter
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
 
 
@@ -50,12 +52,15 @@ def parser_of_all() -> argparse.ArgumentParser:
     'euler'
     """
     parser = argparse.ArgumentParser(
-        prog="alphabar", description="One noise schedule, from the first training step to the last sampled image."
+        prog="alphabar",
+        description="One noise schedule, from the first training step to the last sampled image.",
     )
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
         doc = command.__doc__ or ""
-        command.add_arguments(subparsers.add_parser(name, help=doc.strip().splitlines()[0], description=doc))
+        command.add_arguments(
+            subparsers.add_parser(name, help=doc.strip().splitlines()[0], description=doc)
+        )
     return parser
 
 

@@ -22,11 +22,18 @@ POOR_FIT = 0.1  # of the density's norm
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``alphabar ema``."""
-    parser.add_argument("folder", help="where EMA(..., snapshot_every_n_steps=...) wrote its snapshots")
     parser.add_argument(
-        "--sigma_rel", type=float, required=True, help="length of the average as a share of the training, e.g. 0.1"
+        "folder", help="where EMA(..., snapshot_every_n_steps=...) wrote its snapshots"
     )
-    parser.add_argument("--step", type=int, default=None, help="time of the average (default: the last snapshot's)")
+    parser.add_argument(
+        "--sigma_rel",
+        type=float,
+        required=True,
+        help="length of the average as a share of the training, e.g. 0.1",
+    )
+    parser.add_argument(
+        "--step", type=int, default=None, help="time of the average (default: the last snapshot's)"
+    )
     parser.add_argument(
         "--checkpoint",
         default=None,
@@ -39,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=POOR_FIT,
         help="how far the average's profile may be from the wanted one, as a share of it (default: %(default)s)",
     )
-    parser.add_argument("--out", default="ema.safetensors", help="the file to write (default: %(default)s)")
+    parser.add_argument(
+        "--out", default="ema.safetensors", help="the file to write (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -57,15 +66,22 @@ def run(args: argparse.Namespace) -> None:
     base = base_of(args.folder, weights, args.checkpoint)
     metadata = {"step": str(step), "sigma_rel": repr(args.sigma_rel)}
     if base is not None:
-        weights, metadata = completed(weights, base[1], base[0]), metadata | metadata_of(base[1], base[0])
+        weights, metadata = (
+            completed(weights, base[1], base[0]),
+            metadata | metadata_of(base[1], base[0]),
+        )
     save_tensors(args.out, weights, metadata)
     print(
         f"{args.out}: sigma_rel {args.sigma_rel:g} at step {step} from {len(plan.snapshots)} snapshots, {in_words(plan.error)}"
     )
     if base is not None:
-        print(f"all that is not averaged is from {base[0]}; alphabar sample {args.out} draws with it")
+        print(
+            f"all that is not averaged is from {base[0]}; alphabar sample {args.out} draws with it"
+        )
     else:
-        print("weights alone, which a module loads with strict=False; give --checkpoint for a file that alphabar sample loads")
+        print(
+            "weights alone, which a module loads with strict=False; give --checkpoint for a file that alphabar sample loads"
+        )
 
 
 def in_words(error: float) -> str:
@@ -74,15 +90,26 @@ def in_words(error: float) -> str:
     >>> in_words(0.0), in_words(0.031)
     ('exactly the average that was asked for', 'off the profile that was asked for by 3.10% of it')
     """
-    return "exactly the average that was asked for" if error < 5e-5 else f"off the profile that was asked for by {error:.2%} of it"
+    return (
+        "exactly the average that was asked for"
+        if error < 5e-5
+        else f"off the profile that was asked for by {error:.2%} of it"
+    )
 
 
-def base_of(folder: str, weights: Mapping[str, Tensor], given: str | None) -> tuple[Path, dict[str, Any]] | None:
+def base_of(
+    folder: str, weights: Mapping[str, Tensor], given: str | None
+) -> tuple[Path, dict[str, Any]] | None:
     """Return the checkpoint that is given, or else the newest near the snapshots that holds weights of these names."""
     if given is not None:
         return Path(given), read_checkpoint(given)
     place = Path(folder).resolve()
-    near = [path for at in (place, place.parent, place.parent / "checkpoints") for path in at.glob("*.ckpt") if path.is_file()]
+    near = [
+        path
+        for at in (place, place.parent, place.parent / "checkpoints")
+        for path in at.glob("*.ckpt")
+        if path.is_file()
+    ]
     for path in sorted(near, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             checkpoint = read_checkpoint(path)
@@ -94,7 +121,9 @@ def base_of(folder: str, weights: Mapping[str, Tensor], given: str | None) -> tu
     return None
 
 
-def completed(weights: Mapping[str, Tensor], checkpoint: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+def completed(
+    weights: Mapping[str, Tensor], checkpoint: Mapping[str, Any], path: Path
+) -> dict[str, Tensor]:
     """Return the averages with all else that the checkpoint's state_dict holds; ValueError where it is of another model.
 
     >>> import torch
@@ -103,9 +132,15 @@ def completed(weights: Mapping[str, Tensor], checkpoint: Mapping[str, Any], path
     """
     state = mapping(f"the state_dict of {str(path)!r}", checkpoint.get("state_dict"))
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    other = [name for name in weights if name not in tensors or tensors[name].shape != weights[name].shape]
+    other = [
+        name
+        for name in weights
+        if name not in tensors or tensors[name].shape != weights[name].shape
+    ]
     if other:
-        raise ValueError(f"{str(path)!r} is of another model than the snapshots: it has no weight like {shown(other[0])}")
+        raise ValueError(
+            f"{str(path)!r} is of another model than the snapshots: it has no weight like {shown(other[0])}"
+        )
     return {name: weights.get(name, value).contiguous() for name, value in tensors.items()}
 
 
@@ -121,4 +156,6 @@ def metadata_of(checkpoint: Mapping[str, Any], path: Path) -> dict[str, str]:
         NETWORK_KEY: checkpoint.get("network"),
         SHAPE_KEY: checkpoint.get("sample_shape"),
     }
-    return {key: json.dumps(value, sort_keys=True) for key, value in said.items() if value is not None}
+    return {
+        key: json.dumps(value, sort_keys=True) for key, value in said.items() if value is not None
+    }

@@ -13,9 +13,9 @@ from ...noising import PREDICTIONS, TIMESTEPS, WEIGHTINGS
 from ...noising.utils.atomic import require_writable
 from ...noising.utils.items import make_item
 from ...sampling import GRIDS, Sampler
-from ...sampling.plotting import plot_grids, plot_table
 from ..flags.items import SCHEDULES, TRANSFORMATIONS, read_schedule
 from ..plots import is_learned, plot_schedules, plot_timesteps, plot_weights
+from ..plots.tables import plot_grids, plot_table
 
 T = TypeVar("T")
 
@@ -30,8 +30,12 @@ class Kind:
 
 
 def _schedule_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--schedule", default="scaled_linear", help=f"{ITEM} (default: %(default)s)")
-    parser.add_argument("--zero_snr", action="store_true", help="rescale a discrete schedule to zero terminal SNR")
+    parser.add_argument(
+        "--schedule", default="scaled_linear", help=f"{ITEM} (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--zero_snr", action="store_true", help="rescale a discrete schedule to zero terminal SNR"
+    )
 
 
 ITEM = (
@@ -45,7 +49,13 @@ def _schedule_arguments(parser: argparse.ArgumentParser) -> None:
         "schedules",
         nargs="*",
         metavar="schedule",
-        default=["scaled_linear", "scaled_linear:zero_snr=true", "squaredcos_cap_v2", "flow", "flow:shift=3"],
+        default=[
+            "scaled_linear",
+            "scaled_linear:zero_snr=true",
+            "squaredcos_cap_v2",
+            "flow",
+            "flow:shift=3",
+        ],
         help=f"{ITEM} (default: five of them)",
     )
 
@@ -63,7 +73,9 @@ def drawable(registry: Mapping[str, Callable[..., Any]]) -> list[str]:
     whole = {name: make for name, make in registry.items() if not _missing(make)}
     entries = {name: make() for name, make in whole.items()}
     return [
-        name for name, entry in entries.items() if not is_learned(entry) and not getattr(entry, "stratified", False)
+        name
+        for name, entry in entries.items()
+        if not is_learned(entry) and not getattr(entry, "stratified", False)
     ]
 
 
@@ -71,6 +83,7 @@ def _missing(make: Callable[..., Any]) -> bool:
     return any(p.default is p.empty for p in inspect.signature(make).parameters.values())
 
 
+# more would hide each other
 USUAL_WEIGHTINGS = (
     "uniform",
     "snr",
@@ -80,7 +93,7 @@ USUAL_WEIGHTINGS = (
     "p2",
     "debiased",
     "edm",
-)  # more would hide each other
+)
 
 
 def _weight_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +116,9 @@ def _weight_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _draw_weights(args: argparse.Namespace) -> object:
     chosen = {item: make_item(item, WEIGHTINGS) for item in args.weightings or USUAL_WEIGHTINGS}
-    return plot_weights(read_schedule(args.schedule, args.zero_snr), chosen, args.prediction, args.out)
+    return plot_weights(
+        read_schedule(args.schedule, args.zero_snr), chosen, args.prediction, args.out
+    )
 
 
 def _timestep_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,7 +144,9 @@ def _grid_arguments(parser: argparse.ArgumentParser) -> None:
         default=["linspace", "trailing", "karras", "exponential", "beta", "align_your_steps"],
         help=f"grids, of {', '.join(GRIDS)} (default: six of them)",
     )
-    parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=20, help="sampling steps (default: %(default)s)"
+    )
     _schedule_argument(parser)
 
 
@@ -139,10 +156,19 @@ def _draw_grids(args: argparse.Namespace) -> object:
 
 def _table_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "method", nargs="?", default="dpmpp_2m", help="sampler, by any of its names (default: %(default)s)"
+        "method",
+        nargs="?",
+        default="dpmpp_2m",
+        help="sampler, by any of its names (default: %(default)s)",
     )
-    parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: %(default)s)")
-    parser.add_argument("--grid", default=None, help="spacing of the steps (default: what the name says, or trailing)")
+    parser.add_argument(
+        "--steps", type=int, default=20, help="sampling steps (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--grid",
+        default=None,
+        help="spacing of the steps (default: what the name says, or trailing)",
+    )
     _schedule_argument(parser)
 
 
@@ -154,9 +180,13 @@ def _draw_table(args: argparse.Namespace) -> object:
 KINDS: Mapping[str, Kind] = {
     "schedule": Kind("α, σ and log SNR of several schedules", _schedule_arguments, _draw_schedules),
     "weights": Kind(
-        "loss weights over log SNR, for several weightings and prediction types", _weight_arguments, _draw_weights
+        "loss weights over log SNR, for several weightings and prediction types",
+        _weight_arguments,
+        _draw_weights,
     ),
-    "timesteps": Kind("densities of training times over time and log SNR", _timestep_arguments, _draw_timesteps),
+    "timesteps": Kind(
+        "densities of training times over time and log SNR", _timestep_arguments, _draw_timesteps
+    ),
     "grids": Kind("log SNR against the step for several grids", _grid_arguments, _draw_grids),
     "table": Kind("the coefficients of a sampler, step by step", _table_arguments, _draw_table),
 }
@@ -169,7 +199,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, kind in KINDS.items():
         sub = subparsers.add_parser(name, help=kind.help, description=kind.help)
         kind.add_arguments(sub)
-        sub.add_argument("--out", default=f"{name}.png", help="the picture to write (default: %(default)s)")
+        sub.add_argument(
+            "--out", default=f"{name}.png", help="the picture to write (default: %(default)s)"
+        )
 
 
 def run(args: argparse.Namespace) -> None:

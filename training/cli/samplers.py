@@ -13,10 +13,10 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from ...sampling import GRIDS, Method
+from ...sampling import GRIDS, METHODS, Method
 from ...sampling.grids import grid_options
-from ...sampling.names import METHODS, all_names, key_of, resolve
-from ...sampling.standalone import OUTSIDE, Outside
+from ...sampling.names import all_names, key_of, resolve
+from ...sampling.standalone import STANDALONE, StandaloneEntry
 
 HEADINGS = ("name", "order", "calls", "noise", "source", "also called")
 LEGEND = (
@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the table, or one entry."""
-    print(described(args.name) if args.name else listing(shutil.get_terminal_size((120, 24)).columns))
+    print(
+        described(args.name) if args.name else listing(shutil.get_terminal_size((120, 24)).columns)
+    )
 
 
 def listing(width: int = 120) -> str:
@@ -44,9 +46,11 @@ def listing(width: int = 120) -> str:
     name                    order  calls  noise  source                    also called
     """
     names = all_names()
-    rows = [_row(entry, names[entry.name]) for entry in (*METHODS.values(), *OUTSIDE.values())]
+    rows = [_row(entry, names[entry.name]) for entry in (*METHODS.values(), *STANDALONE.values())]
     text = columns(HEADINGS, rows, max(width, 60))
-    grids = textwrap.fill(", ".join(GRIDS), max(width, 60), initial_indent="grids: ", subsequent_indent="       ")
+    grids = textwrap.fill(
+        ", ".join(GRIDS), max(width, 60), initial_indent="grids: ", subsequent_indent="       "
+    )
     return "\n\n".join([text, grids, textwrap.fill(LEGEND, max(width, 60))])
 
 
@@ -59,21 +63,37 @@ def described(name: str) -> str:
     grid = key_of(name)
     if grid not in GRIDS:
         return _described_sampler(name)
-    lines = [f"grid {grid}", "", _without_examples(GRIDS[grid].__doc__ or ""), "", *_options(grid_options(grid))]
+    lines = [
+        f"grid {grid}",
+        "",
+        _without_examples(GRIDS[grid].__doc__ or ""),
+        "",
+        *_options(grid_options(grid)),
+    ]
     return "\n".join(lines) + (f"\n\n{_described_sampler(name)}" if grid in METHODS else "")
 
 
 def _described_sampler(name: str) -> str:
     entry, implied = resolve(name)
-    calls = "the network as often as it needs" if entry.evaluations is None else _calls(entry.evaluations)
+    calls = (
+        "the network as often as it needs"
+        if entry.evaluations is None
+        else _calls(entry.evaluations)
+    )
     order = f"order {entry.order}" if entry.order else "does not converge with the steps"
     if isinstance(entry, Method) and entry.reaches:
         best, options = entry.reaches
         order += f" (order {best} with {', '.join(f'{k}={v!r}' for k, v in options.items())})"
     head = f"{entry.name}: {order}, {calls}, {'draws noise' if entry.stochastic else 'draws no noise'}; {entry.source}"
     lines = [head, "", _without_examples(entry.documentation), "", *_options(entry.options)]
-    lines += ["also called: " + ", ".join(all_names()[entry.name])] if all_names()[entry.name] else []
-    lines += [f"{name!r} implies: " + ", ".join(f"{k}={v!r}" for k, v in implied.items())] if implied else []
+    lines += (
+        ["also called: " + ", ".join(all_names()[entry.name])] if all_names()[entry.name] else []
+    )
+    lines += (
+        [f"{name!r} implies: " + ", ".join(f"{k}={v!r}" for k, v in implied.items())]
+        if implied
+        else []
+    )
     return "\n".join(lines)
 
 
@@ -91,12 +111,14 @@ def columns(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int) 
     out = []
     for *cells, last in lines:
         start = "  ".join(cell.ljust(w) for cell, w in zip(cells, widths, strict=True))
-        wrapped = textwrap.wrap(last, max(width - indent, 20), break_long_words=False, break_on_hyphens=False) or [""]
+        wrapped = textwrap.wrap(
+            last, max(width - indent, 20), break_long_words=False, break_on_hyphens=False
+        ) or [""]
         out += [f"{start}  {wrapped[0]}".rstrip(), *(" " * indent + line for line in wrapped[1:])]
     return "\n".join(out)
 
 
-def _row(entry: Method | Outside, names: Sequence[str]) -> tuple[str, ...]:
+def _row(entry: Method | StandaloneEntry, names: Sequence[str]) -> tuple[str, ...]:
     calls = "?" if entry.evaluations is None else str(entry.evaluations)
     noise = "yes" if entry.stochastic else ""
     return entry.name, str(entry.order or "-"), calls, noise, entry.source, ", ".join(names)

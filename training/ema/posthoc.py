@@ -73,13 +73,22 @@ def save_snapshot(
     stored = {name: value.detach().to("cpu", kind).contiguous() for name, value in weights.items()}
     lost = [name for name, value in stored.items() if not bool(value.isfinite().all())]
     if lost:
-        raise ValueError(f"weights {lost[:3]} hold NaN, infinity, or what {dtype} cannot hold; use dtype='float32'")
+        raise ValueError(
+            f"weights {lost[:3]} hold NaN, infinity, or what {dtype} cannot hold; use dtype='float32'"
+        )
     gamma = gamma_of_sigma_rel(sigma_rel)
-    metadata = {"format": FORMAT, "step": str(step), "gamma": repr(gamma), "sigma_rel": repr(float(sigma_rel))}
+    metadata = {
+        "format": FORMAT,
+        "step": str(step),
+        "gamma": repr(gamma),
+        "sigma_rel": repr(float(sigma_rel)),
+    }
     return save_tensors(Path(folder, f"ema_{step:08d}_{sigma_rel:g}.safetensors"), stored, metadata)
 
 
-def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+def save_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> Path:
     """Write a safetensors file so that a reader sees the old file or the new one, never a part.
 
     Raises OSError where it cannot be written, a full disk included.
@@ -119,7 +128,9 @@ def read_snapshots(folder: str | os.PathLike[str]) -> tuple[Snapshot, ...]:
             if metadata.get("format") == FORMAT:
                 found.append(_snapshot(path, metadata))
         except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"{str(path)!r} is damaged ({error}); delete it, the others serve without it") from error
+            raise ValueError(
+                f"{str(path)!r} is damaged ({error}); delete it, the others serve without it"
+            ) from error
     if not found:
         raise FileNotFoundError(
             f"no snapshots in {str(folder)!r}; train with EMA(['power_function'], snapshot_every_n_steps=...)"
@@ -140,7 +151,9 @@ def inner_product(t1: Any, gamma1: Any, t2: Any, gamma2: Any) -> Any:
     >>> float(inner_product(2.0, 0.0, 4.0, 0.0))  # ∫_0^2 1/2 · 1/4 dτ
     0.25
     """
-    t1, gamma1, t2, gamma2 = (np.asarray(value, dtype=np.float64) for value in (t1, gamma1, t2, gamma2))
+    t1, gamma1, t2, gamma2 = (
+        np.asarray(value, dtype=np.float64) for value in (t1, gamma1, t2, gamma2)
+    )
     power = (t1 / t2) ** np.where(t1 < t2, gamma2, -gamma1)
     return (gamma1 + 1) * (gamma2 + 1) * power / ((gamma1 + gamma2 + 1) * np.maximum(t1, t2))
 
@@ -169,7 +182,9 @@ def posthoc_coefficients(
     return x, float(np.sqrt(max(0.0, 1 - 2 * y @ b + y @ A @ y)))
 
 
-def plan_posthoc(folder: str | os.PathLike[str], sigma_rel: float, step: int | None = None) -> PostHoc:
+def plan_posthoc(
+    folder: str | os.PathLike[str], sigma_rel: float, step: int | None = None
+) -> PostHoc:
     """Return how the average of length ``sigma_rel`` at ``step`` (the last snapshot's by default) is made of a folder's.
 
     Later snapshots than ``step`` are not used. Raises FileNotFoundError where there are no snapshots, and ValueError for a
@@ -179,14 +194,21 @@ def plan_posthoc(folder: str | os.PathLike[str], sigma_rel: float, step: int | N
     found = read_snapshots(folder)
     last = found[-1].step
     step = last if step is None else step
-    used = tuple({(one.step, one.gamma): one for one in found if one.step <= step}.values())  # no pair twice
+    # no pair twice
+    used = tuple({(one.step, one.gamma): one for one in found if one.step <= step}.values())
     if not used or step > last:
-        raise ValueError(f"step must lie between the snapshots' {found[0].step} and {last}, got {step}")
-    coefficients, error = posthoc_coefficients([one.step for one in used], [one.gamma for one in used], step, gamma)
+        raise ValueError(
+            f"step must lie between the snapshots' {found[0].step} and {last}, got {step}"
+        )
+    coefficients, error = posthoc_coefficients(
+        [one.step for one in used], [one.gamma for one in used], step, gamma
+    )
     return PostHoc(used, coefficients, error)
 
 
-def posthoc_ema(folder: str | os.PathLike[str], sigma_rel: float, step: int | None = None) -> dict[str, Tensor]:
+def posthoc_ema(
+    folder: str | os.PathLike[str], sigma_rel: float, step: int | None = None
+) -> dict[str, Tensor]:
     """Return the weights of a power-function average that was not kept, from a folder of snapshots of others.
 
     ``sigma_rel``: its length, as a share of the training. ``step``: its time, by default the last snapshot's. Float32 weights by

@@ -127,7 +127,9 @@ class InverseGamma(EMAProfile):
         _require_share("decay", self.decay)
         _require_share("min_decay", self.min_decay)
         if self.min_decay > self.decay:
-            raise ValueError(f"min_decay must not exceed decay, got {self.min_decay} and {self.decay}; swap them")
+            raise ValueError(
+                f"min_decay must not exceed decay, got {self.min_decay} and {self.decay}; swap them"
+            )
 
     def beta(self, t: int) -> float:
         n = t - 1
@@ -160,7 +162,8 @@ class PowerFunction(EMAProfile):
         return (1 - 1 / t) ** (self.gamma + 1)  # eq. 2
 
     def __call__(self, t: int, steps: int = 1) -> float:
-        return (1 - steps / t) ** (self.gamma + 1) if steps < t else 0.0  # eq. 127; the product telescopes
+        # eq. 127; the product telescopes
+        return (1 - steps / t) ** (self.gamma + 1) if steps < t else 0.0
 
 
 @EMA_PROFILES.register
@@ -214,7 +217,9 @@ def resolve_ema_profile(profile: str | float | Mapping[str, Any] | EMAProfile) -
     kind = lookup("EMA profile", numbers.pop("name", None), EMA_PROFILES)
     known = [entry.name for entry in fields(kind)]
     if not set(numbers) <= set(known):
-        raise ValueError(f"the EMA profile {kind.name!r} has {', '.join(known)}, got {', '.join(map(repr, numbers))}")
+        raise ValueError(
+            f"the EMA profile {kind.name!r} has {', '.join(known)}, got {', '.join(map(repr, numbers))}"
+        )
     return kind(**numbers)
 
 
@@ -227,7 +232,9 @@ def gamma_of_sigma_rel(sigma_rel: float) -> float:
     0.0
     """
     if not 0 < sigma_rel < MAX_SIGMA_REL:
-        raise ValueError(f"sigma_rel must lie between 0 and 0.3, got {sigma_rel}; EDM2's averages have 0.05 to 0.1")
+        raise ValueError(
+            f"sigma_rel must lie between 0 and 0.3, got {sigma_rel}; EDM2's averages have 0.05 to 0.1"
+        )
     s = float(sigma_rel) ** -2
     # (γ+2)² (γ+3) = s (γ+1); the largest of the three real roots
     gamma = float(np.roots([1.0, 7.0, 16.0 - s, 12.0 - s]).real.max())
@@ -244,13 +251,17 @@ def sigma_rel_of_gamma(gamma: float) -> float:
     0.288675...
     """
     if not -1 < gamma < math.inf:
-        raise ValueError(f"gamma must be above -1 and finite, got {gamma}; EDM2's sigma_rel of 0.1 has 6.94")
+        raise ValueError(
+            f"gamma must be above -1 and finite, got {gamma}; EDM2's sigma_rel of 0.1 has 6.94"
+        )
     return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
 
 
 def _require_share(name: str, value: float) -> None:
     if not 0 <= value < 1:
-        raise ValueError(f"{name} must be at least 0 and below 1, got {value}; 0.999 and 0.9999 are usual")
+        raise ValueError(
+            f"{name} must be at least 0 and below 1, got {value}; 0.999 and 0.9999 are usual"
+        )
 
 
 def _require_positive(name: str, value: float) -> None:

@@ -10,8 +10,22 @@ from ...noising import BETA_SCHEDULES, Discrete, NoiseSchedule
 
 _MEND = "pass base=... to noising_from_arguments, or say the schedule, e.g. --noise_schedule scaled_linear"
 _OF_SCHEDULE = {  # keys of a config that say the schedule; the others are options of sampling
-    *("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr"),
-    *("prediction_type", "shift", "use_dynamic_shifting", "use_flow_sigmas", "flow_shift", "snr_shift_scale"),
+    *(
+        "num_train_timesteps",
+        "beta_schedule",
+        "beta_start",
+        "beta_end",
+        "trained_betas",
+        "rescale_betas_zero_snr",
+    ),
+    *(
+        "prediction_type",
+        "shift",
+        "use_dynamic_shifting",
+        "use_flow_sigmas",
+        "flow_shift",
+        "snr_shift_scale",
+    ),
 }
 _SPACING = {"timestep_spacing", "steps_offset"}  # say where sampling starts
 
@@ -35,7 +49,11 @@ def diffusers_scheduler(schedule: NoiseSchedule, like: Any = None) -> Any:
     config = schedule.to_diffusers(None if name is None else {"_class_name": name})
     if like is not None and config["_class_name"] == name:
         written = _OF_SCHEDULE | (_SPACING if schedule.has_zero_terminal_snr else set())
-        config |= {key: value for key, value in like.config.items() if key not in written and not key.startswith("_")}
+        config |= {
+            key: value
+            for key, value in like.config.items()
+            if key not in written and not key.startswith("_")
+        }
     return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
@@ -66,7 +84,9 @@ def _of_pipeline(source: str, revision: str | None) -> NoiseSchedule:
     if path.is_file():
         raise ValueError("it is a single file, which holds no scheduler_config.json")
     if path.is_dir():
-        return NoiseSchedule.from_pretrained(path / "scheduler" if (path / "scheduler").is_dir() else path)
+        return NoiseSchedule.from_pretrained(
+            path / "scheduler" if (path / "scheduler").is_dir() else path
+        )
     from diffusers import DDPMScheduler
 
     config: Any = DDPMScheduler.load_config(source, subfolder="scheduler", revision=revision)

@@ -50,12 +50,18 @@ def read_schedule(item: str, zero_snr: bool = False) -> NoiseSchedule:
     own = {option: value for option, value in options.items() if option not in TRANSFORMATIONS}
     if Path(name).exists() or "/" in name:
         schedule = call_with_options(
-            f"a folder {name}", lambda tokens=None: NoiseSchedule.from_pretrained(name, tokens=tokens), own
+            f"a folder {name}",
+            lambda tokens=None: NoiseSchedule.from_pretrained(name, tokens=tokens),
+            own,
         )
     else:
         make = lookup("schedule", name, SCHEDULES)
         for option in own:
-            lookup(f"option of schedule {name}", option, {**inspect.signature(make).parameters, **TRANSFORMATIONS})
+            lookup(
+                f"option of schedule {name}",
+                option,
+                {**inspect.signature(make).parameters, **TRANSFORMATIONS},
+            )
         schedule = call_with_options(f"schedule {name}", make, own)
     for option, value in options.items():
         if option in TRANSFORMATIONS:
@@ -66,4 +72,6 @@ def read_schedule(item: str, zero_snr: bool = False) -> NoiseSchedule:
 def _zero_snr(schedule: NoiseSchedule) -> NoiseSchedule:
     # epsilon, the usual one of a curve by its name, would be ill-posed
     well_posed = schedule.prediction.name not in ("epsilon", "score")
-    return (schedule if well_posed else schedule.with_prediction("v_prediction")).zero_terminal_snr()
+    return (
+        schedule if well_posed else schedule.with_prediction("v_prediction")
+    ).zero_terminal_snr()

@@ -45,16 +45,24 @@ class Option:
         """Add what the parser lacks to one of its groups; return the dest and the default of what it had, by name."""
         adopted: dict[str, tuple[str, Any]] = {}
         for name in self.names:
-            existing = next((action for action in parser._actions if name in action.option_strings), None)
+            existing = next(
+                (action for action in parser._actions if name in action.option_strings), None
+            )
             if existing is None:
-                group.add_argument(name, dest=dest_of(name), default=None, help=self._help(name), **self._how())
+                group.add_argument(
+                    name, dest=dest_of(name), default=None, help=self._help(name), **self._how()
+                )
             else:
                 self._require_same(name, existing)
                 adopted[name] = (existing.dest, existing.default)
         return adopted
 
     def _help(self, name: str) -> str:
-        return self.help if name == self.names[0] else f"{self.names[0]} under its name in other trainers"
+        return (
+            self.help
+            if name == self.names[0]
+            else f"{self.names[0]} under its name in other trainers"
+        )
 
     def _how(self) -> dict[str, Any]:
         if self.type is bool:
@@ -71,7 +79,10 @@ class Option:
         same = takes in _READ_AS[own]
         if same and self.choices and existing.choices is not None:
             same = bool(set(self.choices) & set(map(str, existing.choices)))
-            takes, own = f"one of {', '.join(map(str, existing.choices))}", f"one of {', '.join(self.choices)}"
+            takes, own = (
+                f"one of {', '.join(map(str, existing.choices))}",
+                f"one of {', '.join(self.choices)}",
+            )
         if not same:
             raise ValueError(
                 f"the parser's {name} takes {takes}, alphabar's {name} takes {own} ({self._help(name)}): they do not mean the same; "
@@ -98,7 +109,9 @@ class Option:
 class _Joined(argparse.Action):
     """Keeps several items as one text: loggers of hyperparameters refuse lists."""
 
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
         setattr(namespace, self.dest, " ".join(values))
 
 
@@ -128,7 +141,10 @@ def _takes(nargs: Any, kind: Any) -> str:
 
 
 def add_options(
-    options: Iterable[Option], parser: argparse.ArgumentParser, group: Any, without: Collection[str] = ()
+    options: Iterable[Option],
+    parser: argparse.ArgumentParser,
+    group: Any,
+    without: Collection[str] = (),
 ) -> None:
     """Add options to a group of the parser, adopting those that it has; ``without``: names that are left out.
 
@@ -151,7 +167,15 @@ def add_options(
 
 
 def _only(option: Option, names: tuple[str, ...]) -> Option:
-    return Option(names, option.type, option.help, option.choices, option.zero_is_none, option.several, option.metavar)
+    return Option(
+        names,
+        option.type,
+        option.help,
+        option.choices,
+        option.zero_is_none,
+        option.several,
+        option.metavar,
+    )
 
 
 @dataclass(frozen=True)

@@ -46,22 +46,35 @@ SCHEDULE_OPTIONS = (
     Option(("--beta_start",), float, "first beta"),
     Option(("--beta_end",), float, "last beta"),
     Option(("--num_train_timesteps",), int, "number of training timesteps"),
-    Option(("--flow_shift", "--discrete_flow_shift"), float, "train a rectified flow with this shift (SD3: 3)"),
-    Option(("--schedule_shift",), float, "multiply sigma / alpha by this, e.g. size / 64 (2301.11093, eq. 4)"),
+    Option(
+        ("--flow_shift", "--discrete_flow_shift"),
+        float,
+        "train a rectified flow with this shift (SD3: 3)",
+    ),
+    Option(
+        ("--schedule_shift",),
+        float,
+        "multiply sigma / alpha by this, e.g. size / 64 (2301.11093, eq. 4)",
+    ),
     Option(
         ("--prediction_type",),
         choices=tuple(sorted(PREDICTIONS)),
         help="what the network predicts (default: as the base model, or epsilon; on a flow flow_prediction)",
     ),
     Option(("--v_parameterization",), bool, "--prediction_type v_prediction"),
-    Option(("--sigma_data",), float, "spread of the data, for prediction karras and weighting edm (EDM: 0.5)"),
+    Option(
+        ("--sigma_data",),
+        float,
+        "spread of the data, for prediction karras and weighting edm (EDM: 0.5)",
+    ),
     Option(
         ("--rescale_betas_zero_snr", "--zero_terminal_snr"),
         bool,
         "rescale the betas so that the last timestep is pure noise (2305.08891)",
     ),
 )
-_SCHEMES = {  # what --weighting_scheme says: a weight of the flow loss, the one of the x_0 loss that is meant, a density
+# what --weighting_scheme says: a weight of the flow loss, the one of the x_0 loss that is meant, a density
+_SCHEMES = {
     "none": ("uniform", "x0", "uniform"),
     "uniform": ("uniform", "x0", "uniform"),
     "sigma_sqrt": ("sigma_sqrt", "flow", "uniform"),
@@ -69,7 +82,14 @@ _SCHEMES = {  # what --weighting_scheme says: a weight of the flow loss, the one
     "logit_normal": ("uniform", "x0", "logit_normal"),
     "mode": ("uniform", "x0", "mode"),
 }
-_SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "flux_shift")  # of kohya's --timestep_sampling
+# of kohya's --timestep_sampling
+_SAMPLINGS = (
+    "sigma",
+    "uniform",
+    "sigmoid",
+    "shift",
+    "flux_shift",
+)
 TRAINING_OPTIONS = (
     Option(
         ("--weighting_scheme",),
@@ -97,33 +117,58 @@ TRAINING_OPTIONS = (
         help="as in kohya's Flux script: sigma (by --weighting_scheme), uniform (sigma uniform, whatever the shift), sigmoid "
         "(the same, sigmoid of a normal), shift (sigmoid, with the flow's shift); alphabar's own are --timestep_density",
     ),
-    Option(("--sigmoid_scale",), float, "spread of the normal of --timestep_sampling sigmoid and shift"),
+    Option(
+        ("--sigmoid_scale",), float, "spread of the normal of --timestep_sampling sigmoid and shift"
+    ),
     Option(
         ("--training_shift",),
         float,
         "as in kohya's SD3 script: the shift of the sigmas that are trained, whatever the flow's; with it a larger --logit_mean "
         "is more noise, as in that script",
     ),
-    Option(("--loss_weight_floor",), float, "lower bound of the weight, for schemes that are 0 at zero SNR"),
+    Option(
+        ("--loss_weight_floor",),
+        float,
+        "lower bound of the weight, for schemes that are 0 at zero SNR",
+    ),
     Option(("--min_timestep",), float, "first timestep that is trained"),
-    Option(("--max_timestep",), float, "timestep before which training ends, e.g. 1000 for all of 0 ... 999"),
+    Option(
+        ("--max_timestep",),
+        float,
+        "timestep before which training ends, e.g. 1000 for all of 0 ... 999",
+    ),
     Option(("--reversed_timesteps",), bool, "exchange data and noise in --timestep_density"),
     Option(("--noise_seed",), int, "seed of training noise and timesteps (default: --seed, or 0)"),
 )
-OPTIONS = (*SCHEDULE_OPTIONS, *(option for kind in KINDS for option in kind.options), *TRAINING_OPTIONS)
+OPTIONS = (
+    *SCHEDULE_OPTIONS,
+    *(option for kind in KINDS for option in kind.options),
+    *TRAINING_OPTIONS,
+)
 """Every option that :func:`add_noising_arguments` adds."""
 
 _NOT_HERE: Mapping[
     str, tuple[Any, str]
 ] = {  # flags of other trainers that change what is trained: the value that does not
-    "model_prediction_type": ("raw", "give --model_prediction_type raw, as sd-scripts' documentation advises"),
-    "timestep_bias_strategy": ("none", "leave it out; --timestep_density and --min_timestep say what is trained"),
+    "model_prediction_type": (
+        "raw",
+        "give --model_prediction_type raw, as sd-scripts' documentation advises",
+    ),
+    "timestep_bias_strategy": (
+        "none",
+        "leave it out; --timestep_density and --min_timestep say what is trained",
+    ),
     "dream_training": (False, "leave it out"),
-    "do_edm_style_training": (False, "leave it out; --prediction_type karras --sigma_data 0.5 trains as EDM does"),
+    "do_edm_style_training": (
+        False,
+        "leave it out; --prediction_type karras --sigma_data 0.5 trains as EDM does",
+    ),
 }
 
 
-def add_noising_arguments(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> argparse.ArgumentParser:
+def add_noising_arguments(
+    parser: argparse.ArgumentParser, without: Collection[str] = ()
+) -> argparse.ArgumentParser:
     """Add the flags from which :func:`noising_from_arguments` makes a Noising; return the parser.
 
     What has many options is named by an item, ``--loss_weighting soft_min_snr:gamma=5,floor=0.05``; the options that other
@@ -144,7 +189,9 @@ def add_noising_arguments(parser: argparse.ArgumentParser, without: Collection[s
     return parser
 
 
-def schedule_from_arguments(args: argparse.Namespace, base: NoiseSchedule | None = None) -> NoiseSchedule:
+def schedule_from_arguments(
+    args: argparse.Namespace, base: NoiseSchedule | None = None
+) -> NoiseSchedule:
     """Return the schedule that the flags describe, where they are silent that of ``base``, the model that is fine-tuned.
 
     Without ``base`` the model of ``--pretrained_model_name_or_path`` is meant, where the script has that flag: of it the
@@ -171,7 +218,11 @@ def _schedule(said: Said, args: argparse.Namespace, base: NoiseSchedule | None) 
             )
         schedule = _said_by(said, "rescale_betas_zero_snr", schedule.zero_terminal_snr)
     shift = said.value("schedule_shift")
-    return schedule if shift is None else _said_by(said, "schedule_shift", lambda: schedule.shifted(shift))
+    return (
+        schedule
+        if shift is None
+        else _said_by(said, "schedule_shift", lambda: schedule.shifted(shift))
+    )
 
 
 def _said_by(said: Said, key: str, make: Callable[[], NoiseSchedule]) -> NoiseSchedule:
@@ -204,7 +255,9 @@ def _on_curve(said: Said, args: argparse.Namespace, base: NoiseSchedule | None) 
     betas = {name: said.given[name] for name in _BETAS if name in said.given}
     if "flow_shift" in said.given:
         refused = [f"{said.written(name)}" for name in betas if name.startswith("beta_")]
-        refused += [said.written("rescale_betas_zero_snr")] * ("rescale_betas_zero_snr" in said.given)
+        refused += [said.written("rescale_betas_zero_snr")] * (
+            "rescale_betas_zero_snr" in said.given
+        )
         if "noise_schedule" in said.given and parse_item(said.given["noise_schedule"])[0] != "flow":
             refused.insert(0, said.written("noise_schedule"))
         if refused:
@@ -224,16 +277,23 @@ def _on_curve(said: Said, args: argparse.Namespace, base: NoiseSchedule | None) 
 
 def _flow(said: Said, betas: Mapping[str, Any]) -> NoiseSchedule:
     return _said_by(
-        said, "flow_shift", lambda: NoiseSchedule.flow(said.value("flow_shift"), betas.get("num_train_timesteps", 1000))
+        said,
+        "flow_shift",
+        lambda: NoiseSchedule.flow(
+            said.value("flow_shift"), betas.get("num_train_timesteps", 1000)
+        ),
     )
 
 
-def _schedule_of_script(said: Said, args: argparse.Namespace, betas: Mapping[str, Any]) -> NoiseSchedule:
+def _schedule_of_script(
+    said: Said, args: argparse.Namespace, betas: Mapping[str, Any]
+) -> NoiseSchedule:
     """Return the schedule that neither a flag of ours nor a base says: the script's own, or a default."""
     try:
         found = schedule_of_base_model(args)
     except ValueError:
-        if "flow_shift" not in said.weak:  # which a script for flows has, whose models are single files
+        # which a script for flows has, whose models are single files
+        if "flow_shift" not in said.weak:
             raise
         found = None
     if found is not None:
@@ -246,9 +306,13 @@ def _schedule_of_script(said: Said, args: argparse.Namespace, betas: Mapping[str
 def _with_betas(curve: Curve, betas: Mapping[str, Any], said: Said) -> Discrete:
     flag = said.written(next(iter(betas)))
     if not isinstance(curve, Discrete):
-        raise ValueError(f"{flag} does not go with a {curve.kind} schedule, which has no betas; leave it out")
+        raise ValueError(
+            f"{flag} does not go with a {curve.kind} schedule, which has no betas; leave it out"
+        )
     if curve.trained_betas is not None and "beta_schedule" not in betas:
-        raise ValueError(f"the base model's betas are given one by one; give --beta_schedule with {flag}")
+        raise ValueError(
+            f"the base model's betas are given one by one; give --beta_schedule with {flag}"
+        )
     return replace(curve, trained_betas=None, **betas)
 
 
@@ -314,12 +378,16 @@ def _refuse_what_is_not_here(args: argparse.Namespace) -> None:
     for name, (neutral, mend) in _NOT_HERE.items():
         value = getattr(args, name, None)
         if value not in (None, neutral):
-            raise ValueError(f"--{name}{'' if value is True else f' {value}'} is not implemented by alphabar; {mend}")
+            raise ValueError(
+                f"--{name}{'' if value is True else f' {value}'} is not implemented by alphabar; {mend}"
+            )
 
 
 def _weighting(said: Said, schedule: NoiseSchedule) -> Any:
     prediction = schedule.prediction.name
-    _require_prediction(said, "scale_v_pred_loss_like_noise_pred", prediction == "v_prediction", prediction)
+    _require_prediction(
+        said, "scale_v_pred_loss_like_noise_pred", prediction == "v_prediction", prediction
+    )
     _require_prediction(said, "v_pred_like_loss", prediction != "v_prediction", prediction)
     _require_prediction(said, "precondition_outputs", prediction == "flow_prediction", prediction)
     said = _with_scheme(said, prediction)
@@ -359,9 +427,13 @@ def _with_scheme(said: Said, prediction: str) -> Said:
     if key not in said.given:  # weak, as what it is made of
         return Said(said.given, {"loss_weighting": weight, **said.weak}, said.names)
     if by_scheme and said.given.get("loss_weighting", weight) != weight:
-        raise ValueError(f"{said.written(key)} contradicts {said.written('loss_weighting')}; give one of the two")
+        raise ValueError(
+            f"{said.written(key)} contradicts {said.written('loss_weighting')}; give one of the two"
+        )
     name = f"{said.written(key)}, which is --loss_weighting"
-    return Said({"loss_weighting": weight, **said.given}, said.weak, {"loss_weighting": name, **said.names})
+    return Said(
+        {"loss_weighting": weight, **said.given}, said.weak, {"loss_weighting": name, **said.names}
+    )
 
 
 def _scheme(said: Said) -> str:
@@ -383,9 +455,13 @@ def _timesteps(said: Said, curve: Curve) -> Timesteps:
 
 def _density_of_peers(said: Said, curve: Curve) -> Timesteps | None:
     """Return the density of --timestep_sampling or --weighting_scheme, None where alphabar's own flags say it."""
-    own = [said.written(key) for key in ("timestep_density", "p_mean", "p_std") if key in said.given]
+    own = [
+        said.written(key) for key in ("timestep_density", "p_mean", "p_std") if key in said.given
+    ]
     scheme, sampling = _scheme(said), said.value("timestep_sampling", "sigma")
-    theirs = [said.written("timestep_sampling")] * ("timestep_sampling" in said.given and sampling != "sigma")
+    theirs = [said.written("timestep_sampling")] * (
+        "timestep_sampling" in said.given and sampling != "sigma"
+    )
     of_scheme = _SCHEMES[scheme][2] != "uniform"
     theirs += [said.written("weighting_scheme")] * ("weighting_scheme" in said.given and of_scheme)
     if len(theirs) > 1 or (theirs and own):
@@ -393,7 +469,9 @@ def _density_of_peers(said: Said, curve: Curve) -> Timesteps | None:
         raise ValueError(f"{theirs[0]} contradicts {other}; give one of the two")
     if sampling not in _SAMPLINGS:
         raise ValueError(f"unknown --timestep_sampling {sampling}; known: {', '.join(_SAMPLINGS)}")
-    by_sampling = sampling != "sigma" and not own and not (of_scheme and "weighting_scheme" in said.given)
+    by_sampling = (
+        sampling != "sigma" and not own and not (of_scheme and "weighting_scheme" in said.given)
+    )
     by_scheme = not by_sampling and not own
     used = {
         "logit_mean": by_scheme and scheme == "logit_normal",
@@ -425,7 +503,9 @@ def _refuse_unused(said: Said, key: str, own: list[str]) -> None:
     if key.startswith("logit"):
         sign = "-" if key == "logit_mean" else ""
         item = f", or --timestep_density logit_normal:{key[6:]}={sign}... , whose larger mean is more noise"
-    raise ValueError(f"{said.written(key)} is an option of {_OF[key]} and {instead}; give {_OF[key]}{item}")
+    raise ValueError(
+        f"{said.written(key)} is an option of {_OF[key]} and {instead}; give {_OF[key]}{item}"
+    )
 
 
 def _of_sampling(said: Said, sampling: str, curve: Curve) -> Timesteps:
@@ -439,7 +519,9 @@ def _of_sampling(said: Said, sampling: str, curve: Curve) -> Timesteps:
             "--timestep_sampling flux_shift takes another shift for each size of image, and a schedule has one; give "
             "--timestep_sampling shift --discrete_flow_shift 3.16, which is that of 1024 x 1024 (1.88 of 512 x 512)"
         )
-    normal = _made(said, "sigmoid_scale", lambda: LogitNormalTimesteps(std=said.value("sigmoid_scale", 1.0)))
+    normal = _made(
+        said, "sigmoid_scale", lambda: LogitNormalTimesteps(std=said.value("sigmoid_scale", 1.0))
+    )
     if sampling == "shift":
         return normal  # the shift is the schedule's
     return NoiseLevelTimesteps(density=UniformTimesteps() if sampling == "uniform" else normal)
@@ -458,7 +540,9 @@ def _of_scheme(said: Said, scheme: str, curve: Curve) -> Timesteps | None:
         std = said.value("logit_std", 1.0)
         density = _made(said, "logit_std", lambda: LogitNormalTimesteps(mean=mean, std=std))
     elif name == "mode":  # the same in both directions
-        density = _made(said, "mode_scale", lambda: ModeTimesteps(scale=said.value("mode_scale", 1.29)))
+        density = _made(
+            said, "mode_scale", lambda: ModeTimesteps(scale=said.value("mode_scale", 1.29))
+        )
     if shift is None:
         return density
     if not curve.is_flow:
@@ -496,7 +580,11 @@ def _range(said: Said, end: float) -> tuple[float, float]:
 def _within(said: Said, density: Timesteps, curve: Curve) -> Timesteps:
     if "reversed_timesteps" in said.given:
         keys = ("weighting_scheme", "timestep_sampling")
-        theirs = [said.written(key) for key in keys if said.given.get(key) not in (None, "none", "sigma", "uniform")]
+        theirs = [
+            said.written(key)
+            for key in keys
+            if said.given.get(key) not in (None, "none", "sigma", "uniform")
+        ]
         if theirs:
             raise ValueError(
                 f"{said.written('reversed_timesteps')} is for --timestep_density; {theirs[0]} has the direction of the trainer that "
@@ -518,7 +606,9 @@ def _within(said: Said, density: Timesteps, curve: Curve) -> Timesteps:
             )
         if low == high - 1:
             return ListedTimesteps(listed=(low,))
-        return _made(said, "max_timestep", lambda: WithinTimesteps(density=density, low=low, high=high - 1))
+        return _made(
+            said, "max_timestep", lambda: WithinTimesteps(density=density, low=low, high=high - 1)
+        )
     first, last = _times(curve, low), _times(curve, high)
     return WithinTimesteps(density=density, low=first, high=last)
 
@@ -528,5 +618,7 @@ def _times(curve: Curve, timestep: float) -> float:
     share = timestep / curve.num_train_timesteps
     if not curve.is_flow:
         return curve.t_min + share * (curve.t_max - curve.t_min)
-    log_snr = 2 * torch.tensor([(1 - share) / share if share else torch.inf], dtype=torch.float64).log()
+    log_snr = (
+        2 * torch.tensor([(1 - share) / share if share else torch.inf], dtype=torch.float64).log()
+    )
     return float(curve.time(log_snr).clamp(curve.t_min, curve.t_max))

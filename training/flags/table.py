@@ -110,7 +110,9 @@ class Kind:
         """The flag and those of the options of its schemes."""
         return (self.option, *(flag.option for flag in self.flags))
 
-    def chosen(self, said: Said, prediction: str | None = None, common: Mapping[str, str] | None = None) -> list[Any]:
+    def chosen(
+        self, said: Said, prediction: str | None = None, common: Mapping[str, str] | None = None
+    ) -> list[Any]:
         """Return what the flags say, made; contradictions are a ValueError that names both.
 
         ``prediction``: the prediction type, which some flags of kohya depend on. ``common``: the options that every scheme has,
@@ -150,14 +152,20 @@ class Kind:
             name, options = parse_item(item)
             written = f"{said.names.get(self.key, self.flag)} {item}"
             known = (self.also or {}).get(name, name)
-            schemes.append(Named(known, dict(options), written, dict.fromkeys(options, written), by_item=True))
+            schemes.append(
+                Named(known, dict(options), written, dict.fromkeys(options, written), by_item=True)
+            )
         return schemes
 
     def _in_order(self, values: Mapping[str, Any]) -> list[Flag]:
         # those that leave least choice come first
-        return sorted((flag for flag in self.flags if flag.key in values), key=lambda flag: len(flag.schemes))
+        return sorted(
+            (flag for flag in self.flags if flag.key in values), key=lambda flag: len(flag.schemes)
+        )
 
-    def _place(self, flag: Flag, value: Any, schemes: list[Named], said: Said, prediction: str | None) -> None:
+    def _place(
+        self, flag: Flag, value: Any, schemes: list[Named], said: Said, prediction: str | None
+    ) -> None:
         """Give the flag's value to the first scheme that has its option; where none does, add the flag's own scheme."""
         written = said.written(flag.key)
         scheme = next((scheme for scheme in schemes if scheme.name in flag.schemes), None)
@@ -167,7 +175,8 @@ class Kind:
                 raise ValueError(
                     f"{written} makes another {refused.name} noise beside {refused.said}; give one of the two"
                 )
-            if schemes and (not self.several or schemes[0].name == self.default):  # the default says: nothing else
+            # the default says: nothing else
+            if schemes and (not self.several or schemes[0].name == self.default):
                 raise ValueError(
                     f"{written} is an option of {flag.scheme(prediction)} and contradicts {schemes[0].said}; give one of the two"
                 )
@@ -181,12 +190,22 @@ class Kind:
             scheme.take(flag.field, value, written)
 
     def _fill(
-        self, flag: Flag, value: Any, schemes: list[Named], count: int, said: Said, prediction: str | None
+        self,
+        flag: Flag,
+        value: Any,
+        schemes: list[Named],
+        count: int,
+        said: Said,
+        prediction: str | None,
     ) -> None:
         """Give a weak value to the scheme that has its option and does not say it; where nothing else is said, it says one."""
         scheme = next((scheme for scheme in schemes if scheme.name in flag.schemes), None)
         nothing_else = not schemes or (self.several and schemes[0].name != self.default)
-        if scheme is None and nothing_else and (flag.needs is None or flag.needs.lstrip("-") in said.weak):
+        if (
+            scheme is None
+            and nothing_else
+            and (flag.needs is None or flag.needs.lstrip("-") in said.weak)
+        ):
             scheme = Named(flag.scheme(prediction), {}, said.written(flag.key), {})
             schemes.append(scheme)
         if scheme is not None and flag.field is not None and flag.field not in scheme.options:
@@ -201,16 +220,33 @@ WEIGHTING = Kind(
     (
         Flag(
             ("--snr_gamma", "--min_snr_gamma"),
-            ("min_snr", "soft_min_snr", "diffusers_min_snr_plus_one_v", "diffusers_pixart_min_snr_v"),
+            (
+                "min_snr",
+                "soft_min_snr",
+                "diffusers_min_snr_plus_one_v",
+                "diffusers_pixart_min_snr_v",
+            ),
             "gamma",
             help="min-SNR weighting with this gamma (2303.09556; the paper uses 5)",
         ),
         Flag(
-            ("--p2_gamma",), ("p2",), "gamma", help="P2 weighting with this gamma (2204.00227; the paper uses 0.5, 1)"
+            ("--p2_gamma",),
+            ("p2",),
+            "gamma",
+            help="P2 weighting with this gamma (2204.00227; the paper uses 0.5, 1)",
         ),
-        Flag(("--p2_k",), ("p2",), "k", help="k of the P2 weighting (the paper uses 1)", needs="--p2_gamma"),
         Flag(
-            ("--sigmoid_bias",), ("sigmoid",), "bias", help="sigmoid weighting with this bias (2303.00848, 2410.19324)"
+            ("--p2_k",),
+            ("p2",),
+            "k",
+            help="k of the P2 weighting (the paper uses 1)",
+            needs="--p2_gamma",
+        ),
+        Flag(
+            ("--sigmoid_bias",),
+            ("sigmoid",),
+            "bias",
+            help="sigmoid weighting with this bias (2303.00848, 2410.19324)",
         ),
         Flag(
             ("--debiased_estimation_loss",),
@@ -245,7 +281,13 @@ LOSS = Kind(
     LOSSES,
     "l2",
     (
-        Flag(("--huber_c",), _THRESHOLD, "c", help="threshold of the Huber losses", needs="--loss_type"),
+        Flag(
+            ("--huber_c",),
+            _THRESHOLD,
+            "c",
+            help="threshold of the Huber losses",
+            needs="--loss_type",
+        ),
         Flag(
             ("--huber_schedule",),
             _THRESHOLD,
@@ -254,7 +296,13 @@ LOSS = Kind(
             help="how the threshold follows the noise level: constant, exponential, snr",
             needs="--loss_type",
         ),
-        Flag(("--huber_scale",), _THRESHOLD, "scale", help="factor of the threshold", needs="--loss_type"),
+        Flag(
+            ("--huber_scale",),
+            _THRESHOLD,
+            "scale",
+            help="factor of the threshold",
+            needs="--loss_type",
+        ),
     ),
     # a script that says huber means what sd-scripts and diffusers call so
     also={"huber": "pseudo_huber", "torch_huber": "huber"},
@@ -268,7 +316,12 @@ TIMESTEP = Kind(
     TIMESTEPS,
     "uniform",
     (
-        Flag(("--p_mean",), _LOGNORMAL, "mean", help="mean of ln sigma (2206.00364; EDM -1.2, EDM2 -0.4)"),
+        Flag(
+            ("--p_mean",),
+            _LOGNORMAL,
+            "mean",
+            help="mean of ln sigma (2206.00364; EDM -1.2, EDM2 -0.4)",
+        ),
         Flag(("--p_std",), _LOGNORMAL, "std", help="spread of ln sigma (EDM 1.2, EDM2 1.0)"),
     ),
 )
@@ -348,7 +401,12 @@ NOISE = Kind(
             "optimizer steps over which input perturbation decays to 0",
             needs="--input_perturbation",
         ),
-        Flag(("--immiscible",), ("immiscible",), type=bool, help="assign noises to the nearest samples (2406.12303)"),
+        Flag(
+            ("--immiscible",),
+            ("immiscible",),
+            type=bool,
+            help="assign noises to the nearest samples (2406.12303)",
+        ),
     ),
     several=True,
     also={"multires": "pyramid"},

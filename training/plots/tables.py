@@ -11,11 +11,23 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-from ..noising import NoiseSchedule
-from .figures import COLOURS, FAINT, INK, MARKS, dress, edges, mark_infinity, new_figure, title, written
-from .grids import make_knots
-from .knots import Knot
-from .table import Draw, Evaluation, Step, Table
+from ...noising import NoiseSchedule
+from ...sampling.grids import make_knots
+from ...sampling.knots import Knot
+from ...sampling.table import Table
+from ...sampling.tracing import Draw, Evaluation, Step
+from .figure import (
+    COLOURS,
+    FAINT,
+    INK,
+    MARKS,
+    dress,
+    edges,
+    mark_infinity,
+    new_figure,
+    title,
+    written,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,7 +65,9 @@ def plot_grids(
     dress(curves, "log SNR after each step", "step", LOG_SNR)
     dress(calls, "where the network is called", LOG_SNR, "")
     mark_infinity(curves.yaxis, low, high, [_log_snr(k) for knots in laid.values() for k in knots])
-    mark_infinity(calls.xaxis, low, high, [_log_snr(k) for knots in laid.values() for k in knots[:-1]])
+    mark_infinity(
+        calls.xaxis, low, high, [_log_snr(k) for knots in laid.values() for k in knots[:-1]]
+    )
     if len(laid) <= 10:  # the other panel names them too
         curves.legend(loc="upper left", fontsize=8, frameon=False, handlelength=1.6)
     calls.set_yticks(range(len(laid)), [name.replace(" (", "\n(") for name in laid])
@@ -70,7 +84,7 @@ def plot_table(table: Table, path: str | os.PathLike[str] | None = None) -> Figu
     what earlier steps remembered, and of the noise. Returns the Figure, and writes it to ``path``.
 
     >>> from alphabar.sampling import Sampler
-    >>> figure = Sampler(NoiseSchedule.scaled_linear(), "dpmpp_2m", steps=8).table.plot()
+    >>> figure = plot_table(Sampler(NoiseSchedule.scaled_linear(), "dpmpp_2m", steps=8).table)
     >>> [line.get_label() for line in figure.axes[1].lines if not line.get_label().startswith("_")]
     ['x', 'network', 'memory 1']
     """
@@ -81,18 +95,32 @@ def plot_table(table: Table, path: str | os.PathLike[str] | None = None) -> Figu
     series = coefficients(table)
     for (name, values), colour, mark in zip(series.items(), cycle(COLOURS), cycle(MARKS)):
         at = [i + 1 for i, v in enumerate(values) if v is not None]
-        weights.plot(at, [v for v in values if v is not None], color=colour, marker=mark, ms=4.5, lw=1.4, label=name)
+        weights.plot(
+            at,
+            [v for v in values if v is not None],
+            color=colour,
+            marker=mark,
+            ms=4.5,
+            lw=1.4,
+            label=name,
+        )
     weights.axhline(0, color=INK, lw=0.8, zorder=0)
     largest = max(abs(v) for values in series.values() for v in values if v is not None)
     if largest > 20:
         weights.set_yscale("symlog", linthresh=1.0)
     dress(curve, "log SNR after each step", "", LOG_SNR)
     dress(
-        weights, "what the next x is made of", "step", f"coefficient{', symmetric log scale' if largest > 20 else ''}"
+        weights,
+        "what the next x is made of",
+        "step",
+        f"coefficient{', symmetric log scale' if largest > 20 else ''}",
     )
     mark_infinity(curve.yaxis, low, high, [_log_snr(k) for k in table.knots])
     weights.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9, frameon=False)
-    title(figure, f"{table.name}: {len(table.steps)} steps, {table.evaluations} evaluations, {table.draws} draws")
+    title(
+        figure,
+        f"{table.name}: {len(table.steps)} steps, {table.evaluations} evaluations, {table.draws} draws",
+    )
     return written(figure, path)
 
 
@@ -108,7 +136,9 @@ def coefficients(table: Table) -> dict[str, list[float | None]]:
     memory, rows = 0, []
     for step in table.steps:
         row = dict(step.carry[0])
-        rows.append({name: row.get(place, 0.0) for place, name in enumerate(_vectors(step, memory))})
+        rows.append(
+            {name: row.get(place, 0.0) for place, name in enumerate(_vectors(step, memory))}
+        )
         memory = len(step.carry) - 1
     names = sorted({name for row in rows for name in row}, key=_in_order)
     return {name: [row.get(name) for row in rows] for name in names}
@@ -120,7 +150,13 @@ ORDER = ("x", "network", "unconditional", "memory", "noise")
 def _vectors(step: Step, memory: int) -> list[str]:
     names = ["x", *(f"memory {j + 1}" for j in range(memory))]
     for op in step.ops:
-        kind = "network" if isinstance(op, Evaluation) else "noise" if isinstance(op, Draw) else "unconditional"
+        kind = (
+            "network"
+            if isinstance(op, Evaluation)
+            else "noise"
+            if isinstance(op, Draw)
+            else "unconditional"
+        )
         earlier = sum(name.split()[0] == kind for name in names)
         names.append(f"{kind} {earlier + 1}" if earlier else kind)
     return names
@@ -144,22 +180,33 @@ def _log_snr(knot: Knot) -> float:
     return 2 * knot.half_log_snr
 
 
-def _curve(axes: Axes, knots: Sequence[Knot], low: float, high: float, colour: str, mark: str, name: str) -> None:
+def _curve(
+    axes: Axes, knots: Sequence[Knot], low: float, high: float, colour: str, mark: str, name: str
+) -> None:
     values = [_log_snr(knot) for knot in knots]
     drawn = [min(max(value, low), high) for value in values]
     solid = [value if math.isfinite(value) else math.nan for value in values]
-    axes.plot(range(len(drawn)), drawn, color=colour, lw=1.0, ls=(0, (2, 2)), alpha=0.7)  # to the infinite ends
+    # to the infinite ends
+    axes.plot(range(len(drawn)), drawn, color=colour, lw=1.0, ls=(0, (2, 2)), alpha=0.7)
     axes.plot(range(len(solid)), solid, color=colour, marker=mark, ms=4, lw=1.5, label=name)
     for i, value in enumerate(values):
         if not math.isfinite(value):
             axes.plot(i, drawn[i], marker=mark, ms=6, mfc="white", mec=colour, zorder=3)
 
 
-def _calls(axes: Axes, knots: Sequence[Knot], line: int, low: float, high: float, colour: str, mark: str) -> None:
+def _calls(
+    axes: Axes, knots: Sequence[Knot], line: int, low: float, high: float, colour: str, mark: str
+) -> None:
     axes.axhline(line, color=FAINT, lw=1, zorder=0)
     for knot in knots:
         value = _log_snr(knot)
         inside = math.isfinite(value)
         axes.plot(
-            min(max(value, low), high), line, marker=mark, ms=5, mec=colour, mfc=colour if inside else "white", ls=""
+            min(max(value, low), high),
+            line,
+            marker=mark,
+            ms=5,
+            mec=colour,
+            mfc=colour if inside else "white",
+            ls="",
         )

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..noising import Karras, NoiseSchedule, Timesteps, Truncated, Weighting
-from ..noising.curves.base import Curve
-from ..sampling.figures import COLOURS, dress, edges, mark_infinity, new_figure, title, written
+from ...noising import Karras, NoiseSchedule, Timesteps, Truncated, Weighting
+from ...noising.curves.base import Curve
+from .figure import COLOURS, dress, edges, mark_infinity, new_figure, title, written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +30,9 @@ DECADES = 6  # of the weights that are shown
 DENSEST = 8.0  # times the uniform density; what is higher leaves the picture
 
 
-def plot_schedules(schedules: Mapping[str, NoiseSchedule], path: str | os.PathLike[str] | None = None) -> Figure:
+def plot_schedules(
+    schedules: Mapping[str, NoiseSchedule], path: str | os.PathLike[str] | None = None
+) -> Figure:
     """Draw α, σ and log SNR of several schedules over the share of training time; the keys are their labels.
 
     A truncated schedule is drawn over the part that it has of the whole. Where SNR is 0 a hollow mark stands at the edge.
@@ -55,8 +57,14 @@ def plot_schedules(schedules: Mapping[str, NoiseSchedule], path: str | os.PathLi
         drawn = [value if math.isfinite(value) else math.nan for value in log_snr[label]]
         panels[2].plot(x.tolist(), drawn, label=label, **style)
         for at, value in zip(x.tolist(), log_snr[label], strict=True):
-            if math.isinf(value):  # rings around one another, for the ends that several have in common
-                ring = {"marker": "o", "ms": 4 + 4 * rings[at, value], "mfc": "none", "mec": style["color"]}
+            # rings around one another, for the ends that several have in common
+            if math.isinf(value):
+                ring = {
+                    "marker": "o",
+                    "ms": 4 + 4 * rings[at, value],
+                    "mfc": "none",
+                    "mec": style["color"],
+                }
                 panels[2].plot(at, max(low, min(high, value)), clip_on=False, zorder=3, **ring)
                 rings[at, value] += 1
     for axes, name in zip(panels, ("signal level α", "noise level σ", "log SNR"), strict=True):
@@ -101,13 +109,19 @@ def plot_weights(
     inside = log_snr.isfinite()
     for name, axes in zip(names, panels, strict=True):
         own = schedule if name == schedule.prediction.name else schedule.with_prediction(name)
-        drawn = {label: _weights(label, weighting, own, t) for label, weighting in weightings.items()}
+        drawn = {
+            label: _weights(label, weighting, own, t) for label, weighting in weightings.items()
+        }
         for (label, weight), style in zip(drawn.items(), _styles(len(drawn)), strict=True):
             shown = weight.where(weight > 0, math.nan)[inside]
             axes.plot(log_snr[inside].tolist(), shown.tolist(), label=label, **style)
-        dress(axes, f"weight on the error of {name}", LOG_SNR, "weight" if axes is panels[0] else " ")
+        dress(
+            axes, f"weight on the error of {name}", LOG_SNR, "weight" if axes is panels[0] else " "
+        )
         axes.set_yscale("log")
-        positive = torch.cat([weight[inside & (weight > 0) & weight.isfinite()] for weight in drawn.values()])
+        positive = torch.cat(
+            [weight[inside & (weight > 0) & weight.isfinite()] for weight in drawn.values()]
+        )
         if positive.numel():
             top = float(positive.max())
             axes.set_ylim(max(float(positive.min()) / 1.6, top / 10**DECADES), top * 1.6)
@@ -118,9 +132,13 @@ def plot_weights(
 
 def _weights(label: str, weighting: Weighting, schedule: NoiseSchedule, t: Tensor) -> Tensor:
     if is_learned(weighting):
-        raise ValueError(f"weighting {label!r} is learned: what its weights are, only training says")
+        raise ValueError(
+            f"weighting {label!r} is learned: what its weights are, only training says"
+        )
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    return weighting(alpha, sigma, schedule.prediction.determinant(alpha, sigma), schedule.curve.fraction(t))
+    return weighting(
+        alpha, sigma, schedule.prediction.determinant(alpha, sigma), schedule.curve.fraction(t)
+    )
 
 
 def is_learned(entry: object) -> bool:
@@ -133,12 +151,15 @@ def is_learned(entry: object) -> bool:
     if isinstance(entry, nn.Module):
         return True
     return any(
-        callable(make := getattr(entry, name, None)) and make() is not None for name in ("log_variance", "history")
+        callable(make := getattr(entry, name, None)) and make() is not None
+        for name in ("log_variance", "history")
     )
 
 
 def plot_timesteps(
-    schedule: NoiseSchedule, densities: Mapping[str, Timesteps], path: str | os.PathLike[str] | None = None
+    schedule: NoiseSchedule,
+    densities: Mapping[str, Timesteps],
+    path: str | os.PathLike[str] | None = None,
 ) -> Figure:
     """Draw densities of training times over the share of training time and over log SNR, from their quantile functions.
 
@@ -156,8 +177,12 @@ def plot_timesteps(
     over_time, over_log_snr = figure.subplots(1, 2)
     for (label, density), style in zip(densities.items(), _styles(len(densities)), strict=True):
         if is_learned(density):
-            raise ValueError(f"timestep density {label!r} follows measured losses: what it is, only training says")
-        for axes, (x, y) in zip((over_time, over_log_snr), densities_of(density, schedule.curve), strict=True):
+            raise ValueError(
+                f"timestep density {label!r} follows measured losses: what it is, only training says"
+            )
+        for axes, (x, y) in zip(
+            (over_time, over_log_snr), densities_of(density, schedule.curve), strict=True
+        ):
             axes.plot(x.tolist(), y.tolist(), label=label, **style)
     dress(over_time, "density over training time", TIME, "times the uniform density")
     dress(over_log_snr, "density over log SNR", LOG_SNR, "probability per unit of log SNR")
@@ -170,7 +195,9 @@ def plot_timesteps(
     return written(figure, path)
 
 
-def densities_of(density: Timesteps, curve: Curve) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def densities_of(
+    density: Timesteps, curve: Curve
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return (share of training time, density) and (log SNR, density) as float64, exact on each of their intervals.
 
     >>> from alphabar.noising import Flow, UniformTimesteps
@@ -192,7 +219,11 @@ def densities_of(density: Timesteps, curve: Curve) -> tuple[tuple[Tensor, Tensor
     shares = _share_until(density, curve, curve.time_at_quantile(x))
     shares[0] = 0  # what lies at the very first time belongs to the first interval
     over_time = shares.diff() * POINTS
-    ends = curve.log_snr(torch.tensor([curve.t_max, curve.t_min], dtype=torch.float64)).clamp(-14, 14).tolist()
+    ends = (
+        curve.log_snr(torch.tensor([curve.t_max, curve.t_min], dtype=torch.float64))
+        .clamp(-14, 14)
+        .tolist()
+    )
     log_snr = torch.linspace(ends[1], ends[0], POINTS + 1, dtype=torch.float64)
     over_log_snr = _share_until(density, curve, curve.time(log_snr)).diff() / -log_snr.diff()
     middle = (log_snr[1:] + log_snr[:-1]) / 2
@@ -213,7 +244,11 @@ def _along(curve: Curve) -> tuple[Tensor, Tensor]:
     """Return shares of the training time and the times there; a part of a curve lies where it does on the whole."""
     whole = curve.curve if isinstance(curve, Truncated) else curve
     x = torch.linspace(0, 1, POINTS + 1, dtype=torch.float64)
-    t = whole.time_at_quantile(x) if isinstance(whole, Karras) else whole.t_min + (whole.t_max - whole.t_min) * x
+    t = (
+        whole.time_at_quantile(x)
+        if isinstance(whole, Karras)
+        else whole.t_min + (whole.t_max - whole.t_min) * x
+    )
     inside = (t >= curve.t_min) & (t <= curve.t_max)
     return x[inside], t[inside]
 
@@ -222,13 +257,27 @@ def _styles(count: int) -> Iterable[dict[str, Any]]:
     """Return how each line looks: colours, when they are used up in another style of line; thinner ones show those below."""
     for i in range(count):
         style = STYLES[i // len(COLOURS) % len(STYLES)]
-        yield {"color": COLOURS[i % len(COLOURS)], "ls": style, "lw": max(1.3, 2.5 - 0.25 * (i % len(COLOURS)))}
+        yield {
+            "color": COLOURS[i % len(COLOURS)],
+            "ls": style,
+            "lw": max(1.3, 2.5 - 0.25 * (i % len(COLOURS))),
+        }
 
 
 def _legend_below(figure: Figure, axes: Axes, count: int) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    columns = max(1, min(count, int(figure.get_size_inches()[0] * 12 / (max(map(len, labels)) + 6))))
-    figure.legend(handles, labels, loc="outside lower left", ncols=columns, fontsize=9, frameon=False, handlelength=2.4)
+    columns = max(
+        1, min(count, int(figure.get_size_inches()[0] * 12 / (max(map(len, labels)) + 6)))
+    )
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower left",
+        ncols=columns,
+        fontsize=9,
+        frameon=False,
+        handlelength=2.4,
+    )
 
 
 def _require(kind: str, given: Mapping[str, object]) -> None:

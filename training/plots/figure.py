@@ -66,7 +66,11 @@ def edges(values: Iterable[float]) -> tuple[float, float]:
 def mark_infinity(axis: Axis, low: float, high: float, values: Iterable[float]) -> None:
     """Name the edges at which infinite values stand, where there are any."""
     there = set(values)
-    ends = {at: name for at, name, value in ((low, "−∞", -math.inf), (high, "∞", math.inf)) if value in there}
+    ends = {
+        at: name
+        for at, name, value in ((low, "−∞", -math.inf), (high, "∞", math.inf))
+        if value in there
+    }
     inside = [tick for tick in axis.get_majorticklocs() if 0.1 < (tick - low) / (high - low) < 0.9]
     ticks = sorted(({tick: f"{tick:g}".replace("-", "−") for tick in inside} | ends).items())
     axis.set_ticks([at for at, _ in ticks], [name for _, name in ticks])
@@ -75,7 +79,8 @@ def mark_infinity(axis: Axis, low: float, high: float, values: Iterable[float]) 
 def title(figure: Figure, words: str) -> None:
     """Write over the whole figure what it shows, in as many lines as that takes."""
     size = 9.5 if len(words) < 100 else 8
-    lines = textwrap.fill(words, int(115 * figure.get_size_inches()[0] / size))  # DejaVu Sans: about 0.6 em a letter
+    # DejaVu Sans: about 0.6 em a letter
+    lines = textwrap.fill(words, int(115 * figure.get_size_inches()[0] / size))
     figure.suptitle(lines, x=0.01, ha="left", fontsize=size, color=INK)
 
 
