@@ -31,7 +31,7 @@ from tqdm import tqdm
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import GRIDS, METHODS, Sampler
 from alphabar.sampling.grids import grid_options
-from alphabar.sampling.grids.base import keyword_parameters
+from alphabar.sampling.options import keyword_parameters
 
 BUDGETS = (5, 8, 10, 20, 40, 100)
 SCHEDULE = NoiseSchedule.scaled_linear()

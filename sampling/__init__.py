@@ -1,7 +1,7 @@
 """Samplers as tables: grids, methods, the kernel that runs them, guidance."""
 
 from .clipping import Clip, DynamicThreshold
-from .grids import GRIDS, make_knots
+from .grids import GRIDS, make_knots, register_grid, register_sigma_grid, register_timestep_grid
 from .guidance import guide
 from .kernel import Progress
 from .knots import CLEAN, Knot, knots_at
@@ -45,7 +45,10 @@ __all__ = [
     "knots_at",
     "make_knots",
     "make_sampler",
+    "register_grid",
     "register_method",
+    "register_sigma_grid",
     "register_standalone",
+    "register_timestep_grid",
     "resolve_method",
 ]

@@ -19,7 +19,7 @@ from ..noising.utils.validation import one_of
 from .grids import GRIDS, Grid, choose_grid, grid_parameters
 from .interop.diffusers_classes import CLASSES, class_named, settings_of_class
 from .methods import METHODS, Method
-from .options import plain_option
+from .options import check_option
 from .standalone import STANDALONE, StandaloneEntry
 
 ALIASES: Mapping[str, tuple[str, dict[str, Any]]] = {
@@ -49,7 +49,7 @@ What a class of diffusers implies is in ``diffusers_classes``.
 INIT_NOISES = ("marginal", "sigma")
 RUN_OPTIONS = {
     "init_noise": Parameter(
-        "init_noise", Parameter.KEYWORD_ONLY, default=INIT_NOISES[0], annotation="str"
+        "init_noise", Parameter.KEYWORD_ONLY, default=INIT_NOISES[0], annotation=str
     )
 }
 """Options that every sampler has, beside those of its method and its grid."""
@@ -159,7 +159,7 @@ def resolve_settings(
         method,
         steps,
         grid,
-        {name: plain_option(known[name], value) for name, value in merged.items()},
+        {name: check_option(known[name], value) for name, value in merged.items()},
     )
 
 

@@ -1,55 +1,76 @@
-"""Options as plain values: each is checked against the annotation of the parameter that takes it, before any work."""
+"""Options of formulas: the keyword-only parameters of a function, each value checked against its type before any work."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from inspect import Parameter
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 import numpy as np
 
 from ..noising.utils.validation import real_number, whole_number
 
 
-def plain_option(parameter: Parameter, value: Any) -> Any:
-    """Return what an option is set to as Python's own bool, int, float, str or tuple, or raise ValueError where it is none.
+def keyword_parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
+    """Return the keyword-only parameters of a function by their names, with their types.
 
-    Numbers may come from numpy or as 0-dimensional tensors; a bool is no number. Annotations that say none of these kinds let any
-    value pass.
+    >>> def karras(schedule, steps, *, rho: float = 7.0): ...
+    >>> keyword_parameters(karras)["rho"].annotation
+    <class 'float'>
+    """
+    return dict(_parameters(function))
 
-    >>> plain_option(Parameter("rho", Parameter.KEYWORD_ONLY, annotation="float | None"), 7)
+
+@lru_cache(maxsize=512)
+def _parameters(function: Callable[..., Any]) -> tuple[tuple[str, Parameter], ...]:
+    try:
+        signature = inspect.signature(function, eval_str=True)
+    except NameError:
+        # a name that is imported for type checkers alone: no type is known
+        plain = inspect.signature(function).parameters.values()
+        signature = inspect.Signature([p.replace(annotation=p.empty) for p in plain])
+    found = signature.parameters.values()
+    return tuple((p.name, p) for p in found if p.kind is p.KEYWORD_ONLY)
+
+
+def check_option(parameter: Parameter, value: Any) -> Any:
+    """Return an option's value as Python's own bool, int, float, str or tuple; ValueError where it is of another type.
+
+    Numbers may come from numpy or as 0-dimensional tensors; a bool is no number. Other types let any value pass.
+
+    >>> check_option(Parameter("rho", Parameter.KEYWORD_ONLY, annotation=float | None), 7)
     7.0
-    >>> plain_option(Parameter("order", Parameter.KEYWORD_ONLY, annotation="int"), True)
+    >>> check_option(Parameter("order", Parameter.KEYWORD_ONLY, annotation=int), True)
     Traceback (most recent call last):
     ValueError: order must be an integer, got True
     """
-    words = _words(parameter.annotation)
-    if value is None and "None" in words:
-        return None
-    kind, *parts = words
-    if kind in ("Sequence", "tuple") and parts and parts[0] in KINDS:
-        return _sequence(parameter.name, value, parts, any_length=kind == "Sequence")
-    return KINDS.get(kind, _plain)(parameter.name, value)
+    return _check(parameter.name, parameter.annotation, value)
 
 
-def _words(annotation: Any) -> list[str]:
-    text = annotation.__name__ if type(annotation) is type else str(annotation)
-    return re.findall(r"\w+", re.sub(r"\b\w+\.", "", text)) or [""]
+def _check(name: str, kind: Any, value: Any) -> Any:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        if value is None and NoneType in parts:
+            return None
+        return _check(name, next(part for part in parts if part is not NoneType), value)
+    if origin in (tuple, Sequence):
+        return _sequence(name, parts, value)
+    return KINDS.get(kind, _plain)(name, value)
 
 
-def _sequence(name: str, value: Any, kinds: list[str], any_length: bool) -> tuple[Any, ...]:
+def _sequence(name: str, kinds: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
     values = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(values, list | tuple | range):
         raise ValueError(f"{name} must be a sequence, got {value!r}")
-    if any_length:
-        kinds = [kinds[0]] * len(values)
+    if len(kinds) == 1 or kinds[-1] is Ellipsis:
+        kinds = (kinds[0],) * len(values)
     if len(values) != len(kinds):
         raise ValueError(f"{name} must hold {len(kinds)} values, got {value!r}")
-    return tuple(
-        KINDS[kind](f"{name}[{i}]", part)
-        for i, (kind, part) in enumerate(zip(kinds, values, strict=True))
-    )
+    pairs = zip(kinds, values, strict=True)
+    return tuple(_check(f"{name}[{i}]", kind, part) for i, (kind, part) in enumerate(pairs))
 
 
 def _bool(name: str, value: Any) -> bool:
@@ -70,10 +91,10 @@ def _plain(name: str, value: Any) -> Any:
     return tuple(_plain(name, part) for part in value) if isinstance(value, list) else value
 
 
-KINDS: Mapping[str, Callable[[str, Any], Any]] = {
-    "bool": _bool,
-    "int": whole_number,
-    "float": real_number,
-    "str": _text,
+KINDS: Mapping[Any, Callable[[str, Any], Any]] = {
+    bool: _bool,
+    int: whole_number,
+    float: real_number,
+    str: _text,
 }
-"""How a value is read for the first word of an annotation."""
+"""How a value of a type is checked."""

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from import_graph import FLOORS, modules, name_of
+from registries import restored
 from test_import_graph import EAGER, LAZY
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,7 +147,10 @@ def test_docstring_examples_hold(
 ) -> None:
     module = importlib.import_module(name)
     monkeypatch.chdir(tmp_path)  # examples may write files
-    result = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    with restored():
+        result = doctest.testmod(
+            module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+        )
     assert result.failed == 0, (
         f"{result.failed} of {result.attempted} examples failed: see the captured output"
     )

@@ -15,50 +15,34 @@ from ...noising import NoiseSchedule
 from ...noising.utils.registry import lookup
 from ...noising.utils.validation import whole_number
 from ..knots import Knot
-from ..options import plain_option
-from . import sigmas as sigma_grids
-from . import timesteps as timestep_grids
-from .align_your_steps import align_your_steps
-from .base import Grid, keyword_parameters
+from ..options import check_option
+from .base import GRIDS, Grid, NamedGrid, parameters_of, register_grid
 from .given import CUSTOM, given_points, number_of_steps
-from .sigmas import TERMINAL_SIGMA
+
+# isort: split: the order of the registry
+from .timesteps import register_timestep_grid
+
+# isort: split
+from .sigmas import TERMINAL_SIGMA, register_sigma_grid
+
+# isort: split
+from . import align_your_steps
 
 __all__ = [
     "GRIDS",
     "TERMINAL_SIGMA",
     "Grid",
+    "NamedGrid",
+    "align_your_steps",
     "check_knots",
     "choose_grid",
     "grid_options",
     "make_knots",
     "number_of_knots",
+    "register_grid",
+    "register_sigma_grid",
+    "register_timestep_grid",
 ]
-
-GRIDS: Mapping[str, Grid] = {
-    "linspace": timestep_grids.linspace,
-    "leading": timestep_grids.leading,
-    "trailing": timestep_grids.trailing,
-    "simple": timestep_grids.simple,
-    "normal": timestep_grids.normal,
-    "sgm_uniform": timestep_grids.sgm_uniform,
-    "ddim_uniform": timestep_grids.ddim_uniform,
-    "beta_timesteps": timestep_grids.beta_timesteps,
-    "flow": timestep_grids.flow,
-    "lcm": timestep_grids.lcm,
-    "score_sde": timestep_grids.score_sde,
-    "sine_squared": timestep_grids.sine_squared,
-    "karras": sigma_grids.karras,
-    "exponential": sigma_grids.exponential,
-    "polyexponential": sigma_grids.polyexponential,
-    "beta": sigma_grids.beta,
-    "lu": sigma_grids.lu,
-    "vp": sigma_grids.vp,
-    "kl_optimal": sigma_grids.kl_optimal,
-    "linear_quadratic": sigma_grids.linear_quadratic,
-    "dpm_fast": sigma_grids.dpm_fast,
-    "align_your_steps": align_your_steps,
-}
-"""Every grid by its name; a new one is a formula in its file and a word here."""
 
 DEFAULT_GRID = "trailing"
 
@@ -90,9 +74,7 @@ def make_knots(
         )
     function = _function(grid)
     options = {
-        name: plain_option(
-            lookup(f"option of grid {grid!r}", name, keyword_parameters(function)), value
-        )
+        name: check_option(lookup(f"option of grid {grid!r}", name, parameters_of(function)), value)
         for name, value in options.items()
     }
     if grid in CUSTOM and ascending:
@@ -147,9 +129,9 @@ def grid_parameters(grid: str | Grid) -> dict[str, Parameter]:
     """Return the parameters of a grid that are its options, by their names.
 
     >>> grid_parameters("karras")["rho"].annotation
-    'float'
+    <class 'float'>
     """
-    return keyword_parameters(_function(grid))
+    return parameters_of(_function(grid))
 
 
 def number_of_knots(

@@ -11,7 +11,7 @@ import torch
 from ...noising import NoiseSchedule
 from ...noising.utils.registry import lookup
 from ..knots import Knot
-from .base import final_knot, knots_at_levels
+from .base import final_knot, knots_at_levels, register_grid
 
 STABLE_DIFFUSION_TIMESTEPS = {
     "sd15": (999, 850, 736, 645, 545, 455, 343, 233, 124, 24, 0),
@@ -40,6 +40,7 @@ def published_sigmas(variant: str) -> tuple[float, ...]:
     )
 
 
+@register_grid()
 def align_your_steps(
     schedule: NoiseSchedule,
     steps: int,
@@ -56,7 +57,8 @@ def align_your_steps(
     ``final`` as in σ-spaced grids. On other schedules the knots lie at the same σ / α; with zero terminal SNR the first is the terminal
     step. Raises ValueError where the schedule does not reach the levels.
 
-    >>> [round(k.timestep) for k in align_your_steps(NoiseSchedule.scaled_linear(), 10)]
+    >>> from alphabar.sampling import make_knots
+    >>> [round(k.timestep) for k in make_knots(NoiseSchedule.scaled_linear(), 10, "align_your_steps")]
     [999, 850, 736, 645, 545, 455, 343, 233, 124, 24, -1]
     """
     table = np.log(published_sigmas(variant))

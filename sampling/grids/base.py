@@ -9,20 +9,103 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import partial, wraps
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from inspect import Parameter
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ...noising import NoiseSchedule
 from ...noising.curves.base import Curve
+from ...noising.utils.registry import Registry
 from ...noising.utils.validation import one_of
 from ..knots import CLEAN, Knot, knots_at
+from ..options import keyword_parameters
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 Grid = Callable[..., tuple[Knot, ...]]
 """(schedule, steps, **options) -> steps + 1 knots, from the most noise to where sampling ends."""
+
+
+@dataclass(frozen=True)
+class NamedGrid:
+    """A grid of a name: a formula for numbers, and how they are placed as knots.
+
+    ``place(formula with its options, schedule, steps, **shared options)`` returns the knots; where it is None, the formula
+    is ``(schedule, steps, **options)`` and returns them itself. ``defaults`` replaces defaults of shared options.
+    ``count(steps, schedule, **shared options)`` returns how many steps the grid has, where that is not the number that it is
+    asked for.
+
+    >>> from alphabar.sampling import GRIDS
+    >>> GRIDS["karras"].parameters["rho"].default
+    7.0
+    """
+
+    name: str
+    formula: Callable[..., Any]
+    place: Callable[..., tuple[Knot, ...]] | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    count: Callable[..., int] | None = None
+
+    @property
+    def parameters(self) -> dict[str, Parameter]:
+        """Its options, with their types and defaults, by their names."""
+        own = keyword_parameters(self.formula)
+        shared = keyword_parameters(self.place) if self.place else {}
+        replaced = {
+            name: shared[name].replace(default=value) for name, value in self.defaults.items()
+        }
+        return {**own, **shared, **replaced}
+
+    @property
+    def documentation(self) -> str:
+        """What it does, in words: the formula's docstring."""
+        return inspect.getdoc(self.formula) or ""
+
+    def __call__(self, schedule: NoiseSchedule, steps: int, **options: Any) -> tuple[Knot, ...]:
+        """Return the knots."""
+        if self.place is None:
+            return self.formula(schedule, steps, **options)
+        names = keyword_parameters(self.formula).keys()
+        own = {name: value for name, value in options.items() if name in names}
+        shared = {**self.defaults, **{k: v for k, v in options.items() if k not in names}}
+        steps = self.count(steps, schedule, **shared) if self.count else steps
+        return self.place(partial(self.formula, **own), schedule, steps, **shared)
+
+
+GRIDS: Registry[NamedGrid] = Registry("grid")
+"""Every grid by its name; ``@register_grid()`` and its two relatives add one."""
+
+
+def register_grid(
+    place: Callable[..., tuple[Knot, ...]] | None = None,
+    count: Callable[..., int] | None = None,
+    **defaults: Any,
+) -> Callable[[F], F]:
+    """Register a function as a grid under its own name; the arguments are those of :class:`NamedGrid`.
+
+    >>> @register_grid()
+    ... def three(schedule, steps):
+    ...     return (*knots_at(schedule, [900.0, 500.0, 100.0]), CLEAN)
+    >>> from alphabar.sampling import make_knots
+    >>> [knot.timestep for knot in make_knots(NoiseSchedule.linear(), 3, "three")]
+    [900.0, 500.0, 100.0, -1.0]
+    """
+
+    def add(formula: F) -> F:
+        GRIDS.add(formula.__name__, NamedGrid(formula.__name__, formula, place, defaults, count))
+        return formula
+
+    return add
+
+
+def parameters_of(grid: Grid) -> dict[str, Parameter]:
+    """Return the options of a grid or of a function of the same form, by their names."""
+    return grid.parameters if isinstance(grid, NamedGrid) else keyword_parameters(grid)
+
 
 FINALS = ("zero", "sigma_min", "stay")
 STANDSTILL = 1e-9
@@ -35,49 +118,6 @@ ROUNDINGS: Mapping[str | None, Callable[[float], float]] = {
 }
 TOLERANCE = 0.01
 """How far outside the schedule a noise level may lie (published tables are rounded); it is then the schedule's end."""
-
-
-def keyword_parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Return the keyword-only parameters of a function by their names.
-
-    >>> keyword_parameters(lambda x, *, rho=7.0: x)["rho"].default
-    7.0
-    """
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-
-def grid_of(
-    lay: Callable[..., tuple[Knot, ...]],
-    formula: Callable[..., Tensor],
-    defaults: Mapping[str, Any],
-    count: Callable[..., int] | None = None,
-) -> Grid:
-    """Return the grid that lays a formula's numbers: its options are the formula's own and those of ``lay``.
-
-    ``lay(formula with its options bound, schedule, steps, **shared options)``; ``defaults`` replaces shared defaults, and
-    ``count(steps, schedule, **shared options)`` says how many steps the number is that the grid is asked for, where that is not
-    itself.
-    """
-    own, shared = keyword_parameters(formula), keyword_parameters(lay)
-    shared |= {name: shared[name].replace(default=default) for name, default in defaults.items()}
-    places = [
-        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        for name in ("schedule", "steps")
-    ]
-    signature = inspect.Signature([*places, *own.values(), *shared.values()])
-
-    @wraps(formula)
-    def grid(*arguments: Any, **given: Any) -> tuple[Knot, ...]:
-        bound = signature.bind(*arguments, **given)
-        bound.apply_defaults()
-        schedule, steps, *_ = bound.args
-        laid = partial(formula, **{name: bound.kwargs[name] for name in own})
-        options = {name: bound.kwargs[name] for name in shared}
-        return lay(laid, schedule, count(steps, schedule, **options) if count else steps, **options)
-
-    vars(grid).update(__signature__=signature, count=count)
-    return grid
 
 
 def lowest_time(curve: Curve) -> float:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,32 +31,30 @@ from ...noising.timesteps.densities import beta_quantile
 from ...noising.utils.registry import lookup
 from ..knots import Knot
 from ..methods.dpm_singlestep import block_orders
-from .base import Grid, final_knot, grid_of, knots_at_levels, level_at, lowest_time, standing_still
-from .timesteps import flow, leading, linspace, trailing
+from .base import (
+    GRIDS,
+    F,
+    final_knot,
+    knots_at_levels,
+    level_at,
+    lowest_time,
+    register_grid,
+    standing_still,
+)
 
 TERMINAL_SIGMA = 200.0
 """Where σ-spaced grids take an infinite σ / α to lie when they space the other knots."""
 
-RANGES = {
-    "linspace": linspace,
-    "leading": leading,
-    "trailing": trailing,
-    "flow": partial(flow, end_shifted=True),
+RANGES: dict[str, dict[str, Any]] = {
+    "linspace": {},
+    "leading": {},
+    "trailing": {},
+    "flow": {"end_shifted": True},
 }
+"""The timestep-spaced grids whose range a σ-spaced one may take, with their options."""
 
 
-def sigma_spaced(
-    count: Callable[..., int] | None = None, **defaults: object
-) -> Callable[[Callable[..., Tensor]], Grid]:
-    """Make a grid of a formula (points, low, high, *, options) -> noise levels, shape (points,), falling.
-
-    ``count``: how many steps the grid has, where the number that it is asked for is one of evaluations.
-    """
-
-    return lambda formula: grid_of(_lay, formula, defaults, count)
-
-
-def _lay(
+def place_sigmas(
     formula: Callable[[int, float, float], Tensor],
     schedule: NoiseSchedule,
     steps: int,
@@ -105,6 +102,23 @@ def _lay(
     return (*laid, end)
 
 
+def register_sigma_grid(
+    count: Callable[..., int] | None = None, **defaults: Any
+) -> Callable[[F], F]:
+    """Register a formula (points, low, high, *, options) -> noise levels, shape (points,), falling; or its own defaults.
+
+    ``count``: how many steps the grid has, where the number that it is asked for is one of evaluations.
+
+    >>> @register_sigma_grid()
+    ... def even(points, low, high):
+    ...     return torch.linspace(high, low, points, dtype=torch.float64)
+    >>> from alphabar.sampling import make_knots
+    >>> [round(knot.sigma_ve, 2) for knot in make_knots(NoiseSchedule.scaled_linear(), 3, "even")]
+    [14.61, 7.32, 0.03, 0.0]
+    """
+    return register_grid(place_sigmas, count, **defaults)
+
+
 def _training_range(schedule: NoiseSchedule, ratio: bool) -> tuple[float, float]:
     curve = schedule.curve
     return level_at(curve, lowest_time(curve), ratio), level_at(curve, curve.t_max, ratio)
@@ -113,8 +127,10 @@ def _training_range(schedule: NoiseSchedule, ratio: bool) -> tuple[float, float]
 def _subsampled_range(
     schedule: NoiseSchedule, steps: int, name: str, steps_offset: int, ratio: bool
 ) -> tuple[float, float]:
-    grid = lookup("timestep grid", name, RANGES)
-    knots = grid(schedule, steps, **({"steps_offset": steps_offset} if name == "leading" else {}))
+    options = lookup("timestep grid", name, RANGES)
+    if name == "leading":
+        options = {"steps_offset": steps_offset}
+    knots = GRIDS[name](schedule, steps, **options)
     in_sigma = schedule.curve.is_flow and not ratio
     first, last = (k.sigma if in_sigma else k.sigma_ve for k in (knots[0], knots[-2]))
     return last, first
@@ -128,32 +144,35 @@ def _log_linear(points: int, low: float, high: float) -> Tensor:
     return torch.linspace(math.log(high), math.log(low), points, dtype=torch.float64).exp()
 
 
-@sigma_spaced()
+@register_sigma_grid()
 def karras(points: int, low: float, high: float, *, rho: float = 7.0) -> Tensor:
     """Space σ^(1/ρ) evenly (Karras et al. 2206.00364, eq. 5).
 
-    >>> [round(k.sigma_ve, 3) for k in karras(NoiseSchedule.scaled_linear(), 3)]
+    >>> from alphabar.sampling import make_knots
+    >>> [round(k.sigma_ve, 3) for k in make_knots(NoiseSchedule.scaled_linear(), 3, "karras")]
     [14.615, 1.274, 0.029, 0.0]
     """
     _require_positive("rho", rho, "Karras et al. use 7")
     return (high ** (1 / rho) + _ramp(points) * (low ** (1 / rho) - high ** (1 / rho))) ** rho
 
 
-@sigma_spaced()
+@register_sigma_grid()
 def exponential(points: int, low: float, high: float) -> Tensor:
     """Space log σ evenly (k-diffusion's get_sigmas_exponential).
 
-    >>> [round(k.sigma_ve, 3) for k in exponential(NoiseSchedule.scaled_linear(), 3)]
+    >>> from alphabar.sampling import make_knots
+    >>> [round(k.sigma_ve, 3) for k in make_knots(NoiseSchedule.scaled_linear(), 3, "exponential")]
     [14.615, 0.653, 0.029, 0.0]
     """
     return _log_linear(points, low, high)
 
 
-@sigma_spaced()
+@register_sigma_grid()
 def polyexponential(points: int, low: float, high: float, *, rho: float = 1.0) -> Tensor:
     """Let log σ fall as u^ρ, u even from 1 to 0 (k-diffusion's get_sigmas_polyexponential); ρ = 1 is ``exponential``.
 
-    >>> [round(k.sigma_ve, 3) for k in polyexponential(NoiseSchedule.scaled_linear(), 3, rho=0.5)]
+    >>> from alphabar.sampling import make_knots
+    >>> [round(k.sigma_ve, 3) for k in make_knots(NoiseSchedule.scaled_linear(), 3, "polyexponential", rho=0.5)]
     [14.615, 2.366, 0.029, 0.0]
     """
     _require_positive("rho", rho, "1 is the exponential grid")
@@ -161,29 +180,31 @@ def polyexponential(points: int, low: float, high: float, *, rho: float = 1.0) -
     return torch.exp(math.log(low) + u * math.log(high / low))
 
 
-@sigma_spaced()
+@register_sigma_grid()
 def beta(points: int, low: float, high: float, *, alpha: float = 0.6, beta: float = 0.6) -> Tensor:
     """Take quantiles of a Beta distribution over σ, close at both ends (diffusers' use_beta_sigmas, A1111's Beta).
 
     The paper (Lee et al. 2407.12173) and ComfyUI take them over the timesteps: that is the grid ``beta_timesteps``.
 
-    >>> [round(k.sigma_ve, 3) for k in beta(NoiseSchedule.scaled_linear(), 3)]
+    >>> from alphabar.sampling import make_knots
+    >>> [round(k.sigma_ve, 3) for k in make_knots(NoiseSchedule.scaled_linear(), 3, "beta")]
     [14.615, 7.322, 0.029, 0.0]
     """
     return low + beta_quantile(1 - _ramp(points), alpha, beta) * (high - low)
 
 
-@sigma_spaced(ratio=True)
+@register_sigma_grid(ratio=True)
 def lu(points: int, low: float, high: float) -> Tensor:
     """Space λ = log(α / σ) evenly (Lu et al. 2206.00927, 'logSNR' steps; diffusers' use_lu_lambdas).
 
-    >>> [round(k.half_log_snr, 3) for k in lu(NoiseSchedule.scaled_linear(), 3)]
+    >>> from alphabar.sampling import make_knots
+    >>> [round(k.half_log_snr, 3) for k in make_knots(NoiseSchedule.scaled_linear(), 3, "lu")]
     [-2.682, 0.426, 3.535, inf]
     """
     return _log_linear(points, low, high)
 
 
-@sigma_spaced(ratio=True)
+@register_sigma_grid(ratio=True)
 def vp(
     points: int,
     low: float,
@@ -198,7 +219,8 @@ def vp(
     β_d and β_min default to those whose σ span the range (as in EDM's generate.py): on a VP schedule its own, so that its
     time is spaced evenly. k-diffusion's get_sigmas_vp has 19.9 and 0.1.
 
-    >>> [round(k.timestep) for k in vp(NoiseSchedule.variance_preserving(), 3)]
+    >>> from alphabar.sampling import make_knots
+    >>> [round(k.timestep) for k in make_knots(NoiseSchedule.variance_preserving(), 3, "vp")]
     [1000, 500, 1, -1]
     """
     if not 0 < eps_s < 1:
@@ -210,20 +232,21 @@ def vp(
     return torch.expm1(0.5 * beta_d * t**2 + beta_min * t).sqrt()
 
 
-@sigma_spaced(ratio=True)
+@register_sigma_grid(ratio=True)
 def kl_optimal(points: int, low: float, high: float) -> Tensor:
     """Space arctan σ evenly: optimal in KL divergence for Gaussian data (Sabour et al. 2404.14507; ComfyUI).
 
     A1111 lays n + 1 points and ends at the last: ``final="sigma_min"``. ComfyUI's on a flow path: ``ratio=False``.
 
-    >>> [round(k.sigma_ve, 3) for k in kl_optimal(NoiseSchedule.scaled_linear(), 3)]
+    >>> from alphabar.sampling import make_knots
+    >>> [round(k.sigma_ve, 3) for k in make_knots(NoiseSchedule.scaled_linear(), 3, "kl_optimal")]
     [14.615, 0.962, 0.029, 0.0]
     """
     u = _ramp(points)
     return torch.tan(u * math.atan(low) + (1 - u) * math.atan(high))
 
 
-@sigma_spaced()
+@register_sigma_grid()
 def linear_quadratic(
     points: int,
     low: float,
@@ -237,7 +260,8 @@ def linear_quadratic(
     A noise schedule of flow models; elsewhere σ / α takes the same parts of its range, as in ComfyUI. ``linear_steps``
     defaults to half of the steps; the lowest level of the range is not used.
 
-    >>> [round(k.sigma, 4) for k in linear_quadratic(NoiseSchedule.flow(), 4)]
+    >>> from alphabar.sampling import make_knots
+    >>> [round(k.sigma, 4) for k in make_knots(NoiseSchedule.flow(), 4, "linear_quadratic")]
     [1.0, 0.9875, 0.975, 0.725, 0.0]
     """
     if points == 1:
@@ -276,7 +300,7 @@ def _fast_steps(
     return len(block_orders(evaluations, from_noise=math.isinf(top), to_clean=final == "zero"))
 
 
-@sigma_spaced(count=_fast_steps, ratio=True, final="sigma_min")
+@register_sigma_grid(count=_fast_steps, ratio=True, final="sigma_min")
 def dpm_fast(points: int, low: float, high: float) -> Tensor:
     """Space log(σ / α) evenly for steps of three evaluations each (k-diffusion's sample_dpm_fast; 2206.00927, DPM-Solver-fast).
 
@@ -284,7 +308,8 @@ def dpm_fast(points: int, low: float, high: float) -> Tensor:
     rest. It ends at the least noise. A first step from α = 0 and a last one into σ = 0 have one evaluation, see
     ``dpm_fast.block_orders``.
 
-    >>> len(dpm_fast(NoiseSchedule.scaled_linear(), 20)) - 1
+    >>> from alphabar.sampling import make_knots
+    >>> len(make_knots(NoiseSchedule.scaled_linear(), 20, "dpm_fast")) - 1
     7
     """
     return _log_linear(points, low, high)

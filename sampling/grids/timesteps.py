@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,17 +20,12 @@ from torch import Tensor
 from ...noising import NoiseSchedule
 from ...noising.timesteps.densities import beta_quantile
 from ..knots import Knot
-from .base import Grid, final_knot, grid_of, knots_at_indices, standing_still
+from .base import F, final_knot, knots_at_indices, register_grid, standing_still
 
 Indices = Callable[[NoiseSchedule, int], Tensor]
 
 
-def timestep_spaced(**defaults: object) -> Callable[[Callable[..., Tensor]], Grid]:
-    """Make a grid of a formula (schedule, points, *, options) -> indices, shape (points,), falling."""
-    return lambda formula: grid_of(_lay, formula, defaults)
-
-
-def _lay(
+def place_timesteps(
     formula: Indices,
     schedule: NoiseSchedule,
     steps: int,
@@ -54,6 +50,19 @@ def _lay(
         knots = knots_at_indices(schedule, laid, interpolation)
         return (*knots, standing_still(knots[-1]))
     return (*knots_at_indices(schedule, laid, interpolation), final_knot(schedule, final))
+
+
+def register_timestep_grid(**defaults: Any) -> Callable[[F], F]:
+    """Register a formula (schedule, points, *, options) -> training indices, shape (points,), falling; or its own defaults.
+
+    >>> @register_timestep_grid()
+    ... def halves(schedule, points):
+    ...     return 999 * 0.5 ** torch.arange(points)
+    >>> from alphabar.sampling import make_knots
+    >>> [knot.timestep for knot in make_knots(NoiseSchedule.linear(), 2, "halves")]
+    [999.0, 499.5, -1.0]
+    """
+    return register_grid(place_timesteps, **defaults)
 
 
 def _from_the_top(points: int) -> Tensor:
@@ -81,22 +90,23 @@ def _usable(schedule: NoiseSchedule, lambda_min: float) -> int:
     return usable
 
 
-@timestep_spaced()
+@register_timestep_grid()
 def linspace(schedule: NoiseSchedule, points: int, *, lambda_min: float = -math.inf) -> Tensor:
     """Space timesteps evenly from the last to the first (2305.08891, table 2), then the clean sample.
 
     ``lambda_min``: start at the last timestep that has log(α / σ) of at least this (2211.01095, appendix; -5.1 with the cosine
     betas); 'lambda_min_clipped' in diffusers.
 
-    >>> [k.timestep for k in linspace(NoiseSchedule.linear(), 3)]
+    >>> from alphabar.sampling import make_knots
+    >>> [k.timestep for k in make_knots(NoiseSchedule.linear(), 3, "linspace")]
     [999.0, 499.5, 0.0, -1.0]
-    >>> [k.timestep for k in linspace(NoiseSchedule.linear(), 3, drop_last=True, final="sigma_min")]
+    >>> [k.timestep for k in make_knots(NoiseSchedule.linear(), 3, "linspace", drop_last=True, final="sigma_min")]
     [999.0, 666.0, 333.0, 0.0]
     """
     return _even(points, _usable(schedule, lambda_min) - 1)
 
 
-@timestep_spaced()
+@register_timestep_grid()
 def score_sde(schedule: NoiseSchedule, points: int) -> Tensor:
     """Space training times evenly from the curve's last to its very first, as the code of Song et al. 2011.13456.
 
@@ -113,7 +123,7 @@ def score_sde(schedule: NoiseSchedule, points: int) -> Tensor:
     return _even(points, top - first) + first
 
 
-@timestep_spaced()
+@register_timestep_grid()
 def leading(
     schedule: NoiseSchedule, points: int, *, steps_offset: int = 0, lambda_min: float = -math.inf
 ) -> Tensor:
@@ -121,7 +131,8 @@ def leading(
 
     ``steps_offset`` is added to each; Stable Diffusion uses 1. ``lambda_min`` as in :func:`linspace`.
 
-    >>> [k.timestep for k in leading(NoiseSchedule.linear(), 4, steps_offset=1)]
+    >>> from alphabar.sampling import make_knots
+    >>> [k.timestep for k in make_knots(NoiseSchedule.linear(), 4, "leading", steps_offset=1)]
     [751.0, 501.0, 251.0, 1.0, -1.0]
     """
     return _strided(schedule, points, _usable(schedule, lambda_min) // points, steps_offset)
@@ -140,7 +151,7 @@ def _strided(schedule: NoiseSchedule, points: int, stride: int, offset: int) -> 
     return index
 
 
-@timestep_spaced()
+@register_timestep_grid()
 def trailing(
     schedule: NoiseSchedule,
     points: int,
@@ -153,7 +164,8 @@ def trailing(
     Whole timesteps on discrete schedules. ``whole_stride``: strides of T // points, as CMStochasticIterativeScheduler.
     ``lambda_min`` as in :func:`linspace`.
 
-    >>> [k.timestep for k in trailing(NoiseSchedule.linear(), 4)]
+    >>> from alphabar.sampling import make_knots
+    >>> [k.timestep for k in make_knots(NoiseSchedule.linear(), 4, "trailing")]
     [999.0, 749.0, 499.0, 249.0, -1.0]
     """
     count = schedule.num_train_timesteps
@@ -163,47 +175,51 @@ def trailing(
     return (position.round() if schedule.curve.is_discrete else position) - 1
 
 
-@timestep_spaced()
+@register_timestep_grid()
 def simple(schedule: NoiseSchedule, points: int) -> Tensor:
     """Count down from the last timestep in even strides, cut to whole ones: ComfyUI's 'simple'.
 
-    >>> [k.timestep for k in simple(NoiseSchedule.linear(), 3)]
+    >>> from alphabar.sampling import make_knots
+    >>> [k.timestep for k in make_knots(NoiseSchedule.linear(), 3, "simple")]
     [999.0, 666.0, 333.0, -1.0]
     """
     count = schedule.num_train_timesteps
     return count - 1 - (torch.arange(points, dtype=torch.float64) * (count / points)).floor()
 
 
-@timestep_spaced()
+@register_timestep_grid()
 def normal(schedule: NoiseSchedule, points: int) -> Tensor:
     """ComfyUI's and A1111's name for :func:`linspace`.
 
     On a flow path theirs shifts the lower end twice; say ``flow(end=shift / (T + shift - 1))`` for that.
 
-    >>> [k.timestep for k in normal(NoiseSchedule.linear(), 3)]
+    >>> from alphabar.sampling import make_knots
+    >>> [k.timestep for k in make_knots(NoiseSchedule.linear(), 3, "normal")]
     [999.0, 499.5, 0.0, -1.0]
     """
     return _even(points, schedule.num_train_timesteps - 1)
 
 
-@timestep_spaced(drop_last=True)
+@register_timestep_grid(drop_last=True)
 def sgm_uniform(schedule: NoiseSchedule, points: int) -> Tensor:
     """Space timesteps evenly and leave out the lowest (ComfyUI, A1111; the sgm code of SDXL and SVD).
 
-    >>> [k.timestep for k in sgm_uniform(NoiseSchedule.linear(), 3)]
+    >>> from alphabar.sampling import make_knots
+    >>> [k.timestep for k in make_knots(NoiseSchedule.linear(), 3, "sgm_uniform")]
     [999.0, 666.0, 333.0, -1.0]
     """
     return _even(points, schedule.num_train_timesteps - 1)
 
 
-@timestep_spaced()
+@register_timestep_grid()
 def ddim_uniform(schedule: NoiseSchedule, points: int, *, stride: int | None = None) -> Tensor:
     """Take every (T // points)-th timestep from 1 on (ComfyUI, A1111): ``leading`` with an offset of 1.
 
     ComfyUI takes as many as fit, more than it was asked for where the steps do not divide T: say the number that fits and
     ``stride`` = T // the number asked for.
 
-    >>> [k.timestep for k in ddim_uniform(NoiseSchedule.linear(), 4)]
+    >>> from alphabar.sampling import make_knots
+    >>> [k.timestep for k in make_knots(NoiseSchedule.linear(), 4, "ddim_uniform")]
     [751.0, 501.0, 251.0, 1.0, -1.0]
     """
     return _strided(
@@ -211,7 +227,7 @@ def ddim_uniform(schedule: NoiseSchedule, points: int, *, stride: int | None = N
     )
 
 
-@timestep_spaced()
+@register_timestep_grid()
 def beta_timesteps(
     schedule: NoiseSchedule, points: int, *, alpha: float = 0.6, beta: float = 0.6
 ) -> Tensor:
@@ -219,14 +235,15 @@ def beta_timesteps(
 
     With ``rounded=True`` ComfyUI's scheduler 'beta'; that of diffusers and A1111 is the grid ``beta``.
 
-    >>> [round(k.timestep) for k in beta_timesteps(NoiseSchedule.linear(), 4)]
+    >>> from alphabar.sampling import make_knots
+    >>> [round(k.timestep) for k in make_knots(NoiseSchedule.linear(), 4, "beta_timesteps")]
     [999, 823, 500, 176, -1]
     """
     u = 1 - torch.arange(points, dtype=torch.float64) / points
     return (schedule.num_train_timesteps - 1) * beta_quantile(u, alpha, beta)
 
 
-@timestep_spaced()
+@register_timestep_grid()
 def flow(
     schedule: NoiseSchedule,
     points: int,
@@ -250,7 +267,8 @@ def flow(
     ``end_shifted=True``, which is ``end=shift / (T + shift - 1)``. UniPC: ``drop_last=True``. The other DPM-Solver classes:
     ``start=1 - 1 / T, end=0.0, drop_last=True``.
 
-    >>> [round(k.timestep, 1) for k in flow(NoiseSchedule.flow(shift=3.0), 4)]
+    >>> from alphabar.sampling import make_knots
+    >>> [round(k.timestep, 1) for k in make_knots(NoiseSchedule.flow(shift=3.0), 4, "flow")]
     [1000.0, 857.3, 600.7, 3.0, -1.0]
     """
     count, curve = schedule.num_train_timesteps, schedule.curve
@@ -303,13 +321,14 @@ def shift_of(
     return s
 
 
-@timestep_spaced()
+@register_timestep_grid()
 def lcm(schedule: NoiseSchedule, points: int, *, original_steps: int = 50) -> Tensor:
     """Take some of the ``original_steps`` timesteps that latent consistency models are distilled at (Luo et al. 2310.04378, §4.3).
 
     LCMScheduler and TCDScheduler in diffusers.
 
-    >>> [k.timestep for k in lcm(NoiseSchedule.scaled_linear(), 4)]
+    >>> from alphabar.sampling import make_knots
+    >>> [k.timestep for k in make_knots(NoiseSchedule.scaled_linear(), 4, "lcm")]
     [999.0, 759.0, 499.0, 259.0, -1.0]
     """
     count = schedule.num_train_timesteps
@@ -325,13 +344,14 @@ def lcm(schedule: NoiseSchedule, points: int, *, original_steps: int = 50) -> Te
     ]
 
 
-@timestep_spaced()
+@register_timestep_grid()
 def sine_squared(schedule: NoiseSchedule, points: int) -> Tensor:
     """Let σ = sin²(π u / 2) with u even on a variance preserving path (v-diffusion; IPNDMScheduler in diffusers).
 
     Made for the cosine schedule, where σ = sin(π t / 2); on others it is the same part t of the time.
 
-    >>> [round(k.sigma, 4) for k in sine_squared(NoiseSchedule.cosine(), 3)]
+    >>> from alphabar.sampling import make_knots
+    >>> [round(k.sigma, 4) for k in make_knots(NoiseSchedule.cosine(), 3, "sine_squared")]
     [1.0, 0.75, 0.25, 0.0]
     """
     u = torch.arange(points, 0, -1, dtype=torch.float64) / points

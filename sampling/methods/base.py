@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from ...noising.utils.registry import Registry
 from ..identity import exact
 from ..knots import Knot
+from ..options import keyword_parameters
 from ..tracing import Combination
 
 Formula = Callable[..., list[Combination]]
@@ -83,8 +84,7 @@ class Method:
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
         """The parameters of the formula that are its options, by their names."""
-        parameters = inspect.signature(self.formula).parameters.values()
-        return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+        return keyword_parameters(self.formula)
 
     @property
     def documentation(self) -> str:

@@ -66,7 +66,7 @@ def described(name: str) -> str:
     lines = [
         f"grid {grid}",
         "",
-        _without_examples(GRIDS[grid].__doc__ or ""),
+        _without_examples(GRIDS[grid].documentation),
         "",
         *_options(grid_options(grid)),
     ]

@@ -1,0 +1,34 @@
+"""Registries as they were: what a test or an example registers is gone afterwards."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from alphabar.noising import (
+    BETA_SCHEDULES,
+    CURVES,
+    LOSSES,
+    NOISES,
+    TIMESTEPS,
+    WEIGHTINGS,
+)
+from alphabar.noising.utils.registry import Registry
+from alphabar.sampling import GRIDS, METHODS, STANDALONE
+from alphabar.training import EMA_PROFILES
+
+REGISTRIES: tuple[Registry[Any], ...] = (
+    *(BETA_SCHEDULES, CURVES, LOSSES, NOISES, TIMESTEPS, WEIGHTINGS),
+    *(GRIDS, METHODS, STANDALONE, EMA_PROFILES),
+)
+
+
+@contextmanager
+def restored() -> Iterator[None]:
+    before = [dict(registry._entries) for registry in REGISTRIES]
+    try:
+        yield
+    finally:
+        for registry, entries in zip(REGISTRIES, before, strict=True):
+            if registry._entries != entries:
+                registry._entries = entries
+                registry.changes += 1
