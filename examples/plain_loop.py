@@ -25,12 +25,8 @@ def squares(count: int, seed: int) -> Tensor:
 
 def main(arguments: list[str] | None = None) -> float:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--steps", type=int, default=400, help="optimizer steps (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/plain"), help="(default: %(default)s)"
-    )
+    parser.add_argument("--steps", type=int, default=400, help="optimizer steps (400)")
+    parser.add_argument("--out", type=Path, default=Path("runs/plain"), help="(runs/plain)")
     args = parser.parse_args(arguments)
 
     schedule = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
@@ -55,7 +51,6 @@ def main(arguments: list[str] | None = None) -> float:
 
     sampler = Sampler(schedule, "DPM++ 2M", steps=20)
     save_grid(sampler(network.eval(), (16, 1, 16, 16), seeds=range(16)), args.out / "squares.png")
-    # says what differs
     schedule.save_pretrained(args.out / "scheduler", sampler=sampler, nearest=True)
     return loss.item()
 

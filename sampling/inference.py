@@ -63,8 +63,8 @@ def prepare_run(
     """Return the run that starts at ``first``, the noise times ``scale`` (sqrt(α² + σ²) there). Raises ValueError for a bad shape.
 
     From ``seeds`` on these are the arguments that every sampler's call takes; ``Sampler.iterate`` says what they mean.
-    ``integer_timesteps``: the network is given integers as time. ``output_multiple``: its output has so many times the channels of its input, of
-    which the first are the prediction. ``halves``: the unconditional half is of use without guidance as well.
+    ``integer_timesteps``: the network is given integers as time. ``output_multiple``: its output has so many times the
+    channels of its input, of which the first are the prediction. ``halves``: the unconditional half is of use without guidance as well.
 
     >>> run = prepare_run(NoiseSchedule.flow(), Knot(1000.0, 0.0, 1.0), lambda x, t: -x, (2, 3), seeds=0)
     >>> run.evaluate(run.x, Knot(1000.0, 0.0, 1.0)).shape

@@ -15,10 +15,11 @@ from alphabar.noising import (
 from alphabar.noising.utils.registry import Registry
 from alphabar.sampling import GRIDS, METHODS, STANDALONE
 from alphabar.training import EMA_PROFILES
+from alphabar.training.cli.plot import PICTURES
 
 REGISTRIES: tuple[Registry[Any], ...] = (
     *(BETA_SCHEDULES, CURVES, LOSSES, NOISES, TIMESTEPS, WEIGHTINGS),
-    *(GRIDS, METHODS, STANDALONE, EMA_PROFILES),
+    *(GRIDS, METHODS, STANDALONE, EMA_PROFILES, PICTURES),
 )
 
 

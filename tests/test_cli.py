@@ -18,8 +18,9 @@ from alphabar.sampling import GRIDS, METHODS
 from alphabar.sampling.names import all_names
 from alphabar.sampling.standalone import STANDALONE
 from alphabar.training.cli.command import BROKEN_PIPE, COMMANDS, main
-from alphabar.training.cli.plot import KINDS, SCHEDULES, read_schedule
+from alphabar.training.cli.plot import PICTURES
 from alphabar.training.cli.samplers import columns, described, listing
+from alphabar.training.flags.items import SCHEDULES, read_schedule
 
 
 def row_of(name: str, text: str) -> str:
@@ -267,7 +268,7 @@ def test_every_kind_and_command_has_help(capsys: pytest.CaptureFixture[str]) -> 
     for arguments in [
         ["--help"],
         *([name, "--help"] for name in COMMANDS),
-        *(["plot", kind, "--help"] for kind in KINDS),
+        *(["plot", kind, "--help"] for kind in PICTURES),
     ]:
         with pytest.raises(SystemExit) as stop:
             main(arguments)

@@ -1,7 +1,7 @@
 """Weightings of the loss: schemes of the literature, those of other trainers, ranges of time, a learned one."""
 
 from . import trainer_compat  # registers the weightings of other trainers
-from .base import WEIGHTINGS, Weighting, resolve_weighting
+from .base import WEIGHTINGS, Scheme, Weighting, resolve_weighting
 from .learned import LearnedUncertainty
 from .schemes import (
     EDM,
@@ -34,6 +34,7 @@ __all__ = [
     "PlainFlow",
     "PlainV",
     "PlainX0",
+    "Scheme",
     "SigmaSqrt",
     "Sigmoid",
     "SoftMinSNR",

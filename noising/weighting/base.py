@@ -73,7 +73,16 @@ class Weighting(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme(Weighting):
-    """A weighting in closed form; subclasses state W(α², σ²) = w_x0 σ²."""
+    """A weighting in closed form; subclasses define W(α², σ²) = w_x0 σ².
+
+    >>> class Half(Scheme):
+    ...     name = "half"
+    ...     def numerator(self, alpha2, sigma2, det2):
+    ...         return 0.5 * det2
+    >>> one = torch.ones(1)
+    >>> Half()(alpha=one, sigma=one, det=one)
+    tensor([0.5000])
+    """
 
     @abstractmethod
     def numerator(self, alpha2: Tensor, sigma2: Tensor, det2: Tensor) -> Tensor:

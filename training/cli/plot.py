@@ -12,36 +12,67 @@ from typing import Any, TypeVar
 from ...noising import PREDICTIONS, TIMESTEPS, WEIGHTINGS
 from ...noising.utils.atomic import require_writable
 from ...noising.utils.items import make_item
+from ...noising.utils.registry import Registry
 from ...sampling import GRIDS, Sampler
-from ..flags.items import SCHEDULES, TRANSFORMATIONS, read_schedule
+from ..flags.items import TRANSFORMATIONS, read_schedule, schedule_makers
 from ..plots import is_learned, plot_schedules, plot_timesteps, plot_weights
 from ..plots.tables import plot_grids, plot_table
 
-T = TypeVar("T")
+F = TypeVar("F", bound=Callable[[argparse.Namespace], object])
 
 
 @dataclass(frozen=True)
-class Kind:
-    """One kind of picture: ``add_arguments(parser)`` beside those that all have, and ``draw(args)``, which writes args.out."""
+class Picture:
+    """A picture: ``add_arguments(parser)`` beside those that all have, and ``draw(args)``, which writes args.out."""
 
+    name: str
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     draw: Callable[[argparse.Namespace], object]
 
 
+PICTURES: Registry[Picture] = Registry("picture")
+"""Every picture of ``alphabar plot`` by its name; ``@register_picture(...)`` adds one."""
+
+
+def register_picture(
+    name: str, help: str, add_arguments: Callable[[argparse.ArgumentParser], None]
+) -> Callable[[F], F]:
+    """Register a function ``draw(args)`` as a picture; it writes ``args.out``.
+
+    >>> @register_picture("nothing", "an example", lambda parser: None)
+    ... def draw(args): ...
+    >>> PICTURES["nothing"].help
+    'an example'
+    """
+
+    def add(draw: F) -> F:
+        PICTURES.add(name, Picture(name, help, add_arguments, draw))
+        return draw
+
+    return add
+
+
+def item_help() -> str:
+    """Return what a schedule on the command line is.
+
+    >>> "scaled_linear" in item_help()
+    True
+    """
+    return (
+        f"{', '.join(schedule_makers())}, with options as in scaled_linear:beta_end=0.02 and "
+        f"{', '.join(TRANSFORMATIONS)} as in flow:shifted=2,t_max=0.5; or a folder with a "
+        "scheduler_config.json"
+    )
+
+
 def _schedule_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--schedule", default="scaled_linear", help=f"{ITEM} (default: %(default)s)"
+        "--schedule", default="scaled_linear", help=f"{item_help()} (default: %(default)s)"
     )
     parser.add_argument(
         "--zero_snr", action="store_true", help="rescale a discrete schedule to zero terminal SNR"
     )
-
-
-ITEM = (
-    f"{', '.join(SCHEDULES)}, with options as in scaled_linear:beta_end=0.02 and {', '.join(TRANSFORMATIONS)} as in "
-    "flow:shifted=2,t_max=0.5; or a folder with a scheduler_config.json"
-)
 
 
 def _schedule_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,10 +87,11 @@ def _schedule_arguments(parser: argparse.ArgumentParser) -> None:
             "flow",
             "flow:shift=3",
         ],
-        help=f"{ITEM} (default: five of them)",
+        help=f"{item_help()} (default: five of them)",
     )
 
 
+@register_picture("schedule", "α, σ and log SNR of several schedules", _schedule_arguments)
 def _draw_schedules(args: argparse.Namespace) -> object:
     return plot_schedules({item: read_schedule(item) for item in args.schedules}, args.out)
 
@@ -114,6 +146,11 @@ def _weight_arguments(parser: argparse.ArgumentParser) -> None:
     _schedule_argument(parser)
 
 
+@register_picture(
+    "weights",
+    "loss weights over log SNR, for several weightings and prediction types",
+    _weight_arguments,
+)
 def _draw_weights(args: argparse.Namespace) -> object:
     chosen = {item: make_item(item, WEIGHTINGS) for item in args.weightings or USUAL_WEIGHTINGS}
     return plot_weights(
@@ -131,6 +168,9 @@ def _timestep_arguments(parser: argparse.ArgumentParser) -> None:
     _schedule_argument(parser)
 
 
+@register_picture(
+    "timesteps", "densities of training times over time and log SNR", _timestep_arguments
+)
 def _draw_timesteps(args: argparse.Namespace) -> object:
     chosen = {item: make_item(item, TIMESTEPS) for item in args.densities or drawable(TIMESTEPS)}
     return plot_timesteps(read_schedule(args.schedule, args.zero_snr), chosen, args.out)
@@ -150,6 +190,7 @@ def _grid_arguments(parser: argparse.ArgumentParser) -> None:
     _schedule_argument(parser)
 
 
+@register_picture("grids", "log SNR against the step for several grids", _grid_arguments)
 def _draw_grids(args: argparse.Namespace) -> object:
     return plot_grids(read_schedule(args.schedule, args.zero_snr), args.grids, args.steps, args.out)
 
@@ -172,33 +213,18 @@ def _table_arguments(parser: argparse.ArgumentParser) -> None:
     _schedule_argument(parser)
 
 
+@register_picture("table", "the coefficients of a sampler, step by step", _table_arguments)
 def _draw_table(args: argparse.Namespace) -> object:
     schedule = read_schedule(args.schedule, args.zero_snr)
     return plot_table(Sampler(schedule, args.method, args.steps, args.grid).table, args.out)
 
 
-KINDS: Mapping[str, Kind] = {
-    "schedule": Kind("α, σ and log SNR of several schedules", _schedule_arguments, _draw_schedules),
-    "weights": Kind(
-        "loss weights over log SNR, for several weightings and prediction types",
-        _weight_arguments,
-        _draw_weights,
-    ),
-    "timesteps": Kind(
-        "densities of training times over time and log SNR", _timestep_arguments, _draw_timesteps
-    ),
-    "grids": Kind("log SNR against the step for several grids", _grid_arguments, _draw_grids),
-    "table": Kind("the coefficients of a sampler, step by step", _table_arguments, _draw_table),
-}
-"""Every kind of picture; a new one is two functions and a line here."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``alphabar plot``: a subcommand for each kind."""
     subparsers = parser.add_subparsers(dest="kind", required=True)
-    for name, kind in KINDS.items():
-        sub = subparsers.add_parser(name, help=kind.help, description=kind.help)
-        kind.add_arguments(sub)
+    for name, picture in PICTURES.items():
+        sub = subparsers.add_parser(name, help=picture.help, description=picture.help)
+        picture.add_arguments(sub)
         sub.add_argument(
             "--out", default=f"{name}.png", help="the picture to write (default: %(default)s)"
         )
@@ -207,5 +233,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Draw the picture that was asked for."""
     require_writable(Path(args.out).parent)
-    KINDS[args.kind].draw(args)
+    PICTURES[args.kind].draw(args)
     print(args.out)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ...noising import NoiseSchedule
+from ...noising import BETA_SCHEDULES, CURVES, Curve, Discrete, NoiseSchedule
 from ...noising.utils.items import call_with_options, parse_item
 from ...noising.utils.registry import lookup
 
@@ -25,7 +26,19 @@ SCHEDULES: Mapping[str, Callable[..., NoiseSchedule]] = {
     "sub_variance_preserving": NoiseSchedule.sub_variance_preserving,
     "variance_exploding": NoiseSchedule.variance_exploding,
 }
-"""The schedules that have a name on the command line; others are read from a folder."""
+"""The constructors of schedules; every other beta schedule and curve that is registered has its own name."""
+
+
+def schedule_makers() -> dict[str, Callable[..., Any]]:
+    """Return what makes a schedule or a curve, by its name on the command line; folders are read besides.
+
+    >>> "scaled_linear" in schedule_makers(), "laplace_diffusers" in schedule_makers()
+    (True, True)
+    """
+    betas = {name: partial(Discrete, name) for name in BETA_SCHEDULES}
+    curves = {name: kind for name, kind in CURVES.items() if kind is not Discrete}
+    return {**SCHEDULES, **{k: v for k, v in {**betas, **curves}.items() if k not in SCHEDULES}}
+
 
 TRANSFORMATIONS: Mapping[str, Callable[[NoiseSchedule, Any], NoiseSchedule]] = {
     "zero_snr": lambda schedule, yes: _zero_snr(schedule) if yes else schedule,
@@ -55,14 +68,15 @@ def read_schedule(item: str, zero_snr: bool = False) -> NoiseSchedule:
             own,
         )
     else:
-        make = lookup("schedule", name, SCHEDULES)
+        make = lookup("schedule", name, schedule_makers())
+        known = {**inspect.signature(make).parameters, "prediction": None, **TRANSFORMATIONS}
         for option in own:
-            lookup(
-                f"option of schedule {name}",
-                option,
-                {**inspect.signature(make).parameters, **TRANSFORMATIONS},
-            )
+            lookup(f"option of schedule {name}", option, known)
+        prediction = None if name in SCHEDULES else own.pop("prediction", None)
         schedule = call_with_options(f"schedule {name}", make, own)
+        if isinstance(schedule, Curve):
+            usual = "flow_prediction" if schedule.is_flow else "epsilon"
+            schedule = NoiseSchedule(schedule, prediction or usual)
     for option, value in options.items():
         if option in TRANSFORMATIONS:
             schedule = TRANSFORMATIONS[option](schedule, value)

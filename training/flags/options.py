@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 ADOPTED = "noising_options_of_the_script"
@@ -21,7 +21,8 @@ ADOPTED = "noising_options_of_the_script"
 class Option:
     """An option: its ``names``, the first one ours; each is kept under its own dest, so that two of them can be compared.
 
-    ``type``: of its value; bool for a switch. ``zero_is_none``: 0 says that there is none, as in diffusers' scripts.
+    ``type``: of its value; bool for a switch. ``names_of``: names that the help lists, read when it is shown.
+    ``zero_is_none``: 0 says that there is none, as in diffusers' scripts.
     ``several``: items that are kept as one text, with spaces.
 
     >>> Option(("--snr_gamma", "--min_snr_gamma"), float).key
@@ -31,7 +32,8 @@ class Option:
     names: tuple[str, ...]
     type: Callable[[str], Any] = str
     help: str = ""
-    choices: tuple[str, ...] | None = None
+    choices: Collection[str] | None = None
+    names_of: Collection[str] = ()
     zero_is_none: bool = False
     several: bool = False
     metavar: str | None = None
@@ -58,18 +60,17 @@ class Option:
         return adopted
 
     def _help(self, name: str) -> str:
-        return (
-            self.help
-            if name == self.names[0]
-            else f"{self.names[0]} under its name in other trainers"
-        )
+        if name != self.names[0]:
+            return f"{self.names[0]} under its name in other trainers"
+        return self.help.format(names=", ".join(self.names_of)) if self.names_of else self.help
 
     def _how(self) -> dict[str, Any]:
         if self.type is bool:
             return {"action": "store_const", "const": True}
         joined = {"nargs": "+", "action": _Joined} if self.several else {}
         shown = {"metavar": self.metavar} if self.metavar else {}
-        return {"type": self.type, "choices": self.choices, **joined, **shown}
+        choices = None if self.choices is None else sorted(self.choices)
+        return {"type": self.type, "choices": choices, **joined, **shown}
 
     def _require_same(self, name: str, existing: argparse.Action) -> None:
         takes, own = (
@@ -167,15 +168,7 @@ def add_options(
 
 
 def _only(option: Option, names: tuple[str, ...]) -> Option:
-    return Option(
-        names,
-        option.type,
-        option.help,
-        option.choices,
-        option.zero_is_none,
-        option.several,
-        option.metavar,
-    )
+    return replace(option, names=names)
 
 
 @dataclass(frozen=True)

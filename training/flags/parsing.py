@@ -42,7 +42,7 @@ SCHEDULE_OPTIONS = (
         help="a schedule by its name, flow:shift=3, karras:sigma_data=1, "
         "or a folder with a scheduler_config.json (default: the base model's, or scaled_linear)",
     ),
-    Option(("--beta_schedule",), choices=tuple(sorted(BETA_SCHEDULES)), help="shape of the betas"),
+    Option(("--beta_schedule",), choices=BETA_SCHEDULES, help="shape of the betas"),
     Option(("--beta_start",), float, "first beta"),
     Option(("--beta_end",), float, "last beta"),
     Option(("--num_train_timesteps",), int, "number of training timesteps"),
@@ -58,7 +58,7 @@ SCHEDULE_OPTIONS = (
     ),
     Option(
         ("--prediction_type",),
-        choices=tuple(sorted(PREDICTIONS)),
+        choices=PREDICTIONS,
         help="what the network predicts (default: as the base model, or epsilon; on a flow flow_prediction)",
     ),
     Option(("--v_parameterization",), bool, "--prediction_type v_prediction"),

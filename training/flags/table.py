@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from ...noising import LOSSES, NOISES, TIMESTEPS, WEIGHTINGS
 from ...noising.utils.items import make_named, parse_item
@@ -101,9 +102,15 @@ class Kind:
     @property
     def option(self) -> Option:
         """The flag that names schemes, as an option of a parser."""
-        names = list({**self.registry, **(self.also or {})})
-        help = f"{self.what}, NAME or NAME:option=value,...; names: {', '.join(names)} (default: {self.default})"
-        return Option((self.flag,), str, help, several=self.several, metavar="ITEM")
+        help = f"{self.what}, NAME or NAME:option=value,...; names: {{names}} (default: {self.default})"
+        return Option(
+            (self.flag,),
+            str,
+            help,
+            names_of=ChainMap(dict(self.also or {}), cast(Any, self.registry)),
+            several=self.several,
+            metavar="ITEM",
+        )
 
     @property
     def options(self) -> tuple[Option, ...]:
