@@ -108,6 +108,11 @@ class Sampler:
         return self.schedule, exact(self.method), self.steps, exact(self.grid), exact(self.options)
 
     @property
+    def name(self) -> str:
+        """The name of its method."""
+        return self.method.name
+
+    @property
     def table(self) -> Table:
         """The compiled table, made once per sampler value."""
         return _compile(self)

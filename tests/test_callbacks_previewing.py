@@ -1,5 +1,6 @@
 """What ValidationSampling can be asked for: triggers, prompts, classes, seeds, averages, decoders, pipelines, time, memory."""
 
+import json
 import math
 import os
 import resource
@@ -662,3 +663,28 @@ def test_validation_alone_draws_nothing(tmp_path: Path, published: list[Any]) ->
 def test_bad_arguments_fail_at_construction(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ValidationSampling(**arguments)
+
+
+# Samplers that have no table
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "steps"),
+    [("DPM adaptive", "dpm_adaptive", None), ("score_sde_ve", "score_sde_ve", 2)],
+)
+def test_a_sampler_without_a_table_draws(
+    name: str, own: str, steps: int | None, tmp_path: Path
+) -> None:
+    train(tmp_path, ValidationSampling(name, steps=steps, num_images=2, every_n_train_steps=6))
+    lines = (tmp_path / "previews" / "previews.jsonl").read_text(encoding="utf-8").splitlines()
+    shown = [json.loads(line) for line in lines]
+    assert [(one["sampler"], one["steps"]) for one in shown] == [(own, steps)] * 4
+    assert len(grids(tmp_path)) == 2
+
+
+def test_a_sampler_that_needs_more_than_a_preview_has_is_refused_before_training(
+    tmp_path: Path,
+) -> None:
+    message = r"repaint needs known= and mask=, which a preview does not have; take another sampler"
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, ValidationSampling("RePaint", steps=20, every_n_train_steps=3))

@@ -31,6 +31,7 @@ from ..support.complaints import Complaints, Failure
 from ..support.isolation import sigterm_deferred
 from ..support.module_api import (
     is_rehearsal,
+    name_of_sampler,
     predict_of_module,
     require_drawable,
     require_steps,
@@ -56,7 +57,8 @@ class ValidationSampling(Callback):
     the latter two. All ranks draw; an image depends on its seed and condition, not on the number of ranks.
 
     Args:
-        sampler: a name ('dpmpp_2m', 'DPM++ 2M Karras') or a Sampler, which must be of the schedule that is trained on.
+        sampler: any sampler's name ('dpmpp_2m', 'DPM++ 2M Karras', 'DPM adaptive') or object, which must be of the schedule that
+            is trained on.
         steps: sampling steps, 20 by default; a Sampler brings its own.
         num_images: images in a grid; by default one for each of ``seeds``, else 16, or one for each prompt or class.
         every_n_train_steps, every_n_epochs, train_time_interval: when; one of the three, by default every epoch. Steps
@@ -113,7 +115,7 @@ class ValidationSampling(Callback):
 
     def __init__(
         self,
-        sampler: str | Method | Sampler = "dpmpp_2m",
+        sampler: str | Method | Sampler | Any = "dpmpp_2m",
         steps: int | None = None,
         *,
         num_images: int | None = None,
@@ -204,9 +206,8 @@ class ValidationSampling(Callback):
 
     @property
     def state_key(self) -> str:
-        method = self.sampler.method if isinstance(self.sampler, Sampler) else self.sampler
         return self._generate_state_key(
-            sampler=method if isinstance(method, str) else method.name,
+            sampler=name_of_sampler(self.sampler),
             steps=self.steps,
             triggers=repr(self.triggers),
             folder=_name(self.folder) if self.folder else None,

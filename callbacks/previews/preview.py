@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from tqdm import tqdm
@@ -34,6 +35,10 @@ from .render import Drawing, without_a_trace
 REHEARSAL_STEPS = 2  # of the one image that fast_dev_run draws
 WEIGHTS: dict[str, tuple[str, ...]] = {"raw": ("raw",), "ema": ("ema",), "both": ("raw", "ema")}
 BAR_AFTER = 3.0  # seconds, after which a preview is long
+
+
+# of the progress bar, for a sampler that has no number of steps
+USUAL_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class Previewer:
     """A recipe on one model, for the time of a fit. ``batch_size`` is what was found to fit the memory."""
 
     recipe: Recipe
-    sampler: Sampler
+    sampler: Any
     entrance: Entrance
     drawing: Drawing
     pipeline: Any
@@ -86,14 +91,19 @@ class Previewer:
     def prepare(
         cls,
         recipe: Recipe,
-        sampler: Sampler,
+        sampler: Any,
         entrance: Entrance,
         trainer: Trainer,
         module: LightningModule,
     ) -> Previewer:
         """Encode the prompts and make the pipeline; what a user's functions raise is raised as it is."""
         pipeline = None
+        _require_equal_work(sampler, trainer)
         if recipe.pipeline is not None:
+            if not isinstance(sampler, Sampler):
+                raise ValueError(
+                    f"no scheduler of diffusers is {sampler.name}, which a pipeline would need; take another sampler"
+                )
             pipeline = pipeline_of(recipe.pipeline, module)
             name, differences = (
                 type(scheduler_of(sampler, pipeline)).__name__,
@@ -153,7 +163,9 @@ class Previewer:
             bar = _bar(
                 trainer,
                 weights,
-                plan.rounds * -(-plan.batch_size // rounds.batch_size) * (self.sampler.steps + 1),
+                plan.rounds
+                * -(-plan.batch_size // rounds.batch_size)
+                * ((self.sampler.steps or USUAL_STEPS) + 1),
             )
             rounds.tick = stack.enter_context(bar).update
             drawn = rounds.draw(plan.batches(share), start)
@@ -189,7 +201,7 @@ class Previewer:
             images=pixels,
             seeds=tuple(self.drawing.seeds_of(range(len(pixels)))),
             captions=self.recipe.conditions.captions[: len(pixels)],
-            sampler=self.sampler.method.name
+            sampler=self.sampler.name
             if self.pipeline is None
             else type(scheduler_of(self.sampler, self.pipeline)).__name__,
             steps=self.sampler.steps,
@@ -313,3 +325,13 @@ def _in_order(trainer: Trainer, plan: Plan, share: int, own: Tensor) -> Tensor:
         shares = gather(torch.tensor([share], device=device), trainer.world_size).flatten().tolist()
         gathered = gathered[[shares.index(k) for k in range(plan.world_size)]]
     return plan.in_order(gathered)
+
+
+def _require_equal_work(sampler: Any, trainer: Trainer) -> None:
+    """Refuse a sampler with steps of its own choice where every forward needs all ranks."""
+    sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+    if sampler.steps is None and sharded and trainer.world_size > 1:
+        raise ValueError(
+            f"{sampler.name} chooses its number of steps on every rank by itself, and a sharded model needs all ranks in "
+            "every forward; take a sampler with a number of steps"
+        )

@@ -44,7 +44,7 @@ class Preview:
     seeds: tuple[int, ...]
     captions: tuple[str, ...]
     sampler: str
-    steps: int
+    steps: int | None
     guidance_scale: float
     fingerprint: str
     seconds: float

@@ -77,7 +77,7 @@ class Drawing:
     def pixels(
         self,
         network: Callable[..., Any],
-        sampler: Sampler,
+        sampler: Any,
         shape: tuple[int, ...],
         batches: Sequence[Sequence[int]],
         *,

@@ -8,7 +8,8 @@ from typing import Any, cast
 from lightning.pytorch import LightningModule, Trainer
 
 from ...noising import NoiseSchedule
-from ...sampling import Method, Sampler, resolve_method
+from ...sampling import Method, Sampler
+from ...sampling.names import resolve
 from ...training.images import require_image_shape
 from ..previews.triggers import at_least_one
 
@@ -98,33 +99,54 @@ def is_rehearsal(trainer: Trainer) -> bool:
     return bool(cast(Any, trainer).fast_dev_run)  # Lightning sets it without declaring it
 
 
-def require_steps(sampler: str | Method | Sampler, steps: int | None) -> int:
-    """Return the number of steps, 20 by default; raises ValueError for an unknown sampler and steps that it contradicts.
+def require_steps(sampler: Any, steps: int | None) -> int | None:
+    """Return the number of steps, 20 by default; None for a sampler that has none.
+
+    Raises ValueError for an unknown sampler and steps that it contradicts.
 
     >>> require_steps("euler", None)
     20
     """
-    if isinstance(sampler, Sampler):
-        if steps not in (None, sampler.steps):
+    if not isinstance(sampler, str | Method):
+        own = getattr(sampler, "steps", None)
+        if steps not in (None, own):
             raise ValueError(
-                f"the sampler has {sampler.steps} steps, and steps={steps} contradicts it; leave it out"
+                f"the sampler has {own} steps, and steps={steps} contradicts it; leave it out"
             )
-        return sampler.steps
-    resolve_method(sampler)
+        return own
+    resolve(sampler)
     return DEFAULT_STEPS if steps is None else at_least_one("steps", steps)
 
 
-def sampler_for(schedule: NoiseSchedule, sampler: str | Method | Sampler, steps: int) -> Sampler:
-    """Return the sampler, made for ``schedule`` where it is a name; raises ValueError where it is made for another.
+def sampler_for(schedule: NoiseSchedule, sampler: Any, steps: int | None) -> Any:
+    """Return the sampler, made for ``schedule`` where it is a name: a ``Sampler``, or one that has no table.
+
+    Raises ValueError where it is made for another schedule, and where a preview cannot give what it needs.
 
     >>> sampler_for(NoiseSchedule.flow(), "euler", 4).steps
     4
+    >>> sampler_for(NoiseSchedule.flow(), "DPM adaptive", None).name
+    'dpm_adaptive'
     """
-    if not isinstance(sampler, Sampler):
-        return Sampler(schedule, sampler, steps)
+    if isinstance(sampler, str | Method):
+        sampler = Sampler(schedule, sampler, steps)
     if sampler.schedule.fingerprint != schedule.fingerprint:
         raise ValueError(
             f"the sampler is made for {sampler.schedule}, but the model trains on {schedule}: its previews would not show "
             "what the model learned; make it as Sampler(module.noising.schedule, ...)"
         )
+    needs = getattr(sampler, "needs", ())
+    if needs:
+        raise ValueError(
+            f"{sampler.name} needs {' and '.join(needs)}, which a preview does not have; take another sampler"
+        )
     return sampler
+
+
+def name_of_sampler(sampler: Any) -> str:
+    """Return the name of a sampler that was given by its name, as a Method or as an object.
+
+    >>> name_of_sampler("DPM++ 2M"), name_of_sampler(Sampler(NoiseSchedule.flow(), "euler"))
+    ('DPM++ 2M', 'euler')
+    """
+    return sampler if isinstance(sampler, str) else sampler.name

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -148,6 +148,8 @@ class DPMAdaptive:
     torch.Size([2, 4, 8, 8])
     """
 
+    name: ClassVar[str]
+    steps: ClassVar[None] = None
     schedule: NoiseSchedule
     order: int = 3
     rtol: float = 0.05

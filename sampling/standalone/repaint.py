@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -79,6 +79,8 @@ class RePaint:
     tensor([1., 1.])
     """
 
+    name: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ("known=", "mask=")
     schedule: NoiseSchedule
     steps: int = 250
     jump_length: int = 10

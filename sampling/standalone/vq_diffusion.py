@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -261,10 +261,16 @@ class VQDiffusion:
     tensor([1, 1, 1, 1, 1, 1])
     """
 
+    name: ClassVar[str]
     schedule: TokenSchedule
     steps: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.schedule, TokenSchedule):
+            got = type(self.schedule).__name__
+            raise ValueError(
+                f"vq_diffusion samples tokens on a TokenSchedule, got a {got}; take another sampler"
+            )
         count = self.schedule.num_train_timesteps
         if self.steps is None:
             return
