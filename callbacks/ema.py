@@ -32,7 +32,7 @@ from .ema_weights import Pairs
 from .support.background import AFTER_AN_ERROR, AT_THE_END, BEFORE_A_CHECKPOINT, Background, finish
 from .support.collectives import on_rank_zero
 from .support.complaints import Complaints, Failure
-from .support.module_api import is_rehearsal
+from .support.module_api import is_fast_dev_run
 from .support.sharding import (
     Layout,
     clean_name,
@@ -177,7 +177,7 @@ class EMA(Callback):
             raise ValueError(
                 f"one callback can average the weights, got {names}; EMA takes several profiles"
             )
-        if self.snapshot_every_n_steps is not None and not is_rehearsal(trainer):
+        if self.snapshot_every_n_steps is not None and not is_fast_dev_run(trainer):
             folder = self._snapshot_folder(trainer)
             on_rank_zero(trainer, lambda: require_writable(folder))
 
@@ -226,7 +226,7 @@ class EMA(Callback):
         return {name: layout.assemble(weight, average.weights[name]) for name, weight in tracked}
 
     def _snapshot(self, trainer: Trainer, module: LightningModule) -> None:
-        if is_rehearsal(trainer):
+        if is_fast_dev_run(trainer):
             return
         folder = self._snapshot_folder(trainer)
         for average in self._averages:
@@ -272,7 +272,7 @@ class EMA(Callback):
 
     def _finish(self, trainer: Trainer, seconds: float) -> None:
         """Wait for the snapshots that are being written; every rank must call it."""
-        if self.snapshot_every_n_steps is not None and not is_rehearsal(trainer):
+        if self.snapshot_every_n_steps is not None and not is_fast_dev_run(trainer):
             finish(trainer, self._lane, seconds)
             self._complain()
             if self._lane.pending:

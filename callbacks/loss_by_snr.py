@@ -28,7 +28,7 @@ from .support.background import AFTER_AN_ERROR, AT_THE_END, finish, pictures_of
 from .support.collectives import on_rank_zero
 from .support.complaints import Complaints, Failure
 from .support.loggers import log_image
-from .support.module_api import is_rehearsal
+from .support.module_api import is_fast_dev_run
 
 
 class LossBySNR(Callback):
@@ -94,7 +94,7 @@ class LossBySNR(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _noising_of(pl_module)
-        if is_rehearsal(trainer):
+        if is_fast_dev_run(trainer):
             return
         # a collective: every rank asks for it
         log_dir = trainer.log_dir or trainer.default_root_dir
@@ -121,7 +121,7 @@ class LossBySNR(Callback):
                 self._count(noised, errors)
 
         self._end()
-        self._stop = noising.listen(listener)
+        self._stop = noising.register_loss_hook(listener)
 
     def _end(self) -> None:
         if self._stop is not None:
@@ -130,7 +130,7 @@ class LossBySNR(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end()
-        if not is_rehearsal(trainer):
+        if not is_fast_dev_run(trainer):
             finish(trainer, pictures_of(trainer), AT_THE_END)
             self._complain()
             self._complaints.sum_up()

@@ -31,7 +31,7 @@ from ..training.checkpoints.storage import Folder
 from .checkpoint_hooks import SavesFollowed
 from .support.collectives import on_rank_zero
 from .support.complaints import Complaints, Failure
-from .support.module_api import is_rehearsal, schedule_of_module
+from .support.module_api import is_fast_dev_run, schedule_of_module
 
 
 class ScheduleCheckpoint(Callback):
@@ -93,7 +93,7 @@ class ScheduleCheckpoint(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._compared, self._compared_samplers, self._over = False, None, False
-        if stage == "fit" and self.per_checkpoint and not is_rehearsal(trainer):
+        if stage == "fit" and self.per_checkpoint and not is_fast_dev_run(trainer):
             self._follow(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -263,7 +263,7 @@ class ScheduleCheckpoint(Callback):
 
     def _folders(self, trainer: Trainer) -> list[Folder]:
         """Return where the schedule belongs: beside every checkpoint callback's files."""
-        if is_rehearsal(trainer):
+        if is_fast_dev_run(trainer):
             return []
         paths = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
         return [

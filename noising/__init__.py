@@ -26,7 +26,7 @@ from .noise import (
     Offset,
     Pyramid,
 )
-from .noising import Drawn, Noised, Noising
+from .noising import Noised, NoiseDraw, Noising
 from .prediction import PREDICTIONS, Prediction
 from .schedule import NoiseSchedule
 from .timesteps import (
@@ -93,7 +93,6 @@ __all__ = [
     "CustomTimesteps",
     "Debiased",
     "Discrete",
-    "Drawn",
     "Flow",
     "Gaussian",
     "Huber",
@@ -110,6 +109,7 @@ __all__ = [
     "MinSNR",
     "ModeTimesteps",
     "Noise",
+    "NoiseDraw",
     "NoiseLevelTimesteps",
     "NoiseSchedule",
     "Noised",

@@ -123,7 +123,7 @@ for _field in fields(Noised):
     _field.init = False
 
 
-class Drawn(NamedTuple):
+class NoiseDraw(NamedTuple):
     """What is drawn for a batch, on the CPU: see :meth:`Noising.draw`.
 
     >>> Noising(NoiseSchedule.flow()).draw([0], (3,), step=0, total=1).noise.shape
@@ -268,7 +268,7 @@ class Noising(nn.Module):
         def __call__(self, *args: Any, **kwargs: Any) -> Noised:
             return super().__call__(*args, **kwargs)
 
-    def listen(self, listener: Callable[[Noised, Tensor], None]) -> Callable[[], None]:
+    def register_loss_hook(self, listener: Callable[[Noised, Tensor], None]) -> Callable[[], None]:
         """Call ``listener(noised, errors)`` whenever a loss is computed; return the function that ends it.
 
         ``errors``: the unweighted error of each sample, shape (batch,), detached, on the device of the loss. Listeners do not
@@ -276,7 +276,7 @@ class Noising(nn.Module):
 
         >>> seen = []
         >>> noising = Noising(NoiseSchedule.flow())
-        >>> stop = noising.listen(lambda noised, errors: seen.append(errors.tolist()))
+        >>> stop = noising.register_loss_hook(lambda noised, errors: seen.append(errors.tolist()))
         >>> noised = noising(torch.zeros(2, 3), step=0)
         >>> loss = noised.loss(noised.target)
         >>> stop()
@@ -303,7 +303,7 @@ class Noising(nn.Module):
         total: int,
         pin_memory: bool = False,
         device: torch.device | str = "cpu",
-    ) -> Drawn:
+    ) -> NoiseDraw:
         """Return times and noise of the samples with these global indices at this step.
 
         ``total`` is the number of samples in the whole optimizer step, over which stratified times are spread. Every ``total``
@@ -337,7 +337,7 @@ class Noising(nn.Module):
                 u = torch.where(index // total == group, spread, u)
         importance = self.loss_history.resample(u) if self.loss_history is not None else None
         t = self.timesteps.times(u if importance is None else importance.u, self.schedule.curve)
-        return Drawn(
+        return NoiseDraw(
             _float32_inside(t, self.schedule.curve) if t.is_floating_point() else t,
             noise,
             tuple(part.pin_memory() if pin_memory else part for part in parts),
@@ -362,7 +362,7 @@ class Noising(nn.Module):
             raise ValueError(
                 f"timesteps of dtype {t.dtype} cannot hold the integers up to {curve.t_max:g}; give int64 or float32"
             )
-        alpha, sigma = self.schedule.levels(t, x0)
+        alpha, sigma = self.schedule.alpha_sigma(t, x0)
         clean, noise = x0.to(alpha.dtype), noise.to(x0.device, alpha.dtype, non_blocking=True)
         kinds = self.noise.kinds if parts else ()
         on_device = [part.to(x0.device, alpha.dtype, non_blocking=True) for part in parts]

@@ -259,7 +259,7 @@ class NoiseSchedule(Constructors):
 
     # -- noising and conversions -------------------------------------------------------------------------------------
 
-    def levels(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return α(t), σ(t) with shape (batch, 1, 1, ...) that broadcasts against ``like``.
 
         ``t`` is a scalar or has shape (batch,). The dtype is float32, or float64 where ``like`` or ``t`` is.
@@ -279,7 +279,7 @@ class NoiseSchedule(Constructors):
         [1.0, 0.25]
         """
         require_same_shape("noise", noise, "x0", x0)
-        alpha, sigma = self.levels(timesteps, x0)
+        alpha, sigma = self.alpha_sigma(timesteps, x0)
         return (alpha * x0 + sigma * noise).to(x0.dtype)
 
     def target(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -289,7 +289,7 @@ class NoiseSchedule(Constructors):
         tensor([[-1.]])
         """
         require_same_shape("noise", noise, "x0", x0)
-        alpha, sigma = self.levels(timesteps, x0)
+        alpha, sigma = self.alpha_sigma(timesteps, x0)
         return self.prediction.combine(x0.to(alpha.dtype), noise.to(alpha.dtype), alpha, sigma)
 
     def to_x0(self, out: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
@@ -300,12 +300,12 @@ class NoiseSchedule(Constructors):
         >>> schedule.to_x0(schedule.target(x0, e, t), schedule.add_noise(x0, e, t), t).item()
         3.0
         """
-        alpha, sigma = self.levels(timesteps, x_t)
+        alpha, sigma = self.alpha_sigma(timesteps, x_t)
         return self.prediction.to_x0(out.to(alpha.dtype), x_t.to(alpha.dtype), alpha, sigma)
 
     def to_epsilon(self, out: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
         """Return the ε that the network's output implies."""
-        alpha, sigma = self.levels(timesteps, x_t)
+        alpha, sigma = self.alpha_sigma(timesteps, x_t)
         return self.prediction.to_epsilon(out.to(alpha.dtype), x_t.to(alpha.dtype), alpha, sigma)
 
     def convert(self, out: Tensor, x_t: Tensor, timesteps: Tensor, to: str | Prediction) -> Tensor:
@@ -315,7 +315,7 @@ class NoiseSchedule(Constructors):
         >>> schedule.convert(torch.zeros(1, 1), torch.ones(1, 1), torch.tensor([0.5]), to="sample").item()
         1.0
         """
-        alpha, sigma = self.levels(timesteps, x_t)
+        alpha, sigma = self.alpha_sigma(timesteps, x_t)
         out, x_t = out.to(alpha.dtype), x_t.to(alpha.dtype)
         x0, epsilon = (
             self.prediction.to_x0(out, x_t, alpha, sigma),

@@ -66,5 +66,5 @@ def knot_at_half_log_snr(schedule: NoiseSchedule, half_log_snr: float) -> Knot:
     """
     curve, log_snr = schedule.curve, torch.tensor([2 * half_log_snr], dtype=torch.float64)
     t = curve.time(log_snr)
-    alpha, sigma = curve.levels_at(log_snr)
+    alpha, sigma = curve.alpha_sigma_at(log_snr)
     return Knot(curve.timestep(t).item(), alpha.item(), sigma.item(), curve.input_scale(t).item())

@@ -134,7 +134,7 @@ class Sampler:
             torch.tensor([getattr(k, n) for k in self.knots], dtype=torch.float64)
             for n in ("alpha", "sigma")
         )
-        return self.schedule.curve.level_of(alpha, sigma).tolist()
+        return self.schedule.curve.grid_coordinate(alpha, sigma).tolist()
 
     @property
     def init_noise_scale(self) -> float:

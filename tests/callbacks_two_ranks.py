@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from alphabar.callbacks import ScheduleCheckpoint, ValidationSampling
 from alphabar.callbacks.previews import callback as validation_sampling
 from alphabar.callbacks.previews import loop as rounds
-from alphabar.callbacks.support import strategies as entering
 from alphabar.noising import NoiseSchedule
 from callbacks_toy import Averages, Held, Toy, Units, fresh, strategy, train, weights
 
@@ -65,7 +64,6 @@ def publish(preview: Any, *arguments: Any) -> list[Any]:
     return PUBLISH(preview, *arguments)
 
 
-entering.GRACE = 1.0
 PUBLISH, validation_sampling.publish = validation_sampling.publish, publish
 
 
@@ -207,7 +205,7 @@ def terminated(name: str) -> dict[str, Any]:
 
 def severed(name: str) -> dict[str, Any]:
     """An error inside a sharded forward, on one rank."""
-    return with_own(name, Own, 1, 3)
+    return with_own(name, Own, 1, 3, exit_after_error=1.0)
 
 
 EVERYWHERE: dict[str, Any] = {

@@ -148,7 +148,7 @@ class Own(Callback):
         self.seen: list[Any] = []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        pl_module.noising.listen(
+        pl_module.noising.register_loss_hook(
             lambda noised, errors: self.seen.append((noised.log_snr, errors, noised.weight))
         )
 

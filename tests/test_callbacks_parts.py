@@ -10,9 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.strategies import FSDPStrategy
 from PIL import Image
 from torch import nn
 
+from alphabar.callbacks import ValidationSampling
 from alphabar.callbacks.previews.batches import Plan, require_rows, take_rows
 from alphabar.callbacks.previews.conditioning import Conditions
 from alphabar.callbacks.previews.render import Drawing
@@ -20,6 +22,7 @@ from alphabar.callbacks.previews.triggers import Triggers, is_last_epoch
 from alphabar.callbacks.support.collectives import errors_of_all_ranks
 from alphabar.callbacks.support.isolation import evaluating, randomness_restored
 from alphabar.callbacks.support.loggers import log_image
+from alphabar.callbacks.support.strategies import forward_mode_of
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Sampler
 from alphabar.training.images import image_grid, png_bytes, to_pixels
@@ -299,3 +302,12 @@ def test_the_last_epoch_is_known(facts: dict[str, Any], last: bool) -> None:
         "current_epoch": 5,
     }
     assert is_last_epoch(cast(Any, SimpleNamespace(**(usual | facts)))) is last
+
+
+def test_a_process_is_ended_only_where_that_is_asked_for() -> None:
+    assert forward_mode_of(FSDPStrategy()).exit_after is None
+    assert ValidationSampling().exit_after_error is None
+    with pytest.raises(
+        ValueError, match="exit_after_error must be seconds, at least 0, or None, got -1"
+    ):
+        ValidationSampling(exit_after_error=-1)

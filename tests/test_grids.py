@@ -110,7 +110,7 @@ def test_shape(grid: str, name: str, final: str) -> None:
         t = curve.time(log_snr)
         alpha, sigma, timestep, scale = (
             column.numpy()
-            for column in (*curve.levels_at(log_snr), curve.timestep(t), curve.input_scale(t))
+            for column in (*curve.alpha_sigma_at(log_snr), curve.timestep(t), curve.input_scale(t))
         )
         assert [k.alpha for k in called] == pytest.approx(alpha, rel=1e-9)
         assert [k.sigma for k in called] == pytest.approx(sigma, rel=1e-9)

@@ -172,7 +172,7 @@ def test_the_flow_s_snr_threshold_is_of_noise_over_signal() -> None:
 def test_the_loss_of_a_batch(loss: str | Loss, schedule: NoiseSchedule) -> None:
     noising = Noising(schedule, weighting="v_like", loss=loss)
     seen: list[Tensor] = []
-    noising.listen(lambda noised, errors: seen.append(errors))
+    noising.register_loss_hook(lambda noised, errors: seen.append(errors))
     noised, out = noising(batch_of(6), step=0), batch_of(6, seed=1)
     kind = resolve_loss(loss)
     by_hand = []
@@ -279,7 +279,7 @@ def test_an_empty_mask_is_0_and_not_nan(over: Any, loss: str) -> None:
 def test_listeners_hear_the_masked_error() -> None:
     noising = Noising(FLOW, weighting="v_like")
     seen: list[Tensor] = []
-    noising.listen(lambda noised, errors: seen.append(errors))
+    noising.register_loss_hook(lambda noised, errors: seen.append(errors))
     noised = noising(batch_of(1), step=0)
     mask = torch.zeros(1, 1, 4, 5)
     mask[..., 0] = 1

@@ -40,7 +40,7 @@ class Recorded(DiffusionModule):
     def __init__(self, timesteps: str = "stratified", **options: Any) -> None:
         super().__init__(Net(), Noising(FLOW, timesteps=timesteps, seed=4), **options)
         self.seen: list[tuple[int, Noised]] = []
-        self.noising.listen(
+        self.noising.register_loss_hook(
             lambda noised, errors: self.seen.append((self.trainer.global_step, noised))
         )
 

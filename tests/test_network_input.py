@@ -182,7 +182,10 @@ class Probe(nn.Module):
 def heard(*noisings: Noising) -> Iterator[list[Noised]]:
     """Collect the batches whose losses are computed."""
     seen: list[Noised] = []
-    stops = [noising.listen(lambda noised, errors: seen.append(noised)) for noising in noisings]
+    stops = [
+        noising.register_loss_hook(lambda noised, errors: seen.append(noised))
+        for noising in noisings
+    ]
     yield seen
     for stop in stops:
         stop()

@@ -58,7 +58,7 @@ def draws_of(*index: int, step: int = 0, stream: int = 9) -> Draws:
 
 def implied(noised: Noised, x0: Tensor) -> Tensor:
     """The noise that x_t is made of."""
-    alpha, sigma = noised.schedule.levels(noised.t, x0)
+    alpha, sigma = noised.schedule.alpha_sigma(noised.t, x0)
     return (noised.x.double() - alpha * x0) / sigma
 
 

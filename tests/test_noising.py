@@ -561,7 +561,7 @@ def test_listeners_hear_unweighted_errors_and_do_not_travel_with_copies() -> Non
         NoiseSchedule.scaled_linear(prediction="v_prediction"), weighting=MinSNR(gamma=5.0)
     )
     heard: list[Tensor] = []
-    stop = noising.listen(lambda noised, errors: heard.append(errors))
+    stop = noising.register_loss_hook(lambda noised, errors: heard.append(errors))
     noised = noising(torch.zeros(4, 2, 3), step=0)
     losses = noised.losses((noised.target + 1).requires_grad_())
     assert torch.allclose(heard[0], torch.ones(4)) and not heard[0].requires_grad

@@ -58,7 +58,7 @@ def test_a_shift_multiplies_the_ratio_of_noise_and_signal(name: str, factor: flo
         assert torch.equal(moved, t)
     before, after = schedule.log_snr(t[1:-1]), shifted.log_snr(moved[1:-1])
     assert float((after - before + 2 * math.log(factor)).abs().max()) < 1e-11
-    alpha, sigma = shifted.curve.levels_at(after)
+    alpha, sigma = shifted.curve.alpha_sigma_at(after)
     assert torch.allclose(alpha, shifted.alpha(moved[1:-1]), rtol=1e-12)
     assert torch.allclose(sigma, shifted.sigma(moved[1:-1]), rtol=1e-12)
     if schedule.has_zero_terminal_snr:

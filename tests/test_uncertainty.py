@@ -233,7 +233,7 @@ def test_parameters_take_part_in_every_loss() -> None:
 def test_listeners_hear_the_plain_error() -> None:
     noising = Noising(FLOW, "learned_uncertainty")
     seen: list[Tensor] = []
-    noising.listen(lambda noised, errors: seen.append(errors))
+    noising.register_loss_hook(lambda noised, errors: seen.append(errors))
     noised = noising(batch_of(3), step=0)
     noised.loss(noised.target + 2)
     assert torch.allclose(seen[0], torch.full((3,), 4.0, dtype=torch.float64))

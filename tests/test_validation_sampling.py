@@ -31,7 +31,7 @@ from torch.utils.data import DistributedSampler
 
 from alphabar.callbacks import ScheduleCheckpoint, ValidationSampling
 from alphabar.callbacks.previews import render as drawing
-from alphabar.callbacks.support.strategies import Entrance, entrance_of
+from alphabar.callbacks.support.strategies import ForwardMode, forward_mode_of
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Sampler
 from alphabar.sampling.inference import SeededNoise
@@ -761,17 +761,17 @@ def test_how_each_strategy_is_entered() -> None:
         strategy.config = {"zero_optimization": {"stage": stage}}
         return strategy
 
-    plain, wrapped = Entrance(), Entrance(sharded=True, wrapped=True)
+    plain, wrapped = ForwardMode(), ForwardMode(sharded=True, wrapped=True)
     assert (
-        entrance_of(SingleDeviceStrategy(torch.device("cpu")))
-        == entrance_of(DDPStrategy())
+        forward_mode_of(SingleDeviceStrategy(torch.device("cpu")))
+        == forward_mode_of(DDPStrategy())
         == plain
     )
-    assert entrance_of(deepspeed(2)) == plain and entrance_of(deepspeed(3)) == wrapped
-    assert entrance_of(FSDPStrategy()) == wrapped
-    assert entrance_of(ModelParallelStrategy()) == Entrance(sharded=True)
+    assert forward_mode_of(deepspeed(2)) == plain and forward_mode_of(deepspeed(3)) == wrapped
+    assert forward_mode_of(FSDPStrategy()) == wrapped
+    assert forward_mode_of(ModelParallelStrategy()) == ForwardMode(sharded=True)
     with pytest.raises(ValueError, match="got SingleDeviceXLAStrategy; use one of these"):
-        entrance_of(SingleDeviceXLAStrategy.__new__(SingleDeviceXLAStrategy))
+        forward_mode_of(SingleDeviceXLAStrategy.__new__(SingleDeviceXLAStrategy))
 
 
 def test_callback_is_picklable_and_its_state_is_plain() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal, cast
@@ -26,11 +27,17 @@ from ..support.background import (
     finish,
     pictures_of,
 )
-from ..support.collectives import AgreedError, agree, any_rank, on_rank_zero, together
+from ..support.collectives import (
+    AgreedError,
+    any_rank,
+    call_on_all_ranks,
+    on_rank_zero,
+    raise_on_all_ranks,
+)
 from ..support.complaints import Complaints, Failure
 from ..support.isolation import sigterm_deferred
 from ..support.module_api import (
-    is_rehearsal,
+    is_fast_dev_run,
     name_of_sampler,
     predict_of_module,
     require_drawable,
@@ -39,7 +46,7 @@ from ..support.module_api import (
     schedule_of_module,
     shape_of_module,
 )
-from ..support.strategies import Entrance, entrance_of
+from ..support.strategies import ForwardMode, forward_mode_of
 from .conditioning import Conditions
 from .preview import WEIGHTS, Previewer, Recipe
 from .publish import Preview, publish, try_out
@@ -87,13 +94,15 @@ class ValidationSampling(Callback):
             the picture's name in the loggers.
         predict: called in place of the module's ``predict``.
         on_error: a preview that fails is a warning and training goes on ('warn'), or stops on all ranks ('raise').
+        exit_after_error: seconds after an error inside a forward of a sharded model, after which the process of that rank
+            ends (``os._exit``), whatever the program does with the error; by default it does not.
 
     Raises ValueError for names, numbers and conditioning that do not fit: at once, or, where module and trainer must be
     known, before training starts; then also TypeError for a module that lacks what is named above, OSError for a
     folder that cannot be written, and what ``encode`` or ``pipeline`` raise. For single-device, DDP, FSDP and
     ModelParallel (FSDP2) strategies, and DeepSpeed. An error inside a forward of a sharded model (FSDP, ZeRO-3) ends
-    training on all ranks whatever ``on_error`` says, and the process of the rank that it befell within ten seconds: the
-    others are waiting for it in that forward, and cannot agree on anything else.
+    training whatever ``on_error`` says. The other ranks wait in that forward until the process of this rank has ended, or the
+    process group's timeout has passed; see ``exit_after_error``.
     Before training starts everything that a preview needs is tried, at the cost of one sampling step of one image and its
     decoding on every rank (a pipeline: two steps): what fails then is raised, whatever ``on_error`` says. Where the shape of a
     sample comes with the first batch, the trial waits for it; a preview at step 0 needs ``shape`` or ``sample_shape`` then.
@@ -146,6 +155,7 @@ class ValidationSampling(Callback):
         folder: str | os.PathLike[str] | None = None,
         predict: Callable[..., Any] | None = None,
         on_error: Literal["warn", "raise"] = "warn",
+        exit_after_error: float | None = None,
     ) -> None:
         super().__init__()
         self.sampler, self.steps = sampler, require_steps(sampler, steps)
@@ -190,10 +200,15 @@ class ValidationSampling(Callback):
         if self.shape is not None:
             require_drawable(self.shape, decode)
         self.folder = os.fspath(folder) if folder is not None else None
+        if exit_after_error is not None and not exit_after_error >= 0:
+            raise ValueError(
+                f"exit_after_error must be seconds, at least 0, or None, got {exit_after_error}"
+            )
+        self.exit_after_error = exit_after_error
         self.on_error = lookup("on_error", on_error, {mode: mode for mode in ("warn", "raise")})
         self._last_step = 0
         self._last_time = 0.0
-        self._entrance: Entrance | None = None
+        self._forward_mode: ForwardMode | None = None
         self._previewer: Previewer | None = None
         self._folder: str | None = None
         self._loggers_told: set[str] = set()
@@ -237,8 +252,10 @@ class ValidationSampling(Callback):
                 "no previews: Trainer(barebones=True) leaves out what could slow training down"
             )
             return
-        self._entrance = entrance_of(trainer.strategy)
-        if self._entrance.sharded and self.recipe.pipeline is not None:
+        self._forward_mode = replace(
+            forward_mode_of(trainer.strategy), exit_after=self.exit_after_error
+        )
+        if self._forward_mode.sharded and self.recipe.pipeline is not None:
             raise ValueError(
                 f"a pipeline calls its networks by itself, which {type(trainer.strategy).__name__} does not allow for a "
                 "sharded model; draw with predict= and decode=, or train under 'ddp'"
@@ -250,7 +267,7 @@ class ValidationSampling(Callback):
             shape = self._sample_shape(pl_module)
             if shape is not None:
                 require_drawable(shape, self.recipe.decode)
-        if not is_rehearsal(trainer):
+        if not is_fast_dev_run(trainer):
             folder = self._folder = self._choose_folder(trainer)
             on_rank_zero(
                 trainer, lambda: self._note(0, try_out(folder, trainer.loggers, self._loggers_told))
@@ -283,14 +300,14 @@ class ValidationSampling(Callback):
         self._last_time = time.monotonic()
         if trainer.barebones:
             return
-        entrance = self._entrance
-        assert entrance is not None  # since on_fit_start
+        forward_mode = self._forward_mode
+        assert forward_mode is not None  # since on_fit_start
         sampler = sampler_for(schedule_of_module(pl_module), self.sampler, self.steps)
-        self._previewer = together(
-            lambda: Previewer.prepare(self.recipe, sampler, entrance, trainer, pl_module),
+        self._previewer = call_on_all_ranks(
+            lambda: Previewer.prepare(self.recipe, sampler, forward_mode, trainer, pl_module),
             trainer.world_size,
         )
-        if is_rehearsal(trainer):  # which is itself a trial
+        if is_fast_dev_run(trainer):  # which is itself a trial
             return
         at_once = trainer.global_step == 0 and self.triggers.at_step(0)
         self._try(trainer, pl_module, required=at_once)
@@ -331,7 +348,7 @@ class ValidationSampling(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._previewer is None or is_rehearsal(trainer):
+        if self._previewer is None or is_fast_dev_run(trainer):
             return
         self._complain()
         if self._untried:
@@ -346,7 +363,7 @@ class ValidationSampling(Callback):
             self._preview_once(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        due = is_rehearsal(trainer) or self.triggers.at_epoch(trainer.current_epoch)
+        due = is_fast_dev_run(trainer) or self.triggers.at_epoch(trainer.current_epoch)
         # not in on_train_end, where other callbacks may have put averages into the model
         if due or (self.triggers.at_end and is_last_epoch(trainer)):
             self._preview_once(trainer, pl_module)
@@ -390,7 +407,7 @@ class ValidationSampling(Callback):
 
     def _publish(self, trainer: Trainer, previews: Sequence[Preview]) -> None:
         """Have what was drawn shown beside the training, by rank 0; a place that fails costs a word and not the other places."""
-        if not is_rehearsal(trainer):
+        if not is_fast_dev_run(trainer):
             on_rank_zero(trainer, lambda: self._hand_over(trainer, previews))
 
     def _hand_over(self, trainer: Trainer, previews: Sequence[Preview]) -> None:
@@ -428,7 +445,7 @@ class ValidationSampling(Callback):
         finish(trainer, pictures_of(trainer), AT_THE_END)
         failed, self._failed = self._failed, []
         error = RuntimeError("; ".join(str(failure) for _, failure in failed)) if failed else None
-        agree(error, trainer.world_size)
+        raise_on_all_ranks(error, trainer.world_size)
 
     # -- what is still to be shown ---------------------------------------------------------------------------------------
 
@@ -450,7 +467,7 @@ class ValidationSampling(Callback):
         self._complain()
 
     def _finish(self, trainer: Trainer, seconds: float) -> None:
-        if self._previewer is None or is_rehearsal(trainer):
+        if self._previewer is None or is_fast_dev_run(trainer):
             return
         lane = pictures_of(trainer)
         finish(trainer, lane, seconds)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..support.collectives import agree, any_rank
+from ..support.collectives import any_rank, raise_on_all_ranks
 from ..support.strategies import ShardedForwardError
 from .render import Painted
 
@@ -98,7 +98,7 @@ class Rounds:
         flags = [error is not None and not out_of_memory, out_of_memory, self.interrupted(), late]
         failed, out_of_memory, signal, late = any_rank(flags, self.world_size, self.device)
         if failed or (out_of_memory and self.batch_size == 1):
-            agree(error, self.world_size)
+            raise_on_all_ranks(error, self.world_size)
         if signal or late:
             self.stopped = "signal" if signal else "time"
             return True

@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from ...sampling import Sampler
 from ..ema_weights import ema_weights
-from ..support.collectives import agree, gather
+from ..support.collectives import gather, raise_on_all_ranks
 from ..support.isolation import Termination
-from ..support.module_api import is_rehearsal, predict_of_module
+from ..support.module_api import is_fast_dev_run, predict_of_module
 from ..support.sharding import reshard, root_of
-from ..support.strategies import Entrance, entered, share_of
+from ..support.strategies import ForwardMode, share_of, wrap_forward
 from .batches import Plan
 from .conditioning import Conditions
 from .diffusers_pipelines import differences_of, pipeline_of, pipeline_steps, scheduler_of
@@ -82,7 +82,7 @@ class Previewer:
 
     recipe: Recipe
     sampler: Any
-    entrance: Entrance
+    forward_mode: ForwardMode
     drawing: Drawing
     pipeline: Any
     batch_size: int
@@ -92,7 +92,7 @@ class Previewer:
         cls,
         recipe: Recipe,
         sampler: Any,
-        entrance: Entrance,
+        forward_mode: ForwardMode,
         trainer: Trainer,
         module: LightningModule,
     ) -> Previewer:
@@ -115,8 +115,14 @@ class Previewer:
                 )
         encode = recipe.conditions.encode
         if encode is None:
-            return cls(recipe, sampler, entrance, recipe.conditioned(), pipeline, recipe.batch_size)
-        entering = entered(trainer, module, entrance, encode) if may_use(module, encode) else encode
+            return cls(
+                recipe, sampler, forward_mode, recipe.conditioned(), pipeline, recipe.batch_size
+            )
+        entering = (
+            wrap_forward(trainer, module, forward_mode, encode)
+            if may_use(module, encode)
+            else encode
+        )
         try:
             with without_a_trace(trainer.strategy.root_device, modules_of(module, encode)):
                 drawing = replace(
@@ -124,7 +130,7 @@ class Previewer:
                 ).conditioned()
         finally:
             reshard(root_of(trainer, module))
-        return cls(recipe, sampler, entrance, drawing, pipeline, recipe.batch_size)
+        return cls(recipe, sampler, forward_mode, drawing, pipeline, recipe.batch_size)
 
     def preview(
         self,
@@ -138,7 +144,7 @@ class Previewer:
 
         Raises AgreedError on every rank for an error on any. Sets ``termination.agreed`` where a rank was told to stop.
         """
-        started, rehearsal = time.monotonic(), is_rehearsal(trainer)
+        started, rehearsal = time.monotonic(), is_fast_dev_run(trainer)
         size, share = share_of(trainer.strategy, trainer.world_size, trainer.global_rank)
         plan = (
             Plan(1, 1, size)
@@ -259,7 +265,7 @@ class Previewer:
             averaged = average and stack.enter_context(ema_weights(trainer, module))
         except Exception as raised:
             error = raised
-        agree(error, trainer.world_size)
+        raise_on_all_ranks(error, trainer.world_size)
         assert start is not None  # or there was an error
         modules = modules_of(
             module, self.recipe.predict, self.recipe.decode, pipeline=self.pipeline
@@ -293,8 +299,10 @@ class Previewer:
                 "the shape of a sample is not known; set the module's sample_shape, or give shape="
             )
         predict = recipe.predict if recipe.predict is not None else predict_of_module(module)
-        network = network_of(trainer, module, self.entrance, predict)
-        decode = decoder_of(trainer, module, self.entrance, recipe.decode, recipe.decode_batch_size)
+        network = network_of(trainer, module, self.forward_mode, predict)
+        decode = decoder_of(
+            trainer, module, self.forward_mode, recipe.decode, recipe.decode_batch_size
+        )
         device = trainer.strategy.root_device
         return lambda images: self.drawing.steps(
             network, self.sampler, shape, images, device, decode=decode, stop=stop

@@ -10,17 +10,20 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
-from ..support.strategies import Entrance, entered
+from ..support.strategies import ForwardMode, wrap_forward
 from .diffusers_pipelines import components
 from .render import in_slices
 
 
 def network_of(
-    trainer: Trainer, module: LightningModule, entrance: Entrance, predict: Callable[..., Any]
+    trainer: Trainer,
+    module: LightningModule,
+    forward_mode: ForwardMode,
+    predict: Callable[..., Any],
 ) -> Callable[..., Any]:
     """Return ``predict`` as a sampler may call it between training steps, in the precision of training."""
     precision = trainer.precision_plugin
-    predict = entered(trainer, module, entrance, predict)
+    predict = wrap_forward(trainer, module, forward_mode, predict)
 
     def network(x: Tensor, timesteps: Tensor, **conditioning: Any) -> Any:
         # as in training: inputs are converted, times are not. Around the call and not around the loop, because half
@@ -34,13 +37,15 @@ def network_of(
 
 
 def decoder_of(
-    trainer: Trainer, module: LightningModule, entrance: Entrance, decode: Any, size: int
+    trainer: Trainer, module: LightningModule, forward_mode: ForwardMode, decode: Any, size: int
 ) -> Callable[[Tensor], Tensor] | None:
     """Return ``decode`` in slices of ``size``, entered as a part of the model unless it is a network of its own."""
     if decode is None:
         return None
     sliced = in_slices(decode, size)
-    return entered(trainer, module, entrance, sliced) if may_use(module, decode) else sliced
+    return (
+        wrap_forward(trainer, module, forward_mode, sliced) if may_use(module, decode) else sliced
+    )
 
 
 def may_use(module: nn.Module, function: object) -> bool:

@@ -61,20 +61,20 @@ def any_rank(
     return votes.bool().tolist()
 
 
-def agree(error: BaseException | None, world_size: int = 1) -> None:
+def raise_on_all_ranks(error: BaseException | None, world_size: int = 1) -> None:
     """Raise AgreedError on every rank where any rank has an error; every rank must call it.
 
-    >>> agree(None)
+    >>> raise_on_all_ranks(None)
     """
     words = errors_of_all_ranks(error, world_size)
     if words is not None:
         raise AgreedError(words) from error
 
 
-def together(act: Callable[[], T], world_size: int = 1) -> T:
+def call_on_all_ranks(act: Callable[[], T], world_size: int = 1) -> T:
     """Return what ``act()`` returns on this rank; where it raises on any rank, raise on all: its own error, or AgreedError.
 
-    >>> together(lambda: 3)
+    >>> call_on_all_ranks(lambda: 3)
     3
     """
     error: Exception | None = None

@@ -89,11 +89,11 @@ samples to images in [-1, 1], e.g. of a video its first frame: decode=lambda x: 
         ) from None
 
 
-def is_rehearsal(trainer: Trainer) -> bool:
+def is_fast_dev_run(trainer: Trainer) -> bool:
     """Return whether this is a run with ``fast_dev_run``, which tries everything once and writes nothing.
 
     >>> from types import SimpleNamespace
-    >>> is_rehearsal(SimpleNamespace(fast_dev_run=1))
+    >>> is_fast_dev_run(SimpleNamespace(fast_dev_run=1))
     True
     """
     return bool(cast(Any, trainer).fast_dev_run)  # Lightning sets it without declaring it

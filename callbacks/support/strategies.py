@@ -27,43 +27,48 @@ from lightning.pytorch.strategies import (
     XLAStrategy,
 )
 
-GRACE = 10.0  # seconds
-
 
 class ShardedForwardError(RuntimeError):
     """A forward of a sharded model failed; it ends training on every rank, since ranks can no longer agree on anything."""
 
 
 @dataclass(frozen=True)
-class Entrance:
-    """``sharded``: a forward is a collective. ``wrapped``: it must go through the strategy's wrapper."""
+class ForwardMode:
+    """How the model is called outside ``training_step``.
+
+    ``sharded``: a forward is a collective. ``wrapped``: it must go through the strategy's wrapper. ``exit_after``: seconds
+    after an error in a sharded forward, after which the process ends; None: it does not.
+    """
 
     sharded: bool = False
     wrapped: bool = False
+    exit_after: float | None = None
 
 
 _KINDS: tuple[
-    tuple[type[Strategy], Entrance | None], ...
+    tuple[type[Strategy], ForwardMode | None], ...
 ] = (  # the first that fits: some inherit from others
     (SingleDeviceXLAStrategy, None),
     (XLAStrategy, None),
-    (FSDPStrategy, Entrance(sharded=True, wrapped=True)),
-    (ModelParallelStrategy, Entrance(sharded=True)),
-    (DDPStrategy, Entrance()),
-    (SingleDeviceStrategy, Entrance()),
+    (FSDPStrategy, ForwardMode(sharded=True, wrapped=True)),
+    (ModelParallelStrategy, ForwardMode(sharded=True)),
+    (DDPStrategy, ForwardMode()),
+    (SingleDeviceStrategy, ForwardMode()),
 )
 
 
-def entrance_of(strategy: Strategy) -> Entrance:
+def forward_mode_of(strategy: Strategy) -> ForwardMode:
     """Return how this strategy's model is entered; raises ValueError for a strategy that is not supported.
 
-    >>> entrance_of(DDPStrategy()), entrance_of(FSDPStrategy())
-    (Entrance(sharded=False, wrapped=False), Entrance(sharded=True, wrapped=True))
+    >>> forward_mode_of(DDPStrategy()), forward_mode_of(FSDPStrategy())
+    (ForwardMode(sharded=False, wrapped=False), ForwardMode(sharded=True, wrapped=True))
     """
     # ZeRO-1 and 2 leave the parameters whole on each rank
     if isinstance(strategy, DeepSpeedStrategy):
-        return Entrance(sharded=True, wrapped=True) if strategy.zero_stage_3 else Entrance()
-    found = next((entrance for kind, entrance in _KINDS if isinstance(strategy, kind)), None)
+        return ForwardMode(sharded=True, wrapped=True) if strategy.zero_stage_3 else ForwardMode()
+    found = next(
+        (forward_mode for kind, forward_mode in _KINDS if isinstance(strategy, kind)), None
+    )
     if found is None:
         raise ValueError(
             "ValidationSampling draws under single-device, DDP, FSDP, ModelParallel (FSDP2) and DeepSpeed strategies, "
@@ -84,26 +89,30 @@ def share_of(strategy: Strategy, world_size: int, rank: int) -> tuple[int, int]:
     return world_size, rank
 
 
-def entered(
-    trainer: Trainer, module: LightningModule, entrance: Entrance, function: Callable[..., Any]
+def wrap_forward(
+    trainer: Trainer,
+    module: LightningModule,
+    forward_mode: ForwardMode,
+    function: Callable[..., Any],
 ) -> Callable[..., Any]:
     """Return ``function`` as it may be called between training steps; it uses (parts of) ``module``.
 
-    Where the model is sharded, an error inside it is raised as ShardedForwardError, and ends this process within
-    ``GRACE`` seconds even where someone catches it: its end is what tells the ranks that wait for it in that forward.
+    Where the model is sharded, an error inside it is raised as ShardedForwardError. The other ranks wait in that forward
+    until this process ends or the process group's timeout has passed; ``forward_mode.exit_after`` ends it for certain.
     """
-    if not entrance.sharded:
+    if not forward_mode.sharded:
         return function
 
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            if entrance.wrapped:
+            if forward_mode.wrapped:
                 return _through_wrapper(
                     trainer.strategy.model, module, lambda: function(*args, **kwargs)
                 )
             return function(*args, **kwargs)
         except Exception as error:
-            _end_soon()
+            if forward_mode.exit_after is not None:
+                _end_soon(forward_mode.exit_after)
             raise ShardedForwardError(
                 f"{type(error).__name__}: {error} (inside a forward of the sharded model: training ends on all ranks; "
                 "where this speaks of a lost connection, another rank failed first)"
@@ -134,9 +143,9 @@ def _through_wrapper(wrapper: Any, module: LightningModule, call: Callable[[], A
         restore()
 
 
-def _end_soon() -> None:
-    """End this process in a while, which loggers may use. Aborting the process group instead would not reach other ranks."""
+def _end_soon(seconds: float) -> None:
+    """End this process after so many seconds, which loggers may use; aborting the process group would not reach other ranks."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        timer = threading.Timer(GRACE, os._exit, [1])
+        timer = threading.Timer(seconds, os._exit, [1])
         timer.daemon = True  # an orderly exit before that is as good
         timer.start()

@@ -77,13 +77,13 @@ class Curve(ABC):
         """Return σ / α, the noise level in variance exploding coordinates; infinite where α is 0."""
         return self.sigma(t) / self.alpha(t)
 
-    def level_of(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+    def grid_coordinate(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Return the noise level in which σ-spaced grids (karras, exponential, ...) are spaced: σ / α, or σ on a flow path."""
         return sigma / alpha
 
     def noise_level(self, t: Tensor) -> Tensor:
-        """Return the level of :meth:`level_of` at a time."""
-        return self.level_of(self.alpha(t), self.sigma(t))
+        """Return the level of :meth:`grid_coordinate` at a time."""
+        return self.grid_coordinate(self.alpha(t), self.sigma(t))
 
     def time_at_noise_level(self, level: Tensor) -> Tensor:
         """Return the inverse of :meth:`noise_level`."""
@@ -97,7 +97,7 @@ class Curve(ABC):
         """Return the fraction of training time, 0 (data) ... 1 (noise): the network's time over num_train_timesteps."""
         return self.timestep(t) / self.num_train_timesteps
 
-    def levels_at(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+    def alpha_sigma_at(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
         """Return (α, σ) of the path at a log SNR, also past the ends of its time; variance preserving unless overridden."""
         return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
 

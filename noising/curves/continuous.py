@@ -52,10 +52,10 @@ class Flow(Curve):
     def time(self, log_snr: Tensor) -> Tensor:
         return self.time_at_noise_level(torch.sigmoid(-0.5 * log_snr.to(evaluation_dtype(log_snr))))
 
-    def levels_at(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+    def alpha_sigma_at(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
         return torch.sigmoid(0.5 * log_snr), torch.sigmoid(-0.5 * log_snr)
 
-    def level_of(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+    def grid_coordinate(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         return sigma
 
     def time_at_noise_level(self, level: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class SubVariancePreserving(VariancePreserving):
         value = log_snr.to(evaluation_dtype(log_snr)) + math.log(self.snr_shift_scale)
         return self._root(-_sub_vp_alpha(value).log())
 
-    def levels_at(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+    def alpha_sigma_at(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
         alpha = _sub_vp_alpha(log_snr)
         return alpha, alpha * (-0.5 * log_snr).exp()
 
@@ -161,7 +161,7 @@ class SubVariancePreserving(VariancePreserving):
         alpha, sigma = log_alpha.exp(), -torch.expm1(2 * log_alpha)
         if self.snr_shift_scale == 1:
             return alpha, sigma
-        return self.levels_at(2 * (log_alpha - sigma.log()) - math.log(self.snr_shift_scale))
+        return self.alpha_sigma_at(2 * (log_alpha - sigma.log()) - math.log(self.snr_shift_scale))
 
 
 def _sub_vp_alpha(log_snr: Tensor) -> Tensor:
@@ -206,7 +206,7 @@ class VarianceExploding(Curve):
         )
         return t.clamp(self.t_min, self.t_max)
 
-    def levels_at(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+    def alpha_sigma_at(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(log_snr), (-0.5 * log_snr).exp()
 
     def timestep(self, t: Tensor) -> Tensor:
@@ -266,7 +266,7 @@ class Karras(Curve):
     def time(self, log_snr: Tensor) -> Tensor:
         return (-0.5 * log_snr.to(evaluation_dtype(log_snr))).exp().clamp(self.t_min, self.t_max)
 
-    def levels_at(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+    def alpha_sigma_at(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(log_snr), (-0.5 * log_snr).exp()
 
     def timestep(self, t: Tensor) -> Tensor:

@@ -82,8 +82,8 @@ class Truncated(Curve):
     def time(self, log_snr: Tensor) -> Tensor:
         return self.curve.time(log_snr).clamp(self.first, self.last)
 
-    def level_of(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return self.curve.level_of(alpha, sigma)
+    def grid_coordinate(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return self.curve.grid_coordinate(alpha, sigma)
 
     def time_at_noise_level(self, level: Tensor) -> Tensor:
         return self.curve.time_at_noise_level(level).clamp(self.first, self.last)
@@ -91,8 +91,8 @@ class Truncated(Curve):
     def timestep(self, t: Tensor) -> Tensor:
         return self.curve.timestep(t)
 
-    def levels_at(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
-        return self.curve.levels_at(log_snr)
+    def alpha_sigma_at(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+        return self.curve.alpha_sigma_at(log_snr)
 
     def fraction(self, t: Tensor) -> Tensor:
         return self.curve.fraction(t)

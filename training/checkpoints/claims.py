@@ -21,11 +21,11 @@ LARGEST_YAML = 1 << 20  # letters that are looked at; configs of models have som
 
 
 @dataclass(frozen=True)
-class Statement:
+class Claim:
     """What one place says, as far as it says it. ``beside``: not in the file itself. ``problem``: why it cannot be so. ``told``: what of it
     is not read.
 
-    >>> print(Statement("tensor v_pred", prediction="v_prediction"))
+    >>> print(Claim("tensor v_pred", prediction="v_prediction"))
     v_prediction
     """
 
@@ -60,40 +60,40 @@ PREDICTIONS = {
 """The words of the field for prediction types."""
 
 
-def _prediction(source: str, value: Any) -> Statement:
+def _prediction(source: str, value: Any) -> Claim:
     name = PREDICTIONS.get(value.lower()) if isinstance(value, str) else None
-    return Statement(
+    return Claim(
         source,
         prediction=name,
         note="" if name else f"{shown(value)}, which is no prediction type known here",
     )
 
 
-def _zero_snr(source: str, value: Any) -> Statement:
+def _zero_snr(source: str, value: Any) -> Claim:
     if not isinstance(value, bool | int | str):
-        return Statement(source, note=f"{shown(value)}, which is neither yes nor no")
-    return Statement(source, zero_terminal_snr=str(value).lower() in ("true", "1"))
+        return Claim(source, note=f"{shown(value)}, which is neither yes nor no")
+    return Claim(source, zero_terminal_snr=str(value).lower() in ("true", "1"))
 
 
-def _schedule(source: str, load: Callable[[], NoiseSchedule], beside: bool = False) -> Statement:
+def _schedule(source: str, load: Callable[[], NoiseSchedule], beside: bool = False) -> Claim:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             schedule = load()
     except ValueError as error:
-        return Statement(source, beside=beside, problem=f"{source}: {error}")
+        return Claim(source, beside=beside, problem=f"{source}: {error}")
     zero = schedule.has_zero_terminal_snr if schedule.curve.is_discrete else None
     told = tuple(f"{source}: {warning.message}" for warning in caught)
-    return Statement(source, schedule.prediction.name, zero, schedule, beside=beside, told=told)
+    return Claim(source, schedule.prediction.name, zero, schedule, beside=beside, told=told)
 
 
-TENSORS: Mapping[str, Callable[[str], Statement]] = {
-    "v_pred": lambda source: Statement(source, prediction="v_prediction"),
-    "ztsnr": lambda source: Statement(source, zero_terminal_snr=True),
-    "edm_mean": lambda source: Statement(
+TENSORS: Mapping[str, Callable[[str], Claim]] = {
+    "v_pred": lambda source: Claim(source, prediction="v_prediction"),
+    "ztsnr": lambda source: Claim(source, zero_terminal_snr=True),
+    "edm_mean": lambda source: Claim(
         source, note="an EDM model on scaled latents, as Playground 2.5"
     ),
-    "edm_vpred.sigma_max": lambda source: Statement(
+    "edm_vpred.sigma_max": lambda source: Claim(
         source, "v_prediction", note="on EDM noise levels, as CosXL"
     ),
 }
@@ -112,16 +112,16 @@ FLOWS = (
 """How the names of architectures begin whose models are flows."""
 
 
-def _architecture(source: str, value: str) -> Statement:
+def _architecture(source: str, value: str) -> Claim:
     """sd-scripts: 'stable-diffusion-v2-768-v/lora'; its other names leave the prediction type open, but for the flows."""
     name = value.lower().split("/")[0]
     said = {"stable-diffusion-v2-768-v": "v_prediction", "stable-diffusion-v2-512": "epsilon"}.get(
         name
     )
-    return Statement(source, "flow_prediction" if name.startswith(FLOWS) else said, note=value[:80])
+    return Claim(source, "flow_prediction" if name.startswith(FLOWS) else said, note=value[:80])
 
 
-def _base_model(source: str, value: str) -> Statement:
+def _base_model(source: str, value: str) -> Claim:
     """sd-scripts: 'sd_v1' and 'sd_v2' with '_v' behind it for v; 'sdxl_base_v1-0', 'sd3_m', 'flux1' of others."""
     name = value.lower()
     said = {
@@ -130,20 +130,20 @@ def _base_model(source: str, value: str) -> Statement:
         "sd_v1_v": "v_prediction",
         "sd_v2_v": "v_prediction",
     }.get(name)
-    return Statement(source, "flow_prediction" if name.startswith(FLOWS) else said, note=value[:80])
+    return Claim(source, "flow_prediction" if name.startswith(FLOWS) else said, note=value[:80])
 
 
-def _v_parameterization(source: str, value: str) -> Statement:
-    return Statement(
+def _v_parameterization(source: str, value: str) -> Claim:
+    return Claim(
         source, {"true": "v_prediction", "false": "epsilon"}.get(value.lower()), note=value[:80]
     )
 
 
-def _as_it_is(source: str, value: str) -> Statement:
-    return Statement(source, note=value[:80])
+def _as_it_is(source: str, value: str) -> Claim:
+    return Claim(source, note=value[:80])
 
 
-METADATA: Mapping[str, Callable[[str, str], Statement]] = {
+METADATA: Mapping[str, Callable[[str, str], Claim]] = {
     "modelspec.prediction_type": _prediction,
     "modelspec.predict_key": _prediction,
     "modelspec.architecture": _architecture,
@@ -192,7 +192,7 @@ OF_TRAINING = (
 
 SAYS_NOTHING = ("none", "false", "", "null")
 
-HYPERPARAMETERS: Mapping[str, Callable[[str, Any], Statement]] = {
+HYPERPARAMETERS: Mapping[str, Callable[[str, Any], Claim]] = {
     "prediction_type": _prediction,
     "parameterization": _prediction,  # of latent-diffusion
     "rescale_betas_zero_snr": _zero_snr,
@@ -200,7 +200,7 @@ HYPERPARAMETERS: Mapping[str, Callable[[str, Any], Statement]] = {
 """Hyperparameters of training scripts, as Lightning keeps them in a checkpoint."""
 
 
-def statements_of_safetensors(header: Header) -> list[Statement]:
+def statements_of_safetensors(header: Header) -> list[Claim]:
     """Return what the tensors and the metadata of a safetensors file say.
 
     >>> header = Header({"v_pred": {}}, {"ss_zero_terminal_snr": "True"}, 0)
@@ -222,11 +222,11 @@ def statements_of_safetensors(header: Header) -> list[Statement]:
     ]
 
 
-def _open(statement: Statement) -> Statement:
+def _open(statement: Claim) -> Claim:
     return replace(statement, prediction=None, note="epsilon, which sd-scripts writes of flows too")
 
 
-def statements_of_checkpoint(path: Path) -> list[Statement]:
+def statements_of_checkpoint(path: Path) -> list[Claim]:
     """Return what a checkpoint of Lightning, latent-diffusion or sd-scripts says in itself.
 
     >>> statements_of_checkpoint(Path("nowhere.ckpt"))
@@ -249,7 +249,7 @@ def statements_of_checkpoint(path: Path) -> list[Statement]:
     ]
 
 
-def statements_beside(path: Path) -> list[Statement]:
+def statements_beside(path: Path) -> list[Claim]:
     """Return what folders and configs beside a model file say of it.
 
     >>> statements_beside(Path("nowhere.ckpt"))
@@ -270,13 +270,13 @@ def statements_beside(path: Path) -> list[Statement]:
         scaling = re.search(r"target:\s*\S*\.(V|Eps)Scaling\b", text)
         named = {"V": "v", "Eps": "eps"}[scaling[1]] if scaling else word[1] if word else None
         if named is not None:
-            found.append(Statement(config.name, PREDICTIONS.get(named), note="", beside=True))
+            found.append(Claim(config.name, PREDICTIONS.get(named), note="", beside=True))
     return found
 
 
 def statements_of_folder(
     folder: Path, shown_from: Path, beside: bool = False
-) -> tuple[list[Statement], list[str]]:
+) -> tuple[list[Claim], list[str]]:
     """Return what the two schedule files of a folder say, and what the config leaves to the defaults of a class.
 
     >>> statements_of_folder(Path("nowhere"), Path())
@@ -310,7 +310,7 @@ def statements_of_folder(
     return found, left_out
 
 
-def _marked(tensors: Iterable[str]) -> list[Statement]:
+def _marked(tensors: Iterable[str]) -> list[Claim]:
     names = set(tensors)
     return [TENSORS[name](f"tensor {name}") for name in TENSORS if name in names]
 
@@ -333,7 +333,7 @@ def _left_out(source: str, config: Mapping[str, Any]) -> list[str]:
     )
 
 
-def _spacing(source: str, config: Mapping[str, Any], beside: bool) -> list[Statement]:
+def _spacing(source: str, config: Mapping[str, Any], beside: bool) -> list[Claim]:
     spacing = config.get("timestep_spacing")
     if not config.get("rescale_betas_zero_snr") or spacing in (None, "trailing", "linspace"):
         return []
@@ -341,6 +341,4 @@ def _spacing(source: str, config: Mapping[str, Any], beside: bool) -> list[State
         f"{source}: rescale_betas_zero_snr with timestep_spacing={spacing!r}, which does not sample from the last "
         "timestep, the only one that is pure noise; use 'trailing' (2305.08891, section 3.3)"
     )
-    return [
-        Statement(f"{source}: timestep_spacing", note=str(spacing), beside=beside, problem=problem)
-    ]
+    return [Claim(f"{source}: timestep_spacing", note=str(spacing), beside=beside, problem=problem)]

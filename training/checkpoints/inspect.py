@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from ...noising import NoiseSchedule
 from .claims import (
-    Statement,
+    Claim,
     statements_beside,
     statements_of_checkpoint,
     statements_of_folder,
@@ -32,7 +32,7 @@ class Inspection:
 
     path: str
     kind: str
-    statements: tuple[Statement, ...]
+    statements: tuple[Claim, ...]
     missing: tuple[str, ...]
     contradictions: tuple[str, ...]
 
@@ -108,8 +108,8 @@ def inspect_path(path: str | os.PathLike[str]) -> Inspection:
 
 
 _T = TypeVar("_T")
-_Notes = Callable[[Sequence[Statement]], list[str]]
-_Read = tuple[str, list[Statement], _Notes]
+_Notes = Callable[[Sequence[Claim]], list[str]]
+_Read = tuple[str, list[Claim], _Notes]
 
 
 def _kind_of(path: Path) -> Callable[[Path], _Read]:
@@ -127,7 +127,7 @@ def _safetensors(path: Path) -> _Read:
     )
     found = [*statements_of_safetensors(header), *statements_beside(path)]
 
-    def notes(statements: Sequence[Statement]) -> list[str]:
+    def notes(statements: Sequence[Claim]) -> list[str]:
         missing = []
         v = "v_prediction" in (s.prediction for s in statements)
         zero = True in (s.zero_terminal_snr for s in statements)
@@ -150,7 +150,7 @@ def _checkpoint(path: Path) -> _Read:
     found = [*statements_of_checkpoint(path), *statements_beside(path)]
     kind = "the folder of a sharded checkpoint" if path.is_dir() else "a checkpoint"
 
-    def notes(statements: Sequence[Statement]) -> list[str]:
+    def notes(statements: Sequence[Claim]) -> list[str]:
         embedded = any(s.schedule is not None and not s.beside for s in statements)
         beside = any(s.schedule is not None and s.beside for s in statements)
         alone = "embedded schedule: away from what lies beside it, the file would not say what it was trained with"
@@ -172,7 +172,7 @@ def _folder(path: Path) -> _Read:
     return kind, found, lambda _: left_out
 
 
-def _general(statements: Sequence[Statement]) -> list[str]:
+def _general(statements: Sequence[Claim]) -> list[str]:
     if not statements:
         return ["everything: neither prediction type nor schedule is said, and tools will guess"]
     missing = []
@@ -185,8 +185,8 @@ def _general(statements: Sequence[Statement]) -> list[str]:
     return missing
 
 
-def _disagreements(statements: Sequence[Statement]) -> list[str]:
-    aspects: list[tuple[str, Callable[[Statement], object]]] = [
+def _disagreements(statements: Sequence[Claim]) -> list[str]:
+    aspects: list[tuple[str, Callable[[Claim], object]]] = [
         ("prediction type", lambda s: s.prediction),
         ("zero terminal SNR", lambda s: s.zero_terminal_snr),
         ("schedule", lambda s: s.schedule.fingerprint[:12] if s.schedule is not None else None),
