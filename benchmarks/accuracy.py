@@ -1,15 +1,17 @@
-"""Error against the number of network evaluations, alphabar beside diffusers, on a problem with an exact answer.
+"""Error against the number of network evaluations, alphabar beside diffusers, on a problem with an
+exact answer.
 
     python benchmarks/accuracy.py                 # about half an hour; prints the table, writes accuracy.md and accuracy.png
 
-The data are a mixture of Gaussians in 16 dimensions, so the exact denoiser, and with it the probability flow, is known. The
-reference is that flow in float64 in 6000 Runge-Kutta steps. The network is told the timestep and takes α and σ from the
-training schedule, as a trained one would.
+The data are a mixture of Gaussians in 16 dimensions, so the exact denoiser, and with it the
+probability flow, is known. The reference is that flow in float64 in 6000 Runge-Kutta steps. The
+network is told the timestep and takes α and σ from the training schedule, as a trained one would.
 
-Both sides are searched over their whole option space: every deterministic method or class, with every order, algorithm,
-solver type and treatment of the last steps, on every grid, down to the clean sample or to the least noise of training. The
-setting with the least median of |x - exact| / |exact| over one half of the trajectories is chosen; the error in the table is
-that of the other half. Options with a continuous range (rho of a grid, gamma) stay at their defaults on both sides.
+Both sides are searched over their whole option space: every deterministic method or class, with
+every order, algorithm, solver type and treatment of the last steps, on every grid, down to the
+clean sample or to the least noise of training. The setting with the least median of |x - exact| /
+|exact| over one half of the trajectories is chosen; the error in the table is that of the other
+half. Options with a continuous range (rho of a grid, gamma) stay at their defaults on both sides.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ NOISE = torch.randn(TRAJECTORIES, DIMENSIONS, generator=GENERATOR, dtype=torch.f
 
 
 class Result(NamedTuple):
-    """One way to sample within a budget: its error over the trajectories that choose, its name, its error over the others."""
+    """One way to sample within a budget: its error over the trajectories that choose, its name, its
+    error over the others.
+    """
 
     chosen_by: float
     name: str
@@ -105,7 +109,9 @@ METHOD_OPTIONS: dict[str, Sequence[Any]] = {
     "extrapolate": (True, False),
     "combine": ("epsilon", "output"),
 }
-"""The choices of every option of a method that has few; a method takes those it has, and refuses values that it does not know."""
+"""The choices of every option of a method that has few; a method takes those it has, and refuses
+values that it does not know.
+"""
 
 GRID_OPTIONS: dict[str, Sequence[Any]] = {"final": ("zero", "sigma_min")}
 
@@ -125,7 +131,9 @@ def described(name: str, grid: str, options: Mapping[str, Any], usual: Mapping[s
 
 
 def ours(budget: int, exact: Tensor) -> Iterator[Result]:
-    """Every deterministic method of alphabar with every option on every grid, with as many steps as the budget allows."""
+    """Every deterministic method of alphabar with every option on every grid, with as many steps as
+    the budget allows.
+    """
     for method in METHODS.values():
         if (
             method.stochastic
@@ -152,7 +160,9 @@ def ours(budget: int, exact: Tensor) -> Iterator[Result]:
 
 
 def within(budget: int, make: Callable[[int], Sampler]) -> Sampler | None:
-    """Return the sampler with the most steps whose table keeps to the budget, None where there is none."""
+    """Return the sampler with the most steps whose table keeps to the budget, None where there is
+    none.
+    """
     for steps in range(budget, max(budget // 3 - 2, 0), -1):
         try:
             sampler = make(steps)
@@ -213,7 +223,9 @@ CANNOT = (
 
 
 def theirs(budget: int, exact: Tensor) -> Iterator[Result]:
-    """Every deterministic solver of diffusers for this schedule with every option on every grid, with the steps of the budget."""
+    """Every deterministic solver of diffusers for this schedule with every option on every grid,
+    with the steps of the budget.
+    """
     betas = {
         "beta_schedule": "scaled_linear",
         "beta_start": 0.00085,
@@ -239,7 +251,9 @@ def theirs(budget: int, exact: Tensor) -> Iterator[Result]:
 def within_calls(
     budget: int, kind: type[Any], config: Mapping[str, Any], name: str
 ) -> Tensor | None:
-    """Return what the class draws with the most steps that keep to the budget, None where it cannot or is not finite."""
+    """Return what the class draws with the most steps that keep to the budget, None where it cannot
+    or is not finite.
+    """
     for steps in range(budget, max(budget // 3 - 5, 0), -1):
         try:
             with warnings.catch_warnings():
@@ -259,7 +273,9 @@ def within_calls(
 
 
 def changed(scheduler: Any, config: Mapping[str, Any]) -> bool:
-    """Return whether the class replaced an option that it does not know by another one, which is then a run of its own."""
+    """Return whether the class replaced an option that it does not know by another one, which is
+    then a run of its own.
+    """
     return any(scheduler.config[key] != value for key, value in config.items())
 
 
@@ -273,13 +289,15 @@ def peer_run(scheduler: Any, name: str) -> tuple[Tensor, int]:
 
 def table(best: dict[int, tuple[list[Result], list[Result]]]) -> str:
     lines = [
-        "| evaluations | best of alphabar | error | settings | best of diffusers | error | settings | ratio |",
+        "| evaluations | best of alphabar | error | settings | best of diffusers | error | "
+        "settings | ratio |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for budget, (mine, peers) in best.items():
         a, b = mine[0], peers[0]
         lines.append(
-            f"| {budget} | {a.name} | {a.error:.1e} | {len(mine)} | {b.name} | {b.error:.1e} | {len(peers)} | {b.error / a.error:.2f} |"
+            f"| {budget} | {a.name} | {a.error:.1e} | {len(mine)} | {b.name} | {b.error:.1e} | "
+            f"{len(peers)} | {b.error / a.error:.2f} |"
         )
     return "\n".join(lines)
 

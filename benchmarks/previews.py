@@ -1,11 +1,13 @@
-"""The time of one preview on one rank and on two, and whether the images are the same to the last bit.
+"""The time of one preview on one rank and on two, and whether the images are the same to the last
+bit.
 
     python benchmarks/previews.py                 # one minute on two idle cores; prints the table, writes previews.md
 
-Two processes on the CPU (gloo, DDP, one thread each) draw what one process draws alone, with a network that is heavy enough
-to hide what the ranks say to each other. The time is that of the whole preview on rank 0, apart from writing files: the least of
-several. Beside it the CPU time, which tells how the work is split also where other programs keep the cores busy. The bar is a
-ratio of 0.6 of the wall-clock times.
+Two processes on the CPU (gloo, DDP, one thread each) draw what one process draws alone, with a
+network that is heavy enough to hide what the ranks say to each other. The time is that of the whole
+preview on rank 0, apart from writing files: the least of several. Beside it the CPU time, which
+tells how the work is split also where other programs keep the cores busy. The bar is a ratio of 0.6
+of the wall-clock times.
 """
 
 from __future__ import annotations
@@ -72,7 +74,9 @@ class Timed(ValidationSampling):
 
 
 def rank_main(arguments: argparse.Namespace) -> None:
-    """One rank: train without learning, draw a preview after every step, and (on rank 0) write times and pixels."""
+    """One rank: train without learning, draw a preview after every step, and (on rank 0) write
+    times and pixels.
+    """
     torch.set_num_threads(1)
     seed_everything(0, verbose=False)
     validation_sampling.publish = lambda preview, *_: IMAGES.append(preview.images) or []

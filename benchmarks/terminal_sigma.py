@@ -3,14 +3,16 @@
     python benchmarks/terminal_sigma.py                                    # seconds; prints and writes terminal_sigma.md
     python benchmarks/terminal_sigma.py --checkpoint runs/demo/brightness.ckpt    # and a trained network, minutes
 
-With zero terminal SNR the first knot of a grid has sigma / alpha = infinity. A grid that spaces powers or logarithms of sigma needs
-a finite value in its place (``terminal_sigma``). A high one spends steps where nothing happens; a low one makes the first step,
-which is of first order, so long that wide components of the data lose amplitude: the grey images that zero terminal SNR cures.
+With zero terminal SNR the first knot of a grid has sigma / alpha = infinity. A grid that spaces
+powers or logarithms of sigma needs a finite value in its place (``terminal_sigma``). A high one
+spends steps where nothing happens; a low one makes the first step, which is of first order, so long
+that wide components of the data lose amplitude: the grey images that zero terminal SNR cures.
 
-Exact problem: components of the data are Gaussians of spread S, in units of the noise. Latents of 64 x 64 have S near 30 in
-their mean value, those of 128 x 128 near 60; details have S below 1. The error is | x / exact x - 1 |. A row of the first table
-is, for one value, the largest error over all S up to a bound, in units of the least that any value in the list reaches, as the
-geometric mean (and the worst) over 2M, UniPC, DEIS, Heun and DDIM on three grids in 5, 8, 10, 20 and 40 steps.
+Exact problem: components of the data are Gaussians of spread S, in units of the noise. Latents of
+64 x 64 have S near 30 in their mean value, those of 128 x 128 near 60; details have S below 1. The
+error is | x / exact x - 1 |. A row of the first table is, for one value, the largest error over all
+S up to a bound, in units of the least that any value in the list reaches, as the geometric mean
+(and the worst) over 2M, UniPC, DEIS, Heun and DDIM on three grids in 5, 8, 10, 20 and 40 steps.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ BOUNDS = (10, 30, 60)
 
 
 def exact_network(schedule: NoiseSchedule) -> Callable[[Tensor, Tensor], Tensor]:
-    """The v of data N(0, S^2), one S a column: v = alpha eps - sigma D with D = alpha S^2 x / (alpha^2 S^2 + sigma^2)."""
+    """The v of data N(0, S^2), one S a column: v = alpha eps - sigma D with D = alpha S^2 x /
+    (alpha^2 S^2 + sigma^2).
+    """
 
     def v(x: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = schedule.alpha(t.double()[:1]), schedule.sigma(t.double()[:1])
@@ -92,7 +96,9 @@ def example() -> Iterator[str]:
 
 
 def trained(path: Path) -> Iterator[str]:
-    """The distance of 16 images to those of 200 steps from the same noise, of a network that was trained on zero terminal SNR."""
+    """The distance of 16 images to those of 200 steps from the same noise, of a network that was
+    trained on zero terminal SNR.
+    """
     from alphabar.training import load_checkpoint
 
     loaded = load_checkpoint(path)

@@ -1,4 +1,6 @@
-"""Lightning callbacks: previews, averaged weights, losses by noise level, the noise schedule beside every checkpoint."""
+"""Lightning callbacks: previews, averaged weights, losses by noise level, the noise schedule beside
+every checkpoint.
+"""
 
 from .ema import EMA
 from .ema_weights import ema_weights

@@ -1,7 +1,9 @@
-"""Following a strategy as it saves and removes checkpoints: Lightning has no hook that knows the path.
+"""Following a strategy as it saves and removes checkpoints: Lightning has no hook that knows the
+path.
 
-Every save comes through the strategy, weights-only and sharded ones and those that a user asks for among them; a link
-(``save_last="link"``) does not, and needs nothing, because it is followed on reading.
+Every save comes through the strategy, weights-only and sharded ones and those that a user asks for
+among them; a link (``save_last="link"``) does not, and needs nothing, because it is followed on
+reading.
 """
 
 from __future__ import annotations
@@ -12,18 +14,22 @@ from typing import Any
 
 
 class SavesFollowed:
-    """Call ``saving(checkpoint)`` before a strategy saves, ``saved(path)`` after, ``removed(path)`` around a removal.
+    """Call ``saving(checkpoint)`` before a strategy saves, ``saved(path)`` after, ``removed(path)``
+    around a removal.
 
-    ``removed`` is called before, while the checkpoint is there, and returns what is to be done when it is gone. All are
-    called on every rank. ``undo`` gives the strategy its own methods back.
+    ``removed`` is called before, while the checkpoint is there, and returns what is to be done when
+    it is gone. All are called on every rank. ``undo`` gives the strategy its own methods back.
 
     >>> class Strategy:
     ...     def save_checkpoint(self, checkpoint, filepath, storage_options=None):
     ...         print("saving", checkpoint, "to", filepath)
+    ...
     ...     def remove_checkpoint(self, filepath):
     ...         print("removing", filepath)
     >>> strategy = Strategy()
-    >>> followed = SavesFollowed(strategy, lambda c: c.update(schedule=1), print, lambda path: lambda: print("gone"))
+    >>> followed = SavesFollowed(
+    ...     strategy, lambda c: c.update(schedule=1), print, lambda path: lambda: print("gone")
+    ... )
     >>> strategy.save_checkpoint({}, "a.ckpt")
     saving {'schedule': 1} to a.ckpt
     a.ckpt

@@ -1,9 +1,11 @@
-"""Averages of the weights while a model trains: several at once, in float32, under DDP and FSDP, exact over a resume.
+"""Averages of the weights while a model trains: several at once, in float32, under DDP and FSDP,
+exact over a resume.
 
-No subclass of Lightning's ``WeightAveraging``, whose average is a deep copy of the LightningModule (which FSDP refuses),
-is written to when weights are swapped (so bfloat16 models round it, and an error between two swaps exchanges it with the
-weights), and is used before its first update. The checkpoints are the same: ``state_dict`` holds the average and
-``current_model_state`` the weights, and either reads the other's.
+No subclass of Lightning's ``WeightAveraging``, whose average is a deep copy of the LightningModule
+(which FSDP refuses), is written to when weights are swapped (so bfloat16 models round it, and an
+error between two swaps exchanges it with the weights), and is used before its first update. The
+checkpoints are the same: ``state_dict`` holds the average and ``current_model_state`` the weights,
+and either reads the other's.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ STATE_KEY = (
 
 @dataclass
 class Average:
-    """One running average: a profile, this rank's part of each averaged parameter by name, and how often it was updated."""
+    """One running average: a profile, this rank's part of each averaged parameter by name, and how
+    often it was updated.
+    """
 
     profile: EMAProfile
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -75,37 +79,47 @@ class Average:
 
 
 class EMA(Callback):
-    """Keep averages of the weights that train, updated after optimizer steps, and save them with every checkpoint.
+    """Keep averages of the weights that train, updated after optimizer steps, and save them with
+    every checkpoint.
 
-    A checkpoint's ``state_dict`` is the first profile's average, so ``load_from_checkpoint`` and sampling use it; the weights
-    themselves are in ``current_model_state``, from which a resume goes on to the last bit. Parameters are averaged, in float32
-    or better; buffers and frozen parameters are saved as they are. The model's own weights stay in the model, also after
-    training; :func:`ema_weights` draws with the average. Under FSDP each rank averages its shards; whole averages are put
-    together, one parameter at a time, for a checkpoint. Sharded checkpoints (a folder) keep the weights in ``state_dict`` and the
-    whole averages beside them. Weights-only checkpoints hold no average: Lightning tells callbacks nothing of them.
+    A checkpoint's ``state_dict`` is the first profile's average, so ``load_from_checkpoint`` and
+    sampling use it; the weights themselves are in ``current_model_state``, from which a resume goes
+    on to the last bit. Parameters are averaged, in float32 or better; buffers and frozen parameters
+    are saved as they are. The model's own weights stay in the model, also after training;
+    :func:`ema_weights` draws with the average. Under FSDP each rank averages its shards; whole
+    averages are put together, one parameter at a time, for a checkpoint. Sharded checkpoints (a
+    folder) keep the weights in ``state_dict`` and the whole averages beside them. Weights-only
+    checkpoints hold no average: Lightning tells callbacks nothing of them.
 
     Args:
-        profiles: names, mappings or objects of ``EMA_PROFILES``, or a decay (``0.999``), one or several; the first is the average
-            that is used.
-        every_n_steps: optimizer steps between updates. An update stands for all steps since the last: the length of the
-            average does not depend on it.
+        profiles: names, mappings or objects of ``EMA_PROFILES``, or a decay (``0.999``), one or
+            several; the first is the average that is used.
+        every_n_steps: optimizer steps between updates. An update stands for all steps since the
+            last: the length of the average does not depend on it.
         start_step: optimizer steps before the averages begin.
-        validate: validate with the average. Before its first update the weights themselves are used.
-        snapshot_every_n_steps: write a snapshot of each ``power_function`` average every so many steps after ``start_step``,
-            from which ``alphabar ema`` and ``posthoc_ema`` make averages of other lengths.
-        folder: of the snapshots, by default ``ema`` in the log directory. They are written beside the training, on a thread of
-            rank 0, from a copy on the CPU; one that cannot be written is a warning.
+        validate: validate with the average. Before its first update the weights themselves are
+            used.
+        snapshot_every_n_steps: write a snapshot of each ``power_function`` average every so many
+            steps after ``start_step``, from which ``alphabar ema`` and ``posthoc_ema`` make
+            averages of other lengths.
+        folder: of the snapshots, by default ``ema`` in the log directory. They are written beside
+            the training, on a thread of rank 0, from a copy on the CPU; one that cannot be written
+            is a warning.
         snapshot_dtype: float32 or float16.
 
-    Raises ValueError for profiles and numbers that do not fit: at once, or before training starts, then also for two callbacks
-    that average weights and for strategies that hide the parameters; OSError for a folder that cannot be written.
+    Raises ValueError for profiles and numbers that do not fit: at once, or before training starts,
+    then also for two callbacks that average weights and for strategies that hide the parameters;
+    OSError for a folder that cannot be written.
 
     >>> EMA("warmup").profiles
     (Warmup(decay=0.9999),)
-    >>> two = EMA([PowerFunction(sigma_rel=0.05), PowerFunction(sigma_rel=0.10)], snapshot_every_n_steps=1000)
+    >>> two = EMA(
+    ...     [PowerFunction(sigma_rel=0.05), PowerFunction(sigma_rel=0.10)],
+    ...     snapshot_every_n_steps=1000,
+    ... )
     >>> EMA("constant", snapshot_every_n_steps=1000)
     Traceback (most recent call last):
-    ValueError: snapshots are made of power_function averages, got constant_0.999; add 'power_function' to profiles
+    ValueError: snapshots are made of power_function averages, got constant_0.999; add ...
     """
 
     def __init__(
@@ -148,7 +162,8 @@ class EMA(Callback):
         self.snapshot_dtype = snapshot_dtype
         lookup("snapshot_dtype", snapshot_dtype, SNAPSHOT_DTYPES)
         self._validating: ExitStack | None = None
-        # a lane of its own, which no logger holds up; a copy of all weights waits in it, so that there is room for one of each
+        # a lane of its own, which no logger holds up; a copy of all weights waits in it, so that
+        # there is room for one of each
         self._lane = Background(
             room=max(1, sum(isinstance(profile, PowerFunction) for profile in self.profiles))
         )
@@ -161,7 +176,7 @@ class EMA(Callback):
         self._averages = [Average(profile) for profile in self.profiles]
         self._step = self.start_step  # the optimizer step of the last update
 
-    # -- before training -----------------------------------------------------------------------------------------------
+    # -- before training ---------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._over = False
@@ -186,7 +201,7 @@ class EMA(Callback):
         log_dir = trainer.log_dir or trainer.default_root_dir
         return self.folder if self.folder is not None else Path(log_dir, "ema")
 
-    # -- updates -------------------------------------------------------------------------------------------------------
+    # -- updates -----------------------------------------------------------------------------------
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -195,7 +210,9 @@ class EMA(Callback):
         self._complain()
 
     def _catch_up(self, trainer: Trainer, module: LightningModule) -> None:
-        """Update for the optimizer steps since the last update; others may ask for it before this callback's own turn."""
+        """Update for the optimizer steps since the last update; others may ask for it before this
+        callback's own turn.
+        """
         before, step = self._step, trainer.global_step
         if step - before < self.every_n_steps or self._validating is not None:
             return
@@ -237,7 +254,9 @@ class EMA(Callback):
     def _hand_over(
         self, folder: Path, weights: Mapping[str, Tensor], profile: PowerFunction
     ) -> None:
-        """Have a copy of these weights written beside the training; the other snapshots serve without one that fails."""
+        """Have a copy of these weights written beside the training; the other snapshots serve
+        without one that fails.
+        """
         step = self._step
         try:
             if not self._lane.wait_for_room():
@@ -277,17 +296,20 @@ class EMA(Callback):
             self._complain()
             if self._lane.pending:
                 rank_zero_warn(
-                    f"EMA: a snapshot is still being written after {seconds:g} seconds; going on without it"
+                    f"EMA: a snapshot is still being written after {seconds:g} seconds; going on "
+                    "without it"
                 )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish(trainer, AT_THE_END)
         self._complaints.sum_up()
 
-    # -- use -----------------------------------------------------------------------------------------------------------
+    # -- use ---------------------------------------------------------------------------------------
 
     def ema_pairs(self, trainer: Trainer, module: LightningModule) -> Pairs:
-        """Return the live parameters with this rank's part of their averages; empty before the first update."""
+        """Return the live parameters with this rank's part of their averages; empty before the
+        first update.
+        """
         self._catch_up(trainer, module)
         average = self._averages[0]
         known = average.weights
@@ -326,7 +348,7 @@ class EMA(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._swap_out()
 
-    # -- checkpoints ---------------------------------------------------------------------------------------------------
+    # -- checkpoints -------------------------------------------------------------------------------
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -455,10 +477,12 @@ def _at_least(name: str, value: Any, least: int) -> int:
 def _require_snapshots(n: int, every_n_steps: int, labels: Sequence[str]) -> None:
     if not any(label.startswith(PowerFunction.name) for label in labels):
         raise ValueError(
-            f"snapshots are made of power_function averages, got {', '.join(labels)}; add 'power_function' to profiles"
+            f"snapshots are made of power_function averages, got {', '.join(labels)}; add "
+            "'power_function' to profiles"
         )
     if n % every_n_steps:
         raise ValueError(
-            f"snapshot_every_n_steps must be a multiple of every_n_steps, got {n} and {every_n_steps}; "
+            f"snapshot_every_n_steps must be a multiple of every_n_steps, got {n} and "
+            f"{every_n_steps}; "
             f"e.g. {n - n % every_n_steps + every_n_steps}"
         )

@@ -1,7 +1,9 @@
-"""Draw with the averaged weights, whoever keeps them: one context manager for every kind of EMA that is in use.
+"""Draw with the averaged weights, whoever keeps them: one context manager for every kind of EMA
+that is in use.
 
-The averages are copied into the live module and the live weights are put back afterwards, so the network that draws is the
-one that trains, with its hooks, wrappers and shards; the averages are only read. Training goes on bit-identically.
+The averages are copied into the live module and the live weights are put back afterwards, so the
+network that draws is the one that trains, with its hooks, wrappers and shards; the averages are
+only read. Training goes on bit-identically.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ Pairs = Sequence[tuple[Tensor, Tensor]]
 
 @runtime_checkable
 class KeepsEMA(Protocol):
-    """A callback that keeps averaged weights: ``ema_pairs`` returns them with the live ones, empty before the first update."""
+    """A callback that keeps averaged weights: ``ema_pairs`` returns them with the live ones, empty
+    before the first update.
+    """
 
     def ema_pairs(self, trainer: Trainer, module: LightningModule) -> Pairs: ...
 
@@ -31,12 +35,13 @@ class KeepsEMA(Protocol):
 def ema_weights(trainer: Trainer, module: LightningModule) -> Generator[bool, None, None]:
     """Put the EMA weights into ``module`` for the time of the block; yield whether there are any.
 
-    Looked for in this order: a callback with ``ema_pairs``, as :class:`EMA` has; Lightning's ``WeightAveraging``; the module's
-    own ``ema_scope()`` (sgm); attributes that are a diffusers ``EMAModel`` or a torch ``AveragedModel``. Where there is none, or
-    none has been updated yet, False is yielded and nothing is touched. The weights come back to the last bit, also after an
-    error. Every rank must enter under FSDP. Not between ``on_validation_epoch_start`` and ``_end`` of Lightning's
-    ``WeightAveraging``, which has swapped the weights itself then. Raises ValueError for an average of which the live part of
-    the module cannot be found.
+    Looked for in this order: a callback with ``ema_pairs``, as :class:`EMA` has; Lightning's
+    ``WeightAveraging``; the module's own ``ema_scope()`` (sgm); attributes that are a diffusers
+    ``EMAModel`` or a torch ``AveragedModel``. Where there is none, or none has been updated yet,
+    False is yielded and nothing is touched. The weights come back to the last bit, also after an
+    error. Every rank must enter under FSDP. Not between ``on_validation_epoch_start`` and ``_end``
+    of Lightning's ``WeightAveraging``, which has swapped the weights itself then. Raises ValueError
+    for an average of which the live part of the module cannot be found.
 
     >>> class Own(LightningModule):
     ...     def __init__(self):
@@ -44,7 +49,9 @@ def ema_weights(trainer: Trainer, module: LightningModule) -> Generator[bool, No
     ...         self.net = nn.Linear(1, 1)
     ...         self.average = AveragedModel(self.net)
     >>> module = Own()
-    >>> with ema_weights(Trainer(logger=False, accelerator="cpu", enable_checkpointing=False), module) as used:
+    >>> with ema_weights(
+    ...     Trainer(logger=False, accelerator="cpu", enable_checkpointing=False), module
+    ... ) as used:
     ...     used
     False
     """
@@ -72,7 +79,7 @@ def ema_weights(trainer: Trainer, module: LightningModule) -> Generator[bool, No
 
 @contextmanager
 def _own_scope(root: nn.Module, module: Any) -> Generator[bool, None, None]:
-    """Enter the module's ``ema_scope``, unless sgm's own flags say that there is no average (yet)."""
+    """Enter the module's ``ema_scope``, unless sgm's flags say that there is no average."""
     # sgm counts -1 where it does not count
     updates = getattr(getattr(module, "model_ema", None), "num_updates", 1)
     if not getattr(module, "use_ema", True) or int(updates) == 0:
@@ -120,7 +127,8 @@ def _of_averaged_model(
 
 
 def _live_part(module: LightningModule, name: str, averages: Sequence[Tensor]) -> nn.Module:
-    """Return the part of ``module`` whose parameters have the shapes of these averages; by name where several have.
+    """Return the part of ``module`` whose parameters have the shapes of these averages; by name
+    where several have.
 
     >>> class Own(LightningModule):
     ...     def __init__(self):
@@ -152,6 +160,7 @@ def _live_part(module: LightningModule, name: str, averages: Sequence[Tensor]) -
     if len(candidates) == 1:
         return candidates[0]
     raise ValueError(
-        f"{type(module).__name__}.{name} averages {len(shapes)} parameters, and {len(parts) or 'no'} parts of the module have "
+        f"{type(module).__name__}.{name} averages {len(shapes)} parameters, and "
+        f"{len(parts) or 'no'} parts of the module have "
         "such: name it ema_<the part>, e.g. ema_unet for unet"
     )

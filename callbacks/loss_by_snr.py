@@ -1,4 +1,6 @@
-"""Where in the noise the loss comes from: logged by log SNR, drawn, and said in words, without a trace in the training."""
+"""Where in the noise the loss comes from: logged by log SNR, drawn, and said in words, without a
+trace in the training.
+"""
 
 from __future__ import annotations
 
@@ -32,22 +34,27 @@ from .support.module_api import is_fast_dev_run
 
 
 class LossBySNR(Callback):
-    """Log the loss by noise level: scalars for each bucket of log SNR, a plot, and sentences on what stands out.
+    """Log the loss by noise level: scalars for each bucket of log SNR, a plot, and sentences on
+    what stands out.
 
-    Any LightningModule with an attribute ``noising`` (a Noising) whose losses it uses. Every training loss is counted, on the
-    device; ranks are summed and the host looks once every ``every_n_train_steps`` optimizer steps. Scalars are named
-    ``loss_by_snr/error/...`` (unweighted) and ``loss_by_snr/loss/...`` (weighted), means over the steps since the last time. A
-    bucket that no sample falls into, a terminal step of weight zero, a loss that is not finite and a bucket that makes most of
-    the loss are each named once. What fails here is a warning, and training goes on to the last bit the same.
+    Any LightningModule with an attribute ``noising`` (a Noising) whose losses it uses. Every
+    training loss is counted, on the device; ranks are summed and the host looks once every
+    ``every_n_train_steps`` optimizer steps. Scalars are named ``loss_by_snr/error/...``
+    (unweighted) and ``loss_by_snr/loss/...`` (weighted), means over the steps since the last time.
+    A bucket that no sample falls into, a terminal step of weight zero, a loss that is not finite
+    and a bucket that makes most of the loss are each named once. What fails here is a warning, and
+    training goes on to the last bit the same.
 
     Args:
         every_n_train_steps: optimizer steps from one report to the next.
         buckets: how many between the ends of the schedule; infinite log SNR has its own.
-        folder: where ``step_00000500.png`` goes, by default ``loss_by_snr`` in the log directory. Plots need matplotlib; without
-            it there are none, which is said. Files and pictures in loggers go out on a thread of rank 0, beside the training.
+        folder: where ``step_00000500.png`` goes, by default ``loss_by_snr`` in the log directory.
+            Plots need matplotlib; without it there are none, which is said. Files and pictures in
+            loggers go out on a thread of rank 0, beside the training.
 
-    Raises ValueError for numbers that do not fit; before training TypeError for a module without a Noising, and OSError for a
-    folder that cannot be written. With ``fast_dev_run`` nothing is written.
+    Raises ValueError for numbers that do not fit; before training TypeError for a module without a
+    Noising, and OSError for a folder that cannot be written. With ``fast_dev_run`` nothing is
+    written.
 
     >>> LossBySNR(every_n_train_steps=500).buckets
     20
@@ -77,7 +84,7 @@ class LossBySNR(Callback):
         self._drawn: list[float] = []  # samples by bucket in all reports, of all ranks
         self._told: list[str] = []
 
-    # -- state: counts go on over a resume; the steps since the last report are those of this run ----------------------
+    # -- state: counts go on over a resume; the steps since the last report are those of this run --
 
     def state_dict(self) -> dict[str, Any]:
         return {"last_step": self._last_step, "drawn": self._drawn, "told": self._told}
@@ -86,7 +93,7 @@ class LossBySNR(Callback):
         self._last_step = int(state_dict["last_step"])
         self._drawn, self._told = list(state_dict["drawn"]), list(state_dict["told"])
 
-    # -- before training -----------------------------------------------------------------------------------------------
+    # -- before training ---------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -104,7 +111,8 @@ class LossBySNR(Callback):
         if importlib.util.find_spec("matplotlib") is None:
             self._folder = None
             rank_zero_warn(
-                "LossBySNR logs numbers alone: its plots need matplotlib, pip install 'alphabar[matplotlib]'"
+                "LossBySNR logs numbers alone: its plots need matplotlib, pip install "
+                "'alphabar[matplotlib]'"
             )
         else:
             on_rank_zero(trainer, lambda: require_writable(folder))
@@ -142,7 +150,7 @@ class LossBySNR(Callback):
         pictures_of(trainer).wait(AFTER_AN_ERROR)
         self._complain()
 
-    # -- counting ------------------------------------------------------------------------------------------------------
+    # -- counting ----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _count(self, noised: Noised, errors: Tensor) -> None:
@@ -178,7 +186,7 @@ class LossBySNR(Callback):
         if trainer.is_global_zero:
             self._report(trainer, sums)
 
-    # -- reporting, on one rank, with nothing after it that others wait for --------------------------------------------
+    # -- reporting, on one rank, with nothing after it that others wait for ------------------------
 
     def _report(self, trainer: Trainer, sums: Tensor) -> None:
         step = trainer.global_step
@@ -213,7 +221,8 @@ class LossBySNR(Callback):
             self._once(
                 "silent",
                 True,
-                f"step {step}: no loss was computed by module.noising; LossBySNR has nothing to show",
+                f"step {step}: no loss was computed by module.noising; LossBySNR has nothing to "
+                "show",
             )
         for found in findings(self._buckets, sums, torch.tensor(self._drawn)):
             self._once(found.key, found.warning, f"step {step}: {found.text}")
@@ -250,7 +259,8 @@ def _noising_of(module: LightningModule) -> Noising:
     noising = getattr(module, "noising", None)
     if not isinstance(noising, Noising):
         raise TypeError(
-            f"{type(module).__name__} has no attribute noising (a Noising), whose losses are to be told apart"
+            f"{type(module).__name__} has no attribute noising (a Noising), whose losses are to be "
+            "told apart"
         )
     return noising
 

@@ -1,4 +1,5 @@
-"""The noise schedule beside every checkpoint: embedded in the file, in a folder that diffusers loads, compared on load.
+"""The noise schedule beside every checkpoint: embedded in the file, in a folder that diffusers
+loads, compared on load.
 
 Not a subclass of Lightning's Checkpoint, which would take the place of the default ModelCheckpoint.
 """
@@ -35,28 +36,32 @@ from .support.module_api import is_fast_dev_run, schedule_of_module
 
 
 class ScheduleCheckpoint(Callback):
-    """Save the module's noise schedule with every checkpoint, and refuse to go on under another one.
+    """Save the module's noise schedule with every checkpoint, and refuse to go on under another
+    one.
 
-    The schedule goes into the checkpoint as ``checkpoint["noise_schedule"]``, plain values that load with
-    ``weights_only=True``, and beside it: ``<dirpath>/scheduler/scheduler_config.json``, which
-    ``diffusers.DDIMScheduler.from_pretrained(dirpath, subfolder="scheduler")`` loads, and an exact
-    ``noise_schedule.json``, for the folder of every checkpoint callback, on a local disk or in a remote store. Weights-only
-    files, which hold no callback's values, are known by it. ``schedule_from_checkpoint`` reads all of these.
+    The schedule goes into the checkpoint as ``checkpoint["noise_schedule"]``, plain values that
+    load with ``weights_only=True``, and beside it: ``<dirpath>/scheduler/scheduler_config.json``,
+    which ``diffusers.DDIMScheduler.from_pretrained(dirpath, subfolder="scheduler")`` loads, and an
+    exact ``noise_schedule.json``, for the folder of every checkpoint callback, on a local disk or
+    in a remote store. Weights-only files, which hold no callback's values, are known by it.
+    ``schedule_from_checkpoint`` reads all of these.
 
     Args:
         subfolder: name of the folder beside the checkpoints.
-        on_mismatch: what to do where a checkpoint that is loaded, or the folder beside which checkpoints will go, or the
-            Sampler of another callback, is of another schedule than the module, or where that Sampler leaves out the
-            terminal timestep of a zero-terminal-SNR schedule: raise a ValueError that says so ('error'), 'warn' and go
-            on, or 'ignore' it. Where training goes on, the folder is rewritten with the module's schedule.
+        on_mismatch: what to do where a checkpoint that is loaded, or the folder beside which
+            checkpoints will go, or the Sampler of another callback, is of another schedule than the
+            module, or where that Sampler leaves out the terminal timestep of a zero-terminal-SNR
+            schedule: raise a ValueError that says so ('error'), 'warn' and go on, or 'ignore' it.
+            Where training goes on, the folder is rewritten with the module's schedule.
             (ValidationSampling refuses another schedule by itself.)
-        per_checkpoint: also give every checkpoint that is saved in ``fit`` a folder of its own, which is removed with it:
-            ``step=6.scheduler`` for ``step=6.ckpt``; in a sharded one, which is a folder, ``scheduler``. The schedule
-            is then embedded in weights-only files too.
+        per_checkpoint: also give every checkpoint that is saved in ``fit`` a folder of its own,
+            which is removed with it: ``step=6.scheduler`` for ``step=6.ckpt``; in a sharded one,
+            which is a folder, ``scheduler``. The schedule is then embedded in weights-only files
+            too.
 
-    Schedules are compared by fingerprint: the same numbers from another config are the same schedule. A checkpoint
-    without a schedule is told of, not refused. The folder is checked and written, or an OSError raised, before training
-    starts.
+    Schedules are compared by fingerprint: the same numbers from another config are the same
+    schedule. A checkpoint without a schedule is told of, not refused. The folder is checked and
+    written, or an OSError raised, before training starts.
 
     Checkpoints that are loaded are compared for fit, validate, test and predict alike.
 
@@ -76,7 +81,8 @@ class ScheduleCheckpoint(Callback):
         super().__init__()
         if not subfolder or Path(subfolder).is_absolute() or ".." in Path(subfolder).parts:
             raise ValueError(
-                f"subfolder must name a folder beside the checkpoints, got {subfolder!r}; 'scheduler' is usual"
+                f"subfolder must name a folder beside the checkpoints, got {subfolder!r}; "
+                "'scheduler' is usual"
             )
         self.subfolder = subfolder
         self.on_mismatch = lookup(
@@ -89,7 +95,7 @@ class ScheduleCheckpoint(Callback):
         self._over = False
         self._complaints = Complaints("ScheduleCheckpoint")
 
-    # -- loading -------------------------------------------------------------------------------------------------------
+    # -- loading -----------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._compared, self._compared_samplers, self._over = False, None, False
@@ -125,7 +131,9 @@ class ScheduleCheckpoint(Callback):
         self._compare_at_start(trainer, pl_module)
 
     def _compare_at_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Compare with what lies beside a checkpoint that was loaded without its schedule, and with samplers; once."""
+        """Compare with what lies beside a checkpoint that was loaded without its schedule, and with
+        samplers; once.
+        """
         if self._compared_samplers is not trainer.state.fn:
             self._compared_samplers = trainer.state.fn
             self._compare_samplers(trainer, module)
@@ -140,13 +148,16 @@ class ScheduleCheckpoint(Callback):
                 self._compare(module, path, load, _MEND_CHECKPOINT)
             else:
                 rank_zero_info(
-                    f"{path!r} does not say its noise schedule; going on with {schedule_of_module(module)}"
+                    f"{path!r} does not say its noise schedule; going on with "
+                    f"{schedule_of_module(module)}"
                 )
 
         on_rank_zero(trainer, act)  # other nodes may not have the folder
 
     def _schedule_around(self, path: str) -> Callable[[], NoiseSchedule | None] | None:
-        """Return how to read the schedule of a checkpoint that told no callback of it, as weights-only files do not."""
+        """Return how to read the schedule of a checkpoint that told no callback of it, as
+        weights-only files do not.
+        """
         own, shared = own_sidecar(path, self.subfolder), sidecar_folder(path, self.subfolder)
         if holds_schedule(own):
             return lambda: read_sidecar(own)
@@ -171,13 +182,16 @@ class ScheduleCheckpoint(Callback):
                 self._require_start_in_noise(what, sampler)
 
     def _require_start_in_noise(self, what: str, sampler: Sampler) -> None:
-        # sampling begins with pure noise, which such a schedule has at its last timestep alone (2305.08891, section 3.3)
+        # sampling begins with pure noise, which such a schedule has at its last timestep alone
+        # (2305.08891, section 3.3)
         schedule, start = sampler.schedule, sampler.knots[0]
         skipped = schedule.curve.is_discrete and schedule.has_zero_terminal_snr and start.alpha > 0
         if skipped and self.on_mismatch != "ignore":
             self._object(
-                f"{what} starts at timestep {start.timestep:g}, where {schedule} still has a signal of {start.alpha:.3f}, "
-                "and it is given pure noise: its pictures would not show what the model learned; use grid='trailing'"
+                f"{what} starts at timestep {start.timestep:g}, where {schedule} still has a "
+                f"signal of {start.alpha:.3f}, "
+                "and it is given pure noise: its pictures would not show what the model learned; "
+                "use grid='trailing'"
             )
 
     def _compare_folders(self, trainer: Trainer, module: LightningModule) -> None:
@@ -210,7 +224,7 @@ class ScheduleCheckpoint(Callback):
             raise ValueError(message) from cause
         rank_zero_warn(f"{message} (on_mismatch='warn': going on)")
 
-    # -- saving --------------------------------------------------------------------------------------------------------
+    # -- saving ------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         schedule = schedule_of_module(pl_module)
@@ -232,7 +246,8 @@ class ScheduleCheckpoint(Callback):
             for folder in self._folders(trainer):
                 self._write(schedule, folder)
 
-        # not beside the training: the checkpoint itself goes to the same place next, and the ranks wait for that as well
+        # not beside the training: the checkpoint itself goes to the same place next, and the ranks
+        # wait for that as well
         if not self._over:
             on_rank_zero(trainer, act)
         elif trainer.is_global_zero:
@@ -271,7 +286,7 @@ class ScheduleCheckpoint(Callback):
             for path in dict.fromkeys(os.fspath(path) for path in paths if path)
         ]
 
-    # -- a folder for every checkpoint ---------------------------------------------------------------------------------
+    # -- a folder for every checkpoint -------------------------------------------------------------
 
     def _follow(self, trainer: Trainer, module: LightningModule) -> None:
         if self._followed is not None:  # a fit that failed was not torn down
@@ -313,12 +328,17 @@ class ScheduleCheckpoint(Callback):
 
 
 _MEND_CHECKPOINT = (
-    "give the module the schedule that the checkpoint was trained with (schedule_from_checkpoint reads it), or, if the "
+    "give the module the schedule that the checkpoint was trained with (schedule_from_checkpoint "
+    "reads it), or, if the "
     "change is meant, use ScheduleCheckpoint(on_mismatch='warn')"
 )
 _MEND_FOLDER = (
-    "give this run's checkpoints another dirpath, or the module that schedule, or, if the change is meant, use "
+    "give this run's checkpoints another dirpath, or the module that schedule, or, if the change "
+    "is meant, use "
     "ScheduleCheckpoint(on_mismatch='warn'), which rewrites the folder"
 )
 
-_MEND_SAMPLER = "its pictures would not show what the model learned; make it as Sampler(module.noising.schedule, ...)"
+_MEND_SAMPLER = (
+    "its pictures would not show what the model learned; "
+    "make it as Sampler(module.noising.schedule, ...)"
+)

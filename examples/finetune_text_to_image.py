@@ -1,16 +1,19 @@
-"""Fine-tune a text-to-image pipeline of diffusers on any schedule and prediction type, with accelerate.
+"""Fine-tune a text-to-image pipeline of diffusers on any schedule and prediction type, with
+accelerate.
 
     accelerate launch examples/finetune_text_to_image.py \
         --pretrained_model_name_or_path path/or/hub-id --train_data_dir folder/with/metadata.jsonl \
         --prediction_type v_prediction --rescale_betas_zero_snr --output_dir runs/finetune
 
-The schedule starts from the pipeline's own scheduler_config.json; what the flags say replaces it. It is the same object in
-the loss, in the previews and in the saved pipeline, which ``DiffusionPipeline.from_pretrained`` loads with that scheduler.
-``--rank N`` trains LoRA matrices of that rank instead of the whole U-Net; the file says its schedule, and the call that loads it
-with its scheduler is printed. A folder that holds a run is gone on with (``--resume_from_checkpoint latest``), or replaced
-(``--overwrite_output_dir``), and never taken for an empty one. All randomness (order of the data, crops, flips,
-encoder, noise, timesteps) is a function of the seed and of counters, so a run that was killed goes on to the same losses.
-Pipelines with one text encoder and a conditional U-Net (Stable Diffusion 1.x and 2.x and their relatives).
+The schedule starts from the pipeline's own scheduler_config.json; what the flags say replaces it.
+It is the same object in the loss, in the previews and in the saved pipeline, which
+``DiffusionPipeline.from_pretrained`` loads with that scheduler. ``--rank N`` trains LoRA matrices
+of that rank instead of the whole U-Net; the file says its schedule, and the call that loads it with
+its scheduler is printed. A folder that holds a run is gone on with (``--resume_from_checkpoint
+latest``), or replaced (``--overwrite_output_dir``), and never taken for an empty one. All
+randomness (order of the data, crops, flips, encoder, noise, timesteps) is a function of the seed
+and of counters, so a run that was killed goes on to the same losses. Pipelines with one text
+encoder and a conditional U-Net (Stable Diffusion 1.x and 2.x and their relatives).
 """
 
 from __future__ import annotations
@@ -203,7 +206,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return add_noising_arguments(parser).parse_args(arguments)
 
 
-# -- what is checked before any model is loaded ----------------------------------------------------------------------------
+# -- what is checked before any model is loaded ----------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -250,11 +253,13 @@ def require_unused(args: argparse.Namespace, output: Path) -> None:
     """Refuse a folder that holds a run, unless that run is gone on with or is to be replaced."""
     if output.resolve() == Path(args.pretrained_model_name_or_path).resolve():
         raise ValueError(
-            f"--output_dir {str(output)!r} is the pipeline that is trained from; give another folder"
+            f"--output_dir {str(output)!r} is the pipeline that is trained from; give another "
+            "folder"
         )
     if args.resume_from_checkpoint and args.overwrite_output_dir:
         raise ValueError(
-            "--resume_from_checkpoint goes on with a run, --overwrite_output_dir begins anew; give one of them"
+            "--resume_from_checkpoint goes on with a run, --overwrite_output_dir begins anew; give "
+            "one of them"
         )
     found = [path.name for pattern in WRITTEN for path in sorted(output.glob(pattern))]
     if not found or args.overwrite_output_dir:
@@ -267,8 +272,10 @@ def require_unused(args: argparse.Namespace, output: Path) -> None:
     if resumed not in (None, "latest") and Path(resumed).resolve().parent == output.resolve():
         return
     raise ValueError(
-        f"--output_dir {str(output)!r} holds a run already ({', '.join(found[:4])}); go on with it by "
-        "--resume_from_checkpoint latest, give another folder, or replace it by --overwrite_output_dir"
+        f"--output_dir {str(output)!r} holds a run already ({', '.join(found[:4])}); go on with it "
+        "by "
+        "--resume_from_checkpoint latest, give another folder, or replace it by "
+        "--overwrite_output_dir"
     )
 
 
@@ -299,11 +306,13 @@ def schedule_of_pipeline(args: argparse.Namespace) -> NoiseSchedule:
     return NoiseSchedule.from_diffusers(config[0] if isinstance(config, tuple) else config)
 
 
-# -- data ------------------------------------------------------------------------------------------------------------------
+# -- data ------------------------------------------------------------------------------------------
 
 
 class Captioned(Dataset[dict[str, Any]]):
-    """Images and captions of a dataset; the crop and the flip of an image depend on the seed, the epoch and its index alone."""
+    """Images and captions of a dataset; the crop and the flip of an image depend on the seed, the
+    epoch and its index alone.
+    """
 
     def __init__(self, args: argparse.Namespace) -> None:
         folder = {"path": "imagefolder", "data_dir": args.train_data_dir}
@@ -313,8 +322,10 @@ class Captioned(Dataset[dict[str, Any]]):
         for column in (args.image_column, args.caption_column):
             if column not in self.rows.column_names:
                 raise ValueError(
-                    f"the data has the columns {self.rows.column_names}, not {column!r}; name them with --image_column and "
-                    '--caption_column (a folder\'s captions stand in metadata.jsonl: {"file_name": ..., "text": ...})'
+                    f"the data has the columns {self.rows.column_names}, not {column!r}; name them "
+                    "with --image_column and "
+                    '--caption_column (a folder\'s captions stand in metadata.jsonl: {"file_name": '
+                    '..., "text": ...})'
                 )
         self.args, self.epoch = args, 0
 
@@ -361,11 +372,13 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-# -- models ----------------------------------------------------------------------------------------------------------------
+# -- models ----------------------------------------------------------------------------------------
 
 
 class Objective(nn.Module):
-    """The U-Net with its noising: one module, so that weights that a noising learns are averaged over processes as well."""
+    """The U-Net with its noising: one module, so that weights that a noising learns are averaged
+    over processes as well.
+    """
 
     def __init__(self, unet: nn.Module, noising: Noising) -> None:
         super().__init__()
@@ -398,7 +411,8 @@ class Models:
         ]
         if lacking or getattr(self.pipeline, "text_encoder_2", None) is not None:
             raise ValueError(
-                f"{type(self.pipeline).__name__} cannot be trained here: it must have unet, vae, tokenizer and one text encoder"
+                f"{type(self.pipeline).__name__} cannot be trained here: it must have unet, vae, "
+                "tokenizer and one text encoder"
                 + (f", and lacks {', '.join(lacking)}" if lacking else "")
             )
         self.device, self.seed = device, args.seed
@@ -449,7 +463,7 @@ class Models:
         return self.unet.config.in_channels, size, size
 
 
-# -- checkpoints: one file each, complete or absent, and nothing in it is unpickled ------------------------------------------
+# -- checkpoints: one file each, complete or absent, and nothing in it is unpickled ----------------
 
 
 @dataclass
@@ -485,7 +499,9 @@ def save_checkpoint(path: Path, parts: dict[str, Any], keep: int) -> None:
 
 
 def set_aside(output: Path, step: int) -> list[Path]:
-    """Rename the checkpoints of later steps, which a run that goes on from ``step`` leaves behind; return their new names."""
+    """Rename the checkpoints of later steps, which a run that goes on from ``step`` leaves behind;
+    return their new names.
+    """
     later = [path for path in checkpoints(output) if path.name > f"checkpoint-{step:07d}.pt"]
     return [
         path.replace(path.with_name(path.name.replace("checkpoint", "replaced"))) for path in later
@@ -503,7 +519,7 @@ def find_checkpoint(plan: Plan) -> Path | None:
     return Path(wanted) if wanted is not None else None
 
 
-# -- the run ---------------------------------------------------------------------------------------------------------------
+# -- the run ---------------------------------------------------------------------------------------
 
 
 class Run:
@@ -549,7 +565,7 @@ class Run:
             self.ema.to(accelerator.device)
         self.place = Place()
 
-    # -- resuming ----------------------------------------------------------------------------------------------------------
+    # -- resuming ----------------------------------------------------------------------------------
 
     def save(self) -> None:
         """Write where we are as one file on one process; every process calls it."""
@@ -574,11 +590,13 @@ class Run:
         trained = schedule_of(parts, path)
         if trained.fingerprint != self.plan.schedule.fingerprint:
             raise ValueError(
-                f"{str(path)!r} was trained on {trained}, and this run is on {self.plan.schedule}; give the flags of that run"
+                f"{str(path)!r} was trained on {trained}, and this run is on {self.plan.schedule}; "
+                "give the flags of that run"
             )
         if (parts["ema"] is None) != (self.ema is None):
             raise ValueError(
-                f"{str(path)!r} was trained {'with' if parts['ema'] else 'without'} --use_ema; do the same here"
+                f"{str(path)!r} was trained {'with' if parts['ema'] else 'without'} --use_ema; do "
+                "the same here"
             )
         self.accelerator.unwrap_model(self.objective).load_state_dict(
             parts["objective"], strict=False
@@ -603,7 +621,7 @@ class Run:
                 f"later checkpoints are set aside: {', '.join(path.name for path in aside)}"
             )
 
-    # -- training ------------------------------------------------------------------------------------------------------------
+    # -- training ----------------------------------------------------------------------------------
 
     def train(self) -> None:
         """Train to --max_train_steps, with checkpoints and previews on the way."""
@@ -639,7 +657,8 @@ class Run:
 
     def _learn(self, batch: dict[str, Any], micro_batch: int) -> Tensor:
         step, args, processes = self.place.step, self.args, self.accelerator.num_processes
-        # accelerate deals out whole batches; this is the first sample of this one in its optimizer step
+        # accelerate deals out whole batches; this is the first sample of this one in its optimizer
+        # step
         first = (micro_batch * processes + self.accelerator.process_index) * args.train_batch_size
         index = range(first, first + len(batch["pixels"]))
         latents = self.models.latents(batch["pixels"], step, index)
@@ -679,7 +698,9 @@ class Run:
         return self.plan.output / "losses.jsonl"
 
     def _forget_later_losses(self) -> None:
-        """Drop the losses of steps after the checkpoint, which are trained again, and what a kill left of a line."""
+        """Drop the losses of steps after the checkpoint, which are trained again, and what a kill
+        left of a line.
+        """
         if self.accelerator.is_main_process and self._losses.is_file():
             lines = [
                 line
@@ -689,11 +710,13 @@ class Run:
             kept = [line for line in lines if json.loads(line)["step"] <= self.place.step]
             write_atomically(self._losses, "".join(f"{line}\n" for line in kept))
 
-    # -- previews and the result -------------------------------------------------------------------------------------------------
+    # -- previews and the result -------------------------------------------------------------------
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Put the average in the place of the weights, if there is one, and restore them whatever happens."""
+        """Put the average in the place of the weights, if there is one, and restore them whatever
+        happens.
+        """
         if self.ema is None:
             yield
             return
@@ -705,7 +728,9 @@ class Run:
             self.ema.restore(self.learned)
 
     def preview(self) -> None:
-        """Draw the prompts, each from its own seed, on all processes, with the sampler of the training schedule."""
+        """Draw the prompts, each from its own seed, on all processes, with the sampler of the
+        training schedule.
+        """
         prompts, count = self.args.validation_prompts, self.accelerator.num_processes
         # the same number on each process; what is drawn twice is dropped
         share = math.ceil(len(prompts) / count)
@@ -793,7 +818,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         DistributedType.MULTI_CPU,
     ):
         raise ValueError(
-            f"this script trains on one process or with DDP, not with {accelerator.distributed_type}"
+            "this script trains on one process or with DDP, not with "
+            f"{accelerator.distributed_type}"
         )
     set_seed(args.seed)  # of the LoRA's first weights; training draws from counters
     accelerator.init_trackers("finetune_text_to_image")

@@ -1,4 +1,5 @@
-"""The smallest whole use of alphabar: a plain PyTorch loop, its preview, and the schedule that diffusers loads.
+"""The smallest whole use of alphabar: a plain PyTorch loop, its preview, and the schedule that
+diffusers loads.
 
 python examples/plain_loop.py --steps 400 --out runs/plain
 """

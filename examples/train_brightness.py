@@ -2,11 +2,13 @@
 
     python examples/train_brightness.py --prediction_type v_prediction --rescale_betas_zero_snr
 
-The experiment of "Common Diffusion Noise Schedules and Sample Steps are Flawed" (Lin et al. 2305.08891) at desk size: with
-the ordinary schedule the last training step still shows the mean brightness through the noise, sampling starts from noise
-that does not, and the samples come out grey. With zero terminal SNR and v-prediction they have the brightness of the data.
-Expect in about 3 minutes on 2 CPU cores: a ratio of the spreads of 0.85 or more (``--compare``: 0.75 or less without).
-Run again with the same flags it goes on from its last checkpoint; a folder that was trained with others is refused.
+The experiment of "Common Diffusion Noise Schedules and Sample Steps are Flawed" (Lin et al.
+2305.08891) at desk size: with the ordinary schedule the last training step still shows the mean
+brightness through the noise, sampling starts from noise that does not, and the samples come out
+grey. With zero terminal SNR and v-prediction they have the brightness of the data. Expect in about
+3 minutes on 2 CPU cores: a ratio of the spreads of 0.85 or more (``--compare``: 0.75 or less
+without). Run again with the same flags it goes on from its last checkpoint; a folder that was
+trained with others is refused.
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--data",
         default=None,
-        help="a folder of images to train on instead of the discs (no plot of the latter's brightness)",
+        help="a folder of images to train on instead of the discs (no plot of the latter's "
+        "brightness)",
     )
     parser.add_argument(
         "--channels", type=int, default=1, choices=[1, 3], help="grey or RGB (default: grey)"
@@ -110,11 +113,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-# -- data ----------------------------------------------------------------------------------------------------------------
+# -- data ------------------------------------------------------------------------------------------
 
 
 def discs(count: int, seed: int, channels: int, size: int = 32) -> datasets.Dataset:
-    """Make images in [-1, 1]: a background of any brightness from black to white, and on it a contrasting disc."""
+    """Make images in [-1, 1]: a background of any brightness from black to white, and on it a
+    contrasting disc.
+    """
     rng = np.random.default_rng(seed)
     ground = rng.uniform(-1, 1, (count, 1, 1))
     disc = np.where(ground > 0, ground - 1, ground + 1)
@@ -165,7 +170,7 @@ def load_data(args: argparse.Namespace) -> tuple[datasets.Dataset, datasets.Data
     return split["train"], split["test"]
 
 
-# -- one folder, one run ---------------------------------------------------------------------------------------------------
+# -- one folder, one run ---------------------------------------------------------------------------
 
 FLAGS = "flags.json"  # what the folder was trained with
 NOT_TRAINING = {
@@ -180,7 +185,9 @@ NOT_TRAINING = {
 
 
 def require_same_run(args: argparse.Namespace, out: Path) -> None:
-    """Refuse to go on, in a folder that holds a run, with flags that would have trained another; remember those of a new one."""
+    """Refuse to go on, in a folder that holds a run, with flags that would have trained another;
+    remember those of a new one.
+    """
     own = {name: value for name, value in vars(args).items() if name not in NOT_TRAINING}
     own = json.loads(json.dumps(own, default=str))
     if (out / FLAGS).is_file():
@@ -197,12 +204,13 @@ def require_same_run(args: argparse.Namespace, out: Path) -> None:
             )
     elif (out / "brightness.ckpt").is_file():
         raise ValueError(
-            f"{str(out)!r} holds a checkpoint and no {FLAGS} that says its flags; give another --out"
+            f"{str(out)!r} holds a checkpoint and no {FLAGS} that says its flags; give another "
+            "--out"
         )
     write_atomically(out / FLAGS, json.dumps(own, indent=2) + "\n")
 
 
-# -- train, load, sample -------------------------------------------------------------------------------------------------
+# -- train, load, sample ---------------------------------------------------------------------------
 
 
 def make_network(channels: int) -> UNet2DModel:
@@ -220,7 +228,9 @@ def make_network(channels: int) -> UNet2DModel:
 
 
 def train(setting: Setting, args: argparse.Namespace, out: Path) -> Path:
-    """Train with previews and checkpoints; goes on from an interrupted run's last checkpoint. Return the checkpoint."""
+    """Train with previews and checkpoints; goes on from an interrupted run's last checkpoint.
+    Return the checkpoint.
+    """
     seed_everything(args.seed)
     training, validation = load_data(args)
     previews = ValidationSampling(
@@ -273,7 +283,7 @@ def draw(checkpoint: Path, setting: Setting, args: argparse.Namespace) -> Tensor
     return torch.cat(batches).clamp(-1, 1)
 
 
-# -- brightness ----------------------------------------------------------------------------------------------------------
+# -- brightness ------------------------------------------------------------------------------------
 
 
 def brightness(images: Tensor) -> Tensor:
@@ -293,11 +303,13 @@ def report(data: Tensor, samples: dict[str, Tensor], out: Path) -> dict[str, flo
         name: brightness(images) for name, images in samples.items()
     }
     print(
-        f"\nmean brightness of an image   {'spread':>8} {'/ data':>8} {'darkest':>8} {'lightest':>8}"
+        f"\nmean brightness of an image   {'spread':>8} {'/ data':>8} {'darkest':>8} "
+        f"{'lightest':>8}"
     )
     for name, values in rows.items():
         print(
-            f"{name:<29} {values.std():8.3f} {values.std() / spread:8.2f} {values.min():8.2f} {values.max():8.2f}"
+            f"{name:<29} {values.std():8.3f} {values.std() / spread:8.2f} {values.min():8.2f} "
+            f"{values.max():8.2f}"
         )
     figure, axes = plt.subplots(
         1, len(rows), figsize=(4 * len(rows), 3), sharey=True, squeeze=False
@@ -335,7 +347,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     ratios = report(data_images(args), samples, out)
     write_atomically(out / "brightness.json", json.dumps(ratios, indent=2) + "\n")
     print(
-        f"\nIn {out}: previews/, brightness.ckpt, scheduler/scheduler_config.json, brightness.png, tensorboard/"
+        f"\nIn {out}: previews/, brightness.ckpt, scheduler/scheduler_config.json, brightness.png, "
+        "tensorboard/"
     )
     return ratios
 

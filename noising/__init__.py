@@ -1,4 +1,6 @@
-"""Noise schedules and what training needs of them: curves, prediction types, weights, timesteps, noise."""
+"""Noise schedules and what training needs of them: curves, prediction types, weights, timesteps,
+noise.
+"""
 
 from .curves import (
     CURVES,

@@ -1,19 +1,25 @@
-"""Kinds of loss: what an error of the network's output counts, element by element, before any weight.
+"""Kinds of loss: what an error of the network's output counts, element by element, before any
+weight.
 
 With d the error and c > 0 the threshold between quadratic and linear:
 
     l2            d²
     l1            |d|
     huber         d² / 2 where |d| <= c, else c (|d| - c / 2): torch's huber_loss
-    pseudo_huber  2c (√(d² + c²) - c): d² for small d, 2c |d| for large; "huber" of sd-scripts and diffusers
-    smooth_l1     2 (√(d² + c²) - c): d² / c for small d, 2 |d| for large; "smooth_l1" of sd-scripts, not torch's
+    pseudo_huber  2c (√(d² + c²) - c): d² for small d, 2c |d| for large; "huber" of
+                  sd-scripts and diffusers
+    smooth_l1     2 (√(d² + c²) - c): d² / c for small d, 2 |d| for large; "smooth_l1" of
+                  sd-scripts, not torch's
 
-The threshold may depend on the noise level. It is large, i.e. the loss is more quadratic, where the sample is clean:
+The threshold may depend on the noise level. It is large, i.e. the loss is more quadratic, where the
+sample is clean:
 
-    constant      c                             exponential   c^fraction, the fraction of training time (0 clean, 1 noise)
+    constant      c
+    exponential   c^fraction, the fraction of training time (0 clean, 1 noise)
     snr           (1 - c) / (1 + s)² + c, s = σ / α: 1 where the sample is clean, c at pure noise
 
-A weighting makes the squared error mean the same for every target; under the other losses targets differ.
+A weighting makes the squared error mean the same for every target; under the other losses targets
+differ.
 """
 
 from __future__ import annotations
@@ -39,7 +45,9 @@ THRESHOLDS: Mapping[str, Threshold] = {
     "exponential": lambda c, s, fraction: c**fraction,
     "snr": lambda c, s, fraction: (1 - c) / (1 + s) ** 2 + c,
 }
-"""Every schedule of a threshold: (c, s = σ / α, fraction of training time) -> c at that noise level."""
+"""Every schedule of a threshold: (c, s = σ / α, fraction of training time) -> c at that noise
+level.
+"""
 
 
 @dataclass(frozen=True)
@@ -54,10 +62,14 @@ class Loss(ABC):
 
     @abstractmethod
     def __call__(self, error: Tensor, threshold: Tensor | None) -> Tensor:
-        """Return the loss of each element of ``error``; ``threshold`` is what :meth:`threshold` returned."""
+        """Return the loss of each element of ``error``; ``threshold`` is what :meth:`threshold`
+        returned.
+        """
 
     def threshold(self, sigma_ve: Tensor, fraction: Tensor) -> Tensor | None:
-        """Return the threshold at noise levels σ / α and fractions of training time; None for a loss that has none."""
+        """Return the threshold at noise levels σ / α and fractions of training time; None for a
+        loss that has none.
+        """
         return None
 
 
@@ -99,11 +111,14 @@ class L1(Loss):
 class ThresholdLoss(Loss):
     """A loss that is quadratic below a threshold and linear above.
 
-    ``c``: its parameter, ``schedule``: a name of ``THRESHOLDS``, ``scale``: a factor of the threshold. The arguments mean what
-    ``--huber_c``, ``--huber_schedule`` and ``--huber_scale`` of sd-scripts do; there the factor is ignored under "snr", here it
-    is refused. Raises ValueError where c or scale is not positive, or c of a schedule that starts from 1 is above 1.
+    ``c``: its parameter, ``schedule``: a name of ``THRESHOLDS``, ``scale``: a factor of the
+    threshold. The arguments mean what ``--huber_c``, ``--huber_schedule`` and ``--huber_scale`` of
+    sd-scripts do; there the factor is ignored under "snr", here it is refused. Raises ValueError
+    where c or scale is not positive, or c of a schedule that starts from 1 is above 1.
 
-    >>> PseudoHuber(c=0.1, schedule="exponential").threshold(torch.tensor([1.0]), fraction=torch.tensor([0.5]))
+    >>> PseudoHuber(c=0.1, schedule="exponential").threshold(
+    ...     torch.tensor([1.0]), fraction=torch.tensor([0.5])
+    ... )
     tensor([0.3162])
     """
 
@@ -115,15 +130,18 @@ class ThresholdLoss(Loss):
         lookup("threshold schedule", self.schedule, THRESHOLDS)
         if not 0 < self.c < float("inf") or not 0 < self.scale < float("inf"):
             raise ValueError(
-                f"c and scale of loss {self.name!r} must be positive and finite, got {self.c} and {self.scale}"
+                f"c and scale of loss {self.name!r} must be positive and finite, got {self.c} and "
+                f"{self.scale}"
             )
         if self.schedule != "constant" and self.c > 1:
             raise ValueError(
-                f"c of loss {self.name!r} must be at most 1 under schedule {self.schedule!r}, which runs from 1 to c, got {self.c}"
+                f"c of loss {self.name!r} must be at most 1 under schedule {self.schedule!r}, "
+                f"which runs from 1 to c, got {self.c}"
             )
         if self.schedule == "snr" and self.scale != 1:
             raise ValueError(
-                f"scale of loss {self.name!r} is for the schedules 'constant' and 'exponential', got {self.scale} with 'snr'; "
+                f"scale of loss {self.name!r} is for the schedules 'constant' and 'exponential', "
+                f"got {self.scale} with 'snr'; "
                 "sd-scripts ignores it there: leave it out"
             )
 
@@ -142,7 +160,8 @@ def _given(threshold: Tensor | None) -> Tensor:
 @LOSSES.register
 @dataclass(frozen=True)
 class Huber(ThresholdLoss):
-    """torch's Huber loss: d² / 2 where |d| <= c, else c (|d| - c / 2). By default c = 1, constant, as torch's delta.
+    """torch's Huber loss: d² / 2 where |d| <= c, else c (|d| - c / 2). By default c = 1, constant,
+    as torch's delta.
 
     >>> Huber()(torch.tensor([0.5, 3.0]), torch.tensor(1.0))
     tensor([0.1250, 2.5000])
@@ -162,7 +181,8 @@ class Huber(ThresholdLoss):
 @LOSSES.register
 @dataclass(frozen=True)
 class PseudoHuber(ThresholdLoss):
-    """2c (√(d² + c²) - c), which sd-scripts and diffusers call "huber": the squared error for small d (2403.16728).
+    """2c (√(d² + c²) - c), which sd-scripts and diffusers call "huber": the squared error for small
+    d (2403.16728).
 
     >>> PseudoHuber(schedule="constant")(torch.tensor([0.0, 3.0]), torch.tensor(4.0))
     tensor([0., 8.])
@@ -177,7 +197,8 @@ class PseudoHuber(ThresholdLoss):
 @LOSSES.register
 @dataclass(frozen=True)
 class SmoothL1(ThresholdLoss):
-    """2 (√(d² + c²) - c), which sd-scripts calls "smooth_l1": twice the absolute error for large d. Not torch's smooth_l1_loss.
+    """2 (√(d² + c²) - c), which sd-scripts calls "smooth_l1": twice the absolute error for large d.
+    Not torch's smooth_l1_loss.
 
     >>> SmoothL1(schedule="constant")(torch.tensor([0.0, 3.0]), torch.tensor(4.0))
     tensor([0., 2.])
@@ -190,12 +211,14 @@ class SmoothL1(ThresholdLoss):
 
 
 def _above(d: Tensor, c: Tensor) -> Tensor:
-    # √(d² + c²) - c without the cancellation for small d, which would round errors below c · 1e-4 to 0 in float32
+    # √(d² + c²) - c without the cancellation for small d, which would round errors below c · 1e-4
+    # to 0 in float32
     return d**2 / ((d**2 + c**2).sqrt() + c)
 
 
 def resolve_loss(loss: str | Loss) -> Loss:
-    """Return the kind of loss for a name, with options or without, or an object; an unknown name or option is a ValueError.
+    """Return the kind of loss for a name, with options or without, or an object; an unknown name or
+    option is a ValueError.
 
     >>> resolve_loss("huber:c=0.5")
     Huber(c=0.5, schedule='constant', scale=1.0)
@@ -206,14 +229,19 @@ def resolve_loss(loss: str | Loss) -> Loss:
 def mean_of_samples(
     errors: Tensor, mask: Tensor | None, over: Over = "all"
 ) -> tuple[Tensor, Tensor | None]:
-    """Return each sample's mean of ``errors``, masked, and the share of the sample that the mean counts (None: all of it).
+    """Return each sample's mean of ``errors``, masked, and the share of the sample that the mean
+    counts (None: all of it).
 
-    ``errors``: shape (batch, ...). ``mask``: weights in [0, 1] (or bool) that broadcast to it, e.g. (batch, 1, h, w), of as many
-    axes. ``over="all"`` averages mask · error over all elements, as sd-scripts does, so a small mask counts little;
-    ``over="mask"`` averages over the masked area. An empty mask gives 0. Raises ValueError for other shapes, for integer masks,
-    and (on the CPU, where looking costs no sync) for values outside [0, 1].
+    ``errors``: shape (batch, ...). ``mask``: weights in [0, 1] (or bool) that broadcast to it, e.g.
+    (batch, 1, h, w), of as many axes. ``over="all"`` averages mask · error over all elements, as
+    sd-scripts does, so a small mask counts little; ``over="mask"`` averages over the masked area.
+    An empty mask gives 0. Raises ValueError for other shapes, for integer masks, and (on the CPU,
+    where looking costs no sync) for values outside [0, 1].
 
-    >>> errors, mask = torch.tensor([[[2.0, 4.0]], [[6.0, 8.0]]]), torch.tensor([[[True, False]], [[False, False]]])
+    >>> errors, mask = (
+    ...     torch.tensor([[[2.0, 4.0]], [[6.0, 8.0]]]),
+    ...     torch.tensor([[[True, False]], [[False, False]]]),
+    ... )
     >>> [mean_of_samples(errors, mask, over)[0].tolist() for over in ("all", "mask")]
     [[1.0, 0.0], [2.0, 0.0]]
     """
@@ -236,12 +264,14 @@ def _check_mask(mask: Tensor, like: Tensor) -> None:
     )
     if not fits:
         raise ValueError(
-            f"the mask must broadcast to the target, {tuple(like.shape)}, with as many axes, got {tuple(mask.shape)}; "
+            f"the mask must broadcast to the target, {tuple(like.shape)}, with as many axes, got "
+            f"{tuple(mask.shape)}; "
             "for images give (batch, 1, height, width) at the size of the latents"
         )
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(
-            f"the mask must be bool, or floating point in [0, 1], got {mask.dtype}; divide 0 ... 255 by 255"
+            f"the mask must be bool, or floating point in [0, 1], got {mask.dtype}; divide 0 ... "
+            "255 by 255"
         )
     if mask.is_floating_point() and may_look_at(mask):
         low, high = float(mask.min()), float(mask.max())

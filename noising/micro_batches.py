@@ -1,14 +1,18 @@
-"""Which sample of its optimizer step each sample of a batch is: the global index that its noise and its time are drawn from.
+"""Which sample of its optimizer step each sample of a batch is: the global index that its noise and
+its time are drawn from.
 
-Sample k of a batch, the samples before it in this step on this process being ``start``, has the index
+Sample k of a batch, the samples before it in this step on this process being ``start``, has the
+index
 
     (start + k) · world_size + rank,
 
-the place from which a DistributedSampler takes it. So no two samples of a step share an index, however unequal the batches of
-its micro-batches and ranks are, and the same step on one process or on several has the same indices.
+the place from which a DistributedSampler takes it. So no two samples of a step share an index,
+however unequal the batches of its micro-batches and ranks are, and the same step on one process or
+on several has the same indices.
 
-``start`` is counted: two integers on the host for each step, which neither copies nor checkpoints carry. Where batches are equal
-it is a function of the micro-batch alone, start = micro_batch · batch, and that is what it is where nothing was counted.
+``start`` is counted: two integers on the host for each step, which neither copies nor checkpoints
+carry. Where batches are equal it is a function of the micro-batch alone, start = micro_batch ·
+batch, and that is what it is where nothing was counted.
 """
 
 from __future__ import annotations
@@ -25,7 +29,8 @@ from .utils.validation import require_integer
 
 @dataclass(frozen=True)
 class Place:
-    """The global indices of a batch, and the number of samples over which stratified times are spread.
+    """The global indices of a batch, and the number of samples over which stratified times are
+    spread.
 
     >>> MicroBatches().take(2, Step(step=0, rank=1, world_size=2), counted=True)
     Place(index=[1, 3], total=4)
@@ -37,11 +42,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Step:
-    """What a call says of the optimizer step that its batch belongs to; the arguments of ``Noising.forward``.
+    """What a call says of the optimizer step that its batch belongs to; the arguments of
+    ``Noising.forward``.
 
     >>> Step(step=0, rank=2, world_size=2)
     Traceback (most recent call last):
-    ValueError: need 0 <= rank < world_size and 0 <= micro_batch < accumulate, got rank 2 of 2 and micro_batch 0 of 1; ...
+    ValueError: need 0 <= rank < world_size and 0 <= micro_batch < accumulate, got rank 2 of 2 ...
     """
 
     step: int
@@ -65,16 +71,20 @@ class Step:
         )
         if not 0 <= self.rank < self.world_size or not 0 <= micro_batch < accumulate:
             raise ValueError(
-                f"need 0 <= rank < world_size and 0 <= micro_batch < accumulate, got rank {self.rank} of {self.world_size} and "
-                f"micro_batch {micro_batch} of {accumulate}; give the numbers of the whole optimizer step"
+                "need 0 <= rank < world_size and 0 <= micro_batch < accumulate, got rank "
+                f"{self.rank} of {self.world_size} and "
+                f"micro_batch {micro_batch} of {accumulate}; give the numbers of the whole "
+                "optimizer step"
             )
         if self.total is not None and self.total < 1:
             raise ValueError(
-                f"total must be at least 1, the samples of the whole optimizer step, got {self.total}"
+                "total must be at least 1, the samples of the whole optimizer step, got "
+                f"{self.total}"
             )
         if self.index is not None and self.micro_batch is not None:
             raise ValueError(
-                "index already says where each sample lies in the optimizer step; leave micro_batch out"
+                "index already says where each sample lies in the optimizer step; leave "
+                "micro_batch out"
             )
 
 
@@ -104,7 +114,8 @@ class MicroBatches:
     def take(self, batch: int, step: Step, *, counted: bool) -> Place:
         """Return the place of the next ``batch`` samples, and count them where ``counted``.
 
-        Raises ValueError for a micro-batch that was counted before, and for more of them than ``accumulate``.
+        Raises ValueError for a micro-batch that was counted before, and for more of them than
+        ``accumulate``.
         """
         if step.index is not None:
             return Place(_given(step.index, batch), _total(step, batch))
@@ -123,7 +134,8 @@ class MicroBatches:
         done = self._done.get(who, _Done())
         micro_batch = _next(done.calls, step)
         first = done.first or batch
-        # those that were left out, after a resume inside of a step, are taken to be as large as the others
+        # those that were left out, after a resume inside of a step, are taken to be as large as the
+        # others
         start = done.samples + (micro_batch - done.calls) * first
         self._done[who] = _Done(micro_batch + 1, start + batch, first)
         return _strided(start, batch, step, first)
@@ -134,14 +146,17 @@ def _next(calls: int, step: Step) -> int:
     if step.micro_batch is None:
         if step.accumulate is not None and calls >= step.accumulate:
             raise ValueError(
-                f"step {step.step} has had its {step.accumulate} micro-batches already; count step up after each optimizer step, "
+                f"step {step.step} has had its {step.accumulate} micro-batches already; count step "
+                "up after each optimizer step, "
                 "or leave accumulate out"
             )
         return calls
     if step.micro_batch < calls:
         raise ValueError(
-            f"micro-batch {step.micro_batch} of step {step.step} was noised already, and would get the same noise and times again; "
-            "count micro_batch up, or leave it out to have it counted; for the same noise on purpose give index=, or call eval()"
+            f"micro-batch {step.micro_batch} of step {step.step} was noised already, and would get "
+            "the same noise and times again; "
+            "count micro_batch up, or leave it out to have it counted; for the same noise on "
+            "purpose give index=, or call eval()"
         )
     return step.micro_batch
 
@@ -172,6 +187,7 @@ def _given(index: Sequence[int] | Tensor, batch: int) -> list[int]:
     ]
     if min(values) < 0:
         raise ValueError(
-            f"a global index must be at least 0, got {min(values)}; count the samples of the optimizer step"
+            f"a global index must be at least 0, got {min(values)}; count the samples of the "
+            "optimizer step"
         )
     return values

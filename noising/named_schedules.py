@@ -23,7 +23,8 @@ S = TypeVar("S", bound="Constructors")
 
 
 class Constructors:
-    """What :class:`NoiseSchedule` is made with; each takes a curve's settings and the ``prediction`` type, name or object.
+    """What :class:`NoiseSchedule` is made with; each takes a curve's settings and the
+    ``prediction`` type, name or object.
 
     >>> from alphabar.noising import NoiseSchedule
     >>> NoiseSchedule.sigmoid(prediction="sample").prediction.name
@@ -60,7 +61,8 @@ class Constructors:
         num_train_timesteps: int = 1000,
         prediction: str | Prediction = "epsilon",
     ) -> S:
-        """Return the schedule of Stable Diffusion, linear in sqrt(beta) (Rombach et al. 2112.10752).
+        """Return the schedule of Stable Diffusion, linear in sqrt(beta) (Rombach et al.
+        2112.10752).
 
         >>> import torch
         >>> from alphabar.noising import NoiseSchedule
@@ -102,10 +104,12 @@ class Constructors:
     def laplace(
         cls: type[S], num_train_timesteps: int = 1000, prediction: str | Prediction = "epsilon"
     ) -> S:
-        """Return the Laplace schedule, most of whose times lie near log SNR 0 (Hang et al. 2407.03297; μ = 0, b = 1/2).
+        """Return the Laplace schedule, most of whose times lie near log SNR 0 (Hang et al.
+        2407.03297; μ = 0, b = 1/2).
 
-        The schedule of that name in diffusers has α where α² is meant: it is ``Discrete("laplace_diffusers")``, and what
-        :meth:`NoiseSchedule.from_pretrained` makes of such a config.
+        The schedule of that name in diffusers has α where α² is meant: it is
+        ``Discrete("laplace_diffusers")``, and what :meth:`NoiseSchedule.from_pretrained` makes of
+        such a config.
 
         >>> import torch
         >>> from alphabar.noising import NoiseSchedule
@@ -164,7 +168,8 @@ class Constructors:
         sigma_data: float = 0.5,
         prediction: str | Prediction | None = None,
     ) -> S:
-        """Return EDM's schedule and, unless another is named, its prediction F (Karras et al. 2206.00364, table 1).
+        """Return EDM's schedule and, unless another is named, its prediction F (Karras et al.
+        2206.00364, table 1).
 
         >>> from alphabar.noising import NoiseSchedule
         >>> NoiseSchedule.karras().prediction
@@ -222,7 +227,8 @@ class Constructors:
     def cosine(
         cls: type[S], log_snr_shift: float = 0.0, prediction: str | Prediction = "v_prediction"
     ) -> S:
-        """Return the continuous cosine schedule with a log-SNR shift (2202.00512; 2301.11093, eq. 4).
+        """Return the continuous cosine schedule with a log-SNR shift (2202.00512; 2301.11093, eq.
+        4).
 
         >>> from alphabar.noising import NoiseSchedule
         >>> NoiseSchedule.cosine().has_zero_terminal_snr

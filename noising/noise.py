@@ -1,10 +1,12 @@
-"""Training noise: what a kind of noise adds to the plain Gaussian ε, whether the target sees it, and the kinds by their names.
+"""Training noise: what a kind of noise adds to the plain Gaussian ε, whether the target sees it,
+and the kinds by their names.
 
-    x_t = α x_0 + σ ε_x,    target = c0 x_0 + c1 ε_y,    where ε_y = ε with the kinds that change the target,
-                                                         and   ε_x = ε_y with the kinds that do not.
+    x_t = α x_0 + σ ε_x,    target = c0 x_0 + c1 ε_y,
+    ε_y = ε with the kinds that change the target,    ε_x = ε_y with the kinds that do not.
 
-A kind draws its parts for the whole batch from counters (utils/rng.py), so that the part of a sample depends on nothing else
-in the batch; on the device of x_0 the parts are put onto ε, by operations that round alike on every device.
+A kind draws its parts for the whole batch from counters (utils/rng.py), so that the part of a
+sample depends on nothing else in the batch; on the device of x_0 the parts are put onto ε, by
+operations that round alike on every device.
 """
 
 from __future__ import annotations
@@ -24,14 +26,18 @@ from .utils.rng import Draws, stream_of
 
 @dataclass(frozen=True)
 class Noise(ABC):
-    """A kind of noise; subclasses have a ``name`` of their own, draw the parts of a batch and put them onto the noise.
+    """A kind of noise; subclasses have a ``name`` of their own, draw the parts of a batch and put
+    them onto the noise.
 
-    The name is the stream that a kind draws from: kinds of different names are independent of each other.
+    The name is the stream that a kind draws from: kinds of different names are independent of each
+    other.
 
     >>> class Flicker(Noise):  # one number for a sample
     ...     name = "flicker"
+    ...
     ...     def draw(self, shape, draws):
     ...         return 0.1 * draws.normal(*(1 for _ in shape))
+    ...
     ...     def apply(self, noise, part, x0):
     ...         return noise + part
     >>> parts = draw_kinds([Flicker()], (3, 8, 8), 0, [4, 5], step=7)
@@ -43,7 +49,9 @@ class Noise(ABC):
 
     @property
     def changes_target(self) -> bool:
-        """Whether the target is made of this noise too. Where False, the target keeps the noise without it."""
+        """Whether the target is made of this noise too. Where False, the target keeps the noise
+        without it.
+        """
         return True
 
     @property
@@ -53,16 +61,20 @@ class Noise(ABC):
 
     @abstractmethod
     def draw(self, shape: tuple[int, ...], draws: Draws) -> Tensor:
-        """Return this kind's parts of a batch of samples of shape ``shape`` (no batch axis): shape (batch, ...), float32.
+        """Return this kind's parts of a batch of samples of shape ``shape`` (no batch axis): shape
+        (batch, ...), float32.
 
-        ``draws`` has ``normal(*shape)`` and ``uniform(*shape)``, which put the batch first and go on where the call before
-        ended, and the optimizer ``step``. No row of the parts may depend on another: no mean over the batch, no shape that
-        follows from what was drawn, and no operation (a matrix product, say) that rounds by a row's place in the batch.
+        ``draws`` has ``normal(*shape)`` and ``uniform(*shape)``, which put the batch first and go
+        on where the call before ended, and the optimizer ``step``. No row of the parts may depend
+        on another: no mean over the batch, no shape that follows from what was drawn, and no
+        operation (a matrix product, say) that rounds by a row's place in the batch.
         """
 
     @abstractmethod
     def apply(self, noise: Tensor, part: Tensor, x0: Tensor) -> Tensor:
-        """Return ``noise``, shape (batch, ...), with the parts of this batch; ``x0`` is the clean batch. All on one device."""
+        """Return ``noise``, shape (batch, ...), with the parts of this batch; ``x0`` is the clean
+        batch. All on one device.
+        """
 
 
 NOISES: Registry[type[Noise]] = Registry("noise")
@@ -90,11 +102,13 @@ class Gaussian(Noise):
 @NOISES.register
 @dataclass(frozen=True)
 class Offset(Noise):
-    """Offset noise: ε + s · ξ with one ξ ~ N(0, 1) per channel, constant over the other axes (Guttenberg 2023).
+    """Offset noise: ε + s · ξ with one ξ ~ N(0, 1) per channel, constant over the other axes
+    (Guttenberg 2023).
 
-    The mean of a channel then has variance s² more. The target is made of the offset noise as well. ``random_strength``: s is
-    drawn from U(0, strength), for each sample. ``probability``: of a sample to get an offset at all.
-    ValueError for a negative or infinite strength, and for a probability outside 0 ... 1.
+    The mean of a channel then has variance s² more. The target is made of the offset noise as well.
+    ``random_strength``: s is drawn from U(0, strength), for each sample. ``probability``: of a
+    sample to get an offset at all. ValueError for a negative or infinite strength, and for a
+    probability outside 0 ... 1.
 
     >>> Offset(0.1).draw((3, 8, 8), Draws(0, [4, 5], step=0, stream=0)).shape
     torch.Size([2, 3, 1, 1])
@@ -124,11 +138,13 @@ class Offset(Noise):
 @NOISES.register
 @dataclass(frozen=True)
 class AdaptiveOffset(Noise):
-    """Offset noise whose strength follows the sample: s = max(0, strength + scale · |mean of the channel of x_0|).
+    """Offset noise whose strength follows the sample: s = max(0, strength + scale · |mean of the
+    channel of x_0|).
 
-    kohya's --noise_offset with --adaptive_noise_scale. The target is made of the offset noise as well. ``scale`` may be
-    negative. ``random_strength`` and ``probability`` as in :class:`Offset`: the strength before the scale is added is drawn
-    from U(0, strength). ValueError for a negative or infinite strength, an infinite scale, and a probability outside 0 ... 1.
+    kohya's --noise_offset with --adaptive_noise_scale. The target is made of the offset noise as
+    well. ``scale`` may be negative. ``random_strength`` and ``probability`` as in :class:`Offset`:
+    the strength before the scale is added is drawn from U(0, strength). ValueError for a negative
+    or infinite strength, an infinite scale, and a probability outside 0 ... 1.
 
     >>> kind = AdaptiveOffset(strength=0.0, scale=0.5)
     >>> kind.apply(torch.zeros(1, 1, 2), torch.ones(1, 1, 1), torch.tensor([[[-2.0, -1.0]]]))
@@ -150,7 +166,9 @@ class AdaptiveOffset(Noise):
             )
 
     def draw(self, shape: tuple[int, ...], draws: Draws) -> Tensor:
-        """Return ξ of each channel, and below them, where the strength is random, the share of it that is drawn."""
+        """Return ξ of each channel, and below them, where the strength is random, the share of it
+        that is drawn.
+        """
         part, one = _per_channel(shape, draws), [1] * len(shape)
         share = draws.uniform(*one) if self.random_strength else None
         if self.probability < 1:
@@ -169,13 +187,15 @@ class AdaptiveOffset(Noise):
 @NOISES.register
 @dataclass(frozen=True)
 class Pyramid(Noise):
-    """Pyramid (multi-resolution) noise: ε plus ``discount``^i times noise on grids r^i coarser, r ~ U(2, 4) (Whitaker 2023).
+    """Pyramid (multi-resolution) noise: ε plus ``discount``^i times noise on grids r^i coarser, r ~
+    U(2, 4) (Whitaker 2023).
 
-    As in kohya's --multires_noise_iterations and --multires_noise_discount: i from 0, so that the first is another white noise;
-    the grids are enlarged linearly, and the last has one cell along an axis. Given the grids, each element is divided by its own
-    exact standard deviation, so the variance is 1 everywhere (kohya divides by the measured one of the whole batch). The target
-    is made of the pyramid as well. ValueError for fewer than 1 iteration, for a discount outside 0 ... 1, and for samples
-    without an axis beside the channels.
+    As in kohya's --multires_noise_iterations and --multires_noise_discount: i from 0, so that the
+    first is another white noise; the grids are enlarged linearly, and the last has one cell along
+    an axis. Given the grids, each element is divided by its own exact standard deviation, so the
+    variance is 1 everywhere (kohya divides by the measured one of the whole batch). The target is
+    made of the pyramid as well. ValueError for fewer than 1 iteration, for a discount outside 0 ...
+    1, and for samples without an axis beside the channels.
 
     >>> Pyramid(discount=0.3).draw((3, 8, 8), Draws(0, [5, 6], step=0, stream=0)).shape
     torch.Size([2, 4, 8, 8])
@@ -193,7 +213,9 @@ class Pyramid(Noise):
             )
 
     def draw(self, shape: tuple[int, ...], draws: Draws) -> Tensor:
-        """Return what is added to ε, and below its channels the factor that makes the variance of the sum 1."""
+        """Return what is added to ε, and below its channels the factor that makes the variance of
+        the sum 1.
+        """
         if len(shape) < 2:
             raise ValueError(
                 f"pyramid noise needs samples with axes beside the channels, got shape {shape}"
@@ -235,10 +257,12 @@ class Pyramid(Noise):
 @NOISES.register
 @dataclass(frozen=True)
 class InputPerturbation(Noise):
-    """Input perturbation: x_t is made of ε + γ ξ, the target of ε alone (Ning et al. 2301.11706, algorithm 1; γ = 0.1).
+    """Input perturbation: x_t is made of ε + γ ξ, the target of ε alone (Ning et al. 2301.11706,
+    algorithm 1; γ = 0.1).
 
-    ``random_strength``: γ is drawn from U(0, strength), for each sample. ``decay_steps``: γ falls linearly to 0 over so many
-    optimizer steps. ValueError for a negative or infinite strength, and for fewer than 1 step.
+    ``random_strength``: γ is drawn from U(0, strength), for each sample. ``decay_steps``: γ falls
+    linearly to 0 over so many optimizer steps. ValueError for a negative or infinite strength, and
+    for fewer than 1 step.
 
     >>> InputPerturbation(0.1).changes_target
     False
@@ -274,11 +298,13 @@ class InputPerturbation(Noise):
 @NOISES.register
 @dataclass(frozen=True)
 class Immiscible(Noise):
-    """Immiscible noise: the batch's noises are given to its samples with the least total distance (Li et al. 2406.12303).
+    """Immiscible noise: the batch's noises are given to its samples with the least total distance
+    (Li et al. 2406.12303).
 
-    The permutation is the exact solution of the linear assignment, and the target follows it. It is found within the batch of one
-    process: the noises are the same for every number of processes and every accumulation, which sample gets which is not. Put it
-    last in a chain. On a GPU the host waits for the distances, once a batch.
+    The permutation is the exact solution of the linear assignment, and the target follows it. It is
+    found within the batch of one process: the noises are the same for every number of processes and
+    every accumulation, which sample gets which is not. Put it last in a chain. On a GPU the host
+    waits for the distances, once a batch.
 
     >>> noise, x0 = torch.tensor([[1.0], [-1.0]]), torch.tensor([[-3.0], [2.0]])
     >>> Immiscible().apply(noise, torch.empty(2, 0), x0)
@@ -294,7 +320,8 @@ class Immiscible(Noise):
     def apply(self, noise: Tensor, part: Tensor, x0: Tensor) -> Tensor:
         from scipy.optimize import linear_sum_assignment
 
-        # by differences: by products the distances, which differ little in many dimensions, would lose their digits
+        # by differences: by products the distances, which differ little in many dimensions, would
+        # lose their digits
         exact = "donot_use_mm_for_euclid_dist"
         with torch.no_grad():
             distance = torch.cdist(
@@ -306,7 +333,8 @@ class Immiscible(Noise):
 
 @dataclass(frozen=True)
 class Chain:
-    """Several kinds, applied in this order; those that do not change the target come last in any case.
+    """Several kinds, applied in this order; those that do not change the target come last in any
+    case.
 
     ValueError for an empty chain; TypeError for what is no kind of noise.
 
@@ -321,7 +349,8 @@ class Chain:
         wrong = [type(one).__name__ for one in self.kinds if not isinstance(one, Noise | Chain)]
         if wrong:
             raise TypeError(
-                f"a chain of noises is of Noise objects, got {wrong[0]}; names go to Noising(noise=[...])"
+                f"a chain of noises is of Noise objects, got {wrong[0]}; names go to "
+                "Noising(noise=[...])"
             )
         kinds = [kind for one in self.kinds for kind in one.kinds]
         if not kinds:
@@ -352,7 +381,8 @@ def draw_kinds(
     step: int,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, ...]:
-    """Return the parts of each kind for the samples with these global indices; of two kinds of one name the second is numbered.
+    """Return the parts of each kind for the samples with these global indices; of two kinds of one
+    name the second is numbered.
 
     >>> from alphabar.noising import Offset
     >>> one, two = draw_kinds([Offset(1.0), Offset(1.0)], (3, 8, 8), 0, [4, 5], step=7)
@@ -370,7 +400,8 @@ def draw_kinds(
 def apply_kinds(
     kinds: Sequence[Noise], noise: Tensor, parts: Sequence[Tensor], x0: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return (ε_y, ε_x), the noise of the target and the noise of x_t; ``noise`` is the plain ε, shape of ``x0``.
+    """Return (ε_y, ε_x), the noise of the target and the noise of x_t; ``noise`` is the plain ε,
+    shape of ``x0``.
 
     >>> from alphabar.noising import InputPerturbation
     >>> zero, part = torch.zeros(1, 2), torch.full((1, 2), 0.5)
@@ -388,7 +419,8 @@ def apply_kinds(
 
 
 def resolve_noise(noise: str | Noise | Chain | Sequence[str | Noise]) -> Noise | Chain:
-    """Return the kind of noise for a name, with options or without, an object, or a sequence of them.
+    """Return the kind of noise for a name, with options or without, an object, or a sequence of
+    them.
 
     An unknown name or option is a ValueError.
 
@@ -421,9 +453,11 @@ def _require_probability(probability: float) -> None:
 
 
 def _enlargement(grid: Tensor, fine: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the two cells that each of ``fine`` points lies between, and the share of the second: shape (batch, fine).
+    """Return the two cells that each of ``fine`` points lies between, and the share of the second:
+    shape (batch, fine).
 
-    ``grid``: the cells of each sample, shape (batch,). As torch's interpolate of mode "linear" has it.
+    ``grid``: the cells of each sample, shape (batch,). As torch's interpolate of mode "linear" has
+    it.
     """
     coarse = grid[:, None]
     centres = torch.arange(fine, device=grid.device, dtype=torch.float32) + 0.5
@@ -434,7 +468,9 @@ def _enlargement(grid: Tensor, fine: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _interpolate(octave: Tensor, axis: int, below: Tensor, above: Tensor, part: Tensor) -> Tensor:
-    """Return ``octave``, shape (batch, channels, ...), enlarged along an axis: products and sums of elements, no matrix product."""
+    """Return ``octave``, shape (batch, channels, ...), enlarged along an axis: products and sums of
+    elements, no matrix product.
+    """
     shape = [n if k != axis else below.shape[1] for k, n in enumerate(octave.shape)]
     along = [below.shape[k > 0] if k in (0, axis) else 1 for k in range(octave.ndim)]
     low, high = (octave.gather(axis, cells.view(along).expand(shape)) for cells in (below, above))

@@ -29,15 +29,18 @@ from .weighting.checks import warn_of_weights
 
 @dataclass(eq=False)
 class Noised:
-    """A noised batch: what the network sees, what it should answer, and how much each sample counts.
+    """A noised batch: what the network sees, what it should answer, and how much each sample
+    counts.
 
-    ``x`` and ``timesteps`` are what the network is given, as a sampler gives it: ``x`` is x_t, on EDM's curve c_in · x_t, shape
-    (batch, ...), dtype of the clean batch; ``timesteps``: shape (batch,), int64 on discrete schedules. ``x_t``: the noised batch
-    without that scale, shape and dtype of ``x``, for conversions such as ``schedule.to_x0(out, noised.x_t, noised.t)``.
-    ``target``, ``noise`` (the one that the target is made of): shape of ``x``, float32 or better. ``weight`` (importance weights
-    of the times included), ``t`` (times of the curve), ``log_snr``: shape (batch,). ``criterion``: the kind of loss,
-    ``threshold``: its threshold, or None, shape (batch, 1, ...). ``log_variance``: the learned u of the loss
-    weight / e^u · error + u, shape (batch,), or None. Lightning and Fabric hand it on as it is, in the precision that it has.
+    ``x`` and ``timesteps`` are what the network is given, as a sampler gives it: ``x`` is x_t, on
+    EDM's curve c_in · x_t, shape (batch, ...), dtype of the clean batch; ``timesteps``: shape
+    (batch,), int64 on discrete schedules. ``x_t``: the noised batch without that scale, shape and
+    dtype of ``x``, for conversions such as ``schedule.to_x0(out, noised.x_t, noised.t)``.
+    ``target``, ``noise`` (the one that the target is made of): shape of ``x``, float32 or better.
+    ``weight`` (importance weights of the times included), ``t`` (times of the curve), ``log_snr``:
+    shape (batch,). ``criterion``: the kind of loss, ``threshold``: its threshold, or None, shape
+    (batch, 1, ...). ``log_variance``: the learned u of the loss weight / e^u · error + u, shape
+    (batch,), or None. Lightning and Fabric hand it on as it is, in the precision that it has.
 
     >>> noised = Noising(NoiseSchedule.flow())(torch.zeros(2, 3, 4, 4), step=0)
     >>> noised.loss(noised.target).item()
@@ -65,15 +68,19 @@ class Noised:
     def losses(self, prediction: Any, mask: Tensor | None = None, over: Over = "all") -> Tensor:
         """Return the weighted mean error of each sample, shape (batch,), float32 or better.
 
-        ``prediction`` is the network's output, or an object that holds it as ``.sample``, as diffusers' models return.
-        ``mask`` in [0, 1], e.g. of shape (batch, 1, height, width), says what counts; ``over="all"`` divides by the number of all
-        elements, as sd-scripts does, ``over="mask"`` by the masked area. An empty mask gives 0.
-        Raises ValueError where a shape is not the target's, or does not broadcast to it.
+        ``prediction`` is the network's output, or an object that holds it as ``.sample``, as
+        diffusers' models return. ``mask`` in [0, 1], e.g. of shape (batch, 1, height, width), says
+        what counts; ``over="all"`` divides by the number of all elements, as sd-scripts does,
+        ``over="mask"`` by the masked area. An empty mask gives 0. Raises ValueError where a shape
+        is not the target's, or does not broadcast to it.
 
         >>> noised = Noising(NoiseSchedule.flow(), loss="l1")(torch.zeros(1, 2, 4, 4), step=0)
         >>> mask = torch.zeros(1, 1, 4, 4)
         >>> mask[..., :1] = 1.0
-        >>> noised.losses(noised.target + 2, mask).item(), noised.losses(noised.target + 2, mask, over="mask").item()
+        >>> (
+        ...     noised.losses(noised.target + 2, mask).item(),
+        ...     noised.losses(noised.target + 2, mask, over="mask").item(),
+        ... )
         (0.5, 2.0)
         """
         out = prediction_tensor(prediction)
@@ -117,8 +124,9 @@ class Noised:
         return self.replaced(**moved)
 
 
-# Lightning maps a function over the fields that a dataclass is made of, e.g. a cast to the precision of the network, and fails
-# where it meets a frozen one, as a schedule is. Fields without init it takes over as they are.
+# Lightning maps a function over the fields that a dataclass is made of, e.g. a cast to the
+# precision of the network, and fails where it meets a frozen one, as a schedule is. Fields without
+# init it takes over as they are.
 for _field in fields(Noised):
     _field.init = False
 
@@ -143,11 +151,13 @@ class NoiseDraw(NamedTuple):
 class Noising(nn.Module):
     """Draw noise and times for a batch, and state the target and the weight of the loss.
 
-    ``weighting``, ``timesteps``, ``noise`` and ``loss`` are names of their registries or objects; ``noise`` also a sequence of
-    them. It is a module so that what is learned or measured (weights, loss history) travels with the checkpoint; it has no
-    parameters unless a scheme has. torch.compile takes a whole step, fullgraph too, but for beta densities, importance sampling
-    and immiscible noise: there compile what follows :meth:`draw`, that is :meth:`at` and the loss. Raises ValueError for
-    unknown names and for times that do not fit the schedule; warns where the weight of a zero-SNR terminal step is 0.
+    ``weighting``, ``timesteps``, ``noise`` and ``loss`` are names of their registries or objects;
+    ``noise`` also a sequence of them. It is a module so that what is learned or measured (weights,
+    loss history) travels with the checkpoint; it has no parameters unless a scheme has.
+    torch.compile takes a whole step, fullgraph too, but for beta densities, importance sampling and
+    immiscible noise: there compile what follows :meth:`draw`, that is :meth:`at` and the loss.
+    Raises ValueError for unknown names and for times that do not fit the schedule; warns where the
+    weight of a zero-SNR terminal step is 0.
 
     >>> schedule = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
     >>> noising = Noising(schedule, weighting="uniform", timesteps="stratified", seed=0)
@@ -168,7 +178,8 @@ class Noising(nn.Module):
         super().__init__()
         if not isinstance(schedule, NoiseSchedule):
             raise TypeError(
-                f"schedule must be a NoiseSchedule, got {type(schedule).__name__}; e.g. NoiseSchedule.scaled_linear()"
+                f"schedule must be a NoiseSchedule, got {type(schedule).__name__}; e.g. "
+                "NoiseSchedule.scaled_linear()"
             )
         self.schedule = schedule
         self.weighting = resolve_weighting(weighting).on_curve(schedule.curve)
@@ -200,39 +211,46 @@ class Noising(nn.Module):
     ) -> Noised:
         """Return the noised batch of this process at this optimizer step.
 
-        Noise and times are a function of (seed, step, global index), and of nothing else; no two samples of an optimizer step
-        share an index, so gradient accumulation needs nothing but the same ``step`` for its micro-batches:
+        Noise and times are a function of (seed, step, global index), and of nothing else; no two
+        samples of an optimizer step share an index, so gradient accumulation needs nothing but the
+        same ``step`` for its micro-batches:
 
             for i, x0 in enumerate(data):
                 noised = noising(x0, step=i // 4)
 
-        In training mode calls at the same step count on by themselves. In eval mode nothing is counted, nor where the call itself
-        is compiled (torch.compile): equal arguments give equal noise, and micro-batches need ``micro_batch``. So does, or
-        ``index``, what computes a forward twice: LBFGS, or activation checkpointing with the Noising inside.
+        In training mode calls at the same step count on by themselves. In eval mode nothing is
+        counted, nor where the call itself is compiled (torch.compile): equal arguments give equal
+        noise, and micro-batches need ``micro_batch``. So does, or ``index``, what computes a
+        forward twice: LBFGS, or activation checkpointing with the Noising inside.
 
         Args:
             x0: the clean batch, floating point, shape (batch, ...).
             step: counts optimizer steps.
-            micro_batch: which of the batches of this step it is, from 0; by default the next one. In training, one that
-                was noised already is refused.
-            accumulate: how many there are in a step. Stratified times are then spread over all of them; without it over each
-                micro-batch by itself, which is as right and a little less even.
-            rank, world_size: of the processes that see different data, by default torch.distributed's. Sample k of a batch
-                has the global index (samples before it at this step on this rank + k) · world_size + rank, the place that a
-                DistributedSampler takes it from.
-            index: the global indices themselves, shape (batch,), inside the optimizer step, for other layouts: with a
-                contiguous batch for each rank ``range(rank * batch, (rank + 1) * batch)``. Nothing is counted then, equal
-                indices get equal noise, e.g. the two of a pair.
-            total: the samples of the whole optimizer step, over which stratified times are spread; by default
-                batch · world_size · accumulate, with the batch of the step's first call. Give it, the same everywhere, where
-                ranks have unequal batches.
-            timesteps: times of the curve, shape (batch,), in place of drawn ones; importance weights do not act on them.
+            micro_batch: which of the batches of this step it is, from 0; by default the next one.
+                In training, one that was noised already is refused.
+            accumulate: how many there are in a step. Stratified times are then spread over all of
+                them; without it over each micro-batch by itself, which is as right and a little
+                less even.
+            rank, world_size: of the processes that see different data, by default
+                torch.distributed's. Sample k of a batch has the global index (samples before it at
+                this step on this rank + k) · world_size + rank, the place that a DistributedSampler
+                takes it from.
+            index: the global indices themselves, shape (batch,), inside the optimizer step, for
+                other layouts: with a contiguous batch for each rank ``range(rank * batch, (rank +
+                1) * batch)``. Nothing is counted then, equal indices get equal noise, e.g. the two
+                of a pair.
+            total: the samples of the whole optimizer step, over which stratified times are spread;
+                by default batch · world_size · accumulate, with the batch of the step's first call.
+                Give it, the same everywhere, where ranks have unequal batches.
+            timesteps: times of the curve, shape (batch,), in place of drawn ones; importance
+                weights do not act on them.
             noise: shape of x0, in place of drawn noise; kinds of noise do not act on it.
 
         Raises:
-            ValueError: for integer, empty, mis-shaped or non-finite x0 (on a GPU the values of the first batch are checked,
-                later ones would cost a host sync each), for times outside the schedule, for a place outside the optimizer
-                step, and for a micro-batch that was noised already.
+            ValueError: for integer, empty, mis-shaped or non-finite x0 (on a GPU the values of the
+                first batch are checked, later ones would cost a host sync each), for times outside
+                the schedule, for a place outside the optimizer step, and for a micro-batch that was
+                noised already.
             TypeError: for counters that are no integers.
         """
         self._check(x0)
@@ -269,10 +287,11 @@ class Noising(nn.Module):
             return super().__call__(*args, **kwargs)
 
     def register_loss_hook(self, listener: Callable[[Noised, Tensor], None]) -> Callable[[], None]:
-        """Call ``listener(noised, errors)`` whenever a loss is computed; return the function that ends it.
+        """Call ``listener(noised, errors)`` whenever a loss is computed; return the function that
+        ends it.
 
-        ``errors``: the unweighted error of each sample, shape (batch,), detached, on the device of the loss. Listeners do not
-        travel with copies, pickles or checkpoints.
+        ``errors``: the unweighted error of each sample, shape (batch,), detached, on the device of
+        the loss. Listeners do not travel with copies, pickles or checkpoints.
 
         >>> seen = []
         >>> noising = Noising(NoiseSchedule.flow())
@@ -287,7 +306,8 @@ class Noising(nn.Module):
         return lambda: self._listeners.remove(listener)
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy (an EMA's, say) must not report to those who listen here, nor copy them with it, and counts for itself
+        # a copy (an EMA's, say) must not report to those who listen here, nor copy them with it,
+        # and counts for itself
         return self.__dict__ | {"_listeners": [], "_micro_batches": MicroBatches()}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -306,12 +326,15 @@ class Noising(nn.Module):
     ) -> NoiseDraw:
         """Return times and noise of the samples with these global indices at this step.
 
-        ``total`` is the number of samples in the whole optimizer step, over which stratified times are spread. Every ``total``
-        consecutive indices are spread by themselves, so that there may be more of them.
-        ``device``: where the noise is made, the same everywhere; times are made on the CPU. On the CPU
-        ``pin_memory`` puts the noise where a copy to the GPU does not make the host wait.
+        ``total`` is the number of samples in the whole optimizer step, over which stratified times
+        are spread. Every ``total`` consecutive indices are spread by themselves, so that there may
+        be more of them. ``device``: where the noise is made, the same everywhere; times are made on
+        the CPU. On the CPU ``pin_memory`` puts the noise where a copy to the GPU does not make the
+        host wait.
 
-        >>> drawn = Noising(NoiseSchedule.flow(), noise="offset", seed=1).draw([5, 6], (3, 2), step=2, total=8)
+        >>> drawn = Noising(NoiseSchedule.flow(), noise="offset", seed=1).draw(
+        ...     [5, 6], (3, 2), step=2, total=8
+        ... )
         >>> drawn.t.shape, drawn.noise.shape, [part.shape for part in drawn.parts]
         (torch.Size([2]), torch.Size([2, 3, 2]), [torch.Size([2, 3, 1])])
         """
@@ -345,14 +368,17 @@ class Noising(nn.Module):
         )
 
     def at(self, x0: Tensor, t: Tensor, noise: Tensor, parts: Sequence[Tensor] = ()) -> Noised:
-        """Return the noised batch for given times of the curve, shape (batch,), and noise, shape of x0.
+        """Return the noised batch for given times of the curve, shape (batch,), and noise, shape of
+        x0.
 
-        ``parts``: what the kinds of noise drew for the batch; without them ``noise`` is taken as it is.
+        ``parts``: what the kinds of noise drew for the batch; without them ``noise`` is taken as it
+        is.
         """
         curve, prediction = self.schedule.curve, self.schedule.prediction
         if t.shape != x0.shape[:1]:
             raise ValueError(
-                f"timesteps must have shape ({x0.shape[0]},), one for each sample, got {tuple(t.shape)}"
+                f"timesteps must have shape ({x0.shape[0]},), one for each sample, got "
+                f"{tuple(t.shape)}"
             )
         if (
             t.is_floating_point()
@@ -360,7 +386,8 @@ class Noising(nn.Module):
             and t.dtype not in (torch.float32, torch.float64)
         ):
             raise ValueError(
-                f"timesteps of dtype {t.dtype} cannot hold the integers up to {curve.t_max:g}; give int64 or float32"
+                f"timesteps of dtype {t.dtype} cannot hold the integers up to {curve.t_max:g}; "
+                "give int64 or float32"
             )
         alpha, sigma = self.schedule.alpha_sigma(t, x0)
         clean, noise = x0.to(alpha.dtype), noise.to(x0.device, alpha.dtype, non_blocking=True)
@@ -413,7 +440,8 @@ class Noising(nn.Module):
         if not isinstance(x0, Tensor) or not x0.is_floating_point():
             got = x0.dtype if isinstance(x0, Tensor) else type(x0).__name__
             raise ValueError(
-                f"x0 must be a floating point tensor, got {got}; scale images to [-1, 1], e.g. images / 127.5 - 1"
+                f"x0 must be a floating point tensor, got {got}; scale images to [-1, 1], e.g. "
+                "images / 127.5 - 1"
             )
         if x0.ndim < 2 or not x0.numel():
             raise ValueError(
@@ -428,7 +456,8 @@ class Noising(nn.Module):
         if not bool(x0.isfinite().all()):
             bad = (~x0.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
             raise ValueError(
-                f"x0 holds NaN or infinity in samples {bad}; look at the data or the encoder that made them"
+                f"x0 holds NaN or infinity in samples {bad}; look at the data or the encoder that "
+                "made them"
             )
 
     def extra_repr(self) -> str:
@@ -450,12 +479,15 @@ def prediction_tensor(prediction: Any) -> Tensor:
     if isinstance(sample, Tensor):
         return sample
     raise ValueError(
-        f"the network must return a tensor or an object with a tensor .sample, got {type(prediction).__name__}"
+        "the network must return a tensor or an object with a tensor .sample, got "
+        f"{type(prediction).__name__}"
     )
 
 
 def _float32_inside(t: Tensor, curve: Curve) -> Tensor:
-    """Return float64 times as float32 ones, which make no float64 batch, rounded into the curve's range."""
+    """Return float64 times as float32 ones, which make no float64 batch, rounded into the curve's
+    range.
+    """
     exact, inward = (
         torch.tensor([curve.t_min, curve.t_max], dtype=torch.float64),
         torch.tensor([torch.inf, -torch.inf]),

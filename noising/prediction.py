@@ -4,7 +4,8 @@ On the path x_t = α x_0 + σ ε every prediction type is a linear combination
 
     out = c0(α, σ) x_0 + c1(α, σ) ε.
 
-Together with x_t this is a 2x2 system with determinant det = c0 σ - c1 α, so every conversion follows from one solve:
+Together with x_t this is a 2x2 system with determinant det = c0 σ - c1 α, so every conversion
+follows from one solve:
 
     x_0 = (σ out - c1 x_t) / det,        ε = (c0 x_t - α out) / det.
 
@@ -122,7 +123,8 @@ class Velocity(Prediction):
 
 @dataclass(frozen=True)
 class FlowVelocity(Prediction):
-    """u = ε - x_0, the velocity of the straight path (Lipman et al. 2210.02747; Esser et al. 2403.03206, eq. 2).
+    """u = ε - x_0, the velocity of the straight path (Lipman et al. 2210.02747; Esser et al.
+    2403.03206, eq. 2).
 
     >>> FlowVelocity().coefficients(0.2, 0.8)
     (-1.0, 1.0)
@@ -150,11 +152,15 @@ class Score(Prediction):
 
 @dataclass(frozen=True)
 class KarrasF(Prediction):
-    """EDM's network F with x_0 = c_skip x̄ + c_out F, x̄ = x_t / α (Karras et al. 2206.00364, eq. 7 and table 1).
+    """EDM's network F with x_0 = c_skip x̄ + c_out F, x̄ = x_t / α (Karras et al. 2206.00364, eq. 7
+    and table 1).
 
-    With s = σ / α: c_skip = σ_d² / (s² + σ_d²) and c_out = s σ_d / sqrt(s² + σ_d²); written in α², σ² it is finite at α = 0.
+    With s = σ / α: c_skip = σ_d² / (s² + σ_d²) and c_out = s σ_d / sqrt(s² + σ_d²); written in α²,
+    σ² it is finite at α = 0.
 
-    >>> c0, c1 = KarrasF(sigma_data=1.0).coefficients(0.6, 0.8)  # with σ_d = 1 on a variance preserving path F = -v
+    >>> c0, c1 = KarrasF(sigma_data=1.0).coefficients(
+    ...     0.6, 0.8
+    ... )  # with σ_d = 1 on a variance preserving path F = -v
     >>> round(c0, 12), round(c1, 12)
     (0.8, -0.6)
     """
@@ -168,16 +174,18 @@ class KarrasF(Prediction):
     def coefficients(self, alpha: Any, sigma: Any) -> tuple[Any, Any]:
         d = self.sigma_data
         norm = (sigma**2 + (alpha * d) ** 2) ** 0.5  # α sqrt(s² + σ_d²)
-        # F = ((1 - c_skip) x_0 - c_skip s ε) / c_out, c_skip = (α σ_d)² / norm², c_out = s σ_d α / norm
+        # F = ((1 - c_skip) x_0 - c_skip s ε) / c_out, c_skip = (α σ_d)² / norm², c_out = s σ_d α /
+        # norm
         return sigma / (d * norm), -(alpha * d) / norm
 
 
 @dataclass(frozen=True)
 class Consistency(Prediction):
-    """A consistency model's network F with x_0 = c_skip x̄ + c_out F, x̄ = x_t / α (Song et al. 2303.01469, appendix C).
+    """A consistency model's network F with x_0 = c_skip x̄ + c_out F, x̄ = x_t / α (Song et al.
+    2303.01469, appendix C).
 
-    With s = σ / α and m = sigma_min: c_skip = σ_d² / ((s - m)² + σ_d²) and c_out = (s - m) σ_d / sqrt(s² + σ_d²). At s = m
-    the output counts for nothing, x_0 = x̄.
+    With s = σ / α and m = sigma_min: c_skip = σ_d² / ((s - m)² + σ_d²) and c_out = (s - m) σ_d /
+    sqrt(s² + σ_d²). At s = m the output counts for nothing, x_0 = x̄.
 
     >>> Consistency(sigma_data=0.5, sigma_min=0.002).to_x0(out=3.0, x_t=7.0, alpha=1.0, sigma=0.002)
     7.0

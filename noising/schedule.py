@@ -1,7 +1,9 @@
-"""The noise schedule: a curve and a prediction type, all that a sampler must know about how a model was trained.
+"""The noise schedule: a curve and a prediction type, all that a sampler must know about how a model
+was trained.
 
-One frozen value is shared by the training loss, the samplers, the callbacks and the checkpoint, so that they cannot
-disagree. It has no device, no dtype and no state; it compares, hashes and pickles by its numbers.
+One frozen value is shared by the training loss, the samplers, the callbacks and the checkpoint, so
+that they cannot disagree. It has no device, no dtype and no state; it compares, hashes and pickles
+by its numbers.
 """
 
 from __future__ import annotations
@@ -40,11 +42,14 @@ _KEYS = ("version", "curve", "prediction", "fingerprint")
 class NoiseSchedule(Constructors):
     """A curve x_t = α(t) x_0 + σ(t) ε together with what the network predicts on it.
 
-    ``prediction`` is a name of ``PREDICTIONS`` or an object. Raises ValueError for an unknown name, and for a prediction
-    that cannot determine x_0 at the terminal time (epsilon or score where α = 0). Its constructors (``linear``, ``flow``, ...)
-    are those of ``constructors.py``; the transformations below return new values.
+    ``prediction`` is a name of ``PREDICTIONS`` or an object. Raises ValueError for an unknown name,
+    and for a prediction that cannot determine x_0 at the terminal time (epsilon or score where α =
+    0). Its constructors (``linear``, ``flow``, ...) are those of ``constructors.py``; the
+    transformations below return new values.
 
-    >>> schedule = NoiseSchedule.scaled_linear(0.00085, 0.012, prediction="v_prediction").zero_terminal_snr()
+    >>> schedule = NoiseSchedule.scaled_linear(
+    ...     0.00085, 0.012, prediction="v_prediction"
+    ... ).zero_terminal_snr()
     >>> schedule.alpha(torch.tensor([0, 999]))
     tensor([0.9996, 0.0000])
     """
@@ -70,7 +75,8 @@ class NoiseSchedule(Constructors):
         before, final = self.curve.alpha(last.clamp(self.curve.t_min, self.curve.t_max)).tolist()
         if min(before, final or before) < LEAST_ALPHA and count > 1:
             raise ValueError(
-                f"alpha is {before:g} and {final:g} at the last two of {count} timesteps, less than the {LEAST_ALPHA:g} that "
+                f"alpha is {before:g} and {final:g} at the last two of {count} timesteps, less "
+                f"than the {LEAST_ALPHA:g} that "
                 "float32 holds with its powers; add less noise, or the same in fewer timesteps"
             )
 
@@ -79,29 +85,37 @@ class NoiseSchedule(Constructors):
         alpha, sigma = self.curve.alpha(end), self.curve.sigma(end)
         if float(self.prediction.determinant(alpha, sigma)) == 0.0:
             raise ValueError(
-                f"prediction {self.prediction.name!r} is ill-posed on a schedule with zero terminal SNR: at t = {self.curve.t_max:g} "
-                "alpha is 0, x_t is pure noise, and the output says nothing of x_0; use with_prediction('v_prediction') "
+                f"prediction {self.prediction.name!r} is ill-posed on a schedule with zero "
+                f"terminal SNR: at t = {self.curve.t_max:g} "
+                "alpha is 0, x_t is pure noise, and the output says nothing of x_0; use "
+                "with_prediction('v_prediction') "
                 "(or 'sample', 'flow_prediction') before zero_terminal_snr()"
             )
 
-    # -- transformations return new values ---------------------------------------------------------------------------
+    # -- transformations return new values ---------------------------------------------------------
 
     def zero_terminal_snr(self) -> NoiseSchedule:
-        """Return this schedule with α exactly 0 at the last timestep (Lin et al. 2305.08891, algorithm 1).
+        """Return this schedule with α exactly 0 at the last timestep (Lin et al. 2305.08891,
+        algorithm 1).
 
-        It does not commute with :meth:`shifted`: each acts on the schedule as it is. CogVideoX shifts first.
+        It does not commute with :meth:`shifted`: each acts on the schedule as it is. CogVideoX
+        shifts first.
 
-        >>> NoiseSchedule.linear(prediction="v_prediction").zero_terminal_snr().has_zero_terminal_snr
+        >>> NoiseSchedule.linear(
+        ...     prediction="v_prediction"
+        ... ).zero_terminal_snr().has_zero_terminal_snr
         True
         """
         return replace(self, curve=self.curve.zero_terminal_snr())
 
     def shifted(self, factor: float) -> NoiseSchedule:
-        """Return this schedule with σ / α ``factor`` times as large at every time: log SNR less by 2 log(factor).
+        """Return this schedule with σ / α ``factor`` times as large at every time: log SNR less by
+        2 log(factor).
 
-        The curve stays on its path, and α = 0 stays exactly 0. On a flow this is the static shift, σ' = s σ / (1 + (s - 1) σ)
-        (Esser et al. 2403.03206, eq. 23), and shifts multiply; variance preserving curves have SNR / s²; where variance explodes
-        σ is s times as large (EDM, whose time is σ: its range). ``shifts.py`` says which factor a resolution asks for.
+        The curve stays on its path, and α = 0 stays exactly 0. On a flow this is the static shift,
+        σ' = s σ / (1 + (s - 1) σ) (Esser et al. 2403.03206, eq. 23), and shifts multiply; variance
+        preserving curves have SNR / s²; where variance explodes σ is s times as large (EDM, whose
+        time is σ: its range). ``shifts.py`` says which factor a resolution asks for.
 
         >>> NoiseSchedule.flow(shift=3.0).shifted(2.0) == NoiseSchedule.flow(shift=6.0)
         True
@@ -111,15 +125,19 @@ class NoiseSchedule(Constructors):
     def shifted_for_resolution(
         self, size: int | tuple[int, ...], base_size: int | tuple[int, ...]
     ) -> NoiseSchedule:
-        """Return this schedule, made for images of ``base_size``, for images of ``size``; see :func:`resolution_shift`.
+        """Return this schedule, made for images of ``base_size``, for images of ``size``; see
+        :func:`resolution_shift`.
 
-        >>> NoiseSchedule.cosine().shifted_for_resolution(128, 64).log_snr(torch.tensor(0.5)).item()  # 2 log(64 / 128)
+        >>> NoiseSchedule.cosine().shifted_for_resolution(128, 64).log_snr(
+        ...     torch.tensor(0.5)
+        ... ).item()  # 2 log(64 / 128)
         -1.386294...
         """
         return self.shifted(resolution_shift(size, base_size))
 
     def shifted_for_tokens(self, tokens: int, **line: Any) -> NoiseSchedule:
-        """Return this schedule shifted as Flux does for this number of image tokens; options of :func:`token_shift`.
+        """Return this schedule shifted as Flux does for this number of image tokens; options of
+        :func:`token_shift`.
 
         >>> round(NoiseSchedule.flow().shifted_for_tokens(4096).curve.shift, 4)
         3.1582
@@ -134,11 +152,13 @@ class NoiseSchedule(Constructors):
         log_snr_min: float | None = None,
         log_snr_max: float | None = None,
     ) -> NoiseSchedule:
-        """Return the part of this schedule from ``t_min`` to ``t_max``, for a model that knows these times only (an expert, a refiner).
+        """Return the part of this schedule from ``t_min`` to ``t_max``, for a model that knows
+        these times only (an expert, a refiner).
 
-        A time means what it meant, α, σ and the network's time alike; what is drawn and what is sampled lies inside. The ends are
-        included, and may be said by their log SNR instead: on a discrete schedule the part is then of the timesteps inside.
-        Raises ValueError for ends that lie outside or leave nothing, or an end that is given twice.
+        A time means what it meant, α, σ and the network's time alike; what is drawn and what is
+        sampled lies inside. The ends are included, and may be said by their log SNR instead: on a
+        discrete schedule the part is then of the timesteps inside. Raises ValueError for ends that
+        lie outside or leave nothing, or an end that is given twice.
 
         >>> refiner = NoiseSchedule.scaled_linear().truncated(t_max=199)
         >>> refiner.num_train_timesteps, refiner.alphas_cumprod.shape
@@ -179,7 +199,7 @@ class NoiseSchedule(Constructors):
         """
         return replace(self, prediction=resolve_prediction(prediction))
 
-    # -- the curve -----------------------------------------------------------------------------------------------------
+    # -- the curve ---------------------------------------------------------------------------------
 
     def alpha(self, t: Tensor) -> Tensor:
         """Return the signal level α(t); shape and device of ``t``."""
@@ -207,7 +227,7 @@ class NoiseSchedule(Constructors):
 
     @property
     def num_train_timesteps(self) -> int:
-        """The number of training timesteps; on continuous curves the scale of the network's time."""
+        """The number of training timesteps; on continuous curves the scale of time."""
         return self.curve.num_train_timesteps
 
     @property
@@ -227,14 +247,16 @@ class NoiseSchedule(Constructors):
         """Whether α is exactly 0 at the last time."""
         return float(self.curve.alpha(torch.tensor(self.curve.t_max, dtype=torch.float64))) == 0.0
 
-    # -- what the network is given -----------------------------------------------------------------------------------
+    # -- what the network is given -----------------------------------------------------------------
 
     def scale_model_input(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
-        """Return what the network sees of x_t: x_t itself, or on EDM's curve c_in · x_t; shape and dtype of ``x_t``.
+        """Return what the network sees of x_t: x_t itself, or on EDM's curve c_in · x_t; shape and
+        dtype of ``x_t``.
 
-        ``timesteps``: times of the curve, shape (batch,) or scalar. Samplers hand the network the same, and so is
-        ``Noised.x``; a loop of one's own calls ``network(schedule.scale_model_input(x_t, t), schedule.model_timesteps(t))``.
-        Conversions (:meth:`to_x0`, ...) take x_t without the scale.
+        ``timesteps``: times of the curve, shape (batch,) or scalar. Samplers hand the network the
+        same, and so is ``Noised.x``; a loop of one's own calls
+        ``network(schedule.scale_model_input(x_t, t), schedule.model_timesteps(t))``. Conversions
+        (:meth:`to_x0`, ...) take x_t without the scale.
 
         >>> schedule, t = NoiseSchedule.karras(sigma_data=0.5), torch.tensor([1.2])
         >>> schedule.scale_model_input(torch.ones(1, 1), t)  # 1 / sqrt(1.2² + 0.5²)
@@ -247,22 +269,28 @@ class NoiseSchedule(Constructors):
         return (scale * x_t).to(x_t.dtype)
 
     def model_timesteps(self, timesteps: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return what the network is given as time at these times of the curve; shape of ``timesteps``.
+        """Return what the network is given as time at these times of the curve; shape of
+        ``timesteps``.
 
-        int64 for the integer timesteps of a discrete schedule, else ``dtype``: 1000 σ on a flow, log(σ) / 4 on EDM's curve.
+        int64 for the integer timesteps of a discrete schedule, else ``dtype``: 1000 σ on a flow,
+        log(σ) / 4 on EDM's curve.
 
-        >>> NoiseSchedule.flow().model_timesteps(torch.tensor([0.25])), NoiseSchedule.linear().model_timesteps(torch.tensor([9]))
+        >>> (
+        ...     NoiseSchedule.flow().model_timesteps(torch.tensor([0.25])),
+        ...     NoiseSchedule.linear().model_timesteps(torch.tensor([9])),
+        ... )
         (tensor([250.]), tensor([9]))
         """
         time = self.curve.timestep(timesteps)
         return time.to(dtype) if time.is_floating_point() else time.long()
 
-    # -- noising and conversions -------------------------------------------------------------------------------------
+    # -- noising and conversions -------------------------------------------------------------------
 
     def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return α(t), σ(t) with shape (batch, 1, 1, ...) that broadcasts against ``like``.
 
-        ``t`` is a scalar or has shape (batch,). The dtype is float32, or float64 where ``like`` or ``t`` is.
+        ``t`` is a scalar or has shape (batch,). The dtype is float32, or float64 where ``like`` or
+        ``t`` is.
         """
         t = require_times(t, like)
         shape = (-1,) + (1,) * (like.ndim - 1) if t.ndim else ()
@@ -271,10 +299,13 @@ class NoiseSchedule(Constructors):
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return x_t = α x_0 + σ ε in the dtype of ``x0``, computed in float32 or better.
 
-        ``x0`` and ``noise`` have shape (batch, ...); ``timesteps`` are times of the curve, shape (batch,) or scalar.
-        Raises ValueError for shapes that do not fit, and for times outside the schedule (seen on the CPU).
+        ``x0`` and ``noise`` have shape (batch, ...); ``timesteps`` are times of the curve, shape
+        (batch,) or scalar. Raises ValueError for shapes that do not fit, and for times outside the
+        schedule (seen on the CPU).
 
-        >>> x = NoiseSchedule.flow().add_noise(torch.ones(2, 1), torch.zeros(2, 1), torch.tensor([0.0, 0.75]))
+        >>> x = NoiseSchedule.flow().add_noise(
+        ...     torch.ones(2, 1), torch.zeros(2, 1), torch.tensor([0.0, 0.75])
+        ... )
         >>> x.flatten().tolist()
         [1.0, 0.25]
         """
@@ -312,7 +343,9 @@ class NoiseSchedule(Constructors):
         """Return the network's output as another prediction type would have it.
 
         >>> schedule = NoiseSchedule.flow()
-        >>> schedule.convert(torch.zeros(1, 1), torch.ones(1, 1), torch.tensor([0.5]), to="sample").item()
+        >>> schedule.convert(
+        ...     torch.zeros(1, 1), torch.ones(1, 1), torch.tensor([0.5]), to="sample"
+        ... ).item()
         1.0
         """
         alpha, sigma = self.alpha_sigma(timesteps, x_t)
@@ -323,17 +356,21 @@ class NoiseSchedule(Constructors):
         )
         return resolve_prediction(to).combine(x0, epsilon, alpha, sigma)
 
-    # -- identity and storage ----------------------------------------------------------------------------------------
+    # -- identity and storage ----------------------------------------------------------------------
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the curve's values, the network's times and input scale, and the prediction type.
+        """sha256 of the curve's values, the network's times and input scale, and the prediction
+        type.
 
-        Schedules that mean the same have the same fingerprint, whatever config they came from. The values are rounded to
-        float32, so that the last bits of a platform's exp and log do not matter.
+        Schedules that mean the same have the same fingerprint, whatever config they came from. The
+        values are rounded to float32, so that the last bits of a platform's exp and log do not
+        matter.
 
         >>> a, b = NoiseSchedule.scaled_linear(), NoiseSchedule.scaled_linear()
-        >>> a.fingerprint == NoiseSchedule.from_betas(b.curve.betas()).fingerprint != NoiseSchedule.linear().fingerprint
+        >>> a.fingerprint == NoiseSchedule.from_betas(
+        ...     b.curve.betas()
+        ... ).fingerprint != NoiseSchedule.linear().fingerprint
         True
         """
         curve = self.curve
@@ -354,7 +391,9 @@ class NoiseSchedule(Constructors):
     def to_config(self) -> dict[str, Any]:
         """Return plain JSON from which :meth:`from_config` makes an equal schedule.
 
-        >>> NoiseSchedule.from_config(NoiseSchedule.flow(3.0).to_config()) == NoiseSchedule.flow(3.0)
+        >>> NoiseSchedule.from_config(NoiseSchedule.flow(3.0).to_config()) == NoiseSchedule.flow(
+        ...     3.0
+        ... )
         True
         """
         return {
@@ -366,19 +405,23 @@ class NoiseSchedule(Constructors):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
-        """Return the schedule of a config; raises ValueError where it is incomplete, unknown or contradicts its fingerprint."""
+        """Return the schedule of a config; raises ValueError where it is incomplete, unknown or
+        contradicts its fingerprint.
+        """
         if (
             not isinstance(config, Mapping)
             or not isinstance(config.get("curve"), Mapping)
             or not isinstance(config.get("prediction"), str | Mapping)
         ):
             raise ValueError(
-                f"not a noise schedule config: expected the keys 'curve' and 'prediction', got {_shown(config)}"
+                "not a noise schedule config: expected the keys 'curve' and 'prediction', got "
+                f"{_shown(config)}"
             )
         config = mapping("a noise schedule config", config)
         if whole("version", config.get("version", VERSION)) != VERSION:
             raise ValueError(
-                f"noise schedule config of version {shown(config['version'])}, this alphabar reads version {VERSION}; update alphabar"
+                f"noise schedule config of version {shown(config['version'])}, this alphabar reads "
+                f"version {VERSION}; update alphabar"
             )
         for key in config.keys() - set(_KEYS):
             warnings.warn(
@@ -396,20 +439,24 @@ class NoiseSchedule(Constructors):
         written = word("fingerprint", config.get("fingerprint", schedule.fingerprint))
         if written != schedule.fingerprint:
             raise ValueError(
-                f"the noise schedule config says fingerprint {written[:12]} but describes {schedule.fingerprint[:12]} ({schedule}); "
-                "the file was edited or damaged: restore it, or remove its 'fingerprint' line to accept what it describes"
+                f"the noise schedule config says fingerprint {written[:12]} but describes "
+                f"{schedule.fingerprint[:12]} ({schedule}); "
+                "the file was edited or damaged: restore it, or remove its 'fingerprint' line to "
+                "accept what it describes"
             )
         return schedule
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], sampler: Any = None, nearest: bool = False
     ) -> Path:
-        """Write ``scheduler_config.json``, which diffusers loads, and ``noise_schedule.json``, which says it exactly.
+        """Write ``scheduler_config.json``, which diffusers loads, and ``noise_schedule.json``,
+        which says it exactly.
 
-        ``sampler`` may be a Sampler of this schedule: the file then names a class with the options that make it this sampler,
-        which diffusers loads and sets to as many steps. Raises ValueError where no class is, with the nearest and what
-        differs; ``nearest=True`` writes that one and logs what differs. Without a sampler the file names DDIM with trailing
-        spacing (a flow: FlowMatchEuler). Returns the folder.
+        ``sampler`` may be a Sampler of this schedule: the file then names a class with the options
+        that make it this sampler, which diffusers loads and sets to as many steps. Raises
+        ValueError where no class is, with the nearest and what differs; ``nearest=True`` writes
+        that one and logs what differs. Without a sampler the file names DDIM with trailing spacing
+        (a flow: FlowMatchEuler). Returns the folder.
 
         >>> import tempfile
         >>> folder = NoiseSchedule.flow(3.0).save_pretrained(tempfile.mkdtemp())
@@ -425,10 +472,12 @@ class NoiseSchedule(Constructors):
     def from_pretrained(
         cls, folder: str | os.PathLike[str], subfolder: str | None = None, tokens: int | None = None
     ) -> NoiseSchedule:
-        """Read what :meth:`save_pretrained` wrote, or the ``scheduler_config.json`` of any diffusers pipeline.
+        """Read what :meth:`save_pretrained` wrote, or the ``scheduler_config.json`` of any
+        diffusers pipeline.
 
-        ``tokens``: the number of image tokens, for a pipeline whose shift depends on it (Flux; see :func:`token_shift`).
-        Raises FileNotFoundError where there is no such file, and ValueError for a corrupt one or for two that contradict.
+        ``tokens``: the number of image tokens, for a pipeline whose shift depends on it (Flux; see
+        :func:`token_shift`). Raises FileNotFoundError where there is no such file, and ValueError
+        for a corrupt one or for two that contradict.
         """
         place = Path(folder, subfolder) if subfolder else Path(folder)
         loaded: dict[str, NoiseSchedule] = {}
@@ -444,15 +493,18 @@ class NoiseSchedule(Constructors):
         first, *others = loaded.values()
         if others and not first._means_the_same(others[0]):
             raise ValueError(
-                f"the two files in {str(place)!r} contradict each other: {EXACT_NAME} says {first}, "
+                f"the two files in {str(place)!r} contradict each other: {EXACT_NAME} says "
+                f"{first}, "
                 f"{CONFIG_NAME} says {others[0]}; remove the wrong one"
             )
         return first
 
     def to_diffusers(self, sampling: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return the ``scheduler_config.json`` of diffusers for this schedule, as a dict of plain values.
+        """Return the ``scheduler_config.json`` of diffusers for this schedule, as a dict of plain
+        values.
 
-        ``sampling``: what ``Sampler.to_diffusers`` returns. Raises ValueError for a schedule that diffusers has no config for.
+        ``sampling``: what ``Sampler.to_diffusers`` returns. Raises ValueError for a schedule that
+        diffusers has no config for.
 
         >>> NoiseSchedule.flow(3.0).to_diffusers()["shift"]
         3.0
@@ -461,10 +513,11 @@ class NoiseSchedule(Constructors):
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any], tokens: int | None = None) -> NoiseSchedule:
-        """Return the schedule of a diffusers scheduler config; keys that are left out have the defaults of its class.
+        """Return the schedule of a diffusers scheduler config; keys that are left out have the
+        defaults of its class.
 
-        ``config``: the content of scheduler_config.json, or ``dict(scheduler.config)``. ``tokens`` as in :meth:`from_pretrained`.
-        Raises ValueError for a config that describes no schedule.
+        ``config``: the content of scheduler_config.json, or ``dict(scheduler.config)``. ``tokens``
+        as in :meth:`from_pretrained`. Raises ValueError for a config that describes no schedule.
 
         >>> NoiseSchedule.from_diffusers({"_class_name": "LCMScheduler"}).curve.beta_start
         0.00085
@@ -474,16 +527,20 @@ class NoiseSchedule(Constructors):
     def _sampling_of(self, sampler: Any, nearest: bool) -> Any:
         if not hasattr(sampler, "to_diffusers"):
             raise ValueError(
-                f"sampler must be a Sampler, got {type(sampler).__name__}, which diffusers has no config for; save the schedule alone"
+                f"sampler must be a Sampler, got {type(sampler).__name__}, which diffusers has no "
+                "config for; save the schedule alone"
             )
         if sampler.schedule.fingerprint != self.fingerprint:
             raise ValueError(
-                f"the sampler is made for {sampler.schedule}, and the schedule to save is {self}; make it for this one"
+                f"the sampler is made for {sampler.schedule}, and the schedule to save is {self}; "
+                "make it for this one"
             )
         return sampler.to_diffusers(nearest=nearest)
 
     def _means_the_same(self, other: NoiseSchedule) -> bool:
-        """Compare as fingerprints do, but for the last digits: betas of a shifted curve are written as numbers."""
+        """Compare as fingerprints do, but for the last digits: betas of a shifted curve are written
+        as numbers.
+        """
         if self.fingerprint == other.fingerprint:
             return True
         facts = [(s.prediction, s.curve.is_discrete, s.num_train_timesteps) for s in (self, other)]
@@ -492,11 +549,13 @@ class NoiseSchedule(Constructors):
         )
 
     def __str__(self) -> str:
-        return f"{_in_words(self.curve.to_config())} with {self.prediction.name} [{self.fingerprint[:12]}]"
+        curve = _in_words(self.curve.to_config())
+        return f"{curve} with {self.prediction.name} [{self.fingerprint[:12]}]"
 
 
 def require_times(t: Tensor, like: Tensor) -> Tensor:
-    """Return times on the device of ``like``, in float64 where that is; ValueError unless a scalar or one for each sample.
+    """Return times on the device of ``like``, in float64 where that is; ValueError unless a scalar
+    or one for each sample.
 
     >>> require_times(torch.tensor([1, 2]), torch.zeros(3, 1))
     Traceback (most recent call last):
@@ -526,7 +585,8 @@ def _in_words(config: Mapping[str, Any]) -> str:
     return f"{words.pop('kind')}({', '.join(f'{k}={v}' for k, v in words.items())})"
 
 
-# LightningCLI takes a dataclass's fields in the place of postponed annotations, and would not accept a prediction's name
+# LightningCLI takes a dataclass's fields in the place of postponed annotations, and would not
+# accept a prediction's name
 NoiseSchedule.__init__.__annotations__.update(get_type_hints(NoiseSchedule.__init__))
 
 

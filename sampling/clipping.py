@@ -1,10 +1,13 @@
-"""Clipping: keeping the clean estimate inside the range of the data, at every evaluation of the network.
+"""Clipping: keeping the clean estimate inside the range of the data, at every evaluation of the
+network.
 
-No table can do this, for it is not linear; but it changes only what an evaluation returns. With x kept, moving x_0 by Δx_0
-moves the network's output by Δout = (det / σ) Δx_0 (see noising.prediction), so the clipped estimate is folded back into the
-raw output, exactly, for every prediction type, and the tables know nothing of it. ε̂ moves along: it is what x and the
-clipped x_0 imply, as DDPM has it and DDIM with ``use_clipped_model_output=True``. With False DDIM, its inverse and RePaint ask
-for the ε̂ before clipping as well, which is kept beside. TCDScheduler of diffusers has the settings and clips nothing.
+No table can do this, for it is not linear; but it changes only what an evaluation returns. With x
+kept, moving x_0 by Δx_0 moves the network's output by Δout = (det / σ) Δx_0 (see
+noising.prediction), so the clipped estimate is folded back into the raw output, exactly, for every
+prediction type, and the tables know nothing of it. ε̂ moves along: it is what x and the clipped x_0
+imply, as DDPM has it and DDIM with ``use_clipped_model_output=True``. With False DDIM, its inverse
+and RePaint ask for the ε̂ before clipping as well, which is kept beside. TCDScheduler of diffusers
+has the settings and clips nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ class Clip:
     def __post_init__(self) -> None:
         if not self.limit > 0:
             raise ValueError(
-                f"clip must be a positive limit of |x_0|, got {self.limit}; images in [-1, 1] have 1.0"
+                f"clip must be a positive limit of |x_0|, got {self.limit}; images in [-1, 1] have "
+                "1.0"
             )
 
     def __call__(self, x0: Tensor) -> Tensor:
@@ -47,10 +51,12 @@ class Clip:
 
 @dataclass(frozen=True)
 class DynamicThreshold:
-    """Clip x_0 to -s ... s and divide by s, s being a quantile of each image's |x_0| (Saharia et al. 2205.11487, §2.3).
+    """Clip x_0 to -s ... s and divide by s, s being a quantile of each image's |x_0| (Saharia et
+    al. 2205.11487, §2.3).
 
-    ``ratio``: which quantile. s is at least 1, and at most ``max_value`` (diffusers' ``sample_max_value``, which is 1 by
-    default there: plain clipping). For pixels in [-1, 1], not for latents. Raises ValueError for values out of range.
+    ``ratio``: which quantile. s is at least 1, and at most ``max_value`` (diffusers'
+    ``sample_max_value``, which is 1 by default there: plain clipping). For pixels in [-1, 1], not
+    for latents. Raises ValueError for values out of range.
 
     >>> DynamicThreshold(ratio=1.0)(torch.tensor([[-3.0, 1.5]]))
     tensor([[-1.0000,  0.5000]])
@@ -62,7 +68,8 @@ class DynamicThreshold:
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
             raise ValueError(
-                f"the ratio of a dynamic threshold must be in (0, 1], got {self.ratio}; Imagen uses 0.995"
+                f"the ratio of a dynamic threshold must be in (0, 1], got {self.ratio}; Imagen "
+                "uses 0.995"
             )
         if not self.max_value >= 1:
             raise ValueError(
@@ -85,11 +92,14 @@ def resolve_clip(clip: float | Change) -> Change:
 
 
 def clipped(evaluate: Evaluate, prediction: Prediction, change: Change) -> Evaluate:
-    """Return ``evaluate`` with the clean estimate changed and folded back into the raw output, in float32 or better.
+    """Return ``evaluate`` with the clean estimate changed and folded back into the raw output, in
+    float32 or better.
 
     >>> from alphabar.noising import PREDICTIONS
     >>> f = clipped(lambda x, knot: 0 * x, PREDICTIONS["epsilon"](), Clip(1.0))
-    >>> f(torch.tensor([[3.0]]), Knot(0, alpha=0.6, sigma=0.8))  # x_0 = 3 / 0.6 -> 1, so ε = (3 - 0.6) / 0.8
+    >>> f(
+    ...     torch.tensor([[3.0]]), Knot(0, alpha=0.6, sigma=0.8)
+    ... )  # x_0 = 3 / 0.6 -> 1, so ε = (3 - 0.6) / 0.8
     tensor([[3.]])
     """
 

@@ -1,4 +1,6 @@
-"""Classifier-free guidance around a network. Tables know nothing of it: it changes what an evaluation returns."""
+"""Classifier-free guidance around a network. Tables know nothing of it: it changes what an
+evaluation returns.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,12 @@ Network = Callable[..., Any]
 def guide(
     out: Tensor, unconditional: Tensor, guidance_scale: float, guidance_rescale: float = 0.0
 ) -> Tensor:
-    """Return the guided output, u + w (c - u), pulled back to the conditional one's spread by ``guidance_rescale``.
+    """Return the guided output, u + w (c - u), pulled back to the conditional one's spread by
+    ``guidance_rescale``.
 
-    Shapes (batch, ...); float32 or better. Classifier-free guidance is Ho & Salimans 2207.12598, eq. 6, with w = 1 for no
-    guidance; the rescale is Lin et al. 2305.08891, eq. 15 and 16, with φ = 0.7 there.
+    Shapes (batch, ...); float32 or better. Classifier-free guidance is Ho & Salimans 2207.12598,
+    eq. 6, with w = 1 for no guidance; the rescale is Lin et al. 2305.08891, eq. 15 and 16, with φ =
+    0.7 there.
 
     >>> guide(torch.ones(1, 2), torch.zeros(1, 2), 3.0)
     tensor([[3., 3.]])
@@ -37,11 +41,13 @@ def guide(
 
 
 class Guided:
-    """A network under guidance: (x, timesteps) -> its guided raw output. ``unconditional`` is that half of its last output.
+    """A network under guidance: (x, timesteps) -> its guided raw output. ``unconditional`` is that
+    half of its last output.
 
-    Both halves go through the network in one batch of twice the size where their inputs can be joined, and one after the other
-    where they cannot: objects, texts and numbers that differ, tensors that have no row for each image and differ. A half of
-    its own comes to the same result, whatever the network makes of its arguments.
+    Both halves go through the network in one batch of twice the size where their inputs can be
+    joined, and one after the other where they cannot: objects, texts and numbers that differ,
+    tensors that have no row for each image and differ. A half of its own comes to the same result,
+    whatever the network makes of its arguments.
     """
 
     def __init__(
@@ -81,7 +87,9 @@ class Guided:
 
 
 class Unguided:
-    """A network without guidance: (x, timesteps) -> its raw output, of which no half is unconditional."""
+    """A network without guidance: (x, timesteps) -> its raw output, of which no half is
+    unconditional.
+    """
 
     unconditional: Tensor | None = None
 
@@ -103,10 +111,13 @@ def guided_network(
 ) -> Guided | Unguided:
     """Return (x, timesteps) -> raw output, guided, for x of ``batch`` rows.
 
-    At a scale of 1 the unconditional half is evaluated only where ``halves`` asks for it and its input is given.
-    Raises ValueError where guidance is asked for without an unconditional input, or the two do not have the same keys.
+    At a scale of 1 the unconditional half is evaluated only where ``halves`` asks for it and its
+    input is given. Raises ValueError where guidance is asked for without an unconditional input, or
+    the two do not have the same keys.
 
-    >>> f = guided_network(lambda x, t, y: y, {"y": torch.ones(1, 2)}, {"y": torch.zeros(1, 2)}, 3.0, 0.0, batch=1)
+    >>> f = guided_network(
+    ...     lambda x, t, y: y, {"y": torch.ones(1, 2)}, {"y": torch.zeros(1, 2)}, 3.0, 0.0, batch=1
+    ... )
     >>> f(torch.zeros(1, 2), torch.zeros(1)), f.unconditional
     (tensor([[3., 3.]]), tensor([[0., 0.]]))
     """
@@ -114,7 +125,8 @@ def guided_network(
         return Unguided(network, conditioning)
     if unconditional is None:
         raise ValueError(
-            f"guidance_scale={guidance_scale} needs unconditional=..., the conditioning of the empty prompt "
+            f"guidance_scale={guidance_scale} needs unconditional=..., the conditioning of the "
+            "empty prompt "
             f"(keys {sorted(conditioning)}); or use guidance_scale=1"
         )
     if not 0 <= guidance_rescale <= 1:
@@ -181,7 +193,8 @@ def _joined_tensors(key: str, a: Tensor, b: Tensor, batch: int) -> Tensor:
     rows = [tensor.ndim > 0 and tensor.shape[0] == batch for tensor in (a, b)]
     if rows[0] != rows[1]:
         raise ValueError(
-            f"conditioning {key!r} has shape {tuple(a.shape)} and its unconditional one {tuple(b.shape)}; give both the same"
+            f"conditioning {key!r} has shape {tuple(a.shape)} and its unconditional one "
+            f"{tuple(b.shape)}; give both the same"
         )
     alike = all(
         getattr(a, name) == getattr(b, name) for name in ("shape", "dtype", "device", "layout")

@@ -1,7 +1,9 @@
-"""What makes two samplers the same one: values that only equal values of the same types, down to the sign of zero.
+"""What makes two samplers the same one: values that only equal values of the same types, down to
+the sign of zero.
 
-Python has 1 == 1.0 == True and 0.0 == -0.0, and dataclasses may leave fields out of their comparison. Tables are cached by the
-sampler they are made for, so a comparison that is too generous would hand out another sampler's table.
+Python has 1 == 1.0 == True and 0.0 == -0.0, and dataclasses may leave fields out of their
+comparison. Tables are cached by the sampler they are made for, so a comparison that is too generous
+would hand out another sampler's table.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ from torch import Tensor
 
 
 def exact(value: Any) -> Hashable:
-    """Return a hashable stand-in that equals another's only where the values are the same, types included.
+    """Return a hashable stand-in that equals another's only where the values are the same, types
+    included.
 
-    Containers, arrays and dataclasses (with every field) are compared by what they hold, functions and other objects by their
-    own equality, and what is unhashable by identity.
+    Containers, arrays and dataclasses (with every field) are compared by what they hold, functions
+    and other objects by their own equality, and what is unhashable by identity.
 
     >>> exact(1) == exact(1), exact(1) == exact(True), exact([0.0]) == exact([-0.0])
     (True, False, False)

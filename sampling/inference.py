@@ -1,4 +1,5 @@
-"""What every run of a network shares: where it happens, how its noise is drawn, and how the network is called.
+"""What every run of a network shares: where it happens, how its noise is drawn, and how the network
+is called.
 
 The table sampler and the samplers that are no tables take the same arguments and begin here.
 """
@@ -27,11 +28,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Run:
-    """One run: ``x`` at the first knot, ``evaluate(x, knot)`` -> the guided, clipped output, ``noise()`` -> standard normal.
+    """One run: ``x`` at the first knot, ``evaluate(x, knot)`` -> the guided, clipped output,
+    ``noise()`` -> standard normal.
 
-    ``beside``: what the last evaluation left besides, as ``kernel.perform`` takes it: its unconditional half where there is
-    one, and what it was before clipping. ``head(k)`` returns the k-th part of the channels of the last output, for networks
-    that put out more than their prediction.
+    ``beside``: what the last evaluation left besides, as ``kernel.perform`` takes it: its
+    unconditional half where there is one, and what it was before clipping. ``head(k)`` returns the
+    k-th part of the channels of the last output, for networks that put out more than their
+    prediction.
     """
 
     x: Tensor
@@ -60,13 +63,17 @@ def prepare_run(
     dtype: torch.dtype | None = None,
     clip: float | Change | None = None,
 ) -> Run:
-    """Return the run that starts at ``first``, the noise times ``scale`` (sqrt(α² + σ²) there). Raises ValueError for a bad shape.
+    """Return the run that starts at ``first``, the noise times ``scale`` (sqrt(α² + σ²) there).
+    Raises ValueError for a bad shape.
 
-    From ``seeds`` on these are the arguments that every sampler's call takes; ``Sampler.iterate`` says what they mean.
-    ``integer_timesteps``: the network is given integers as time. ``output_multiple``: its output has so many times the
-    channels of its input, of which the first are the prediction. ``halves``: the unconditional half is of use without guidance as well.
+    From ``seeds`` on these are the arguments that every sampler's call takes; ``Sampler.iterate``
+    says what they mean. ``integer_timesteps``: the network is given integers as time.
+    ``output_multiple``: its output has so many times the channels of its input, of which the first
+    are the prediction. ``halves``: the unconditional half is of use without guidance as well.
 
-    >>> run = prepare_run(NoiseSchedule.flow(), Knot(1000.0, 0.0, 1.0), lambda x, t: -x, (2, 3), seeds=0)
+    >>> run = prepare_run(
+    ...     NoiseSchedule.flow(), Knot(1000.0, 0.0, 1.0), lambda x, t: -x, (2, 3), seeds=0
+    ... )
     >>> run.evaluate(run.x, Knot(1000.0, 0.0, 1.0)).shape
     torch.Size([2, 3])
     """
@@ -125,7 +132,9 @@ class Kept:
 
 
 class _Outputs:
-    """A network that keeps its last output, split along the channels; a call returns the first part."""
+    """A network that keeps its last output, split along the channels; a call returns the first
+    part.
+    """
 
     def __init__(self, network: Network, output_multiple: int) -> None:
         self.network, self.output_multiple = network, output_multiple
@@ -137,7 +146,8 @@ class _Outputs:
             out.ndim < 2 or out.shape[1] != self.output_multiple * x.shape[1]
         ):
             raise ValueError(
-                f"the network's output must have {self.output_multiple} times the {x.shape[1]} channels of its input, "
+                f"the network's output must have {self.output_multiple} times the {x.shape[1]} "
+                "channels of its input, "
                 f"got shape {tuple(out.shape)}"
             )
         self.parts = out.chunk(self.output_multiple, 1) if self.output_multiple > 1 else (out,)
@@ -145,12 +155,16 @@ class _Outputs:
 
 
 class SeededNoise:
-    """Standard normal noise in which every image has a seed of its own, all 64 bits of it; each call is another draw.
+    """Standard normal noise in which every image has a seed of its own, all 64 bits of it; each
+    call is another draw.
 
-    ``seeds``: one for each image, or one that is counted up, modulo 2^64; none: fresh ones. ValueError for another number of
-    them or more than 64 bits, TypeError for what is no integer.
+    ``seeds``: one for each image, or one that is counted up, modulo 2^64; none: fresh ones.
+    ValueError for another number of them or more than 64 bits, TypeError for what is no integer.
 
-    >>> torch.equal(SeededNoise((2, 3), [5, 6], torch.device("cpu"))()[1], SeededNoise((1, 3), 6, torch.device("cpu"))()[0])
+    >>> torch.equal(
+    ...     SeededNoise((2, 3), [5, 6], torch.device("cpu"))()[1],
+    ...     SeededNoise((1, 3), 6, torch.device("cpu"))()[0],
+    ... )
     True
     """
 
@@ -223,7 +237,8 @@ def checked_seeds(seeds: Any) -> int | list[int] | None:
 def place(
     network: Network, start: Any, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> tuple[torch.device, torch.dtype | None]:
-    """Return the device and dtype of the network's input: as given, else those of its parameters, else the start's device.
+    """Return the device and dtype of the network's input: as given, else those of its parameters,
+    else the start's device.
 
     >>> place(nn.Linear(2, 2).double(), (1, 2), None, None)
     (device(type='cpu'), torch.float64)
@@ -244,8 +259,8 @@ def place(
 
 
 def without_gradients(steps: Iterator[T]) -> Iterator[T]:
-    """Yield from ``steps``, which runs without gradients; the mode is entered anew for each step, so that a generator that is
-    left halfway does not leave its caller without gradients.
+    """Yield from ``steps``, which runs without gradients; the mode is entered anew for each step,
+    so that a generator that is left halfway does not leave its caller without gradients.
 
     >>> list(without_gradients(iter([torch.is_grad_enabled()])))
     [True]

@@ -1,7 +1,8 @@
 """The kernel: one function runs every table.
 
-Coefficients are Python floats, computed in float64, that travel as kernel arguments: a step makes no host sync and no
-upload. The state is kept in float32 or better, whatever the dtype of the network.
+Coefficients are Python floats, computed in float64, that travel as kernel arguments: a step makes
+no host sync and no upload. The state is kept in float32 or better, whatever the dtype of the
+network.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ NOTHING_BESIDE: Beside = MappingProxyType({})
 
 
 def combine(row: Row, basis: Sequence[Tensor]) -> Tensor:
-    """Return the linear combination of ``basis`` that ``row`` states; a single vector with coefficient 1 is not copied.
+    """Return the linear combination of ``basis`` that ``row`` states; a single vector with
+    coefficient 1 is not copied.
 
     >>> combine(((0, 2.0), (1, -1.0)), [torch.ones(2), torch.ones(2)])
     tensor([1., 1.])
@@ -41,7 +43,8 @@ def combine(row: Row, basis: Sequence[Tensor]) -> Tensor:
 
 
 class Progress:
-    """Where a sampling run stands after a step: ``step`` of ``steps``, ``x`` there, and the clean estimate ``denoised``.
+    """Where a sampling run stands after a step: ``step`` of ``steps``, ``x`` there, and the clean
+    estimate ``denoised``.
 
     >>> Progress(1, 2, torch.ones(1), ((0, 0.5),), [torch.ones(1)]).denoised
     tensor([0.5000])
@@ -62,10 +65,10 @@ def run(
 ) -> Iterator[Progress]:
     """Run a table from ``x``, yielding after each step.
 
-    ``evaluate(x, knot)`` returns the network's raw output, ``noise(start, end)`` standard normal noise; both in the shape
-    and device of ``x``. ``beside`` gives what the last evaluation left besides its result, for each kind of operation
-    that asks for it: its unconditional half, what it was before clipping. Where that is missing or None, it is the evaluation
-    itself.
+    ``evaluate(x, knot)`` returns the network's raw output, ``noise(start, end)`` standard normal
+    noise; both in the shape and device of ``x``. ``beside`` gives what the last evaluation left
+    besides its result, for each kind of operation that asks for it: its unconditional half, what it
+    was before clipping. Where that is missing or None, it is the evaluation itself.
     """
     state = [x]
     for i, step in enumerate(table.steps):
@@ -82,7 +85,8 @@ def perform(
     noise: Noise,
     beside: Beside = NOTHING_BESIDE,
 ) -> None:
-    """Append to ``basis`` what each operation gives, in the dtype of its first vector; arguments as in :func:`run`.
+    """Append to ``basis`` what each operation gives, in the dtype of its first vector; arguments as
+    in :func:`run`.
 
     >>> basis = [torch.ones(1)]
     >>> perform([Draw(1.0, 0.5)], basis, lambda x, knot: x, lambda start, end: torch.zeros(1))

@@ -15,7 +15,8 @@ from ..noising import NoiseSchedule
 
 @dataclass(frozen=True)
 class Knot:
-    """One point of the path: signal α, noise σ, and what the network is given there: the time, and x times a scale.
+    """One point of the path: signal α, noise σ, and what the network is given there: the time, and
+    x times a scale.
 
     >>> Knot(timestep=999, alpha=0.0, sigma=1.0).half_log_snr
     -inf
@@ -58,7 +59,8 @@ def knots_at(schedule: NoiseSchedule, times: Tensor | Sequence[float]) -> tuple[
 
 
 def knot_at_half_log_snr(schedule: NoiseSchedule, half_log_snr: float) -> Knot:
-    """Return the point of the schedule's path with this λ = log(α / σ), also past the ends of its time, computed in float64.
+    """Return the point of the schedule's path with this λ = log(α / σ), also past the ends of its
+    time, computed in float64.
 
     >>> knot = knot_at_half_log_snr(NoiseSchedule.scaled_linear(), 0.0)
     >>> round(knot.alpha**2, 6), 200 < knot.timestep < 400

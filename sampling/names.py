@@ -1,8 +1,10 @@
-"""Names that people know a sampler by: our own, those of A1111, k-diffusion and ComfyUI, and diffusers' class names.
+"""Names that people know a sampler by: our own, those of A1111, k-diffusion and ComfyUI, and
+diffusers' class names.
 
-A name resolves to a method and what it implies: a grid, and options of the grid and of the method. The words after a method's
-name may say the grid, as in 'DPM++ 2M Karras'. A diffusers class stands for what it is with default options: its method, its
-spacing, its order; what is said wins over these. Case, the kind of separator, and 'k_', 'sample_' and 'gpu' do not matter.
+A name resolves to a method and what it implies: a grid, and options of the grid and of the method.
+The words after a method's name may say the grid, as in 'DPM++ 2M Karras'. A diffusers class stands
+for what it is with default options: its method, its spacing, its order; what is said wins over
+these. Case, the kind of separator, and 'k_', 'sample_' and 'gpu' do not matter.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ ALIASES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "FlowMatchHeunDiscreteScheduler": ("flow_heun", {}),
     "FlowMatchLCMScheduler": ("lcm", {}),
 }
-"""Names of other software that are not in a method's own list ``called``: the method, and what the name implies.
+"""Names of other software that are not in a method's own list ``called``: the method, and what the
+name implies.
 
 What a class of diffusers implies is in ``diffusers_classes``.
 """
@@ -63,7 +66,9 @@ SUFFIXES: Mapping[str, dict[str, Any]] = {
     "ays_svd": {"grid": "align_your_steps", "variant": "svd"},
     "gpu": {},
 }
-"""Last words of a name that stand for a grid, as in 'DPM++ 2M SDE Karras', beside the names of the grids themselves."""
+"""Last words of a name that stand for a grid, as in 'DPM++ 2M SDE Karras', beside the names of the
+grids themselves.
+"""
 
 PREFIXES = ("sample_", "k_")
 
@@ -71,7 +76,8 @@ Known = tuple[Method | StandaloneEntry, dict[str, Any]]
 
 
 def resolve(name: str | Method | StandaloneEntry) -> Known:
-    """Return the entry of a name, a method or a sampler that is no table, and the options, ``grid`` among them, that it implies.
+    """Return the entry of a name, a method or a sampler that is no table, and the options, ``grid``
+    among them, that it implies.
 
     Raises ValueError for an unknown name, with the nearest ones.
 
@@ -92,7 +98,8 @@ def resolve(name: str | Method | StandaloneEntry) -> Known:
 def resolve_method(name: str | Method) -> tuple[Method, dict[str, Any]]:
     """Return the method of a name and the options, ``grid`` among them, that the name implies.
 
-    Raises ValueError for an unknown name, with the nearest ones, and for a sampler that is no table.
+    Raises ValueError for an unknown name, with the nearest ones, and for a sampler that is no
+    table.
 
     >>> method, implied = resolve_method("DPM++ 2M Karras")
     >>> method.name, implied
@@ -110,7 +117,7 @@ def resolve_method(name: str | Method) -> tuple[Method, dict[str, Any]]:
 
 
 class Settings(NamedTuple):
-    """What a sampler is made of: its method, how many steps on which grid, and the options of both."""
+    """The settings of a sampler: its method, steps and grid, and the options of both."""
 
     method: Method
     steps: int | None
@@ -124,10 +131,12 @@ def resolve_settings(
     grid: str | Grid | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """Return the settings of a sampler from its arguments; ``steps`` stays None where nothing says it.
+    """Return the settings of a sampler from its arguments; ``steps`` stays None where nothing says
+    it.
 
-    An explicit value comes first, then what the name implies, then the default of the method. Where a grid is replaced, those
-    of its options stay that the new one has too. Raises ValueError for unknown names and options.
+    An explicit value comes first, then what the name implies, then the default of the method. Where
+    a grid is replaced, those of its options stay that the new one has too. Raises ValueError for
+    unknown names and options.
 
     >>> settings = resolve_settings("DPM++ 2M Karras", 20, options={"rho": 5.0})
     >>> settings.grid, settings.options
@@ -228,7 +237,9 @@ def _suffixes(key: str) -> list[str]:
 
 
 def _nearest(key: str) -> str:
-    """Word what the nearest known names are, one for each entry, with the grid that the name ends in."""
+    """Word what the nearest known names are, one for each entry, with the grid that the name ends
+    in.
+    """
     ending = next(iter(_suffixes(key)), "")
     known, spelled = (
         _known_names(),

@@ -1,9 +1,10 @@
 """One Brownian path for each image, the same for every number of steps.
 
-Stochastic samplers draw a new number for every step, so the picture changes with their number. Taken as increments of one
-path W over σ/α that belongs to the image's seed, z = (W(b) - W(a)) / sqrt(|b - a|), the noise of a long step is the sum of
-that of the short ones inside it, and the picture settles as steps grow (Rößler's strong convergence; k-diffusion's
-BrownianTreeNoiseSampler). The path is torchsde's virtual Brownian tree (Li et al. 2001.01328, §4).
+Stochastic samplers draw a new number for every step, so the picture changes with their number.
+Taken as increments of one path W over σ/α that belongs to the image's seed, z = (W(b) - W(a)) /
+sqrt(|b - a|), the noise of a long step is the sum of that of the short ones inside it, and the
+picture settles as steps grow (Rößler's strong convergence; k-diffusion's BrownianTreeNoiseSampler).
+The path is torchsde's virtual Brownian tree (Li et al. 2001.01328, §4).
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from .knots import Knot
 
 
 class BrownianNoise:
-    """Standard normal noise for stretches of σ/α, from one path for each image; needs the package torchsde.
+    """Standard normal noise for stretches of σ/α, from one path for each image; needs the package
+    torchsde.
 
-    ``drawn``: the noise of the run, whose seeds are the paths', all 64 bits of them. ``knots``: of the run, whose finite σ/α the
-    path spans. From α = 0, where σ/α is infinite, noise is drawn as always.
+    ``drawn``: the noise of the run, whose seeds are the paths', all 64 bits of them. ``knots``: of
+    the run, whose finite σ/α the path spans. From α = 0, where σ/α is infinite, noise is drawn as
+    always.
 
     >>> drawn = SeededNoise((1, 4), 0, torch.device("cpu"))
     >>> noise = BrownianNoise(drawn, [Knot(9, 0.1, 1.0), Knot(0, 1.0, 0.0)])

@@ -1,4 +1,6 @@
-"""Options of formulas: the keyword-only parameters of a function, each value checked against its type before any work."""
+"""Options of formulas: the keyword-only parameters of a function, each value checked against its
+type before any work.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +39,11 @@ def _parameters(function: Callable[..., Any]) -> tuple[tuple[str, Parameter], ..
 
 
 def check_option(parameter: Parameter, value: Any) -> Any:
-    """Return an option's value as Python's own bool, int, float, str or tuple; ValueError where it is of another type.
+    """Return an option's value as Python's own bool, int, float, str or tuple; ValueError where it
+    is of another type.
 
-    Numbers may come from numpy or as 0-dimensional tensors; a bool is no number. Other types let any value pass.
+    Numbers may come from numpy or as 0-dimensional tensors; a bool is no number. Other types let
+    any value pass.
 
     >>> check_option(Parameter("rho", Parameter.KEYWORD_ONLY, annotation=float | None), 7)
     7.0

@@ -35,13 +35,15 @@ DEFAULT_STEPS = 20
 class Sampler:
     """Draw samples with a network that was trained on ``schedule``.
 
-    ``method``: a name of the field ('dpmpp_2m', 'DPM++ 2M Karras', 'DPMSolverMultistepScheduler') or a Method; the name of a
-    sampler that is no table ('DPM adaptive') makes an object of its own class, called in the same way. ``steps``: an
-    integer in 1 ... T, by default 20. ``grid``: a name of GRIDS or a function; by default what the name implies, or the
-    method's own. ``timesteps=[...]`` or ``sigmas=[...]`` stand in place of steps and grid. Further options belong to the method
-    (``eta``) or the grid (``rho``, ``final``). ``init_noise="sigma"`` begins at σ z instead of the marginal's spread sqrt(α² + σ²) z, as
-    k-diffusion and the Euler family of diffusers do. Frozen and picklable; holds no tensor.
-    Raises ValueError for unknown names and options, and steps out of range.
+    ``method``: a name of the field ('dpmpp_2m', 'DPM++ 2M Karras', 'DPMSolverMultistepScheduler')
+    or a Method; the name of a sampler that is no table ('DPM adaptive') makes an object of its own
+    class, called in the same way. ``steps``: an integer in 1 ... T, by default 20. ``grid``: a name
+    of GRIDS or a function; by default what the name implies, or the method's own.
+    ``timesteps=[...]`` or ``sigmas=[...]`` stand in place of steps and grid. Further options belong
+    to the method (``eta``) or the grid (``rho``, ``final``). ``init_noise="sigma"`` begins at σ z
+    instead of the marginal's spread sqrt(α² + σ²) z, as k-diffusion and the Euler family of
+    diffusers do. Frozen and picklable; holds no tensor. Raises ValueError for unknown names and
+    options, and steps out of range.
 
     >>> schedule = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
     >>> sampler = Sampler(schedule, "DPM++ 2M Karras", steps=20)
@@ -80,7 +82,8 @@ class Sampler:
     ) -> None:
         if not isinstance(schedule, NoiseSchedule):
             raise TypeError(
-                f"schedule must be a NoiseSchedule, got {type(schedule).__name__}; e.g. NoiseSchedule.scaled_linear()"
+                f"schedule must be a NoiseSchedule, got {type(schedule).__name__}; e.g. "
+                "NoiseSchedule.scaled_linear()"
             )
         settings = resolve_settings(method, steps, grid, options)
         values = {
@@ -119,7 +122,9 @@ class Sampler:
 
     @property
     def knots(self) -> tuple[Knot, ...]:
-        """The steps + 1 points that are visited, the last one clean; of DPM fast, whose steps count evaluations, fewer."""
+        """The steps + 1 points that are visited, the last one clean; of DPM fast, whose steps count
+        evaluations, fewer.
+        """
         return self.table.knots
 
     @property
@@ -129,7 +134,9 @@ class Sampler:
 
     @property
     def sigmas(self) -> list[float]:
-        """The noise level at every knot, as ``sigmas=`` takes it: σ / α (infinite where α is 0), or σ on a flow path."""
+        """The noise level at every knot, as ``sigmas=`` takes it: σ / α (infinite where α is 0), or
+        σ on a flow path.
+        """
         alpha, sigma = (
             torch.tensor([getattr(k, n) for k in self.knots], dtype=torch.float64)
             for n in ("alpha", "sigma")
@@ -138,7 +145,8 @@ class Sampler:
 
     @property
     def init_noise_scale(self) -> float:
-        """The spread of x at the first knot for data of unit variance, sqrt(α² + σ²): 1 on variance preserving paths.
+        """The spread of x at the first knot for data of unit variance, sqrt(α² + σ²): 1 on variance
+        preserving paths.
 
         With ``init_noise="sigma"`` it is σ.
         """
@@ -158,7 +166,9 @@ class Sampler:
     def __call__(
         self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any
     ) -> Tensor:
-        """Return samples, shape (batch, ...), float32 or better, on the network's device. Arguments as in :meth:`iterate`."""
+        """Return samples, shape (batch, ...), float32 or better, on the network's device. Arguments
+        as in :meth:`iterate`.
+        """
         return last(self.iterate(network, shape_or_noise, **arguments)).x
 
     def iterate(
@@ -176,18 +186,22 @@ class Sampler:
         clip: float | Change | None = None,
         noise: str = "independent",
     ) -> Iterator[Progress]:
-        """Sample step by step: a generator, so that progress, previews and cancelling live in the caller's loop.
+        """Sample step by step: a generator, so that progress, previews and cancelling live in the
+        caller's loop.
 
-        ``network(x, timesteps, **conditioning)`` returns a tensor or an object with ``.sample``. ``conditioning``: values of any
-        kind. ``unconditional``: the same keys for guidance, with which ``guidance_scale`` w makes u + w (c - u); methods with
-        CFG++ want it at w = 1 too, and without it take c for u. Both halves share one call of twice the batch where tensors have
-        a row for each image, or are the same for all; what cannot be joined makes two calls. ``shape_or_noise``: the shape
-        (batch, ...), or standard normal noise to start from. ``seeds``: one for each image (or one int, counted up), for
-        the first noise and all later draws, so an image does not depend on its batch; none: fresh ones, without touching the
-        global generators. ``device`` and ``dtype`` (of the network's input) default to those of the network's parameters.
-        ``clip``: a limit that |x_0| is clipped to at every evaluation, or a ``DynamicThreshold``; for pixels, not latents.
-        ``noise``: 'independent' draws, or 'brownian', one path for each image whatever the number of steps (needs torchsde).
-        Runs without gradients and leaves the network's train / eval flags alone.
+        ``network(x, timesteps, **conditioning)`` returns a tensor or an object with ``.sample``.
+        ``conditioning``: values of any kind. ``unconditional``: the same keys for guidance, with
+        which ``guidance_scale`` w makes u + w (c - u); methods with CFG++ want it at w = 1 too, and
+        without it take c for u. Both halves share one call of twice the batch where tensors have a
+        row for each image, or are the same for all; what cannot be joined makes two calls.
+        ``shape_or_noise``: the shape (batch, ...), or standard normal noise to start from.
+        ``seeds``: one for each image (or one int, counted up), for the first noise and all later
+        draws, so an image does not depend on its batch; none: fresh ones, without touching the
+        global generators. ``device`` and ``dtype`` (of the network's input) default to those of the
+        network's parameters. ``clip``: a limit that |x_0| is clipped to at every evaluation, or a
+        ``DynamicThreshold``; for pixels, not latents. ``noise``: 'independent' draws, or
+        'brownian', one path for each image whatever the number of steps (needs torchsde). Runs
+        without gradients and leaves the network's train / eval flags alone.
         """
         ops = [op for step in self.table.steps for op in step.ops]
         evaluations = [op.knot for op in ops if isinstance(op, Evaluation)]
@@ -215,16 +229,19 @@ class Sampler:
     def to_diffusers(self, nearest: bool = False) -> dict[str, Any]:
         """Return what scheduler_config.json says of the sampler: its class and every option of it.
 
-        That class, loaded by diffusers, set to as many steps and run on the same noise, gives the same samples; ValueError
-        where none does, naming the nearest and what differs. With ``nearest`` that one is returned and what differs is
-        logged as a warning. The number of steps is not in a config.
+        That class, loaded by diffusers, set to as many steps and run on the same noise, gives the
+        same samples; ValueError where none does, naming the nearest and what differs. With
+        ``nearest`` that one is returned and what differs is logged as a warning. The number of
+        steps is not in a config.
 
         >>> sampler = Sampler(NoiseSchedule.scaled_linear(), "DPM++ 2M Karras", rounding="nearest")
         >>> sampler.to_diffusers()["use_karras_sigmas"]
         True
-        >>> Sampler(NoiseSchedule.scaled_linear(), "res_multistep").to_diffusers()  # doctest: +ELLIPSIS
+        >>> Sampler(
+        ...     NoiseSchedule.scaled_linear(), "res_multistep"
+        ... ).to_diffusers()  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        ValueError: no scheduler class of diffusers is this sampler (res_multistep, 20 steps on the trailing grid): ...
+        ValueError: no scheduler class of diffusers is this sampler (res_multistep, 20 steps on ...
         """
         return sampler_config(self, nearest)
 
@@ -232,9 +249,11 @@ class Sampler:
 def make_sampler(
     schedule: Any, name: str = "dpmpp_2m", steps: int | None = None, **options: Any
 ) -> Any:
-    """Return the sampler of a name: the same as ``Sampler(schedule, name, steps, **options)``, typed for every kind.
+    """Return the sampler of a name: the same as ``Sampler(schedule, name, steps, **options)``,
+    typed for every kind.
 
-    ``schedule`` is a NoiseSchedule (VQ diffusion: a TokenSchedule). Raises ValueError for unknown names and options.
+    ``schedule`` is a NoiseSchedule (VQ diffusion: a TokenSchedule). Raises ValueError for unknown
+    names and options.
 
     >>> make_sampler(NoiseSchedule.linear(), "DPM adaptive", steps=20).order
     3
@@ -247,7 +266,9 @@ def make_sampler(
 def _make_standalone(
     entry: StandaloneEntry, schedule: Any, implied: Mapping[str, Any], given: dict[str, Any]
 ) -> Any:
-    """Return an object of the entry's class; ``steps`` is left out where it has no number of steps, or none is given."""
+    """Return an object of the entry's class; ``steps`` is left out where it has no number of steps,
+    or none is given.
+    """
     steps = given.pop("steps", None)
     for option in given:
         lookup(f"option of {entry.name}", option, entry.options)

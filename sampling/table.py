@@ -1,8 +1,9 @@
 """A sampler is a table.
 
-Every Gaussian sampler's step is linear in its state x, the network's past outputs and fresh noise, with coefficients that
-depend on the schedule and the grid alone. So a method is a short function in its paper's letters that computes with
-symbolic linear combinations; tracing it over the knots of a grid gives the table, and one kernel runs every table.
+Every Gaussian sampler's step is linear in its state x, the network's past outputs and fresh noise,
+with coefficients that depend on the schedule and the grid alone. So a method is a short function in
+its paper's letters that computes with symbolic linear combinations; tracing it over the knots of a
+grid gives the table, and one kernel runs every table.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from .tracing import Combination, Draw, Evaluation, Operation, Row, Step, Trace,
 class Table:
     """A sampler for one schedule and grid: its knots and, for each step, its operations and rows.
 
-    A table checks itself at birth: every coefficient is finite, and with ``point_mass`` it carries x_0 + noise to exactly
-    the marginal of every knot when the network knows x_0. ``print(table)`` shows the tableau.
+    A table checks itself at birth: every coefficient is finite, and with ``point_mass`` it carries
+    x_0 + noise to exactly the marginal of every knot when the network knows x_0. ``print(table)``
+    shows the tableau.
 
     >>> from alphabar.noising import NoiseSchedule
     >>> from alphabar.sampling import Sampler
@@ -51,14 +53,16 @@ class Table:
             ]
             if not all(math.isfinite(c) for row in rows for _, c in row):
                 raise ValueError(
-                    f"{self.name}: step {i + 1} of {len(self.steps)} has a coefficient that is not finite; use another grid or fewer steps"
+                    f"{self.name}: step {i + 1} of {len(self.steps)} has a coefficient that is not "
+                    "finite; use another grid or fewer steps"
                 )
         if not self.point_mass:
             return
         for defect, rounding in point_mass_defects(self):
             if defect > ROUNDINGS * rounding:
                 raise ValueError(
-                    f"{self.name}: the table misses the marginals of its grid by {defect:.1e}; its formula is wrong"
+                    f"{self.name}: the table misses the marginals of its grid by {defect:.1e}; its "
+                    "formula is wrong"
                 )
 
     @property
@@ -74,13 +78,15 @@ class Table:
     def point_mass_defect(self) -> float:
         """Return how far the table is from the exact marginals when all data are one point x_0.
 
-        The denoiser is then D = x_0, and from α x_0 + σ ε every step must arrive at mean α_n x_0 and spread σ_n: the
-        analogue of the consistency condition of a Runge-Kutta tableau. Relative to the spread that went in.
+        The denoiser is then D = x_0, and from α x_0 + σ ε every step must arrive at mean α_n x_0
+        and spread σ_n: the analogue of the consistency condition of a Runge-Kutta tableau. Relative
+        to the spread that went in.
         """
         return max((defect for defect, _ in point_mass_defects(self)), default=0.0)
 
     def __str__(self) -> str:
-        head = f"{self.name}: {len(self.steps)} steps, {self.evaluations} evaluations, {self.draws} draws"
+        counts = f"{len(self.steps)} steps, {self.evaluations} evaluations, {self.draws} draws"
+        head = f"{self.name}: {counts}"
         lines = [head]
         memory = 0
         for i, (step, knot) in enumerate(zip(self.steps, self.knots, strict=False)):
@@ -98,8 +104,8 @@ class Table:
 
 
 ROUNDINGS = 1000
-"""How many roundings a coefficient may be made of: the Adams weights, integrals over λ, lose 60 units; a wrong formula is off by
-1e9 or more."""
+"""How many roundings a coefficient may be made of: the Adams weights, integrals over λ, lose 60
+units; a wrong formula is off by 1e9 or more."""
 
 
 def compile_table(
@@ -111,7 +117,8 @@ def compile_table(
 ) -> Table:
     """Trace a method over the knots of a grid.
 
-    From a knot with α = 0 every method takes its first-order step and remembers nothing: see ``first_order``.
+    From a knot with α = 0 every method takes its first-order step and remembers nothing: see
+    ``first_order``.
     """
     steps: list[Step] = []
     memory = 0
@@ -129,13 +136,15 @@ def compile_table(
 
 
 def point_mass_defects(table: Table) -> Iterable[tuple[float, float]]:
-    """Yield, for each step, how far it ends from the exact marginal when every evaluation knows x_0, and how much of that one
-    rounding of each number that went in may be: the same sums with all signs taken away, those that made the coefficients
-    included, times the rounding unit. It grows with the coefficients: the second evaluation of a step down from σ/α = 2e4
-    subtracts numbers of 4e8, and a step from σ/α = 1348 to 4 keeps the rounding of 1348.
+    """Yield, for each step, how far it ends from the exact marginal when every evaluation knows
+    x_0, and how much of that one rounding of each number that went in may be: the same sums with
+    all signs taken away, those that made the coefficients included, times the rounding unit. It
+    grows with the coefficients: the second evaluation of a step down from σ/α = 2e4 subtracts
+    numbers of 4e8, and a step from σ/α = 1348 to 4 keeps the rounding of 1348.
     """
     start = table.knots[0]
-    # what the state holds of x_0, the initial noise, then each draw; and how large the numbers were that it was made of
+    # what the state holds of x_0, the initial noise, then each draw; and how large the numbers were
+    # that it was made of
     state, sizes = [Combination({0: start.alpha, 1: start.sigma})], [start.alpha + start.sigma]
     drawn = 1
     for step, n in zip(table.steps, table.knots[1:], strict=True):

@@ -1,8 +1,9 @@
 """Tracing: formulas compute with symbolic linear combinations, and what they do is recorded.
 
-In each step the basis is: the state (x, then what earlier steps remembered), then what this step's operations append, in
-order: the output of an evaluation of the network, or a draw of noise. Rows are linear combinations over that basis.
-The prediction type is folded in: with D = p x + q out the table is linear in the network's raw output.
+In each step the basis is: the state (x, then what earlier steps remembered), then what this step's
+operations append, in order: the output of an evaluation of the network, or a draw of noise. Rows
+are linear combinations over that basis. The prediction type is folded in: with D = p x + q out the
+table is linear in the network's raw output.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ Row = tuple[tuple[int, float], ...]
 class Combination:
     """A linear combination of basis vectors: what a formula computes with while it is traced.
 
-    ``sizes``: for each term the sum of what went into it with all signs taken away, which says how much of it may be rounding.
+    ``sizes``: for each term the sum of what went into it with all signs taken away, which says how
+    much of it may be rounding.
 
     >>> x, D = Combination({0: 1.0}), Combination({1: 1.0})
     >>> (2.0 * x - D / 4).row
@@ -72,10 +74,11 @@ class Combination:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An operation that appends the network's raw output at ``knot``, for the input that ``row`` combines.
+    """An operation that appends the network's raw output at ``knot``, for the input that ``row``
+    combines.
 
-    ``row`` holds the knot's ``input_scale``; ``p`` and ``q`` give the clean estimate, D = p x + q output. ``sizes``: those of
-    the row's coefficients, see ``Combination``.
+    ``row`` holds the knot's ``input_scale``; ``p`` and ``q`` give the clean estimate, D = p x + q
+    output. ``sizes``: those of the row's coefficients, see ``Combination``.
     """
 
     knot: Knot
@@ -87,7 +90,9 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Draw:
-    """An operation that appends standard normal noise; ``start`` and ``end`` name the stretch of σ / α that it drives."""
+    """An operation that appends standard normal noise; ``start`` and ``end`` name the stretch of σ
+    / α that it drives.
+    """
 
     start: float
     end: float
@@ -95,12 +100,16 @@ class Draw:
 
 @dataclass(frozen=True)
 class Unconditional:
-    """An operation that appends the unconditional half of the evaluation before it (the same, where there is no guidance)."""
+    """An operation that appends the unconditional half of the evaluation before it (the same, where
+    there is no guidance).
+    """
 
 
 @dataclass(frozen=True)
 class Unclipped:
-    """An operation that appends the evaluation before it as the network gave it (the same, where nothing is clipped)."""
+    """An operation that appends the evaluation before it as the network gave it (the same, where
+    nothing is clipped).
+    """
 
 
 Operation = Evaluation | Draw | Unconditional | Unclipped
@@ -108,7 +117,8 @@ Operation = Evaluation | Draw | Unconditional | Unclipped
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a table: its operations, then the rows of the next state (x first), and the row of the clean estimate.
+    """One step of a table: its operations, then the rows of the next state (x first), and the row
+    of the clean estimate.
 
     ``sizes``: of the coefficients of the rows of the state, see ``Combination``.
     """
@@ -120,11 +130,14 @@ class Step:
 
 
 class Trace:
-    """What a method calls while it is traced: ``denoise``, ``evaluate`` and ``noise`` record an operation and return what it
-    appends; ``knot`` finds points of the curve between the grid's knots.
+    """What a method calls while it is traced: ``denoise``, ``evaluate`` and ``noise`` record an
+    operation and return what it appends; ``knot`` finds points of the curve between the grid's
+    knots.
 
     >>> trace = Trace(NoiseSchedule.scaled_linear(prediction="sample"), state=1)
-    >>> trace.denoise(Combination({0: 1.0}), Knot(999, 0.6, 0.8)).row  # the network's output is x_0 itself
+    >>> trace.denoise(
+    ...     Combination({0: 1.0}), Knot(999, 0.6, 0.8)
+    ... ).row  # the network's output is x_0 itself
     ((1, 1.0),)
     """
 
@@ -133,7 +146,9 @@ class Trace:
         self.ops: list[Operation] = []
         self.denoised = Combination({})
         self.keeps_marginals = True
-        """A formula that does not carry x_0 + noise to exactly the marginal of the next knot says so by setting this."""
+        """A formula that does not carry x_0 + noise to exactly the marginal of the next knot says
+        so by setting this.
+        """
         self._state = state
         self._drawn: list[tuple[Draw, Combination]] = []
 
@@ -142,19 +157,27 @@ class Trace:
         return Combination({self._state + len(self.ops) - 1: 1.0})
 
     def evaluate(self, x: Combination, knot: Knot) -> tuple[Combination, Combination]:
-        """Record an evaluation of the network on ``x`` at ``knot``; return the estimates (D, ε̂) of x_0 and ε."""
+        """Record an evaluation of the network on ``x`` at ``knot``; return the estimates (D, ε̂) of
+        x_0 and ε.
+        """
         return self._estimates(x, knot, self._append(self._evaluation(x, knot)))
 
     def denoise(self, x: Combination, knot: Knot) -> Combination:
-        """Record an evaluation of the network on ``x`` at ``knot``; return the clean estimate D of x_0."""
+        """Record an evaluation of the network on ``x`` at ``knot``; return the clean estimate D of
+        x_0.
+        """
         return self.evaluate(x, knot)[0]
 
     def unconditional(self, x: Combination, knot: Knot) -> tuple[Combination, Combination]:
-        """Return (D, ε̂) of the unconditional half of the last evaluation, which was of ``x`` at ``knot``: no further call."""
+        """Return (D, ε̂) of the unconditional half of the last evaluation, which was of ``x`` at
+        ``knot``: no further call.
+        """
         return self._beside(x, knot, Unconditional())
 
     def unclipped(self, x: Combination, knot: Knot) -> tuple[Combination, Combination]:
-        """Return (D, ε̂) of the last evaluation, which was of ``x`` at ``knot``, before any clipping: no further call."""
+        """Return (D, ε̂) of the last evaluation, which was of ``x`` at ``knot``, before any
+        clipping: no further call.
+        """
         return self._beside(x, knot, Unclipped())
 
     def _beside(self, x: Combination, knot: Knot, op: Operation) -> tuple[Combination, Combination]:
@@ -177,10 +200,12 @@ class Trace:
         return self.denoised, (c0 / det) * x - (knot.alpha / det) * out
 
     def noise(self, start: Knot, end: Knot) -> Combination:
-        """Record standard normal noise for the way from ``start`` to ``end``, as one Brownian path in σ/α would drive it.
+        """Record standard normal noise for the way from ``start`` to ``end``, as one Brownian path
+        in σ/α would drive it.
 
-        Draws of one step that overlap are not independent: a way that begins with one already drawn reuses that and draws
-        only the rest, so that every recorded draw is an independent increment.
+        Draws of one step that overlap are not independent: a way that begins with one already drawn
+        reuses that and draws only the rest, so that every recorded draw is an independent
+        increment.
         """
         a, b = start.sigma_ve, end.sigma_ve
         inside = [(d, z) for d, z in self._drawn if _within(d, a, b)]
@@ -202,7 +227,9 @@ class Trace:
         return z
 
     def knot(self, half_log_snr: float) -> Knot:
-        """Return the point of the curve with this λ = log(α / σ), also a little past the curve's ends."""
+        """Return the point of the curve with this λ = log(α / σ), also a little past the curve's
+        ends.
+        """
         return knot_at_half_log_snr(self.schedule, half_log_snr)
 
     def time(self, knot: Knot) -> float:

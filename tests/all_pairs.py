@@ -1,7 +1,7 @@
 """Rows for a parametrisation in which every two values meet, instead of the full product.
 
-What two parameters do to each other is seen; what only three together do is not, so a test whose parameters work in threes
-keeps its product.
+What two parameters do to each other is seen; what only three together do is not, so a test whose
+parameters work in threes keeps its product.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from typing import Any
 
 
 def all_pairs(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """Rows with a value of each axis, every two values of different axes in at least one; the same rows each time.
+    """Rows with a value of each axis, every two values of different axes in at least one; the same
+    rows each time.
 
-    Greedy: a row starts with the first pair that has not met, and each further value is the one that meets most that it has not.
+    Greedy: a row starts with the first pair that has not met, and each further value is the one
+    that meets most that it has not.
     """
     left = {
         (i, a, j, b): None

@@ -1,4 +1,5 @@
-"""One of two processes (gloo) whose process group waits for a few seconds; run by test_bad_weather.py. Writes JSON.
+"""One of two processes (gloo) whose process group waits for a few seconds; run by
+test_bad_weather.py. Writes JSON.
 
 python bad_weather_two_ranks.py FOLDER
 """
@@ -83,7 +84,9 @@ def run(name: str, *callbacks: Any, seconds: float = 0.0, **settings: Any) -> di
 
 
 def meet() -> None:
-    """Wait until both have imported everything: the timeout limits how far apart they may come to their first meeting."""
+    """Wait until both have imported everything: the timeout limits how far apart they may come to
+    their first meeting.
+    """
     (ROOT / f"ready{RANK}").touch()
     while not (ROOT / f"ready{1 - RANK}").exists():
         time.sleep(0.05)

@@ -1,4 +1,6 @@
-"""A user's own LightningModule, as the callbacks meet it: dropout, a frozen part, shuffled data, losses on record."""
+"""A user's own LightningModule, as the callbacks meet it: dropout, a frozen part, shuffled data,
+losses on record.
+"""
 
 import hashlib
 import re
@@ -24,7 +26,9 @@ SCHEDULE = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Threads would cost more than they bring on images this small: a hundred times, on a busy machine."""
+    """Threads would cost more than they bring on images this small: a hundred times, on a busy
+    machine.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -34,7 +38,9 @@ def one_thread() -> Iterator[None]:
 
 
 class Toy(LightningModule):
-    """No DiffusionModule: the contract alone. Dropout makes losses depend on the global generator and on train flags."""
+    """No DiffusionModule: the contract alone. Dropout makes losses depend on the global generator
+    and on train flags.
+    """
 
     def __init__(
         self,
@@ -123,7 +129,9 @@ class FSDP1OnCPU(FSDPStrategy):
 
 
 def strategy(kind: str, timeout: int) -> Any:
-    """A strategy for two processes (gloo): 'ddp', 'fsdp1', 'fsdp2', or 'tp', two ranks of one tensor-parallel group."""
+    """A strategy for two processes (gloo): 'ddp', 'fsdp1', 'fsdp2', or 'tp', two ranks of one
+    tensor-parallel group.
+    """
     settings: Any = {"process_group_backend": "gloo", "timeout": timedelta(seconds=timeout)}
     if kind == "fsdp1":
         # a full one crashes torch here
@@ -138,7 +146,9 @@ def strategy(kind: str, timeout: int) -> Any:
 
 
 class Averages(Callback):
-    """The mean of a rank's part of the weights now and before, and so on; may fail on one rank when it is asked for."""
+    """The mean of a rank's part of the weights now and before, and so on; may fail on one rank when
+    it is asked for.
+    """
 
     def __init__(self, fails: bool = False) -> None:
         self.averages: list[Tensor] = []
@@ -196,7 +206,9 @@ def fresh(kind: type[Toy] = Toy, **arguments: Any) -> Toy:
 def train(
     root: Path, *callbacks: Any, module: Toy | None = None, data: Any = None, **settings: Any
 ) -> Toy:
-    """Train from a fixed seed: six steps an epoch, two epochs; ``settings`` go to the Trainer, ``ckpt_path`` to fit."""
+    """Train from a fixed seed: six steps an epoch, two epochs; ``settings`` go to the Trainer,
+    ``ckpt_path`` to fit.
+    """
     module = module if module is not None else fresh()
     seed_everything(1, verbose=False)
     path = settings.pop("ckpt_path", None)

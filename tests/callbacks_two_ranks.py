@@ -1,4 +1,5 @@
-"""One of two processes (gloo) that train together; run by test_callbacks_two_ranks.py. Writes what it saw as JSON.
+"""One of two processes (gloo) that train together; run by test_callbacks_two_ranks.py. Writes what
+it saw as JSON.
 
 python callbacks_two_ranks.py FOLDER SUITE        # LOCAL_RANK and NODE_RANK in the environment
 """
@@ -78,7 +79,9 @@ def previews(**settings: Any) -> ValidationSampling:
 
 
 class Failing:
-    """Fails on one rank alone, in the middle of its second preview, having drawn from the global generator."""
+    """Fails on one rank alone, in the middle of its second preview, having drawn from the global
+    generator.
+    """
 
     def __init__(self, rank: int, calls: int = 3, nan: bool = False) -> None:
         self.rank, self.left, self.nan = rank, calls, nan
@@ -111,7 +114,9 @@ def units(**arguments: Any) -> Toy:
 
 
 class Own:
-    """Calls the module that trains, and does something else before: on one rank, from a number of calls on."""
+    """Calls the module that trains, and does something else before: on one rank, from a number of
+    calls on.
+    """
 
     def __init__(self, module: Toy, rank: int, calls: int) -> None:
         self.module, self.rank, self.left = module, rank, calls
@@ -161,7 +166,9 @@ class Decoder(nn.Module):
 
 
 class Clock:
-    """A time that has run out after so many looks; on one rank alone, which must be rank 0 for it to count."""
+    """A time that has run out after so many looks; on one rank alone, which must be rank 0 for it
+    to count.
+    """
 
     def __init__(self, looks: int, rank: int = 0) -> None:
         self.left = looks if rank == RANK else 1_000_000
@@ -189,7 +196,9 @@ def with_own(
 
 
 def terminated(name: str) -> dict[str, Any]:
-    """SIGTERM on rank 1 alone, in the middle of the second preview; the checkpoint of that step, and what follows from it."""
+    """SIGTERM on rank 1 alone, in the middle of the second preview; the checkpoint of that step,
+    and what follows from it.
+    """
     module = units()
     save = ModelCheckpoint(ROOT / name, filename="{step}", every_n_train_steps=2, save_top_k=-1)
     own = previews(predict=Terminated(module, 1, 6))

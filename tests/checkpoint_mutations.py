@@ -1,4 +1,6 @@
-"""Checkpoints and safetensors files, damaged at random: values of other types, huge sizes, headers that lie, archives cut off."""
+"""Checkpoints and safetensors files, damaged at random: values of other types, huge sizes, headers
+that lie, archives cut off.
+"""
 
 from __future__ import annotations
 

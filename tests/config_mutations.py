@@ -1,4 +1,6 @@
-"""Configs of every kind, damaged at random: keys dropped, values of other types, numbers out of range, nests, repeats."""
+"""Configs of every kind, damaged at random: keys dropped, values of other types, numbers out of
+range, nests, repeats.
+"""
 
 from __future__ import annotations
 
@@ -112,7 +114,9 @@ def mutated(config: dict[str, Any], rng: random.Random) -> dict[str, Any]:
 
 
 def text_of(config: dict[str, Any], rng: random.Random) -> bytes:
-    """Return the file: the JSON, at times cut off, with a byte order mark, a key twice, or nested without end."""
+    """Return the file: the JSON, at times cut off, with a byte order mark, a key twice, or nested
+    without end.
+    """
     text = json.dumps(config)
     damage = rng.random()
     if damage < 0.02:

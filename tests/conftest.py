@@ -5,8 +5,9 @@ import os
 import torch
 from hypothesis import settings
 
-# The tensors are tiny: more threads only wait for each other, four times as long where the cores are busy. OMP_NUM_THREADS says
-# another number, here and in the processes that tests start, where Lightning would take all cores for the only process of a node.
+# The tensors are tiny: more threads only wait for each other, four times as long where the cores
+# are busy. OMP_NUM_THREADS says another number, here and in the processes that tests start, where
+# Lightning would take all cores for the only process of a node.
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 # the same examples on every machine and every day, and no database of them in the checkout

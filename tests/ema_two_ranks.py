@@ -1,4 +1,6 @@
-"""One of two processes (gloo) that train with averages and losses by SNR; run by test_ema_two_ranks.py. Writes JSON."""
+"""One of two processes (gloo) that train with averages and losses by SNR; run by
+test_ema_two_ranks.py. Writes JSON.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""The import graph of the library, read from the syntax trees: every import counts, deferred ones and those for type checkers too."""
+"""The import graph of the library, read from the syntax trees: every import counts, deferred ones
+and those for type checkers too.
+"""
 
 import ast
 from collections.abc import Iterable, Iterator
@@ -92,7 +94,9 @@ def library(root: Path = ROOT) -> dict[str, tuple[str, str]]:
 
 
 def source_of(item: Import, known: Iterable[str]) -> str:
-    """Return the module that an import takes something from: the name itself where that is a module."""
+    """Return the module that an import takes something from: the name itself where that is a
+    module.
+    """
     inner = f"{item.module}.{item.name}" if item.module else str(item.name)
     return inner if inner in known else item.module
 
@@ -149,7 +153,9 @@ def defined(text: str) -> set[str]:
 
 
 def borrowed(root: Path = ROOT) -> list[str]:
-    """Return the names that are taken from a module that merely imports them, as 'path:line: module.name'."""
+    """Return the names that are taken from a module that merely imports them, as 'path:line:
+    module.name'.
+    """
     known = library(root)
     names = {module: defined(text) for module, (_, text) in known.items()}
     found: list[str] = []

@@ -1,8 +1,9 @@
 """Exact answers that the tests compare with.
 
-For data x_0 ~ N(mean, spread²) everything is known in closed form: the marginals, the best denoiser, the probability flow.
-The denoiser is affine in x, so a table becomes an affine map of the start and its draws, and mean and variance travel
-through it exactly. With spread 0 the data are one point. The functions here measure; the tests judge.
+For data x_0 ~ N(mean, spread²) everything is known in closed form: the marginals, the best
+denoiser, the probability flow. The denoiser is affine in x, so a table becomes an affine map of the
+start and its draws, and mean and variance travel through it exactly. With spread 0 the data are one
+point. The functions here measure; the tests judge.
 """
 
 from __future__ import annotations
@@ -83,7 +84,9 @@ class Gaussian:
         return slope / knot.input_scale, c0 * b - c1 * knot.alpha * b / knot.sigma
 
     def flow(self, x: torch.Tensor, s: Knot, n: Knot) -> torch.Tensor:
-        """Carry x from s to n along the exact probability flow: it keeps its place in units of the deviation."""
+        """Carry x from s to n along the exact probability flow: it keeps its place in units of the
+        deviation.
+        """
         (mean_s, deviation_s), (mean_n, deviation_n) = self.marginal(s), self.marginal(n)
         return mean_n + (x - mean_s) * (deviation_n / deviation_s)
 
@@ -157,7 +160,8 @@ def global_order(
 ) -> float:
     """The order of the error at the end of a run, against the exact probability flow.
 
-    As usual for methods that remember, the starting values are exact: x is put on the trajectory in the first steps.
+    As usual for methods that remember, the starting values are exact: x is put on the trajectory in
+    the first steps.
     """
     return slope(
         [_global_error(traced(formula, grid(n), prediction, **options), rewrites) for n in counts]
@@ -181,10 +185,11 @@ def local_order(
     counts: Sequence[int] = COUNTS,
     **options: Any,
 ) -> float:
-    """The order of the worst single step from the exact trajectory, on an irregular grid, with the memory kept.
+    """The order of the worst single step from the exact trajectory, on an irregular grid, with the
+    memory kept.
 
-    A method that climbs in blocks is judged where a block ends, and one that ``rewrites`` x with its next evaluation by what it
-    has made of it then.
+    A method that climbs in blocks is judged where a block ends, and one that ``rewrites`` x with
+    its next evaluation by what it has made of it then.
     """
     tables = [traced(formula, zigzag_grid(n), prediction, **options) for n in counts]
     return slope([max(local_errors(table, rewrites, block)) for table in tables])
@@ -225,7 +230,9 @@ def advance(
 
 
 def moments(table: Table, data: Gaussian) -> Iterator[tuple[float, float]]:
-    """Mean and variance of x after each step, from the exact marginal of the first knot, without sampling."""
+    """Mean and variance of x after each step, from the exact marginal of the first knot, without
+    sampling.
+    """
     mean, deviation = data.marginal(table.knots[0])
     unit = np.eye(2 + table.draws)  # the coordinates: 1, the noise of the start, then each draw
     state, drawn = [mean * unit[0] + deviation * unit[1]], 1
@@ -274,7 +281,9 @@ def point_mass_defect(table: Table) -> float:
 
 
 def amplification(table: Table) -> float:
-    """How much a table can enlarge a rounding error of its start: its rows with all signs taken away, worst step."""
+    """How much a table can enlarge a rounding error of its start: its rows with all signs taken
+    away, worst step.
+    """
     point = Gaussian(mean=1.0, spread=0.0)
     state, worst = [1.0], 1.0
     for step in table.steps:

@@ -1,4 +1,6 @@
-"""The noising options of other trainers' parsers: name, type, default and choices, as their scripts add them."""
+"""The noising options of other trainers' parsers: name, type, default and choices, as their scripts
+add them.
+"""
 
 from __future__ import annotations
 

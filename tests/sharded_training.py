@@ -1,4 +1,6 @@
-"""One of two processes (gloo) that train a model that is sharded between them; run by test_sharded_checkpoints.py."""
+"""One of two processes (gloo) that train a model that is sharded between them; run by
+test_sharded_checkpoints.py.
+"""
 
 import json
 import os

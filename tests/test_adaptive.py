@@ -1,4 +1,6 @@
-"""DPM adaptive: k-diffusion's results, exact flows, both ends of the schedule, and what it says when it cannot go on."""
+"""DPM adaptive: k-diffusion's results, exact flows, both ends of the schedule, and what it says
+when it cannot go on.
+"""
 
 from __future__ import annotations
 
@@ -161,7 +163,8 @@ def test_order_of_the_formulas(order: int) -> None:
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("eta", [0.4, 1.0])
 def test_noise_is_renewed_without_leaving_the_marginals(name: str, eta: float) -> None:
-    # data of one point: every image is x_0 + σ times a unit combination of the draws, which are unit vectors here
+    # data of one point: every image is x_0 + σ times a unit combination of the draws, which are
+    # unit vectors here
     unit = torch.eye(60, dtype=torch.float64)
     sampler = DPMAdaptive(SCHEDULES[name], eta=eta, sigma_max=50.0, final="sigma_min")
     first, end = sampler.ends
@@ -193,7 +196,8 @@ def test_zero_terminal_snr(schedule: NoiseSchedule, prediction: str | Prediction
     steps = list(sampler.advance(run))
     assert steps[0].evaluations == 1
     assert steps[0].knot.timestep in (998.0, 999.0)
-    # from pure noise the flow keeps its place in units of the deviation; then the last step is to the mean of x_0
+    # from pure noise the flow keeps its place in units of the deviation; then the last step is to
+    # the mean of x_0
     at_end = MEAN + x * math.hypot(SPREAD, end.sigma_ve)
     assert torch.allclose(steps[-2].x / end.alpha, at_end, rtol=0, atol=2e-4)
     assert torch.allclose(steps[-1].x, gaussian_denoiser(at_end, end.sigma_ve), rtol=0, atol=2e-4)
@@ -266,7 +270,8 @@ def test_seeds_and_guidance() -> None:
 
 
 def test_one_step_size_for_the_whole_batch() -> None:
-    # what the head of the module says: the error is the batch's, so an image changes with its company, within the tolerance
+    # what the head of the module says: the error is the batch's, so an image changes with its
+    # company, within the tolerance
     schedule = NoiseSchedule.karras(sigma_max=20.0)
 
     def drawn(rtol: float, seeds: list[int]) -> Tensor:

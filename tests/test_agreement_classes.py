@@ -1,7 +1,9 @@
-"""Agreement with diffusers in what every class has (betas, T, thresholds), and in the options that few have.
+"""Agreement with diffusers in what every class has (betas, T, thresholds), and in the options that
+few have.
 
-The last test goes through the constructor of every class that a sampler is named after: each option is in a case of agreement,
-in a test that is named, or has a reason here. An option that diffusers adds fails it.
+The last test goes through the constructor of every class that a sampler is named after: each option
+is in a case of agreement, in a test that is named, or has a reason here. An option that diffusers
+adds fails it.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ SHORT = 100
 
 
 def of_each_class(*, has: str = "prediction_type") -> list[Case]:
-    """The first case of every class on its leading grid, or its only one; without noise, where it can be."""
+    """The first case of every class on its leading grid, or its only one; without noise, where it
+    can be.
+    """
     found: dict[Any, Case] = {}
     for case in CASES:
         spacing = case.config.get("timestep_spacing")
@@ -232,7 +236,9 @@ def test_the_end_of_an_inversion(
 
 @pytest.mark.parametrize("grid", SIGMAS)
 def test_inversion_on_sigmas(grid: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Theirs go up to sigma_max and show it twice; where two of their times are one, theirs lose the steps between."""
+    """Theirs go up to sigma_max and show it twice; where two of their times are one, theirs lose
+    the steps between.
+    """
     schedule = NoiseSchedule.scaled_linear()
     scheduler = peers.DPMSolverMultistepInverseScheduler(**BETAS, **{SIGMAS[grid]: True})
     scheduler.alphas_cumprod = schedule.alphas_cumprod
@@ -269,7 +275,9 @@ def test_inversion_of_a_flow_goes_down_there() -> None:
 
 @pytest.mark.parametrize("method", ["ddim_inverse", "dpm_solver_inverse"])
 def test_inversion_needs_noise_that_the_network_can_tell(method: str) -> None:
-    """Of a clean image a prediction of x_0 leaves (x - x_0) / σ = 0 / 0, which theirs go on with; from σ > 0 on it inverts."""
+    """Of a clean image a prediction of x_0 leaves (x - x_0) / σ = 0 / 0, which theirs go on with;
+    from σ > 0 on it inverts.
+    """
     schedule = NoiseSchedule.scaled_linear(prediction="sample")
     with pytest.raises(ValueError, match="sample predictions do not say the noise"):
         Sampler(schedule, method, 10, "trailing", final="zero")
@@ -300,7 +308,9 @@ def test_inversion_from_an_offset(offset: int, monkeypatch: pytest.MonkeyPatch) 
 
 
 def plms_gaps(scheduler: Any, i: int) -> None:
-    """Theirs step by T // N, which is the gap of leading alone: T // (T / gap) is that of the grid. The first is taken twice."""
+    """Theirs step by T // N, which is the gap of leading alone: T // (T / gap) is that of the grid.
+    The first is taken twice.
+    """
     t = scheduler.plms_timesteps.tolist()
     t = [t[0], *t[2:], -1] if len(t) > 2 else [*t, -1]
     j = max(i - 1, 0)
@@ -374,7 +384,9 @@ def test_pndm_on_trailing(skip: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cogvideox(
     name: str, one: bool, zero_snr: bool, spacing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their SNR is a third, before the rescaling. The DPM class is DPM++ 2M SDE whose two draws in a step are not both used."""
+    """Their SNR is a third, before the rescaling. The DPM class is DPM++ 2M SDE whose two draws in
+    a step are not both used.
+    """
     schedule = NoiseSchedule(Discrete(snr_shift_scale=3.0), "v_prediction")
     schedule = schedule.zero_terminal_snr() if zero_snr else schedule
     offset = int(spacing == "leading")
@@ -498,8 +510,9 @@ def test_options_of_edm(
 
 
 def test_churn_of_edm_euler_moves_a_point_mass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """2206.00364, algorithm 2, line 7: D is asked for at (x̂, σ̂). All data being one point, D is that point at every x and
-    σ: theirs, whose network saw (x, σ) and is unfolded at (x̂, σ̂), finds another; with the network at (x̂, σ̂) they do not."""
+    """2206.00364, algorithm 2, line 7: D is asked for at (x̂, σ̂). All data being one point, D is
+    that point at every x and σ: theirs, whose network saw (x, σ) and is unfolded at (x̂, σ̂), finds
+    another; with the network at (x̂, σ̂) they do not."""
     point, churn = 0.5, {"s_churn": 40.0}
     scheduler: Any = peers.EDMEulerScheduler()
     monkeypatch.setattr(
@@ -564,7 +577,9 @@ def test_cosine_dpm_solver(
 
 @pytest.mark.parametrize("steps", STEPS)
 def test_continuous_timesteps_of_euler(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stable Video Diffusion: σ from 0.002 to 700 with v at log(σ) / 4, an EDM network of σ_data = 1 that takes -F."""
+    """Stable Video Diffusion: σ from 0.002 to 700 with v at log(σ) / 4, an EDM network of σ_data =
+    1 that takes -F.
+    """
     monkeypatch.setattr(agreement, "EULER_FAMILY", ())  # both start and end with α = 1
     scheduler: Any = peers.EulerDiscreteScheduler(
         use_karras_sigmas=True,
@@ -596,7 +611,9 @@ def on_a_flow(
     monkeypatch: pytest.MonkeyPatch,
     **options: Any,
 ) -> float:
-    """How far ours is from theirs on our knots: theirs must lie there to 2e-6, and their times to 1, to which they are cut."""
+    """How far ours is from theirs on our knots: theirs must lie there to 2e-6, and their times to
+    1, to which they are cut.
+    """
     twice = knots[-1] == knots[-2]
     set_timesteps = scheduler.set_timesteps
     placed = []
@@ -711,7 +728,9 @@ def test_flow_grids_of_unipc(index: int, steps: int, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("steps", STEPS)
 def test_inverted_sigmas(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mochi counts its time from the noise, and its network predicts the way to the data: the same path under other names."""
+    """Mochi counts its time from the noise, and its network predicts the way to the data: the same
+    path under other names.
+    """
     scheduler = peers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
     setup = {"sigmas": np.linspace(1.0, 1 / steps, steps).tolist()}
     sampler = Sampler(NoiseSchedule.flow(), "euler", steps, "trailing")
@@ -723,7 +742,9 @@ def test_inverted_sigmas(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_churn_of_flow_heun_leaves_the_path(
     s_churn: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Theirs raise σ and leave α = 1 - σ where it was: of a point mass, the network sees another mixture than it is told."""
+    """Theirs raise σ and leave α = 1 - σ where it was: of a point mass, the network sees another
+    mixture than it is told.
+    """
     scheduler = peers.FlowMatchHeunDiscreteScheduler()
     monkeypatch.setattr(
         sys.modules[type(scheduler).__module__], "randn_tensor", lambda *_, **__: DRAWS[0][0]
@@ -764,10 +785,13 @@ ELSEWHERE: dict[str, str] = {
     "use_dynamic_shifting": "test_dynamic_shifting_of_the_solvers",
     "time_shift_type": "test_dynamic_shifting_of_the_solvers",
     "lambda_min_clipped": "test_lambda_min",
-    "variance_type": "the solvers drop the variance half of an output; here the network that is given does",
+    "variance_type": "the solvers drop the variance half of an output; here the network that is "
+    "given does",
     "kwargs": "takes the old names of other options",
 }
-"""Options that mean the same in every class that has them; test_other_betas stands for the tables, which are one here."""
+"""Options that mean the same in every class that has them; test_other_betas stands for the tables,
+which are one here.
+"""
 OF_CLASSES: dict[str, dict[str, str]] = {
     "DDIMInverseScheduler": dict.fromkeys(
         ("clip_sample", "clip_sample_range"), "test_agreement_with_inverse_ddim"
@@ -819,7 +843,8 @@ OF_CLASSES: dict[str, dict[str, str]] = {
         "lambda_min_clipped": "test_clipped_lambda",
     },
     "UniPCMultistepScheduler": {
-        "solver_p": "is another scheduler that predicts in its place; here that is a method of its own",
+        "solver_p": "is another scheduler that predicts in its place; here that is a method of its "
+        "own",
         **dict.fromkeys(("sigma_min", "sigma_max", "shift_terminal"), "test_flow_grids_of_unipc"),
     },
     "EulerDiscreteScheduler": {

@@ -1,8 +1,10 @@
-"""Agreement with diffusers 0.42.1 to 1e-5 on a nonlinear network: same start, same draws, same grid, whole runs.
+"""Agreement with diffusers 0.42.1 to 1e-5 on a nonlinear network: same start, same draws, same
+grid, whole runs.
 
-Every row of CASES is a class of diffusers with a config, and a method of ours on the grid that it must agree on. The peers are
-run as they are, float32 tables and all. Where a peer lays its grid or steps in another way than its own timesteps say, the
-row or the test repeats that, and says so; where a peer is wrong, the test says what is right, and that the peer differs.
+Every row of CASES is a class of diffusers with a config, and a method of ours on the grid that it
+must agree on. The peers are run as they are, float32 tables and all. Where a peer lays its grid or
+steps in another way than its own timesteps say, the row or the test repeats that, and says so;
+where a peer is wrong, the test says what is right, and that the peer differs.
 """
 
 from __future__ import annotations
@@ -88,9 +90,11 @@ def theirs(
     in_double: bool = False,
     **step_options: Any,
 ) -> Tensor:
-    """Run a peer; ``evaluations`` are its steps for one of ours, ``before(scheduler, i)`` is called before each.
+    """Run a peer; ``evaluations`` are its steps for one of ours, ``before(scheduler, i)`` is called
+    before each.
 
-    ``quiet_end``: without the noise that it adds in its last step. ``in_double``: its coefficients in float64.
+    ``quiet_end``: without the noise that it adds in its last step. ``in_double``: its coefficients
+    in float64.
     """
     i = 0
 
@@ -116,7 +120,9 @@ def theirs(
 
 
 def start_scale(scheduler: Any) -> float:
-    """The Euler family keeps x / α. Its init_noise_sigma is σ / α for linspace and trailing; the marginal has more."""
+    """The Euler family keeps x / α. Its init_noise_sigma is σ / α for linspace and trailing; the
+    marginal has more.
+    """
     if isinstance(scheduler, EULER_FAMILY):
         return math.hypot(float(scheduler.sigmas[0]), 1.0)
     return 1.0
@@ -197,7 +203,9 @@ class Case:
         return Sampler(schedule, self.method, steps, lambda schedule, steps: knots, **of_method)
 
     def runs(self) -> Iterator[tuple[NoiseSchedule, int]]:
-        """Every prediction and every number of steps, in turn, paired in one way or the other from case to case."""
+        """Every prediction and every number of steps, in turn, paired in one way or the other from
+        case to case.
+        """
         schedules, turn = list(self.schedules()), len(str(self))
         for k in range(max(len(schedules), len(self.steps))):
             yield schedules[k % len(schedules)], self.steps[(k + turn) % len(self.steps)]
@@ -262,7 +270,9 @@ SIGMAS = {
 
 
 def euler_sigmas(case: Case, karras_rounding: str | None = None) -> list[Case]:
-    """σ-spaced grids of the Euler family: the range is that of the spacing; only KDPM2 rounds the network's time."""
+    """σ-spaced grids of the Euler family: the range is that of the spacing; only KDPM2 rounds the
+    network's time.
+    """
     rows = []
     for grid, s in product(SIGMAS, SPACINGS):
         options = {
@@ -279,7 +289,9 @@ def euler_sigmas(case: Case, karras_rounding: str | None = None) -> list[Case]:
 
 
 def solver_sigmas(case: Case, **extra: str) -> list[Case]:
-    """σ-spaced grids of the DPM-Solver family: the network's time is rounded for Karras (and lu), else cut to an integer."""
+    """σ-spaced grids of the DPM-Solver family: the network's time is rounded for Karras (and lu),
+    else cut to an integer.
+    """
     rows = []
     for grid, flag in {**SIGMAS, **extra}.items():
         options = {"rounding": "nearest" if grid in ("karras", "lu") else "down", **case.options}
@@ -297,8 +309,8 @@ def solver_sigmas(case: Case, **extra: str) -> list[Case]:
 
 
 def true_gaps(scheduler: Any, i: int) -> None:
-    """Classes that step to t - T // N, which is not the next timestep of their grid (linspace; trailing when N does not divide
-    T): T // (T / gap) is the gap."""
+    """Classes that step to t - T // N, which is not the next timestep of their grid (linspace;
+    trailing when N does not divide T): T // (T / gap) is the gap."""
     t = scheduler.timesteps.tolist()
     scheduler.num_inference_steps = Fraction(T, t[i] - ([*t, -1])[i + 1])
 
@@ -396,7 +408,9 @@ EULERS = [
 
 
 def solver(peer: Any, method: str, ours: dict[str, Any] | None = None, **theirs: Any) -> Case:
-    """A row of the DPM-Solver family; ``theirs`` is the config, of which ours has the same under shorter names."""
+    """A row of the DPM-Solver family; ``theirs`` is the config, of which ours has the same under
+    shorter names.
+    """
     names = {"solver_order": "order", "algorithm_type": "algorithm"}
     options = {names.get(k, k): v for k, v in theirs.items() if k != "final_sigmas_type"}
     if "final_sigmas_type" in theirs:
@@ -669,7 +683,9 @@ CASES = [
 
 
 class Path:
-    """What DPMSolverSDEScheduler asks its Brownian tree for: our two draws of the step, the second part of the first way."""
+    """What DPMSolverSDEScheduler asks its Brownian tree for: our two draws of the step, the second
+    part of the first way.
+    """
 
     def __init__(self) -> None:
         self.calls: list[tuple[float, float]] = []
@@ -702,7 +718,9 @@ def test_agreement(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass(frozen=True)
 class Clamped:
-    """A grid with ᾱ = 2^-24 in the place of zero terminal SNR, where σ-spaced peers put it; ours is exact."""
+    """A grid with ᾱ = 2^-24 in the place of zero terminal SNR, where σ-spaced peers put it; ours is
+    exact.
+    """
 
     name: str
     options: tuple[tuple[str, Any], ...] = ()
@@ -849,7 +867,9 @@ def test_lambda_min(peer: Any, method: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_inverse_spacings(spacing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Theirs jump from the last timestep to σ of t = 999: from leading's far, from trailing's not at all."""
+    """Theirs jump from the last timestep to σ of t = 999: from leading's far, from trailing's not
+    at all.
+    """
     peer = peers.DPMSolverMultistepInverseScheduler(
         **BETAS, timestep_spacing=spacing, lower_order_final=False
     )
@@ -966,7 +986,9 @@ SOLVERS_ON_FLOW = {
 @pytest.mark.parametrize("method", SOLVERS_ON_FLOW)
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_solvers_on_a_flow(method: str, shift: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their network's times are cut to integers, and UniPC starts at σ = 1 - 1e-6: where they stand, we do."""
+    """Their network's times are cut to integers, and UniPC starts at σ = 1 - 1e-6: where they
+    stand, we do.
+    """
     schedule = NoiseSchedule.flow(shift=shift)
     ends = (
         {"drop_last": True}
@@ -1046,7 +1068,8 @@ def test_consistency(steps: int, s_noise: float, monkeypatch: pytest.MonkeyPatch
 
     # their network is given 1000 log(σ + 1e-44) / 4
     their = theirs(scheduler, steps, monkeypatch, net=net)
-    # with all 40 steps the last one goes from sigma_min to sigma_min, at which D = x: ours goes into σ = 0, to the same D
+    # with all 40 steps the last one goes from sigma_min to sigma_min, at which D = x: ours goes
+    # into σ = 0, to the same D
     grid: dict[str, Any] = {"grid": "trailing", "whole_stride": True, "final": "sigma_min"}
     grid = grid if steps < 40 else {"grid": "karras"}
     sampler = Sampler(schedule, "consistency", steps, s_noise=s_noise, **grid)
@@ -1055,7 +1078,9 @@ def test_consistency(steps: int, s_noise: float, monkeypatch: pytest.MonkeyPatch
 
 
 def test_karras_ve(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their schedule lists σ² and their pipeline takes it as σ: the steps agree on levels that we give to both."""
+    """Their schedule lists σ² and their pipeline takes it as σ: the steps agree on levels that we
+    give to both.
+    """
     levels = [80.0, 30.0, 9.0, 2.0, 0.5, 0.1, 0.02]
     schedule = NoiseSchedule.variance_exploding(
         sigma_min=0.001, sigma_max=200.0, prediction="epsilon"
@@ -1083,8 +1108,8 @@ def test_karras_ve(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ipndm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From α = 0 theirs divides by max(α, 1e-8) what rounding leaves of x - σ ε, and may find D = 0; after that step the two
-    agree."""
+    """From α = 0 theirs divides by max(α, 1e-8) what rounding leaves of x - σ ε, and may find D =
+    0; after that step the two agree."""
     schedule = NoiseSchedule.cosine()
     for steps in STEPS:
         knots = make_knots(schedule, steps, "sine_squared")
@@ -1112,7 +1137,9 @@ def test_ipndm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def agrees_where_finite(mine: Tensor, their: Tensor, limit: float = RELATIVE) -> None:
-    """For a peer whose rounding may decide whether it is a number; what ours must be is said beside the call."""
+    """For a peer whose rounding may decide whether it is a number; what ours must be is said beside
+    the call.
+    """
     finite = their.isfinite()
     assert not finite.any() or difference(mine[finite], their[finite]) < limit
 
@@ -1124,7 +1151,9 @@ def last_output(
     monkeypatch: pytest.MonkeyPatch,
     **options: Any,
 ) -> Tensor:
-    """The x_0 that a peer finds in its last evaluation, from which a step into σ = 0 must return it."""
+    """The x_0 that a peer finds in its last evaluation, from which a step into σ = 0 must return
+    it.
+    """
     seen: list[tuple[Tensor, float]] = []
 
     def net(x: Tensor, t: Any) -> Tensor:
@@ -1151,7 +1180,9 @@ def test_fixed_large_log_is_fixed_large(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading"])
 def test_fixed_large_ends_without_noise(spacing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """2006.11239, algorithm 2: z = 0 in the last step. Theirs leaves it out at t = 0 only, where trailing never comes."""
+    """2006.11239, algorithm 2: z = 0 in the last step. Theirs leaves it out at t = 0 only, where
+    trailing never comes.
+    """
     schedule = NoiseSchedule.scaled_linear()
     offset = int(spacing == "leading")
     peer = peers.DDPMScheduler(
@@ -1169,7 +1200,9 @@ def test_fixed_large_ends_without_noise(spacing: str, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("peer", [MULTI, SINGLE])
 def test_third_order_of_the_sde(peer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their coefficient of D2 ends in - 1/2 for + 1/2 (k-diffusion has it right): with that mended the two agree."""
+    """Their coefficient of D2 ends in - 1/2 for + 1/2 (k-diffusion has it right): with that mended
+    the two agree.
+    """
     multi = peer is MULTI
     name = (
         "multistep_dpm_solver_third_order_update"
@@ -1236,7 +1269,9 @@ LACKING: dict[str, tuple[Any, NoiseSchedule, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", LACKING)
 def test_third_order_of_the_sde_that_they_lack(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their code has no such branch. Ours has the exact mean, and is nearer to the variance than the second order."""
+    """Their code has no such branch. Ours has the exact mean, and is nearer to the variance than
+    the second order.
+    """
     peer, schedule, options = LACKING[name]
     with pytest.raises(UnboundLocalError):
         theirs(
@@ -1263,7 +1298,9 @@ def test_third_order_of_the_sde_that_they_lack(name: str, monkeypatch: pytest.Mo
 def test_the_step_of_unipc_into_zero(
     options: dict[str, Any], steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From σ = 0 on h = ∞, and theirs multiply it by 0 or solve a system with it: an error, or no number. It returns x_0."""
+    """From σ = 0 on h = ∞, and theirs multiply it by 0 or solve a system with it: an error, or no
+    number. It returns x_0.
+    """
     schedule = NoiseSchedule.scaled_linear()
     config = {"timestep_spacing": "trailing", "final_sigmas_type": "sigma_min"}
     config |= {{"order": "solver_order"}.get(k, k): v for k, v in options.items()}
@@ -1274,8 +1311,8 @@ def test_the_step_of_unipc_into_zero(
 
 
 def test_cosine_on_karras_sigmas(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Theirs cut the times to integers and look up the first of them, of which there may be several: told where they start,
-    they agree."""
+    """Theirs cut the times to integers and look up the first of them, of which there may be
+    several: told where they start, they agree."""
     schedule = NoiseSchedule.squaredcos_cap_v2()
     row = Case(MULTI, "dpm_solver_multistep", "karras", their_times=True)
     scheduler = MULTI(beta_schedule="squaredcos_cap_v2", use_karras_sigmas=True)
@@ -1287,8 +1324,8 @@ def test_cosine_on_karras_sigmas(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("case", [ANCESTRAL, KDPM2_ANCESTRAL], ids=str)
 def test_ancestral_steps_from_far(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From σ = 2e4 theirs take the root of σ_n² - σ_up² in float32, whose sign is that of its rounding: with their levels in
-    float64 the two agree."""
+    """From σ = 2e4 theirs take the root of σ_n² - σ_up² in float32, whose sign is that of its
+    rounding: with their levels in float64 the two agree."""
     schedule = NoiseSchedule.squaredcos_cap_v2()
     mine = ours(Sampler(schedule, case.method, 4, "linspace"))
     their = theirs(
@@ -1305,7 +1342,9 @@ def test_ancestral_steps_from_far(case: Case, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_ddim_of_eta_1_at_zero_terminal_snr(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is DDPM. Theirs takes the root of 1 - ᾱ - σ² there, of which float32 leaves a rounding of either sign."""
+    """It is DDPM. Theirs takes the root of 1 - ᾱ - σ² there, of which float32 leaves a rounding of
+    either sign.
+    """
     schedule = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
     config = {
         **BETAS,
@@ -1331,8 +1370,9 @@ def test_ddim_steps_to_its_own_next_timestep(spacing: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("peer", [peers.EulerDiscreteScheduler, peers.EDMEulerScheduler])
 def test_churn_of_euler(peer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """2206.00364, algorithm 2, calls the network on the churned x̂ at σ̂; theirs calls it before on x at σ. With a network that
-    looks ahead (its input is what the step will make of x) the two agree."""
+    """2206.00364, algorithm 2, calls the network on the churned x̂ at σ̂; theirs calls it before on
+    x at σ. With a network that looks ahead (its input is what the step will make of x) the two
+    agree."""
     edm = peer is peers.EDMEulerScheduler
     schedule = NoiseSchedule.karras() if edm else NoiseSchedule.scaled_linear()
     churn = {"s_churn": 4.0, "s_tmin": 0.1, "s_tmax": 10.0, "s_noise": 1.01}
@@ -1369,7 +1409,9 @@ def test_churn_of_euler(peer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_difference_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The yardstick itself: one step more, another eta, another grid or prediction are all far beyond the tolerance."""
+    """The yardstick itself: one step more, another eta, another grid or prediction are all far
+    beyond the tolerance.
+    """
     schedule = NoiseSchedule.scaled_linear(prediction="v_prediction")
     case = next(c for c in DDIM if c.grid == "trailing" and c.options["eta"] == 0.5)
     their = theirs(case.scheduler(schedule), 20, monkeypatch, eta=0.5)

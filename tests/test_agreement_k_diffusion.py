@@ -1,6 +1,8 @@
-"""Agreement with k-diffusion's samplers: frozen results, replayed on the same network, start, grid and noise.
+"""Agreement with k-diffusion's samplers: frozen results, replayed on the same network, start, grid
+and noise.
 
-tests/frozen/make_k_diffusion.py made the numbers and says what they are. DPM adaptive, which is no table, is in test_adaptive.py.
+tests/frozen/make_k_diffusion.py made the numbers and says what they are. DPM adaptive, which is no
+table, is in test_adaptive.py.
 """
 
 from __future__ import annotations
@@ -91,7 +93,9 @@ def _same(draw: dict[str, Any], start: float, end: float) -> bool:
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_agreement(name: str, schedule: NoiseSchedule) -> None:
-    """The same numbers in any coordinates: k-diffusion's x is x / α, and its D does not know of a schedule."""
+    """The same numbers in any coordinates: k-diffusion's x is x / α, and its D does not know of a
+    schedule.
+    """
     case = CASES[name]
     expected = torch.tensor(case["x"], dtype=torch.float64)
     difference = float(

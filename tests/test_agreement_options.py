@@ -1,7 +1,9 @@
-"""Agreement with diffusers in the options that move its knots: sigma-spaced grids and flows in every solver, T steps.
+"""Agreement with diffusers in the options that move its knots: sigma-spaced grids and flows in
+every solver, T steps.
 
-Some classes repeat their last knot, some round the network's time, some leave the grid that they name. A sampler of ours is laid
-where theirs stand, after it was checked that ours stand there too, or that theirs cannot be meant.
+Some classes repeat their last knot, some round the network's time, some leave the grid that they
+name. A sampler of ours is laid where theirs stand, after it was checked that ours stand there too,
+or that theirs cannot be meant.
 """
 
 from __future__ import annotations
@@ -277,7 +279,9 @@ def rescaled_end(their: Tensor, scheduler: Any) -> Tensor:
 def test_log_linear_interpolation_of_euler(
     spacing: str, prediction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Theirs are the exponential grid, whatever the spacing, shown at the spacing's times; they lay a knot too many."""
+    """Theirs are the exponential grid, whatever the spacing, shown at the spacing's times; they lay
+    a knot too many.
+    """
     schedule = NoiseSchedule.scaled_linear(prediction=prediction)
     for steps in STEPS:
         scheduler: Any = peers.EulerDiscreteScheduler(
@@ -319,7 +323,9 @@ def test_log_linear_interpolation_does_nothing_on_sigmas(
 def test_heun_on_its_exp_betas(
     spacing: str, prediction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its table is in float32: with the exact one, the two agree; without, to 1.4e-5, the difference of the tables."""
+    """Its table is in float32: with the exact one, the two agree; without, to 1.4e-5, the
+    difference of the tables.
+    """
     schedule = NoiseSchedule.exp(prediction=prediction)
     between = {"interpolation": "sigma"} if spacing != "trailing" else {}
     for steps in STEPS:
@@ -355,7 +361,9 @@ def deterministic(sampler: Sampler) -> Tensor:
     ],
 )
 def test_t_steps(method: str, peer: Any) -> None:
-    """Theirs show one time twice on linspace, and on leading stand still at 0; ours are the T timesteps on every spacing."""
+    """Theirs show one time twice on linspace, and on leading stand still at 0; ours are the T
+    timesteps on every spacing.
+    """
     schedule = NoiseSchedule.scaled_linear()
     for spacing in SPACINGS:
         scheduler = peer(**BETAS, timestep_spacing=spacing)

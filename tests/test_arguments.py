@@ -128,7 +128,8 @@ def test_weightings(flags: str, weighting: Weighting) -> None:
             NoiseLevelTimesteps(density=UniformTimesteps()),
         ),
         (
-            "--training_shift 2 --flow_shift 3 --weighting_scheme logit_normal --logit_mean 1 --max_timestep 500",
+            "--training_shift 2 --flow_shift 3 --weighting_scheme logit_normal --logit_mean 1 "
+            "--max_timestep 500",
             NoiseLevelTimesteps(density=LogitNormalTimesteps(mean=1.0), shift=2.0, high=0.5),
         ),
         ("--timestep_sampling shift --discrete_flow_shift 3", LogitNormalTimesteps()),

@@ -1,4 +1,6 @@
-"""Flags with the name of another trainer's mean what that trainer computes, alone and in a parser that has them already."""
+"""Flags with the name of another trainer's mean what that trainer computes, alone and in a parser
+that has them already.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,8 @@ def weight_at(noising: Noising, t: Tensor) -> Tensor:
     )
 
 
-# weights, against the formulas of diffusers' training_utils and of sd-scripts' library/custom_train_functions.py
+# weights, against the formulas of diffusers' training_utils and of sd-scripts'
+# library/custom_train_functions.py
 
 CAPPED = SNR.clamp(max=1000)
 WEIGHTS: dict[str, tuple[str, NoiseSchedule, Tensor]] = {
@@ -84,7 +87,9 @@ def test_weights(name: str) -> None:
 @pytest.mark.parametrize("precondition", [0, 1])
 @pytest.mark.parametrize("scheme", ["none", "sigma_sqrt", "cosmap", "logit_normal", "mode"])
 def test_losses_of_the_sd3_script(scheme: str, precondition: int) -> None:
-    """With the same x_0, noise and sigmas the loss is that of train_dreambooth_sd3.py, preconditioned or not."""
+    """With the same x_0, noise and sigmas the loss is that of train_dreambooth_sd3.py,
+    preconditioned or not.
+    """
     generator = torch.Generator().manual_seed(0)
     x0, noise, output = (torch.randn(50, 2, 3, 3, generator=generator) for _ in range(3))
     noising = ours(
@@ -179,7 +184,8 @@ DENSITIES: dict[
         lambda g: shifted((0.8 * normal(g)).sigmoid(), 2.5),
     ),
     "kohya sd3": (
-        "--weighting_scheme logit_normal --logit_mean 1 --training_shift 2 --min_timestep 100 --max_timestep 700",
+        "--weighting_scheme logit_normal --logit_mean 1 --training_shift 2 --min_timestep 100 "
+        "--max_timestep 700",
         3.0,
         kohya_sd3_sigmas(2.0, 100, 700, logit_mean=1.0, logit_std=1.0),
     ),
@@ -196,7 +202,8 @@ def test_densities(name: str) -> None:
     ).double()
     theirs = draw(torch.Generator().manual_seed(0)).double()
     for share, sigma in zip(SHARES.tolist(), sigmas.tolist(), strict=True):
-        # the share of their sigmas below our quantile: 5 deviations of a binomial, and one step of their table
+        # the share of their sigmas below our quantile: 5 deviations of a binomial, and one step of
+        # their table
         below, at_most = (
             float((theirs < sigma - 2e-3).double().mean()),
             float((theirs <= sigma + 2e-3).double().mean()),
@@ -272,7 +279,8 @@ def test_loss_types(loss_type: str, schedule: str, scale: float) -> None:
     assert torch.allclose(noised.losses(output), theirs.flatten(1).mean(1), rtol=1e-4, atol=1e-6)
 
 
-# noise: the scripts of diffusers, and custom_train_functions.apply_noise_offset and pyramid_noise_like
+# noise: the scripts of diffusers, and custom_train_functions.apply_noise_offset and
+# pyramid_noise_like
 
 NOISES: dict[str, tuple[str, Callable[[Tensor, torch.Generator], Tensor]]] = {
     "offset": (
@@ -309,7 +317,9 @@ NOISES: dict[str, tuple[str, Callable[[Tensor, torch.Generator], Tensor]]] = {
 
 @pytest.mark.parametrize("name", NOISES)
 def test_offsets(name: str) -> None:
-    """The offsets are one random number for each channel, distributed as the peer's: compared by their moments."""
+    """The offsets are one random number for each channel, distributed as the peer's: compared by
+    their moments.
+    """
     flags, draw = NOISES[name]
     x0 = torch.full((2000, 2, 4, 4), 0.7)
     noising = ours(flags)
@@ -468,7 +478,9 @@ def test_an_own_dest_and_type_are_respected() -> None:
 
 
 def test_arguments_are_plain_values_for_a_tracker() -> None:
-    """accelerate's tensorboard tracker takes numbers, text and switches as hyperparameters, and no lists."""
+    """accelerate's tensorboard tracker takes numbers, text and switches as hyperparameters, and no
+    lists.
+    """
     flags = ["--noise", "offset", "pyramid", "--snr_gamma", "5"]
     args = add_noising_arguments(parser_of("sdxl_train.py")).parse_args(flags)
     assert all(

@@ -1,4 +1,6 @@
-"""Disks that fill up, loggers that hang, models that cannot be drawn: training goes on the same, or does not begin."""
+"""Disks that fill up, loggers that hang, models that cannot be drawn: training goes on the same, or
+does not begin.
+"""
 
 import errno
 import json
@@ -106,8 +108,8 @@ def test_a_full_disk_is_said_once_and_training_is_the_same(
         module = train(tmp_path, FillsUp(monkeypatch, where), *ours)
     assert module.losses == reference.losses and weights(module) == weights(reference)
     told = [str(w.message) for w in caught if "; training goes on (" in str(w.message)]
-    # by ValidationSampling, LossBySNR and EMA, those that write so; once each and not at all six steps. How many have written before
-    # the disk is full depends on the threads that write
+    # by ValidationSampling, LossBySNR and EMA, those that write so; once each and not at all six
+    # steps. How many have written before the disk is full depends on the threads that write
     most = {"safetensors": 1, "stores": 1, "lines": 1}
     assert 1 <= len(told) <= most.get(where, 3) and len(set(told)) == len(told), told
     sums = [str(w.message) for w in caught if "times in this run at" in str(w.message)]
@@ -436,7 +438,9 @@ def test_buffers_that_are_replaced_come_back() -> None:
 
 
 def test_a_pipeline_of_a_flow_draws(tmp_path: Path) -> None:
-    """One that was made for noise schedules too, which asks its scheduler for more than diffusers' flow schedulers have."""
+    """One that was made for noise schedules too, which asks its scheduler for more than diffusers'
+    flow schedulers have.
+    """
 
     class Holds(Toy):
         def __init__(self) -> None:

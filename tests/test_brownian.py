@@ -1,4 +1,6 @@
-"""One Brownian path per image: increments add up, are standard normal, and make samples settle as steps grow."""
+"""One Brownian path per image: increments add up, are standard normal, and make samples settle as
+steps grow.
+"""
 
 import math
 

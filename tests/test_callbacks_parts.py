@@ -1,4 +1,6 @@
-"""The parts of the callbacks that know no Trainer: who draws what, what is put back, what becomes a picture."""
+"""The parts of the callbacks that know no Trainer: who draws what, what is put back, what becomes a
+picture.
+"""
 
 import random
 from pathlib import Path
@@ -83,7 +85,9 @@ def test_take_rows_keeps_what_is_no_tensor() -> None:
 
 
 def test_rows_of_tensors_in_lists() -> None:
-    """A list is walked as a mapping is: each image has its own rows, and what does not fit is refused."""
+    """A list is walked as a mapping is: each image has its own rows, and what does not fit is
+    refused.
+    """
     values = {
         "parts": [torch.arange(3), (torch.ones(1, 2), "text")],
         "deep": {"list": [torch.arange(3) * 10]},

@@ -1,4 +1,6 @@
-"""What ValidationSampling can be asked for: triggers, prompts, classes, seeds, averages, decoders, pipelines, time, memory."""
+"""What ValidationSampling can be asked for: triggers, prompts, classes, seeds, averages, decoders,
+pipelines, time, memory.
+"""
 
 import json
 import math
@@ -372,8 +374,8 @@ class WithUNet(Toy):
 def test_a_pipeline_draws_what_the_sampler_does(
     tmp_path: Path, published: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both on the training schedule, though the pipeline's own scheduler says otherwise; from the same noise, which a pipeline
-    draws from torch's generators."""
+    """Both on the training schedule, though the pipeline's own scheduler says otherwise; from the
+    same noise, which a pipeline draws from torch's generators."""
 
     def noise_of_seeds(shape: Any, generator: Any = None, **_: Any) -> Tensor:
         return SeededNoise(

@@ -1,4 +1,6 @@
-"""Previews and schedules with two processes (gloo): the same losses, the same pixels, and nobody left waiting."""
+"""Previews and schedules with two processes (gloo): the same losses, the same pixels, and nobody
+left waiting.
+"""
 
 import json
 from collections.abc import Callable, Iterator
@@ -26,7 +28,9 @@ def _one_thread() -> Iterator[None]:
 
 
 class Suite:
-    """What two processes left behind, after all scenarios of a strategy in one go (most of the time goes into starting them)."""
+    """What two processes left behind, after all scenarios of a strategy in one go (most of the time
+    goes into starting them).
+    """
 
     def __init__(self, root: Path, kind: str) -> None:
         self.root, self.kind = root, kind

@@ -1,4 +1,6 @@
-"""A folder of its own for every checkpoint, and checkpoints of every form: weights-only, linked, remote, written late."""
+"""A folder of its own for every checkpoint, and checkpoints of every form: weights-only, linked,
+remote, written late.
+"""
 
 import json
 import shutil

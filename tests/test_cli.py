@@ -1,4 +1,6 @@
-"""The commands ``alphabar samplers`` and ``alphabar plot``, and what every command does with what it cannot do."""
+"""The commands ``alphabar samplers`` and ``alphabar plot``, and what every command does with what
+it cannot do.
+"""
 
 from __future__ import annotations
 
@@ -260,7 +262,8 @@ def test_plot_without_matplotlib(
     monkeypatch.setattr(builtins, "__import__", without)
     assert main(["plot", "grids", "--out", str(tmp_path / "x.png")]) == 2
     assert capsys.readouterr().err == (
-        "alphabar plot: pictures need matplotlib, which is not installed: pip install 'alphabar[matplotlib]'\n"
+        "alphabar plot: pictures need matplotlib, which is not installed: pip install "
+        "'alphabar[matplotlib]'\n"
     )
 
 
@@ -326,9 +329,11 @@ HEAVY = (
     [
         "from alphabar.training.cli import main; main(['samplers'])",
         "from alphabar.training.cli import main; main(['inspect', FOLDER])",
-        "from alphabar.training.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit: pass",
+        "from alphabar.training.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit: "
+        "pass",
         "import argparse, alphabar.training as t\n"
-        "p = argparse.ArgumentParser(); t.add_noising_arguments(p); t.noising_from_arguments(p.parse_args([]))",
+        "p = argparse.ArgumentParser(); t.add_noising_arguments(p); "
+        "t.noising_from_arguments(p.parse_args([]))",
         "import alphabar.noising",
     ],
 )

@@ -1,4 +1,6 @@
-"""Clipping x_0: diffusers' results, every prediction type, and that it touches nothing where there is nothing to clip."""
+"""Clipping x_0: diffusers' results, every prediction type, and that it touches nothing where there
+is nothing to clip.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,9 @@ def drawing(module: Any, seeds: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 def test_agreement_with_ddim_that_keeps_its_noise(
     options: dict[str, Any], clip: Any, prediction: str, eta: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What DDIMScheduler's step does by default: x_0 is clipped, and ε stays that of the network's own output."""
+    """What DDIMScheduler's step does by default: x_0 is clipped, and ε stays that of the network's
+    own output.
+    """
     import diffusers.schedulers.scheduling_ddim as module
 
     schedule = LINEAR.with_prediction(prediction)
@@ -108,7 +112,8 @@ def test_agreement_with_ddim_that_keeps_its_noise(
     theirs = peer_run(scheduler, start(), eta=eta)
     kept = {"eta": eta, "use_clipped_model_output": False}
     ours = Sampler(schedule, "ddim", 20, "leading", **kept)(wild, start(), clip=clip, seeds=(5, 6))
-    # where x_0 is close to x, ε = (x - α x_0) / σ loses digits: the sample prediction's, at σ = 0.01
+    # where x_0 is close to x, ε = (x - α x_0) / σ loses digits: the sample prediction's, at σ =
+    # 0.01
     assert torch.allclose(ours, theirs, rtol=1e-8, atol=1e-8)
     derived = Sampler(schedule, "ddim", 20, "leading", eta=eta)(
         wild, start(), clip=clip, seeds=(5, 6)
@@ -126,7 +131,9 @@ def test_noise_that_is_kept_changes_nothing_without_clipping() -> None:
 
 
 def test_agreement_with_inverse_ddim() -> None:
-    """DDIMInverseScheduler has no other way than to keep ε. It starts from an image, which lies inside the limit."""
+    """DDIMInverseScheduler has no other way than to keep ε. It starts from an image, which lies
+    inside the limit.
+    """
     scheduler = exact(
         diffusers.DDIMInverseScheduler(clip_sample_range=0.7, timestep_spacing="leading"), LINEAR
     )
@@ -148,7 +155,9 @@ def test_agreement_with_inverse_ddim() -> None:
 def test_tcd_has_the_options_and_clips_nothing(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """TCDScheduler takes clip_sample and thresholding, and no line of its step reads them: here that is no clip."""
+    """TCDScheduler takes clip_sample and thresholding, and no line of its step reads them: here
+    that is no clip.
+    """
     import diffusers.schedulers.scheduling_tcd as module
 
     scheduler = exact(
@@ -166,7 +175,9 @@ def test_tcd_has_the_options_and_clips_nothing(
 def test_agreement_with_lcm(
     options: dict[str, Any], clip: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """x_0 is clipped before c_skip x is added, as here; the last of their steps stays a little below α = 1."""
+    """x_0 is clipped before c_skip x is added, as here; the last of their steps stays a little
+    below α = 1.
+    """
     import diffusers.schedulers.scheduling_lcm as module
 
     config = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02} | options
@@ -373,7 +384,9 @@ def test_bad_max_value() -> None:
 
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DDIMParallelScheduler", "DDIMInverseScheduler"])
 def test_a_class_name_clips_as_the_class(name: str) -> None:
-    """The step of these classes keeps the network's own noise unless told otherwise; "ddim" takes what the clipped x_0 implies."""
+    """The step of these classes keeps the network's own noise unless told otherwise; "ddim" takes
+    what the clipped x_0 implies.
+    """
     schedule = NoiseSchedule.scaled_linear()
     assert Sampler(schedule, name, 5).method_options["use_clipped_model_output"] is False
     assert (

@@ -1,8 +1,10 @@
-"""The methods that ComfyUI has beyond k-diffusion, against plain loops over their published formulas.
+"""The methods that ComfyUI has beyond k-diffusion, against plain loops over their published
+formulas.
 
-The loops speak ComfyUI's language: x̄ = x / α and σ̄ = σ / α, two denoised results for each evaluation (guided D, unconditional U),
-and Gaussian draws from a list. The tables run on the same nonlinear network, in float64, on a variance preserving and a variance
-exploding path, whose knots have the same σ̄.
+The loops speak ComfyUI's language: x̄ = x / α and σ̄ = σ / α, two denoised results for each
+evaluation (guided D, unconditional U), and Gaussian draws from a list. The tables run on the same
+nonlinear network, in float64, on a variance preserving and a variance exploding path, whose knots
+have the same σ̄.
 """
 
 from __future__ import annotations
@@ -204,7 +206,9 @@ def seeds_3(both: Both, x: Tensor, sigmas: list[float], z: Iterator[Tensor]) -> 
 def ipndm_v(
     both: Both, x: Tensor, sigmas: list[float], z: Iterator[Tensor], slips: bool = False
 ) -> Tensor:
-    """Variable-step Adams-Bashforth as diff-sampler expands it, with or without the three slips of the published code."""
+    """Variable-step Adams-Bashforth as diff-sampler expands it, with or without the three slips of
+    the published code.
+    """
     past: list[Tensor] = []
     for i in range(len(sigmas) - 1):
         D = both(x, sigmas[i])[0]
@@ -341,8 +345,9 @@ def ud10_ab(both: Both, x: Tensor, sigmas: list[float], z: Iterator[Tensor]) -> 
 def sa_pece(
     both: Both, x: Tensor, sigmas: list[float], z: Iterator[Tensor], tau: float = 1.0
 ) -> Tensor:
-    """2309.05019, algorithm 1 in PECE mode: predictor 3, corrector 4, order 2 by the simplified weights of its appendix D,
-    and orders that fall towards the end as in diffusers' SASolverScheduler."""
+    """2309.05019, algorithm 1 in PECE mode: predictor 3, corrector 4, order 2 by the simplified
+    weights of its appendix D, and orders that fall towards the end as in diffusers'
+    SASolverScheduler."""
     steps, T = len(sigmas) - 1, 1 + tau**2
     lam = [-math.log(s) if s else math.inf for s in sigmas]
     values: list[Tensor] = []
@@ -378,7 +383,9 @@ def sa_pece(
 
 
 def sa_weights(nodes: list[float], s: float, t: float, T: float, corrector: bool) -> list[float]:
-    """∫_s^t T e^(T (u - t)) l_j(u) du for the Lagrange polynomials, by moments and a Vandermonde system (eq. 15, 18)."""
+    """∫_s^t T e^(T (u - t)) l_j(u) du for the Lagrange polynomials, by moments and a Vandermonde
+    system (eq. 15, 18).
+    """
     h, n = t - s, len(nodes)
     if n == 2:
         whole = 1 - math.exp(-T * h)
@@ -472,8 +479,9 @@ def test_a_difference_would_be_seen() -> None:
 def test_from_zero_terminal_snr(
     name: str, loop: Loop, options: dict[str, Any], settings: dict[str, Any]
 ) -> None:
-    """From α = 0, where the published loops divide by infinity: one first-order step to the guided D along x itself, which
-    is all noise, and from there on as if the run had started at the second knot."""
+    """From α = 0, where the published loops divide by infinity: one first-order step to the guided
+    D along x itself, which is all noise, and from there on as if the run had started at the second
+    knot."""
     schedule = ZTSNR
     x = start() / SIGMAS[0]
     knots = (knots_at(schedule, [999.0])[0], *knots_of(schedule, SIGMAS))
@@ -483,7 +491,8 @@ def test_from_zero_terminal_snr(
     D = halves_at(x, 0.0, SCALE)[0]
     noise = iter(draws())
     stochastic = resolve_method(name)[0].stochastic or "eta" in settings
-    # what is renewed of the noise: all of it, as η of the SDE or the posterior has it at α = 0; of an ancestral step η
+    # what is renewed of the noise: all of it, as η of the SDE or the posterior has it at α = 0; of
+    # an ancestral step η
     fresh = (
         settings.get("tau", 1.0) * (settings.get("eta", 1.0) if "ancestral" in name else 1.0)
         if stochastic
@@ -500,7 +509,9 @@ def test_from_zero_terminal_snr(
     "name", [name for name in METHODS if name.endswith("cfg_pp") or name.startswith("cfgpp")]
 )
 def test_cfg_plus_plus_of_a_network(name: str) -> None:
-    """Through the public face: the unconditional half is that of the network, in one call for both, and the run ends at D."""
+    """Through the public face: the unconditional half is that of the network, in one call for both,
+    and the run ends at D.
+    """
     calls: list[int] = []
 
     def network(x: Tensor, t: Tensor, shift: Tensor) -> Tensor:

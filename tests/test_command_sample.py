@@ -1,4 +1,6 @@
-"""``alphabar sample`` on every kind of model: classes, prompts, latents, averages, pipelines; and what it says where one does not fit."""
+"""``alphabar sample`` on every kind of model: classes, prompts, latents, averages, pipelines; and
+what it says where one does not fit.
+"""
 
 from __future__ import annotations
 
@@ -123,16 +125,22 @@ WRONG: dict[str, tuple[list[Any], str]] = {
     "negative": (["--classes", -1], "the network knows the classes 0 to 3, got -1"),
     "no null class": (["--classes", 1, "--guidance_scale", 2], "needs --null_class"),
     "guidance alone": (["--guidance_scale", 2], "give --classes and --null_class"),
-    "another key": (["--classes", 1, "--class_key", "y"], "UNet2DModel fails on samples of shape (1, 8, 8) with ['y']"),
-    "a prompt": (["--prompt", "a cat"], "has no text encoder; --prompt is for the folder of a diffusers pipeline"),
+    "another key": (["--classes", 1, "--class_key", "y"], "UNet2DModel fails on samples of shape "
+                                                          "(1, 8, 8) with ['y']"),
+    "a prompt": (["--prompt", "a cat"], "has no text encoder; --prompt is for the folder of a "
+                                        "diffusers pipeline"),
     "both": (["--prompt", "a", "--classes", 1], "prompts or classes, not both"),
     "a negative prompt": (["--negative_prompt", "a"], "give --prompt too"),
-    "rescale": (["--classes", 1, "--guidance_rescale", 2], "--guidance_rescale must lie between 0 and 1"),
+    "rescale": (["--classes", 1, "--guidance_rescale", 2], "--guidance_rescale must lie between 0 "
+                                                           "and 1"),
     "EMA": (["--classes", 1, "--weights", "ema"], "holds no EMA weights"),
-    "a shape": (["--classes", 1, "--shape", 3, 8, 8], "the network takes 1 channels, and the sample_shape is (3, 8, 8)"),
-    "no factory": (["--network", "torch.nn:Identitty"], "unknown factory of torch.nn 'Identitty'; did you mean 'Identity'"),
+    "a shape": (["--classes", 1, "--shape", 3, 8, 8], "the network takes 1 channels, and the "
+                                                      "sample_shape is (3, 8, 8)"),
+    "no factory": (["--network", "torch.nn:Identitty"], "unknown factory of torch.nn 'Identitty'; "
+                                                        "did you mean 'Identity'"),
     "no module": (["--network", "nowhere_at_all:Net"], "No module named 'nowhere_at_all'"),
-    "another network": (["--network", "torch.nn:Identity"], "do not fit Identity: ['conv_in.weight', "),
+    "another network": (["--network", "torch.nn:Identity"], "do not fit Identity: "
+                                                            "['conv_in.weight', "),
     "no VAE": (["--classes", 1, "--vae", "nowhere"], "no VAE in 'nowhere'"),
 }  # fmt: skip
 
@@ -159,8 +167,8 @@ def test_a_network_of_texts_asks_for_its_pipeline(
     )  # fmt: skip
     error = refused(capsys, tmp_path, written(tmp_path, checkpoint_of(network)))
     assert (
-        "also asks for encoder_hidden_states; give --prompt, with the folder of its diffusers pipeline"
-        in error
+        "also asks for encoder_hidden_states; give --prompt, with the folder of its diffusers "
+        "pipeline" in error
     )
 
 
@@ -247,7 +255,9 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_pipeline_draws_prompts_with_our_sampler(
     pipeline: Path, tmp_path: Path, scale: float
 ) -> None:
-    """As the pipeline itself does with the same noise: DDIM, its text encoder, its guidance, its VAE."""
+    """As the pipeline itself does with the same noise: DDIM, its text encoder, its guidance, its
+    VAE.
+    """
     got = sampled(
         tmp_path, pipeline, "--prompt", "a red square", "a blue square", "--negative_prompt", "green", "--method", "ddim",
         "--guidance_scale", scale,

@@ -1,4 +1,6 @@
-"""torch.compile without a break of the graph and torch.func.vmap: schedules, conversions, and a whole training step."""
+"""torch.compile without a break of the graph and torch.func.vmap: schedules, conversions, and a
+whole training step.
+"""
 
 from __future__ import annotations
 
@@ -206,7 +208,9 @@ DENSITIES = {
 
 @pytest.mark.parametrize("name", DENSITIES)
 def test_densities_compile(name: str) -> None:
-    """Beta densities and importance sampling do not: their quantiles are found by iteration, and by what was measured."""
+    """Beta densities and importance sampling do not: their quantiles are found by iteration, and by
+    what was measured.
+    """
     density, u = DENSITIES[name], Draws(0, range(8), step=0, stream=0).uniform(dtype=torch.float64)
     density.check(ZTSNR.curve)  # as Noising does
     torch.testing.assert_close(
@@ -247,7 +251,9 @@ OFTEN = [
     ids=str,
 )
 def test_weights_and_losses_compile(settings: dict[str, Any]) -> None:
-    """With a mask, whose values an eager call checks; also how to compile what is drawn outside: ``noising.at``."""
+    """With a mask, whose values an eager call checks; also how to compile what is drawn outside:
+    ``noising.at``.
+    """
     noising, mask = (
         Noising(ZTSNR.with_prediction("v_prediction"), **settings),
         torch.ones(4, 1, 4, 5),

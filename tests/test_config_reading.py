@@ -1,4 +1,6 @@
-"""Configs that are damaged, strange or hostile: a ValueError that names the file and says what is wrong, or a schedule that samples."""
+"""Configs that are damaged, strange or hostile: a ValueError that names the file and says what is
+wrong, or a schedule that samples.
+"""
 
 import inspect
 import random
@@ -27,7 +29,9 @@ SECONDS, MIB = 2.0, 200.0  # that reading one config and sampling on it may take
 
 
 def outcome(rng: random.Random, folder: Path) -> str:
-    """Read one damaged config and sample on it: 'refused' or 'accepted'; whatever else happens is raised."""
+    """Read one damaged config and sample on it: 'refused' or 'accepted'; whatever else happens is
+    raised.
+    """
     own, config = rng.choice(CONFIGS)
     name = EXACT_NAME if own else CONFIG_NAME
     (folder / name).write_bytes(text_of(mutated(config, rng), rng))
@@ -72,7 +76,8 @@ def test_ten_thousand_damaged_configs(tmp_path: Path) -> None:
 FILES: dict[str, tuple[bytes, str]] = {
     "nan": (b'{"_class_name": "DDIMScheduler", "beta_end": NaN}', "NaN is no JSON"),
     "infinity": (b'{"_class_name": "DDIMScheduler", "beta_end": -Infinity}', "-Infinity is no JSON"),
-    "overflow": (b'{"_class_name": "DDIMScheduler", "beta_end": 1e999}', "beta_end must be a finite number, got inf"),
+    "overflow": (b'{"_class_name": "DDIMScheduler", "beta_end": 1e999}', "beta_end must be a "
+                                                                         "finite number, got inf"),
     "twice": (b'{"_class_name": "DDIMScheduler", "beta_end": 0.1, "beta_end": 0.2}', "the key 'beta_end' is given twice"),
     "deep": (b'{"_class_name": ' + b"[" * 5000 + b"]" * 5000 + b"}", "nested too deeply"),
     "wide": (b'{"_class_name": ' + b"[]," * 20_000 + b"[]}", "20002 brackets and 20000 commas"),
@@ -132,7 +137,8 @@ def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
 
 FLOW = NoiseSchedule.flow(3.0).to_config()
 STRANGE: dict[str, tuple[Any, str]] = {
-    "a tensor for a number": ({"kind": "flow", "shift": torch.ones(())}, "must be a finite number, got a Tensor"),
+    "a tensor for a number": ({"kind": "flow", "shift": torch.ones(())}, "must be a finite number, "
+                                                                         "got a Tensor"),
     "a tensor of one number": ({"kind": "discrete", "trained_betas": torch.tensor([0.1]).expand(10**10)}, "at most 1000000"),
     "a tensor of rows": ({"kind": "discrete", "trained_betas": torch.ones(2, 2)}, "must be a list of numbers, got a Tensor"),
     "keys that are numbers": ({"kind": "flow", 1: 2}, "keys of text, got the key 1"),
@@ -149,7 +155,8 @@ STRANGE: dict[str, tuple[Any, str]] = {
     ),
     "a range of nothing": ({"kind": "karras", "sigma_min": 1.0, "sigma_max": 1.0 + 1e-12}, "need 1e-12 <= sigma_min"),
     "a huge sigma": ({"kind": "variance_exploding", "sigma_max": 1e200}, "sigma_max <= 1e\\+12"),
-    "a huge beta": ({"kind": "variance_preserving", "beta_max": 1e9}, "alpha is 0 and 0 at the last two of 1000"),
+    "a huge beta": ({"kind": "variance_preserving", "beta_max": 1e9}, "alpha is 0 and 0 at the "
+                                                                      "last two of 1000"),
     "a huge rho": ({"kind": "karras", "rho": 1e9}, "rho must lie between"),
     "a huge shift": ({"kind": "cosine", "log_snr_shift": 1e9}, "log_snr_shift must lie between"),
     "a huge factor": ({"kind": "flow", "shift": 1e200}, "shift must lie between 1e-12 and 1e\\+12"),
@@ -172,7 +179,8 @@ def test_strange_curves_are_refused(name: str) -> None:
         ({"version": "1"}, "version must be a whole number, got '1'"),
         ({"version": True}, "version must be a whole number, got True"),
         ({"prediction": ["v"]}, "expected the keys 'curve' and 'prediction'"),
-        ({"prediction": {"name": "karras", "sigma_dat": 1.0}}, "unknown setting of prediction type karras 'sigma_dat'; did you"),
+        ({"prediction": {"name": "karras", "sigma_dat": 1.0}}, "unknown setting of prediction type "
+                                                               "karras 'sigma_dat'; did you"),
         ({"prediction": {"name": "karras", "sigma_data": "1"}}, "must be a finite number, got '1'"),
         ({"prediction": {"name": "karras", 1: 1}}, "keys of text"),
         ({"prediction": {"name": "consistency", "sigma_min": 1e99}}, "sigma_min must be positive"),
@@ -212,7 +220,9 @@ def test_timesteps_are_bounded_before_anything_is_made(count: int) -> None:
 
 
 def test_what_each_class_of_diffusers_reads() -> None:
-    """The table is the signature of the classes that are installed; a new version that differs is seen here."""
+    """The table is the signature of the classes that are installed; a new version that differs is
+    seen here.
+    """
     for name, known in KNOWN_TO_CLASS.items():
         taken = set(inspect.signature(getattr(diffusers, name).__init__).parameters)
         assert known == taken & (READERS.keys() - {"timestep_spacing", "_class_name"}), name
@@ -249,7 +259,9 @@ def test_what_a_class_does_not_read_is_told_and_not_honoured(
 
 
 def test_files_as_they_are_in_use_tell_nothing(recwarn: pytest.WarningsRecorder) -> None:
-    """The scheduler of Stable Diffusion 1.5 says clip_sample, which PNDM does not know and which is no part of a schedule."""
+    """The scheduler of Stable Diffusion 1.5 says clip_sample, which PNDM does not know and which is
+    no part of a schedule.
+    """
     NoiseSchedule.from_diffusers(
         {
             "_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_end": 0.012, "beta_schedule": "scaled_linear",

@@ -1,4 +1,6 @@
-"""Counter-based randomness: the published vectors, the same bits in any batch, and numbers that look like chance."""
+"""Counter-based randomness: the published vectors, the same bits in any batch, and numbers that
+look like chance.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,9 @@ def test_what_the_words_of_the_counter_are() -> None:
 @pytest.mark.parametrize("shape", [(3, 4, 5), (1,), (7,), (), (2, 4100)])
 @pytest.mark.parametrize("seeds", [11, list(range(50, 63))])
 def test_numpy_and_torch_draw_the_same(shape: tuple[int, ...], seeds: Any, in_torch: Any) -> None:
-    """Words and uniform numbers to the bit; the radius to the last one, where torch's √ on the CPU is a vendor's."""
+    """Words and uniform numbers to the bit; the radius to the last one, where torch's √ on the CPU
+    is a vendor's.
+    """
 
     def drawn() -> list[Tensor]:
         source = draws(range(13), seeds, step=9, stream=5)

@@ -1,4 +1,6 @@
-"""Curves: exact values from 50-digit arithmetic, the inverse, dtypes, identity, and agreement with diffusers' tables."""
+"""Curves: exact values from 50-digit arithmetic, the inverse, dtypes, identity, and agreement with
+diffusers' tables.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,9 @@ def many_times(curve: Curve, count: int = 4001) -> Tensor:
 
 
 def exact_table(curve: Discrete) -> tuple[list[float], list[float]]:
-    """α and σ from the betas in 50-digit arithmetic: Ho et al. eq. 4, Lin et al. algorithm 1, and SNR / scale before and after."""
+    """α and σ from the betas in 50-digit arithmetic: Ho et al. eq. 4, Lin et al. algorithm 1, and
+    SNR / scale before and after.
+    """
     with localcontext() as context:
         context.prec = 50
         alpha_bar, product = [], Decimal(1)
@@ -305,7 +309,9 @@ def test_betas_are_those_of_diffusers(name: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_laplace_is_that_of_the_paper() -> None:
-    """Hang et al. 2407.03297: λ = μ - b sgn(0.5 - t) log(1 - 2 |t - 0.5|), where the peer's numbers have half of that and more."""
+    """Hang et al. 2407.03297: λ = μ - b sgn(0.5 - t) log(1 - 2 |t - 0.5|), where the peer's numbers
+    have half of that and more.
+    """
     curve, index = (
         Discrete("laplace"),
         torch.tensor([99.0, 249, 499, 749, 899], dtype=torch.float64),

@@ -1,4 +1,6 @@
-"""Damaged, strange and hostile checkpoints: one clear line, nothing run, no memory that the file does not have; or finite samples."""
+"""Damaged, strange and hostile checkpoints: one clear line, nothing run, no memory that the file
+does not have; or finite samples.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def grown_since(start: int) -> float:
 
 
 def outcome(path: Path, rng: random.Random) -> str:
-    """Load and inspect one file: 'refused', or 'accepted' where it samples finitely; whatever else happens is raised."""
+    """Load and inspect one file: 'refused', or 'accepted' where it samples finitely; whatever else
+    happens is raised.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -127,22 +131,30 @@ def test_three_hundred_damaged_checkpoints_and_as_many_safetensors(
 CONFIG = network_config(small_network())
 assert CONFIG is not None
 STRANGE: dict[str, tuple[dict[str, Any], str]] = {
-    "a list of weights": ({"state_dict": [1, 2]}, "must be a mapping of weights by name, got a list of 2"),
+    "a list of weights": ({"state_dict": [1, 2]}, "must be a mapping of weights by name, got a "
+                                                  "list of 2"),
     "no weights": ({"state_dict": None}, "must be a mapping of weights by name, got None"),
     "keys of numbers": ({"state_dict": {1: torch.ones(1)}}, "must have keys of text, got the key 1"),
     "values for weights": ({"state_dict": {"network.w": "text"}}, "network.w in state_dict of"),
-    "weights of another": ({"state_dict": {"network.w": torch.ones(1)}}, "has more parameters than the 1 weights"),
-    "a negative shape": ({"sample_shape": [1, -8, 8]}, "has one to four positive sizes, at most 16777216 numbers in all, got [1, -8, 8]"),
+    "weights of another": ({"state_dict": {"network.w": torch.ones(1)}}, "has more parameters than "
+                                                                         "the 1 weights"),
+    "a negative shape": ({"sample_shape": [1, -8, 8]}, "has one to four positive sizes, at most "
+                                                       "16777216 numbers in all, got [1, -8, 8]"),
     "a huge shape": ({"sample_shape": [1, 10**6, 10**6]}, "at most 16777216 numbers in all"),
     "a large shape": ({"sample_shape": [1, 4096, 4096]}, "the network was made for sides of 8"),
-    "a text for a shape": ({"sample_shape": "1x8x8"}, "has one to four positive sizes, at most 16777216 numbers in all, got '1x8x8'"),
-    "texts in a shape": ({"sample_shape": ["1", 8, 8]}, "a size of sample_shape must be a whole number, got '1'"),
+    "a text for a shape": ({"sample_shape": "1x8x8"}, "has one to four positive sizes, at most "
+                                                      "16777216 numbers in all, got '1x8x8'"),
+    "texts in a shape": ({"sample_shape": ["1", 8, 8]}, "a size of sample_shape must be a whole "
+                                                        "number, got '1'"),
     "a tensor for a shape": ({"sample_shape": torch.ones(3)}, "in all, got a Tensor"),
-    "another channel": ({"sample_shape": [3, 8, 8]}, "the network takes 1 channels, and the sample_shape is (3, 8, 8)"),
-    "a text for a network": ({"network": "UNet2DModel"}, "must be a mapping of settings, got 'UNet2DModel'"),
+    "another channel": ({"sample_shape": [3, 8, 8]}, "the network takes 1 channels, and the "
+                                                     "sample_shape is (3, 8, 8)"),
+    "a text for a network": ({"network": "UNet2DModel"}, "must be a mapping of settings, got "
+                                                         "'UNet2DModel'"),
     "a truth for a number": ({"network": {**CONFIG, "norm_num_groups": True}}, "norm_num_groups of the network's config must be a number"),
     "a word for a number": ({"network": {**CONFIG, "norm_num_groups": "4"}}, "norm_num_groups of the network's config must be a number"),
-    "too few dimensions": ({"sample_shape": [1, 8]}, "a sample of UNet2DModel has 3 dimensions, and the sample_shape is (1, 8)"),
+    "too few dimensions": ({"sample_shape": [1, 8]}, "a sample of UNet2DModel has 3 dimensions, "
+                                                     "and the sample_shape is (1, 8)"),
     "truths for numbers": ({"network": {**CONFIG, "block_out_channels": [True, 8]}}, "block_out_channels of the network's config must be"),
     "a huge network": ({"network": {**CONFIG, "block_out_channels": [10**5]}}, "it has more parameters than the"),
     "a deep network": ({"network": {**CONFIG, "layers_per_block": 10**6}}, "it has more parameters than the"),
@@ -161,7 +173,8 @@ STRANGE: dict[str, tuple[dict[str, Any], str]] = {
         "shows 10000000000 numbers of 4 bytes",
     ),
     "a schedule of text": ({"noise_schedule": "flow"}, "not a noise schedule config"),
-    "a bytearray": ({"more": Asks()}, "holds a bytearray, and only plain values and tensors are loaded"),
+    "a bytearray": ({"more": Asks()}, "holds a bytearray, and only plain values and tensors are "
+                                      "loaded"),
 }  # fmt: skip
 
 
@@ -242,7 +255,9 @@ def test_an_error_of_alphabar_itself_keeps_its_traceback(monkeypatch: pytest.Mon
 
 
 def test_a_config_is_not_believed_before_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network of 40 GB, of which the file has the weights of none, takes no memory and little time."""
+    """A network of 40 GB, of which the file has the weights of none, takes no memory and little
+    time.
+    """
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match="it has more parameters than the"):
         build_network({**(CONFIG or {}), "block_out_channels": [100_000]}, {"w": torch.ones(1)})

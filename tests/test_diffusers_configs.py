@@ -1,7 +1,9 @@
-"""What is written as a diffusers config loads there into the same sampler, or is refused; and a class name is that class.
+"""What is written as a diffusers config loads there into the same sampler, or is refused; and a
+class name is that class.
 
-The oracle is diffusers itself: the class is loaded from the config, set to as many steps, and run as a pipeline runs it, its first
-x scaled by its ``init_noise_sigma``, with the same network, start and draws as ours.
+The oracle is diffusers itself: the class is loaded from the config, set to as many steps, and run
+as a pipeline runs it, its first x scaled by its ``init_noise_sigma``, with the same network, start
+and draws as ours.
 """
 
 from __future__ import annotations
@@ -167,7 +169,8 @@ def test_every_pair_loads_into_the_same_sampler_or_is_refused(
     counts = outcomes(SCHEDULES[name], pairs, steps, monkeypatch)
     with capsys.disabled():
         print(
-            f"\n{name}, {steps} steps: {counts['same']} the same, {counts['refused']} refused of {counts.total()}"
+            f"\n{name}, {steps} steps: {counts['same']} the same, {counts['refused']} refused of "
+            f"{counts.total()}"
         )
     assert counts.total() > 1000
 
@@ -249,14 +252,17 @@ def test_a_sampler_by_class_name_is_written_as_that_class(
 # a class name is the class with its defaults
 
 
-# which need other schedules or other loops: in test_agreement_classes and the files of their samplers
+# which need other schedules or other loops: in test_agreement_classes and the files of their
+# samplers
 OF_THEIR_OWN = {
     *("CMStochasticIterativeScheduler", "CogVideoXDPMScheduler", "UnCLIPScheduler"),
 }
 
 
 def default_pair(name: str, prediction: str) -> tuple[NoiseSchedule, Any]:
-    """A schedule, and the class with default options on it, clipping aside: that is an argument of a run of ours."""
+    """A schedule, and the class with default options on it, clipping aside: that is an argument of
+    a run of ours.
+    """
     keys: dict[str, Any] = {"prediction_type": prediction, **BETAS}
     schedule = NoiseSchedule.scaled_linear(prediction=prediction)
     if name.startswith("FlowMatch"):
@@ -339,7 +345,9 @@ def test_what_is_said_wins_over_the_class() -> None:
 
 
 def test_the_start_of_the_euler_family() -> None:
-    """x is σ z in place of the marginal's sqrt(α² + σ²) z: of α z no noise, which a pipeline leaves out."""
+    """x is σ z in place of the marginal's sqrt(α² + σ²) z: of α z no noise, which a pipeline leaves
+    out.
+    """
     sampler = Sampler(EPSILON, "EulerDiscreteScheduler", 5)
     scheduler = peers.EulerDiscreteScheduler(**BETAS)
     scheduler.set_timesteps(5)

@@ -1,4 +1,6 @@
-"""DPM fast on every grid: the budget is the number of evaluations, and the blocks keep their orders."""
+"""DPM fast on every grid: the budget is the number of evaluations, and the blocks keep their
+orders.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Averages while a model trains: exact values, training untouched, resumes to the last bit, also where Lightning's break."""
+"""Averages while a model trains: exact values, training untouched, resumes to the last bit, also
+where Lightning's break.
+"""
 
 from __future__ import annotations
 
@@ -154,7 +156,9 @@ PROFILES = ["warmup", PowerFunction(sigma_rel=0.2)]
 
 
 def same_batches() -> DataLoader[Any]:
-    """Lightning goes on in the middle of an epoch with its first batch, so that all must be the same."""
+    """Lightning goes on in the middle of an epoch with its first batch, so that all must be the
+    same.
+    """
     return DataLoader(ConcatDataset([loader(4).dataset] * 6), batch_size=4)
 
 
@@ -212,7 +216,9 @@ def test_a_checkpoint_holds_the_average_where_models_are_loaded_from(tmp_path: P
 
 @pytest.mark.parametrize("hook", ["on_validation_batch_end", "on_validation_epoch_end"])
 def test_an_error_in_validation_exchanges_nothing(tmp_path: Path, hook: str) -> None:
-    """Lightning's own average then writes the weights as state_dict and the average as current_model_state."""
+    """Lightning's own average then writes the weights as state_dict and the average as
+    current_model_state.
+    """
     ema, record = EMA(Constant(decay=0.7)), Record()
     on_exception = OnExceptionCheckpoint(tmp_path, filename="failed")
     module = fresh(Validated)

@@ -1,4 +1,6 @@
-"""Profiles of averages, against closed forms and peers; averages made from snapshots, against those kept directly."""
+"""Profiles of averages, against closed forms and peers; averages made from snapshots, against those
+kept directly.
+"""
 
 from __future__ import annotations
 
@@ -138,7 +140,7 @@ def test_what_does_not_fit_is_named(profile: Any, words: str) -> None:
         resolve_ema_profile(profile)
 
 
-# -- post-hoc ------------------------------------------------------------------------------------------------------------
+# -- post-hoc --------------------------------------------------------------------------------------
 
 
 def test_inner_products_are_integrals() -> None:
@@ -158,7 +160,9 @@ def test_inner_products_are_integrals() -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[float, torch.Tensor]]:
-    """A random walk of 2000 steps, snapshots of two averages every 50, and others that were kept directly."""
+    """A random walk of 2000 steps, snapshots of two averages every 50, and others that were kept
+    directly.
+    """
     folder = tmp_path_factory.mktemp("snapshots")
     kept = {s: PowerFunction(sigma_rel=s) for s in (0.04, 0.05, 0.07, 0.1, 0.15, 0.2)}
     averages = {s: torch.zeros(6, dtype=torch.float64) for s in kept}

@@ -1,4 +1,6 @@
-"""Drawing with averaged weights, whoever keeps them: the right values, put back to the last bit, training untouched."""
+"""Drawing with averaged weights, whoever keeps them: the right values, put back to the last bit,
+training untouched.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Averages and losses by SNR with two processes (gloo): DDP, FSDP1 and FSDP2, with whole and sharded checkpoints."""
+"""Averages and losses by SNR with two processes (gloo): DDP, FSDP1 and FSDP2, with whole and
+sharded checkpoints.
+"""
 
 import json
 from pathlib import Path
@@ -25,7 +27,9 @@ PARAMETERS = 192 * 7 + 7 + 7 * 11 + 11 + 11 * 7 + 7 + 7 * 192 + 192
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes left behind, after all scenarios in one go (most of the time goes into starting them)."""
+    """What two processes left behind, after all scenarios in one go (most of the time goes into
+    starting them).
+    """
     root = tmp_path_factory.mktemp("ema_two_ranks")
     assert run_two_ranks(SCRIPT, root, *SCENARIOS) == [0, 0], last_words(root)
     return root

@@ -1,4 +1,6 @@
-"""Every method on every schedule in few steps: a right table or an error in words, and the same numbers however they are said."""
+"""Every method on every schedule in few steps: a right table or an error in words, and the same
+numbers however they are said.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,9 @@ TAME = ("scaled_linear", "zero_snr", "flow_shifted")
 @pytest.mark.parametrize("sigma_max", [50.0, 1348.0, 1e5])
 @pytest.mark.parametrize("grid", ["trailing", "karras"])
 def test_rounding_is_no_wrong_formula(options: dict[str, Any], sigma_max: float, grid: str) -> None:
-    """Down from a σ of thousands in few steps the rounding of that σ is seen in x, times what the formula makes of it."""
+    """Down from a σ of thousands in few steps the rounding of that σ is seen in x, times what the
+    formula makes of it.
+    """
     schedule = NoiseSchedule.variance_exploding(sigma_max=sigma_max)
     for steps in (2, 3, 4, 5, 8, 20):
         for by_data in (False, True):
@@ -211,7 +215,8 @@ def test_what_is_no_number(value: Any) -> None:
         (("ddim", 4, np.linspace(14, 0, 5)), {}, "^grid must be a name or a function, got "),
         (("ddim", 4, ""), {}, "^unknown grid ''; known: "),
         (("ddim", 4, "kerras"), {}, "^unknown grid 'kerras'; did you mean 'karras'"),
-        (("ddim", 4), {"etha": 0.5}, "^unknown option of ddim on the trailing grid 'etha'; did you mean 'eta'"),
+        (("ddim", 4), {"etha": 0.5}, "^unknown option of ddim on the trailing grid 'etha'; did you "
+                                     "mean 'eta'"),
         (("unipc", 4), {"solver_typ": "bh1"}, "did you mean 'solver_type'"),
         (("unipc", 4), {"solver_type": 1}, "^solver_type must be a name, got 1$"),
         (("unipc", 4), {"predict_x0": 1}, "^predict_x0 must be True or False, got 1$"),

@@ -1,4 +1,6 @@
-"""Every example runs, short; on the digits that ship with scikit-learn as a folder of PNG files too."""
+"""Every example runs, short; on the digits that ship with scikit-learn as a folder of PNG files
+too.
+"""
 
 import importlib.util
 import json

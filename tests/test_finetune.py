@@ -208,7 +208,8 @@ def test_a_folder_that_holds_a_run_is_refused(
         for more, words in [
             (
                 [],
-                "holds a run already .checkpoint-0000004.pt, .*--resume_from_checkpoint latest, .*--overwrite_output_dir",
+                "holds a run already .checkpoint-0000004.pt, .*--resume_from_checkpoint latest, "
+                ".*--overwrite_output_dir",
             ),
             (["--resume_from_checkpoint", given[1] + "/model_index.json"], "holds a run already"),
             (["--overwrite_output_dir", "--resume_from_checkpoint", "latest"], "give one of them"),

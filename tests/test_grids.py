@@ -1,4 +1,6 @@
-"""Grids: the numbers of the tutorial, their shape on every schedule, closed forms, how they end, and what is refused."""
+"""Grids: the numbers of the tutorial, their shape on every schedule, closed forms, how they end,
+and what is refused.
+"""
 
 from __future__ import annotations
 
@@ -62,8 +64,8 @@ def printed(values: Sequence[float]) -> list[str]:
 def test_the_numbers_of_the_tutorial() -> None:
     sampler = Sampler(SCALED, "LMS", steps=15, grid="linspace", interpolation="sigma")
     assert printed(sampler.timesteps) == TUTORIAL_TIMESTEPS
-    # exactly, the second is 9.6825498 and the twelfth 0.6055498: two of the sixteen round down where the float32 tables of the
-    # tutorial round up, and are 5.02e-5 from what it prints
+    # exactly, the second is 9.6825498 and the twelfth 0.6055498: two of the sixteen round down
+    # where the float32 tables of the tutorial round up, and are 5.02e-5 from what it prints
     assert sampler.sigmas == pytest.approx([float(s) for s in TUTORIAL_SIGMAS], abs=6e-5)
     assert [i for i, s in enumerate(printed(sampler.sigmas)) if s != TUTORIAL_SIGMAS[i]] == [1, 11]
     # log SNR between the timesteps, which is our own, moves σ by 1e-5 of itself at most
@@ -172,7 +174,9 @@ def test_no_option_belongs_to_a_method_and_to_a_grid() -> None:
     "grid", ["karras", "exponential", "polyexponential", "beta", "lu", "vp", "kl_optimal"]
 )
 def test_sigma_min_ends_a_grid_where_its_own_lowest_point_is(grid: str) -> None:
-    """No step of zero length: diffusers repeats the last sigma, and so evaluates the network once for nothing."""
+    """No step of zero length: diffusers repeats the last sigma, and so evaluates the network once
+    for nothing.
+    """
     whole = make_knots(SCALED, 9, grid)
     ended = make_knots(SCALED, 8, grid, final="sigma_min")
     assert ended[:-1] == whole[:-2]
@@ -307,7 +311,9 @@ def test_a_terminal_sigma_below_the_range_or_not_finite_is_refused(terminal_sigm
 
 
 def test_steps_on_zero_terminal_snr_are_spent_where_a_wide_component_of_the_data_shows() -> None:
-    """Of 20 Karras steps at most a quarter lie above sigma / alpha = 100; spaced from 4096 half of them do."""
+    """Of 20 Karras steps at most a quarter lie above sigma / alpha = 100; spaced from 4096 half of
+    them do.
+    """
 
     def above(**options: float) -> int:
         return sum(sigma > 100 for sigma in ratios(make_knots(ZTSNR, 20, "karras", **options))[:-1])
@@ -420,7 +426,8 @@ BAD_OPTIONS: list[tuple[str, int, dict[str, Any], str]] = [
     ("karras", 5, {"rho": float("nan")}, "^rho must be positive, got nan"),
     ("karras", 5, {"rho": True}, "^rho must be a number, got True$"),
     ("karras", 5, {"rounding": "up"}, "^rounding must be one of None, nearest, down, got 'up'$"),
-    ("karras", 5, {"range_from": "simple"}, "^unknown timestep grid 'simple'; known: flow, leading, linspace, trailing$"),
+    ("karras", 5, {"range_from": "simple"}, "^unknown timestep grid 'simple'; known: flow, "
+                                            "leading, linspace, trailing$"),
     ("polyexponential", 5, {"rho": -1.0}, r"^rho must be positive, got -1\.0; 1 is the exponential grid$"),
     ("beta", 5, {"alpha": 0.0}, r"^alpha and beta must be positive, got 0\.0 and 0\.6; the published schedule has 0\.6 for both$"),
     ("vp", 5, {"eps_s": 0.0}, r"^eps_s must be between 0 and 1, got 0\.0; Karras et al\. use 1e-3$"),
@@ -428,19 +435,27 @@ BAD_OPTIONS: list[tuple[str, int, dict[str, Any], str]] = [
     ("linear_quadratic", 5, {"threshold_noise": 0.9}, r"^need 1 <= linear_steps .* got 2 of 5 and 0\.9; Mochi uses"),
     ("linspace", 5, {"final": "clean"}, "^final must be one of zero, sigma_min, stay, got 'clean'$"),
     ("linspace", 5, {"rounded": "yes"}, "^rounded must be True or False, got 'yes'$"),
-    ("linspace", 5, {"interpolation": "linear"}, "^interpolation must be one of log_snr, sigma, got 'linear'$"),
+    ("linspace", 5, {"interpolation": "linear"}, "^interpolation must be one of log_snr, sigma, "
+                                                 "got 'linear'$"),
     ("linspace", 5, {"lambda_min": 9.0}, r"^no timestep has log\(α / σ\) of at least lambda_min = 9; lower it \(-5\.1 is usual\)$"),
-    ("linspace", 1000, {"final": "sigma_min"}, "^1000 steps visit the least noise already; with final='sigma_min' take one fewer$"),
-    ("linspace", 1000, {"drop_last": True, "rounded": True}, "^noise must fall at every step, but .*; use fewer steps or another grid$"),
-    ("leading", 1, {"steps_offset": 1000}, "^1 points from timestep 1000 on, 1000 apart, go past the last timestep 999; lower"),
-    ("leading", 1000, {"steps_offset": 1}, "^1000 points from timestep 1 on, 1 apart, go past the last timestep 999"),
+    ("linspace", 1000, {"final": "sigma_min"}, "^1000 steps visit the least noise already; with "
+                                               "final='sigma_min' take one fewer$"),
+    ("linspace", 1000, {"drop_last": True, "rounded": True}, "^noise must fall at every step, but "
+                                                             ".*; use fewer steps or another grid$"),
+    ("leading", 1, {"steps_offset": 1000}, "^1 points from timestep 1000 on, 1000 apart, go past "
+                                           "the last timestep 999; lower"),
+    ("leading", 1000, {"steps_offset": 1}, "^1000 points from timestep 1 on, 1 apart, go past the "
+                                           "last timestep 999"),
     ("leading", 4, {"steps_offset": -1}, "^steps_offset must be at least 0, got -1$"),
     ("leading", 4, {"steps_offset": 1.5}, r"^steps_offset must be an integer, got 1\.5$"),
-    ("leading", 1000, {"drop_last": True}, "^noise must fall at every step, but .* in step 1 of 1000; use fewer steps or another grid$"),
+    ("leading", 1000, {"drop_last": True}, "^noise must fall at every step, but .* in step 1 of "
+                                           "1000; use fewer steps or another grid$"),
     ("ddim_uniform", 1000, {}, "^1000 points from timestep 1 on, 1 apart, go past"),
-    ("lcm", 60, {}, "^need steps <= original_steps <= 1000, got 60 and 50; take fewer steps or another grid$"),
+    ("lcm", 60, {}, "^need steps <= original_steps <= 1000, got 60 and 50; take fewer steps or "
+                    "another grid$"),
     ("flow", 4, {"shift": 0.0}, "^shift must be positive, got 0; 1 is no shift, SD3 uses 3$"),
-    ("flow", 4, {"shift": 2.0, "mu": 1.0}, "^give one of shift, mu and image_seq_len, got shift and mu$"),
+    ("flow", 4, {"shift": 2.0, "mu": 1.0}, "^give one of shift, mu and image_seq_len, got shift "
+                                           "and mu$"),
     ("flow", 4, {"shift_terminal": 1.0}, r"^shift_terminal must be between 0 and 1, got 1\.0; LTX-Video uses 0\.1$"),
 ]  # fmt: skip
 
@@ -457,12 +472,14 @@ def test_what_only_discrete_schedules_have(name: str) -> None:
     schedule = SCHEDULES[name]
     with pytest.raises(
         ValueError,
-        match=f"^interpolation='sigma' is for discrete schedules; a {schedule.curve.kind} curve is exact",
+        match=f"^interpolation='sigma' is for discrete schedules; a {schedule.curve.kind} curve is "
+        "exact",
     ):
         make_knots(schedule, 5, "linspace", interpolation="sigma")
     with pytest.raises(
         ValueError,
-        match=f"^rounding='nearest' is for discrete schedules; a {schedule.curve.kind} network takes any",
+        match=f"^rounding='nearest' is for discrete schedules; a {schedule.curve.kind} network "
+        "takes any",
     ):
         make_knots(schedule, 5, "karras", rounding="nearest")
 

@@ -26,8 +26,9 @@ from laying import (
     ratios,
 )
 
-# ComfyUI and A1111, from the formulas of comfy/samplers.py and modules/sd_schedulers.py. Their tables: σ / α of the discrete
-# timesteps, log-linear between them; of a flow, its sigmas at t = 1/T ... 1.
+# ComfyUI and A1111, from the formulas of comfy/samplers.py and modules/sd_schedulers.py. Their
+# tables: σ / α of the discrete timesteps, log-linear between them; of a flow, its sigmas at t = 1/T
+# ... 1.
 
 TABLE = SCALED.sigma_ve(torch.arange(1000, dtype=torch.float64)).numpy()
 FLOW_TABLE = np.array([3 * t / (1 + 2 * t) for t in np.arange(1, 1001) / 1000])

@@ -29,7 +29,8 @@ from laying import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__")  # of diffusers, with NumPy 2
 
-# diffusers. Its tables are float32; given our float64 ᾱ it lays the same numbers, up to the float32 that it returns.
+# diffusers. Its tables are float32; given our float64 ᾱ it lays the same numbers, up to the float32
+# that it returns.
 
 
 STEPS = (2, 10, 13, 20, 25, 50)
@@ -80,7 +81,8 @@ def test_classes_of_two_evaluations(name: str, spacing: str) -> None:
                 if grid
                 else make_knots(SCALED, steps, spacing, interpolation="sigma", **OFFSET[spacing])
             )
-            # they list the points of two evaluations twice; where the second one is, is the methods' business
+            # they list the points of two evaluations twice; where the second one is, is the
+            # methods' business
             sigmas = sorted({*scheduler.sigmas.tolist()}, reverse=True)
             assert ratios(knots) == pytest.approx(sigmas, rel=3e-7, abs=1e-12)
             called = [scheduler.timesteps[0].item(), *scheduler.timesteps[2::2].tolist()]
@@ -187,11 +189,15 @@ def test_the_peers_own_float32_table_is_near() -> None:
 
 
 COUNTS = [*range(2, 201), 250, 333, 500, 777, 999, 1000]
-"""One step is left out: there numpy's linspace(0, 999, 1) starts sampling at the clean end; ours starts at 999."""
+"""One step is left out: there numpy's linspace(0, 999, 1) starts sampling at the clean end; ours
+starts at 999.
+"""
 
 
 def arange_overshoots() -> list[int]:
-    """The step counts for which numpy.arange(T, 0, -T / N) has N + 1 entries: 'trailing' in diffusers then ends in -1."""
+    """The step counts for which numpy.arange(T, 0, -T / N) has N + 1 entries: 'trailing' in
+    diffusers then ends in -1.
+    """
     return [n for n in range(1, 1001) if len(np.arange(1000, 0, -1000 / n)) == n + 1]
 
 

@@ -117,7 +117,8 @@ GIVEN: list[tuple[dict[str, Any], str]] = [
     ({"timesteps": ["a", "b"]}, r"^timesteps must be a sequence of numbers, got \['a', 'b'\]$"),
     ({"timesteps": [[1, 2]]}, r"^timesteps must be a sequence of numbers, got \[\[1, 2\]\]$"),
     ({"sigmas": [3, 1], "timesteps": [5]}, "^timesteps stand in place of a grid; leave out sigmas$"),
-    ({"sigmas": [3, 1], "grid": "karras"}, "^sigmas stand in place of a grid; leave out grid 'karras'$"),
+    ({"sigmas": [3, 1], "grid": "karras"}, "^sigmas stand in place of a grid; leave out grid "
+                                           "'karras'$"),
     ({"sigmas": [3, 1], "steps": 20}, "^2 sigmas make 2 steps, got steps=20; leave steps out$"),
     ({"sigmas": [3, 1, 0], "steps": 3}, "^3 sigmas make 2 steps, got steps=3; leave steps out$"),
     ({"sigmas": [3, 1], "rho": 7.0}, "unknown option .* 'rho'"),

@@ -1,4 +1,6 @@
-"""Guidance: what is joined in one batch and what takes two calls come to the same; CFG++ does not jump at scale 1."""
+"""Guidance: what is joined in one batch and what takes two calls come to the same; CFG++ does not
+jump at scale 1.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +102,9 @@ KINDS: dict[str, tuple[Any, Any, bool]] = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("beside", [{}, {"more": (EACH, OTHER)}], ids=["alone", "mixed"])
 def test_both_halves_get_their_own(kind: str, beside: dict[str, Any]) -> None:
-    """Rows or not: the guided output is that of two plain calls, and of one batch where that can be."""
+    """Rows or not: the guided output is that of two plain calls, and of one batch where that can
+    be.
+    """
     one, other, joined = KINDS[kind]
     halves = {"y": (one, other), **beside}
     conditioning, unconditional = ({key: pair[i] for key, pair in halves.items()} for i in (0, 1))
@@ -151,7 +155,9 @@ def test_one_image_is_a_batch() -> None:
 
 
 def test_what_a_network_keeps_is_of_the_conditional_half() -> None:
-    """The variance that is learned is read beside the prediction, also where the halves take two calls."""
+    """The variance that is learned is read beside the prediction, also where the halves take two
+    calls.
+    """
 
     def double(x: Tensor, t: Tensor, y: Any) -> Tensor:
         return torch.cat([0.3 * x + y, torch.tanh(x + y)], 1)

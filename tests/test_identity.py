@@ -33,7 +33,9 @@ SCALED = NoiseSchedule.scaled_linear()
 def gained(
     trace: Any, knots: Sequence[Knot], i: int, x: Any, *, mode: Any = 1, level: Any = 0.0
 ) -> list[Any]:
-    """A method whose options are of no declared kind: True is another mode than 1, and -0.0 another level than 0.0."""
+    """A method whose options are of no declared kind: True is another mode than 1, and -0.0 another
+    level than 0.0.
+    """
     trace.keeps_marginals = False
     gain = {(True, bool): 0.9, (1, int): 1.0, (1.0, float): 1.1}.get((mode, type(mode)), 0.5)
     return [gain * trace.denoise(x, knots[i]) + (0.1 if str(level) == "-0.0" else 0.0) * x]

@@ -1,4 +1,6 @@
-"""Who may import whom: no cycle of modules, no import up a floor, and every name from the module that defines it."""
+"""Who may import whom: no cycle of modules, no import up a floor, and every name from the module
+that defines it.
+"""
 
 import subprocess
 import sys
@@ -9,7 +11,8 @@ import pytest
 
 from import_graph import FLOORS, Import, borrowed, cycle, graph, imports, library, modules, name_of
 
-# What a floor may import beside the standard library: at the head of a module, and only inside functions.
+# What a floor may import beside the standard library: at the head of a module, and only inside
+# functions.
 HEAVY = {"torch", "numpy", "lightning", "safetensors", "PIL", "fsspec", "tqdm"}
 EXTRAS = {"accelerate", "datasets", "tensorboard", "matplotlib", "jsonargparse"}
 EAGER = {
@@ -95,7 +98,8 @@ OFFENCES = [
 ALLOWED = [
     (
         "noising/a.py",
-        "import math\nimport torch.nn.functional as F\nfrom . import curves\nfrom .curves import Flow",
+        "import math\nimport torch.nn.functional as F\nfrom . import curves\nfrom .curves import "
+        "Flow",
     ),
     (
         "sampling/a.py",
@@ -105,7 +109,8 @@ ALLOWED = [
     ("sampling/diffusers_config.py", "if TYPE_CHECKING:\n    from diffusers import DDIMScheduler"),
     (
         "training/cli/a.py",
-        "from lightning import LightningModule\nfrom ...sampling import Sampler\nfrom ..module import M",
+        "from lightning import LightningModule\nfrom ...sampling import Sampler\nfrom ..module "
+        "import M",
     ),
     (
         "callbacks/a.py",

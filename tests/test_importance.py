@@ -55,7 +55,9 @@ def error_of(noised: Noised) -> Tensor:
 def train(
     noising: Noising, steps: range, batch: int = 8, world_size: int = 1, accumulate: int = 1
 ) -> list[Any]:
-    """Train on x_0 = 0 as if on several ranks; return the times and weights of each step by global index."""
+    """Train on x_0 = 0 as if on several ranks; return the times and weights of each step by global
+    index.
+    """
     seen, n = [], batch // world_size // accumulate
     for step in steps:
         times, weights = torch.zeros(batch), torch.zeros(batch)
@@ -91,7 +93,9 @@ def state_of(noising: Noising) -> list[Any]:
 )
 @pytest.mark.parametrize("schedule", [FOUR, FLOW, ZTSNR], ids=["four", "flow", "discrete"])
 def test_the_expectation_is_that_of_the_density(schedule: NoiseSchedule, base: Timesteps) -> None:
-    """By exact sums: p are multiples of 1/8, so that u at the middles of 2^15 cells fill every bin evenly."""
+    """By exact sums: p are multiples of 1/8, so that u at the middles of 2^15 cells fill every bin
+    evenly.
+    """
     drawing, density = history([2.0, 1.0, 1.0, 0.0]), LossSecondMoment(density=base, bins=4)
     assert drawing.probabilities().tolist() == [0.375, 0.25, 0.25, 0.125]
     u = (torch.arange(2**15, dtype=torch.float64) + 0.5) / 2**15

@@ -1,4 +1,6 @@
-"""What files say of their schedule: read from headers, written without touching a weight, compared in words."""
+"""What files say of their schedule: read from headers, written without touching a weight, compared
+in words.
+"""
 
 import json
 import os
@@ -246,7 +248,8 @@ CASES: dict[str, tuple[Any, Any, list[str], list[str]]] = {
         (None, None),
         ["schedule: nothing"],
         [
-            "prediction type: v_prediction (tensor v_pred) against epsilon (metadata modelspec.prediction_type)"
+            "prediction type: v_prediction (tensor v_pred) against epsilon (metadata "
+            "modelspec.prediction_type)"
         ],
     ),
     "marker against its sidecar": (
@@ -257,7 +260,8 @@ CASES: dict[str, tuple[Any, Any, list[str], list[str]]] = {
         (None, None),
         [],
         [
-            "prediction type: v_prediction (tensor v_pred) against epsilon (scheduler/noise_schedule.json, ",
+            "prediction type: v_prediction (tensor v_pred) against epsilon "
+            "(scheduler/noise_schedule.json, ",
             "zero terminal SNR: yes (tensor ztsnr) against no (scheduler/noise_schedule.json, ",
         ],
     ),
@@ -301,7 +305,8 @@ CASES: dict[str, tuple[Any, Any, list[str], list[str]]] = {
         ),
         ("epsilon", False),
         [
-            "scheduler/scheduler_config.json leaves out beta_end, prediction_type: filled with the defaults of DDIM"
+            "scheduler/scheduler_config.json leaves out beta_end, prediction_type: filled with the "
+            "defaults of DDIM"
         ],
         [],
     ),
@@ -310,7 +315,8 @@ CASES: dict[str, tuple[Any, Any, list[str], list[str]]] = {
         ("v_prediction", True),
         [],
         [
-            "rescale_betas_zero_snr with timestep_spacing='leading', which does not sample from the last timestep"
+            "rescale_betas_zero_snr with timestep_spacing='leading', which does not sample from "
+            "the last timestep"
         ],
     ),
     "epsilon with zero terminal SNR": (
@@ -364,7 +370,8 @@ CASES: dict[str, tuple[Any, Any, list[str], list[str]]] = {
         (None, True),
         [],
         [
-            "prediction type: v_prediction (key noise_schedule) against epsilon (hyperparameter prediction_type)"
+            "prediction type: v_prediction (key noise_schedule) against epsilon (hyperparameter "
+            "prediction_type)"
         ],
     ),
     "a checkpoint beside its folder": (
@@ -372,7 +379,7 @@ CASES: dict[str, tuple[Any, Any, list[str], list[str]]] = {
             V.save_pretrained(p / "scheduler") and unsaid(p, {"state_dict": {"w": torch.ones(2)}})
         ),
         ("v_prediction", False),
-        ["embedded schedule: away from"],
+        ["embedded schedule: without the files beside it"],
         [],
     ),
     "markers in a ckpt": (
@@ -452,7 +459,8 @@ CASES: dict[str, tuple[Any, Any, list[str], list[str]]] = {
         (None, None),
         ["schedule: nothing"],
         [
-            "prediction type: epsilon (metadata modelspec.prediction_type) against v_prediction (metadata modelspec.architecture)"
+            "prediction type: epsilon (metadata modelspec.prediction_type) against v_prediction "
+            "(metadata modelspec.architecture)"
         ],
     ),
     "a pipeline whose class does not read a key": (
@@ -505,15 +513,18 @@ def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
     )
     assert main(["inspect", "a.safetensors"]) == 0
     assert capsys.readouterr().out == (
-        "a.safetensors: a safetensors file of 4 tensors, named as ComfyUI, Forge and A1111 read them\n"
+        "a.safetensors: a safetensors file of 4 tensors, named as ComfyUI, Forge and A1111 read "
+        "them\n"
         "trained with: v_prediction, zero terminal SNR, on a schedule that is not said\n"
         "says:\n"
         "  tensor v_pred                       v_prediction\n"
         "  metadata modelspec.prediction_type  v_prediction\n"
         "  metadata ss_zero_terminal_snr       zero terminal SNR\n"
         "missing:\n"
-        "  tensor ztsnr: they do not sample from pure noise, the last level; write_markers adds it\n"
-        "  schedule: nothing says the betas, or the shift; ScheduleCheckpoint and write_markers say them\n"
+        "  tensor ztsnr: they do not sample from pure noise, the last level; write_markers adds "
+        "it\n"
+        "  schedule: nothing says the betas, or the shift; ScheduleCheckpoint and write_markers "
+        "say them\n"
         "contradicts: nothing\n"
     )
 

@@ -1,4 +1,6 @@
-"""Learned variances: diffusers' results, the two ends of the range, guidance, and networks that learned none."""
+"""Learned variances: diffusers' results, the two ends of the range, guidance, and networks that
+learned none.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Every prediction type learns, under every common objective, in the example that trains from scratch."""
+"""Every prediction type learns, under every common objective, in the example that trains from
+scratch.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from test_examples import load
 
 STEPS = 40
 FALLS_TO = 0.6  # of the loss of the untrained network, on images and noise that it did not see
-# the score is 1 / σ at its largest: weighted alike, its error is nearly all of the last few timesteps
+# the score is 1 / σ at its largest: weighted alike, its error is nearly all of the last few
+# timesteps
 FALLS_SLOWLY = {("score", "uniform"): 0.8}
 
 

@@ -1,4 +1,6 @@
-"""Losses by noise level: exact sums, words for what stands out, and a training that does not notice."""
+"""Losses by noise level: exact sums, words for what stands out, and a training that does not
+notice.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
-# -- arithmetic ----------------------------------------------------------------------------------------------------------
+# -- arithmetic ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -141,7 +143,7 @@ def test_plots(name: str) -> None:
             assert plot(buckets, sums, "step 1").startswith(b"\x89PNG")
 
 
-# -- the callback --------------------------------------------------------------------------------------------------------
+# -- the callback ----------------------------------------------------------------------------------
 
 
 class Log(DummyLogger):

@@ -1,4 +1,6 @@
-"""Kinds of loss and masks: closed forms, torch's and sd-scripts' own formulas, the direction of the threshold, and shapes."""
+"""Kinds of loss and masks: closed forms, torch's and sd-scripts' own formulas, the direction of the
+threshold, and shapes.
+"""
 
 from __future__ import annotations
 
@@ -136,7 +138,9 @@ def test_thresholds_of_sd_scripts(kind: type[ThresholdLoss], schedule: str, c: f
 def test_the_threshold_falls_from_clean_to_noise(
     kind: type[ThresholdLoss], base: NoiseSchedule, schedule: str
 ) -> None:
-    """Not the other way: 1 (quadratic) where the sample is clean, c (linear) at pure noise, zero SNR included."""
+    """Not the other way: 1 (quadratic) where the sample is clean, c (linear) at pure noise, zero
+    SNR included.
+    """
     t = torch.linspace(base.curve.t_min, base.curve.t_max, 50, dtype=torch.float64)
     noised = Noising(base.with_prediction("v_prediction"), loss=kind(c=0.1, schedule=schedule))(
         torch.zeros(50, 2, dtype=torch.float64), step=0, timesteps=t
@@ -366,11 +370,13 @@ def test_the_default_is_the_squared_error() -> None:
         ),
         (
             lambda: SmoothL1(c=2.0),
-            "c of loss 'smooth_l1' must be at most 1 under schedule 'snr', which runs from 1 to c, got 2.0",
+            "c of loss 'smooth_l1' must be at most 1 under schedule 'snr', which runs from 1 to c, "
+            "got 2.0",
         ),
         (
             lambda: PseudoHuber(scale=2.0),
-            "scale of loss 'pseudo_huber' is for the schedules 'constant' and 'exponential', got 2.0 with 'snr'; "
+            "scale of loss 'pseudo_huber' is for the schedules 'constant' and 'exponential', got "
+            "2.0 with 'snr'; "
             "sd-scripts ignores it there: leave it out",
         ),
         (

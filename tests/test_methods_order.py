@@ -1,7 +1,8 @@
 """Every method does what it declares on an exact problem, and a wrong formula is noticed.
 
-Four measurements (oracles.py): the point-mass defect, the global order, the local order on an irregular grid, the exact
-weak order. None of them sees every mistake; MUTANTS below makes mistakes on purpose and says which one must see each.
+Four measurements (oracles.py): the point-mass defect, the global order, the local order on an
+irregular grid, the exact weak order. None of them sees every mistake; MUTANTS below makes mistakes
+on purpose and says which one must see each.
 """
 
 from __future__ import annotations
@@ -56,12 +57,16 @@ def name_of(method: Method) -> str:
 
 
 def options_of(method: Method) -> dict[str, Any]:
-    """The options under which a method is at its best: its defaults, but for what a higher order takes."""
+    """The options under which a method is at its best: its defaults, but for what a higher order
+    takes.
+    """
     return default_options(method) | (method.reaches[1] if method.reaches else {})
 
 
 def default_options(method: Method) -> dict[str, Any]:
-    """The defaults; SA-Solver's noise, which it draws at some training timesteps alone, at all points of these grids."""
+    """The defaults; SA-Solver's noise, which it draws at some training timesteps alone, at all
+    points of these grids.
+    """
     everywhere = (
         {"tau_timesteps": (-math.inf, math.inf)} if "tau_timesteps" in method.options else {}
     )
@@ -140,7 +145,9 @@ def test_order_of_every_variant(name: str, order: int, options: dict[str, Any]) 
 
 
 def test_third_order_blocks_on_an_even_grid() -> None:
-    """DPM-Solver-3 assumes its points at thirds of the step: it is of order 3 where they are, and of order 2 elsewhere."""
+    """DPM-Solver-3 assumes its points at thirds of the step: it is of order 3 where they are, and
+    of order 2 elsewhere.
+    """
     formula, counts = METHODS["dpm_solver_singlestep"].formula, (48, 96, 192)
     for options in ({}, {"algorithm": "dpmsolver"}, {"solver_type": "heun"}):
         assert oracles.global_order(
@@ -188,7 +195,8 @@ def test_declared_draws_and_evaluations(method: Method) -> None:
         method.formula, even_grid(10), PREDICTIONS["v_prediction"](), **options_of(method)
     )
     assert (table.draws > 0) == method.stochastic
-    # of their starts; Heun++ ends with a step of two and one of one, and the first step of PECE corrects nothing
+    # of their starts; Heun++ ends with a step of two and one of one, and the first step of PECE
+    # corrects nothing
     extra = {"plms": 1, "pndm": 9, "heunpp2": -3, "sa_solver_pece": -1}.get(method.name, 0)
     assert table.evaluations == 10 * method.evaluations + extra
 
@@ -196,7 +204,9 @@ def test_declared_draws_and_evaluations(method: Method) -> None:
 @pytest.mark.parametrize("method", CONVERGING, ids=name_of)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_samples_have_the_spread_of_the_data(method: Method, name: str) -> None:
-    """Whole runs, the last step into the clean end included, on every schedule: mean and variance come out."""
+    """Whole runs, the last step into the clean end included, on every schedule: mean and variance
+    come out.
+    """
     schedule = SCHEDULES[name].with_prediction("v_prediction")
     data = Gaussian()
     options = options_of(method)
@@ -216,7 +226,9 @@ def test_samples_have_the_spread_of_the_data(method: Method, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["consistency", "lcm"])
 def test_a_consistency_model_is_sampled_exactly(name: str) -> None:
-    """With the exact consistency function, which carries x to the end of its trajectory, every number of steps gives the data."""
+    """With the exact consistency function, which carries x to the end of its trajectory, every
+    number of steps gives the data.
+    """
     curve = {
         "consistency": NoiseSchedule.karras(sigma_min=1e-6),
         "lcm": NoiseSchedule.scaled_linear(),
@@ -273,7 +285,8 @@ def test_flow_heun_follows_the_straight_path_on_every_curve() -> None:
 
 def test_posterior_spread_is_that_of_bayes() -> None:
     for s, n in zip(vp_knots([-2.0, -0.5, 0.3]), vp_knots([-1.5, 0.5, 3.0]), strict=True):
-        # q(x_s | x_n) has gain α_s/α_n and variance σ_s² - gain² σ_n²; x_n given x_0 has variance σ_n²
+        # q(x_s | x_n) has gain α_s/α_n and variance σ_s² - gain² σ_n²; x_n given x_0 has variance
+        # σ_n²
         gain = s.alpha / n.alpha
         forward = s.sigma**2 - gain**2 * n.sigma**2
         variance = 1 / (1 / n.sigma**2 + gain**2 / forward)
@@ -315,7 +328,9 @@ def test_point_mass(method: Method) -> None:
 
 
 def tolerance(method: Method, name: str, table: Table) -> float:
-    """1e-12; but going down from σ/α = 2e4 enlarges rounding errors by up to 1e11 (heun) and 1e20 (pndm's four evaluations)."""
+    """1e-12; but going down from σ/α = 2e4 enlarges rounding errors by up to 1e11 (heun) and 1e20
+    (pndm's four evaluations).
+    """
     rounded = name == "squaredcos" or method.name == "pndm"
     return POINT_MASS + 1e-13 * amplification(table) if rounded else POINT_MASS
 
@@ -333,7 +348,9 @@ def test_every_combination_compiles(method: Method) -> None:
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample", "flow_prediction"])
 @pytest.mark.parametrize("method", [m for m in METHODS.values() if not m.inverse], ids=name_of)
 def test_zero_terminal_snr_is_finite_and_right(method: Method, prediction: str) -> None:
-    """From α = 0 exactly every method takes the first-order step, x = α_n D + sqrt(σ_n² - r²) ε̂ + r z with ε̂ = x."""
+    """From α = 0 exactly every method takes the first-order step, x = α_n D + sqrt(σ_n² - r²) ε̂ +
+    r z with ε̂ = x.
+    """
     schedule = NoiseSchedule.scaled_linear(prediction=prediction).zero_terminal_snr()
     sampler = Sampler(schedule, method, 20, "trailing")
     assert sampler.knots[0].alpha == 0.0
@@ -356,33 +373,35 @@ class Mutant(NamedTuple):
 
 KEEP = "math.sqrt(max(n.sigma**2 - r**2, 0.0)) / s.sigma"
 MUTANTS = {
-    "2M: step ratio upside down": Mutant(dpm_solver, "dpmpp_2m", "r0 = (lambdas[0] - lambdas[1]) / h", "r0 = h / (lambdas[0] - lambdas[1])", "local order"),  # noqa: E501
+    "2M: step ratio upside down": Mutant(dpm_solver, "dpmpp_2m", "r0 = (lambdas[0] - lambdas[1]) / h", "r0 = h / (lambdas[0] - lambdas[1])", "local order"),
     "2M: extrapolation weight 1/r for 1/(2r)": Mutant(dpm_solver, "dpmpp_2m", "m[0] + 0.5 * D1", "m[0] + D1", "local order"),
     "2M: sign of the correction": Mutant(dpm_solver, "dpmpp_2m", "first = (m[0] - m[1]) / r0", "first = (m[1] - m[0]) / r0", "local order"),
     "2M SDE: weight of the difference": Mutant(dpm_solver, "dpmpp_2m_sde", "m[0] + 0.5 * D1", "m[0] + D1", "weak order"),
     "3M: second difference": Mutant(dpm_solver, "dpmpp_3m", "second = (m[1] - m[2]) / r1", "second = (m[0] - m[2]) / r1", "local order"),
-    "singlestep: the block's slope": Mutant(dpm_solver, "dpm_solver_singlestep", "(m[j] - m[0]) / r[j]", "(m[j] - m[0]) * r[j]", "local order"),  # noqa: E501
+    "singlestep: the block's slope": Mutant(dpm_solver, "dpm_solver_singlestep", "(m[j] - m[0]) / r[j]", "(m[j] - m[0]) * r[j]", "local order"),
     "Heun: only the second slope": Mutant(heun, "heun", "0.5 * (e + e_n)", "e_n", "local order"),
     "Heun: weights that do not sum to one": Mutant(heun, "heun", "0.5 * (e + e_n)", "0.6 * (e + e_n)", "point mass"),
     "churn: the noise added": Mutant(churn, "heun", "(1 + gamma) ** 2 - 1", "(1 + gamma) - 1", "point mass", (("s_churn", 20.0),)),
     "dpm_2: the midpoint": Mutant(dpm2, "dpm_2", "ratio: float = 0.5", "ratio: float = 0.6", "local order"),
     "dpm_2: wrong sigma in the slope": Mutant(dpm2, "dpm_2", "along(x, D, e, e_m, s, d)", "along(x, D, e_m, e, s, d)", "local order"),
-    "2S a: it goes to the knot, not below it": Mutant(dpm2, "dpmpp_2s_ancestral", "    d = ancestral_target(n, r)\n", "    d = n\n", "point mass"),  # noqa: E501
+    "2S a: it goes to the knot, not below it": Mutant(dpm2, "dpmpp_2s_ancestral", "    d = ancestral_target(n, r)\n", "    d = n\n", "point mass"),
     "SDE: weight of the middle": Mutant(dpm2, "dpmpp_sde", "(D_m - D) / (2 * r)", "(D_m - D) / r", "weak order"),
-    "LMS: the interval": Mutant(adams, "lms", "s.sigma_ve, n.sigma_ve)", "s.sigma_ve, 0.9 * n.sigma_ve)", "local order"),
+    "LMS: the interval": Mutant(adams, "lms", "s.sigma_ve, n.sigma_ve)", "s.sigma_ve, 0.9 * "
+                                                                         "n.sigma_ve)", "local order"),
     "DEIS: rate of the weight": Mutant(adams, "deis", "rate=1.0", "rate=-1.0", "local order"),
     "PLMS: Adams-Bashforth 3": Mutant(adams, "plms", "-16 / 12, 5 / 12", "-16 / 12, 4 / 12", "point mass"),
     "UniPC: the corrector's ratio": Mutant(unipc, "unipc", "[*ratios, 1.0]", "[*ratios, 0.9]", "local order"),
     "UniPC: factorial": Mutant(unipc, "unipc", "factorial *= k + 1", "factorial *= k", "local order"),
-    "RES: nodes in the wrong order": Mutant(exponential, "res_multistep", "rate=H)]\n        E", "rate=H)][::-1]\n        E", "local order"),  # noqa: E501
+    "RES: nodes in the wrong order": Mutant(exponential, "res_multistep", "rate=H)]\n        E", "rate=H)][::-1]\n        E", "local order"),
     "SEEDS-2: weight of the middle": Mutant(exponential, "seeds_2", "(D_m - D) / (2 * r)", "(D_m - D) / r", "weak order"),
-    "SEEDS: noise not carried on": Mutant(exponential, "seeds_2", "math.exp(-stretch) * self.gathered + fresh", "fresh", "point mass"),
+    "SEEDS: noise not carried on": Mutant(exponential, "seeds_2", "math.exp(-stretch) * "
+                                                                  "self.gathered + fresh", "fresh", "point mass"),
     "DDIM: alpha of the wrong end": Mutant(first_order_steps, "ddim", "n.alpha - keep * s.alpha", "n.alpha - keep * n.alpha", "point mass"),
     "DDIM: sigma of the wrong end": Mutant(first_order_steps, "ddim", ") / s.sigma\n    y", ") / n.sigma\n    y", "point mass"),
-    "ancestral: noise level squared": Mutant(first_order_steps, "euler_ancestral", "(s_noise * r) * trace", "(s_noise * r * r) * trace", "point mass"),  # noqa: E501
+    "ancestral: noise level squared": Mutant(first_order_steps, "euler_ancestral", "(s_noise * r) * trace", "(s_noise * r * r) * trace", "point mass"),
     "ancestral: variance not restored": Mutant(first_order_steps, "ddpm", KEEP, KEEP.replace("r**2", "2 * r**2"), "point mass"),
     "posterior: ratio not squared": Mutant(first_order_steps, "ddpm", "1 - ratio**2", "1 - ratio", "posterior"),
-    "posterior: sigma of the wrong end": Mutant(first_order_steps, "ddpm", "return n.sigma * math.sqrt(max(1", "return s.sigma * math.sqrt(max(1", "posterior"),  # noqa: E501
+    "posterior: sigma of the wrong end": Mutant(first_order_steps, "ddpm", "return n.sigma * math.sqrt(max(1", "return s.sigma * math.sqrt(max(1", "posterior"),
 }  # fmt: skip
 
 
@@ -393,11 +412,14 @@ class Mutated(NamedTuple):
 
 @cache
 def mutated(mutant: Mutant) -> Mutated:
-    """Run the module with one text replaced, and the module of the method on top of it, apart from the registry."""
+    """Run the module with one text replaced, and the module of the method on top of it, apart from
+    the registry.
+    """
     source = inspect.getsource(mutant.module)
     name = mutant.module.__name__
     assert source.count(mutant.right) == 1, (
-        f"{mutant.right!r} stands {source.count(mutant.right)} times in {name}: word the mutant anew"
+        f"{mutant.right!r} stands {source.count(mutant.right)} times in {name}: word the mutant "
+        "anew"
     )
     home = sys.modules[METHODS[mutant.method].formula.__module__]
     with patch.object(base, "METHODS", Registry[Method]("method")) as registry:
@@ -474,7 +496,9 @@ def test_a_table_that_is_not_finite_is_refused_at_birth() -> None:
 
 
 def test_the_oracle_is_right() -> None:
-    """The closed forms against each other and against many samples: x at a knot has the marginal, and D is its regression."""
+    """The closed forms against each other and against many samples: x at a knot has the marginal,
+    and D is its regression.
+    """
     data = Gaussian(mean=0.7, spread=0.4)
     (knot,) = vp_knots([0.4])
     generator = torch.Generator().manual_seed(0)
@@ -489,7 +513,8 @@ def test_the_oracle_is_right() -> None:
     residual = x0 - (a * x + b)
     assert abs(float(residual.mean())) < 5e-3
     assert abs(float((residual * x).mean())) < 5e-3
-    # the flow solves dx/dλ of the probability flow ODE: x' = (α'/α) x + σ (σ'/σ - α'/α) ε̂, checked by central differences
+    # the flow solves dx/dλ of the probability flow ODE: x' = (α'/α) x + σ (σ'/σ - α'/α) ε̂, checked
+    # by central differences
     h = 1e-4
     before, here, after = vp_knots([0.4 - h, 0.4, 0.4 + h])
     point = torch.tensor(1.3, dtype=torch.float64)

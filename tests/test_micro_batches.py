@@ -1,4 +1,6 @@
-"""Where a batch lies in its optimizer step: no two samples share noise, however the step is split, and nothing else counts."""
+"""Where a batch lies in its optimizer step: no two samples share noise, however the step is split,
+and nothing else counts.
+"""
 
 from __future__ import annotations
 
@@ -148,7 +150,9 @@ def test_nothing_is_counted_in_eval_mode() -> None:
 
 
 def test_unequal_ranks_share_neither_noise_nor_strata() -> None:
-    """Two ranks, of which the second has a smaller last batch: with the total said, strata are those of one process."""
+    """Two ranks, of which the second has a smaller last batch: with the total said, strata are
+    those of one process.
+    """
     parts, one = [], Noising(FLOW, timesteps="stratified", seed=7)
     for rank, sizes in enumerate([(4, 4), (4, 1)]):
         noising = Noising(FLOW, timesteps="stratified", seed=7)
@@ -170,7 +174,9 @@ def test_several_ranks_are_counted_apart() -> None:
 
 @pytest.mark.parametrize("timesteps", ["uniform", "stratified"])
 def test_contiguous_batches(timesteps: str) -> None:
-    """Where each rank has a whole batch, its indices are given, and the noise is that of one process."""
+    """Where each rank has a whole batch, its indices are given, and the noise is that of one
+    process.
+    """
     noising = Noising(FLOW, timesteps=timesteps, noise="offset", seed=9)
     one = whole(noising, 8, step=1)
     for rank in range(2):

@@ -1,4 +1,6 @@
-"""DiffusionModule in Lightning's loop: the noise of each sample is that of its place in the optimizer step, in every case."""
+"""DiffusionModule in Lightning's loop: the noise of each sample is that of its place in the
+optimizer step, in every case.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,9 @@ def noise_of(parts: Sequence[Noised]) -> Tensor:
 
 
 def assert_right(module: Recorded, total: int, sizes: dict[int, list[int]]) -> None:
-    """Each step's samples are those of one call, whatever their batches are; and fall into different strata of the step."""
+    """Each step's samples are those of one call, whatever their batches are; and fall into
+    different strata of the step.
+    """
     steps = module.by_step()
     assert {step: [len(part.t) for part in parts] for step, parts in steps.items()} == sizes
     for step, parts in steps.items():

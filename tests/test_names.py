@@ -1,4 +1,6 @@
-"""Names: everything that people call a sampler resolves, to the method, grid and options that it stands for."""
+"""Names: everything that people call a sampler resolves, to the method, grid and options that it
+stands for.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,8 @@ CLASSES = {
     "CogVideoXDPMScheduler": "dpmpp_2m_sde",
 }
 
-# ComfyUI 0.36's KSampler.SAMPLERS and SCHEDULERS, comfy/samplers.py, in its order, and the method and options that each is
+# ComfyUI 0.36's KSampler.SAMPLERS and SCHEDULERS, comfy/samplers.py, in its order, and the method
+# and options that each is
 COMFYUI: dict[str, tuple[str, dict[str, Any]]] = {
     "euler": ("euler", {}),
     "euler_cfg_pp": ("ddim_cfg_pp", {}),

@@ -1,4 +1,6 @@
-"""What the network is handed: at the same (x_t, t) the same input and the same time, in training and in sampling."""
+"""What the network is handed: at the same (x_t, t) the same input and the same time, in training
+and in sampling.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ EVERY = [s for base in BASES.values() for s in allowed(base)]
 
 
 class Call(NamedTuple):
-    """One call of the network while a sampler runs, and where on the path it was: x_t and the time of the curve."""
+    """One call of the network while a sampler runs, and where on the path it was: x_t and the time
+    of the curve.
+    """
 
     x: Tensor
     timesteps: Tensor
@@ -289,7 +293,9 @@ class MLP(nn.Module):
 
 @pytest.mark.slow
 def test_an_mlp_learns_two_points_with_edm() -> None:
-    """The loop of the README: with x_t in the place of c_in · x_t nearly no sample reaches the data."""
+    """The loop of the README: with x_t in the place of c_in · x_t nearly no sample reaches the
+    data.
+    """
     points = torch.tensor([[0.5, -0.5], [-0.5, 0.5]])
     noising = Noising(KARRAS, timesteps="lognormal_sigma", seed=0)
     torch.manual_seed(0)

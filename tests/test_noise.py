@@ -1,4 +1,6 @@
-"""Kinds of noise: their moments, whether the target sees them, and that a sample's noise is its own."""
+"""Kinds of noise: their moments, whether the target sees them, and that a sample's noise is its
+own.
+"""
 
 from __future__ import annotations
 
@@ -112,7 +114,9 @@ def test_noise_does_not_depend_on_how_the_step_is_split(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_latents(kind: str, dtype: torch.dtype) -> None:
-    """Noise, times and targets are made in float32; only x_t is rounded, and its noise never to nothing."""
+    """Noise, times and targets are made in float32; only x_t is rounded, and its noise never to
+    nothing.
+    """
     x0 = batch_of(8).to(dtype)
     for schedule in (EPSILON, FLOW):
         noising = Noising(schedule, noise=KINDS[kind], seed=5).eval()
@@ -155,7 +159,9 @@ def noises(kind: Any, shape: tuple[int, ...], count: int = 4000) -> Tensor:
 
 
 def assert_mean(values: Tensor, mean: float, spread: float) -> None:
-    """``spread``: the standard deviation of one value; a correct one misses by 4.5 errors once in 150 000."""
+    """``spread``: the standard deviation of one value; a correct one misses by 4.5 errors once in
+    150 000.
+    """
     assert abs(float(values.mean()) - mean) < 4.5 * spread / math.sqrt(values.numel())
 
 
@@ -233,7 +239,9 @@ def test_adaptive_offset_of_flat_samples() -> None:
 
 
 def reference_pyramid(shape: tuple[int, ...], kind: Pyramid, draws: Draws) -> tuple[Tensor, Tensor]:
-    """The sum of the octaves of one sample as torch enlarges them, and the variance of each element from unit impulses."""
+    """The sum of the octaves of one sample as torch enlarges them, and the variance of each element
+    from unit impulses.
+    """
     mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(shape) - 1]
     total, variance = (
         torch.zeros(shape, dtype=torch.float64),
@@ -313,7 +321,9 @@ def test_parts_do_not_depend_on_the_batch(kind: str) -> None:
 
 
 def test_kinds_are_independent_of_each_other() -> None:
-    """Of one name too: the second has a stream of its own, and a kind's noise is the same in any chain."""
+    """Of one name too: the second has a stream of its own, and a kind's noise is the same in any
+    chain.
+    """
     one, two, other = draw_kinds(
         [Offset(1.0), Offset(1.0), AdaptiveOffset()], (3, 2), 0, list(range(4000)), step=0
     )
@@ -413,11 +423,13 @@ BAD = {
     "offset inf": (lambda: Offset(math.inf), "^noise offset strength"),
     "probability": (lambda: Offset(probability=1.5), r"^the probability of a noise offset must lie in 0 \.\.\. 1, got 1\.5$"),
     "adaptive": (lambda: AdaptiveOffset(-1.0), "^noise offset strength"),
-    "scale": (lambda: AdaptiveOffset(scale=math.inf), "^the scale of an adaptive noise offset must be finite, got inf$"),
+    "scale": (lambda: AdaptiveOffset(scale=math.inf), "^the scale of an adaptive noise offset must "
+                                                      "be finite, got inf$"),
     "iterations": (lambda: Pyramid(iterations=0), r"^pyramid noise needs at least 1 iteration .*, got 0 and 0\.3"),
     "discount": (lambda: Pyramid(discount=1.1), "^pyramid noise needs"),
     "perturbation": (lambda: InputPerturbation(-1), r"^input perturbation strength must be at least 0, got -1; the paper uses 0\.1$"),
-    "decay": (lambda: InputPerturbation(decay_steps=0), "^decay_steps of an input perturbation must be at least 1, got 0$"),
+    "decay": (lambda: InputPerturbation(decay_steps=0), "^decay_steps of an input perturbation "
+                                                        "must be at least 1, got 0$"),
     "empty": (lambda: Noising(EPSILON, noise=[]), "^a chain of noises needs at least one kind"),
     "name in list": (lambda: Noising(EPSILON, noise=["offset", "pyramd"]), r"^unknown noise 'pyramd'; did you mean 'pyramid'\?$"),
     "flat pyramid": (lambda: Noising(EPSILON, noise="pyramid")(torch.zeros(2, 3), step=0), "^pyramid noise needs samples with axes"),

@@ -1,4 +1,6 @@
-"""Noising: what a batch becomes, and that its randomness depends on (seed, step, global index) and on nothing else."""
+"""Noising: what a batch becomes, and that its randomness depends on (seed, step, global index) and
+on nothing else.
+"""
 
 from __future__ import annotations
 
@@ -362,7 +364,9 @@ def test_pure_noise_is_reached_and_a_clean_sample_is_not() -> None:
 
 @pytest.mark.parametrize("schedule", [FLOW, ZTSNR], ids=["flow", "discrete"])
 def test_the_extreme_draws(schedule: NoiseSchedule, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is drawn lies in [0, 1): its 0 must be pure noise, which a model has to learn, and not a clean sample."""
+    """What is drawn lies in [0, 1): its 0 must be pure noise, which a model has to learn, and not a
+    clean sample.
+    """
     for u, expected in ((0.0, schedule.curve.t_max), (1 - 2**-53, 0.0)):
         monkeypatch.setattr(
             Draws, "uniform", lambda self, u=u, dtype=None: torch.full((1,), u, dtype=dtype)

@@ -1,4 +1,6 @@
-"""Guards on the house itself: what is packaged, who may import whom, and that every docstring example runs."""
+"""Guards on the house itself: what is packaged, who may import whom, and that every docstring
+example runs.
+"""
 
 import ast
 import doctest

@@ -1,4 +1,6 @@
-"""The page of previews in a real browser, without a window and without a server: what it shows, and what it does not run."""
+"""The page of previews in a real browser, without a window and without a server: what it shows, and
+what it does not run.
+"""
 
 import dataclasses
 import html

@@ -1,4 +1,6 @@
-"""Definitions from outside the tree: an installed package with an entry point, and a script, are used everywhere by name."""
+"""Definitions from outside the tree: an installed package with an entry point, and a script, are
+used everywhere by name.
+"""
 
 import os
 import subprocess
@@ -11,7 +13,9 @@ OUTSIDE = Path(__file__).parent / "outside_package"
 
 
 def installed(folder: Path, module: str, source: str) -> Path:
-    """Make what pip leaves of a package whose pyproject.toml has [project.entry-points."alphabar.plugins"]."""
+    """Make what pip leaves of a package whose pyproject.toml has
+    [project.entry-points."alphabar.plugins"].
+    """
     info = folder / f"{module}-1.0.dist-info"
     info.mkdir(parents=True)
     (folder / f"{module}.py").write_text(source)

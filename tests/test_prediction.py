@@ -134,7 +134,9 @@ def test_every_conversion_at_zero_snr(source: Prediction, to: Prediction) -> Non
     ),
 )
 def test_the_schedule_converts_between_all(source: Prediction, to: Prediction) -> None:
-    """There and back through the public face, on a path that is neither variance preserving nor exploding."""
+    """There and back through the public face, on a path that is neither variance preserving nor
+    exploding.
+    """
     schedule = NoiseSchedule.flow(shift=3.0, prediction=source)
     t = torch.tensor([0.1, 0.4, 0.95], dtype=torch.float64)
     x0, noise = torch.randn(

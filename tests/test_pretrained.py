@@ -1,4 +1,6 @@
-"""Schedules on disk: what is written is read back equal, diffusers reads it the same, and damage is named."""
+"""Schedules on disk: what is written is read back equal, diffusers reads it the same, and damage is
+named.
+"""
 
 import json
 import math
@@ -114,7 +116,9 @@ NAMED = [
 def test_the_class_that_is_named_reads_all_that_the_schedule_holds(
     name: str, kind: str, tmp_path: Path
 ) -> None:
-    """Whichever class a sampler asks for: the file names it or another, and that one has the schedule's numbers."""
+    """Whichever class a sampler asks for: the file names it or another, and that one has the
+    schedule's numbers.
+    """
     schedule = SCHEDULES[name]
     config = schedule.to_diffusers({"_class_name": kind})
     scheduler: Any = getattr(diffusers, config["_class_name"]).from_config(config)

@@ -1,4 +1,6 @@
-"""Where previews go: files on a disk and in remote stores, lines that survive a kill, and loggers of every kind."""
+"""Where previews go: files on a disk and in remote stores, lines that survive a kill, and loggers
+of every kind.
+"""
 
 import dataclasses
 import json
@@ -56,7 +58,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 class Moving(MemoryFileSystem):
-    """A remote store that knows files by renaming them, as SFTP does; what is uploaded is seen while it arrives."""
+    """A remote store that knows files by renaming them, as SFTP does; what is uploaded is seen
+    while it arrives.
+    """
 
     protocol = "moving"
     store: dict[str, Any] = {}  # noqa: RUF012

@@ -1,4 +1,6 @@
-"""RePaint: the walk through time, the known part, diffusers' results, and schedules that the peer does not have."""
+"""RePaint: the walk through time, the known part, diffusers' results, and schedules that the peer
+does not have.
+"""
 
 from __future__ import annotations
 
@@ -216,7 +218,8 @@ def test_the_way_up_ends_in_the_marginal_and_the_peer_s_does_not(
     assert n.alpha == pytest.approx(s.alpha * n.alpha / s.alpha)
     draws = iter(unit[1:].unsqueeze(1))
     monkeypatch.setattr(peer, "randn_tensor", lambda *a, **k: next(draws))
-    # the peer's loop says undo_step(image, t_last), t_last being the time of the last step, whose result is one level lower
+    # the peer's loop says undo_step(image, t_last), t_last being the time of the last step, whose
+    # result is one level lower
     theirs = exact_peer(20, 5, 2, 1.0, 1000).undo_step(x, int(n.timestep))
     assert abs(float(theirs.norm()) - n.sigma) > 0.01
 
@@ -260,7 +263,8 @@ def test_without_a_mask_and_jumps_it_is_ddim(schedule: NoiseSchedule, eta: float
     "schedule", [LINEAR, ZTSNR, NoiseSchedule.flow()], ids=lambda s: s.curve.kind
 )
 def test_every_step_of_the_walk_is_at_its_marginal(schedule: NoiseSchedule, eta: float) -> None:
-    # data of one point, draws that are unit vectors: x - α x_0 is a combination of them whose length is σ, known or not
+    # data of one point, draws that are unit vectors: x - α x_0 is a combination of them whose
+    # length is σ, known or not
     sampler = RePaint(schedule, 8, 3, 3, eta)
     visits = sampler.visits
     unit = torch.eye(len(visits) + 1, dtype=torch.float64).unsqueeze(1)
@@ -284,8 +288,9 @@ def test_every_step_of_the_walk_is_at_its_marginal(schedule: NoiseSchedule, eta:
 
 
 def test_resampling_brings_the_parts_into_agreement() -> None:
-    # two numbers with correlation 0.8, of which the first is known: the second must come out as its conditional mean says.
-    # Without time travel the network learns of the first too late; with it, the regression is nearly right
+    # two numbers with correlation 0.8, of which the first is known: the second must come out as its
+    # conditional mean says. Without time travel the network learns of the first too late; with it,
+    # the regression is nearly right
     schedule = NoiseSchedule.linear(num_train_timesteps=60).with_prediction("sample")
     covariance = torch.tensor([[1.0, MIXED], [MIXED, 1.0]], dtype=torch.float64)
 
@@ -375,7 +380,8 @@ def test_bad_known_images() -> None:
         ({"eta": 2.0}, "eta must be between 0 (deterministic) and 1 (ancestral), got 2.0"),
         (
             {"steps": 10},
-            "jump_length must be less than the 10 steps, got 10; use more steps, or jump_n_sample=1 for no jumps",
+            "jump_length must be less than the 10 steps, got 10; use more steps, or "
+            "jump_n_sample=1 for no jumps",
         ),
         ({"steps": 2000}, "steps must be between 1 and the 1000 training timesteps, got 2000"),
         ({"grid": "trialing"}, "unknown grid 'trialing'; did you mean 'trailing'?"),

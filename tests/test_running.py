@@ -1,4 +1,6 @@
-"""What all samplers share: their arguments, seeds, the times that a network is given, and the halves of guidance."""
+"""What all samplers share: their arguments, seeds, the times that a network is given, and the
+halves of guidance.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The sampler: names, seeds, what the network is given, guidance, and that it leaves its surroundings alone."""
+"""The sampler: names, seeds, what the network is given, guidance, and that it leaves its
+surroundings alone.
+"""
 
 from __future__ import annotations
 
@@ -127,7 +129,8 @@ def test_a_grid_that_is_said_outranks_the_name_s() -> None:
         (
             ("EulerDiscreteSheduler",),
             {},
-            "unknown method 'EulerDiscreteSheduler'; did you mean 'EulerDiscreteScheduler', 'HeunDiscreteScheduler' "
+            "unknown method 'EulerDiscreteSheduler'; did you mean 'EulerDiscreteScheduler', "
+            "'HeunDiscreteScheduler' "
             "or 'LMSDiscreteScheduler'?",
         ),
         (("ddim", 20, "trialing"), {}, "unknown grid 'trialing'; did you mean 'trailing'?"),
@@ -163,7 +166,8 @@ def test_a_curve_is_no_schedule() -> None:
 # what comes out
 
 
-# tcd and lcm end with c_skip x, or the first timestep's noise; the weights of an even grid make rounding of a steep one
+# tcd and lcm end with c_skip x, or the first timestep's noise; the weights of an even grid make
+# rounding of a steep one
 LEFT_OUT = ("tcd", "lcm", "plms", "ipndm")
 
 
@@ -180,7 +184,9 @@ ENDS = all_pairs(ENDING, FROM_NOISE, ["linspace", "leading", "trailing", "karras
 
 @pytest.mark.parametrize("method", ENDING)
 def test_a_network_that_knows_the_data_ends_there(method: str) -> None:
-    """Finite, and right, from α = 0 on: through the public face, in float32, for every prediction that is well-posed."""
+    """Finite, and right, from α = 0 on: through the public face, in float32, for every prediction
+    that is well-posed.
+    """
     x0 = torch.linspace(-1, 1, math.prod(SHAPE)).view(SHAPE)
     for _, schedule, grid in (row for row in ENDS if row[0] == method):
         sampler = Sampler(schedule, method, 8, grid)
@@ -243,7 +249,9 @@ def test_heun_evaluates_twice_but_for_the_last_step() -> None:
 
 
 def test_start_has_the_spread_of_the_first_knot() -> None:
-    """Data of unit variance have sqrt(α² + σ²) there, less than 1 on a flow that does not start at pure noise."""
+    """Data of unit variance have sqrt(α² + σ²) there, less than 1 on a flow that does not start at
+    pure noise.
+    """
     assert Sampler(V, "euler", 5).init_noise_scale == pytest.approx(1.0, rel=1e-12)
     sampler = Sampler(NoiseSchedule.flow(), "euler", 4, "leading")
     first = sampler.knots[0]
@@ -360,7 +368,8 @@ def test_other_times_are_floats(schedule: NoiseSchedule, steps: int, grid: str) 
     seen = times_given(sampler)
     assert all(t.dtype == torch.float32 for t in seen)
     assert [float(t[0]) for t in seen] == pytest.approx(sampler.timesteps, rel=1e-6)
-    # four steps of a flow with shift 3 are at whole times, which change nothing: a flow's time is a float
+    # four steps of a flow with shift 3 are at whole times, which change nothing: a flow's time is a
+    # float
     assert all(time.is_integer() for time in sampler.timesteps) == (steps == 4)
 
 
@@ -607,8 +616,9 @@ step 2  t = 666.667 sigma/alpha = 2
 step 3  t = 333.333 sigma/alpha = 0.5
   out2 = network(x)
   x    = +1 x -0.333333 out2"""
-"""By hand: from α = 0, r = σ = 2/3 and x = D/3 + r z with D = x - out. Then sqrt(SNR ratio) = 1/4, so r = sqrt(15/16)/3 and
-keep = sqrt(1/9 - 15/144) / (2/3) = 1/8; D = x - 2/3 out has 2/3 - 1/24 = 15/24."""
+"""By hand: from α = 0, r = σ = 2/3 and x = D/3 + r z with D = x - out. Then sqrt(SNR ratio) = 1/4,
+so r = sqrt(15/16)/3 and keep = sqrt(1/9 - 15/144) / (2/3) = 1/8; D = x - 2/3 out has 2/3 - 1/24 =
+15/24."""
 
 TWO_M = """\
 dpmpp_2m: 3 steps, 3 evaluations, 0 draws
@@ -633,7 +643,9 @@ step 1  t = 999    sigma/alpha = 14.6146
 step 2  t = 499    sigma/alpha = 1.61289
   out1 = network(x)
   x    = +1.89774 x -1.61289 out1"""
-"""In x̄ = x / α a step adds (σ̄_n - σ̄_s) times the slope, which is the output: α_n/α_s = 7.7191, α_n (1.61289 - 14.6146) = -6.85119."""
+"""In x̄ = x / α a step adds (σ̄_n - σ̄_s) times the slope, which is the output: α_n/α_s = 7.7191,
+α_n (1.61289 - 14.6146) = -6.85119.
+"""
 
 
 def test_printed_tableaus() -> None:

@@ -1,4 +1,6 @@
-"""The score SDE paper's samplers: diffusers' results, exact Gaussians, and the corrector's stationary state."""
+"""The score SDE paper's samplers: diffusers' results, exact Gaussians, and the corrector's
+stationary state.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,9 @@ def score_gaussian(knot: Knot) -> tuple[float, float]:
 
 
 def moments(table: Table, schedule: NoiseSchedule) -> tuple[float, float]:
-    """Mean and variance at the end of a table from the exact marginal at its start, without sampling."""
+    """Mean and variance at the end of a table from the exact marginal at its start, without
+    sampling.
+    """
     first = table.knots[0]
     # coordinates: 1, the start's noise, then each draw
     state = {0: first.alpha * MEAN, 1: math.hypot(first.alpha * SPREAD, first.sigma)}
@@ -109,7 +113,8 @@ def moments(table: Table, schedule: NoiseSchedule) -> tuple[float, float]:
             assert isinstance(op, Evaluation)
             a, b = score_gaussian(op.knot)
             alpha, sigma = op.knot.alpha, op.knot.sigma
-            # ε = -σ score, x_0 = (x - σ ε) / α: the output is c0 x_0 + c1 ε, an affine function of x
+            # ε = -σ score, x_0 = (x - σ ε) / α: the output is c0 x_0 + c1 ε, an affine function of
+            # x
             c0, c1 = (float(c) for c in schedule.prediction.coefficients(alpha, sigma))
             slope = c0 * (1 + sigma**2 * a) / alpha - c1 * sigma * a
             offset = c0 * sigma**2 * b / alpha - c1 * sigma * b
@@ -234,7 +239,8 @@ def test_agreement_with_the_ve_peer(correct_steps: int, monkeypatch: pytest.Monk
 
 
 def test_the_noise_levels_are_geometric() -> None:
-    # as algorithm 2 has them; the network is given exactly these, where the peer's are up to 1e-4 off its own steps
+    # as algorithm 2 has them; the network is given exactly these, where the peer's are up to 1e-4
+    # off its own steps
     knots = PredictorCorrector(
         NoiseSchedule(VarianceExploding(num_train_timesteps=2000), "score"), 2000
     ).knots
@@ -300,7 +306,8 @@ def test_an_image_and_its_company(norm: str) -> None:
 
 
 def test_samples_of_a_gaussian() -> None:
-    # 100 predictor-corrector steps for 4000 independent "images" of one number have the data's mean and spread
+    # 100 predictor-corrector steps for 4000 independent "images" of one number have the data's mean
+    # and spread
     schedule = NoiseSchedule.variance_exploding(sigma_max=20.0)
 
     def network(x: Tensor, sigma: Tensor) -> Tensor:
@@ -342,7 +349,8 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 
 def test_euler_maruyama_needs_a_rate() -> None:
     message = (
-        "predictor 'euler_maruyama' needs the rate β(t) of NoiseSchedule.variance_preserving(), got a flow schedule; "
+        "predictor 'euler_maruyama' needs the rate β(t) of NoiseSchedule.variance_preserving(), "
+        "got a flow schedule; "
         "use predictor='reverse_diffusion'"
     )
     with pytest.raises(ValueError) as caught:

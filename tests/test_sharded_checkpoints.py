@@ -1,4 +1,6 @@
-"""Checkpoints of a model that is sharded between two processes: folders, each with its schedule in it."""
+"""Checkpoints of a model that is sharded between two processes: folders, each with its schedule in
+it.
+"""
 
 import json
 from pathlib import Path

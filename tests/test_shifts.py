@@ -1,4 +1,6 @@
-"""Shifted and truncated schedules: what they promise of their numbers, and agreement with the peers that shift."""
+"""Shifted and truncated schedules: what they promise of their numbers, and agreement with the peers
+that shift.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,9 @@ def test_the_static_shift_of_a_flow() -> None:
 
 
 def test_shift_and_zero_terminal_snr_act_in_the_order_of_the_calls() -> None:
-    """Each on the schedule as it is: algorithm 1 keeps the first α of what it is given, a shift the SNR but for the factor."""
+    """Each on the schedule as it is: algorithm 1 keeps the first α of what it is given, a shift the
+    SNR but for the factor.
+    """
     scale, t = 3.0, torch.arange(1000, dtype=torch.float64)
     shift_first = SD.shifted(scale**0.5).zero_terminal_snr()
     rescale_first = SD.zero_terminal_snr().shifted(scale**0.5)
@@ -293,7 +297,9 @@ def test_timesteps_given_by_hand_are_times_of_the_part() -> None:
 
 
 def test_two_experts_sample_as_one() -> None:
-    """What an expert hands over, the refiner takes up: with a deterministic first-order method, the whole run."""
+    """What an expert hands over, the refiner takes up: with a deterministic first-order method, the
+    whole run.
+    """
     x, network = torch.linspace(-2, 2, 6, dtype=torch.float64).view(2, 3), lambda x, t: 0.3 * x
     knots = [999, 800, 600, 400, 200, 100]
     whole = Sampler(SD, "ddim", 6, timesteps=knots)(network, x)

@@ -1,4 +1,6 @@
-"""Densities of training timesteps: exact quantiles, one direction, and never a time outside the schedule."""
+"""Densities of training timesteps: exact quantiles, one direction, and never a time outside the
+schedule.
+"""
 
 from __future__ import annotations
 
@@ -314,19 +316,29 @@ BAD = {
     "mode low": (lambda: ModeTimesteps(scale=-1.01), "^the scale of mode timesteps"),
     "mode nan": (lambda: ModeTimesteps(scale=math.nan), "^the scale of mode timesteps"),
     "beta": (lambda: BetaTimesteps(a=0.0), r"^a and b of beta timesteps must be positive and finite, got 0\.0 and 2\.0$"),
-    "range": (lambda: UniformTimesteps().within(5, 5), "^a range of timesteps needs low < high, got 5 and 5$"),
-    "range nan": (lambda: UniformTimesteps().within(math.nan, 5), "^a range of timesteps needs low < high"),
-    "all 0": (lambda: WeightedTimesteps(weights=(0.0, 0.0)), "^the weights of weighted timesteps must be finite, .* not all 0"),
-    "negative": (lambda: WeightedTimesteps(weights=(1.0, -1.0)), "^the weights of weighted timesteps"),
+    "range": (lambda: UniformTimesteps().within(5, 5), "^a range of timesteps needs low < high, "
+                                                       "got 5 and 5$"),
+    "range nan": (lambda: UniformTimesteps().within(math.nan, 5), "^a range of timesteps needs low "
+                                                                  "< high"),
+    "all 0": (lambda: WeightedTimesteps(weights=(0.0, 0.0)), "^the weights of weighted timesteps "
+                                                             "must be finite, .* not all 0"),
+    "negative": (lambda: WeightedTimesteps(weights=(1.0, -1.0)), "^the weights of weighted "
+                                                                 "timesteps"),
     "none": (lambda: ListedTimesteps(listed=()), "^the weights of listed timesteps"),
-    "count": (lambda: ListedTimesteps(listed=(1, 2), weights=(1.0,)), "^listed timesteps need one weight for each, got 1 for 2$"),
+    "count": (lambda: ListedTimesteps(listed=(1, 2), weights=(1.0,)), "^listed timesteps need one "
+                                                                      "weight for each, got 1 for "
+                                                                      "2$"),
     "repeat": (lambda: ListedTimesteps(listed=(1, 1)), "^listed timesteps repeat"),
     "reverse": (lambda: ReversedTimesteps(density=LogNormalSigmaTimesteps()), "^lognormal_sigma timesteps have no direction to reverse"),
     "reverse range": (lambda: UniformTimesteps().within(0, 1).reversed(), "^within timesteps have no direction"),
-    "around": (lambda: LossSecondMoment().within(0, 1), "^loss_second_moment timesteps go around other densities, not into them"),
-    "twice": (lambda: LossSecondMoment(density=LossSecondMoment()), "^loss_second_moment timesteps do not go around"),
-    "bins": (lambda: LossSecondMoment(bins=0), "^bins of loss_second_moment timesteps must be an integer of at least 1, got 0$"),
-    "history": (lambda: LossSecondMoment(history_per_term=1.5), "^history_per_term of loss_second_moment"),
+    "around": (lambda: LossSecondMoment().within(0, 1), "^loss_second_moment timesteps go around "
+                                                        "other densities, not into them"),
+    "twice": (lambda: LossSecondMoment(density=LossSecondMoment()), "^loss_second_moment timesteps "
+                                                                    "do not go around"),
+    "bins": (lambda: LossSecondMoment(bins=0), "^bins of loss_second_moment timesteps must be an "
+                                               "integer of at least 1, got 0$"),
+    "history": (lambda: LossSecondMoment(history_per_term=1.5), "^history_per_term of "
+                                                                "loss_second_moment"),
     "uniform_prob": (lambda: LossSecondMoment(uniform_prob=0.0), r"^uniform_prob must lie in \(0, 1\], got 0\.0"),
 }  # fmt: skip
 
@@ -347,7 +359,8 @@ MISFITS = {
     "inside a range": (ZTSNR, LossSecondMoment(density=ListedTimesteps(listed=(0, 1000))), "^a listed timestep"),
     "decreases": (FLOW, CustomTimesteps(function=lambda u: 1 - u), r"^the quantile function .* decreases; u -> 1 must be noise"),
     "timesteps": (ZTSNR, CustomTimesteps(function=lambda u: 1000 * u), r"^the quantile function of custom .* a value in \[0, 1\]"),
-    "nan": (ZTSNR, CustomTimesteps(function=lambda u: u / 0 * 0), "^the quantile function of custom timesteps must return"),
+    "nan": (ZTSNR, CustomTimesteps(function=lambda u: u / 0 * 0), "^the quantile function of "
+                                                                  "custom timesteps must return"),
 }  # fmt: skip
 
 

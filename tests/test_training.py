@@ -89,7 +89,9 @@ def test_loss_is_the_noised_loss_of_this_step(tmp_path: Path) -> None:
 
 
 def test_learns(tmp_path: Path) -> None:
-    """For standard normal data v is best predicted as (αε - σx_0 | x_t), a multiple of x_t near 0: the scale finds the optimum."""
+    """For standard normal data v is best predicted as (αε - σx_0 | x_t), a multiple of x_t near 0:
+    the scale finds the optimum.
+    """
     network = Scale()
     torch.nn.init.constant_(network.scale, 2.0)
     fit(tmp_path, network, steps=200)

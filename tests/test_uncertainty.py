@@ -1,4 +1,6 @@
-"""Learned uncertainty: the optimum in closed form, one answer for every target, and parameters that travel."""
+"""Learned uncertainty: the optimum in closed form, one answer for every target, and parameters that
+travel.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ def learn(
 @pytest.mark.parametrize("of", ["edm", "uniform", "v_like"])
 @pytest.mark.parametrize("schedule", allowed(ZTSNR), ids=lambda s: s.prediction.name)
 def test_the_optimum_is_the_expected_weighted_error(schedule: NoiseSchedule, of: str) -> None:
-    """e^u = E[w error] at every noise level, where SNR is 0 too; the loss there is 1 + log E[w error]."""
+    """e^u = E[w error] at every noise level, where SNR is 0 too; the loss there is 1 + log E[w
+    error].
+    """
     noising = Noising(schedule, LearnedUncertainty(of=of)).double()
     each = 4  # samples at each level, of different error
     t = LEVELS.repeat_interleave(each)
@@ -151,7 +155,9 @@ def test_it_is_computed_in_float32_under_autocast() -> None:
 
 @pytest.mark.parametrize("over", ["all", "mask"])
 def test_what_is_masked_teaches_nothing(over: Any) -> None:
-    """The optimum of u under a mask is the error of the masked area, whichever mean is taken; an empty mask moves nothing."""
+    """The optimum of u under a mask is the error of the masked area, whichever mean is taken; an
+    empty mask moves nothing.
+    """
     noising = Noising(FLOW, LearnedUncertainty(of=Uniform())).double()
     noised = noising(batch_of(2), step=0, timesteps=torch.tensor([0.5, 0.5]))
     mask = torch.zeros(2, 1, 4)
@@ -171,7 +177,9 @@ def test_what_is_masked_teaches_nothing(over: Any) -> None:
 
 
 def test_what_weighs_nothing_teaches_nothing() -> None:
-    """Where the weight is 0 the loss would else fall for ever with u: at zero SNR under SNR weights, and in a range of 0."""
+    """Where the weight is 0 the loss would else fall for ever with u: at zero SNR under SNR
+    weights, and in a range of 0.
+    """
     with pytest.warns(
         UserWarning, match=r"^weighting 'learned_uncertainty' is 0 at t = 999, where SNR is 0"
     ):

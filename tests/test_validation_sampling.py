@@ -394,7 +394,9 @@ def test_fast_dev_run_rehearses_one_preview_and_writes_nothing(
 
 
 def _resumable(root: Path, *callbacks: Any, **settings: Any) -> Toy:
-    """A run whose data order and losses are a function of epoch and step alone, so that a resumed one can equal it."""
+    """A run whose data order and losses are a function of epoch and step alone, so that a resumed
+    one can equal it.
+    """
     data: Any = loader()
     order = DistributedSampler(data.dataset, num_replicas=1, rank=0, shuffle=True)
     data = torch.utils.data.DataLoader(data.dataset, batch_size=4, sampler=order)

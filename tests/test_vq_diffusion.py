@@ -1,4 +1,6 @@
-"""VQ-Diffusion: the chain against matrix products, the posterior against Bayes and diffusers, the bound, exact sampling."""
+"""VQ-Diffusion: the chain against matrix products, the posterior against Bayes and diffusers, the
+bound, exact sampling.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,8 @@ def test_the_transitions_are_probabilities(schedule: TokenSchedule) -> None:
 
 @pytest.mark.parametrize("schedule", [SMALL, PAPER], ids=["small", "paper"])
 def test_the_marginals_of_the_chain_are_products_of_its_matrices(schedule: TokenSchedule) -> None:
-    # noise at the middle of many equal parts of [0, 1): the histogram of add_noise is the probability, to 1 / parts
+    # noise at the middle of many equal parts of [0, 1): the histogram of add_noise is the
+    # probability, to 1 / parts
     parts = 40_000
     noise = ((torch.arange(parts, dtype=torch.float64) + 0.5) / parts).expand(K, parts)
     x0 = torch.arange(K).unsqueeze(1).expand(K, parts)
@@ -208,8 +211,8 @@ def test_the_loss_term_by_term(t: int, auxiliary_weight: float) -> None:
 
 
 def test_the_bound_is_the_likelihood_for_the_best_network() -> None:
-    # one token with a known distribution: with the exact p(x_0 | x_t) the bound is the entropy of the data, and with any
-    # other network it is larger
+    # one token with a known distribution: with the exact p(x_0 | x_t) the bound is the entropy of
+    # the data, and with any other network it is larger
     data = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
     entropy = -float((data * data.log()).sum())
 
@@ -272,7 +275,8 @@ def knowing(data: Tensor, schedule: TokenSchedule) -> Any:
 
 @pytest.mark.parametrize("steps", [None, 3, 1])
 def test_samples_have_the_distribution_of_the_data(steps: int | None) -> None:
-    # independent tokens: the exact network gives the exact distribution, at any number of steps (eq. 13)
+    # independent tokens: the exact network gives the exact distribution, at any number of steps
+    # (eq. 13)
     data = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
     tokens = VQDiffusion(SMALL, steps)(knowing(data, SMALL), (2, 10_000), seeds=1)
     start = chain(SMALL, -1, T - 1)[:, :K] @ data

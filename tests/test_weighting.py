@@ -1,4 +1,6 @@
-"""Loss weights: one objective for every target, closed forms, the formulas of other trainers, and both ends of the schedule."""
+"""Loss weights: one objective for every target, closed forms, the formulas of other trainers, and
+both ends of the schedule.
+"""
 
 from __future__ import annotations
 
@@ -114,7 +116,9 @@ def test_the_objective_does_not_depend_on_the_target(scheme: Weighting) -> None:
 @pytest.mark.parametrize("scheme", [s for s in INVARIANT if isinstance(s, Scheme)], ids=repr)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_scheme_is_a_function_of_snr_alone(scheme: Weighting, name: str) -> None:
-    """w_x0 does not change when a path is multiplied by a number: a variance exploding path is trained as the preserving one."""
+    """w_x0 does not change when a path is multiplied by a number: a variance exploding path is
+    trained as the preserving one.
+    """
     alpha, sigma = levels(SCHEDULES[name])
     sample = PREDICTIONS["sample"]()
     assert (
@@ -450,7 +454,9 @@ def test_weights_where_snr_is_zero(name: str) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=repr)
 def test_weights_at_both_ends_of_a_flow(scheme: Weighting) -> None:
-    """At σ = 0 a sample prediction has det = 0: there, and for σ^-2, the weight is infinite or undefined, and nowhere else."""
+    """At σ = 0 a sample prediction has det = 0: there, and for σ^-2, the weight is infinite or
+    undefined, and nowhere else.
+    """
     for schedule, dtype in product(allowed(SCHEDULES["flow"]), (torch.float32, torch.float64)):
         t = torch.tensor([0.0, 1e-3, 1.0], dtype=dtype)
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)

@@ -1,4 +1,6 @@
-"""Weights without a mean are warned of where, and only where, the mean over the times does not exist; sigma_sqrt is bounded."""
+"""Weights without a mean are warned of where, and only where, the mean over the times does not
+exist; sigma_sqrt is bounded.
+"""
 
 from __future__ import annotations
 
@@ -40,13 +42,15 @@ CLOSED = {
 }
 DENSITIES = {name: make() for name, make in TIMESTEPS.items() if not name.startswith("stratified")}
 
-# With prediction "sample" the weight on the target grows as σ^-p towards the data; with the others, whose determinant is not 0
-# there, no scheme grows but sigma_sqrt, which a Noising bounds. σ is proportional to t on these curves.
+# With prediction "sample" the weight on the target grows as σ^-p towards the data; with the others,
+# whose determinant is not 0 there, no scheme grows but sigma_sqrt, which a Noising bounds. σ is
+# proportional to t on these curves.
 POWER_ON_SAMPLE = {
     "uniform": 0, "x0": 0, "min_snr": 0, "soft_min_snr": 0, "sigmoid": 0, "p2": 0, "onetrainer_p2_v": 0,
     "diffusers_pixart_min_snr_v": 0, "per_range": 0, "debiased": 1, "onetrainer_sigma": 1, "diffusers_cosmap_x0": 0,
 }  # fmt: skip
-# and the density of times falls as t^q towards the data, where it falls at all; faster than any power is 99
+# and the density of times falls as t^q towards the data, where it falls at all; faster than any
+# power is 99
 POWER_OF_DENSITY = {"beta": 1, "logit_normal": 99, "lognormal_sigma": 99}
 
 
@@ -105,7 +109,8 @@ def warned(**settings: object) -> list[str]:
 def test_the_warning() -> None:
     (message,) = warned(schedule=FLOW.with_prediction("sample"), weighting="v")
     assert message.startswith(
-        "weighting 'v' on prediction 'sample' has no finite mean under 'uniform' timesteps: it grows without bound towards t = 0"
+        "weighting 'v' on prediction 'sample' has no finite mean under 'uniform' timesteps: it "
+        "grows without bound towards t = 0"
     )
     assert (
         warned(schedule=FLOW.with_prediction("sample"), weighting="v", timesteps="logit_normal")

@@ -1,4 +1,6 @@
-"""A Stable Diffusion pipeline with random weights that fits into a megabyte, and a folder of captioned images."""
+"""A Stable Diffusion pipeline with random weights that fits into a megabyte, and a folder of
+captioned images.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def make_pipeline(folder: Path) -> Path:
-    """Write a pipeline with epsilon prediction and PNDM, as Stable Diffusion 1.5 has them; return its folder."""
+    """Write a pipeline with epsilon prediction and PNDM, as Stable Diffusion 1.5 has them; return
+    its folder.
+    """
     torch.manual_seed(0)
     tokenizer = make_tokenizer(folder / "words")
     text = CLIPTextConfig(

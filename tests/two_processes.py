@@ -12,7 +12,8 @@ from pathlib import Path
 def run_two_ranks(
     script: Path, root: Path, *arguments: str, nodes: bool = False, timeout: float = 240
 ) -> list[int]:
-    """Return the exit codes of ``script root arguments...`` as ranks 0 and 1; ``nodes``: each on a node of its own.
+    """Return the exit codes of ``script root arguments...`` as ranks 0 and 1; ``nodes``: each on a
+    node of its own.
 
     What they print is in ``root/rank0.log`` and ``root/rank1.log``. None of them outlives the call.
     """

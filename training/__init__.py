@@ -1,4 +1,6 @@
-"""Training: a LightningModule, command-line flags, checkpoints that can be sampled from, averages, the console command."""
+"""Training: a LightningModule, command-line flags, checkpoints that can be sampled from, averages,
+the console command.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +47,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Lightning takes seconds and 200 MiB, which the console command and argparse scripts need not spend
+    # Lightning takes seconds and 200 MiB, which the console command and argparse scripts need not
+    # spend
     if name != "DiffusionModule":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .module import DiffusionModule

@@ -1,4 +1,4 @@
-"""From samples to a picture: pixels, a grid, a PNG. Arithmetic alone, testable without a Trainer."""
+"""From samples to a picture: pixels, a grid, a PNG. No Trainer is needed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ BACKGROUND = 128  # mid grey: black and white images both stand out from it
 
 
 def to_pixels(samples: Tensor) -> Tensor:
-    """Return samples as pixels: shape (n, channels, height, width) to uint8 (n, 1 or 3, height, width).
+    """Return samples as pixels: shape (n, channels, height, width) to uint8 (n, 1 or 3, height,
+    width).
 
-    One and three channels are images in [-1, 1], which becomes 0 ... 255; what lies outside is clipped. Any other number
-    of channels is taken for latents, which have no fixed range: their first three channels (of two, the first) are
-    shown, each stretched from its least to its greatest value in that image. Raises ValueError for other shapes and for
-    NaN, which no pixel can show.
+    One and three channels are images in [-1, 1], which becomes 0 ... 255; what lies outside is
+    clipped. Any other number of channels is taken for latents, which have no fixed range: their
+    first three channels (of two, the first) are shown, each stretched from its least to its
+    greatest value in that image. Raises ValueError for other shapes and for NaN, which no pixel can
+    show.
 
     >>> to_pixels(torch.tensor([-1.0, 0.0, 1.0, 7.0]).view(1, 1, 2, 2)).flatten().tolist()
     [0, 128, 255, 255]
@@ -34,7 +36,8 @@ def to_pixels(samples: Tensor) -> Tensor:
     bad = samples.isnan().flatten(1).any(1).nonzero().flatten().tolist()
     if bad:
         raise ValueError(
-            f"samples {bad} of {len(samples)} hold NaN; look at the loss and at the dtype that is sampled in"
+            f"samples {bad} of {len(samples)} hold NaN; look at the loss and at the dtype that is "
+            "sampled in"
         )
     x = samples.float()
     if x.shape[1] not in (1, 3):
@@ -54,7 +57,8 @@ def require_image_shape(shape: tuple[int, ...]) -> None:
 
 
 def image_grid(pixels: Tensor, columns: int | None = None, margin: int = 2) -> Tensor:
-    """Return uint8 images (n, channels, height, width) side by side on grey, as one (height, width, channels).
+    """Return uint8 images (n, channels, height, width) side by side on grey, as one (height, width,
+    channels).
 
     Rows first; ``columns`` defaults to the least square that holds all. ``margin`` is in pixels.
 

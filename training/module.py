@@ -1,4 +1,4 @@
-"""A LightningModule for any network: the loss line, a low-variance validation loss, nothing hidden."""
+"""A LightningModule for any network: the loss line and a low-variance validation loss."""
 
 from __future__ import annotations
 
@@ -22,16 +22,19 @@ VALIDATION_SEED = (
 class DiffusionModule(LightningModule):
     """Train ``network`` on the objective that ``noising`` states.
 
-    ``network`` is called as ``network(x, timesteps, **conditioning)`` and returns a tensor or an object with ``.sample``.
-    ``noising``: the schedule, weights, times and noise of the loss. ``learning_rate``: of AdamW. ``sample_shape``: the shape
-    of one sample without batch, for previews; recorded from the first training batch when not given. ``input_key``: where the
-    clean samples lie in a mapping batch; its other entries are the conditioning. ``label_key``: the name under which the network
-    takes the second entry of a batch (samples, labels), as of ``TensorDataset(images, labels)``: "class_labels" for networks of
-    diffusers. The checkpoint carries the config of a diffusers network and the sample shape, so that it can be sampled from with
-    nothing but its own files.
+    ``network`` is called as ``network(x, timesteps, **conditioning)`` and returns a tensor or an
+    object with ``.sample``. ``noising``: the schedule, weights, times and noise of the loss.
+    ``learning_rate``: of AdamW. ``sample_shape``: the shape of one sample without batch, for
+    previews; recorded from the first training batch when not given. ``input_key``: where the clean
+    samples lie in a mapping batch; its other entries are the conditioning. ``label_key``: the name
+    under which the network takes the second entry of a batch (samples, labels), as of
+    ``TensorDataset(images, labels)``: "class_labels" for networks of diffusers. The checkpoint
+    carries the config of a diffusers network and the sample shape, so that it can be sampled from
+    with nothing but its own files.
 
-    Noise and times are those of the sample's place in the optimizer step, whatever the number of processes and the accumulation,
-    also where batches are unequal. See :meth:`global_index` for samplers that do not deal out samples as a DistributedSampler.
+    Noise and times are those of the sample's place in the optimizer step, whatever the number of
+    processes and the accumulation, also where batches are unequal. See :meth:`global_index` for
+    samplers that do not deal out samples as a DistributedSampler.
 
     >>> class Net(nn.Module):
     ...     def forward(self, x, t):
@@ -54,7 +57,8 @@ class DiffusionModule(LightningModule):
         super().__init__()
         if not isinstance(noising, Noising):
             raise TypeError(
-                f"noising must be a Noising, got {type(noising).__name__}; e.g. Noising(NoiseSchedule.scaled_linear())"
+                f"noising must be a Noising, got {type(noising).__name__}; e.g. "
+                "Noising(NoiseSchedule.scaled_linear())"
             )
         self.network = network
         self.noising = noising
@@ -73,17 +77,20 @@ class DiffusionModule(LightningModule):
         return self.noising.schedule
 
     def predict(self, x: Tensor, timesteps: Tensor, **conditioning: Any) -> Tensor:
-        """Return the network's raw output for its input ``x`` (``Noised.x``, or what a sampler hands it), shape of ``x``."""
+        """Return the network's raw output for its input ``x`` (``Noised.x``, or what a sampler
+        hands it), shape of ``x``.
+        """
         return prediction_tensor(self.network(x, timesteps, **conditioning))
 
     def forward(self, x: Tensor, timesteps: Tensor, **conditioning: Any) -> Tensor:
         return self.predict(x, timesteps, **conditioning)
 
     def unpack(self, batch: Any) -> tuple[Tensor, dict[str, Any]]:
-        """Return (x_0, conditioning) of a batch: a tensor, (x_0,), (x_0, mapping), (x_0, labels), or a mapping with ``input_key``.
+        """Return (x_0, conditioning) of a batch: a tensor, (x_0,), (x_0, mapping), (x_0, labels),
+        or a mapping with ``input_key``.
 
-        Override it for other batches, e.g. to encode images to latents. ValueError for entries that have no name: labels without
-        ``label_key``, or more than two entries.
+        Override it for other batches, e.g. to encode images to latents. ValueError for entries that
+        have no name: labels without ``label_key``, or more than two entries.
         """
         if isinstance(batch, Tensor):
             return batch, {}
@@ -103,16 +110,20 @@ class DiffusionModule(LightningModule):
             return x0, {self.label_key: rest[0]}
         what = f"entries beside the samples: {', '.join(map(_in_words, rest))}"
         raise ValueError(
-            f"the batch has {what}, of which the network would see nothing; give DiffusionModule label_key='class_labels' "
-            "(the network's name for the second entry), yield (samples, {name: value, ...}), or override unpack"
+            f"the batch has {what}, of which the network would see nothing; give DiffusionModule "
+            "label_key='class_labels' "
+            "(the network's name for the second entry), yield (samples, {name: value, ...}), or "
+            "override unpack"
         )
 
     def global_index(self, start: int, batch: int) -> Sequence[int]:
-        """Return the index of each of ``batch`` samples inside the optimizer step, of which ``start`` went before on this rank.
+        """Return the index of each of ``batch`` samples inside the optimizer step, of which
+        ``start`` went before on this rank.
 
-        Here: every rank takes each world_size-th sample, as with a DistributedSampler. The index says which noise a sample gets;
-        that no two have the same is all that training needs. Override it where each rank has whole batches, and the noise is to
-        be the same on one process: ``start * world_size + rank * batch + k`` for batches of equal size.
+        Here: every rank takes each world_size-th sample, as with a DistributedSampler. The index
+        says which noise a sample gets; that no two have the same is all that training needs.
+        Override it where each rank has whole batches, and the noise is to be the same on one
+        process: ``start * world_size + rank * batch + k`` for batches of equal size.
         """
         rank, world_size = replicas(self.trainer)
         return [(start + k) * world_size + rank for k in range(batch)]
@@ -126,7 +137,9 @@ class DiffusionModule(LightningModule):
         return loss
 
     def _place(self, samples: int, batch_idx: int) -> dict[str, Any]:
-        """Return the optimizer step of a batch, the indices of its samples in it, and how many samples the step has."""
+        """Return the optimizer step of a batch, the indices of its samples in it, and how many
+        samples the step has.
+        """
         trainer = self.trainer
         accumulate = trainer.accumulate_grad_batches
         start, full = self._accumulation.batch(

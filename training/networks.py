@@ -1,4 +1,6 @@
-"""Networks from their configs: a checkpoint says which diffusers model it holds in plain JSON, and nothing is unpickled."""
+"""Networks from their configs: a checkpoint says which diffusers model it holds in plain JSON, and
+nothing is unpickled.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +44,9 @@ def build_network(
 ) -> nn.Module:
     """Return a new diffusers model, with random weights, from :func:`network_config`'s dict.
 
-    Only model classes of diffusers are looked up, so a config cannot name other code. ``weights``: what will be loaded into
-    it; a config of a larger network is refused before that takes any memory. Raises ValueError for other names, and for
-    settings of which no network can be made.
+    Only model classes of diffusers are looked up, so a config cannot name other code. ``weights``:
+    what will be loaded into it; a config of a larger network is refused before that takes any
+    memory. Raises ValueError for other names, and for settings of which no network can be made.
 
     >>> build_network({"_class_name": "Popen"})  # doctest: +ELLIPSIS
     Traceback (most recent call last):
@@ -84,7 +86,7 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str)
 
     >>> load_weights(nn.Linear(2, 1), {"weight": torch.ones(1, 2)}, "a.ckpt")
     Traceback (most recent call last):
-    ValueError: the weights of a.ckpt do not fit Linear: ['bias'] are missing; name the network that was trained
+    ValueError: the weights of a.ckpt do not fit Linear: ['bias'] are missing; name the network ...
     """
     own = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
     problems = {
@@ -97,15 +99,18 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str)
     found = [f"{names[:3]} {words}" for words, names in problems.items() if names]
     if found:
         raise ValueError(
-            f"the weights of {source} do not fit {type(network).__name__}: {', '.join(found)}; name the network that was trained"
+            f"the weights of {source} do not fit {type(network).__name__}: {', '.join(found)}; "
+            "name the network that was trained"
         )
     network.load_state_dict(dict(weights))
 
 
 def import_network(path: str) -> nn.Module:
-    """Return the network that ``package.module:factory`` makes; for networks of your own, named by you and not by a file.
+    """Return the network that ``package.module:factory`` makes; for networks of your own, named by
+    you and not by a file.
 
-    Raises ValueError for a name that is none or whose factory makes no module, and ImportError for a module that is not there.
+    Raises ValueError for a name that is none or whose factory makes no module, and ImportError for
+    a module that is not there.
 
     >>> import_network("torch.nn:Identity")
     Identity()
@@ -125,7 +130,8 @@ def import_network(path: str) -> nn.Module:
 
 @contextmanager
 def _no_larger_than(weights: Mapping[str, Tensor]) -> Generator[None, None, None]:
-    """Stop a network that is being built as soon as it has clearly more parameters than there are weights to load.
+    """Stop a network that is being built as soon as it has clearly more parameters than there are
+    weights to load.
 
     >>> with _no_larger_than({"w": torch.ones(4)}):
     ...     _ = nn.Linear(100, 100)
@@ -172,7 +178,8 @@ def _require_small(what: str, value: Any) -> None:
     elif isinstance(value, list | tuple):
         if len(value) > 1000:
             raise ValueError(
-                f"{what} of the network's config has {len(value)} entries, and no network has more than 1000"
+                f"{what} of the network's config has {len(value)} entries, and no network has more "
+                "than 1000"
             )
         for part in value:
             _require_small(what, part)
@@ -184,12 +191,15 @@ def _require_small(what: str, value: Any) -> None:
         )
     elif value is not None and not abs(value) <= LARGEST_SETTING:
         raise ValueError(
-            f"{what} of the network's config is {shown(value)}, and no network has more than {LARGEST_SETTING}"
+            f"{what} of the network's config is {shown(value)}, and no network has more than "
+            f"{LARGEST_SETTING}"
         )
 
 
 def _require_number(what: str, value: Any, default: Any) -> None:
-    """Refuse what is no number where a class has one: it may be built with it, and fails when it is called."""
+    """Refuse what is no number where a class has one: it may be built with it, and fails when it is
+    called.
+    """
     if isinstance(default, list | tuple) and isinstance(value, list | tuple):
         for part in value:
             _require_number(what, part, default[0] if default else None)

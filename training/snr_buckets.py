@@ -1,7 +1,8 @@
-"""Losses by noise level: buckets of log SNR that collect on the device, what they say in words, and a picture of them.
+"""Losses by noise level: buckets of log SNR that collect on the device, what they say in words, and
+a picture of them.
 
-Equal buckets between the ends of the schedule; the outer two are open. Infinite log SNR at either end (a zero-SNR terminal
-step, a clean sample) has a bucket of its own.
+Equal buckets between the ends of the schedule; the outer two are open. Infinite log SNR at either
+end (a zero-SNR terminal step, a clean sample) has a bucket of its own.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ DOMINATES = 0.5  # share of the loss in one bucket
 
 @dataclass(frozen=True)
 class Buckets:
-    """Buckets of log SNR: number 0 is log SNR -∞, 1 ... n lie between ``edges`` (n + 1, ascending), n + 1 is +∞.
+    """Buckets of log SNR: number 0 is log SNR -∞, 1 ... n lie between ``edges`` (n + 1, ascending),
+    n + 1 is +∞.
 
-    ``reach``: the share of each bucket where the times of the curve are drawn uniformly, shape (n + 2,).
+    ``reach``: the share of each bucket where the times of the curve are drawn uniformly, shape (n +
+    2,).
 
     >>> buckets = Buckets.of(NoiseSchedule.scaled_linear(), 10)
     >>> len(buckets), buckets.name(0), buckets.name(3)
@@ -56,7 +59,7 @@ class Buckets:
         return Buckets(edges, tuple(share.tolist()))
 
     def index(self, log_snr: Tensor) -> Tensor:
-        """Return the number of the bucket of each log SNR, on its device, without waiting for it."""
+        """Return the number of the bucket of each log SNR, on its device, without a sync."""
         return _index(log_snr, self.edges)
 
     def name(self, i: int) -> str:
@@ -72,15 +75,23 @@ class Buckets:
         return f"{i:02d}_{self.edges[i - 1]:.1f}_to_{self.edges[i]:.1f}"
 
     def zeros(self, device: torch.device) -> Tensor:
-        """Return empty sums: rows of samples, errors, weighted errors and weights; shape (4, number of buckets), float32."""
+        """Return empty sums: rows of samples, errors, weighted errors and weights; shape (4, number
+        of buckets), float32.
+        """
         return torch.zeros(4, len(self), device=device)
 
     def add(self, sums: Tensor, log_snr: Tensor, errors: Tensor, weight: Tensor) -> None:
-        """Add samples to ``sums``, in place and without waiting for the device. All of shape (batch,).
+        """Add samples to ``sums``, in place and without waiting for the device. All of shape
+        (batch,).
 
         >>> buckets = Buckets.of(NoiseSchedule.flow(), 2)
         >>> sums = buckets.zeros(torch.device("cpu"))
-        >>> buckets.add(sums, torch.tensor([-1.0, 2.0, 3.0]), torch.tensor([4.0, 1.0, 2.0]), torch.tensor([1.0, 1.0, 0.5]))
+        >>> buckets.add(
+        ...     sums,
+        ...     torch.tensor([-1.0, 2.0, 3.0]),
+        ...     torch.tensor([4.0, 1.0, 2.0]),
+        ...     torch.tensor([1.0, 1.0, 0.5]),
+        ... )
         >>> sums[ERROR].tolist(), sums[LOSS].tolist()
         ([0.0, 4.0, 3.0, 0.0], [0.0, 4.0, 2.0, 0.0])
         """
@@ -103,7 +114,9 @@ def _inner(edges: tuple[float, ...], dtype: torch.dtype, device: torch.device) -
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that the sums say: a key, to say it once, whether it is a warning, and the sentence."""
+    """One thing that the sums say: a key, to say it once, whether it is a warning, and the
+    sentence.
+    """
 
     key: str
     warning: bool
@@ -111,13 +124,22 @@ class Finding:
 
 
 def findings(buckets: Buckets, sums: Tensor, drawn: Tensor) -> list[Finding]:
-    """Return what stands out, in words. ``sums``: of the steps just past; ``drawn``: samples by bucket since the start.
+    """Return what stands out, in words. ``sums``: of the steps just past; ``drawn``: samples by
+    bucket since the start.
 
-    Named are: buckets of the schedule that no sample ever falls into, samples of weight zero (a terminal step of zero SNR among
-    them), errors that are not finite, and a bucket that makes most of the loss.
+    Named are: buckets of the schedule that no sample ever falls into, samples of weight zero (a
+    terminal step of zero SNR among them), errors that are not finite, and a bucket that makes most
+    of the loss.
 
     >>> buckets = Buckets.of(NoiseSchedule.scaled_linear(), 4)
-    >>> sums = torch.tensor([[0.0, 50, 50, 50, 0, 0], [0.0, 5, 5, 5, 0, 0], [0.0, 5, 5, 5, 0, 0], [0.0, 50, 50, 50, 0, 0]])
+    >>> sums = torch.tensor(
+    ...     [
+    ...         [0.0, 50, 50, 50, 0, 0],
+    ...         [0.0, 5, 5, 5, 0, 0],
+    ...         [0.0, 5, 5, 5, 0, 0],
+    ...         [0.0, 50, 50, 50, 0, 0],
+    ...     ]
+    ... )
     >>> for found in findings(buckets, sums, sums[COUNT] * 10):
     ...     print(found.text)
     of 1500 samples none had log SNR 4.0 to 7.1, which is 2 % of the schedule's times: ...
@@ -133,8 +155,10 @@ def _never(buckets: Buckets, drawn: Tensor) -> list[Finding]:
         Finding(
             f"never {i}",
             True,
-            f"of {total:.0f} samples none had {buckets.name(i)}, which is {_percent(buckets.reach[i])} of the schedule's "
-            "times: the network does not learn what sampling will ask of it there; look at the density of timesteps",
+            f"of {total:.0f} samples none had {buckets.name(i)}, which is "
+            f"{_percent(buckets.reach[i])} of the schedule's "
+            "times: the network does not learn what sampling will ask of it there; look at the "
+            "density of timesteps",
         )
         for i in empty
     ]
@@ -144,9 +168,15 @@ def _weightless(buckets: Buckets, sums: Tensor) -> list[Finding]:
     found = []
     for i in range(len(buckets)):
         if sums[COUNT, i] > 0 and sums[WEIGHT, i] == 0:
-            text = f"all {sums[COUNT, i]:.0f} samples of {buckets.name(i)} had weight 0, and taught the network nothing"
+            text = (
+                f"all {sums[COUNT, i]:.0f} samples of {buckets.name(i)} had weight 0, "
+                "and taught the network nothing"
+            )
             if i == 0:
-                text += ": sampling starts from there; give the weighting a floor (e.g. floor=0.05), or use 'uniform'"
+                text += (
+                    ": sampling starts from there; give the weighting a floor (e.g. floor=0.05), "
+                    "or use 'uniform'"
+                )
             found.append(Finding(f"weightless {i}", True, text))
     return found
 
@@ -165,7 +195,8 @@ def _dominating(buckets: Buckets, sums: Tensor) -> list[Finding]:
     # one bucket of few, or one that has most of the samples, makes most of the loss by right
     if not share[i] > DOMINATES or not share[i] > 2 * samples[i]:
         return []
-    text = f"{buckets.name(i)} makes {_percent(float(share[i]))} of the loss with {_percent(float(samples[i]))} of the samples"
+    of_loss, of_samples = _percent(float(share[i])), _percent(float(samples[i]))
+    text = f"{buckets.name(i)} makes {of_loss} of the loss with {of_samples} of the samples"
     return [
         Finding(
             f"dominates {i}",
@@ -184,7 +215,8 @@ def _percent(share: float) -> str:
 
 
 def means(buckets: Buckets, sums: Tensor) -> dict[str, float]:
-    """Return the mean error and the mean loss of each bucket that has samples, by names for loggers.
+    """Return the mean error and the mean loss of each bucket that has samples, by names for
+    loggers.
 
     >>> buckets = Buckets.of(NoiseSchedule.flow(), 1)
     >>> means(buckets, torch.tensor([[0.0, 2, 0], [0.0, 6, 0], [0.0, 3, 0], [0.0, 1, 0]]))
@@ -200,7 +232,8 @@ def means(buckets: Buckets, sums: Tensor) -> dict[str, float]:
 
 
 def plot(buckets: Buckets, sums: Tensor, title: str) -> bytes:
-    """Return a PNG: the mean error and loss against log SNR, and the shares of samples and of the loss below.
+    """Return a PNG: the mean error and loss against log SNR, and the shares of samples and of the
+    loss below.
 
     Raises ImportError without matplotlib.
 
@@ -233,7 +266,9 @@ def plot(buckets: Buckets, sums: Tensor, title: str) -> bytes:
 
 
 def _positions(buckets: Buckets) -> tuple[np.ndarray[Any, Any], tuple[list[float], list[str]]]:
-    """Return where each bucket stands, the infinite ones one place outside, and the ticks that say so."""
+    """Return where each bucket stands, the infinite ones one place outside, and the ticks that say
+    so.
+    """
     edges = np.asarray(buckets.edges)
     width = edges[1] - edges[0]
     middle = (edges[:-1] + edges[1:]) / 2

@@ -1,4 +1,6 @@
-"""Who draws which image: as many equal batches on every rank, and the same batches for any number of ranks."""
+"""Who draws which image: as many equal batches on every rank, and the same batches for any number
+of ranks.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,10 @@ from torch import Tensor
 class Plan:
     """``num_images`` in batches of ``batch_size``, dealt to ``world_size`` ranks in turn.
 
-    Batch g holds the images g · batch_size and following, whatever the number of ranks: the same images in the same
-    places of a batch of the same size, because matrix products may round otherwise when these change. The last batch is
-    filled up with the last image, and a rank without a batch left draws that image too: every rank makes as many
-    forwards.
+    Batch g holds the images g · batch_size and following, whatever the number of ranks: the same
+    images in the same places of a batch of the same size, because matrix products may round
+    otherwise when these change. The last batch is filled up with the last image, and a rank without
+    a batch left draws that image too: every rank makes as many forwards.
 
     >>> Plan(num_images=5, batch_size=2, world_size=2).batches(rank=1)
     [[2, 3], [4, 4]]
@@ -39,7 +41,8 @@ class Plan:
         return [[min(i, last) for i in range(start, start + self.batch_size)] for start in starts]
 
     def in_order(self, gathered: Tensor) -> Tensor:
-        """Return (world_size, rounds, batch_size, ...) from all ranks as (num_images, ...), image i at place i.
+        """Return (world_size, rounds, batch_size, ...) from all ranks as (num_images, ...), image i
+        at place i.
 
         >>> plan = Plan(num_images=5, batch_size=2, world_size=2)
         >>> plan.in_order(torch.tensor([plan.batches(rank) for rank in range(2)])).tolist()
@@ -51,9 +54,11 @@ class Plan:
 def take_rows(
     values: Mapping[str, Any], indices: Sequence[int], device: torch.device | str | None = "cpu"
 ) -> dict[str, Any]:
-    """Return the rows of every tensor in a (nested) mapping, in lists and tuples too; a single row serves every image.
+    """Return the rows of every tensor in a (nested) mapping, in lists and tuples too; a single row
+    serves every image.
 
-    They are moved to ``device``, or with None left where they are. What else there is is passed on as it is.
+    They are moved to ``device``, or with None left where they are. What else there is is passed on
+    as it is.
 
     >>> take_rows({"y": torch.arange(4), "deep": {"z": torch.ones(1, 2)}, "scale": 0.5}, [1, 3])
     {'y': tensor([1, 3]), 'deep': {'z': tensor([[1., 1.],
@@ -74,11 +79,12 @@ def take_rows(
 
 
 def require_rows(name: str, values: Mapping[Any, Any], num_images: int) -> None:
-    """Raise ValueError unless every tensor in a (nested) mapping, list or tuple has a row for each image, or one row for all.
+    """Raise ValueError unless every tensor in a (nested) mapping, list or tuple has a row for each
+    image, or one row for all.
 
     >>> require_rows("conditioning", {"y": torch.zeros(3, 2)}, 4)
     Traceback (most recent call last):
-    ValueError: conditioning 'y' must have a row for each of 4 images (or one for all), got shape (3, 2)
+    ValueError: conditioning 'y' must have a row for each of 4 images (or one for all), got ...
     """
     for key, value in values.items():
         if isinstance(value, Mapping):

@@ -1,8 +1,10 @@
-"""Previews while a model trains: images drawn on all ranks, from the schedule that is trained on, without a trace.
+"""Previews while a model trains: images drawn on all ranks, from the schedule that is trained on,
+without a trace.
 
-What a preview must leave as it was is restored also when it fails: the random generators, the train / eval flag of
-every submodule, the gradient mode, the weights, the compiled graphs. What only one rank notices is told to all before
-they meet again. So training with previews, without them, and with previews that fail, is the same to the last bit.
+What a preview must leave as it was is restored also when it fails: the random generators, the train
+/ eval flag of every submodule, the gradient mode, the weights, the compiled graphs. What only one
+rank notices is told to all before they meet again. So training with previews, without them, and
+with previews that fail, is the same to the last bit.
 """
 
 from __future__ import annotations
@@ -57,64 +59,78 @@ DEFAULT_IMAGES = 16
 
 
 class ValidationSampling(Callback):
-    """Draw images with the model while it trains, and show them as a grid: a PNG file, and in loggers that take images.
+    """Draw images with the model while it trains, and show them as a grid: a PNG file, and in
+    loggers that take images.
 
-    The LightningModule (any) has ``noising`` or ``schedule``, a method ``predict(x, timesteps, **conditioning)`` that
-    returns a tensor or an object with ``.sample``, and ``sample_shape``; ``predict=`` and ``shape=`` here stand in for
-    the latter two. All ranks draw; an image depends on its seed and condition, not on the number of ranks.
+    The LightningModule (any) has ``noising`` or ``schedule``, a method ``predict(x, timesteps,
+    **conditioning)`` that returns a tensor or an object with ``.sample``, and ``sample_shape``;
+    ``predict=`` and ``shape=`` here stand in for the latter two. All ranks draw; an image depends
+    on its seed and condition, not on the number of ranks.
 
     Args:
-        sampler: any sampler's name ('dpmpp_2m', 'DPM++ 2M Karras', 'DPM adaptive') or object, which must be of the schedule that
-            is trained on.
+        sampler: any sampler's name ('dpmpp_2m', 'DPM++ 2M Karras', 'DPM adaptive') or object, which
+            must be of the schedule that is trained on.
         steps: sampling steps, 20 by default; a Sampler brings its own.
-        num_images: images in a grid; by default one for each of ``seeds``, else 16, or one for each prompt or class.
-        every_n_train_steps, every_n_epochs, train_time_interval: when; one of the three, by default every epoch. Steps
-            are optimizer steps. The interval is a timedelta on rank 0's clock.
+        num_images: images in a grid; by default one for each of ``seeds``, else 16, or one for each
+            prompt or class.
+        every_n_train_steps, every_n_epochs, train_time_interval: when; one of the three, by default
+            every epoch. Steps are optimizer steps. The interval is a timedelta on rank 0's clock.
         extra_steps: further steps with a preview, e.g. (0, 10, 100); 0 is before training.
         at_end: whether there is a preview at the end of fit too.
         seed, seeds: of the first image, each further one counting up; or of every image.
-        batch_size: images that a rank draws at a time, and the share that ranks take in turn. Where a rank runs out of
-            memory it is halved on all.
-        shape: of one sample, (channels, height, width). One or three channels are shown as they are, other numbers
-            (latents) by their first three, each stretched to its range. Videos and sounds need ``decode``.
-        prompts, negative_prompt, encode: texts, taken by the images in turn, and the function that makes of a list of texts
-            a mapping of tensors, a row for each: arguments of ``predict``. Called once, before training. The last text
-            is the negative prompt, for guidance.
-        classes, class_key, null_class: labels, taken in turn, the argument of ``predict`` they go to, and the label that
-            means none, for guidance.
-        conditioning, unconditional: arguments of ``predict``; tensors have a row for each image, or one for all.
+        batch_size: images that a rank draws at a time, and the share that ranks take in turn. Where
+            a rank runs out of memory it is halved on all.
+        shape: of one sample, (channels, height, width). One or three channels are shown as they
+            are, other numbers (latents) by their first three, each stretched to its range. Videos
+            and sounds need ``decode``.
+        prompts, negative_prompt, encode: texts, taken by the images in turn, and the function that
+            makes of a list of texts a mapping of tensors, a row for each: arguments of ``predict``.
+            Called once, before training. The last text is the negative prompt, for guidance.
+        classes, class_key, null_class: labels, taken in turn, the argument of ``predict`` they go
+            to, and the label that means none, for guidance.
+        conditioning, unconditional: arguments of ``predict``; tensors have a row for each image, or
+            one for all.
         guidance_scale, guidance_rescale: classifier-free guidance, as in Sampler.
-        weights: 'raw', 'ema' or 'both', as pictures of their own; see ``ema_weights`` for whose averages are found. As
-            long as there are none, the raw weights draw, and the picture says so.
-        decode, decode_batch_size: function (or diffusers VAE) from latents to images in [-1, 1], and its batch size.
-        pipeline: a diffusers pipeline, or a function from the module to one, that draws instead of the network alone, with
-            the training schedule as its scheduler. It must hold a network of the module.
+        weights: 'raw', 'ema' or 'both', as pictures of their own; see ``ema_weights`` for whose
+            averages are found. As long as there are none, the raw weights draw, and the picture
+            says so.
+        decode, decode_batch_size: function (or diffusers VAE) from latents to images in [-1, 1],
+            and its batch size.
+        pipeline: a diffusers pipeline, or a function from the module to one, that draws instead of
+            the network alone, with the training schedule as its scheduler. It must hold a network
+            of the module.
         max_seconds: a preview that takes longer is broken off; what was finished by then is shown.
-        folder: where ``step_00000500.png`` goes, by default ``previews`` in the log directory. Its last part is also
-            the picture's name in the loggers.
+        folder: where ``step_00000500.png`` goes, by default ``previews`` in the log directory. Its
+            last part is also the picture's name in the loggers.
         predict: called in place of the module's ``predict``.
-        on_error: a preview that fails is a warning and training goes on ('warn'), or stops on all ranks ('raise').
-        exit_after_error: seconds after an error inside a forward of a sharded model, after which the process of that rank
-            ends (``os._exit``), whatever the program does with the error; by default it does not.
+        on_error: a preview that fails is a warning and training goes on ('warn'), or stops on all
+            ranks ('raise').
+        exit_after_error: seconds after an error inside a forward of a sharded model, after which
+            the process of that rank ends (``os._exit``), whatever the program does with the error;
+            by default it does not.
 
-    Raises ValueError for names, numbers and conditioning that do not fit: at once, or, where module and trainer must be
-    known, before training starts; then also TypeError for a module that lacks what is named above, OSError for a
-    folder that cannot be written, and what ``encode`` or ``pipeline`` raise. For single-device, DDP, FSDP and
-    ModelParallel (FSDP2) strategies, and DeepSpeed. An error inside a forward of a sharded model (FSDP, ZeRO-3) ends
-    training whatever ``on_error`` says. The other ranks wait in that forward until the process of this rank has ended, or the
-    process group's timeout has passed; see ``exit_after_error``.
-    Before training starts everything that a preview needs is tried, at the cost of one sampling step of one image and its
-    decoding on every rank (a pipeline: two steps): what fails then is raised, whatever ``on_error`` says. Where the shape of a
-    sample comes with the first batch, the trial waits for it; a preview at step 0 needs ``shape`` or ``sample_shape`` then.
+    Raises ValueError for names, numbers and conditioning that do not fit: at once, or, where module
+    and trainer must be known, before training starts; then also TypeError for a module that lacks
+    what is named above, OSError for a folder that cannot be written, and what ``encode`` or
+    ``pipeline`` raise. For single-device, DDP, FSDP and ModelParallel (FSDP2) strategies, and
+    DeepSpeed. An error inside a forward of a sharded model (FSDP, ZeRO-3) ends training whatever
+    ``on_error`` says. The other ranks wait in that forward until the process of this rank has
+    ended, or the process group's timeout has passed; see ``exit_after_error``. Before training
+    starts everything that a preview needs is tried, at the cost of one sampling step of one image
+    and its decoding on every rank (a pipeline: two steps): what fails then is raised, whatever
+    ``on_error`` says. Where the shape of a sample comes with the first batch, the trial waits for
+    it; a preview at step 0 needs ``shape`` or ``sample_shape`` then.
 
-    Rank 0 writes files and calls loggers on a thread, beside the training: what is slow there holds no rank up, and what fails
-    is a warning, once for each kind of cause. Up to 8 previews wait for their turn; one more waits a minute for room, and is
-    dropped with a warning where there is none. What waits is shown before a checkpoint that has this callback's state (for a
-    minute), at the end of fit (for five) and after an error or a signal (for ten seconds); with ``on_error='raise'`` after each
-    preview. Ranks wait for one that encodes or decodes alone beyond the process group's timeout. What that timeout still
-    limits: a single forward of a sharded model, and numbers that are logged, which Lightning does on the thread that trains.
-    NaN is no error but shown, as chequered fields, with a warning. With ``fast_dev_run`` one image is drawn in two steps
-    and nothing is written; with ``barebones`` nothing is drawn.
+    Rank 0 writes files and calls loggers on a thread, beside the training: what is slow there holds
+    no rank up, and what fails is a warning, once for each kind of cause. Up to 8 previews wait for
+    their turn; one more waits a minute for room, and is dropped with a warning where there is none.
+    What waits is shown before a checkpoint that has this callback's state (for a minute), at the
+    end of fit (for five) and after an error or a signal (for ten seconds); with
+    ``on_error='raise'`` after each preview. Ranks wait for one that encodes or decodes alone beyond
+    the process group's timeout. What that timeout still limits: a single forward of a sharded
+    model, and numbers that are logged, which Lightning does on the thread that trains. NaN is no
+    error but shown, as chequered fields, with a warning. With ``fast_dev_run`` one image is drawn
+    in two steps and nothing is written; with ``barebones`` nothing is drawn.
 
     >>> previews = ValidationSampling("dpmpp_2m", steps=20, every_n_train_steps=500)
     >>> ValidationSampling("dpm2m")
@@ -217,7 +233,7 @@ class ValidationSampling(Callback):
         self._complaints = Complaints("ValidationSampling")
         self._untried = self._over = False
 
-    # -- state: no preview twice at one step, neither under accumulation nor after a resume ----------------------------
+    # -- state: no preview twice at one step, neither under accumulation nor after a resume --------
 
     @property
     def state_key(self) -> str:
@@ -234,7 +250,7 @@ class ValidationSampling(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._last_step = int(state_dict["last_step"])
 
-    # -- before training -----------------------------------------------------------------------------------------------
+    # -- before training ---------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -257,7 +273,8 @@ class ValidationSampling(Callback):
         )
         if self._forward_mode.sharded and self.recipe.pipeline is not None:
             raise ValueError(
-                f"a pipeline calls its networks by itself, which {type(trainer.strategy).__name__} does not allow for a "
+                f"a pipeline calls its networks by itself, which {type(trainer.strategy).__name__} "
+                "does not allow for a "
                 "sharded model; draw with predict= and decode=, or train under 'ddp'"
             )
         sampler_for(schedule_of_module(pl_module), self.sampler, self.steps)
@@ -290,13 +307,15 @@ class ValidationSampling(Callback):
         )
         if _name(folder) in [_name(c._folder) for c in instances if c._folder is not None]:
             raise ValueError(
-                f"two ValidationSampling callbacks have folders named {_name(folder)!r}, which also names the picture in "
+                f"two ValidationSampling callbacks have folders named {_name(folder)!r}, which "
+                "also names the picture in "
                 "the loggers; give each a folder of another name"
             )
         return folder
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # here and not in on_fit_start: sharded strategies restore their weights in between, and encode may need them
+        # here and not in on_fit_start: sharded strategies restore their weights in between, and
+        # encode may need them
         self._last_time = time.monotonic()
         if trainer.barebones:
             return
@@ -315,7 +334,8 @@ class ValidationSampling(Callback):
             self._preview(trainer, pl_module)
 
     def _try(self, trainer: Trainer, module: LightningModule, required: bool = False) -> None:
-        """Draw a little for nobody, so that what cannot be drawn is known before a long run, and not hours into it.
+        """Draw a little for nobody, so that what cannot be drawn is known before a long run, and
+        not hours into it.
 
         Where the shape of a sample comes with the first batch, this waits for it.
         """
@@ -324,8 +344,10 @@ class ValidationSampling(Callback):
         if self._untried:
             if required:
                 raise ValueError(
-                    "a preview before training (extra_steps has 0) needs the shape of a sample, which "
-                    f"{type(module).__name__} does not know before its first batch; give shape=(channels, height, width), or "
+                    "a preview before training (extra_steps has 0) needs the shape of a sample, "
+                    "which "
+                    f"{type(module).__name__} does not know before its first batch; give "
+                    "shape=(channels, height, width), or "
                     "set the module's sample_shape"
                 )
             return
@@ -340,10 +362,11 @@ class ValidationSampling(Callback):
                 failure = error
         if failure is not None:
             raise RuntimeError(
-                f"previews cannot be drawn; one image was tried, at step {trainer.global_step}: {failure}"
+                f"previews cannot be drawn; one image was tried, at step {trainer.global_step}: "
+                f"{failure}"
             ) from failure
 
-    # -- when ----------------------------------------------------------------------------------------------------------
+    # -- when --------------------------------------------------------------------------------------
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -372,7 +395,7 @@ class ValidationSampling(Callback):
         if trainer.global_step not in (0, self._last_step):
             self._preview(trainer, module)
 
-    # -- what ----------------------------------------------------------------------------------------------------------
+    # -- what --------------------------------------------------------------------------------------
 
     def _preview(self, trainer: Trainer, module: LightningModule) -> None:
         if self._previewer is None:
@@ -381,7 +404,8 @@ class ValidationSampling(Callback):
         failure: AgreedError | None = None
         with sigterm_deferred(trainer) as termination:
             try:
-                # ranks may have recorded different shapes (bucketed data), and only equal ones can be gathered
+                # ranks may have recorded different shapes (bucketed data), and only equal ones can
+                # be gathered
                 shape = trainer.strategy.broadcast(self._sample_shape(module))
                 shown: list[Preview] = []
                 for weights in self.recipe.kinds:
@@ -406,7 +430,9 @@ class ValidationSampling(Callback):
             self._react(f"the preview at step {trainer.global_step} failed: {failure}", failure)
 
     def _publish(self, trainer: Trainer, previews: Sequence[Preview]) -> None:
-        """Have what was drawn shown beside the training, by rank 0; a place that fails costs a word and not the other places."""
+        """Have what was drawn shown beside the training, by rank 0; a place that fails costs a word
+        and not the other places.
+        """
         if not is_fast_dev_run(trainer):
             on_rank_zero(trainer, lambda: self._hand_over(trainer, previews))
 
@@ -418,7 +444,10 @@ class ValidationSampling(Callback):
                     partial(self._show, preview, loggers), partial(self._lost, preview.step)
                 )
             else:
-                words = f"{lane.pending} others are still being published, and none was finished for long"
+                words = (
+                    f"{lane.pending} others are still being published, "
+                    "and none was finished for long"
+                )
                 self._lost(preview.step, TimeoutError(words))
 
     def _show(self, preview: Preview, loggers: Sequence[Any]) -> None:
@@ -441,13 +470,15 @@ class ValidationSampling(Callback):
             )
 
     def _require_published(self, trainer: Trainer) -> None:
-        """Raise AgreedError on every rank where rank 0 could not show what was drawn; every rank must call it."""
+        """Raise AgreedError on every rank where rank 0 could not show what was drawn; every rank
+        must call it.
+        """
         finish(trainer, pictures_of(trainer), AT_THE_END)
         failed, self._failed = self._failed, []
         error = RuntimeError("; ".join(str(failure) for _, failure in failed)) if failed else None
         raise_on_all_ranks(error, trainer.world_size)
 
-    # -- what is still to be shown ---------------------------------------------------------------------------------------
+    # -- what is still to be shown -----------------------------------------------------------------
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -474,7 +505,8 @@ class ValidationSampling(Callback):
         self._complain()
         if lane.pending:
             rank_zero_warn(
-                f"{lane.pending} previews are still being published after {seconds:g} seconds; going on meanwhile"
+                f"{lane.pending} previews are still being published after {seconds:g} seconds; "
+                "going on meanwhile"
             )
 
     def _react(self, message: str, error: AgreedError) -> None:
@@ -484,7 +516,9 @@ class ValidationSampling(Callback):
 
 
 def _require_fit(recipe: Recipe) -> None:
-    """Raise ValueError for arguments that contradict each other, as far as is known before prompts are encoded."""
+    """Raise ValueError for arguments that contradict each other, as far as is known before prompts
+    are encoded.
+    """
     encode, pipeline = recipe.conditions.encode, recipe.pipeline
     if recipe.conditions.prompts and encode is None and pipeline is None:
         raise ValueError(
@@ -492,7 +526,8 @@ def _require_fit(recipe: Recipe) -> None:
         )
     if pipeline is not None and (recipe.predict is not None or recipe.decode is not None):
         raise ValueError(
-            "a pipeline brings its own network and decoder; leave predict and decode out, or pipeline"
+            "a pipeline brings its own network and decoder; leave predict and decode out, or "
+            "pipeline"
         )
     if recipe.max_seconds is not None and not recipe.max_seconds > 0:
         raise ValueError(

@@ -1,4 +1,6 @@
-"""What previews are conditioned on: prompts that are encoded once, classes, tensors of any kind, or nothing."""
+"""What previews are conditioned on: prompts that are encoded once, classes, tensors of any kind, or
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,12 @@ from .batches import require_rows, take_rows
 
 @dataclass(frozen=True)
 class Conditions:
-    """Prompts or classes, which images take in turn (image i: the i-th, from the start again after the last), and tensors.
+    """Prompts or classes, which images take in turn (image i: the i-th, from the start again after
+    the last), and tensors.
 
-    ``encode(texts)``: a mapping of tensors, a row for each text. ``class_key``: the network's argument for classes.
-    ``null_class`` and ``negative_prompt`` stand for "no condition" in guidance. Raises ValueError where these contradict.
+    ``encode(texts)``: a mapping of tensors, a row for each text. ``class_key``: the network's
+    argument for classes. ``null_class`` and ``negative_prompt`` stand for "no condition" in
+    guidance. Raises ValueError where these contradict.
 
     >>> Conditions(4, classes=(7, 9), class_key="y", null_class=10).encoded()[0]
     {'y': tensor([7, 9, 7, 9])}
@@ -39,13 +43,15 @@ class Conditions:
         for name, given in (("prompts", self.prompts), ("classes", self.classes)):
             if len(given) > self.num_images:
                 raise ValueError(
-                    f"{len(given)} {name} need as many images at least, got num_images={self.num_images}"
+                    f"{len(given)} {name} need as many images at least, got "
+                    f"num_images={self.num_images}"
                 )
         if self.encode is not None and not self.prompts:
             raise ValueError("encode= has nothing to encode; give prompts=")
         if self.classes and self.class_key in {**self.conditioning, **(self.unconditional or {})}:
             raise ValueError(
-                f"conditioning has {self.class_key!r} already; leave it or classes out, or give class_key"
+                f"conditioning has {self.class_key!r} already; leave it or classes out, or give "
+                "class_key"
             )
         require_rows("conditioning", self.conditioning, self.num_images)
         require_rows("unconditional", self.unconditional or {}, self.num_images)
@@ -63,7 +69,8 @@ class Conditions:
         return tuple(shown[i % len(shown)] for i in range(self.num_images))
 
     def encoded(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """Return (conditioning, unconditional), a row for each image; calls ``encode`` once, with all texts.
+        """Return (conditioning, unconditional), a row for each image; calls ``encode`` once, with
+        all texts.
 
         Raises ValueError where the rows do not fit.
         """
@@ -120,6 +127,7 @@ def _require_text_rows(rows: Mapping[Any, Any], texts: int, name: str = "encode'
             _require_text_rows(dict(enumerate(value)), texts, f"{name} {key!r}")
         elif isinstance(value, Tensor) and (value.ndim == 0 or value.shape[0] != texts):
             raise ValueError(
-                f"{name} {key!r} must have a row for each of {texts} texts (the prompts and the negative prompt), "
+                f"{name} {key!r} must have a row for each of {texts} texts (the prompts and the "
+                "negative prompt), "
                 f"got shape {tuple(value.shape)}"
             )

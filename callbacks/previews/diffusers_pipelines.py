@@ -1,7 +1,9 @@
-"""Previews by a whole diffusers pipeline, with its scheduler replaced by one made from the training schedule.
+"""Previews by a whole diffusers pipeline, with its scheduler replaced by one made from the training
+schedule.
 
-For models that draw with more than their network: text encoders, a VAE, a refiner. The pipeline is the user's and holds the
-live network; only its scheduler is exchanged while it draws, so it cannot sample on another schedule than is trained on.
+For models that draw with more than their network: text encoders, a VAE, a refiner. The pipeline is
+the user's and holds the live network; only its scheduler is exchanged while it draws, so it cannot
+sample on another schedule than is trained on.
 """
 
 from __future__ import annotations
@@ -25,19 +27,22 @@ from .render import Drawing, Painted, paint
 def pipeline_of(given: Any, module: LightningModule) -> Any:
     """Return a pipeline, made by ``given(module)`` where it is no pipeline itself.
 
-    Raises TypeError where it is none, ValueError where it shares no network with the module: it would show a model that
-    is not trained.
+    Raises TypeError where it is none, ValueError where it shares no network with the module: it
+    would show a model that is not trained.
     """
     pipeline = given if hasattr(given, "scheduler") else given(module)
     if not callable(pipeline) or not hasattr(pipeline, "scheduler"):
         raise TypeError(
-            f"pipeline= must be (or return) a diffusers pipeline with a scheduler, got {type(pipeline).__name__}"
+            "pipeline= must be (or return) a diffusers pipeline with a scheduler, got "
+            f"{type(pipeline).__name__}"
         )
     own = {id(part) for part in module.modules()}
     if not any(id(part) in own for part in components(pipeline) if isinstance(part, nn.Module)):
         raise ValueError(
-            f"the {type(pipeline).__name__} holds none of the networks of {type(module).__name__}, so it would not show what "
-            "is trained; make it from the module's own: pipeline=lambda module: DDPMPipeline(module.network, scheduler)"
+            f"the {type(pipeline).__name__} holds none of the networks of {type(module).__name__}, "
+            "so it would not show what "
+            "is trained; make it from the module's own: pipeline=lambda module: "
+            "DDPMPipeline(module.network, scheduler)"
         )
     return pipeline
 
@@ -48,7 +53,8 @@ def components(pipeline: Any) -> list[Any]:
 
 
 def scheduler_of(sampler: Sampler, pipeline: Any = None) -> Any:
-    """Return the diffusers scheduler that samples as ``sampler`` does, on its schedule; ValueError where diffusers has none.
+    """Return the diffusers scheduler that samples as ``sampler`` does, on its schedule; ValueError
+    where diffusers has none.
 
     Where its class differs in something, ``differences_of`` says in what.
 
@@ -63,7 +69,8 @@ def scheduler_of(sampler: Sampler, pipeline: Any = None) -> Any:
 
 
 def differences_of(sampler: Sampler, pipeline: Any = None) -> tuple[str, ...]:
-    """Return in words how the scheduler that stands for ``sampler`` in a pipeline differs from it; nothing where it is the same.
+    """Return in words how the scheduler that stands for ``sampler`` in a pipeline differs from it;
+    nothing where it is the same.
 
     >>> from alphabar.noising import NoiseSchedule
     >>> differences_of(Sampler(NoiseSchedule.scaled_linear(), "dpmpp_2m"))
@@ -89,14 +96,17 @@ def _nearest(sampler: Sampler, pipeline: Any) -> tuple[dict[str, Any], tuple[str
     if not config["_class_name"]:
         of_flows = " of a flow" if is_flow else ""
         raise ValueError(
-            f"diffusers has no scheduler for {sampler.method.name!r}{of_flows}, which pipeline= needs; use 'euler', or draw with the "
+            f"diffusers has no scheduler for {sampler.method.name!r}{of_flows}, which pipeline= "
+            "needs; use 'euler', or draw with the "
             "network itself (predict=, decode=)"
         )
     return config, differences
 
 
 def _complete(scheduler: Any) -> Any:
-    """Give a scheduler of flows what pipelines ask of the others: noise of spread 1, and samples that are not scaled."""
+    """Give a scheduler of flows what pipelines ask of the others: noise of spread 1, and samples
+    that are not scaled.
+    """
     if not hasattr(scheduler, "init_noise_sigma"):
         scheduler.init_noise_sigma = 1.0
     if not hasattr(scheduler, "scale_model_input"):
@@ -110,7 +120,9 @@ def _as_it_is(sample: Tensor, timestep: Any = None) -> Tensor:
 
 @contextmanager
 def on_training_schedule(pipeline: Any, scheduler: Any) -> Generator[None, None, None]:
-    """Give a pipeline another scheduler, and no progress bar, for the time of the block; its own is not touched."""
+    """Give a pipeline another scheduler, and no progress bar, for the time of the block; its own is
+    not touched.
+    """
     before, bar = pipeline.scheduler, getattr(pipeline, "_progress_bar_config", None)
     try:
         pipeline.scheduler = scheduler
@@ -140,8 +152,8 @@ def pipeline_steps(
 ) -> Iterator[Painted | None]:
     """Draw these images by one call of the pipeline, on CPU generators of their own; yields once.
 
-    ``context`` is entered around the call. Arguments that the pipeline does not take are left out, except conditioning.
-    ``stop``: draw in so many steps.
+    ``context`` is entered around the call. Arguments that the pipeline does not take are left out,
+    except conditioning. ``stop``: draw in so many steps.
     """
     conditions = drawing.arguments(images, torch.device(getattr(pipeline, "device", "cpu")))
     wanted: dict[str, Any] = {
@@ -173,7 +185,8 @@ def pipeline_steps(
             else tuple(drawn.shape)
         )
         raise ValueError(
-            f"a {type(pipeline).__name__} draws no images that can be shown, got {got}; use predict= and decode="
+            f"a {type(pipeline).__name__} draws no images that can be shown, got {got}; use "
+            "predict= and decode="
         )
     # (n, height, width, channels) in [0, 1]
     samples = torch.as_tensor(drawn).movedim(-1, 1).float()
@@ -181,5 +194,7 @@ def pipeline_steps(
 
 
 def _negative(unconditional: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Name encoded negative prompts as diffusers' pipelines do: prompt_embeds -> negative_prompt_embeds."""
+    """Name encoded negative prompts as diffusers' pipelines do: prompt_embeds ->
+    negative_prompt_embeds.
+    """
     return {f"negative_{key}": value for key, value in (unconditional or {}).items()}

@@ -1,6 +1,8 @@
-"""The page of a preview folder: the records of all previews in one self-contained HTML file that needs no server.
+"""The page of a preview folder: the records of all previews in one self-contained HTML file that
+needs no server.
 
-The template ``page.html`` is package data. The records stand in it as JSON; the images are its neighbours on the disk.
+The template ``page.html`` is package data. The records stand in it as JSON; the images are its
+neighbours on the disk.
 """
 
 from __future__ import annotations
@@ -30,10 +32,11 @@ _SHARED = (
 
 
 def read_records(content: bytes) -> list[dict[str, Any]]:
-    """Return the records of a ``previews.jsonl``, the last word on each preview alone, by step; raw weights first.
+    """Return the records of a ``previews.jsonl``, the last word on each preview alone, by step; raw
+    weights first.
 
-    A run that was resumed may have drawn a step again: what it drew last counts. Lines that were cut off by a kill, or
-    are no records, are passed over.
+    A run that was resumed may have drawn a step again: what it drew last counts. Lines that were
+    cut off by a kill, or are no records, are passed over.
 
     >>> line = '{"step": 5, "weights": "raw", "image": "%s", "index": 0, "seed": 0, "prompt": ""}'
     >>> text = "\\n".join([line % "a.png", line % "b.png", line[:20]])
@@ -91,10 +94,11 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def _compact(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return rows, what an image is of: its seed and prompt; and previews: what is known of all its images, once, and files.
+    """Return rows, what an image is of: its seed and prompt; and previews: what is known of all its
+    images, once, and files.
 
-    Where a seed and prompt come twice in a preview, the second has a row of its own. Seeds are text: a number of
-    JavaScript has 53 bits.
+    Where a seed and prompt come twice in a preview, the second has a row of its own. Seeds are
+    text: a number of JavaScript has 53 bits.
     """
     rows: dict[tuple[int, str, int], int] = {}
     previews: dict[tuple[int, str], dict[str, Any]] = {}

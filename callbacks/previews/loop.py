@@ -1,6 +1,8 @@
-"""A rank's batches, drawn step by step in step with the other ranks: after every step they tell each other how it went.
+"""A rank's batches, drawn step by step in step with the other ranks: after every step they tell
+each other how it went.
 
-So an error, an exhausted memory, a signal or the end of the time on one rank is the same decision on all, at once.
+So an error, an exhausted memory, a signal or the end of the time on one rank is the same decision
+on all, at once.
 """
 
 from __future__ import annotations
@@ -24,12 +26,15 @@ Start = Callable[[Sequence[int]], Iterator["Painted | None"]]
 class Rounds:
     """What limits the drawing on this rank, and how it went.
 
-    ``batch_size``: of a forward; halved when any rank is out of memory, also for what is drawn later. ``deadline``: of
-    ``time.monotonic()``, rank 0's counts. ``interrupted()``: whether to stop at once. ``tick()`` is called after each step.
+    ``batch_size``: of a forward; halved when any rank is out of memory, also for what is drawn
+    later. ``deadline``: of ``time.monotonic()``, rank 0's counts. ``interrupted()``: whether to
+    stop at once. ``tick()`` is called after each step.
 
     >>> from alphabar.callbacks.previews.render import paint
     >>> rounds = Rounds(batch_size=2)
-    >>> drawn = rounds.draw([[0, 1], [2, 2]], lambda images: iter([None, paint(torch.zeros(len(images), 1, 4, 4))]))
+    >>> drawn = rounds.draw(
+    ...     [[0, 1], [2, 2]], lambda images: iter([None, paint(torch.zeros(len(images), 1, 4, 4))])
+    ... )
     >>> drawn.pixels.shape, rounds.stopped
     (torch.Size([2, 2, 1, 4, 4]), '')
     """
@@ -47,7 +52,9 @@ class Rounds:
     """Whether ``batch_size`` had to be halved."""
 
     def draw(self, batches: Sequence[Sequence[int]], start: Start) -> Painted:
-        """Return the batches that were finished, pixels (batches, images, ...); raises AgreedError for an error on any rank."""
+        """Return the batches that were finished, pixels (batches, images, ...); raises AgreedError
+        for an error on any rank.
+        """
         drawn: list[Painted] = []
         while len(drawn) < len(batches) and not self.stopped:
             done = self._batch(batches[len(drawn)], start)

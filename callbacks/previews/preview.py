@@ -1,4 +1,6 @@
-"""One preview, from the live model to its pictures: everything that can fail first, then the images, then the gather."""
+"""One preview, from the live model to its pictures: everything that can fail first, then the
+images, then the gather.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ class Recipe:
         return None if self.max_seconds is None else self.max_seconds / len(self.kinds)
 
     def conditioned(self) -> Drawing:
-        """Return the drawing under its conditions; raises ValueError where these do not fit each other or the guidance."""
+        """Return the drawing under its conditions; raises ValueError where these do not fit each
+        other or the guidance.
+        """
         conditioning, unconditional = self.conditions.encoded()
         # a pipeline guides by itself
         guidance: dict[str, Any] = {} if self.pipeline is not None else self.guidance
@@ -78,7 +82,9 @@ class Recipe:
 
 @dataclass
 class Previewer:
-    """A recipe on one model, for the time of a fit. ``batch_size`` is what was found to fit the memory."""
+    """A recipe on one model, for the time of a fit. ``batch_size`` is what was found to fit the
+    memory.
+    """
 
     recipe: Recipe
     sampler: Any
@@ -96,13 +102,16 @@ class Previewer:
         trainer: Trainer,
         module: LightningModule,
     ) -> Previewer:
-        """Encode the prompts and make the pipeline; what a user's functions raise is raised as it is."""
+        """Encode the prompts and make the pipeline; what a user's functions raise is raised as it
+        is.
+        """
         pipeline = None
         _require_equal_work(sampler, trainer)
         if recipe.pipeline is not None:
             if not isinstance(sampler, Sampler):
                 raise ValueError(
-                    f"no scheduler of diffusers is {sampler.name}, which a pipeline would need; take another sampler"
+                    f"no scheduler of diffusers is {sampler.name}, which a pipeline would need; "
+                    "take another sampler"
                 )
             pipeline = pipeline_of(recipe.pipeline, module)
             name, differences = (
@@ -111,7 +120,8 @@ class Previewer:
             )
             if differences:
                 rank_zero_warn(
-                    f"the pipeline draws with {name}, which is not the sampler: {'; '.join(differences)}"
+                    f"the pipeline draws with {name}, which is not the sampler: "
+                    f"{'; '.join(differences)}"
                 )
         encode = recipe.conditions.encode
         if encode is None:
@@ -140,9 +150,11 @@ class Previewer:
         shape: tuple[int, ...] | None,
         termination: Termination,
     ) -> Preview | None:
-        """Return the pictures of these weights, 'raw' or 'ema', or None where there are none to show; the same on every rank.
+        """Return the pictures of these weights, 'raw' or 'ema', or None where there are none to
+        show; the same on every rank.
 
-        Raises AgreedError on every rank for an error on any. Sets ``termination.agreed`` where a rank was told to stop.
+        Raises AgreedError on every rank for an error on any. Sets ``termination.agreed`` where a
+        rank was told to stop.
         """
         started, rehearsal = time.monotonic(), is_fast_dev_run(trainer)
         size, share = share_of(trainer.strategy, trainer.world_size, trainer.global_rank)
@@ -161,7 +173,8 @@ class Previewer:
             lambda: termination.arrived,
         )
         with ExitStack() as stack:
-            # else training's first step would see, in the outermost unit, what was put there for the preview
+            # else training's first step would see, in the outermost unit, what was put there for
+            # the preview
             stack.callback(reshard, root_of(trainer, module))
             start, averaged = self._ready(trainer, module, weights == "ema", shape, stop, stack)
             if weights == "ema" and not averaged and self.recipe.weights == "both":
@@ -192,11 +205,13 @@ class Previewer:
         pixels, nan = (_in_order(trainer, plan, share, part) for part in drawn)
         if rounds.stopped:
             notes.append(
-                f"{len(pixels)} of {plan.num_images} images: max_seconds={self.recipe.max_seconds} had passed"
+                f"{len(pixels)} of {plan.num_images} images: max_seconds={self.recipe.max_seconds} "
+                "had passed"
             )
         if nan.any():
             notes.append(
-                f"NaN in {int((nan > 0).sum())} of {len(nan)} images, {float(nan.mean()):.1%} of the pixels"
+                f"NaN in {int((nan > 0).sum())} of {len(nan)} images, {float(nan.mean()):.1%} of "
+                "the pixels"
             )
             mend = "chequered in the picture; look at the loss and at the dtype that is sampled in"
             rank_zero_warn(f"the preview at step {trainer.global_step} has {notes[-1]} ({mend})")
@@ -224,10 +239,11 @@ class Previewer:
         shape: tuple[int, ...] | None,
         termination: Termination,
     ) -> None:
-        """Draw one image by one step (a pipeline: by two) and decode it on every rank, and show it nobody.
+        """Draw one image by one step (a pipeline: by two) and decode it on every rank, and show it
+        nobody.
 
-        Whatever of the model a preview uses is used: the averages, the network under its conditions, the decoder, the
-        gather. Raises AgreedError on every rank for an error on any.
+        Whatever of the model a preview uses is used: the averages, the network under its
+        conditions, the decoder, the gather. Raises AgreedError on every rank for an error on any.
         """
         size, share = share_of(trainer.strategy, trainer.world_size, trainer.global_rank)
         plan, device = Plan(1, 1, size), trainer.strategy.root_device
@@ -258,7 +274,9 @@ class Previewer:
         stop: int | None,
         stack: ExitStack,
     ) -> tuple[Start, bool]:
-        """Do all that may fail before the first forward, and hear the other ranks: later a sharded model cannot wait."""
+        """Do all that may fail before the first forward, and hear the other ranks: later a sharded
+        model cannot wait.
+        """
         error, start, averaged = None, None, False
         try:
             start = self._start(trainer, module, shape, stop)
@@ -312,13 +330,16 @@ class Previewer:
         if rounds.out_of_memory:
             self.batch_size = rounds.batch_size
             rank_zero_warn(
-                f"a preview ran out of memory; it is drawn {self.batch_size} at a time from now on, and "
+                f"a preview ran out of memory; it is drawn {self.batch_size} at a time from now "
+                "on, and "
                 f"batch_size={self.batch_size} would do so at once"
             )
 
 
 def _bar(trainer: Trainer, weights: str, total: int) -> Any:
-    """Return a progress bar, which shows itself where a preview takes long and the trainer shows progress at all."""
+    """Return a progress bar, which shows itself where a preview takes long and the trainer shows
+    progress at all.
+    """
     shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
     return tqdm(
         total=total, desc=f"preview ({weights})", delay=BAR_AFTER, leave=False, disable=not shown
@@ -340,6 +361,7 @@ def _require_equal_work(sampler: Any, trainer: Trainer) -> None:
     sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
     if sampler.steps is None and sharded and trainer.world_size > 1:
         raise ValueError(
-            f"{sampler.name} chooses its number of steps on every rank by itself, and a sharded model needs all ranks in "
+            f"{sampler.name} chooses its number of steps on every rank by itself, and a sharded "
+            "model needs all ranks in "
             "every forward; take a sampler with a number of steps"
         )

@@ -1,7 +1,9 @@
-"""Where the pictures of a preview go: files, a page that shows them side by side, and every logger that takes images.
+"""Where the pictures of a preview go: files, a page that shows them side by side, and every logger
+that takes images.
 
-Under the folder: ``step_00000500.png`` (``step_00000500_ema.png``), all images in one; ``images/step_00000500/``
-``raw_0003_seed_7.png``, image 3 of it, from seed 7; a line for each image in ``previews.jsonl``; ``index.html``.
+Under the folder: ``step_00000500.png`` (``step_00000500_ema.png``), all images in one;
+``images/step_00000500/`` ``raw_0003_seed_7.png``, image 3 of it, from seed 7; a line for each image
+in ``previews.jsonl``; ``index.html``.
 """
 
 from __future__ import annotations
@@ -24,15 +26,19 @@ from .html import PAGE_NAME, RECORDS_NAME, read_records, render
 
 @dataclass(frozen=True)
 class Preview:
-    """The images of one preview, uint8 (n, channels, height, width), one or three channels, and how they were made.
+    """The images of one preview, uint8 (n, channels, height, width), one or three channels, and how
+    they were made.
 
-    ``weights``: 'raw' or 'ema'. ``captions``: prompts, empty where there is none. ``sampler``, ``steps``,
-    ``guidance_scale``: how it was sampled, in ``seconds``; ``fingerprint``: of the noise schedule. ``note``: what else
-    there is to say, or ''. Raises ValueError unless there is a seed and a caption for each image.
+    ``weights``: 'raw' or 'ema'. ``captions``: prompts, empty where there is none. ``sampler``,
+    ``steps``, ``guidance_scale``: how it was sampled, in ``seconds``; ``fingerprint``: of the noise
+    schedule. ``note``: what else there is to say, or ''. Raises ValueError unless there is a seed
+    and a caption for each image.
 
     >>> import torch
     >>> images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-    >>> preview = Preview(500, 1, "raw", images, (0, 1), ("", ""), "dpmpp_2m", 20, 1.0, "ab12", 0.5, "")
+    >>> preview = Preview(
+    ...     500, 1, "raw", images, (0, 1), ("", ""), "dpmpp_2m", 20, 1.0, "ab12", 0.5, ""
+    ... )
     >>> preview.grid_name, preview.image_names[1]
     ('step_00000500.png', 'images/step_00000500/raw_0001_seed_1.png')
     """
@@ -52,7 +58,10 @@ class Preview:
 
     def __post_init__(self) -> None:
         if not len(self.images) == len(self.seeds) == len(self.captions):
-            numbers = f"{len(self.images)} images, {len(self.seeds)} seeds and {len(self.captions)} captions"
+            numbers = (
+                f"{len(self.images)} images, {len(self.seeds)} seeds and "
+                f"{len(self.captions)} captions"
+            )
             raise ValueError(f"a preview has a seed and a caption for each image, got {numbers}")
 
     @property
@@ -62,7 +71,7 @@ class Preview:
 
     @property
     def image_names(self) -> list[str]:
-        """The files of the images, in their order; the number keeps apart what has the same seed."""
+        """The files of the images, in order; the number tells images of one seed apart."""
         folder = f"images/step_{self.step:08d}"
         return [
             f"{folder}/{self.weights}_{i:04d}_seed_{seed}.png" for i, seed in enumerate(self.seeds)
@@ -74,7 +83,7 @@ class Preview:
         return "" if self.weights == "raw" else f"_{self.weights}"
 
     def records(self) -> list[dict[str, Any]]:
-        """Return what is known of each image, as plain JSON; numbers that JSON cannot say are None."""
+        """Return what is known of each image as plain JSON; NaN and infinity become None."""
         shared = {
             "step": self.step,
             "epoch": self.epoch,
@@ -95,14 +104,18 @@ class Preview:
 
 
 def publish(preview: Preview, folder: str, loggers: Sequence[Any], told: set[str]) -> list[Failure]:
-    """Write a preview under ``folder`` (a path or any URL that fsspec knows) and show it in ``loggers``.
+    """Write a preview under ``folder`` (a path or any URL that fsspec knows) and show it in
+    ``loggers``.
 
-    Returns what failed; a place that fails does not keep the picture from the others. ``told`` remembers the loggers of
-    which it was said that they take no images. For rank 0 alone; on any thread, one at a time.
+    Returns what failed; a place that fails does not keep the picture from the others. ``told``
+    remembers the loggers of which it was said that they take no images. For rank 0 alone; on any
+    thread, one at a time.
 
     >>> import tempfile, torch
     >>> images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
-    >>> preview = Preview(500, 1, "raw", images, (0,), ("a cat",), "dpmpp_2m", 20, 1.0, "ab12", 0.5, "")
+    >>> preview = Preview(
+    ...     500, 1, "raw", images, (0,), ("a cat",), "dpmpp_2m", 20, 1.0, "ab12", 0.5, ""
+    ... )
     >>> publish(preview, "memory://alphabar-example/previews", loggers=[], told=set())
     []
     """
@@ -114,7 +127,8 @@ def publish(preview: Preview, folder: str, loggers: Sequence[Any], told: set[str
     def attempt(act: Callable[[], object]) -> None:
         try:
             act()
-        except Exception as error:  # whatever a store raises: the images are worth more than one place to keep them
+        # a store may raise anything, and the other places still get the images
+        except Exception as error:
             found = Failure(folder, error)
             failed.extend([found] if str(found) not in map(str, failed) else [])
 
@@ -148,10 +162,12 @@ def publish(preview: Preview, folder: str, loggers: Sequence[Any], told: set[str
 
 
 def try_out(folder: str, loggers: Sequence[Any], told: set[str]) -> list[Failure]:
-    """Try what publishing needs, before training: the folder, the page of what is in it, and loggers that take images.
+    """Try what publishing needs, before training: the folder, the page of what is in it, and
+    loggers that take images.
 
-    Raises OSError for a folder that cannot be written. Says of which loggers there will be no images, and returns what
-    failed of the others. A logger's own experiment is made here, on the thread that trains. For rank 0 alone.
+    Raises OSError for a folder that cannot be written. Says of which loggers there will be no
+    images, and returns what failed of the others. A logger's own experiment is made here, on the
+    thread that trains. For rank 0 alone.
     """
     place = Folder(folder)
     place.require_writable()

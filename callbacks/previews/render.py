@@ -1,4 +1,6 @@
-"""Drawing the images of a preview: batches through a sampler to pixels. Knows no Trainer, and leaves no trace."""
+"""Drawing the images of a preview: batches through a sampler to pixels. Knows no Trainer, and
+leaves no trace.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ NAN_SQUARE = 4  # pixels; NaN is shown as a chequered field, which no image look
 
 
 class Painted(NamedTuple):
-    """``pixels``: uint8 (n, 1 or 3, height, width), on the CPU. ``nan``: for each image the share of pixels that are NaN."""
+    """``pixels``: uint8 (n, 1 or 3, height, width), on the CPU. ``nan``: for each image the share
+    of pixels that are NaN.
+    """
 
     pixels: Tensor
     nan: Tensor
@@ -29,10 +33,12 @@ class Painted(NamedTuple):
 
 @dataclass(frozen=True)
 class Drawing:
-    """Which images are drawn: their number, their seeds (image i: ``seeds[i]``, or ``seed + i``), and the conditions.
+    """Which images are drawn: their number, their seeds (image i: ``seeds[i]``, or ``seed + i``),
+    and the conditions.
 
-    ``conditioning`` and ``unconditional`` are keyword arguments of the network; tensors in them have a row for each
-    image, or one for all. Raises ValueError where the rows do not fit, or guidance is asked for and cannot be had.
+    ``conditioning`` and ``unconditional`` are keyword arguments of the network; tensors in them
+    have a row for each image, or one for all. Raises ValueError where the rows do not fit, or
+    guidance is asked for and cannot be had.
 
     >>> from alphabar.noising import NoiseSchedule
     >>> sampler = Sampler(NoiseSchedule.flow(), "euler", steps=4)
@@ -109,7 +115,8 @@ class Drawing:
         decode: Callable[[Tensor], Tensor] | None = None,
         stop: int | None = None,
     ) -> Iterator[Painted | None]:
-        """Yield None after each step of sampling these images, and what they came to at last. ``stop``: after so many steps.
+        """Yield None after each step of sampling these images, and what they came to at last.
+        ``stop``: after so many steps.
 
         To be run within :func:`without_a_trace`.
         """
@@ -128,7 +135,9 @@ class Drawing:
         yield paint(x if decode is None else _images(decode(x), len(images)))
 
     def arguments(self, images: Sequence[int], device: torch.device) -> dict[str, Any]:
-        """Return the arguments of the sampler that say under which conditions these images are drawn."""
+        """Return the arguments of the sampler that say under which conditions these images are
+        drawn.
+        """
         return {
             "conditioning": take_rows(self.conditioning, images, device),
             "unconditional": None
@@ -143,7 +152,8 @@ class Drawing:
 def without_a_trace(
     device: torch.device | str, modules: Sequence[object]
 ) -> Generator[None, None, None]:
-    """Draw with these modules in eval mode, without gradients; what that may move is as before afterwards.
+    """Draw with these modules in eval mode, without gradients; what that may move is as before
+    afterwards.
 
     That is generators, flags, modes, graphs and buffers.
 
@@ -165,7 +175,8 @@ def without_a_trace(
 
 
 def paint(samples: Tensor) -> Painted:
-    """Return samples (n, channels, height, width) as pixels; a pixel with NaN in any channel is part of a chequered field.
+    """Return samples (n, channels, height, width) as pixels; a pixel with NaN in any channel is
+    part of a chequered field.
 
     >>> paint(torch.full((1, 1, 8, 8), torch.nan)).pixels[0, 0, 0].tolist()
     [0, 0, 0, 0, 255, 255, 255, 255]
@@ -184,16 +195,19 @@ def paint(samples: Tensor) -> Painted:
 def _images(decoded: Tensor, count: int) -> Tensor:
     if decoded.ndim != 4 or len(decoded) != count:
         raise ValueError(
-            f"decode= must return images of shape (n, channels, height, width) in [-1, 1], one for each of {count} samples, "
+            "decode= must return images of shape (n, channels, height, width) in [-1, 1], one for "
+            f"each of {count} samples, "
             f"got {tuple(decoded.shape)}"
         )
     return decoded
 
 
 def in_slices(decode: Any, size: int) -> Callable[[Tensor], Tensor]:
-    """Return ``decode``, a function of latents or a diffusers VAE, as a function that takes ``size`` latents at a time.
+    """Return ``decode``, a function of latents or a diffusers VAE, as a function that takes
+    ``size`` latents at a time.
 
-    What a VAE is given is z / scaling_factor + shift_factor, in its own dtype, as in diffusers' pipelines.
+    What a VAE is given is z / scaling_factor + shift_factor, in its own dtype, as in diffusers'
+    pipelines.
 
     >>> in_slices(lambda z: z.repeat(1, 1, 8, 8)[:, :3], size=1)(torch.zeros(2, 4, 8, 8)).shape
     torch.Size([2, 3, 64, 64])

@@ -1,4 +1,6 @@
-"""When previews are drawn: at steps, epochs or intervals of time, at extra early steps, and at the end."""
+"""When previews are drawn: at steps, epochs or intervals of time, at extra early steps, and at the
+end.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from ...noising.utils.validation import whole_number
 
 @dataclass(frozen=True)
 class Triggers:
-    """At most one of the first three; none of them means every epoch. Raises ValueError for others. Steps are optimizer steps.
+    """At most one of the first three; none of them means every epoch. Raises ValueError for others.
+    Steps are optimizer steps.
 
     >>> triggers = Triggers(every_n_train_steps=500, extra_steps=(1, 10, 100))
     >>> [step for step in range(1001) if triggers.at_step(step)]
@@ -34,7 +37,8 @@ class Triggers:
         ]
         if len(given) > 1:
             raise ValueError(
-                f"previews follow time, steps or epochs, not both; got {' and '.join(given)}, leave one out"
+                f"previews follow time, steps or epochs, not both; got {' and '.join(given)}, "
+                "leave one out"
             )
         if not given:
             object.__setattr__(self, "every_n_epochs", 1)
@@ -46,12 +50,15 @@ class Triggers:
             isinstance(interval, timedelta) and interval > timedelta(0)
         ):
             raise ValueError(
-                f"train_time_interval must be a timedelta above 0, e.g. timedelta(hours=1), got {interval!r}"
+                "train_time_interval must be a timedelta above 0, e.g. timedelta(hours=1), got "
+                f"{interval!r}"
             )
         object.__setattr__(self, "extra_steps", _steps(self.extra_steps))
 
     def at_step(self, step: int) -> bool:
-        """Return whether a preview is due after optimizer step ``step``, apart from epochs and time."""
+        """Return whether a preview is due after optimizer step ``step``, apart from epochs and
+        time.
+        """
         n = self.every_n_train_steps
         return step in self.extra_steps or (n is not None and step > 0 and step % n == 0)
 
@@ -65,7 +72,9 @@ class Triggers:
         return n is not None and (epoch + 1) % n == 0
 
     def at_time(self, trainer: Trainer, seconds: float) -> bool:
-        """Return whether rank 0 finds that the interval has passed; every rank must call it, as clocks differ."""
+        """Return whether rank 0 finds that the interval has passed; every rank must call it, as
+        clocks differ.
+        """
         interval = self.train_time_interval
         if interval is None:
             return False
@@ -73,10 +82,15 @@ class Triggers:
 
 
 def is_last_epoch(trainer: Trainer) -> bool:
-    """Return whether fit stops after this epoch, as far as is known at its end. Unlike ``fit_loop.done`` it changes nothing.
+    """Return whether fit stops after this epoch, as far as is known at its end. Unlike
+    ``fit_loop.done`` it changes nothing.
 
     >>> from types import SimpleNamespace
-    >>> is_last_epoch(SimpleNamespace(should_stop=False, max_steps=-1, max_epochs=3, global_step=9, current_epoch=2))
+    >>> is_last_epoch(
+    ...     SimpleNamespace(
+    ...         should_stop=False, max_steps=-1, max_epochs=3, global_step=9, current_epoch=2
+    ...     )
+    ... )
     True
     """
     by_steps = trainer.max_steps not in (None, -1) and trainer.global_step >= trainer.max_steps

@@ -1,11 +1,14 @@
-"""Work beside the training: tasks one after another on one thread, which is there only as long as there are any.
+"""Work beside the training: tasks one after another on one thread, which is there only as long as
+there are any.
 
-What one rank does alone, writing pictures or calling a logger, must not keep it from its next collective: the other ranks wait
-there until the process group's timeout and all end. So rank 0 hands such work to a thread. What a task uses is its own:
-tensors are copies on the CPU, and nothing in a task draws from the global generators, meets another rank or changes the model.
+What one rank does alone, writing pictures or calling a logger, must not keep it from its next
+collective: the other ranks wait there until the process group's timeout and all end. So rank 0
+hands such work to a thread. What a task uses is its own: tensors are copies on the CPU, and nothing
+in a task draws from the global generators, meets another rank or changes the model.
 
-The thread ends when nothing is left to do, so that none is idle when workers are forked or the interpreter ends. It is a
-daemon: a logger that never returns does not keep the process alive, and files are whole or absent wherever it is cut off.
+The thread ends when nothing is left to do, so that none is idle when workers are forked or the
+interpreter ends. It is a daemon: a logger that never returns does not keep the process alive, and
+files are whole or absent wherever it is cut off.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ Task = Callable[[], object]
 
 
 class Background:
-    """A queue with room for ``room`` tasks, the one that runs included, and the thread that works it off.
+    """A queue with room for ``room`` tasks, the one that runs included, and the thread that works
+    it off.
 
     A task handles its own errors; what it lets through goes to ``failed``.
 
@@ -79,7 +83,8 @@ class Background:
     def wait(
         self, seconds: float, interrupted: Callable[[], bool] = lambda: False, left: int = 0
     ) -> bool:
-        """Wait until no more than ``left`` tasks are unfinished; return whether that was so in time.
+        """Wait until no more than ``left`` tasks are unfinished; return whether that was so in
+        time.
 
         Where none is left, the thread has ended as well.
         """
@@ -97,7 +102,9 @@ class Background:
     def wait_for_room(
         self, seconds: float = FOR_ROOM, interrupted: Callable[[], bool] = lambda: False
     ) -> bool:
-        """Return whether there is room, within ``seconds``; at once where an earlier wait was in vain and nothing moved since."""
+        """Return whether there is room, within ``seconds``; at once where an earlier wait was in
+        vain and nothing moved since.
+        """
         head = self._tasks[0] if self._tasks else None
         if head is not None and head is self._stuck:
             seconds = 0.0
@@ -126,10 +133,14 @@ _PICTURES: WeakKeyDictionary[Trainer, Background] = WeakKeyDictionary()
 
 
 def pictures_of(trainer: Trainer) -> Background:
-    """Return where pictures of this trainer are published: one thread for all callbacks, so that no logger is called by two."""
+    """Return where pictures of this trainer are published: one thread for all callbacks, so that no
+    logger is called by two.
+    """
     return _PICTURES.setdefault(trainer, Background())
 
 
 def finish(trainer: Trainer, lane: Background, seconds: float) -> None:
-    """Wait on every rank, patiently, until rank 0 has worked its lane off or ``seconds`` have passed; every rank must call it."""
+    """Wait on every rank, patiently, until rank 0 has worked its lane off or ``seconds`` have
+    passed; every rank must call it.
+    """
     on_rank_zero(trainer, lambda: lane.wait(seconds))

@@ -1,9 +1,11 @@
 """Ranks that agree before they meet: an error on one rank becomes the same decision on all.
 
-An exception that only one rank notices leaves the others waiting in their next collective until the process group times
-out (30 minutes in Lightning). So errors are exchanged first, and raised or passed over on all ranks together. Ranks may come to
-such a meeting at very different times, where one alone encodes, decodes or reads a slow disk: they wait for each other in a
-group of their own, for as long as ``PATIENCE``, and whatever follows in the group of the training begins on all at once.
+An exception that only one rank notices leaves the others waiting in their next collective until the
+process group times out (30 minutes in Lightning). So errors are exchanged first, and raised or
+passed over on all ranks together. Ranks may come to such a meeting at very different times, where
+one alone encodes, decodes or reads a slow disk: they wait for each other in a group of their own,
+for as long as ``PATIENCE``, and whatever follows in the group of the training begins on all at
+once.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class AgreedError(RuntimeError):
 
 
 def patient_group() -> Any:
-    """Return a gloo group of all ranks that waits for ``PATIENCE``, made at the first call, which every rank makes.
+    """Return a gloo group of all ranks that waits for ``PATIENCE``, made at the first call, which
+    every rank makes.
 
     None, the world's own group, where torch has no gloo.
     """
@@ -48,7 +51,8 @@ def patient_group() -> Any:
 def any_rank(
     flags: Sequence[bool], world_size: int = 1, device: torch.device | str = "cpu"
 ) -> list[bool]:
-    """Return for each flag whether it is set on any rank; every rank must call it, and every rank gets the same.
+    """Return for each flag whether it is set on any rank; every rank must call it, and every rank
+    gets the same.
 
     >>> any_rank([False, True])
     [False, True]
@@ -72,7 +76,8 @@ def raise_on_all_ranks(error: BaseException | None, world_size: int = 1) -> None
 
 
 def call_on_all_ranks(act: Callable[[], T], world_size: int = 1) -> T:
-    """Return what ``act()`` returns on this rank; where it raises on any rank, raise on all: its own error, or AgreedError.
+    """Return what ``act()`` returns on this rank; where it raises on any rank, raise on all: its
+    own error, or AgreedError.
 
     >>> call_on_all_ranks(lambda: 3)
     3
@@ -90,7 +95,8 @@ def call_on_all_ranks(act: Callable[[], T], world_size: int = 1) -> T:
 
 
 def errors_of_all_ranks(error: BaseException | None, world_size: int = 1) -> str | None:
-    """Return what went wrong on any rank in words, or None; every rank must call it, and every rank gets the same.
+    """Return what went wrong on any rank in words, or None; every rank must call it, and every rank
+    gets the same.
 
     >>> errors_of_all_ranks(None) is None
     True
@@ -107,7 +113,8 @@ def errors_of_all_ranks(error: BaseException | None, world_size: int = 1) -> str
 
 
 def gather(own: Tensor, world_size: int = 1) -> Tensor:
-    """Return the tensors of all ranks as one of shape (world_size, ...), on the device of this rank's.
+    """Return the tensors of all ranks as one of shape (world_size, ...), on the device of this
+    rank's.
 
     Raises AgreedError on every rank where their shapes differ: such a gather would not end.
 
@@ -120,7 +127,8 @@ def gather(own: Tensor, world_size: int = 1) -> Tensor:
     dist.all_gather_object(shapes, tuple(own.shape), group=patient_group())
     if len(set(shapes)) > 1:
         raise AgreedError(
-            f"ranks have images of different shapes, {sorted(set(shapes))}; all must draw the same shape"
+            f"ranks have images of different shapes, {sorted(set(shapes))}; all must draw the same "
+            "shape"
         )
     parts = [torch.empty_like(own) for _ in range(world_size)]
     dist.all_gather(parts, own.contiguous())
@@ -128,7 +136,8 @@ def gather(own: Tensor, world_size: int = 1) -> Tensor:
 
 
 def on_rank_zero(trainer: Trainer, act: Callable[[], object]) -> None:
-    """Call ``act`` on rank 0 alone; what it raises is raised on every rank, an OSError as such, others as ValueError.
+    """Call ``act`` on rank 0 alone; what it raises is raised on every rank, an OSError as such,
+    others as ValueError.
 
     Every rank must call it.
     """
@@ -159,7 +168,8 @@ def _from_rank_zero(trainer: Trainer, value: T) -> T:
 
 
 def _in_words(error: BaseException) -> str:
-    """Return type, message and place of an error, without its traceback, which would keep tensors alive.
+    """Return type, message and place of an error, without its traceback, which would keep tensors
+    alive.
 
     >>> try:
     ...     1 / 0

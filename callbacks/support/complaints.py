@@ -42,7 +42,10 @@ class Complaints:
     >>> with warnings.catch_warnings(record=True) as caught:
     ...     warnings.simplefilter("always")
     ...     for step in (5, 10):
-    ...         complaints.tell(f"the snapshot at step {step} was not written: disk full", ("runs/ema", "ENOSPC"))
+    ...         complaints.tell(
+    ...             f"the snapshot at step {step} was not written: disk full",
+    ...             ("runs/ema", "ENOSPC"),
+    ...         )
     ...     complaints.sum_up()
     >>> [str(told.message) for told in caught][1]
     'EMA: 2 times in this run at runs/ema: ENOSPC'
@@ -68,7 +71,9 @@ class Complaints:
 
 
 def _cause(error: BaseException) -> str:
-    """Return the name of an error of the system, or the type of the first error in the chain that is none of ours."""
+    """Return the name of an error of the system, or the type of the first error in the chain that
+    is none of ours.
+    """
     while isinstance(error, OSError) and error.errno is None and error.__cause__ is not None:
         error = error.__cause__
     number = getattr(error, "errno", None)

@@ -1,7 +1,7 @@
 """Context managers that put back what sampling during training may move, also when it fails.
 
-Lightning's ``isolate_rng`` does not restore on exceptions, and ``module.train()`` after a preview would wake the
-dropout of parts that were frozen in eval mode.
+Lightning's ``isolate_rng`` does not restore on exceptions, and ``module.train()`` after a preview
+would wake the dropout of parts that were frozen in eval mode.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ LARGEST_BUFFER = 1 << 24  # bytes
 
 @contextmanager
 def randomness_restored(device: torch.device | str = "cpu") -> Generator[None, None, None]:
-    """Restore the global generators of Python, numpy and torch (CPU, and the accelerator that ``device`` names).
+    """Restore the global generators of Python, numpy and torch (CPU, and the accelerator that
+    ``device`` names).
 
     >>> torch.manual_seed(0).initial_seed()
     0
@@ -51,7 +52,8 @@ def randomness_restored(device: torch.device | str = "cpu") -> Generator[None, N
 
 @contextmanager
 def evaluating(*roots: object) -> Generator[None, None, None]:
-    """Put every submodule of these modules in eval mode, and give each its own flag back. Other objects are left alone.
+    """Put every submodule of these modules in eval mode, and give each its own flag back. Other
+    objects are left alone.
 
     >>> net = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
     >>> with evaluating(net):
@@ -64,8 +66,8 @@ def evaluating(*roots: object) -> Generator[None, None, None]:
         (m, m.training) for root in roots if isinstance(root, nn.Module) for m in root.modules()
     ]
     try:
-        # eval() is not called: some libraries hang work on it (LoRA layers merge their weights), which setting the
-        # flags back would not undo
+        # eval() is not called: some libraries hang work on it (LoRA layers merge their weights),
+        # which setting the flags back would not undo
         for module, _ in flags:
             module.training = False
         yield
@@ -76,9 +78,11 @@ def evaluating(*roots: object) -> Generator[None, None, None]:
 
 @contextmanager
 def buffers_restored(*roots: object) -> Generator[None, None, None]:
-    """Give every buffer of these modules its tensor and its values back, as far as they were changed.
+    """Give every buffer of these modules its tensor and its values back, as far as they were
+    changed.
 
-    Buffers above ``LARGEST_BUFFER`` bytes, such as quantized weights, are not copied: they are given back as they are.
+    Buffers above ``LARGEST_BUFFER`` bytes, such as quantized weights, are not copied: they are
+    given back as they are.
 
     >>> net = nn.BatchNorm1d(2)
     >>> with buffers_restored(net):
@@ -119,7 +123,9 @@ def _version(buffer: Any) -> int | None:
 
 @dataclass
 class Termination:
-    """``arrived``: SIGTERM reached this process. ``agreed``: it reached some rank, and every rank knows."""
+    """``arrived``: SIGTERM reached this process. ``agreed``: it reached some rank, and every rank
+    knows.
+    """
 
     arrived: bool = False
     agreed: bool = False
@@ -127,11 +133,15 @@ class Termination:
 
 @contextmanager
 def sigterm_deferred(trainer: Trainer) -> Generator[Termination, None, None]:
-    """Note a SIGTERM instead of acting on it, and act at the end of the block: on every rank if they agreed on it.
+    """Note a SIGTERM instead of acting on it, and act at the end of the block: on every rank if
+    they agreed on it.
 
-    Lightning's handler broadcasts wherever the process happens to be, which would pair with another rank's gather.
+    Lightning's handler broadcasts wherever the process happens to be, which would pair with another
+    rank's gather.
 
-    >>> with sigterm_deferred(Trainer(logger=False, accelerator="cpu", barebones=True)) as termination:
+    >>> with sigterm_deferred(
+    ...     Trainer(logger=False, accelerator="cpu", barebones=True)
+    ... ) as termination:
     ...     termination.arrived
     False
     """
@@ -155,7 +165,9 @@ def sigterm_deferred(trainer: Trainer) -> Generator[Termination, None, None]:
 
 
 def _terminate_together(trainer: Trainer) -> None:
-    """Run the handlers on every rank at once, and no more after them: the broadcasts of Lightning's pair up only so."""
+    """Run the handlers on every rank at once, and no more after them: the broadcasts of Lightning's
+    pair up only so.
+    """
     connector = getattr(trainer, "_signal_connector", None)
     if connector is not None:
         connector.received_sigterm = (

@@ -1,12 +1,14 @@
 """One call for every logger that can show an image; Lightning's Logger has none of its own.
 
-A logger is known by the name of its class or of one that it inherits from, so that no logger's package is imported. Others
-are asked for ``log_image`` as Weights & Biases has it, then for ``experiment.add_image`` as TensorBoard has it.
+A logger is known by the name of its class or of one that it inherits from, so that no logger's
+package is imported. Others are asked for ``log_image`` as Weights & Biases has it, then for
+``experiment.add_image`` as TensorBoard has it.
 
-Images are shown on a thread beside the training, one after another; numbers are logged on the thread that trains, as Lightning
-itself does. Of Lightning's loggers TensorBoard's and Weights & Biases' put both into queues of their own, which are locked;
-MLflow's client and LitLogger's hold no state that a call changes; Comet's experiment is made for several threads. CSVLogger,
-which gathers rows without a lock, takes no images.
+Images are shown on a thread beside the training, one after another; numbers are logged on the
+thread that trains, as Lightning itself does. Of Lightning's loggers TensorBoard's and Weights &
+Biases' put both into queues of their own, which are locked; MLflow's client and LitLogger's hold no
+state that a call changes; Comet's experiment is made for several threads. CSVLogger, which gathers
+rows without a lock, takes no images.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from ...training.images import to_pil
 
 @dataclass(frozen=True)
 class Picture:
-    """What a logger is shown: a grid, uint8 (height, width, 1 or 3), and for those that take them the images in it.
+    """What a logger is shown: a grid, uint8 (height, width, 1 or 3), and for those that take them
+    the images in it.
 
     ``path``: the grid's file on the local disk, for loggers that take files.
     """
@@ -45,10 +48,11 @@ def log_image(
     captions: Sequence[str] = (),
     path: str | os.PathLike[str] | None = None,
 ) -> bool:
-    """Show a uint8 image (height, width, 1 or 3) in a Lightning logger; return False where that logger takes no images.
+    """Show a uint8 image (height, width, 1 or 3) in a Lightning logger; return False where that
+    logger takes no images.
 
-    ``images`` are what the image is a grid of, with their ``captions``, and ``path`` is its file on the local disk: of
-    these a logger gets what it can show. What a logger raises is raised.
+    ``images`` are what the image is a grid of, with their ``captions``, and ``path`` is its file on
+    the local disk: of these a logger gets what it can show. What a logger raises is raised.
 
     >>> import torch
     >>> class Album:
@@ -74,7 +78,8 @@ def log_image(
 
 
 def takes_images(logger: Any) -> bool:
-    """Return whether a logger can be shown images, as far as it tells without one; what it raises is raised.
+    """Return whether a logger can be shown images, as far as it tells without one; what it raises
+    is raised.
 
     >>> takes_images(object())
     False

@@ -1,4 +1,6 @@
-"""What the callbacks ask of a module: ``noising`` or ``schedule``, ``predict``, ``sample_shape``; and of a Trainer."""
+"""What the callbacks ask of a module: ``noising`` or ``schedule``, ``predict``, ``sample_shape``;
+and of a Trainer.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ DEFAULT_STEPS = 20
 
 
 def schedule_of_module(module: LightningModule) -> NoiseSchedule:
-    """Return ``module.noising.schedule``, or ``module.schedule``; raises TypeError where there is neither.
+    """Return ``module.noising.schedule``, or ``module.schedule``; raises TypeError where there is
+    neither.
 
     >>> class Own(LightningModule):
     ...     schedule = NoiseSchedule.flow()
@@ -28,7 +31,8 @@ def schedule_of_module(module: LightningModule) -> NoiseSchedule:
     schedule = getattr(module if holder is None else holder, "schedule", None)
     if not isinstance(schedule, NoiseSchedule):
         raise TypeError(
-            f"{type(module).__name__} has no noise schedule: give it an attribute noising (a Noising) or schedule "
+            f"{type(module).__name__} has no noise schedule: give it an attribute noising (a "
+            "Noising) or schedule "
             "(a NoiseSchedule), the one that it trains with"
         )
     return schedule
@@ -44,13 +48,15 @@ def predict_of_module(module: LightningModule) -> Callable[..., Any]:
     predict = getattr(module, "predict", None)
     if not callable(predict):
         raise TypeError(
-            f"{type(module).__name__} has no method predict(x, timesteps, **conditioning); give predict="
+            f"{type(module).__name__} has no method predict(x, timesteps, **conditioning); give "
+            "predict="
         )
     return predict
 
 
 def shape_of_module(module: LightningModule) -> tuple[int, ...] | None:
-    """Return ``module.sample_shape``, the shape of one sample; None as long as the module does not know it.
+    """Return ``module.sample_shape``, the shape of one sample; None as long as the module does not
+    know it.
 
     Raises TypeError where the module has no such attribute.
 
@@ -61,7 +67,8 @@ def shape_of_module(module: LightningModule) -> tuple[int, ...] | None:
     """
     if not hasattr(module, "sample_shape"):
         raise TypeError(
-            f"{type(module).__name__} has no attribute sample_shape; give it one (channels, height, width), "
+            f"{type(module).__name__} has no attribute sample_shape; give it one (channels, "
+            "height, width), "
             "or give the callback shape="
         )
     shape: Any = module.sample_shape
@@ -69,12 +76,11 @@ def shape_of_module(module: LightningModule) -> tuple[int, ...] | None:
 
 
 def require_drawable(shape: tuple[int, ...], decode: object) -> None:
-    """Raise ValueError for samples that are no pictures and that nothing makes pictures of: videos, sounds, vectors.
+    """Raise ValueError for samples that are no pictures (videos, sounds) where nothing decodes them.
 
     >>> require_drawable((3, 16, 32, 32), decode=None)
     Traceback (most recent call last):
-    ValueError: a picture needs samples of shape (channels, height, width), got (3, 16, 32, 32); give decode=, a function from \
-samples to images in [-1, 1], e.g. of a video its first frame: decode=lambda x: x[:, :, 0]
+    ValueError: a picture needs samples of shape (channels, height, width), got (3, 16, 32, ...
     """
     if decode is not None:
         return
@@ -90,7 +96,8 @@ samples to images in [-1, 1], e.g. of a video its first frame: decode=lambda x: 
 
 
 def is_fast_dev_run(trainer: Trainer) -> bool:
-    """Return whether this is a run with ``fast_dev_run``, which tries everything once and writes nothing.
+    """Return whether this is a run with ``fast_dev_run``, which tries everything once and writes
+    nothing.
 
     >>> from types import SimpleNamespace
     >>> is_fast_dev_run(SimpleNamespace(fast_dev_run=1))
@@ -119,9 +126,11 @@ def require_steps(sampler: Any, steps: int | None) -> int | None:
 
 
 def sampler_for(schedule: NoiseSchedule, sampler: Any, steps: int | None) -> Any:
-    """Return the sampler, made for ``schedule`` where it is a name: a ``Sampler``, or one that has no table.
+    """Return the sampler, made for ``schedule`` where it is a name: a ``Sampler``, or one that has
+    no table.
 
-    Raises ValueError where it is made for another schedule, and where a preview cannot give what it needs.
+    Raises ValueError where it is made for another schedule, and where a preview cannot give what it
+    needs.
 
     >>> sampler_for(NoiseSchedule.flow(), "euler", 4).steps
     4
@@ -132,13 +141,15 @@ def sampler_for(schedule: NoiseSchedule, sampler: Any, steps: int | None) -> Any
         sampler = Sampler(schedule, sampler, steps)
     if sampler.schedule.fingerprint != schedule.fingerprint:
         raise ValueError(
-            f"the sampler is made for {sampler.schedule}, but the model trains on {schedule}: its previews would not show "
+            f"the sampler is made for {sampler.schedule}, but the model trains on {schedule}: its "
+            "previews would not show "
             "what the model learned; make it as Sampler(module.noising.schedule, ...)"
         )
     needs = getattr(sampler, "needs", ())
     if needs:
         raise ValueError(
-            f"{sampler.name} needs {' and '.join(needs)}, which a preview does not have; take another sampler"
+            f"{sampler.name} needs {' and '.join(needs)}, which a preview does not have; take "
+            "another sampler"
         )
     return sampler
 

@@ -1,8 +1,10 @@
-"""What a rank holds of a parameter, under strategies that copy the model (one device, DDP) and that shard it (FSDP).
+"""What a rank holds of a parameter, under strategies that copy the model (one device, DDP) and that
+shard it (FSDP).
 
-Averages are kept of what a rank holds, so they cost a rank's share of memory and no communication; they are put together
-only for a file. After a forward without gradients FSDP leaves its outermost unit unsharded: its parameters are then not
-what the optimizer steps, so :func:`reshard` comes before every reading and writing.
+Averages are kept of what a rank holds, so they cost a rank's share of memory and no communication;
+they are put together only for a file. After a forward without gradients FSDP leaves its outermost
+unit unsharded: its parameters are then not what the optimizer steps, so :func:`reshard` comes
+before every reading and writing.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.
 
 
 def root_of(trainer: Trainer, module: LightningModule) -> nn.Module:
-    """Return the outermost module: FSDP's wrapper is around the LightningModule, which does not know it."""
+    """Return the outermost module: FSDP's wrapper is around the LightningModule, which does not
+    know it.
+    """
     root = trainer.strategy.model
     return root if isinstance(root, nn.Module) else module
 
@@ -44,7 +48,8 @@ def reshard(root: nn.Module) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor, sharing its memory: the whole of it where it is not sharded.
+    """Return this rank's part of a tensor, sharing its memory: the whole of it where it is not
+    sharded.
 
     >>> weight = torch.ones(2)
     >>> local(weight).data_ptr() == weight.data_ptr()
@@ -69,10 +74,11 @@ def clean_name(name: str) -> str:
 def values_swapped(
     root: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]
 ) -> Generator[None, None, None]:
-    """Copy values into parameters, and put the parameters' own back at the end, to the last bit, also after an error.
+    """Copy values into parameters, and put the parameters' own back at the end, to the last bit,
+    also after an error.
 
-    ``pairs``: (parameter, this rank's part of other values for it, of any floating dtype and device); the latter is only
-    read. ``root``: the outermost module.
+    ``pairs``: (parameter, this rank's part of other values for it, of any floating dtype and
+    device); the latter is only read. ``root``: the outermost module.
 
     >>> net = nn.Linear(1, 1, bias=False)
     >>> before = net.weight.item()
@@ -106,13 +112,15 @@ def copy_values(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         local(parameter).copy_(values)
 
 
-# -- whole tensors, for files --------------------------------------------------------------------------------------------
+# -- whole tensors, for files ----------------------------------------------------------------------
 
 
 class Layout:
-    """Where the parts of each parameter lie: puts parts together and takes whole tensors apart. Every rank must call it.
+    """Where the parts of each parameter lie: puts parts together and takes whole tensors apart.
+    Every rank must call it.
 
-    The parts are any tensors of the parameters' local shapes, float32 averages of bfloat16 parameters say.
+    The parts are any tensors of the parameters' local shapes, float32 averages of bfloat16
+    parameters say.
 
     >>> net = nn.Linear(2, 2)
     >>> Layout(net).assemble(net.weight, torch.ones(2, 2)).shape
@@ -133,7 +141,9 @@ class Layout:
                     }
 
     def assemble(self, parameter: Tensor, part: Tensor) -> Tensor:
-        """Return the whole tensor of which this rank has ``part``; of sharded parameters on the CPU."""
+        """Return the whole tensor of which this rank has ``part``; of sharded parameters on the
+        CPU.
+        """
         if isinstance(parameter, DTensor):
             mesh, placements = parameter.device_mesh, parameter.placements
             whole = DTensor.from_local(
@@ -160,7 +170,9 @@ class Layout:
         )
 
     def part(self, parameter: Tensor, whole: Tensor) -> Tensor:
-        """Return this rank's part of a whole tensor, on the parameter's device, in the dtype of ``whole``."""
+        """Return this rank's part of a whole tensor, on the parameter's device, in the dtype of
+        ``whole``.
+        """
         whole = whole.detach().to(parameter.device)
         if isinstance(parameter, DTensor):
             return distribute_tensor(whole, parameter.device_mesh, parameter.placements).to_local()
@@ -179,7 +191,8 @@ def _lengths(part: Tensor, group: Any) -> list[int]:
 
 
 def is_sharded_state(state: Mapping[str, Any]) -> bool:
-    """Return whether a state dict holds shards, to be written by each rank, rather than whole tensors.
+    """Return whether a state dict holds shards, to be written by each rank, rather than whole
+    tensors.
 
     >>> is_sharded_state({"w": torch.ones(1)})
     False
@@ -191,7 +204,8 @@ def is_sharded_state(state: Mapping[str, Any]) -> bool:
 
 
 def require_parameters(root: nn.Module) -> None:
-    """Raise ValueError where parameters are not to be had: FSDP with flat parameters, DeepSpeed's stage 3.
+    """Raise ValueError where parameters are not to be had: FSDP with flat parameters, DeepSpeed's
+    stage 3.
 
     >>> require_parameters(nn.Linear(2, 2))
     """
@@ -202,7 +216,8 @@ def require_parameters(root: nn.Module) -> None:
             and not unit._use_orig_params
         ):
             raise ValueError(
-                "averages need FSDP with use_orig_params=True, Lightning's default; leave out the False"
+                "averages need FSDP with use_orig_params=True, Lightning's default; leave out the "
+                "False"
             )
     if any(hasattr(parameter, "ds_id") for parameter in root.parameters()):
         raise ValueError(

@@ -1,7 +1,8 @@
 """Train from a YAML file: LightningCLI builds the network, the noising and the callbacks.
 
-    python examples/lightning_cli/main.py fit --config examples/lightning_cli/config.yaml
-    python examples/lightning_cli/main.py fit --config examples/lightning_cli/config.yaml --model.noising.weighting min_snr
+    python examples/lightning_cli/main.py fit --config examples/lightning_cli/config.yaml python
+    examples/lightning_cli/main.py fit --config examples/lightning_cli/config.yaml
+    --model.noising.weighting min_snr
 
 ``--print_config`` writes the whole configuration; ``--trainer.callbacks+=...`` adds a callback.
 """

@@ -60,13 +60,15 @@ def curve_from_config(config: Mapping[str, Any]) -> Curve:
     betas, count = values.get("trained_betas"), values.get("num_train_timesteps")
     if betas is not None and count not in (None, len(betas)):
         raise ValueError(
-            f"num_train_timesteps says {count}, but there are {len(betas)} trained_betas; remove one of the two"
+            f"num_train_timesteps says {count}, but there are {len(betas)} trained_betas; remove "
+            "one of the two"
         )
     if kind is Truncated:
         whole = mapping("the curve of a truncated one", values["curve"])
         if whole.get("kind") == Truncated.kind:
             raise ValueError(
-                "a part of a part of a curve is written as one part; give the whole curve under 'curve'"
+                "a part of a part of a curve is written as one part; give the whole curve under "
+                "'curve'"
             )
         values["curve"] = curve_from_config(whole)
     return kind(**values)

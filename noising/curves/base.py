@@ -1,13 +1,15 @@
 """Curves: how signal and noise mix along time, x_t = α(t) x_0 + σ(t) ε.
 
-A curve is neither a grid, nor a density, nor a state: it is the two functions α and σ, with what follows from them,
+A curve is neither a grid, nor a density, nor a state: it is the two functions α and σ, with what
+follows from them,
 
     SNR = α² / σ²,    λ = log SNR,    σ_ve = σ / α,    and the inverse t(λ).
 
-Curves are frozen values of plain floats: they have no device and no dtype, and compare and hash by their numbers.
-Evaluation follows ``t``: its device, and its dtype where that is float32 or float64; integers and half precision are
-evaluated in float32, so σ is never rounded to 0. Tables are computed once in float64 and cached per device and dtype,
-so that an evaluation makes no host sync after the first.
+Curves are frozen values of plain floats: they have no device and no dtype, and compare and hash by
+their numbers. Evaluation follows ``t``: its device, and its dtype where that is float32 or float64;
+integers and half precision are evaluated in float32, so σ is never rounded to 0. Tables are
+computed once in float64 and cached per device and dtype, so that an evaluation makes no host sync
+after the first.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ LEAST_ALPHA = 1e-30  # but for 0 itself, pure noise at the last time: float32 ho
 
 @dataclass(frozen=True)
 class Curve(ABC):
-    """The path x_t = α(t) x_0 + σ(t) ε, with time running from data (``t_min``) to noise (``t_max``).
+    """The path x_t = α(t) x_0 + σ(t) ε, with time running from data (``t_min``) to noise
+    (``t_max``).
 
     >>> from alphabar.noising import Flow
     >>> curve = Flow()
@@ -74,11 +77,13 @@ class Curve(ABC):
         return (self.alpha(t) / self.sigma(t)) ** 2
 
     def sigma_ve(self, t: Tensor) -> Tensor:
-        """Return σ / α, the noise level in variance exploding coordinates; infinite where α is 0."""
+        """Return σ / α, the variance exploding noise level; infinite where α is 0."""
         return self.sigma(t) / self.alpha(t)
 
     def grid_coordinate(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """Return the noise level in which σ-spaced grids (karras, exponential, ...) are spaced: σ / α, or σ on a flow path."""
+        """Return the noise level in which σ-spaced grids (karras, exponential, ...) are spaced: σ /
+        α, or σ on a flow path.
+        """
         return sigma / alpha
 
     def noise_level(self, t: Tensor) -> Tensor:
@@ -90,19 +95,25 @@ class Curve(ABC):
         return self.time(-2 * level.log())
 
     def timestep(self, t: Tensor) -> Tensor:
-        """Return what the network is given as time: an index for discrete curves, 0 ... num_train_timesteps otherwise."""
+        """Return what the network is given as time: an index for discrete curves, 0 ...
+        num_train_timesteps otherwise.
+        """
         return self.num_train_timesteps * t
 
     def fraction(self, t: Tensor) -> Tensor:
-        """Return the fraction of training time, 0 (data) ... 1 (noise): the network's time over num_train_timesteps."""
+        """Return the fraction of training time, 0 (data) ... 1 (noise): the network's time over
+        num_train_timesteps.
+        """
         return self.timestep(t) / self.num_train_timesteps
 
     def alpha_sigma_at(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (α, σ) of the path at a log SNR, also past the ends of its time; variance preserving unless overridden."""
+        """Return (α, σ) of the path at a log SNR, also past the ends of its time; variance
+        preserving unless overridden.
+        """
         return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
 
     def input_scale(self, t: Tensor) -> Tensor:
-        """Return what x_t is multiplied with before the network sees it: 1, except for EDM's c_in."""
+        """Return the factor of x_t in the network's input: 1, except for EDM's c_in."""
         return torch.ones_like(t, dtype=evaluation_dtype(t))
 
     @property
@@ -111,7 +122,9 @@ class Curve(ABC):
         return type(self).input_scale is not Curve.input_scale
 
     def time_at_index(self, index: Tensor) -> Tensor:
-        """Return the time of a (fractional) training index 0 ... num_train_timesteps - 1; the last is ``t_max``."""
+        """Return the time of a (fractional) training index 0 ... num_train_timesteps - 1; the last
+        is ``t_max``.
+        """
         return self.t_min + (self.t_max - self.t_min) * (index + 1) / self.num_train_timesteps
 
     def time_at_quantile(self, u: Tensor) -> Tensor:
@@ -123,12 +136,15 @@ class Curve(ABC):
         if float(self.alpha(torch.tensor(self.t_max, dtype=torch.float64))) == 0.0:
             return self
         raise ValueError(
-            f"a {self.kind} curve cannot be rescaled to zero terminal SNR; rescale a discrete one, or use a flow"
+            f"a {self.kind} curve cannot be rescaled to zero terminal SNR; rescale a discrete one, "
+            "or use a flow"
         )
 
     @abstractmethod
     def shifted(self, factor: float) -> Curve:
-        """Return this curve with σ / α ``factor`` times as large at every time: λ less by 2 log factor, on the same path."""
+        """Return this curve with σ / α ``factor`` times as large at every time: λ less by 2 log
+        factor, on the same path.
+        """
 
     def to_config(self) -> dict[str, Any]:
         """Return plain JSON from which ``registered.curve_from_config`` makes an equal curve."""
@@ -145,14 +161,18 @@ CURVES: Registry[type[Curve]] = Registry("curve", attribute="kind")
 def evaluation_dtype(t: Tensor) -> torch.dtype:
     """Return the dtype in which a curve is evaluated at ``t``.
 
-    >>> evaluation_dtype(torch.zeros(1, dtype=torch.bfloat16)), evaluation_dtype(torch.zeros(1, dtype=torch.float64))
+    >>> (
+    ...     evaluation_dtype(torch.zeros(1, dtype=torch.bfloat16)),
+    ...     evaluation_dtype(torch.zeros(1, dtype=torch.float64)),
+    ... )
     (torch.float32, torch.float64)
     """
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
 def require_factor(name: str, value: float, advice: str = "1 changes nothing") -> float:
-    """Return a factor that is positive and finite as a float, at most 1e12 and at least 1e-12; another is a ValueError.
+    """Return a factor that is positive and finite as a float, at most 1e12 and at least 1e-12;
+    another is a ValueError.
 
     >>> require_factor("factor", 0)
     Traceback (most recent call last):
@@ -162,15 +182,18 @@ def require_factor(name: str, value: float, advice: str = "1 changes nothing") -
         raise ValueError(f"{name} must be positive and finite, got {shown(value)}; {advice}")
     if not 1 / MAX_LEVEL <= value <= MAX_LEVEL:
         raise ValueError(
-            f"{name} must lie between {1 / MAX_LEVEL:g} and {MAX_LEVEL:g}, got {shown(value)}: float32 holds no such levels"
+            f"{name} must lie between {1 / MAX_LEVEL:g} and {MAX_LEVEL:g}, got {shown(value)}: "
+            "float32 holds no such levels"
         )
     return float(value)
 
 
 def may_look_at(values: Tensor) -> bool:
-    """Return whether a check may read these values: on the CPU, outside torch.compile, torch.export and torch.func's transforms.
+    """Return whether a check may read these values: on the CPU, outside torch.compile, torch.export
+    and torch.func's transforms.
 
-    On a GPU the look would be a host sync, in a traced function it would break the graph, and under vmap it is an error.
+    On a GPU the look would be a host sync, in a traced function it would break the graph, and under
+    vmap it is an error.
 
     >>> may_look_at(torch.zeros(1)), may_look_at(torch.zeros(0))
     (True, False)
@@ -189,7 +212,8 @@ def require_range(sigma_min: float, sigma_max: float) -> None:
     """
     if not 1 / MAX_LEVEL <= sigma_min < sigma_max * (1 - 1e-6) or not sigma_max <= MAX_LEVEL:
         raise ValueError(
-            f"need {1 / MAX_LEVEL:g} <= sigma_min < sigma_max <= {MAX_LEVEL:g}, got {shown(sigma_min)} and {shown(sigma_max)}"
+            f"need {1 / MAX_LEVEL:g} <= sigma_min < sigma_max <= {MAX_LEVEL:g}, got "
+            f"{shown(sigma_min)} and {shown(sigma_max)}"
         )
 
 
@@ -206,13 +230,15 @@ def require_count(count: int, least: int = 1) -> int:
         raise ValueError(f"num_train_timesteps must be at least {least}, got {shown(count)}")
     if int(count) > MAX_TIMESTEPS:
         raise ValueError(
-            f"num_train_timesteps must be at most {MAX_TIMESTEPS}, got {shown(count)}; 1000 is usual"
+            f"num_train_timesteps must be at most {MAX_TIMESTEPS}, got {shown(count)}; 1000 is "
+            "usual"
         )
     return int(count)
 
 
 def check_times(curve: Curve, t: Tensor) -> None:
-    """Refuse times outside the curve, where their values may be looked at (see :func:`may_look_at`).
+    """Refuse times outside the curve, where their values may be looked at (see
+    :func:`may_look_at`).
 
     >>> from alphabar.noising import Flow
     >>> check_times(Flow(), torch.tensor([1.5]))

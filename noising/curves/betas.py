@@ -1,7 +1,7 @@
 """Beta schedules: the T variances β_1 ... β_T of a discrete curve, by name.
 
-Those that are stated through ᾱ(t) on t in [0, 1] become betas as β_i = 1 - ᾱ(i / T) / ᾱ((i - 1) / T)
-(Nichol & Dhariwal 2102.09672, §3.2), which are capped at 0.999.
+Those that are stated through ᾱ(t) on t in [0, 1] become betas as β_i = 1 - ᾱ(i / T) / ᾱ((i - 1) /
+T) (Nichol & Dhariwal 2102.09672, §3.2), which are capped at 0.999.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from ..utils.registry import Registry
 MAX_BETA = 0.999
 
 BETA_SCHEDULES: Registry[Callable[[int, float, float], Tensor]] = Registry("beta schedule")
-"""Every beta schedule by the name that diffusers gives it: (T, beta_start, beta_end) -> T betas in float64.
+"""Every beta schedule by the name that diffusers gives it: (T, beta_start, beta_end) -> T betas in
+float64.
 
-The names mean the numbers of diffusers, but for one: its 'laplace' puts α where α² is meant, and is 'laplace_diffusers' here."""
+The names mean the numbers of diffusers, but for one: its 'laplace' puts α where α² is meant, and is
+'laplace_diffusers' here."""
 
 
 @BETA_SCHEDULES.register
@@ -62,7 +64,8 @@ def laplace_diffusers(n: int, start: float, end: float) -> Tensor:
 
 
 def _laplace_log_snr(n: int) -> Tensor:
-    # Hang et al. 2407.03297, the Laplace schedule with μ = 0 and b = 1/2; 1e-6 keeps the ends finite
+    # Hang et al. 2407.03297, the Laplace schedule with μ = 0 and b = 1/2; 1e-6 keeps the ends
+    # finite
     distance = 0.5 - _times(n)
     return -0.5 * torch.where(distance < 0, -1.0, 1.0) * (1 - 2 * distance.abs() + 1e-6).log()
 

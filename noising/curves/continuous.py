@@ -23,7 +23,8 @@ from .base import (
 @CURVES.register
 @dataclass(frozen=True, kw_only=True)
 class Flow(Curve):
-    """Rectified flow: x_t = (1 - σ) x_0 + σ ε with σ = s t / (1 + (s - 1) t) and t in [0, 1] (Esser et al. 2403.03206, §5.3).
+    """Rectified flow: x_t = (1 - σ) x_0 + σ ε with σ = s t / (1 + (s - 1) t) and t in [0, 1] (Esser
+    et al. 2403.03206, §5.3).
 
     The network is given num_train_timesteps · σ, as diffusers does for SD3 and Flux.
 
@@ -72,10 +73,11 @@ class Flow(Curve):
 @CURVES.register
 @dataclass(frozen=True, kw_only=True)
 class VariancePreserving(Curve):
-    """The VP SDE: α = exp(-t² (β_max - β_min) / 4 - t β_min / 2), σ² = 1 - α² (Song et al. 2011.13456, eq. 33).
+    """The VP SDE: α = exp(-t² (β_max - β_min) / 4 - t β_min / 2), σ² = 1 - α² (Song et al.
+    2011.13456, eq. 33).
 
-    Times run from ``t_min`` (their ε, 1e-3) to 1; the network is given t · num_train_timesteps, as their code does with 999.
-    ``snr_shift_scale`` divides the SNR.
+    Times run from ``t_min`` (their ε, 1e-3) to 1; the network is given t · num_train_timesteps, as
+    their code does with 999. ``snr_shift_scale`` divides the SNR.
 
     >>> VariancePreserving().alpha(torch.tensor([1.0])).item() < 0.007
     True
@@ -92,7 +94,8 @@ class VariancePreserving(Curve):
         require_factor("snr_shift_scale", self.snr_shift_scale, "1 is no shift")
         if not 0 < self.beta_min < self.beta_max or not 0 <= self.eps <= 1 - 1e-6:
             raise ValueError(
-                f"need 0 < beta_min < beta_max and 0 <= eps < 1, got {self.beta_min}, {self.beta_max}, {self.eps}"
+                f"need 0 < beta_min < beta_max and 0 <= eps < 1, got {self.beta_min}, "
+                f"{self.beta_max}, {self.eps}"
             )
 
     @property
@@ -165,7 +168,8 @@ class SubVariancePreserving(VariancePreserving):
 
 
 def _sub_vp_alpha(log_snr: Tensor) -> Tensor:
-    # α / (1 - α²) = e^(λ/2) = r, so α = 2 r / (1 + sqrt(1 + 4 r²)), written in 1 / r, which does not overflow near data
+    # α / (1 - α²) = e^(λ/2) = r, so α = 2 r / (1 + sqrt(1 + 4 r²)), written in 1 / r, which does
+    # not overflow near data
     r = (-0.5 * log_snr.to(evaluation_dtype(log_snr))).exp()
     return 2 / (r + (r**2 + 4).sqrt())
 
@@ -226,7 +230,8 @@ class VarianceExploding(Curve):
 @CURVES.register
 @dataclass(frozen=True, kw_only=True)
 class Karras(Curve):
-    """EDM: α = 1, σ = t, the network seeing x / sqrt(σ² + σ_d²) at time log(σ) / 4 (Karras et al. 2206.00364, table 1).
+    """EDM: α = 1, σ = t, the network seeing x / sqrt(σ² + σ_d²) at time log(σ) / 4 (Karras et al.
+    2206.00364, table 1).
 
     Training indices are spaced as the sampler's grid, σ^(1/ρ) evenly from σ_min to σ_max (eq. 5).
 
@@ -297,9 +302,11 @@ class Karras(Curve):
 @CURVES.register
 @dataclass(frozen=True, kw_only=True)
 class Cosine(Curve):
-    """The continuous cosine schedule: α = cos(π t / 2), σ = sin(π t / 2), t in [0, 1] (2202.00512, §3), with a log-SNR shift.
+    """The continuous cosine schedule: α = cos(π t / 2), σ = sin(π t / 2), t in [0, 1] (2202.00512,
+    §3), with a log-SNR shift.
 
-    ``log_snr_shift`` is added to log SNR, for another resolution: 2 log(64 / d) for d pixels (Hoogeboom et al. 2301.11093, eq. 4).
+    ``log_snr_shift`` is added to log SNR, for another resolution: 2 log(64 / d) for d pixels
+    (Hoogeboom et al. 2301.11093, eq. 4).
 
     >>> Cosine().log_snr(torch.tensor([0.5])).abs().item() < 1e-6
     True
@@ -312,7 +319,8 @@ class Cosine(Curve):
         require_count(self.num_train_timesteps)
         if not abs(self.log_snr_shift) <= 60:
             raise ValueError(
-                f"log_snr_shift must lie between -60 and 60, got {self.log_snr_shift}; 0 is none, 2 log(64 / d) is for d pixels"
+                f"log_snr_shift must lie between -60 and 60, got {self.log_snr_shift}; 0 is none, "
+                "2 log(64 / d) is for d pixels"
             )
 
     def alpha(self, t: Tensor) -> Tensor:

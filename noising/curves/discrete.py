@@ -29,12 +29,14 @@ TRAINED = "trained_betas"  # the name of a schedule whose betas are given one by
 @CURVES.register
 @dataclass(frozen=True)
 class Discrete(Curve):
-    """T training timesteps with betas: α_t² = ᾱ_t = Π (1 - β_i), σ_t² = 1 - ᾱ_t (Ho et al. 2006.11239, eq. 4).
+    """T training timesteps with betas: α_t² = ᾱ_t = Π (1 - β_i), σ_t² = 1 - ᾱ_t (Ho et al.
+    2006.11239, eq. 4).
 
-    Times are indices 0 ... T - 1. Between them log SNR is piecewise linear; in an interval that ends in zero SNR, α is.
-    With ``rescale_betas_zero_snr`` α is shifted and scaled so that α at T - 1 is exactly 0 and the first is kept
-    (Lin et al. 2305.08891, algorithm 1). ``snr_shift_scale`` divides the SNR before that, as CogVideoX does (2408.06072), and
-    ``rescaled_snr_shift_scale`` after it; α = 0 stays 0.
+    Times are indices 0 ... T - 1. Between them log SNR is piecewise linear; in an interval that
+    ends in zero SNR, α is. With ``rescale_betas_zero_snr`` α is shifted and scaled so that α at T -
+    1 is exactly 0 and the first is kept (Lin et al. 2305.08891, algorithm 1). ``snr_shift_scale``
+    divides the SNR before that, as CogVideoX does (2408.06072), and ``rescaled_snr_shift_scale``
+    after it; α = 0 stays 0.
 
     >>> curve = Discrete("scaled_linear", 0.00085, 0.012)
     >>> curve.sigma_ve(torch.tensor([0, 999]))
@@ -106,8 +108,9 @@ class Discrete(Curve):
         self._tabulate()
 
     def _tabulate(self) -> None:
-        # kept with the curve, by device and dtype: torch.compile takes them for inputs, where it would trace the making of a
-        # table through any cache, or take it for a constant that another curve gets as well
+        # kept with the curve, by device and dtype: torch.compile takes them for inputs, where it
+        # would trace the making of a table through any cache, or take it for a constant that
+        # another curve gets as well
         object.__setattr__(self, "_tables", {("cpu", None, torch.float64): _table_f64(self)})
 
     def _table(self, device: torch.device, dtype: torch.dtype) -> _Table:
@@ -153,7 +156,8 @@ class Discrete(Curve):
         t = t.to(table.alpha.dtype)
         k = t.floor().clamp(0, self.num_train_timesteps - 2).long()
         f = t - k
-        # λ is linear inside an interval; the substitute for an infinite λ keeps the branch that is not taken finite
+        # λ is linear inside an interval; the substitute for an infinite λ keeps the branch that is
+        # not taken finite
         half = 0.5 * (table.log_snr[k] + f * (table.log_snr[k + 1] - table.log_snr[k]))
         alpha, sigma = torch.rsqrt(1 + torch.exp(-2 * half)), torch.rsqrt(1 + torch.exp(2 * half))
         to_zero = table.alpha[k + 1] == 0
@@ -223,7 +227,8 @@ def _require_betas(betas: Tensor) -> None:
     ones = (betas[:-1] == 1).any()
     if bool(ones):
         raise ValueError(
-            "only the last beta may be 1 (zero terminal SNR); an earlier one leaves pure noise ever after"
+            "only the last beta may be 1 (zero terminal SNR); an earlier one leaves pure noise "
+            "ever after"
         )
 
 
@@ -246,7 +251,8 @@ def _table_f64(curve: Discrete) -> _Table:
     alpha, sigma = torch.exp(0.5 * log_alpha_bar), torch.sqrt(-torch.expm1(log_alpha_bar))
     alpha, sigma = _shifted(alpha, sigma, curve.snr_shift_scale)
     if curve.rescale_betas_zero_snr and float(alpha[-1]) > 0:
-        # algorithm 1: α' = (α - α_T) α_0 / (α_0 - α_T); 1 - α'² is formed from 1 - α', again without cancellation
+        # algorithm 1: α' = (α - α_T) α_0 / (α_0 - α_T); 1 - α'² is formed from 1 - α', again
+        # without cancellation
         scale = alpha[0] / (alpha[0] - alpha[-1])
         rescaled = (alpha - alpha[-1]) * scale
         one_minus = sigma[0] ** 2 / (1 + alpha[0]) + (alpha[0] - alpha) * scale

@@ -1,13 +1,14 @@
 """How far to shift a schedule for another resolution: factors for :meth:`NoiseSchedule.shifted`.
 
-A large image is more redundant than a small one: averaged down to the small size, its noise is weaker by the ratio of the
-sides. To keep the noise that is seen, σ / α must grow by that ratio,
+A large image is more redundant than a small one: averaged down to the small size, its noise is
+weaker by the ratio of the sides. To keep the noise that is seen, σ / α must grow by that ratio,
 
     factor = sqrt(m / n) for m pixels instead of n,    log SNR less by log(m / n),
 
-which is eq. 23 of Esser et al. (2403.03206) on a flow, and on a variance preserving curve the shifted schedule of
-Hoogeboom et al. (2301.11093, eq. 4), there with n = 64². CogVideoX divides SNR by ``snr_shift_scale``: its factor is
-sqrt(snr_shift_scale). Flux takes e^μ with μ linear in the number of tokens.
+which is eq. 23 of Esser et al. (2403.03206) on a flow, and on a variance preserving curve the
+shifted schedule of Hoogeboom et al. (2301.11093, eq. 4), there with n = 64². CogVideoX divides SNR
+by ``snr_shift_scale``: its factor is sqrt(snr_shift_scale). Flux takes e^μ with μ linear in the
+number of tokens.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from .base import require_factor
 
 
 def resolution_shift(size: int | tuple[int, ...], base_size: int | tuple[int, ...]) -> float:
-    """Return the factor sqrt(m / n) for images of ``size`` where the schedule was made for ``base_size``.
+    """Return the factor sqrt(m / n) for images of ``size`` where the schedule was made for
+    ``base_size``.
 
-    A size is (height, width), or the side of a square; in pixels or latents, the same for both. Raises ValueError for sizes
-    that are not positive.
+    A size is (height, width), or the side of a square; in pixels or latents, the same for both.
+    Raises ValueError for sizes that are not positive.
 
     >>> resolution_shift(128, 64), resolution_shift((1024, 2048), (512, 1024))
     (2.0, 2.0)
@@ -40,7 +42,8 @@ def _pixels(name: str, size: int | tuple[int, ...]) -> int:
     ]
     if len(sides) != 2 or min(sides) < 1:
         raise ValueError(
-            f"{name} must be a positive side or (height, width), got {size}; e.g. 1024 or (768, 1344)"
+            f"{name} must be a positive side or (height, width), got {size}; e.g. 1024 or (768, "
+            "1344)"
         )
     return sides[0] * sides[1]
 
@@ -53,18 +56,21 @@ def token_shift(
     max_shift: float = 1.15,
     kind: str = "exponential",
 ) -> float:
-    """Return Flux's factor e^μ, μ linear from ``base_shift`` at ``base_tokens`` to ``max_shift`` at ``max_tokens``, and beyond.
+    """Return Flux's factor e^μ, μ linear from ``base_shift`` at ``base_tokens`` to ``max_shift`` at
+    ``max_tokens``, and beyond.
 
-    ``tokens``: the image tokens that the network sees, (height / 16) · (width / 16) pixels for Flux. The defaults are those of
-    its config in diffusers (base_image_seq_len, max_image_seq_len, base_shift, max_shift); ``kind`` is the
-    ``time_shift_type`` there: 'linear' takes μ itself as the factor. Raises ValueError for numbers that make no line.
+    ``tokens``: the image tokens that the network sees, (height / 16) · (width / 16) pixels for
+    Flux. The defaults are those of its config in diffusers (base_image_seq_len, max_image_seq_len,
+    base_shift, max_shift); ``kind`` is the ``time_shift_type`` there: 'linear' takes μ itself as
+    the factor. Raises ValueError for numbers that make no line.
 
     >>> round(token_shift(4096), 4), round(token_shift(1024), 4)
     (3.1582, 1.8776)
     """
     if tokens < 1 or not 0 < base_tokens < max_tokens:
         raise ValueError(
-            f"need tokens >= 1 and 0 < base_tokens < max_tokens, got {tokens}, {base_tokens} and {max_tokens}; Flux has 256 and 4096"
+            f"need tokens >= 1 and 0 < base_tokens < max_tokens, got {tokens}, {base_tokens} and "
+            f"{max_tokens}; Flux has 256 and 4096"
         )
     mu = base_shift + (tokens - base_tokens) * (max_shift - base_shift) / (max_tokens - base_tokens)
     if kind not in ("exponential", "linear"):

@@ -1,4 +1,6 @@
-"""A part of a curve: the noise levels of an expert or a refiner, which was trained on some of the times only."""
+"""A part of a curve: the noise levels of an expert or a refiner, which was trained on some of the
+times only.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,24 @@ SHORTEST = 1e-6  # of the whole: float32 tells no shorter part's times apart
 
 @dataclass(frozen=True, kw_only=True)
 class Truncated(Curve):
-    """The part of ``curve`` from the time ``first`` (least noise) to ``last`` (most noise), both included.
+    """The part of ``curve`` from the time ``first`` (least noise) to ``last`` (most noise), both
+    included.
 
-    A time means what it means on the whole curve: α, σ, and what the network is given are the same there. What is relative to
-    the range is its own: densities and training indices run over the part, and ``num_train_timesteps`` of a discrete curve counts
-    the timesteps inside. A time of the part is given as such: on discrete curves a whole number.
+    A time means what it means on the whole curve: α, σ, and what the network is given are the same
+    there. What is relative to the range is its own: densities and training indices run over the
+    part, and ``num_train_timesteps`` of a discrete curve counts the timesteps inside. A time of the
+    part is given as such: on discrete curves a whole number.
 
     Raises ValueError for times outside the curve, and for a part without any length.
 
     >>> import torch
     >>> from alphabar.noising import Discrete
     >>> refiner = Truncated(Discrete(), 0, 199)
-    >>> refiner.num_train_timesteps, refiner.t_max, refiner.sigma(torch.tensor(199)) == Discrete().sigma(torch.tensor(199))
+    >>> (
+    ...     refiner.num_train_timesteps,
+    ...     refiner.t_max,
+    ...     refiner.sigma(torch.tensor(199)) == Discrete().sigma(torch.tensor(199)),
+    ... )
     (200, 199.0, tensor(True))
     """
 
@@ -39,7 +47,8 @@ class Truncated(Curve):
     def __init__(self, curve: Curve, first: float, last: float) -> None:
         if isinstance(curve, Karras):
             raise ValueError(
-                "a karras curve has no part but another range of its own: give it sigma_min and sigma_max"
+                "a karras curve has no part but another range of its own: give it sigma_min and "
+                "sigma_max"
             )
         if isinstance(curve, Truncated):  # a part of a part is a part
             _require_inside(curve, first, last)
@@ -126,7 +135,8 @@ class Truncated(Curve):
     def zero_terminal_snr(self) -> Curve:
         if self.last < self.curve.t_max:
             raise ValueError(
-                f"this curve was truncated at t = {self.last:g}, before the end at {self.curve.t_max:g}, and has no terminal time "
+                f"this curve was truncated at t = {self.last:g}, before the end at "
+                f"{self.curve.t_max:g}, and has no terminal time "
                 "to rescale; call zero_terminal_snr() before truncated()"
             )
         return Truncated(self.curve.zero_terminal_snr(), self.first, self.last)
@@ -146,7 +156,8 @@ class Truncated(Curve):
 def _require_inside(curve: Curve, first: float, last: float) -> None:
     if not curve.t_min <= first < last <= curve.t_max:  # also catches NaN
         raise ValueError(
-            f"a part of this {curve.kind} schedule needs {curve.t_min:g} <= first < last <= {curve.t_max:g}, got {first:g} and {last:g}"
+            f"a part of this {curve.kind} schedule needs {curve.t_min:g} <= first < last <= "
+            f"{curve.t_max:g}, got {first:g} and {last:g}"
         )
     if last - first < SHORTEST * (curve.t_max - curve.t_min):
         raise ValueError(
@@ -154,12 +165,14 @@ def _require_inside(curve: Curve, first: float, last: float) -> None:
         )
     if curve.is_discrete and (math.floor(first) != first or math.floor(last) != last):
         raise ValueError(
-            f"a part of a discrete schedule begins and ends at whole timesteps, got {first:g} and {last:g}"
+            f"a part of a discrete schedule begins and ends at whole timesteps, got {first:g} and "
+            f"{last:g}"
         )
 
 
 def truncate(curve: Curve, first: float, last: float) -> Curve:
-    """Return the part of a curve from the time ``first`` to ``last``; an EDM curve, whose time is σ, with another range of σ.
+    """Return the part of a curve from the time ``first`` to ``last``; an EDM curve, whose time is
+    σ, with another range of σ.
 
     >>> from alphabar.noising import Flow, Karras
     >>> truncate(Karras(), 0.5, 80.0).sigma_min, truncate(Flow(), 0.0, 1.0)

@@ -1,8 +1,9 @@
 """scheduler_config.json of diffusers: a schedule from one, and one from a schedule.
 
-diffusers is not imported: its config is a JSON file. Every key that describes the curve is written out, because a key left at
-its default would be replaced by another class's own default when that class reads the file. A class is named only where it
-reads all that the schedule holds; betas that a class does not know by name are written one by one, as ``trained_betas``.
+diffusers is not imported: its config is a JSON file. Every key that describes the curve is written
+out, because a key left at its default would be replaced by another class's own default when that
+class reads the file. A class is named only where it reads all that the schedule holds; betas that a
+class does not know by name are written one by one, as ``trained_betas``.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ _DEFAULTS: dict[
     "CogVideoXDPMScheduler": _SCALED | {"snr_shift_scale": 3.0},
 }
 _READ_SNR_SHIFT = {name for name, defaults in _DEFAULTS.items() if "snr_shift_scale" in defaults}
-# classes that know rescale_betas_zero_snr; the others would silently sample on the betas as they were
+# classes that know rescale_betas_zero_snr; the others would silently sample on the betas as they
+# were
 _READ_ZERO_SNR = {
     *_READ_SNR_SHIFT,
     "DDIMInverseScheduler",
@@ -146,14 +148,20 @@ def to_diffusers(
 ) -> dict[str, Any]:
     """Return the scheduler_config.json of a curve with a prediction type as a dict of plain values.
 
-    ``sampling`` holds what a sampler adds: ``_class_name``, ``timestep_spacing``, solver options. A class that would ignore
-    something of the schedule gives way to DDIMScheduler, on a flow to FlowMatchEulerDiscreteScheduler. Raises ValueError for a
-    curve or a prediction that diffusers has no config for.
+    ``sampling`` holds what a sampler adds: ``_class_name``, ``timestep_spacing``, solver options. A
+    class that would ignore something of the schedule gives way to DDIMScheduler, on a flow to
+    FlowMatchEulerDiscreteScheduler. Raises ValueError for a curve or a prediction that diffusers
+    has no config for.
 
     >>> from alphabar.noising import NoiseSchedule
     >>> schedule = NoiseSchedule.linear(prediction="v_prediction").zero_terminal_snr()
     >>> config = to_diffusers(schedule.curve, schedule.prediction)
-    >>> config["_class_name"], config["prediction_type"], config["rescale_betas_zero_snr"], config["timestep_spacing"]
+    >>> (
+    ...     config["_class_name"],
+    ...     config["prediction_type"],
+    ...     config["rescale_betas_zero_snr"],
+    ...     config["timestep_spacing"],
+    ... )
     ('DDIMScheduler', 'v_prediction', True, 'trailing')
     """
     if isinstance(curve, Flow):
@@ -166,7 +174,8 @@ def to_diffusers(
 def _flow_config(curve: Flow, prediction: str, sampling: dict[str, Any]) -> dict[str, Any]:
     if prediction != "flow_prediction":
         raise ValueError(
-            f"diffusers samples a flow with flow_prediction only, got {prediction!r}; convert the prediction or sample with alphabar"
+            f"diffusers samples a flow with flow_prediction only, got {prediction!r}; convert the "
+            "prediction or sample with alphabar"
         )
     name, count = sampling.get("_class_name"), {"num_train_timesteps": curve.num_train_timesteps}
     if name in _READ_FLOW_SHIFT and not any(sampling.get(key) for key in _BEFORE_FLOW_SIGMAS):
@@ -182,7 +191,8 @@ def _flow_config(curve: Flow, prediction: str, sampling: dict[str, Any]) -> dict
 def _discrete_config(curve: Discrete, prediction: str, sampling: dict[str, Any]) -> dict[str, Any]:
     if prediction not in ("epsilon", "v_prediction", "sample"):
         raise ValueError(
-            f"diffusers has no prediction_type {prediction!r} for discrete schedules; use epsilon, v_prediction or sample"
+            f"diffusers has no prediction_type {prediction!r} for discrete schedules; use epsilon, "
+            "v_prediction or sample"
         )
     zero = float(curve.alpha(torch.tensor(curve.t_max, dtype=torch.float64))) == 0.0
     name = sampling.get("_class_name", "DDIMScheduler")
@@ -229,15 +239,21 @@ def _shifted_betas(curve: Discrete) -> Tensor:
 
 
 def from_diffusers(config: Mapping[str, Any], tokens: int | None = None) -> tuple[Curve, str]:
-    """Return the curve and the prediction type of a diffusers scheduler config; keys left out have that class's defaults.
+    """Return the curve and the prediction type of a diffusers scheduler config; keys left out have
+    that class's defaults.
 
-    ``config`` is the content of scheduler_config.json, or ``dict(scheduler.config)``. Where it says ``use_dynamic_shifting``
-    (Flux) the shift depends on the image: ``tokens`` is the number of image tokens. Raises ValueError for a config that is
-    none, for one without the tokens it needs, and for a class whose curve its config does not say.
+    ``config`` is the content of scheduler_config.json, or ``dict(scheduler.config)``. Where it says
+    ``use_dynamic_shifting`` (Flux) the shift depends on the image: ``tokens`` is the number of
+    image tokens. Raises ValueError for a config that is none, for one without the tokens it needs,
+    and for a class whose curve its config does not say.
 
     >>> from_diffusers({"_class_name": "LCMScheduler"})[0].beta_start
     0.00085
-    >>> flux = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "use_dynamic_shifting": True}
+    >>> flux = {
+    ...     "_class_name": "FlowMatchEulerDiscreteScheduler",
+    ...     "shift": 3.0,
+    ...     "use_dynamic_shifting": True,
+    ... }
     >>> round(from_diffusers(flux, tokens=4096)[0].shift, 4)
     3.1582
     """
@@ -245,7 +261,8 @@ def from_diffusers(config: Mapping[str, Any], tokens: int | None = None) -> tupl
         {"_class_name", "beta_schedule", "trained_betas", "prediction_type"} & set(config)
     ):
         raise ValueError(
-            "not a diffusers scheduler config: missing all of _class_name, beta_schedule, prediction_type"
+            "not a diffusers scheduler config: missing all of _class_name, beta_schedule, "
+            "prediction_type"
         )
     config = checked_config(config)
     name = str(config.get("_class_name", ""))
@@ -258,7 +275,8 @@ def from_diffusers(config: Mapping[str, Any], tokens: int | None = None) -> tupl
         ), prediction
     if tokens is not None:
         raise ValueError(
-            f"tokens are for a config that says use_dynamic_shifting; this one of {name or 'no class'} does not"
+            "tokens are for a config that says use_dynamic_shifting; this one of "
+            f"{name or 'no class'} does not"
         )
     said = {key: value for key, value in config.items() if key in _DISCRETE_DEFAULTS}
     if (
@@ -267,7 +285,8 @@ def from_diffusers(config: Mapping[str, Any], tokens: int | None = None) -> tupl
         and not (said.get("beta_schedule") or said.get("trained_betas"))
     ):
         raise ValueError(
-            f"a config of {name} does not say its noise schedule in a form that is known here; make it, e.g. with "
+            f"a config of {name} does not say its noise schedule in a form that is known here; "
+            "make it, e.g. with "
             "NoiseSchedule.flow() or NoiseSchedule.karras()"
         )
     values = _DISCRETE_DEFAULTS | _DEFAULTS.get(name, {}) | said
@@ -289,17 +308,20 @@ _TOKEN_SHIFT_KEYS = {
 def _shift_of(config: Mapping[str, Any], key: str, tokens: int | None) -> float:
     if config.get("invert_sigmas"):
         raise ValueError(
-            "invert_sigmas runs time from noise to data with the network given 1 - σ; no schedule here does"
+            "invert_sigmas runs time from noise to data with the network given 1 - σ; no schedule "
+            "here does"
         )
     if not config.get("use_dynamic_shifting"):
         if tokens is not None:
             raise ValueError(
-                f"tokens are for a config that says use_dynamic_shifting; this one has {key} {config.get(key, 1.0)}"
+                f"tokens are for a config that says use_dynamic_shifting; this one has {key} "
+                f"{config.get(key, 1.0)}"
             )
         return config.get(key, 1.0)
     if tokens is None:
         raise ValueError(
-            "the config says use_dynamic_shifting: its shift depends on the size of the image; give tokens=, the number of image "
+            "the config says use_dynamic_shifting: its shift depends on the size of the image; "
+            "give tokens=, the number of image "
             "tokens that the network sees (Flux at 1024 x 1024: 4096)"
         )
     line = {

@@ -1,7 +1,9 @@
-"""Which keys of a scheduler_config.json describe a schedule, how each is read, and which of them a class of diffusers knows.
+"""Which keys of a scheduler_config.json describe a schedule, how each is read, and which of them a
+class of diffusers knows.
 
-diffusers passes over a key that its class does not know: HeunDiscreteScheduler samples without ``rescale_betas_zero_snr``
-whatever the file says. Such a key is not honoured here either, and a warning names it, as it names keys that no class knows.
+diffusers passes over a key that its class does not know: HeunDiscreteScheduler samples without
+``rescale_betas_zero_snr`` whatever the file says. Such a key is not honoured here either, and a
+warning names it, as it names keys that no class knows.
 """
 
 from __future__ import annotations
@@ -108,7 +110,9 @@ KNOWN_TO_CLASS: Mapping[str, frozenset[str]] = {
     "SCMScheduler": _COUNT | {"prediction_type"},
     "ScoreSdeVeScheduler": _COUNT,
 }
-"""The keys of ``READERS`` that a class of diffusers reads (diffusers 0.42.1); of other classes nothing is known here."""
+"""The keys of ``READERS`` that a class of diffusers reads (diffusers 0.42.1); of other classes
+nothing is known here.
+"""
 
 FOR_PIPELINES = {
     "base_image_seq_len",
@@ -122,18 +126,63 @@ FOR_PIPELINES = {
 
 OTHERS = frozenset(
     {
-        "algorithm_type", "clip_denoised", "clip_sample", "clip_sample_range", "correct_steps",
-        "corrector_order", "disable_corrector", "dynamic_thresholding_ratio", "editing_threshold", "eps", "eta",
-        "euler_at_final", "final_sigmas_type", "interpolation_type", "lambda_min_clipped", "lower_order_final",
-        "noise_sampler_seed", "num_inference_steps", "original_inference_steps", "predict_x0",
-        "predictor_order", "rho", "s_churn", "s_max", "s_min", "s_noise", "sample_max_value", "sampling_eps",
-        "scale_factors", "set_alpha_to_one", "shift_terminal", "sigma_data", "sigma_max", "sigma_min",
-        "sigma_schedule", "skip_prk_steps", "snr", "solver_order", "solver_p", "solver_type", "steps_offset",
-        "stochastic_sampling", "t_max", "t_min", "tau_func", "tensor_format", "thresholding",
-        "timestep_scaling", "timestep_type", "upscale_mode", "use_beta_sigmas", "use_exponential_sigmas",
-        "use_karras_sigmas", "use_lu_lambdas", "variance_type",
+        "algorithm_type",
+        "clip_denoised",
+        "clip_sample",
+        "clip_sample_range",
+        "correct_steps",
+        "corrector_order",
+        "disable_corrector",
+        "dynamic_thresholding_ratio",
+        "editing_threshold",
+        "eps",
+        "eta",
+        "euler_at_final",
+        "final_sigmas_type",
+        "interpolation_type",
+        "lambda_min_clipped",
+        "lower_order_final",
+        "noise_sampler_seed",
+        "num_inference_steps",
+        "original_inference_steps",
+        "predict_x0",
+        "predictor_order",
+        "rho",
+        "s_churn",
+        "s_max",
+        "s_min",
+        "s_noise",
+        "sample_max_value",
+        "sampling_eps",
+        "scale_factors",
+        "set_alpha_to_one",
+        "shift_terminal",
+        "sigma_data",
+        "sigma_max",
+        "sigma_min",
+        "sigma_schedule",
+        "skip_prk_steps",
+        "snr",
+        "solver_order",
+        "solver_p",
+        "solver_type",
+        "steps_offset",
+        "stochastic_sampling",
+        "t_max",
+        "t_min",
+        "tau_func",
+        "tensor_format",
+        "thresholding",
+        "timestep_scaling",
+        "timestep_type",
+        "upscale_mode",
+        "use_beta_sigmas",
+        "use_exponential_sigmas",
+        "use_karras_sigmas",
+        "use_lu_lambdas",
+        "variance_type",
     }
-)  # fmt: skip
+)
 """Keys that say how a class samples, and nothing of the schedule."""
 
 _NEUTRAL = {
@@ -145,10 +194,11 @@ _NEUTRAL = {
 
 
 def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a scheduler config of diffusers whose values can be what their keys say, without what its class does not read.
+    """Return a scheduler config of diffusers whose values can be what their keys say, without what
+    its class does not read.
 
-    Raises ValueError for values of another type and for numbers that are not finite. Warns of keys that the class passes over
-    although they describe the schedule, and of keys that no class knows.
+    Raises ValueError for values of another type and for numbers that are not finite. Warns of keys
+    that the class passes over although they describe the schedule, and of keys that no class knows.
 
     >>> checked_config({"_class_name": "DDIMScheduler", "beta_end": "0.02"})
     Traceback (most recent call last):
@@ -161,7 +211,8 @@ def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
     betas, count = values.get("trained_betas"), values.get("num_train_timesteps")
     if betas is not None and count not in (None, len(betas)):
         raise ValueError(
-            f"num_train_timesteps says {count}, but there are {len(betas)} trained_betas; remove one of the two"
+            f"num_train_timesteps says {count}, but there are {len(betas)} trained_betas; remove "
+            "one of the two"
         )
     name = values.get("_class_name", "")
     known = KNOWN_TO_CLASS.get(name)
@@ -174,7 +225,8 @@ def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if told:
         words = ", ".join(f"{key}={shown(values[key])}" for key in told)
         warnings.warn(
-            f"{name} does not know {words}: diffusers samples without, and it is left out here too; name a class that reads it, "
+            f"{name} does not know {words}: diffusers samples without, and it is left out here "
+            "too; name a class that reads it, "
             "if the model was trained so",
             stacklevel=3,
         )

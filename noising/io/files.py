@@ -1,4 +1,6 @@
-"""The two files of a schedule in a folder: scheduler_config.json, which diffusers loads, and the exact noise_schedule.json."""
+"""The two files of a schedule in a folder: scheduler_config.json, which diffusers loads, and the
+exact noise_schedule.json.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def write_configs(folder: str | os.PathLike[str], configs: Mapping[str, Mapping[
 
 
 def read_configs(folder: Path) -> dict[str, Any]:
-    """Read those of the two files that are there, by name; FileNotFoundError for none, ValueError for a corrupt one."""
+    """Read those of the two files that are there, by name; FileNotFoundError for none, ValueError
+    for a corrupt one.
+    """
     found = {
         name: read_json(folder / name)
         for name in (EXACT_NAME, CONFIG_NAME)

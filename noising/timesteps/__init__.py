@@ -1,4 +1,6 @@
-"""Densities of training timesteps: what a density is, those of the literature, and importance sampling by the loss."""
+"""Densities of training timesteps: what a density is, those of the literature, and importance
+sampling by the loss.
+"""
 
 from .base import (
     TIMESTEPS,

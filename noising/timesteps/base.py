@@ -1,13 +1,17 @@
-"""What a density over training time is: a map from u in (0, 1] to times of a curve, u -> 1 being noise, always.
+"""What a density over training time is: a map from u in (0, 1] to times of a curve, u -> 1 being
+noise, always.
 
 Let u be uniform. A density is stated by its quantile function, in one of two coordinates:
 
-    share of training time:  t = curve.time_at_quantile(Q(u)),   Q from (0, 1] to (0, 1],   on T timesteps  ⌈T Q(u)⌉ - 1,
-    log SNR:                 t = curve.time(λ(u)),               on T timesteps the nearest one, clipped to the ends.
+    share of training time:  t = curve.time_at_quantile(Q(u)),  Q from (0, 1] to (0, 1];
+                             on T timesteps ⌈T Q(u)⌉ - 1,
+    log SNR:                 t = curve.time(λ(u));
+                             on T timesteps the nearest one, clipped to the ends.
 
-The first means another noise level on every curve, the second the same. How u is drawn is the other half: independently
-for each sample, or ``stratified`` over the whole optimizer step (batch x ranks x accumulation), one sample to each of its
-equal strata, which keeps the expectation and lowers the variance.
+The first means another noise level on every curve, the second the same. How u is drawn is the other
+half: independently for each sample, or ``stratified`` over the whole optimizer step (batch x ranks
+x accumulation), one sample to each of its equal strata, which keeps the expectation and lowers the
+variance.
 """
 
 from __future__ import annotations
@@ -40,17 +44,23 @@ class Resampled(NamedTuple):
 
 
 class LossHistory(nn.Module, ABC):
-    """The losses that a density follows: drawn with :meth:`resample`, told by :meth:`observe`, counted from :meth:`commit` on."""
+    """The losses that a density follows: drawn with :meth:`resample`, told by :meth:`observe`,
+    counted from :meth:`commit` on.
+    """
 
     @abstractmethod
     def resample(self, u: Tensor) -> Resampled:
-        """Return uniform ``u`` in (0, 1], shape (batch,), as shares of the density, with their bins and weights."""
+        """Return uniform ``u`` in (0, 1], shape (batch,), as shares of the density, with their bins
+        and weights.
+        """
 
     @abstractmethod
     def observe(
         self, step: int, index: Tensor, drawn: Resampled, weight: Tensor, errors: Tensor
     ) -> None:
-        """Record the errors of a loss and the weights on them: shape (batch,), of these global indices at this step."""
+        """Record the errors of a loss and the weights on them: shape (batch,), of these global
+        indices at this step.
+        """
 
     @abstractmethod
     def commit(self, step: int) -> None:
@@ -59,7 +69,8 @@ class LossHistory(nn.Module, ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Timesteps(ABC):
-    """A density over training time; subclasses state the times of u in (0, 1], more noise for larger u.
+    """A density over training time; subclasses state the times of u in (0, 1], more noise for
+    larger u.
 
     >>> from alphabar.noising import Flow, UniformTimesteps
     >>> UniformTimesteps().times(torch.tensor([0.25, 1.0]), Flow())
@@ -68,14 +79,20 @@ class Timesteps(ABC):
 
     name: ClassVar[str]
     stratified_name: ClassVar[str | None] = None
-    """The name of the stratified form in ``TIMESTEPS``; by default the name with ``stratified_`` before it."""
+    """The name of the stratified form in ``TIMESTEPS``; by default the name with ``stratified_``
+    before it.
+    """
     measures_losses: ClassVar[bool] = False
-    """Whether the density follows the losses that are measured, and so needs a history in the checkpoint."""
+    """Whether the density follows the losses that are measured, and so needs a history in the
+    checkpoint.
+    """
     stratified: bool = False
 
     @abstractmethod
     def times(self, u: Tensor, curve: Curve) -> Tensor:
-        """Return the time below which a share u of the samples lies; int64 on discrete curves; any shape."""
+        """Return the time below which a share u of the samples lies; int64 on discrete curves; any
+        shape.
+        """
 
     def check(self, curve: Curve) -> None:  # noqa: B027  (most densities fit every curve)
         """Raise ValueError where this density does not fit the curve."""
@@ -85,7 +102,8 @@ class Timesteps(ABC):
         return None
 
     def stratify(self, u: Tensor, index: Tensor, strata: Tensor | None) -> Tensor:
-        """Return ``u`` in the stratum of each global index; ``strata`` is this optimizer step's permutation of them.
+        """Return ``u`` in the stratum of each global index; ``strata`` is this optimizer step's
+        permutation of them.
 
         >>> from alphabar.noising import UniformTimesteps
         >>> density = UniformTimesteps(stratified=True)
@@ -107,10 +125,13 @@ class Timesteps(ABC):
         return WithinTimesteps(density=self, low=low, high=high)
 
     def reversed(self) -> ReversedTimesteps:
-        """Return this density with data and noise exchanged, as trainers have it that index a descending array with u.
+        """Return this density with data and noise exchanged, as trainers have it that index a
+        descending array with u.
 
         >>> from alphabar.noising import Flow, LogitNormalTimesteps
-        >>> LogitNormalTimesteps(mean=1.0).reversed().times(torch.tensor([0.5]), Flow()).item() < 0.3
+        >>> LogitNormalTimesteps(mean=1.0).reversed().times(
+        ...     torch.tensor([0.5]), Flow()
+        ... ).item() < 0.3
         True
         """
         return ReversedTimesteps(density=self)
@@ -140,8 +161,8 @@ class QuantileTimesteps(Timesteps):
 class LogSNRTimesteps(Timesteps):
     """A density stated over log SNR, λ = log(α² / σ²): the same noise levels on every curve.
 
-    The curve's own inverse turns λ into time: clipped to the ends of the curve, and on a discrete one rounded to the nearest
-    timestep.
+    The curve's own inverse turns λ into time: clipped to the ends of the curve, and on a discrete
+    one rounded to the nearest timestep.
 
     >>> from alphabar.noising import Cosine
     >>> class Laplace(LogSNRTimesteps):
@@ -153,14 +174,17 @@ class LogSNRTimesteps(Timesteps):
 
     @abstractmethod
     def log_snr(self, u: Tensor) -> Tensor:
-        """Return λ(u), not increasing in u; for u in [0, 1] of any shape, in float64; infinite at the ends is fine."""
+        """Return λ(u), not increasing in u; for u in [0, 1] of any shape, in float64; infinite at
+        the ends is fine.
+        """
 
     def times(self, u: Tensor, curve: Curve) -> Tensor:
         return nearest_time(self.log_snr(u), curve)
 
 
 def nearest_time(log_snr: Tensor, curve: Curve) -> Tensor:
-    """Return the times at which a curve has these log SNRs, those of its ends beyond them; timesteps on a discrete one.
+    """Return the times at which a curve has these log SNRs, those of its ends beyond them;
+    timesteps on a discrete one.
 
     >>> from alphabar.noising import Flow
     >>> nearest_time(torch.tensor([0.0, -torch.inf]), Flow())
@@ -194,11 +218,13 @@ class Around(Timesteps):
 
 @dataclass(frozen=True, kw_only=True)
 class WithinTimesteps(Around):
-    """``density`` given that the time lies in ``low`` ... ``high``, both included; times of the curve.
+    """``density`` given that the time lies in ``low`` ... ``high``, both included; times of the
+    curve.
 
-    On discrete schedules these are integer timesteps (kohya's --max_timestep is excluded there: give it less 1), on
-    flows t in 0 ... 1 before any shift. The density inside keeps its shape: it is cut, not squeezed. ValueError unless
-    low < high, and, when it is given to a Noising, where the range leaves the schedule or the density has nothing in it.
+    On discrete schedules these are integer timesteps (kohya's --max_timestep is excluded there:
+    give it less 1), on flows t in 0 ... 1 before any shift. The density inside keeps its shape: it
+    is cut, not squeezed. ValueError unless low < high, and, when it is given to a Noising, where
+    the range leaves the schedule or the density has nothing in it.
 
     >>> from alphabar.noising import LogitNormalTimesteps, NoiseSchedule
     >>> density = WithinTimesteps(density=LogitNormalTimesteps(), low=0, high=499)
@@ -243,11 +269,13 @@ class WithinTimesteps(Around):
 
 @dataclass(frozen=True, kw_only=True)
 class ReversedTimesteps(Around):
-    """``density`` with data and noise exchanged: t -> 1 - t, for recipes of trainers that have it so.
+    """``density`` with data and noise exchanged: t -> 1 - t, for recipes of trainers that have it
+    so.
 
-    The diffusers examples for SD3 and Flux and kohya's Flux script use u as an index into timesteps that descend: there a
-    positive logit mean is less noise. With their numbers, this is their density. Here too a larger u is more noise. ValueError
-    for densities that are stated in noise levels or in timesteps, which have no such direction.
+    The diffusers examples for SD3 and Flux and kohya's Flux script use u as an index into timesteps
+    that descend: there a positive logit mean is less noise. With their numbers, this is their
+    density. Here too a larger u is more noise. ValueError for densities that are stated in noise
+    levels or in timesteps, which have no such direction.
 
     >>> from alphabar.noising import LogitNormalTimesteps
     >>> ReversedTimesteps(density=LogitNormalTimesteps(mean=1.0)).quantile(torch.tensor([0.5]))
@@ -260,7 +288,8 @@ class ReversedTimesteps(Around):
         super().__post_init__()
         if not isinstance(self.density, QuantileTimesteps | ReversedTimesteps):
             raise ValueError(
-                f"{self.density.name} timesteps have no direction to reverse; reverse a density over training time, e.g. "
+                f"{self.density.name} timesteps have no direction to reverse; reverse a density "
+                "over training time, e.g. "
                 "LogitNormalTimesteps(mean=1.0).reversed(), and limit its range afterwards"
             )
 
@@ -289,11 +318,14 @@ class TimestepRegistry(Registry[Callable[..., Timesteps]]):
 
 
 TIMESTEPS = TimestepRegistry("timestep density")
-"""Every density by its name, and each with ``stratified_`` before it; ``@TIMESTEPS.register`` above a class adds one."""
+"""Every density by its name, and each with ``stratified_`` before it; ``@TIMESTEPS.register`` above
+a class adds one.
+"""
 
 
 def resolve_timesteps(timesteps: str | Timesteps) -> Timesteps:
-    """Return the density for a name, with options or without, or an object; ValueError for an unknown name or option.
+    """Return the density for a name, with options or without, or an object; ValueError for an
+    unknown name or option.
 
     >>> from alphabar.noising import LogitNormalTimesteps
     >>> resolve_timesteps("stratified_logit_normal:mean=1")
@@ -313,7 +345,8 @@ def require_time(what: str, t: float, curve: Curve) -> None:
     if not curve.t_min <= t <= curve.t_max or (curve.is_discrete and t != int(t)):
         kind = "an integer timestep" if curve.is_discrete else "a time"
         raise ValueError(
-            f"{what} must be {kind} in {curve.t_min:g} ... {curve.t_max:g} of this {curve.kind} schedule, got {t}"
+            f"{what} must be {kind} in {curve.t_min:g} ... {curve.t_max:g} of this {curve.kind} "
+            f"schedule, got {t}"
         )
 
 

@@ -1,4 +1,6 @@
-"""Densities of training timesteps: those of the literature, each by its quantile function, and densities of one's own."""
+"""Densities of training timesteps: those of the literature, each by its quantile function, and
+densities of one's own.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from .base import (
     require_time,
 )
 
-# kept from the edges of a bin, so that no rounding leads into its neighbour, which may have weight 0
+# kept from the edges of a bin, so that no rounding leads into its neighbour, which may have weight
+# 0
 _EDGE = 2.0**-40
 _CHECKED = 1025  # points at which a quantile function of one's own is looked at
 # Esser et al. 2403.03206, below eq. 20: beyond it the map is not monotone
@@ -51,7 +54,8 @@ class UniformTimesteps(QuantileTimesteps):
 class LogitNormalTimesteps(QuantileTimesteps):
     """logit(t) ~ N(mean, std²) (Esser et al. 2403.03206, eq. 19); a positive mean is more noise.
 
-    On a flow with a shift the shift acts on top, as in SD3. ValueError unless the mean is finite and std positive and finite.
+    On a flow with a shift the shift acts on top, as in SD3. ValueError unless the mean is finite
+    and std positive and finite.
 
     >>> LogitNormalTimesteps(mean=1.0).quantile(torch.tensor([0.5, 1.0], dtype=torch.float64))
     tensor([0.7311, 1.0000], dtype=torch.float64)
@@ -71,10 +75,11 @@ class LogitNormalTimesteps(QuantileTimesteps):
 @TIMESTEPS.register
 @dataclass(frozen=True, kw_only=True)
 class ModeTimesteps(QuantileTimesteps):
-    """Mode sampling with heavy tails: t = 1 - u' - s (cos²(π u' / 2) - 1 + u') (Esser et al. 2403.03206, eq. 20), u' = 1 - u.
+    """Mode sampling with heavy tails: t = 1 - u' - s (cos²(π u' / 2) - 1 + u') (Esser et al.
+    2403.03206, eq. 20), u' = 1 - u.
 
-    Positive scales s favour the middle, negative ones the ends, 0 is uniform. ValueError where the map is not monotone,
-    outside -1 ... 2 / (π - 2) = 1.7519.
+    Positive scales s favour the middle, negative ones the ends, 0 is uniform. ValueError where the
+    map is not monotone, outside -1 ... 2 / (π - 2) = 1.7519.
 
     >>> ModeTimesteps(scale=1.29).quantile(torch.tensor([0.25, 0.5, 1.0]))
     tensor([0.3836, 0.5000, 1.0000])
@@ -86,7 +91,8 @@ class ModeTimesteps(QuantileTimesteps):
     def __post_init__(self) -> None:
         if not -1 <= self.scale <= MODE_SCALE_MAX:
             raise ValueError(
-                f"the scale of mode timesteps must lie in -1 ... {MODE_SCALE_MAX:.4f}, where the map is monotone, "
+                f"the scale of mode timesteps must lie in -1 ... {MODE_SCALE_MAX:.4f}, where the "
+                "map is monotone, "
                 f"got {self.scale}; SD3 uses 1.29"
             )
 
@@ -97,7 +103,8 @@ class ModeTimesteps(QuantileTimesteps):
 @TIMESTEPS.register
 @dataclass(frozen=True, kw_only=True)
 class CosMapTimesteps(QuantileTimesteps):
-    """The density 2 / (π - 2 π t + 2 π t²): on a flow, the log SNRs of the cosine schedule (Esser et al. 2403.03206, eq. 21).
+    """The density 2 / (π - 2 π t + 2 π t²): on a flow, the log SNRs of the cosine schedule (Esser
+    et al. 2403.03206, eq. 21).
 
     It replaces the cosmap weight on uniform times: with both, the weight counts twice.
 
@@ -118,7 +125,8 @@ class CosMapTimesteps(QuantileTimesteps):
 class BetaTimesteps(QuantileTimesteps):
     """t ~ Beta(a, b): a > b is more noise, a = b < 1 favours both ends, 1 and 1 is uniform.
 
-    The quantile is the inverse of the incomplete beta function, to 1e-12. ValueError unless a and b are positive and finite.
+    The quantile is the inverse of the incomplete beta function, to 1e-12. ValueError unless a and b
+    are positive and finite.
 
     >>> BetaTimesteps(a=2.0, b=1.0).quantile(torch.tensor([0.25, 1.0]))  # the root
     tensor([0.5000, 1.0000], dtype=torch.float64)
@@ -141,10 +149,12 @@ class BetaTimesteps(QuantileTimesteps):
 @TIMESTEPS.register
 @dataclass(frozen=True, kw_only=True)
 class LogNormalSigmaTimesteps(LogSNRTimesteps):
-    """log(σ / α) ~ N(mean, std²): EDM's density of noise levels (Karras et al. 2206.00364, table 1), on any curve.
+    """log(σ / α) ~ N(mean, std²): EDM's density of noise levels (Karras et al. 2206.00364, table
+    1), on any curve.
 
-    EDM has P_mean = -1.2 and P_std = 1.2, EDM2 -0.4 and 1.0 (2312.02696, table 6). What lies past the ends of the curve falls
-    on the ends; discrete curves take the nearest timestep. ValueError unless the mean is finite and std positive and finite.
+    EDM has P_mean = -1.2 and P_std = 1.2, EDM2 -0.4 and 1.0 (2312.02696, table 6). What lies past
+    the ends of the curve falls on the ends; discrete curves take the nearest timestep. ValueError
+    unless the mean is finite and std positive and finite.
 
     >>> from alphabar.noising import Karras
     >>> LogNormalSigmaTimesteps().times(torch.tensor([0.5, 1.0], dtype=torch.float64), Karras())
@@ -164,10 +174,11 @@ class LogNormalSigmaTimesteps(LogSNRTimesteps):
 
 @dataclass(frozen=True, kw_only=True)
 class CustomTimesteps(QuantileTimesteps):
-    """A density by its quantile function: ``function(u)`` from [0, 1] to shares of training time in [0, 1].
+    """A density by its quantile function: ``function(u)`` from [0, 1] to shares of training time in
+    [0, 1].
 
-    It takes and returns float64 tensors, and must not decrease; u -> 1 is noise. ValueError, when the density is first
-    given to a Noising, where it leaves [0, 1] or decreases.
+    It takes and returns float64 tensors, and must not decrease; u -> 1 is noise. ValueError, when
+    the density is first given to a Noising, where it leaves [0, 1] or decreases.
 
     >>> from alphabar.noising import Flow
     >>> CustomTimesteps(function=torch.sqrt).times(torch.tensor([0.25]), Flow())
@@ -184,12 +195,14 @@ class CustomTimesteps(QuantileTimesteps):
         values = self.quantile(torch.linspace(0, 1, _CHECKED, dtype=torch.float64))
         if values.shape != (_CHECKED,) or not bool(((values >= 0) & (values <= 1)).all()):
             raise ValueError(
-                "the quantile function of custom timesteps must return a value in [0, 1] for each u in [0, 1]; "
+                "the quantile function of custom timesteps must return a value in [0, 1] for each "
+                "u in [0, 1]; "
                 "shares of training time, not timesteps"
             )
         if bool((values.diff() < 0).any()):
             raise ValueError(
-                "the quantile function of custom timesteps decreases; u -> 1 must be noise: give f(1 - u)"
+                "the quantile function of custom timesteps decreases; u -> 1 must be noise: give "
+                "f(1 - u)"
             )
 
 
@@ -197,11 +210,14 @@ class CustomTimesteps(QuantileTimesteps):
 class WeightedTimesteps(QuantileTimesteps):
     """A piecewise constant density: ``weights`` of equal bins of training time, from data to noise.
 
-    With as many weights as a discrete schedule has timesteps, each is the weight of one timestep. Weights need not sum to 1,
-    a bin of weight 0 is never drawn. ValueError unless they are finite, not negative and not all 0.
+    With as many weights as a discrete schedule has timesteps, each is the weight of one timestep.
+    Weights need not sum to 1, a bin of weight 0 is never drawn. ValueError unless they are finite,
+    not negative and not all 0.
 
     >>> from alphabar.noising import Flow
-    >>> WeightedTimesteps(weights=(1.0, 0.0, 3.0)).times(torch.tensor([0.125, 0.625], dtype=torch.float64), Flow())
+    >>> WeightedTimesteps(weights=(1.0, 0.0, 3.0)).times(
+    ...     torch.tensor([0.125, 0.625], dtype=torch.float64), Flow()
+    ... )
     tensor([0.1667, 0.8333], dtype=torch.float64)
     """
 
@@ -220,8 +236,9 @@ class WeightedTimesteps(QuantileTimesteps):
 class ListedTimesteps(Timesteps):
     """Only these times of the curve, with these weights (equal ones when not given).
 
-    On discrete schedules the times are integer timesteps. ValueError for times that repeat or, when the density is given to a
-    Noising, lie outside its schedule, and for weights as in WeightedTimesteps.
+    On discrete schedules the times are integer timesteps. ValueError for times that repeat or, when
+    the density is given to a Noising, lie outside its schedule, and for weights as in
+    WeightedTimesteps.
 
     >>> from alphabar.noising import NoiseSchedule
     >>> density = ListedTimesteps(listed=(999, 749, 499), weights=(2.0, 1.0, 1.0))
@@ -260,14 +277,17 @@ class ListedTimesteps(Timesteps):
 class NoiseLevelTimesteps(Around):
     """A density over the noise level σ of the flow path itself, whatever the shift of the schedule.
 
-    σ = low + (high - low) · s q / (1 + (s - 1) q) with the share q that ``density`` draws. kohya's Flux and SD3 scripts draw so:
-    uniformly (``--timestep_sampling uniform``), as a sigmoid of a normal (``sigmoid``), and with a shift of training alone
-    (``--training_shift``). On curves that are no flow σ stands for σ / (α + σ). ValueError unless ``density`` is one over training
-    time, s is positive and 0 <= low < high <= 1.
+    σ = low + (high - low) · s q / (1 + (s - 1) q) with the share q that ``density`` draws. kohya's
+    Flux and SD3 scripts draw so: uniformly (``--timestep_sampling uniform``), as a sigmoid of a
+    normal (``sigmoid``), and with a shift of training alone (``--training_shift``). On curves that
+    are no flow σ stands for σ / (α + σ). ValueError unless ``density`` is one over training time, s
+    is positive and 0 <= low < high <= 1.
 
     >>> from alphabar.noising import NoiseSchedule, UniformTimesteps
     >>> flow = NoiseSchedule.flow(shift=3.0)
-    >>> t = NoiseLevelTimesteps(density=UniformTimesteps()).times(torch.tensor([0.25, 0.75]), flow.curve)
+    >>> t = NoiseLevelTimesteps(density=UniformTimesteps()).times(
+    ...     torch.tensor([0.25, 0.75]), flow.curve
+    ... )
     >>> flow.sigma(t)
     tensor([0.2500, 0.7500], dtype=torch.float64)
     """
@@ -281,7 +301,8 @@ class NoiseLevelTimesteps(Around):
         super().__post_init__()
         if not isinstance(self.density, QuantileTimesteps | ReversedTimesteps):
             raise ValueError(
-                f"{self.density.name} timesteps are no density over training time, e.g. uniform, logit_normal"
+                f"{self.density.name} timesteps are no density over training time, e.g. uniform, "
+                "logit_normal"
             )
         if not 0 < self.shift < math.inf or not 0 <= self.low < self.high <= 1:
             raise ValueError(
@@ -297,18 +318,22 @@ class NoiseLevelTimesteps(Around):
 
 
 def beta_quantile(u: Tensor, a: float, b: float) -> Tensor:
-    """Return x with I_x(a, b) = u, the quantile of the Beta distribution. Shape and device of ``u``; float64.
+    """Return x with I_x(a, b) = u, the quantile of the Beta distribution. Shape and device of
+    ``u``; float64.
 
     Raises ValueError unless a and b are positive and u lies in [0, 1].
 
-    >>> beta_quantile(torch.tensor([0.0, 0.5, 0.75, 1.0]), 0.5, 0.5)  # the arcsine law: sin²(π u / 2)
+    >>> beta_quantile(
+    ...     torch.tensor([0.0, 0.5, 0.75, 1.0]), 0.5, 0.5
+    ... )  # the arcsine law: sin²(π u / 2)
     tensor([0.0000, 0.5000, 0.8536, 1.0000], dtype=torch.float64)
     """
     from scipy.special import betaincinv
 
     if not (a > 0 and b > 0):
         raise ValueError(
-            f"alpha and beta must be positive, got {a} and {b}; the published schedule has 0.6 for both"
+            f"alpha and beta must be positive, got {a} and {b}; the published schedule has 0.6 for "
+            "both"
         )
     u = u.double()
     if not bool(((u >= 0) & (u <= 1)).all()):
@@ -317,9 +342,13 @@ def beta_quantile(u: Tensor, a: float, b: float) -> Tensor:
 
 
 def bin_of(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the bin, drawn with probability ∝ ``weights``, and the place inside it in (0, 1), of u in [0, 1].
+    """Return the bin, drawn with probability ∝ ``weights``, and the place inside it in (0, 1), of u
+    in [0, 1].
 
-    >>> bin_of(torch.tensor([1.0, 3.0], dtype=torch.float64), torch.tensor([0.25, 0.625], dtype=torch.float64))
+    >>> bin_of(
+    ...     torch.tensor([1.0, 3.0], dtype=torch.float64),
+    ...     torch.tensor([0.25, 0.625], dtype=torch.float64),
+    ... )
     (tensor([0, 1]), tensor([1.0000, 0.5000], dtype=torch.float64))
     """
     upper = weights.cumsum(0)
@@ -335,7 +364,8 @@ def _weights(what: str, weights: Sequence[float] | Tensor) -> tuple[float, ...]:
     values = tuple(float(w) for w in _plain(weights))
     if not values or not all(0 <= w < math.inf for w in values) or not sum(values) > 0:
         raise ValueError(
-            f"the weights of {what} must be finite, not negative and not all 0, got {str(values)[:80]}"
+            f"the weights of {what} must be finite, not negative and not all 0, got "
+            f"{str(values)[:80]}"
         )
     return values
 

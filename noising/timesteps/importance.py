@@ -1,20 +1,25 @@
-"""Importance sampling of timesteps by the second moment of the loss (Nichol & Dhariwal 2102.09672, §3.2).
+"""Importance sampling of timesteps by the second moment of the loss (Nichol & Dhariwal 2102.09672,
+§3.2).
 
-The objective E[L_t] over a density of times is a mean over N bins of equal probability under that density. Drawing bin k with
+The objective E[L_t] over a density of times is a mean over N bins of equal probability under that
+density. Drawing bin k with
 
     p_k = (1 - ε) sqrt(E[L_k²]) / Σ_j sqrt(E[L_j²]) + ε / N
 
-and weighting with 1 / (N p_k) leaves the expectation as it is, Σ_k p_k L_k / (N p_k) = Σ_k L_k / N, whatever the estimate of
-the second moments, and has less variance where that is good. E[L_k²] is the mean over the last losses that fell into bin k;
-until every bin has its full number of them p_k = 1 / N. Inside a bin the density is kept, so the bins need no grid of timesteps.
+and weighting with 1 / (N p_k) leaves the expectation as it is, Σ_k p_k L_k / (N p_k) = Σ_k L_k / N,
+whatever the estimate of the second moments, and has less variance where that is good. E[L_k²] is
+the mean over the last losses that fell into bin k; until every bin has its full number of them p_k
+= 1 / N. Inside a bin the density is kept, so the bins need no grid of timesteps.
 
-All ranks must draw with the same p. So the losses of all are exchanged as they are computed, and taken into the history, in the
-order of their global indices, when the next optimizer step draws its first times: p depends neither on the number of processes
-nor on the accumulation, and a checkpoint of one rank holds what all know. The history stays on the CPU, where times are drawn.
+All ranks must draw with the same p. So the losses of all are exchanged as they are computed, and
+taken into the history, in the order of their global indices, when the next optimizer step draws its
+first times: p depends neither on the number of processes nor on the accumulation, and a checkpoint
+of one rank holds what all know. The history stays on the CPU, where times are drawn.
 
-What it costs on a GPU: an all-gather and a copy of 3 x batch numbers in the stream after each loss; and the host, before it draws
-for the next step, waits for that copy, that is for the last forward of the step before, not for its backward or its update. With
-gloo, which gathers on the CPU, the host waits in each loss.
+What it costs on a GPU: an all-gather and a copy of 3 x batch numbers in the stream after each loss;
+and the host, before it draws for the next step, waits for that copy, that is for the last forward
+of the step before, not for its backward or its update. With gloo, which gathers on the CPU, the
+host waits in each loss.
 """
 
 from __future__ import annotations
@@ -35,17 +40,20 @@ from .densities import UniformTimesteps, bin_of
 @TIMESTEPS.register
 @dataclass(frozen=True, kw_only=True)
 class LossSecondMoment(Timesteps):
-    """Draw times in proportion to the root mean square of their losses, around ``density``, without bias.
+    """Draw times in proportion to the root mean square of their losses, around ``density``, without
+    bias.
 
-    ``bins``: N, bins of equal probability under ``density``; the paper has one for each of its timesteps. ``history_per_term``:
-    losses that each keeps. ``uniform_prob``: ε. The losses are those of training (the objective's weights in them, 1 / (N p)
-    not), heard where gradients are on and the Noising is in training mode. All ranks must compute losses equally often, on
-    batches of equal size. ValueError for numbers out of range and for a ``density`` that itself follows losses.
+    ``bins``: N, bins of equal probability under ``density``; the paper has one for each of its
+    timesteps. ``history_per_term``: losses that each keeps. ``uniform_prob``: ε. The losses are
+    those of training (the objective's weights in them, 1 / (N p) not), heard where gradients are on
+    and the Noising is in training mode. All ranks must compute losses equally often, on batches of
+    equal size. ValueError for numbers out of range and for a ``density`` that itself follows
+    losses.
 
     >>> from alphabar.noising import LogitNormalTimesteps
     >>> LossSecondMoment(density=LogitNormalTimesteps(), bins=50).within(0.1, 0.9)
     Traceback (most recent call last):
-    ValueError: loss_second_moment timesteps go around other densities, not into them; give them density=WithinTimesteps(...)
+    ValueError: loss_second_moment timesteps go around other densities, not into them; give them ...
     """
 
     name: ClassVar[str] = "loss_second_moment"
@@ -61,7 +69,8 @@ class LossSecondMoment(Timesteps):
             object.__setattr__(self, name, value)
         if not 0 < self.uniform_prob <= 1:
             raise ValueError(
-                f"uniform_prob must lie in (0, 1], got {self.uniform_prob}; with 0 a bin of no loss is never seen again"
+                f"uniform_prob must lie in (0, 1], got {self.uniform_prob}; with 0 a bin of no "
+                "loss is never seen again"
             )
         if self.density.measures_losses:
             raise ValueError(
@@ -81,7 +90,8 @@ class LossSecondMoment(Timesteps):
 
 
 class SecondMoments(LossHistory):
-    """The last losses of each bin. It travels with the checkpoint, and neither ``.to`` nor a change of precision moves it.
+    """The last losses of each bin. It travels with the checkpoint, and neither ``.to`` nor a change
+    of precision moves it.
 
     >>> history = SecondMoments(bins=2, history_per_term=1, uniform_prob=0.5)
     >>> history.record(0, torch.tensor([[0.0, 0, 3.0], [1.0, 1, 1.0]]))  # (global index, bin, loss)
@@ -93,12 +103,13 @@ class SecondMoments(LossHistory):
     def __init__(self, bins: int, history_per_term: int, uniform_prob: float) -> None:
         super().__init__()
         self.uniform_prob = uniform_prob
-        # not buffers: those would move to the GPU, lose digits to half precision, and be broadcast by DDP
+        # not buffers: those would move to the GPU, lose digits to half precision, and be broadcast
+        # by DDP
         self._losses = torch.zeros(bins, history_per_term, dtype=torch.float64)
         self._counts = torch.zeros(bins, dtype=torch.int64)
         self._pending: list[tuple[int, _Arriving]] = []
 
-    # -- drawing -----------------------------------------------------------------------------------------------------
+    # -- drawing -----------------------------------------------------------------------------------
 
     def probabilities(self) -> Tensor:
         """Return p, shape (bins,), float64."""
@@ -110,7 +121,8 @@ class SecondMoments(LossHistory):
         return (1 - self.uniform_prob) * root_mean_square / total + self.uniform_prob / bins
 
     def resample(self, u: Tensor) -> Resampled:
-        """Return uniform ``u`` in (0, 1], shape (batch,), as shares of the density, with their bins and weights.
+        """Return uniform ``u`` in (0, 1], shape (batch,), as shares of the density, with their bins
+        and weights.
 
         >>> SecondMoments(4, 10, 0.001).resample(torch.tensor([0.1, 1.0], dtype=torch.float64)).bins
         tensor([0, 3])
@@ -119,12 +131,14 @@ class SecondMoments(LossHistory):
         bins, inside = bin_of(p, u)
         return Resampled((bins + inside) / len(p), bins, (1 / (len(p) * p[bins])).float())
 
-    # -- observing -----------------------------------------------------------------------------------------------------
+    # -- observing ---------------------------------------------------------------------------------
 
     def observe(
         self, step: int, index: Tensor, drawn: Resampled, weight: Tensor, errors: Tensor
     ) -> None:
-        """Record the losses, weight times error without 1 / (N p), of these global indices at this step; shape (batch,)."""
+        """Record the losses, weight times error without 1 / (N p), of these global indices at this
+        step; shape (batch,).
+        """
         if not (self.training and torch.is_grad_enabled()):
             return  # validation
         device = errors.device
@@ -138,7 +152,8 @@ class SecondMoments(LossHistory):
         )
 
     def record(self, step: int, rows: Tensor) -> None:
-        """Add rows (global index, bin, loss), shape (batch, 3), and those of all other ranks, to what waits for its step's end.
+        """Add rows (global index, bin, loss), shape (batch, 3), and those of all other ranks, to
+        what waits for its step's end.
 
         Every rank must call it as often, with as many rows.
         """
@@ -168,7 +183,7 @@ class SecondMoments(LossHistory):
         self._losses[bins[last], (self._counts[bins] + turn)[last] % per_term] = losses[last]
         self._counts += new
 
-    # -- the checkpoint ----------------------------------------------------------------------------------------------
+    # -- the checkpoint ----------------------------------------------------------------------------
 
     def get_extra_state(self) -> dict[str, Tensor]:
         rows = [(step, arriving.arrived()) for step, arriving in self._pending]
@@ -186,8 +201,10 @@ class SecondMoments(LossHistory):
         shapes = tuple(self._losses.shape), tuple(state["losses"].shape)
         if shapes[0] != shapes[1]:
             raise ValueError(
-                f"the checkpoint holds losses of {shapes[1][0]} bins with {shapes[1][1]} each, the density has "
-                f"{shapes[0][0]} with {shapes[0][1]}; give bins and history_per_term as in the run that is resumed"
+                f"the checkpoint holds losses of {shapes[1][0]} bins with {shapes[1][1]} each, the "
+                "density has "
+                f"{shapes[0][0]} with {shapes[0][1]}; give bins and history_per_term as in the run "
+                "that is resumed"
             )
         self._losses, self._counts = (
             state["losses"].cpu().double().clone(),
@@ -231,7 +248,9 @@ class _Arriving:
 
 
 def _of_all_ranks(rows: Tensor) -> Tensor:
-    """Return the rows of all processes, which must have equal shapes; on the device that the backend gathers on."""
+    """Return the rows of all processes, which must have equal shapes; on the device that the
+    backend gathers on.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return rows
     world_size = torch.distributed.get_world_size()

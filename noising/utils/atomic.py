@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written to a temporary neighbour, then renamed over the target."""
+"""Atomic writes: a temporary file beside the target, then a rename."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:
-    """Write ``content`` to ``path`` so that a reader sees the old file or the new one, never a part.
+    """Write ``content`` to ``path`` so that a reader sees the old file or the new one, never a
+    part.
 
-    Parent folders are made. Raises OSError when the place cannot be written; the old file is then untouched.
+    Parent folders are made. Raises OSError when the place cannot be written; the old file is then
+    untouched.
 
     >>> folder = tempfile.mkdtemp()
     >>> write_atomically(Path(folder, "a.txt"), "whole").read_text()
@@ -34,7 +36,8 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path
 
 
 def require_writable(folder: str | os.PathLike[str]) -> Path:
-    """Make ``folder`` and prove that it can be written, so that a long run fails at its start and not at its end.
+    """Make ``folder`` and prove that it can be written, so that a long run fails at its start and
+    not at its end.
 
     Raises OSError that names the folder and the cause.
 
@@ -48,7 +51,8 @@ def require_writable(folder: str | os.PathLike[str]) -> Path:
             pass
     except OSError as error:
         raise OSError(
-            f"cannot write to the output folder {str(folder)!r} ({error}); name a folder that can be written"
+            f"cannot write to the output folder {str(folder)!r} ({error}); name a folder that can "
+            "be written"
         ) from error
     return folder
 

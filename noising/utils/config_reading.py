@@ -1,7 +1,9 @@
-"""Configs as they are read: JSON that is bounded before it is parsed, and values of the right type, finite and in range.
+"""Configs as they are read: JSON that is bounded before it is parsed, and values of the right type,
+finite and in range.
 
-A config comes from a file that someone wrote, edited or damaged. Whatever is wrong with it is a ValueError that says what is
-wrong, what was found and what is expected, before anything is computed from it.
+A config comes from a file that someone wrote, edited or damaged. Whatever is wrong with it is a
+ValueError that says what is wrong, what was found and what is expected, before anything is computed
+from it.
 """
 
 from __future__ import annotations
@@ -23,19 +25,21 @@ MAX_VALUES = MAX_TIMESTEPS + 10_000
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; a corrupt one, or one too large to be a config, is a ValueError that names it.
+    """Read a JSON file; a corrupt one, or one too large to be a config, is a ValueError that names
+    it.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), "a.json")
     >>> _ = path.write_text("{")
     >>> read_json(path)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    ValueError: ...a.json' is not valid JSON (...); restore it from a checkpoint, or write it anew with save_pretrained
+    ValueError: ...a.json' is not valid JSON (...); restore it from a checkpoint, or write it ...
     """
     size = os.path.getsize(path)
     if size > MAX_BYTES:
         raise ValueError(
-            f"{str(path)!r} has {size} bytes, and no config has more than {MAX_BYTES}; name another file"
+            f"{str(path)!r} has {size} bytes, and no config has more than {MAX_BYTES}; name "
+            "another file"
         )
     try:
         return parse_json(path.read_bytes())
@@ -47,10 +51,12 @@ def read_json(path: Path) -> Any:
 def parse_json(
     content: str | bytes, max_brackets: int = MAX_BRACKETS, max_values: int = MAX_VALUES
 ) -> Any:
-    """Return what a JSON text says; ValueError for one that is damaged, ambiguous or larger than the bounds.
+    """Return what a JSON text says; ValueError for one that is damaged, ambiguous or larger than
+    the bounds.
 
-    Refused are NaN and Infinity, which JSON does not have, a key that is given twice, and more brackets or commas than the
-    bounds, which are counted before the text is parsed. A byte order mark is passed over.
+    Refused are NaN and Infinity, which JSON does not have, a key that is given twice, and more
+    brackets or commas than the bounds, which are counted before the text is parsed. A byte order
+    mark is passed over.
 
     >>> parse_json('{"a": NaN}')
     Traceback (most recent call last):
@@ -60,7 +66,8 @@ def parse_json(
     brackets, values = text.count("{") + text.count("["), text.count(",")
     if brackets > max_brackets or values > max_values:
         raise ValueError(
-            f"{brackets} brackets and {values} commas, at most {max_brackets} and {max_values} are read: no such config"
+            f"{brackets} brackets and {values} commas, at most {max_brackets} and {max_values} are "
+            "read: no such config"
         )
     try:
         return json.loads(text, object_pairs_hook=_each_once, parse_constant=_no_constant)
@@ -81,7 +88,7 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON; write a finite number")
 
 
-# -- values ------------------------------------------------------------------------------------------------------------
+# -- values ----------------------------------------------------------------------------------------
 
 
 def mapping(what: str, value: Any) -> dict[str, Any]:
@@ -100,7 +107,8 @@ def mapping(what: str, value: Any) -> dict[str, Any]:
 
 
 def number(what: str, value: Any) -> float:
-    """Return a finite number as a float; anything else, truth values and texts among it, is a ValueError.
+    """Return a finite number as a float; anything else, truth values and texts among it, is a
+    ValueError.
 
     >>> number("beta_end", "0.012")
     Traceback (most recent call last):
@@ -184,7 +192,8 @@ KINDS: Mapping[str, Callable[[str, Any], Any]] = {
 def settings(
     what: str, kind: type, values: Mapping[str, Any], known: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the settings of a dataclass ``kind``, each of the type of its field; those that are not ``known`` are refused.
+    """Return the settings of a dataclass ``kind``, each of the type of its field; those that are
+    not ``known`` are refused.
 
     >>> from alphabar.noising import Flow
     >>> settings("a flow curve", Flow, {"shift": "3"}, {"shift": 1.0})

@@ -1,4 +1,4 @@
-"""Items: a name with options, ``min_snr:gamma=5``, as code, the command line and YAML write them."""
+"""Items: a name with options, ``min_snr:gamma=5``, in code, flags and YAML."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ T = TypeVar("T")
 def parse_item(text: str) -> tuple[str, dict[str, Any]]:
     """Return the name and the options of an item ``name`` or ``name:option=value,option=value``.
 
-    Values are numbers, true, false, none, or words. A name may hold colons where no option follows. Raises ValueError for
-    an option without a value or named twice.
+    Values are numbers, true, false, none, or words. A name may hold colons where no option follows.
+    Raises ValueError for an option without a value or named twice.
 
     >>> parse_item("min_snr:gamma=5,floor=0.1"), parse_item("flow")
     (('min_snr', {'gamma': 5, 'floor': 0.1}), ('flow', {}))
@@ -60,7 +60,8 @@ def _value(text: str) -> Any:
 
 
 def make_item(text: object, registry: Registry[Any]) -> Any:
-    """Return what a registry's entry makes of an item; ValueError for an unknown name or option offers the nearest one.
+    """Return what a registry's entry makes of an item; ValueError for an unknown name or option
+    offers the nearest one.
 
     >>> from alphabar.noising import WEIGHTINGS
     >>> make_item("min_snr:gamma=2", WEIGHTINGS)
@@ -71,7 +72,8 @@ def make_item(text: object, registry: Registry[Any]) -> Any:
 
 
 def make_named(name: object, options: Mapping[str, Any], registry: Registry[Any]) -> Any:
-    """Return what a registry's entry of this name makes of the options; errors as in :func:`make_item`.
+    """Return what a registry's entry of this name makes of the options; errors as in
+    :func:`make_item`.
 
     >>> from alphabar.noising import WEIGHTINGS
     >>> make_named("min_snr", {"gamma": 2.0}, WEIGHTINGS)
@@ -83,7 +85,8 @@ def make_named(name: object, options: Mapping[str, Any], registry: Registry[Any]
 
 
 def call_with_options(what: str, make: Callable[..., T], options: Mapping[str, Any]) -> T:
-    """Return ``make(**options)``; ValueError for an option that is unknown, missing, or of a wrong type.
+    """Return ``make(**options)``; ValueError for an option that is unknown, missing, or of a wrong
+    type.
 
     >>> call_with_options("weighting p2", lambda gamma=1.0: gamma, {"gama": 2.0})
     Traceback (most recent call last):

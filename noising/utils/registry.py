@@ -1,4 +1,6 @@
-"""Registries: definitions by their names, filled by a decorator beside each definition, and open to other packages."""
+"""Registries: definitions by their names, filled by a decorator beside each definition, and open to
+other packages.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,17 @@ T = TypeVar("T")
 D = TypeVar("D")
 
 PLUGINS = "alphabar.plugins"
-"""The entry point group of packages that register definitions; each entry point names a module to import."""
+"""The entry point group of packages that register definitions; each entry point names a module to
+import.
+"""
 
 
 class Registry(Mapping[str, T]):
     """Definitions of one kind by their names, in the order of their registration.
 
-    :meth:`register` is the decorator for a class or a function. Installed packages register by an entry point of the group
-    ``alphabar.plugins``; they are imported when names are listed, or when a name is unknown, and not before.
+    :meth:`register` is the decorator for a class or a function. Installed packages register by an
+    entry point of the group ``alphabar.plugins``; they are imported when names are listed, or when
+    a name is unknown, and not before.
 
     >>> shapes = Registry[type]("shape")
     >>> @shapes.register
@@ -41,12 +46,14 @@ class Registry(Mapping[str, T]):
     def add(self, name: str, entry: T) -> None:
         """Register an entry under a name.
 
-        Raises ValueError where another definition has the name; a definition that is run again replaces itself.
+        Raises ValueError where another definition has the name; a definition that is run again
+        replaces itself.
         """
         old = self._entries.get(name, entry)
         if _origin(old) != _origin(entry):
             raise ValueError(
-                f"{self.kind} {name!r} is registered already, by {_origin(old)}; choose another name"
+                f"{self.kind} {name!r} is registered already, by {_origin(old)}; choose another "
+                "name"
             )
         self._entries[name] = entry
         self.changes += 1
@@ -78,7 +85,8 @@ _loaded: set[str] = set()
 
 
 def load_plugins() -> None:
-    """Import the modules that installed packages name in the entry point group ``alphabar.plugins``, once.
+    """Import the modules that installed packages name in the entry point group
+    ``alphabar.plugins``, once.
 
     A module that cannot be imported is a warning, and everything else works without it.
 
@@ -137,7 +145,8 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> str:
 
 
 def shown(value: object) -> str:
-    """Return a value as messages quote it: one short line, whatever its size, without a look into what it holds.
+    """Return a value as messages quote it: one short line, whatever its size, without a look into
+    what it holds.
 
     >>> shown("karas"), shown([0] * 1000), shown(10**30)
     ("'karas'", 'a list of 1000', 'an integer of 100 bits')

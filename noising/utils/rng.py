@@ -1,22 +1,27 @@
-"""Counter-based randomness: what sample i draws at step s is a function of (seed, s, i) and of nothing else.
+"""Counter-based randomness: what sample i draws at step s is a function of (seed, s, i) and of
+nothing else.
 
-So it is the same for 1 and N processes, for any accumulation, and after a resume; and the user's own use of the global
-generators neither changes it nor is changed by it. The function is Philox4x32-10 (Salmon et al. 2011, "Parallel random
-numbers: as easy as 1, 2, 3"): four counter words of 32 bits and a key of 64 give four random words.
+So it is the same for 1 and N processes, for any accumulation, and after a resume; and the user's
+own use of the global generators neither changes it nor is changed by it. The function is
+Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): four counter
+words of 32 bits and a key of 64 give four random words.
 
     key:      the 64 bits of the seed, low word first
-    counter:  (block of four elements, index of the sample, optimizer step or number of the draw, stream)
+    counter:  (block of four elements, index of the sample, step or number of the draw, stream)
 
-It is written here in integer arithmetic that numpy and torch share: numpy on the CPU, where its calls cost half as much,
-torch on other devices and in compiled code. Of the libraries none draws this on every device: torch's own Philox
-(``torch.func._random``) has no CPU kernel, numpy's is the 4x64 one and draws for one key at a time, torchrng and the bindings of
-Random123 are no packages for every platform.
+It is written here in integer arithmetic that numpy and torch share: numpy on the CPU, where its
+calls cost half as much, torch on other devices and in compiled code. Of the libraries none draws
+this on every device: torch's own Philox (``torch.func._random``) has no CPU kernel, numpy's is the
+4x64 one and draws for one key at a time, torchrng and the bindings of Random123 are no packages for
+every platform.
 
-Normal numbers are Box and Muller's, of two words each pair. Every operation is one that IEEE 754 rounds in one way (+, -, ·, /,
-√ in float32), and log, sine and cosine are polynomials of them: the bits do not depend on the place in a batch, the
-processor or the device. They are within 3e-6 + 2^-23 / r of exact arithmetic on the same words (measured: 9e-7), where r, up to 6.66, is
-the radius: polynomials and roundings make relative errors below 2e-7 of r and of the direction, and u in r = √(-2 log u) has
-24 bits. A compiler that rounds a product and a sum at once, or whose √ is off by a bit, stays within that bound, too.
+Normal numbers are Box and Muller's, of two words each pair. Every operation is one that IEEE 754
+rounds in one way (+, -, ·, /, √ in float32), and log, sine and cosine are polynomials of them: the
+bits do not depend on the place in a batch, the processor or the device. They are within 3e-6 +
+2^-23 / r of exact arithmetic on the same words (measured: 9e-7), where r, up to 6.66, is the
+radius: polynomials and roundings make relative errors below 2e-7 of r and of the direction, and u
+in r = √(-2 log u) has 24 bits. A compiler that rounds a product and a sum at once, or whose √ is
+off by a bit, stays within that bound, too.
 """
 
 from __future__ import annotations
@@ -43,7 +48,9 @@ _Formula = Callable[[ModuleType, _Words], tuple[Any, ...]]
 
 
 class Stream(IntEnum):
-    """What is drawn: the last word of the counter. Kinds of noise have streams of their names, from 2^31 on."""
+    """What is drawn: the last word of the counter. Kinds of noise have streams of their names, from
+    2^31 on.
+    """
 
     TRAINING_NOISE = 0
     TRAINING_TIME = 1
@@ -66,7 +73,8 @@ def stream_of(name: str, number: int = 0) -> int:
 
 
 def whole_seed(seed: Any) -> int:
-    """Return a seed as an int, or raise: TypeError for what is no integer, ValueError for more than 64 bits.
+    """Return a seed as an int, or raise: TypeError for what is no integer, ValueError for more than
+    64 bits.
 
     As in torch, -1 and 2^64 - 1 are the same seed: all 64 bits count, without a sign.
 
@@ -86,14 +94,18 @@ def whole_seed(seed: Any) -> int:
 
 
 class Draws:
-    """Random numbers for the samples of a batch, each sample's own; a call goes on where the one before ended.
+    """Random numbers for the samples of a batch, each sample's own; a call goes on where the one
+    before ended.
 
-    ``seeds``: one for all, or one for each sample. ``index``: of each sample, in 0 ... 2^32 - 1. ``step``: in the same range.
-    ``device``: where the numbers are made. ValueError for counters out of range (those in a tensor on a GPU are not
-    looked at).
+    ``seeds``: one for all, or one for each sample. ``index``: of each sample, in 0 ... 2^32 - 1.
+    ``step``: in the same range. ``device``: where the numbers are made. ValueError for counters out
+    of range (those in a tensor on a GPU are not looked at).
 
     >>> one, both = Draws(7, [5], step=0, stream=1), Draws(7, [4, 5], step=0, stream=1)
-    >>> torch.equal(one.normal(3, 8)[0], both.normal(3, 8)[1]), torch.equal(one.uniform(), both.uniform()[1:])
+    >>> (
+    ...     torch.equal(one.normal(3, 8)[0], both.normal(3, 8)[1]),
+    ...     torch.equal(one.uniform(), both.uniform()[1:]),
+    ... )
     (True, True)
     """
 
@@ -120,7 +132,8 @@ class Draws:
         return self.index.shape[0]
 
     def normal(self, *shape: int, out: Tensor | None = None) -> Tensor:
-        """Return standard normal numbers, shape (batch, *shape), float32; in ``out``, which is contiguous, where it is given.
+        """Return standard normal numbers, shape (batch, *shape), float32; in ``out``, which is
+        contiguous, where it is given.
 
         >>> Draws(0, [0, 1], step=0, stream=0).normal(3, 4).shape
         torch.Size([2, 3, 4])
@@ -128,7 +141,8 @@ class Draws:
         return self._filled(_normal, 4, torch.float32, shape, out)
 
     def uniform(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return numbers in [0, 1), shape (batch, *shape): multiples of 2^-24, or of 2^-53 in float64.
+        """Return numbers in [0, 1), shape (batch, *shape): multiples of 2^-24, or of 2^-53 in
+        float64.
 
         >>> float(Draws(0, [0], step=0, stream=0).uniform(1000, dtype=torch.float64).max()) < 1
         True
@@ -149,7 +163,7 @@ class Draws:
         shape: Sequence[int],
         out: Tensor | None = None,
     ) -> Tensor:
-        """Return what ``formula`` makes of the next blocks, of which each gives ``each`` numbers."""
+        """Return ``formula`` of the next blocks, of which each gives ``each`` numbers."""
         count = math.prod(shape)
         blocks = -(-count // each)
         first, self._block = self._block, self._block + blocks
@@ -165,7 +179,9 @@ class Draws:
         return drawn if out is None or whole is out else out.copy_(drawn)
 
     def _fill(self, out: Tensor, formula: _Formula, first: int) -> None:
-        """Fill ``out``, shape (batch, blocks, 2, numbers of two words), from the block ``first`` on."""
+        """Fill ``out``, shape (batch, blocks, 2, numbers of two words), from the block ``first``
+        on.
+        """
         blocks = out.shape[1]
         if out.device.type != "cpu" or torch.compiler.is_compiling():
             block = torch.arange(first, first + blocks, device=out.device)[None]
@@ -217,7 +233,8 @@ class Draws:
 
 
 def permutation(seed: int, count: int, *, step: int, group: int = 0) -> Tensor:
-    """Return the permutation of ``count`` strata at a step, int64 on the CPU; each ``group`` of strata has its own.
+    """Return the permutation of ``count`` strata at a step, int64 on the CPU; each ``group`` of
+    strata has its own.
 
     >>> permutation(0, 5, step=3).sort().values
     tensor([0, 1, 2, 3, 4])
@@ -236,12 +253,15 @@ def _tiles(batch: int, blocks: int) -> Iterator[tuple[slice, int, int]]:
 def _words(
     key: tuple[Any, Any], block: Any, index: Any, step: Any, stream: int
 ) -> tuple[Any, Any, Any, Any]:
-    """Return the four words of every block, int64 arrays (batch, blocks) of which the low 32 bits count; of numpy or torch.
+    """Return the four words of every block, int64 arrays (batch, blocks) of which the low 32 bits
+    count; of numpy or torch.
 
-    ``key``: two words, numbers or arrays (batch, 1). ``block``: (1, blocks), ``index``: (batch, 1), ``step``: (1, 1).
+    ``key``: two words, numbers or arrays (batch, 1). ``block``: (1, blocks), ``index``: (batch, 1),
+    ``step``: (1, 1).
     """
-    # the halves of a round, hi(p1) ^ x1 ^ k0 and hi(p0) ^ x3 ^ k1, know of both block and sample from the third round on: what
-    # is smaller is put together first. A product wraps to a negative int64 of the right bits; the masks take its sign away
+    # the halves of a round, hi(p1) ^ x1 ^ k0 and hi(p0) ^ x3 ^ k1, know of both block and sample
+    # from the third round on: what is smaller is put together first. A product wraps to a negative
+    # int64 of the right bits; the masks take its sign away
     (m0, m1), (w0, w1), (k0, k1) = _MULTIPLIERS, _WEYL, key
     p0, p1 = block * m0, step * m1
     x0, x1, x2, x3 = (
@@ -283,8 +303,8 @@ def _cast(x: Any, dtype: Any) -> Any:
 def _normal(xp: ModuleType, words: _Words) -> tuple[Any, Any]:
     """Return r cos φ and r sin φ of pairs of words, float32.
 
-    r² = -2 log u with u from 31 bits of the first word, so that u >= 2^-32 and r <= 6.66; φ in [-π/2, π/2] from the second
-    word, and the sign of r from the bit that is left.
+    r² = -2 log u with u from 31 bits of the first word, so that u >= 2^-32 and r <= 6.66; φ in
+    [-π/2, π/2] from the second word, and the sign of r from the bit that is left.
     """
     first, second = _pairs(xp, words, xp.int32)
     t = _cast(second, xp.float32)
@@ -292,7 +312,8 @@ def _normal(xp: ModuleType, words: _Words) -> tuple[Any, Any]:
     v = _cast(first & 0x7FFFFFFF, xp.float32)
     v *= 1 - 2.0**-24
     v += 0.5
-    # v = 2^e m, m in [1, 2): r² = 2 (30 - e) log 2 + 2 log(2 / m), neither of them negative; bits hold e + 127
+    # v = 2^e m, m in [1, 2): r² = 2 (30 - e) log 2 + 2 log(2 / m), neither of them negative; bits
+    # hold e + 127
     bits = v.view(xp.int32)
     r2 = _cast(157 - (bits >> 23), xp.float32)
     r2 *= 2 * math.log(2)
@@ -325,7 +346,8 @@ def _normal(xp: ModuleType, words: _Words) -> tuple[Any, Any]:
     return cosine, sine
 
 
-# near-minimax, the highest power first: 4 artanh(√y) / √y to 7e-7, sin(π √y / 2) / √y to 7e-9, cos(π √y / 2) to 5e-8
+# near-minimax, the highest power first: 4 artanh(√y) / √y to 7e-7, sin(π √y / 2) / √y to 7e-9,
+# cos(π √y / 2) to 5e-8
 _LOG = 0.6848259568214417, 0.7917383909225464, 1.3335222005844116, 3.9999992847442627
 _SINE = (
     0.00015167852689046413,
@@ -352,7 +374,7 @@ def _uniform32(xp: ModuleType, words: _Words) -> tuple[Any, Any]:
 
 
 def _uniform64(xp: ModuleType, words: _Words) -> tuple[Any]:
-    """Return a uniform number for each pair of words, of 27 bits of the first and 26 of the second."""
+    """Return a uniform number for each pair of words: 27 bits of the first, 26 of the second."""
     first, second = _pairs(xp, words, xp.int64)
     high, low = _cast((first & _WORD) >> 5, xp.float64), _cast((second & _WORD) >> 6, xp.float64)
     return ((high * 2.0**26 + low) * 2.0**-53,)
@@ -371,7 +393,8 @@ def _pairs(xp: ModuleType, words: _Words, dtype: Any) -> tuple[Any, Any]:
 
 
 def mix(*counters: int) -> int:
-    """Return 64 well-mixed bits of a sequence of integers (the finaliser of splitmix64, Steele et al. 2014, chained).
+    """Return 64 well-mixed bits of a sequence of integers (the finaliser of splitmix64, Steele et
+    al. 2014, chained).
 
     >>> mix(0, 1, 2) == mix(0, 1, 2) != mix(0, 2, 1)
     True
@@ -386,12 +409,15 @@ def mix(*counters: int) -> int:
 
 
 def seeded(generator: torch.Generator, *counters: int) -> torch.Generator:
-    """Put a CPU generator at the start of the stream of these counters, and return it; for functions that take a generator.
+    """Put a CPU generator at the start of the stream of these counters, and return it; for
+    functions that take a generator.
 
     torch keeps 32 bits of a CPU seed; the fold below keeps the well-mixed ones of both halves.
 
     >>> g = torch.Generator()
-    >>> torch.equal(torch.rand(2, generator=seeded(g, 1, 2)), torch.rand(2, generator=seeded(g, 1, 2)))
+    >>> torch.equal(
+    ...     torch.rand(2, generator=seeded(g, 1, 2)), torch.rand(2, generator=seeded(g, 1, 2))
+    ... )
     True
     """
     h = mix(*counters)

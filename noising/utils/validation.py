@@ -1,4 +1,6 @@
-"""Numbers as Python's own: an integer or a float may come from numpy, or as a 0-dimensional array or tensor; a bool is neither."""
+"""Numbers as Python's own: an integer or a float may come from numpy, or as a 0-dimensional array
+or tensor; a bool is neither.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from torch import Tensor
 
 
 def whole_number(name: str, value: Any, least: int | None = None) -> int:
-    """Return an integer, of at least ``least``, as an int, or raise ValueError; floats and bools are none, 20.0 and True included.
+    """Return an integer, of at least ``least``, as an int, or raise ValueError; floats and bools
+    are none, 20.0 and True included.
 
     >>> import torch
     >>> whole_number("steps", torch.tensor(20))
@@ -23,12 +26,14 @@ def whole_number(name: str, value: Any, least: int | None = None) -> int:
     if whole is not None and (least is None or whole >= least):
         return whole
     raise ValueError(
-        f"{name} must be an integer{'' if least is None else f' of at least {least}'}, got {value!r}"
+        f"{name} must be an integer{'' if least is None else f' of at least {least}'}, got "
+        f"{value!r}"
     )
 
 
 def require_integer(name: str, value: Any, advice: str = "") -> int:
-    """Return an integer as Python's int; TypeError for anything else, bools and whole floats included.
+    """Return an integer as Python's int; TypeError for anything else, bools and whole floats
+    included.
 
     >>> import numpy as np
     >>> require_integer("step", np.int64(3))
@@ -41,12 +46,14 @@ def require_integer(name: str, value: Any, advice: str = "") -> int:
     if whole is not None:
         return whole
     raise TypeError(
-        f"{name} must be an integer, got {value!r} ({type(value).__name__}){f'; {advice}' if advice else ''}"
+        f"{name} must be an integer, got {value!r} "
+        f"({type(value).__name__}){f'; {advice}' if advice else ''}"
     )
 
 
 def real_number(name: str, value: Any) -> float:
-    """Return a number as a float, -0.0 as 0.0, or raise ValueError where it is none: text and bools are none.
+    """Return a number as a float, -0.0 as 0.0, or raise ValueError where it is none: text and bools
+    are none.
 
     >>> import torch
     >>> real_number("eta", torch.tensor(0.5)), real_number("eta", 1)
@@ -101,5 +108,6 @@ def require_same_shape(name: str, value: Tensor, like_name: str, like: Tensor) -
     """
     if value.shape != like.shape:
         raise ValueError(
-            f"{name} must have the shape of {like_name}, {tuple(like.shape)}, got {tuple(value.shape)}"
+            f"{name} must have the shape of {like_name}, {tuple(like.shape)}, got "
+            f"{tuple(value.shape)}"
         )

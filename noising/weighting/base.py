@@ -1,15 +1,20 @@
-"""What a weighting is, and the registry of weightings; the schemes are in the files beside this one.
+"""What a weighting is, and the registry of weightings; the schemes are in the files beside this
+one.
 
-A loss is one function w_x0(SNR) >= 0 on ||Δx_0||². An output error Δout is an x_0 error (σ / det) Δout (see prediction.py),
-so the weight on ||Δout||² that means the same is w_x0 σ² / det². A scheme states W = w_x0 σ² in α² and σ², never dividing
-by SNR, and the weight is W / det²: finite at both ends of the schedule, and the same objective for every target.
+A loss is one function w_x0(SNR) >= 0 on ||Δx_0||². An output error Δout is an x_0 error (σ / det)
+Δout (see prediction.py), so the weight on ||Δout||² that means the same is w_x0 σ² / det². A scheme
+states W = w_x0 σ² in α² and σ², never dividing by SNR, and the weight is W / det²: finite at both
+ends of the schedule, and the same objective for every target.
 
-A scheme that is published as a weight on the error of one target is carried over by that target's det²:
+A scheme that is published as a weight on the error of one target is carried over by that target's
+det²:
 
-    epsilon: W = w_ε α²        v: W = w_v (α² + σ²)        flow velocity: W = w_u (α + σ)²        x_0: W = w_x0 σ²
+    epsilon: W = w_ε α²               v:   W = w_v (α² + σ²)
+    flow velocity: W = w_u (α + σ)²   x_0: W = w_x0 σ²
 
-(v's determinant is α² + σ², which is 1 on a variance preserving path; off such a path its square would make w_x0 depend on
-more than SNR, so that the sum stands once: a scheme is a function of SNR alone.)
+(v's determinant is α² + σ², which is 1 on a variance preserving path; off such a path its square
+would make w_x0 depend on more than SNR, so that the sum stands once: a scheme is a function of SNR
+alone.)
 """
 
 from __future__ import annotations
@@ -28,9 +33,11 @@ from ..utils.registry import Registry
 
 @dataclass(frozen=True, kw_only=True)
 class Weighting(ABC):
-    """What weighs the error of a target; subclasses state ``on_target``, most of them through :class:`Scheme`.
+    """What weighs the error of a target; subclasses state ``on_target``, most of them through
+    :class:`Scheme`.
 
-    ``floor`` is a lower bound of the weight on the target, for schemes that are 0 at a zero-SNR terminal step.
+    ``floor`` is a lower bound of the weight on the target, for schemes that are 0 at a zero-SNR
+    terminal step.
 
     >>> from alphabar.noising import MinSNR
     >>> one = torch.tensor([1.0])
@@ -54,20 +61,26 @@ class Weighting(ABC):
     def __call__(
         self, alpha: Tensor, sigma: Tensor, det: Tensor | float, fraction: Tensor | None = None
     ) -> Tensor:
-        """Return the weight on the squared error of the target whose determinant is ``det``; shape of ``alpha``.
+        """Return the weight on the squared error of the target whose determinant is ``det``; shape
+        of ``alpha``.
 
-        ``fraction``: the fraction of training time, ``curve.fraction(t)``, shape of ``alpha``; for schemes that ask for it.
+        ``fraction``: the fraction of training time, ``curve.fraction(t)``, shape of ``alpha``; for
+        schemes that ask for it.
         """
         det = torch.as_tensor(det, dtype=alpha.dtype, device=alpha.device)
         weight = self.on_target(alpha, sigma, det, fraction)
         return weight.clamp(min=self.floor) if self.floor else weight
 
     def on_curve(self, curve: Curve) -> Weighting:
-        """Return this weighting as it is on a curve, for those that have a bound of the curve's; by default itself."""
+        """Return this weighting as it is on a curve, for those that have a bound of the curve's; by
+        default itself.
+        """
         return self
 
     def log_variance(self) -> nn.Module | None:
-        """Return a new module that learns u(α, σ) of the loss w / e^u · error + u, or None where nothing is learned."""
+        """Return a new module that learns u(α, σ) of the loss w / e^u · error + u, or None where
+        nothing is learned.
+        """
         return None
 
 
@@ -77,6 +90,7 @@ class Scheme(Weighting):
 
     >>> class Half(Scheme):
     ...     name = "half"
+    ...
     ...     def numerator(self, alpha2, sigma2, det2):
     ...         return 0.5 * det2
     >>> one = torch.ones(1)
@@ -99,7 +113,8 @@ WEIGHTINGS: Registry[type[Weighting]] = Registry("weighting")
 
 
 def resolve_weighting(weighting: str | Weighting) -> Weighting:
-    """Return the weighting for a name, with options or without, or an object; ValueError for an unknown name or option.
+    """Return the weighting for a name, with options or without, or an object; ValueError for an
+    unknown name or option.
 
     >>> resolve_weighting("min_snr"), resolve_weighting("min_snr:gamma=3,floor=0.05")
     (MinSNR(floor=0.0, gamma=5.0), MinSNR(floor=0.05, gamma=3))
@@ -122,7 +137,8 @@ def require_positive(owner: str, **values: float) -> None:
 
 
 def closed_form(owner: str, weighting: str | Weighting) -> Weighting:
-    """Return the weighting that another one is made of, for a name or an object; ValueError for one that is learned.
+    """Return the weighting that another one is made of, for a name or an object; ValueError for one
+    that is learned.
 
     >>> closed_form("per_range", "snr")
     SNR(floor=0.0)
@@ -130,6 +146,7 @@ def closed_form(owner: str, weighting: str | Weighting) -> Weighting:
     resolved = resolve_weighting(weighting)
     if type(resolved).log_variance is not Weighting.log_variance:
         raise ValueError(
-            f"weighting {owner!r} cannot be made of {resolved.name!r}, which is learned; give it a closed form"
+            f"weighting {owner!r} cannot be made of {resolved.name!r}, which is learned; give it a "
+            "closed form"
         )
     return resolved

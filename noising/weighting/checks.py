@@ -1,9 +1,11 @@
-"""What is looked at when weights, a density of times and a schedule come together: ends without weight, weights without a mean.
+"""What is looked at when weights, a density of times and a schedule come together: ends without
+weight, weights without a mean.
 
-The mean of the weight over the samples that are drawn is ∫ w(t(u)) du over u in (0, 1). Only the ends of u can make it infinite.
-Over octaves of the distance d from an end, d in 2^-(k+1) ... 2^-k, a weight that grows as d^-p contributes 2^-k(1 - p): the mean
-exists where the octaves shrink, p < 1, and does not where they stay or grow. The octaves looked at lie further out than any
-sample of a training is likely to, but no further than float64 and the exact α, σ of a curve reach.
+The mean of the weight over the samples that are drawn is ∫ w(t(u)) du over u in (0, 1). Only the
+ends of u can make it infinite. Over octaves of the distance d from an end, d in 2^-(k+1) ... 2^-k,
+a weight that grows as d^-p contributes 2^-k(1 - p): the mean exists where the octaves shrink, p <
+1, and does not where they stay or grow. The octaves looked at lie further out than any sample of a
+training is likely to, but no further than float64 and the exact α, σ of a curve reach.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ _SHRINKS = 2.0**-0.03  # from one octave to the next: p = 0.97 still has a mean
 
 
 def warn_of_weights(weighting: Weighting, timesteps: Timesteps, schedule: NoiseSchedule) -> None:
-    """Warn where the step that sampling starts from has weight 0, and where the weight has no finite mean over the times.
+    """Warn where the step that sampling starts from has weight 0, and where the weight has no
+    finite mean over the times.
 
     >>> from alphabar.noising import UniformTimesteps, MinSNR
     >>> warn_of_weights(MinSNR(floor=0.1), UniformTimesteps(), NoiseSchedule.flow())
@@ -33,16 +36,21 @@ def warn_of_weights(weighting: Weighting, timesteps: Timesteps, schedule: NoiseS
     ):
         zero_snr = ", where SNR is 0" if schedule.has_zero_terminal_snr else ""
         warnings.warn(
-            f"weighting {weighting.name!r} is 0 at t = {curve.t_max:g}{zero_snr}: the step that sampling starts from "
-            "gets no gradient; give it a floor (floor=0.05, as a flag --loss_weight_floor 0.05), or use weighting 'uniform'",
+            f"weighting {weighting.name!r} is 0 at t = {curve.t_max:g}{zero_snr}: the step that "
+            "sampling starts from "
+            "gets no gradient; give it a floor (floor=0.05, as a flag --loss_weight_floor 0.05), "
+            "or use weighting 'uniform'",
             stacklevel=3,
         )
     end = end_without_mean(weighting, timesteps, schedule)
     if end is not None:
         warnings.warn(
-            f"weighting {weighting.name!r} on prediction {schedule.prediction.name!r} has no finite mean under "
-            f"{timesteps.name!r} timesteps: it grows without bound towards t = {end:g}, and a few samples there will outweigh "
-            "all others; keep the times away from that end (UniformTimesteps().within(...), 'logit_normal'), or use a "
+            f"weighting {weighting.name!r} on prediction {schedule.prediction.name!r} has no "
+            "finite mean under "
+            f"{timesteps.name!r} timesteps: it grows without bound towards t = {end:g}, and a few "
+            "samples there will outweigh "
+            "all others; keep the times away from that end (UniformTimesteps().within(...), "
+            "'logit_normal'), or use a "
             "weighting that is bounded there, e.g. 'uniform' or 'min_snr'",
             stacklevel=3,
         )
@@ -51,11 +59,15 @@ def warn_of_weights(weighting: Weighting, timesteps: Timesteps, schedule: NoiseS
 def end_without_mean(
     weighting: Weighting, timesteps: Timesteps, schedule: NoiseSchedule
 ) -> float | None:
-    """Return the time towards which the weight grows so fast that its mean over the times is infinite; None where it is finite.
+    """Return the time towards which the weight grows so fast that its mean over the times is
+    infinite; None where it is finite.
 
     >>> from alphabar.noising import SNR, UniformTimesteps
     >>> flow = NoiseSchedule.flow()
-    >>> end_without_mean(SNR(), UniformTimesteps(), flow), end_without_mean(SNR(), UniformTimesteps(), flow.with_prediction("sample"))
+    >>> (
+    ...     end_without_mean(SNR(), UniformTimesteps(), flow),
+    ...     end_without_mean(SNR(), UniformTimesteps(), flow.with_prediction("sample")),
+    ... )
     (None, 0.0)
     """
     curve = schedule.curve

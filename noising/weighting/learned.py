@@ -1,8 +1,9 @@
-"""Learned uncertainty: the loss w / e^u · error + u with a trained u(noise level) (Karras et al. 2312.02696, eq. 21).
+"""Learned uncertainty: the loss w / e^u · error + u with a trained u(noise level) (Karras et al.
+2312.02696, eq. 21).
 
-At the minimum over u, e^u = E[w error] at each noise level, and the loss is 1 + log E[w error]: every noise level then counts
-by its relative error, and the static weight w cancels. It matters only until u has caught up, and where it is 0: there
-the loss is 0, u included.
+At the minimum over u, e^u = E[w error] at each noise level, and the loss is 1 + log E[w error]:
+every noise level then counts by its relative error, and the static weight w cancels. It matters
+only until u has caught up, and where it is 0: there the loss is 0, u included.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ from ..utils.rng import Draws, Stream
 from .base import WEIGHTINGS, Weighting, closed_form
 from .schemes import EDM
 
-# of |c_noise|; log(σ / α) = ±20: α = 0 and σ = 0 are further than any other float32 level, but not infinite
+# of |c_noise|; log(σ / α) = ±20: α = 0 and σ = 0 are further than any other float32 level, but not
+# infinite
 WIDEST = 5.0
 
 
 class LogVariance(nn.Module):
-    """u(α, σ): a linear layer on random Fourier features of c_noise = log(σ / α) / 4 (2312.02696, eq. 75).
+    """u(α, σ): a linear layer on random Fourier features of c_noise = log(σ / α) / 4 (2312.02696,
+    eq. 75).
 
-    u starts at 0. Features and phases are drawn from ``seed``; they are buffers, saved and loaded with the weights. It is
-    computed in float32 or better, under autocast too.
+    u starts at 0. Features and phases are drawn from ``seed``; they are buffers, saved and loaded
+    with the weights. It is computed in float32 or better, under autocast too.
 
     >>> LogVariance(channels=8)(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
     tensor([0., 0.], grad_fn=<AddBackward0>)
@@ -57,12 +60,14 @@ class LogVariance(nn.Module):
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class LearnedUncertainty(Weighting):
-    """The weights of ``of`` divided by a learned variance of the loss: w / e^u · error + u (Karras et al. 2312.02696, eq. 21).
+    """The weights of ``of`` divided by a learned variance of the loss: w / e^u · error + u (Karras
+    et al. 2312.02696, eq. 21).
 
-    ``Noising`` makes the module that learns u, as its submodule ``log_variance``: put ``noising.parameters()`` into the
-    optimizer, without weight decay, as DiffusionModule does. All of them take part in every loss, so DistributedDataParallel
-    may wrap a module that holds the Noising; where it wraps the network alone, average their gradients too. ``channels``:
-    Fourier features. ``seed``: of the features.
+    ``Noising`` makes the module that learns u, as its submodule ``log_variance``: put
+    ``noising.parameters()`` into the optimizer, without weight decay, as DiffusionModule does. All
+    of them take part in every loss, so DistributedDataParallel may wrap a module that holds the
+    Noising; where it wraps the network alone, average their gradients too. ``channels``: Fourier
+    features. ``seed``: of the features.
 
     >>> from alphabar.noising import NoiseSchedule, Noising
     >>> noising = Noising(NoiseSchedule.flow(), LearnedUncertainty(channels=16))

@@ -1,4 +1,6 @@
-"""The weighting schemes of the literature, each as W = w_x0 σ² (see base.py), right for every target; and ranges of time."""
+"""The weighting schemes of the literature, each as W = w_x0 σ² (see base.py), right for every
+target; and ranges of time.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ def flow_determinant2(alpha2: Tensor, sigma2: Tensor) -> Tensor:
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class Uniform(Scheme):
-    """1 on the target: the plain loss of whatever the network predicts. The only scheme that depends on the target.
+    """1 on the target: the plain loss of whatever the network predicts. The only scheme that
+    depends on the target.
 
     >>> import torch
     >>> Uniform()(torch.tensor([0.6]), torch.tensor([0.8]), torch.tensor([-0.6]))
@@ -43,9 +46,11 @@ class Uniform(Scheme):
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class SNR(Scheme):
-    """w_x0 = SNR: the plain epsilon loss, whatever the network predicts (Salimans & Ho 2202.00512, §4).
+    """w_x0 = SNR: the plain epsilon loss, whatever the network predicts (Salimans & Ho 2202.00512,
+    §4).
 
-    On x_0 at α = 1 it is σ^-2: sgm's EpsWeighting, the weight of EDM's VP and VE losses, and k-diffusion's "snr".
+    On x_0 at α = 1 it is σ^-2: sgm's EpsWeighting, the weight of EDM's VP and VE losses, and
+    k-diffusion's "snr".
 
     >>> import torch
     >>> SNR()(torch.tensor([0.6]), torch.tensor([0.8]), torch.tensor([-0.6]))
@@ -61,7 +66,8 @@ class SNR(Scheme):
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class PlainV(Scheme):
-    """w_x0 = SNR + 1: the plain v loss, whatever the network predicts (Salimans & Ho 2202.00512, §4, "SNR+1"); sgm's VWeighting.
+    """w_x0 = SNR + 1: the plain v loss, whatever the network predicts (Salimans & Ho 2202.00512,
+    §4, "SNR+1"); sgm's VWeighting.
 
     >>> import torch
     >>> PlainV()(torch.tensor([0.6]), torch.tensor([0.8]), 1.0)
@@ -77,7 +83,8 @@ class PlainV(Scheme):
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class PlainX0(Scheme):
-    """w_x0 = 1: the plain loss of the clean sample, whatever the network predicts; sgm's UnitWeighting.
+    """w_x0 = 1: the plain loss of the clean sample, whatever the network predicts; sgm's
+    UnitWeighting.
 
     For v this is 1 / (SNR + 1), which sd-scripts calls debiased (but see :class:`Debiased`).
 
@@ -95,7 +102,8 @@ class PlainX0(Scheme):
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class PlainFlow(Scheme):
-    """w_x0 = (1 + √SNR)²: the plain loss of the flow velocity ε - x_0, whatever the network predicts.
+    """w_x0 = (1 + √SNR)²: the plain loss of the flow velocity ε - x_0, whatever the network
+    predicts.
 
     >>> import torch
     >>> PlainFlow()(torch.tensor([0.75]), torch.tensor([0.25]), -1.0)
@@ -177,7 +185,8 @@ class Sigmoid(Scheme):
         super().__post_init__()
         if not abs(self.bias) <= 80:  # beyond it e^-b leaves float32
             raise ValueError(
-                f"bias of weighting 'sigmoid' must lie in -80 ... 80, got {self.bias}; it is a log SNR"
+                f"bias of weighting 'sigmoid' must lie in -80 ... 80, got {self.bias}; it is a log "
+                "SNR"
             )
 
     def numerator(self, alpha2: Tensor, sigma2: Tensor, det2: Tensor) -> Tensor:
@@ -187,7 +196,8 @@ class Sigmoid(Scheme):
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class P2(Scheme):
-    """w_ε = 1 / (k + SNR)^γ (Choi et al. 2204.00227); k > 0, γ >= 0. The paper uses k = 1 and γ of 0.5 or 1.
+    """w_ε = 1 / (k + SNR)^γ (Choi et al. 2204.00227); k > 0, γ >= 0. The paper uses k = 1 and γ of
+    0.5 or 1.
 
     >>> import torch
     >>> P2()(torch.tensor([0.6]), torch.tensor([0.8]), -0.6)
@@ -203,7 +213,8 @@ class P2(Scheme):
         require_positive(self.name, k=self.k)
         if not 0 <= self.gamma < float("inf"):
             raise ValueError(
-                f"gamma of weighting 'p2' must be at least 0 and finite, got {self.gamma}; the paper uses 1"
+                f"gamma of weighting 'p2' must be at least 0 and finite, got {self.gamma}; the "
+                "paper uses 1"
             )
 
     def numerator(self, alpha2: Tensor, sigma2: Tensor, det2: Tensor) -> Tensor:
@@ -215,7 +226,8 @@ class P2(Scheme):
 class Debiased(Scheme):
     """w_ε = 1 / √SNR (Yu et al. 2310.08442), so for v √SNR / (SNR + 1).
 
-    What other trainers compute for v under this name is not this: see ``kohya_debiased_v`` and ``onetrainer_debiased_v``.
+    What other trainers compute for v under this name is not this: see ``kohya_debiased_v`` and
+    ``onetrainer_debiased_v``.
 
     >>> import torch
     >>> Debiased()(torch.tensor([0.6]), torch.tensor([0.8]), 1.0)  # on v
@@ -231,9 +243,11 @@ class Debiased(Scheme):
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class EDM(Scheme):
-    """w_x0 = SNR + 1 / σ_d², i.e. (s² + σ_d²) / (s σ_d)² at s = σ / α (Karras et al. 2206.00364, table 1).
+    """w_x0 = SNR + 1 / σ_d², i.e. (s² + σ_d²) / (s σ_d)² at s = σ / α (Karras et al. 2206.00364,
+    table 1).
 
-    On EDM's own network F (prediction "karras" of the same σ_d) this is 1; with σ_d = 1 it is the plain v loss.
+    On EDM's own network F (prediction "karras" of the same σ_d) this is 1; with σ_d = 1 it is the
+    plain v loss.
 
     >>> import torch
     >>> EDM(sigma_data=1.0)(torch.tensor([0.6]), torch.tensor([0.8]), 1.0)
@@ -254,9 +268,11 @@ class EDM(Scheme):
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class CosMap(Scheme):
-    """w_u = 2 / (π (1 - 2σ + 2σ²)) on the flow loss, σ of the flow path (Esser et al. 2403.03206, §3.1).
+    """w_u = 2 / (π (1 - 2σ + 2σ²)) on the flow loss, σ of the flow path (Esser et al. 2403.03206,
+    §3.1).
 
-    It is the density of the noise levels of a cosine schedule, as a weight over uniform ones: use it or the density, not both.
+    It is the density of the noise levels of a cosine schedule, as a weight over uniform ones: use
+    it or the density, not both.
 
     >>> import torch
     >>> CosMap()(torch.tensor([0.5]), torch.tensor([0.5]), -1.0) * torch.pi
@@ -275,10 +291,11 @@ class CosMap(Scheme):
 class SigmaSqrt(Scheme):
     """w_u = max(σ, sigma_min)^-2 on the flow loss, σ of the flow path; so w_x0 = σ^-4.
 
-    The name is that of diffusers' and sd-scripts' ``weighting_scheme``, and a misnomer: it is no root, but the inverse square.
-    σ^-2 has no mean over the times of a continuous flow. diffusers takes σ from a table of 1000 timesteps, so that none is above
-    10^6. ``sigma_min`` is the least σ of that table, which a Noising fills in: σ at the first of the schedule's training
-    timesteps, shift included. None: no bound, infinite where σ = 0.
+    The name is that of diffusers' and sd-scripts' ``weighting_scheme``, and a misnomer: it is no
+    root, but the inverse square. σ^-2 has no mean over the times of a continuous flow. diffusers
+    takes σ from a table of 1000 timesteps, so that none is above 10^6. ``sigma_min`` is the least σ
+    of that table, which a Noising fills in: σ at the first of the schedule's training timesteps,
+    shift included. None: no bound, infinite where σ = 0.
 
     >>> import torch
     >>> SigmaSqrt()(torch.tensor([0.5]), torch.tensor([0.5]), -1.0)
@@ -295,7 +312,8 @@ class SigmaSqrt(Scheme):
         super().__post_init__()
         if self.sigma_min is not None and not 0 <= self.sigma_min <= 1:
             raise ValueError(
-                f"sigma_min of weighting 'sigma_sqrt' must lie in 0 ... 1, got {self.sigma_min}; it is a σ of the flow path"
+                f"sigma_min of weighting 'sigma_sqrt' must lie in 0 ... 1, got {self.sigma_min}; "
+                "it is a σ of the flow path"
             )
 
     def on_curve(self, curve: Curve) -> SigmaSqrt:
@@ -317,8 +335,8 @@ class SigmaSqrt(Scheme):
 class VLike(Scheme):
     """w_x0 = SNR + k (SNR + 1): the plain epsilon loss and k times the plain v loss; k > 0.
 
-    What sd-scripts' ``--v_pred_like_loss k`` adds to the loss of an epsilon model, without its cap of SNR at 1000.
-    Unlike the epsilon loss alone it does not vanish where SNR is 0.
+    What sd-scripts' ``--v_pred_like_loss k`` adds to the loss of an epsilon model, without its cap
+    of SNR at 1000. Unlike the epsilon loss alone it does not vanish where SNR is 0.
 
     >>> import torch
     >>> VLike(strength=1.0)(torch.tensor([0.6]), torch.tensor([0.8]), 1.0)  # on v
@@ -339,12 +357,13 @@ class VLike(Scheme):
 @WEIGHTINGS.register
 @dataclass(frozen=True)
 class PerRange(Weighting):
-    """A constant for each range of training time, times the weights of ``of`` (an object, or its name).
+    """A constant for each range of training time, times the weights of ``of`` (an object, or its
+    name).
 
-    ``ranges``: (min, max, weight) with 0 <= min < max <= 1 and weight >= 0. A time belongs to a range where
-    min <= fraction < max, the fraction being ``curve.fraction(t)``: t / 1000 for 1000 timesteps, σ on a flow path; 1 belongs
-    to the range that ends there. ``elsewhere`` is the constant of the gaps.
-    Raises ValueError for ranges that are empty, overlap or leave [0, 1].
+    ``ranges``: (min, max, weight) with 0 <= min < max <= 1 and weight >= 0. A time belongs to a
+    range where min <= fraction < max, the fraction being ``curve.fraction(t)``: t / 1000 for 1000
+    timesteps, σ on a flow path; 1 belongs to the range that ends there. ``elsewhere`` is the
+    constant of the gaps. Raises ValueError for ranges that are empty, overlap or leave [0, 1].
 
     >>> halves = PerRange(((0.0, 0.5, 2.0), (0.5, 1.0, 0.25)))
     >>> one = torch.ones(3)
@@ -352,7 +371,7 @@ class PerRange(Weighting):
     tensor([2.0000, 0.2500, 0.2500])
     >>> PerRange(((0.5, 0.2, 1.0),))
     Traceback (most recent call last):
-    ValueError: a range needs 0 <= min < max <= 1, got (0.5, 0.2, 1.0); times are fractions of training time, e.g. (0.0, 0.2, 1.0)
+    ValueError: a range needs 0 <= min < max <= 1, got (0.5, 0.2, 1.0); times are fractions of ...
     """
 
     name: ClassVar[str] = "per_range"
@@ -371,7 +390,8 @@ class PerRange(Weighting):
             low, high, weight = entry
             if not 0 <= low < high <= 1:
                 raise ValueError(
-                    f"a range needs 0 <= min < max <= 1, got {entry}; times are fractions of training time, e.g. (0.0, 0.2, 1.0)"
+                    f"a range needs 0 <= min < max <= 1, got {entry}; times are fractions of "
+                    "training time, e.g. (0.0, 0.2, 1.0)"
                 )
             require_weight(f"the weight of range {entry}", weight)
         require_weight("elsewhere", self.elsewhere)
@@ -389,7 +409,8 @@ class PerRange(Weighting):
     ) -> Tensor:
         if fraction is None:
             raise ValueError(
-                "weighting 'per_range' needs the fraction of training time; give fraction=curve.fraction(t)"
+                "weighting 'per_range' needs the fraction of training time; give "
+                "fraction=curve.fraction(t)"
             )
         constant = torch.full_like(alpha, self.elsewhere)
         for low, high, weight in self.ranges:  # numbers, not a table: nothing is uploaded to a GPU

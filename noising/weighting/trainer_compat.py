@@ -1,9 +1,11 @@
-"""What other trainers compute, where it is not the scheme whose name they give it: for reproducing their runs.
+"""What other trainers compute, where it is not the scheme whose name they give it: for reproducing
+their runs.
 
-Each is a weight w on the squared error of one target, ``target``, as their code has it, and is carried over to the others
-(see base.py). Each says what scheme it truly is, and where it departs from the one it is named after. The forms
-are theirs in α² and σ²: equal where theirs are finite, and finite where theirs divide 0 by 0. The cap of SNR, e.g., stands
-outside: 1 / (min(SNR, 1000) + 1) = max(σ² / (α² + σ²), 1 / 1001).
+Each is a weight w on the squared error of one target, ``target``, as their code has it, and is
+carried over to the others (see base.py). Each says what scheme it truly is, and where it departs
+from the one it is named after. The forms are theirs in α² and σ²: equal where theirs are finite,
+and finite where theirs divide 0 by 0. The cap of SNR, e.g., stands outside: 1 / (min(SNR, 1000) +
+1) = max(σ² / (α² + σ²), 1 / 1001).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ CAP = 1000.0  # sd-scripts and OneTrainer cap SNR here
 
 @dataclass(frozen=True, kw_only=True)
 class Peer(Scheme):
-    """A weight of another trainer; ``target`` is the prediction type whose error it weighs there."""
+    """A weight of another trainer; ``target`` is the prediction type that it weighs there."""
 
     target: ClassVar[str]
 
@@ -30,10 +32,11 @@ class Peer(Scheme):
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class DiffusersMinSNRPlusOneV(MinSNR, Peer):
-    """min(SNR, γ) / SNR + 1 on v, of diffusers' train_dreambooth_lora_sdxl.py and the advanced training scripts.
+    """min(SNR, γ) / SNR + 1 on v, of diffusers' train_dreambooth_lora_sdxl.py and the advanced
+    training scripts.
 
-    Truly w_x0 = (SNR + 1) (1 + min(1, γ / SNR)): the plain v loss but for a factor in [1, 2]. They meant to divide by SNR + 1,
-    which is ``min_snr``. At zero SNR theirs is 0 / 0, this the limit 2.
+    Truly w_x0 = (SNR + 1) (1 + min(1, γ / SNR)): the plain v loss but for a factor in [1, 2]. They
+    meant to divide by SNR + 1, which is ``min_snr``. At zero SNR theirs is 0 / 0, this the limit 2.
 
     >>> import torch
     >>> DiffusersMinSNRPlusOneV()(torch.tensor([0.0]), torch.tensor([1.0]), 1.0)
@@ -70,9 +73,11 @@ class DiffusersPixArtMinSNRV(MinSNR, Peer):
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class DiffusersCosMapX0(Peer):
-    """2 / (π (1 - 2σ + 2σ²)) on x_0, σ of the flow path, of diffusers' SD3 script (``cosmap`` with ``--precondition_outputs 1``).
+    """2 / (π (1 - 2σ + 2σ²)) on x_0, σ of the flow path, of diffusers' SD3 script (``cosmap`` with
+    ``--precondition_outputs 1``).
 
-    Truly ``cosmap`` times σ²: the weight is meant for the flow loss, and stands there on the error of x_0.
+    Truly ``cosmap`` times σ²: the weight is meant for the flow loss, and stands there on the error
+    of x_0.
 
     >>> import torch
     >>> DiffusersCosMapX0()(torch.tensor([0.5]), torch.tensor([0.5]), 0.5) * torch.pi  # on x_0
@@ -89,7 +94,8 @@ class DiffusersCosMapX0(Peer):
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class KohyaDebiasedEpsilon(Peer):
-    """1 / √min(SNR, 1000) on epsilon, of sd-scripts (``--debiased_estimation_loss``) and OneTrainer.
+    """1 / √min(SNR, 1000) on epsilon, of sd-scripts (``--debiased_estimation_loss``) and
+    OneTrainer.
 
     Truly ``debiased``, but for the cap, above which it is the plain epsilon loss over √1000.
 
@@ -108,10 +114,12 @@ class KohyaDebiasedEpsilon(Peer):
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class KohyaDebiasedV(Peer):
-    """1 / (min(SNR, 1000) + 1) on v, of sd-scripts (``--debiased_estimation_loss --v_parameterization``).
+    """1 / (min(SNR, 1000) + 1) on v, of sd-scripts (``--debiased_estimation_loss
+    --v_parameterization``).
 
-    Truly ``x0`` (w_x0 = 1) up to the cap, above which w_x0 = (SNR + 1) / 1001. The ``debiased`` of the paper is
-    √SNR / (SNR + 1) on v: at t = 500 of Stable Diffusion's schedule with zero terminal SNR 0.428, where this is 0.759.
+    Truly ``x0`` (w_x0 = 1) up to the cap, above which w_x0 = (SNR + 1) / 1001. The ``debiased`` of
+    the paper is √SNR / (SNR + 1) on v: at t = 500 of Stable Diffusion's schedule with zero terminal
+    SNR 0.428, where this is 0.759.
 
     >>> import torch
     >>> KohyaDebiasedV()(torch.tensor([0.6]), torch.tensor([0.8]), 1.0)
@@ -130,7 +138,8 @@ class KohyaDebiasedV(Peer):
 class OneTrainerDebiasedV(Peer):
     """1 / √(min(SNR, 1000) + 1) on v, of OneTrainer (DEBIASED_ESTIMATION).
 
-    Truly w_x0 = √(SNR + 1) up to the cap: neither the paper's √SNR (``debiased``) nor sd-scripts' 1.
+    Truly w_x0 = √(SNR + 1) up to the cap: neither the paper's √SNR (``debiased``) nor sd-scripts'
+    1.
 
     >>> import torch
     >>> OneTrainerDebiasedV()(torch.tensor([0.6]), torch.tensor([0.8]), 1.0)
@@ -149,7 +158,8 @@ class OneTrainerDebiasedV(Peer):
 class OneTrainerP2V(Peer):
     """(2 + SNR)^-γ on v, of OneTrainer (P2).
 
-    Truly w_x0 = (SNR + 1) / (SNR + 2)^γ. ``p2`` with k = 1 is SNR / (SNR + 1)^(1 + γ) on v, and 0 at zero SNR.
+    Truly w_x0 = (SNR + 1) / (SNR + 2)^γ. ``p2`` with k = 1 is SNR / (SNR + 1)^(1 + γ) on v, and 0
+    at zero SNR.
 
     >>> import torch
     >>> OneTrainerP2V()(torch.tensor([0.0]), torch.tensor([1.0]), 1.0)
@@ -188,10 +198,11 @@ class OneTrainerSigma(Peer):
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class KohyaScaleVPred(Peer):
-    """min(SNR, 1000) / (min(SNR, 1000) + 1) on v, of sd-scripts (``--scale_v_pred_loss_like_noise_pred``).
+    """min(SNR, 1000) / (min(SNR, 1000) + 1) on v, of sd-scripts
+    (``--scale_v_pred_loss_like_noise_pred``).
 
-    Truly ``snr``, the plain epsilon loss, but for the cap. With ``--min_snr_gamma`` sd-scripts applies both factors, and so
-    SNR / (SNR + 1) once too often.
+    Truly ``snr``, the plain epsilon loss, but for the cap. With ``--min_snr_gamma`` sd-scripts
+    applies both factors, and so SNR / (SNR + 1) once too often.
 
     >>> import torch
     >>> KohyaScaleVPred()(torch.tensor([0.6]), torch.tensor([0.8]), 1.0)
@@ -208,7 +219,8 @@ class KohyaScaleVPred(Peer):
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class KohyaVPredLike(Peer):
-    """1 + k (c + 1) / c with c = min(SNR, 1000) on epsilon, of sd-scripts (``--v_pred_like_loss k``).
+    """1 + k (c + 1) / c with c = min(SNR, 1000) on epsilon, of sd-scripts (``--v_pred_like_loss
+    k``).
 
     Truly ``v_like``, but for the cap.
 

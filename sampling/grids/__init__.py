@@ -1,7 +1,8 @@
 """Grids: which points of the path a sampler visits, from the most noise to where sampling ends.
 
-A grid is a function (schedule, steps, **options) -> steps + 1 knots with falling noise; the network is called at all but the
-last. One name has one definition here; where a peer's grid of the same name differs, an option says so.
+A grid is a function (schedule, steps, **options) -> steps + 1 knots with falling noise; the network
+is called at all but the last. One name has one definition here; where a peer's grid of the same
+name differs, an option says so.
 """
 
 from __future__ import annotations
@@ -55,11 +56,13 @@ def make_knots(
     ascending: bool = False,
     **options: Any,
 ) -> tuple[Knot, ...]:
-    """Return the steps + 1 knots of a named grid, of a function of the same form, or of given points, checked.
+    """Return the steps + 1 knots of a named grid, of a function of the same form, or of given
+    points, checked.
 
-    ``timesteps=[...]`` or ``sigmas=[...]`` stand in place of steps and grid. ``ascending``: from the least noise to the most, for
-    methods that run upwards. Raises ValueError for steps that are no integer in 1 ... T, an unknown grid or option, a value
-    that an option cannot have, and knots out of order.
+    ``timesteps=[...]`` or ``sigmas=[...]`` stand in place of steps and grid. ``ascending``: from
+    the least noise to the most, for methods that run upwards. Raises ValueError for steps that are
+    no integer in 1 ... T, an unknown grid or option, a value that an option cannot have, and knots
+    out of order.
 
     >>> len(make_knots(NoiseSchedule.flow(), 8, "linspace"))
     9
@@ -70,7 +73,8 @@ def make_knots(
     steps = whole_number("steps", steps)
     if not 1 <= steps <= schedule.num_train_timesteps:
         raise ValueError(
-            f"steps must be between 1 and the {schedule.num_train_timesteps} training timesteps, got {steps}"
+            f"steps must be between 1 and the {schedule.num_train_timesteps} training timesteps, "
+            f"got {steps}"
         )
     function = _function(grid)
     options = {
@@ -88,7 +92,8 @@ def make_knots(
 def choose_grid(
     steps: int | None, grid: str | Grid | None, options: Mapping[str, Any], ascending: bool = False
 ) -> tuple[int | None, str | Grid, dict[str, Any]]:
-    """Return (steps, grid, options) of what a caller said: given points number the steps and stand in place of a grid.
+    """Return (steps, grid, options) of what a caller said: given points number the steps and stand
+    in place of a grid.
 
     >>> choose_grid(None, None, {"sigmas": [10, 1, 0]})
     (2, 'sigmas', {'sigmas': (10.0, 1.0, 0.0)})
@@ -97,7 +102,8 @@ def choose_grid(
     steps = None if steps is None else whole_number("steps", steps)
     if not (grid is None or isinstance(grid, str) or callable(grid)):
         raise ValueError(
-            f"grid must be a name or a function, got {grid!r}; points of one's own are timesteps=[...] or sigmas=[...]"
+            f"grid must be a name or a function, got {grid!r}; points of one's own are "
+            "timesteps=[...] or sigmas=[...]"
         )
     names = [name for name in CUSTOM if name in options]
     if not names:
@@ -105,7 +111,8 @@ def choose_grid(
     (name, *others) = names
     if others or grid not in (None, name):
         raise ValueError(
-            f"{name} stand in place of a grid; leave out {others[0] if others else f'grid {grid!r}'}"
+            f"{name} stand in place of a grid; leave out "
+            f"{others[0] if others else f'grid {grid!r}'}"
         )
     points = given_points(name, options[name], ascending)
     counted = number_of_steps(name, points)
@@ -137,7 +144,8 @@ def grid_parameters(grid: str | Grid) -> dict[str, Parameter]:
 def number_of_knots(
     grid: str | Grid, steps: int, schedule: NoiseSchedule | None = None, **options: Any
 ) -> int:
-    """Return how many knots a grid has: steps + 1, but for one that is asked for a number of evaluations (dpm_fast).
+    """Return how many knots a grid has: steps + 1, but for one that is asked for a number of
+    evaluations (dpm_fast).
 
     That depends on the grid's ends: without a ``schedule`` it is told for one of finite σ / α.
 
@@ -158,7 +166,8 @@ def counts_evaluations(grid: str | Grid) -> bool:
 
 
 def check_knots(knots: tuple[Knot, ...], steps: int) -> tuple[Knot, ...]:
-    """Return the knots, or raise ValueError where they are not steps + 1 with strictly falling noise.
+    """Return the knots, or raise ValueError where they are not steps + 1 with strictly falling
+    noise.
 
     >>> len(check_knots((Knot(999, 0.0, 1.0), Knot(1, 0.8, 0.6)), 1))
     2
@@ -168,7 +177,8 @@ def check_knots(knots: tuple[Knot, ...], steps: int) -> tuple[Knot, ...]:
     for i, (k, n) in enumerate(pairwise(knots)):
         if not n.sigma_ve < k.sigma_ve:
             raise ValueError(
-                f"noise must fall at every step, but σ/α goes from {k.sigma_ve:g} to {n.sigma_ve:g} in step {i + 1} of {steps}; "
+                f"noise must fall at every step, but σ/α goes from {k.sigma_ve:g} to "
+                f"{n.sigma_ve:g} in step {i + 1} of {steps}; "
                 "use fewer steps or another grid"
             )
     return knots

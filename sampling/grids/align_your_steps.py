@@ -1,4 +1,6 @@
-"""Align Your Steps: grids that were optimised for one model each (Sabour et al. 2404.14507, tables in their appendix)."""
+"""Align Your Steps: grids that were optimised for one model each (Sabour et al. 2404.14507, tables
+in their appendix).
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ SIGMAS = {"svd": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173,
 
 @lru_cache
 def published_sigmas(variant: str) -> tuple[float, ...]:
-    """Return the eleven σ / α of a published table; those that were published as timesteps, of the betas they stand on.
+    """Return the eleven σ / α of a published table; those that were published as timesteps, of the
+    betas they stand on.
 
     >>> [round(s, 3) for s in published_sigmas("sd15")][:3]
     [14.615, 6.475, 3.864]
@@ -50,15 +53,20 @@ def align_your_steps(
     rounding: str | None = None,
     final: str = "zero",
 ) -> tuple[Knot, ...]:
-    """Take the noise levels that were optimised for a model: "sd15", "sdxl" or "svd" (Sabour et al. 2404.14507).
+    """Take the noise levels that were optimised for a model: "sd15", "sdxl" or "svd" (Sabour et al.
+    2404.14507).
 
-    For other than ten steps the published levels are interpolated, linearly in log σ over the step. ``drop_last``: end
-    after the last but one level, as its authors, ComfyUI and diffusers do; A1111 keeps the last (False). ``rounding`` and
-    ``final`` as in σ-spaced grids. On other schedules the knots lie at the same σ / α; with zero terminal SNR the first is the terminal
-    step. Raises ValueError where the schedule does not reach the levels.
+    For other than ten steps the published levels are interpolated, linearly in log σ over the step.
+    ``drop_last``: end after the last but one level, as its authors, ComfyUI and diffusers do; A1111
+    keeps the last (False). ``rounding`` and ``final`` as in σ-spaced grids. On other schedules the
+    knots lie at the same σ / α; with zero terminal SNR the first is the terminal step. Raises
+    ValueError where the schedule does not reach the levels.
 
     >>> from alphabar.sampling import make_knots
-    >>> [round(k.timestep) for k in make_knots(NoiseSchedule.scaled_linear(), 10, "align_your_steps")]
+    >>> [
+    ...     round(k.timestep)
+    ...     for k in make_knots(NoiseSchedule.scaled_linear(), 10, "align_your_steps")
+    ... ]
     [999, 850, 736, 645, 545, 455, 343, 233, 124, 24, -1]
     """
     table = np.log(published_sigmas(variant))

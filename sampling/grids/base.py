@@ -1,8 +1,10 @@
-"""From numbers to knots: where a training index or a noise level lies on a schedule, and what all grids share.
+"""From numbers to knots: where a training index or a noise level lies on a schedule, and what all
+grids share.
 
-Two kinds of grid: *timestep-spaced* ones lay training indices 0 ... T - 1 (``timestep_grids``), *σ-spaced* ones lay noise
-levels (``sigma_grids``). A discrete curve has its timesteps as indices; on a continuous one index i is the time of the
-(i + 1)-th of T equal parts (EDM: σ^(1/ρ) in equal parts; VE: log σ). A noise level is σ / α, or σ itself on a flow path.
+Two kinds of grid: *timestep-spaced* ones lay training indices 0 ... T - 1 (``timestep_grids``),
+*σ-spaced* ones lay noise levels (``sigma_grids``). A discrete curve has its timesteps as indices;
+on a continuous one index i is the time of the (i + 1)-th of T equal parts (EDM: σ^(1/ρ) in equal
+parts; VE: log σ). A noise level is σ / α, or σ itself on a flow path.
 """
 
 from __future__ import annotations
@@ -34,10 +36,10 @@ Grid = Callable[..., tuple[Knot, ...]]
 class NamedGrid:
     """A grid of a name: a formula for numbers, and how they are placed as knots.
 
-    ``place(formula with its options, schedule, steps, **shared options)`` returns the knots; where it is None, the formula
-    is ``(schedule, steps, **options)`` and returns them itself. ``defaults`` replaces defaults of shared options.
-    ``count(steps, schedule, **shared options)`` returns how many steps the grid has, where that is not the number that it is
-    asked for.
+    ``place(formula with its options, schedule, steps, **shared options)`` returns the knots; where
+    it is None, the formula is ``(schedule, steps, **options)`` and returns them itself.
+    ``defaults`` replaces defaults of shared options. ``count(steps, schedule, **shared options)``
+    returns how many steps the grid has, where that is not the number that it is asked for.
 
     >>> from alphabar.sampling import GRIDS
     >>> GRIDS["karras"].parameters["rho"].default
@@ -85,7 +87,8 @@ def register_grid(
     count: Callable[..., int] | None = None,
     **defaults: Any,
 ) -> Callable[[F], F]:
-    """Register a function as a grid under its own name; the arguments are those of :class:`NamedGrid`.
+    """Register a function as a grid under its own name; the arguments are those of
+    :class:`NamedGrid`.
 
     >>> @register_grid()
     ... def three(schedule, steps):
@@ -117,11 +120,14 @@ ROUNDINGS: Mapping[str | None, Callable[[float], float]] = {
     "down": lambda t: float(int(t)),
 }
 TOLERANCE = 0.01
-"""How far outside the schedule a noise level may lie (published tables are rounded); it is then the schedule's end."""
+"""How far outside the schedule a noise level may lie (published tables are rounded); it is then the
+schedule's end.
+"""
 
 
 def lowest_time(curve: Curve) -> float:
-    """Return the time of the least noise that training shows: the curve's first, or where that is clean, index 0.
+    """Return the time of the least noise that training shows: the curve's first, or where that is
+    clean, index 0.
 
     >>> lowest_time(NoiseSchedule.flow().curve), lowest_time(NoiseSchedule.karras().curve)
     (0.001, 0.002)
@@ -135,7 +141,8 @@ def lowest_time(curve: Curve) -> float:
 
 
 def final_knot(schedule: NoiseSchedule, final: str) -> Knot:
-    """Return where sampling ends: the clean sample, or the least noise of training ("sigma_min" and "stay").
+    """Return where sampling ends: the clean sample, or the least noise of training ("sigma_min" and
+    "stay").
 
     >>> final_knot(NoiseSchedule.scaled_linear(), "sigma_min").timestep
     0.0
@@ -158,11 +165,15 @@ def knots_at_indices(
 ) -> tuple[Knot, ...]:
     """Return the knots at (fractional) training indices, shape (steps,).
 
-    Between the timesteps of a discrete schedule log SNR is linear, or σ / α with ``interpolation="sigma"``, as numpy.interp
-    has it in the Euler family of diffusers; the interval that ends in zero SNR is the curve's own either way.
+    Between the timesteps of a discrete schedule log SNR is linear, or σ / α with
+    ``interpolation="sigma"``, as numpy.interp has it in the Euler family of diffusers; the interval
+    that ends in zero SNR is the curve's own either way.
 
     >>> schedule, index = NoiseSchedule.scaled_linear(), torch.tensor([998.5], dtype=torch.float64)
-    >>> [round(knots_at_indices(schedule, index, how)[0].sigma_ve, 5) for how in ("log_snr", "sigma")]
+    >>> [
+    ...     round(knots_at_indices(schedule, index, how)[0].sigma_ve, 5)
+    ...     for how in ("log_snr", "sigma")
+    ... ]
     [14.57039, 14.57046]
     """
     one_of("interpolation", interpolation, INTERPOLATIONS)
@@ -173,7 +184,8 @@ def knots_at_indices(
         return knots
     if not curve.is_discrete:
         raise ValueError(
-            f"interpolation='sigma' is for discrete schedules; a {curve.kind} curve is exact at every time"
+            f"interpolation='sigma' is for discrete schedules; a {curve.kind} curve is exact at "
+            "every time"
         )
     low, high = curve.sigma_ve(time.floor()), curve.sigma_ve(time.ceil())
     between = (low + (time - time.floor()) * (high - low)).tolist()
@@ -189,7 +201,8 @@ def _at_ratio(knot: Knot, ratio: float) -> Knot:
 
 
 def level_at(curve: Curve, t: float, ratio: bool) -> float:
-    """Return the noise level at a time: σ / α, or σ on a flow path unless ``ratio``; infinite where α is 0.
+    """Return the noise level at a time: σ / α, or σ on a flow path unless ``ratio``; infinite where
+    α is 0.
 
     >>> [round(level_at(NoiseSchedule.flow().curve, 0.75, ratio), 6) for ratio in (False, True)]
     [0.75, 3.0]
@@ -201,13 +214,18 @@ def level_at(curve: Curve, t: float, ratio: bool) -> float:
 def knots_at_levels(
     schedule: NoiseSchedule, levels: Tensor, ratio: bool = False, rounding: str | None = None
 ) -> tuple[Knot, ...]:
-    """Return the knots at noise levels, shape (steps,), in the coordinate of :func:`level_at`; inf is the terminal time.
+    """Return the knots at noise levels, shape (steps,), in the coordinate of :func:`level_at`; inf
+    is the terminal time.
 
-    ``rounding`` ("nearest" or "down") gives the network of a discrete schedule a whole timestep and leaves the level as it
-    is, as diffusers does. Raises ValueError for levels more than 1 % outside what the schedule was trained on.
+    ``rounding`` ("nearest" or "down") gives the network of a discrete schedule a whole timestep and
+    leaves the level as it is, as diffusers does. Raises ValueError for levels more than 1 % outside
+    what the schedule was trained on.
 
     >>> levels = torch.tensor([14.615, 1.0], dtype=torch.float64)
-    >>> [(k.timestep, round(k.sigma_ve, 4)) for k in knots_at_levels(NoiseSchedule.scaled_linear(), levels, rounding="nearest")]
+    >>> [
+    ...     (k.timestep, round(k.sigma_ve, 4))
+    ...     for k in knots_at_levels(NoiseSchedule.scaled_linear(), levels, rounding="nearest")
+    ... ]
     [(999.0, 14.6146), (354.0, 1.0)]
     """
     curve = schedule.curve
@@ -215,7 +233,8 @@ def knots_at_levels(
     for level in levels.tolist():
         if not low / (1 + TOLERANCE) <= level <= high * (1 + TOLERANCE):
             raise ValueError(
-                f"noise level {level:g} is outside {low:g} ... {high:g}, which this schedule was trained on; "
+                f"noise level {level:g} is outside {low:g} ... {high:g}, which this schedule was "
+                "trained on; "
                 "lay the grid inside"
             )
     inside = levels.clamp(low, high)
@@ -226,7 +245,8 @@ def knots_at_levels(
     one_of("rounding", rounding, tuple(ROUNDINGS))
     if rounding and not curve.is_discrete:
         raise ValueError(
-            f"rounding={rounding!r} is for discrete schedules; a {curve.kind} network takes any time"
+            f"rounding={rounding!r} is for discrete schedules; a {curve.kind} network takes any "
+            "time"
         )
     return (
         tuple(replace(k, timestep=ROUNDINGS[rounding](k.timestep)) for k in knots)

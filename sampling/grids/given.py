@@ -26,9 +26,11 @@ def at_timesteps(
     interpolation: str = "log_snr",
     final: str = "zero",
 ) -> tuple[Knot, ...]:
-    """Call the network at these times, in its own units (``Sampler.timesteps``), falling; then ``final``.
+    """Call the network at these times, in its own units (``Sampler.timesteps``), falling; then
+    ``final``.
 
-    A fraction of a discrete schedule's timestep is interpolated as ``interpolation`` says (see ``knots_at_indices``).
+    A fraction of a discrete schedule's timestep is interpolated as ``interpolation`` says (see
+    ``knots_at_indices``).
 
     >>> [k.timestep for k in at_timesteps(NoiseSchedule.flow(shift=3.0), 2, timesteps=[1000, 500])]
     [1000.0, 500.0, -1.0]
@@ -38,7 +40,8 @@ def at_timesteps(
     for i, t in enumerate(timesteps):
         if not first <= t <= last:
             raise ValueError(
-                f"timesteps[{i}] = {t:g} is outside {first:g} ... {last:g} of this {curve.kind} schedule"
+                f"timesteps[{i}] = {t:g} is outside {first:g} ... {last:g} of this {curve.kind} "
+                "schedule"
             )
     if curve.is_discrete:
         return (
@@ -60,7 +63,8 @@ def at_sigmas(
     rounding: str | None = None,
     final: str = "zero",
 ) -> tuple[Knot, ...]:
-    """Call the network at these noise levels, falling: σ / α, or σ on a flow path; inf where α is 0. Then ``final``.
+    """Call the network at these noise levels, falling: σ / α, or σ on a flow path; inf where α is
+    0. Then ``final``.
 
     A last 0 is the clean end itself, as k-diffusion writes it. ``rounding`` as in σ-spaced grids.
 
@@ -78,13 +82,14 @@ CUSTOM = {"timesteps": at_timesteps, "sigmas": at_sigmas}
 
 
 def given_points(name: str, values: Any, ascending: bool = False) -> tuple[float, ...]:
-    """Return custom points as floats, or raise ValueError unless they are finite numbers that fall (rise) all the way.
+    """Return custom points as floats, or raise ValueError unless they are finite numbers that fall
+    (rise) all the way.
 
     A first sigma (a last, where they rise) may be infinite.
 
     >>> given_points("timesteps", [999, 400, 500])
     Traceback (most recent call last):
-    ValueError: timesteps must fall at every step, but timesteps[2] = 500 comes after timesteps[1] = 400
+    ValueError: timesteps must fall at every step, but timesteps[2] = 500 comes after ...
     """
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise ValueError(f"{name} must be a sequence of numbers, got {values!r}")
@@ -95,13 +100,15 @@ def given_points(name: str, values: Any, ascending: bool = False) -> tuple[float
         raise ValueError(f"{name} must be a sequence of numbers, got {listed!r}") from None
     if not points or (name == "sigmas" and set(points) == {0.0}):
         raise ValueError(
-            f"{name} must hold at least one {'noise level above 0' if name == 'sigmas' else 'timestep'}"
+            f"{name} must hold at least one "
+            f"{'noise level above 0' if name == 'sigmas' else 'timestep'}"
         )
     word, sign = ("rise", -1) if ascending else ("fall", 1)
     for i, (a, b) in enumerate(pairwise(points)):
         if not sign * a > sign * b:
             raise ValueError(
-                f"{name} must {word} at every step, but {name}[{i + 1}] = {b:g} comes after {name}[{i}] = {a:g}"
+                f"{name} must {word} at every step, but {name}[{i + 1}] = {b:g} comes after "
+                f"{name}[{i}] = {a:g}"
             )
     bad = [i for i, v in enumerate(points) if math.isnan(v) or (name == "sigmas" and v < 0)]
     if bad:
@@ -121,9 +128,12 @@ def number_of_steps(name: str, points: Sequence[float]) -> int:
 
 
 def time_at_timestep(curve: Curve, timesteps: Tensor) -> Tensor:
-    """Return the times at which a curve gives the network these timesteps, by bisection (the times rise with it).
+    """Return the times at which a curve gives the network these timesteps, by bisection (the times
+    rise with it).
 
-    >>> time_at_timestep(NoiseSchedule.flow().curve, torch.tensor([250.0], dtype=torch.float64)).item()
+    >>> time_at_timestep(
+    ...     NoiseSchedule.flow().curve, torch.tensor([250.0], dtype=torch.float64)
+    ... ).item()
     0.25
     """
     low, high = torch.full_like(timesteps, curve.t_min), torch.full_like(timesteps, curve.t_max)

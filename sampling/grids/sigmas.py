@@ -1,20 +1,23 @@
-"""σ-spaced grids: formulas for the noise levels at which the network is called, from the highest down to the lowest.
+"""σ-spaced grids: formulas for the noise levels at which the network is called, from the highest
+down to the lowest.
 
-Every grid here has these options beside its own:
-``sigma_min``, ``sigma_max``: the range, by default from the schedule's last training time to its first. ``range_from``: or that
-of the timestep-spaced grid of this name (with ``steps_offset``), as the Euler, Heun, LMS and KDPM2 classes of diffusers take
-it ("flow": as its FlowMatch classes).
-``ratio``: space σ / α on a flow path too, instead of σ. ``rounding``: "nearest" or "down", see ``knots_at_levels``.
-``drop_last``: lay one point more and leave out the lowest ("discard next-to-last sigma" in A1111). ``final``: end in the clean
-sample ("zero"), or at ``sigma_min`` or else the least noise of training ("sigma_min"; where the grid itself goes down to
-that, it is laid with one point more, whose last is the end; "stay": the least noise of training, where a grid that goes down to
-that goes nowhere in its last step, as diffusers appends its sigma_min to any grid).
+Every grid here has these options beside its own: ``sigma_min``, ``sigma_max``: the range, by
+default from the schedule's last training time to its first. ``range_from``: or that of the
+timestep-spaced grid of this name (with ``steps_offset``), as the Euler, Heun, LMS and KDPM2 classes
+of diffusers take it ("flow": as its FlowMatch classes). ``ratio``: space σ / α on a flow path too,
+instead of σ. ``rounding``: "nearest" or "down", see ``knots_at_levels``. ``drop_last``: lay one
+point more and leave out the lowest ("discard next-to-last sigma" in A1111). ``final``: end in the
+clean sample ("zero"), or at ``sigma_min`` or else the least noise of training ("sigma_min"; where
+the grid itself goes down to that, it is laid with one point more, whose last is the end; "stay":
+the least noise of training, where a grid that goes down to that goes nowhere in its last step, as
+diffusers appends its sigma_min to any grid).
 
-With zero terminal SNR σ / α is infinite at the terminal time: the first knot is that terminal step itself, exactly, and
-the others are spaced as if it were at ``terminal_sigma``, by default 200. Diffusers clamps ᾱ to 2^-24 and so spaces from
-4096, which spends half of 20 Karras steps above 100, where little happens. A lower value costs amplitude where the data are
-widest: the first step loses the share (S / σ)² / 2 of a component of spread S at the second knot σ. Latents of 64 x 64 have
-S near 30 in their mean, those of 128 x 128 near 60. ``benchmarks/terminal_sigma.py`` measures both.
+With zero terminal SNR σ / α is infinite at the terminal time: the first knot is that terminal step
+itself, exactly, and the others are spaced as if it were at ``terminal_sigma``, by default 200.
+Diffusers clamps ᾱ to 2^-24 and so spaces from 4096, which spends half of 20 Karras steps above 100,
+where little happens. A lower value costs amplitude where the data are widest: the first step loses
+the share (S / σ)² / 2 of a component of spread S at the second knot σ. Latents of 64 x 64 have S
+near 30 in their mean, those of 128 x 128 near 60. ``benchmarks/terminal_sigma.py`` measures both.
 """
 
 from __future__ import annotations
@@ -77,7 +80,8 @@ def place_sigmas(
     high = terminal_sigma if math.isinf(top) else top
     if math.isinf(top) and not low < terminal_sigma < math.inf:
         raise ValueError(
-            f"terminal_sigma must be finite and above sigma_min {low:g}, got {terminal_sigma}; {TERMINAL_SIGMA:g} is usual, "
+            f"terminal_sigma must be finite and above sigma_min {low:g}, got {terminal_sigma}; "
+            f"{TERMINAL_SIGMA:g} is usual, "
             "diffusers spaces from 4096"
         )
     if not (0 < low < high or (steps == 1 and 0 < low == high)):
@@ -105,9 +109,11 @@ def place_sigmas(
 def register_sigma_grid(
     count: Callable[..., int] | None = None, **defaults: Any
 ) -> Callable[[F], F]:
-    """Register a formula (points, low, high, *, options) -> noise levels, shape (points,), falling; or its own defaults.
+    """Register a formula (points, low, high, *, options) -> noise levels, shape (points,), falling;
+    or its own defaults.
 
-    ``count``: how many steps the grid has, where the number that it is asked for is one of evaluations.
+    ``count``: how many steps the grid has, where the number that it is asked for is one of
+    evaluations.
 
     >>> @register_sigma_grid()
     ... def even(points, low, high):
@@ -169,10 +175,14 @@ def exponential(points: int, low: float, high: float) -> Tensor:
 
 @register_sigma_grid()
 def polyexponential(points: int, low: float, high: float, *, rho: float = 1.0) -> Tensor:
-    """Let log σ fall as u^ρ, u even from 1 to 0 (k-diffusion's get_sigmas_polyexponential); ρ = 1 is ``exponential``.
+    """Let log σ fall as u^ρ, u even from 1 to 0 (k-diffusion's get_sigmas_polyexponential); ρ = 1
+    is ``exponential``.
 
     >>> from alphabar.sampling import make_knots
-    >>> [round(k.sigma_ve, 3) for k in make_knots(NoiseSchedule.scaled_linear(), 3, "polyexponential", rho=0.5)]
+    >>> [
+    ...     round(k.sigma_ve, 3)
+    ...     for k in make_knots(NoiseSchedule.scaled_linear(), 3, "polyexponential", rho=0.5)
+    ... ]
     [14.615, 2.366, 0.029, 0.0]
     """
     _require_positive("rho", rho, "1 is the exponential grid")
@@ -182,9 +192,11 @@ def polyexponential(points: int, low: float, high: float, *, rho: float = 1.0) -
 
 @register_sigma_grid()
 def beta(points: int, low: float, high: float, *, alpha: float = 0.6, beta: float = 0.6) -> Tensor:
-    """Take quantiles of a Beta distribution over σ, close at both ends (diffusers' use_beta_sigmas, A1111's Beta).
+    """Take quantiles of a Beta distribution over σ, close at both ends (diffusers' use_beta_sigmas,
+    A1111's Beta).
 
-    The paper (Lee et al. 2407.12173) and ComfyUI take them over the timesteps: that is the grid ``beta_timesteps``.
+    The paper (Lee et al. 2407.12173) and ComfyUI take them over the timesteps: that is the grid
+    ``beta_timesteps``.
 
     >>> from alphabar.sampling import make_knots
     >>> [round(k.sigma_ve, 3) for k in make_knots(NoiseSchedule.scaled_linear(), 3, "beta")]
@@ -195,7 +207,8 @@ def beta(points: int, low: float, high: float, *, alpha: float = 0.6, beta: floa
 
 @register_sigma_grid(ratio=True)
 def lu(points: int, low: float, high: float) -> Tensor:
-    """Space λ = log(α / σ) evenly (Lu et al. 2206.00927, 'logSNR' steps; diffusers' use_lu_lambdas).
+    """Space λ = log(α / σ) evenly (Lu et al. 2206.00927, 'logSNR' steps; diffusers'
+    use_lu_lambdas).
 
     >>> from alphabar.sampling import make_knots
     >>> [round(k.half_log_snr, 3) for k in make_knots(NoiseSchedule.scaled_linear(), 3, "lu")]
@@ -214,10 +227,12 @@ def vp(
     beta_min: float | None = None,
     eps_s: float = 1e-3,
 ) -> Tensor:
-    """Space the time of a VP SDE evenly, σ = sqrt(exp(β_d t² / 2 + β_min t) - 1) from t = 1 to ε_s (2206.00364, table 1).
+    """Space the time of a VP SDE evenly, σ = sqrt(exp(β_d t² / 2 + β_min t) - 1) from t = 1 to ε_s
+    (2206.00364, table 1).
 
-    β_d and β_min default to those whose σ span the range (as in EDM's generate.py): on a VP schedule its own, so that its
-    time is spaced evenly. k-diffusion's get_sigmas_vp has 19.9 and 0.1.
+    β_d and β_min default to those whose σ span the range (as in EDM's generate.py): on a VP
+    schedule its own, so that its time is spaced evenly. k-diffusion's get_sigmas_vp has 19.9 and
+    0.1.
 
     >>> from alphabar.sampling import make_knots
     >>> [round(k.timestep) for k in make_knots(NoiseSchedule.variance_preserving(), 3, "vp")]
@@ -234,9 +249,11 @@ def vp(
 
 @register_sigma_grid(ratio=True)
 def kl_optimal(points: int, low: float, high: float) -> Tensor:
-    """Space arctan σ evenly: optimal in KL divergence for Gaussian data (Sabour et al. 2404.14507; ComfyUI).
+    """Space arctan σ evenly: optimal in KL divergence for Gaussian data (Sabour et al. 2404.14507;
+    ComfyUI).
 
-    A1111 lays n + 1 points and ends at the last: ``final="sigma_min"``. ComfyUI's on a flow path: ``ratio=False``.
+    A1111 lays n + 1 points and ends at the last: ``final="sigma_min"``. ComfyUI's on a flow path:
+    ``ratio=False``.
 
     >>> from alphabar.sampling import make_knots
     >>> [round(k.sigma_ve, 3) for k in make_knots(NoiseSchedule.scaled_linear(), 3, "kl_optimal")]
@@ -255,10 +272,12 @@ def linear_quadratic(
     threshold_noise: float = 0.025,
     linear_steps: int | None = None,
 ) -> Tensor:
-    """Go down linearly by ``threshold_noise`` in the first half, then quadratically to 0 (Mochi; ComfyUI).
+    """Go down linearly by ``threshold_noise`` in the first half, then quadratically to 0 (Mochi;
+    ComfyUI).
 
-    A noise schedule of flow models; elsewhere σ / α takes the same parts of its range, as in ComfyUI. ``linear_steps``
-    defaults to half of the steps; the lowest level of the range is not used.
+    A noise schedule of flow models; elsewhere σ / α takes the same parts of its range, as in
+    ComfyUI. ``linear_steps`` defaults to half of the steps; the lowest level of the range is not
+    used.
 
     >>> from alphabar.sampling import make_knots
     >>> [round(k.sigma, 4) for k in make_knots(NoiseSchedule.flow(), 4, "linear_quadratic")]
@@ -269,7 +288,8 @@ def linear_quadratic(
     m = points // 2 if linear_steps is None else linear_steps
     if not 1 <= m < points or not 0 < threshold_noise < m / points:
         raise ValueError(
-            f"need 1 <= linear_steps < steps and 0 < threshold_noise < linear_steps / steps, got {m} of {points} and "
+            "need 1 <= linear_steps < steps and 0 < threshold_noise < linear_steps / steps, got "
+            f"{m} of {points} and "
             f"{threshold_noise}; Mochi uses half of the steps and 0.025"
         )
     i = torch.arange(points, dtype=torch.float64)
@@ -302,11 +322,12 @@ def _fast_steps(
 
 @register_sigma_grid(count=_fast_steps, ratio=True, final="sigma_min")
 def dpm_fast(points: int, low: float, high: float) -> Tensor:
-    """Space log(σ / α) evenly for steps of three evaluations each (k-diffusion's sample_dpm_fast; 2206.00927, DPM-Solver-fast).
+    """Space log(σ / α) evenly for steps of three evaluations each (k-diffusion's sample_dpm_fast;
+    2206.00927, DPM-Solver-fast).
 
-    The number it is asked for is that of evaluations n: it has n // 3 + 1 steps, of which the last one or two take the
-    rest. It ends at the least noise. A first step from α = 0 and a last one into σ = 0 have one evaluation, see
-    ``dpm_fast.block_orders``.
+    The number it is asked for is that of evaluations n: it has n // 3 + 1 steps, of which the last
+    one or two take the rest. It ends at the least noise. A first step from α = 0 and a last one
+    into σ = 0 have one evaluation, see ``dpm_fast.block_orders``.
 
     >>> from alphabar.sampling import make_knots
     >>> len(make_knots(NoiseSchedule.scaled_linear(), 20, "dpm_fast")) - 1

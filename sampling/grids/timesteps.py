@@ -1,11 +1,13 @@
-"""Timestep-spaced grids: formulas for the training indices at which the network is called, from the most noise down.
+"""Timestep-spaced grids: formulas for the training indices at which the network is called, from the
+most noise down.
 
-Every grid here has these options beside its own:
-``rounded``: whole indices, as DDIM, DDPM and the DPM-Solver classes of diffusers. ``drop_last``: lay one point more and leave
-out the lowest, as the DPM-Solver classes. ``final``: end in the clean sample ("zero"), or at the least noise of training
-("sigma_min"; where the grid itself goes down to that, it is laid with one point more, whose last is the end; "stay": there its
-last step goes nowhere, as diffusers appends its sigma_min to any grid).
-``interpolation``: see ``knots_at_indices``. With zero terminal SNR the last index is the knot with α = 0 itself.
+Every grid here has these options beside its own: ``rounded``: whole indices, as DDIM, DDPM and the
+DPM-Solver classes of diffusers. ``drop_last``: lay one point more and leave out the lowest, as the
+DPM-Solver classes. ``final``: end in the clean sample ("zero"), or at the least noise of training
+("sigma_min"; where the grid itself goes down to that, it is laid with one point more, whose last is
+the end; "stay": there its last step goes nowhere, as diffusers appends its sigma_min to any grid).
+``interpolation``: see ``knots_at_indices``. With zero terminal SNR the last index is the knot with
+α = 0 itself.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ def place_timesteps(
     if final == "sigma_min" and float(laid[-1]) <= 0:
         if steps == schedule.num_train_timesteps:
             raise ValueError(
-                f"{steps} steps visit the least noise already; with final='sigma_min' take one fewer"
+                f"{steps} steps visit the least noise already; with final='sigma_min' take one "
+                "fewer"
             )
         laid = index(steps + 1)
     if final == "stay" and float(laid[-1]) <= 0:
@@ -53,7 +56,8 @@ def place_timesteps(
 
 
 def register_timestep_grid(**defaults: Any) -> Callable[[F], F]:
-    """Register a formula (schedule, points, *, options) -> training indices, shape (points,), falling; or its own defaults.
+    """Register a formula (schedule, points, *, options) -> training indices, shape (points,),
+    falling; or its own defaults.
 
     >>> @register_timestep_grid()
     ... def halves(schedule, points):
@@ -85,22 +89,29 @@ def _usable(schedule: NoiseSchedule, lambda_min: float) -> int:
     usable = int((schedule.curve.log_snr(times) >= 2 * lambda_min).sum())
     if not usable:
         raise ValueError(
-            f"no timestep has log(α / σ) of at least lambda_min = {lambda_min:g}; lower it (-5.1 is usual)"
+            f"no timestep has log(α / σ) of at least lambda_min = {lambda_min:g}; lower it (-5.1 "
+            "is usual)"
         )
     return usable
 
 
 @register_timestep_grid()
 def linspace(schedule: NoiseSchedule, points: int, *, lambda_min: float = -math.inf) -> Tensor:
-    """Space timesteps evenly from the last to the first (2305.08891, table 2), then the clean sample.
+    """Space timesteps evenly from the last to the first (2305.08891, table 2), then the clean
+    sample.
 
-    ``lambda_min``: start at the last timestep that has log(α / σ) of at least this (2211.01095, appendix; -5.1 with the cosine
-    betas); 'lambda_min_clipped' in diffusers.
+    ``lambda_min``: start at the last timestep that has log(α / σ) of at least this (2211.01095,
+    appendix; -5.1 with the cosine betas); 'lambda_min_clipped' in diffusers.
 
     >>> from alphabar.sampling import make_knots
     >>> [k.timestep for k in make_knots(NoiseSchedule.linear(), 3, "linspace")]
     [999.0, 499.5, 0.0, -1.0]
-    >>> [k.timestep for k in make_knots(NoiseSchedule.linear(), 3, "linspace", drop_last=True, final="sigma_min")]
+    >>> [
+    ...     k.timestep
+    ...     for k in make_knots(
+    ...         NoiseSchedule.linear(), 3, "linspace", drop_last=True, final="sigma_min"
+    ...     )
+    ... ]
     [999.0, 666.0, 333.0, 0.0]
     """
     return _even(points, _usable(schedule, lambda_min) - 1)
@@ -108,12 +119,16 @@ def linspace(schedule: NoiseSchedule, points: int, *, lambda_min: float = -math.
 
 @register_timestep_grid()
 def score_sde(schedule: NoiseSchedule, points: int) -> Tensor:
-    """Space training times evenly from the curve's last to its very first, as the code of Song et al. 2011.13456.
+    """Space training times evenly from the curve's last to its very first, as the code of Song et
+    al. 2011.13456.
 
     On discrete schedules, and where the first time is the clean sample itself, it is ``linspace``.
 
     >>> from alphabar.sampling import make_knots
-    >>> [round(k.timestep, 1) for k in make_knots(NoiseSchedule.variance_preserving(), 4, "score_sde")]
+    >>> [
+    ...     round(k.timestep, 1)
+    ...     for k in make_knots(NoiseSchedule.variance_preserving(), 4, "score_sde")
+    ... ]
     [1000.0, 667.0, 334.0, 1.0, -1.0]
     """
     curve, top = schedule.curve, schedule.num_train_timesteps - 1
@@ -127,9 +142,11 @@ def score_sde(schedule: NoiseSchedule, points: int) -> Tensor:
 def leading(
     schedule: NoiseSchedule, points: int, *, steps_offset: int = 0, lambda_min: float = -math.inf
 ) -> Tensor:
-    """Take every (T // points)-th timestep from the first on (2305.08891, table 2); it never visits the last one.
+    """Take every (T // points)-th timestep from the first on (2305.08891, table 2); it never visits
+    the last one.
 
-    ``steps_offset`` is added to each; Stable Diffusion uses 1. ``lambda_min`` as in :func:`linspace`.
+    ``steps_offset`` is added to each; Stable Diffusion uses 1. ``lambda_min`` as in
+    :func:`linspace`.
 
     >>> from alphabar.sampling import make_knots
     >>> [k.timestep for k in make_knots(NoiseSchedule.linear(), 4, "leading", steps_offset=1)]
@@ -143,7 +160,8 @@ def _strided(schedule: NoiseSchedule, points: int, stride: int, offset: int) -> 
     index = stride * _from_the_top(points) + offset
     if float(index[0]) > last:
         raise ValueError(
-            f"{points} points from timestep {offset} on, {stride} apart, go past the last timestep {last}; "
+            f"{points} points from timestep {offset} on, {stride} apart, go past the last timestep "
+            f"{last}; "
             "lower steps_offset or the number of steps, or use 'trailing'"
         )
     if offset < 0:
@@ -159,10 +177,11 @@ def trailing(
     whole_stride: bool = False,
     lambda_min: float = -math.inf,
 ) -> Tensor:
-    """Count down from the last timestep in even strides (2305.08891, table 2): sampling starts where training ended.
+    """Count down from the last timestep in even strides (2305.08891, table 2): sampling starts
+    where training ended.
 
-    Whole timesteps on discrete schedules. ``whole_stride``: strides of T // points, as CMStochasticIterativeScheduler.
-    ``lambda_min`` as in :func:`linspace`.
+    Whole timesteps on discrete schedules. ``whole_stride``: strides of T // points, as
+    CMStochasticIterativeScheduler. ``lambda_min`` as in :func:`linspace`.
 
     >>> from alphabar.sampling import make_knots
     >>> [k.timestep for k in make_knots(NoiseSchedule.linear(), 4, "trailing")]
@@ -191,7 +210,8 @@ def simple(schedule: NoiseSchedule, points: int) -> Tensor:
 def normal(schedule: NoiseSchedule, points: int) -> Tensor:
     """ComfyUI's and A1111's name for :func:`linspace`.
 
-    On a flow path theirs shifts the lower end twice; say ``flow(end=shift / (T + shift - 1))`` for that.
+    On a flow path theirs shifts the lower end twice; say ``flow(end=shift / (T + shift - 1))`` for
+    that.
 
     >>> from alphabar.sampling import make_knots
     >>> [k.timestep for k in make_knots(NoiseSchedule.linear(), 3, "normal")]
@@ -202,7 +222,8 @@ def normal(schedule: NoiseSchedule, points: int) -> Tensor:
 
 @register_timestep_grid(drop_last=True)
 def sgm_uniform(schedule: NoiseSchedule, points: int) -> Tensor:
-    """Space timesteps evenly and leave out the lowest (ComfyUI, A1111; the sgm code of SDXL and SVD).
+    """Space timesteps evenly and leave out the lowest (ComfyUI, A1111; the sgm code of SDXL and
+    SVD).
 
     >>> from alphabar.sampling import make_knots
     >>> [k.timestep for k in make_knots(NoiseSchedule.linear(), 3, "sgm_uniform")]
@@ -213,10 +234,11 @@ def sgm_uniform(schedule: NoiseSchedule, points: int) -> Tensor:
 
 @register_timestep_grid()
 def ddim_uniform(schedule: NoiseSchedule, points: int, *, stride: int | None = None) -> Tensor:
-    """Take every (T // points)-th timestep from 1 on (ComfyUI, A1111): ``leading`` with an offset of 1.
+    """Take every (T // points)-th timestep from 1 on (ComfyUI, A1111): ``leading`` with an offset
+    of 1.
 
-    ComfyUI takes as many as fit, more than it was asked for where the steps do not divide T: say the number that fits and
-    ``stride`` = T // the number asked for.
+    ComfyUI takes as many as fit, more than it was asked for where the steps do not divide T: say
+    the number that fits and ``stride`` = T // the number asked for.
 
     >>> from alphabar.sampling import make_knots
     >>> [k.timestep for k in make_knots(NoiseSchedule.linear(), 4, "ddim_uniform")]
@@ -231,9 +253,11 @@ def ddim_uniform(schedule: NoiseSchedule, points: int, *, stride: int | None = N
 def beta_timesteps(
     schedule: NoiseSchedule, points: int, *, alpha: float = 0.6, beta: float = 0.6
 ) -> Tensor:
-    """Take quantiles of a Beta distribution over the timesteps, close at both ends (Lee et al. 2407.12173).
+    """Take quantiles of a Beta distribution over the timesteps, close at both ends (Lee et al.
+    2407.12173).
 
-    With ``rounded=True`` ComfyUI's scheduler 'beta'; that of diffusers and A1111 is the grid ``beta``.
+    With ``rounded=True`` ComfyUI's scheduler 'beta'; that of diffusers and A1111 is the grid
+    ``beta``.
 
     >>> from alphabar.sampling import make_knots
     >>> [round(k.timestep) for k in make_knots(NoiseSchedule.linear(), 4, "beta_timesteps")]
@@ -256,16 +280,18 @@ def flow(
     end: float | None = None,
     end_shifted: bool = False,
 ) -> Tensor:
-    """Space time evenly and shift it towards the noise, σ = s t / (1 + (s - 1) t) (Esser et al. 2403.03206, eq. 23).
+    """Space time evenly and shift it towards the noise, σ = s t / (1 + (s - 1) t) (Esser et al.
+    2403.03206, eq. 23).
 
-    ``shift`` is s, by default the schedule's own; or s = e^μ with ``mu``, or with the μ that Flux takes for
-    ``image_seq_len`` tokens, linear from 0.5 at 256 to 1.15 at 4096. ``shift_terminal`` stretches σ so that the last is
-    this (LTX-Video). Time runs from ``start`` to ``end``, by default 1 / T. On a flow path σ is the noise level itself;
-    elsewhere it is the part of the training time.
+    ``shift`` is s, by default the schedule's own; or s = e^μ with ``mu``, or with the μ that Flux
+    takes for ``image_seq_len`` tokens, linear from 0.5 at 256 to 1.15 at 4096. ``shift_terminal``
+    stretches σ so that the last is this (LTX-Video). Time runs from ``start`` to ``end``, by
+    default 1 / T. On a flow path σ is the noise level itself; elsewhere it is the part of the
+    training time.
 
-    In diffusers FlowMatchEuler and FlowMatchHeun with a static shift end at the shifted 1 / T and shift it again:
-    ``end_shifted=True``, which is ``end=shift / (T + shift - 1)``. UniPC: ``drop_last=True``. The other DPM-Solver classes:
-    ``start=1 - 1 / T, end=0.0, drop_last=True``.
+    In diffusers FlowMatchEuler and FlowMatchHeun with a static shift end at the shifted 1 / T and
+    shift it again: ``end_shifted=True``, which is ``end=shift / (T + shift - 1)``. UniPC:
+    ``drop_last=True``. The other DPM-Solver classes: ``start=1 - 1 / T, end=0.0, drop_last=True``.
 
     >>> from alphabar.sampling import make_knots
     >>> [round(k.timestep, 1) for k in make_knots(NoiseSchedule.flow(shift=3.0), 4, "flow")]
@@ -297,7 +323,8 @@ def shift_of(
     mu: float | None = None,
     image_seq_len: int | None = None,
 ) -> float:
-    """Return the shift s that at most one of the three says, or the schedule's own (1 where it has none).
+    """Return the shift s that at most one of the three says, or the schedule's own (1 where it has
+    none).
 
     >>> round(math.log(shift_of(NoiseSchedule.flow(), image_seq_len=4096)), 6)
     1.15
@@ -323,7 +350,8 @@ def shift_of(
 
 @register_timestep_grid()
 def lcm(schedule: NoiseSchedule, points: int, *, original_steps: int = 50) -> Tensor:
-    """Take some of the ``original_steps`` timesteps that latent consistency models are distilled at (Luo et al. 2310.04378, §4.3).
+    """Take some of the ``original_steps`` timesteps that latent consistency models are distilled at
+    (Luo et al. 2310.04378, §4.3).
 
     LCMScheduler and TCDScheduler in diffusers.
 
@@ -334,7 +362,8 @@ def lcm(schedule: NoiseSchedule, points: int, *, original_steps: int = 50) -> Te
     count = schedule.num_train_timesteps
     if not points <= original_steps <= count:
         raise ValueError(
-            f"need steps <= original_steps <= {count}, got {points} and {original_steps}; take fewer steps or another grid"
+            f"need steps <= original_steps <= {count}, got {points} and {original_steps}; take "
+            "fewer steps or another grid"
         )
     taught = (
         torch.arange(original_steps, 0, -1, dtype=torch.float64) * (count // original_steps) - 1
@@ -346,9 +375,11 @@ def lcm(schedule: NoiseSchedule, points: int, *, original_steps: int = 50) -> Te
 
 @register_timestep_grid()
 def sine_squared(schedule: NoiseSchedule, points: int) -> Tensor:
-    """Let σ = sin²(π u / 2) with u even on a variance preserving path (v-diffusion; IPNDMScheduler in diffusers).
+    """Let σ = sin²(π u / 2) with u even on a variance preserving path (v-diffusion; IPNDMScheduler
+    in diffusers).
 
-    Made for the cosine schedule, where σ = sin(π t / 2); on others it is the same part t of the time.
+    Made for the cosine schedule, where σ = sin(π t / 2); on others it is the same part t of the
+    time.
 
     >>> from alphabar.sampling import make_knots
     >>> [round(k.sigma, 4) for k in make_knots(NoiseSchedule.cosine(), 3, "sine_squared")]

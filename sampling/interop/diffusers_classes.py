@@ -1,8 +1,10 @@
-"""diffusers' scheduler classes as data: the method, the grid and the options that a class with a config stands for (0.42).
+"""diffusers' scheduler classes as data: the method, the grid and the options that a class with a
+config stands for (0.42).
 
-One entry of CLASSES says what a class reads and how it lays its grid; ``read_config`` turns a scheduler config into the terms of
-``Sampler``, ``config_of_class`` writes one. Where a class leaves the grid that it names, ``Reading.lay`` follows it there, or
-``Reading.slips`` says what cannot be followed. diffusers is not imported.
+One entry of CLASSES says what a class reads and how it lays its grid; ``read_config`` turns a
+scheduler config into the terms of ``Sampler``, ``config_of_class`` writes one. Where a class leaves
+the grid that it names, ``Reading.lay`` follows it there, or ``Reading.slips`` says what cannot be
+followed. diffusers is not imported.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ PLAIN_SIGMAS: Lays = {"karras": {}, "exponential": {}, "beta": {}}
 
 @dataclass(frozen=True)
 class Key:
-    """A config key: the option of ours that it is, the class's default, and what its values are called here."""
+    """A config key: the option of ours that it is, the class's default, and what its values are
+    called here.
+    """
 
     option: str
     default: Any
@@ -85,14 +89,16 @@ EPSILON_V = ("epsilon", "v_prediction")
 class SchedulerClass:
     """What a class stands for.
 
-    ``spacing`` is its default ``timestep_spacing``, or where ``spaced`` is False (it has no such key) its only grid; ``lays``
-    the grids it has. ``keys`` are the config keys that are options of ours, ``fixed`` the options it has no choice in, ``step``
-    those that are arguments of its ``step()``, with their defaults there. ``switch`` (a key, its default and the method
-    by its value) chooses between methods.
+    ``spacing`` is its default ``timestep_spacing``, or where ``spaced`` is False (it has no such
+    key) its only grid; ``lays`` the grids it has. ``keys`` are the config keys that are options of
+    ours, ``fixed`` the options it has no choice in, ``step`` those that are arguments of its
+    ``step()``, with their defaults there. ``switch`` (a key, its default and the method by its
+    value) chooses between methods.
 
-    ``ranged``: its σ-spaced grids span its timestep-spaced one. ``cut``: on those, but for ``rounding="nearest"``, and on flows,
-    its times are cut to whole ones after rounding errors. ``strides``: it steps by T // N, whatever its grid. ``clamped``: at zero
-    terminal SNR it puts ᾱ = 2^-24. ``in_sigma``: its x is x / α, its start σ z (unless spacing is leading). ``off``: keys
+    ``ranged``: its σ-spaced grids span its timestep-spaced one. ``cut``: on those, but for
+    ``rounding="nearest"``, and on flows, its times are cut to whole ones after rounding errors.
+    ``strides``: it steps by T // N, whatever its grid. ``clamped``: at zero terminal SNR it puts ᾱ
+    = 2^-24. ``in_sigma``: its x is x / α, its start σ z (unless spacing is leading). ``off``: keys
     that must say that nothing is clipped. ``written``: a config of ours may name it.
     """
 
@@ -321,12 +327,16 @@ CLASSES: Mapping[str, SchedulerClass] = {
         written=False,
     ),
 }
-"""Every class that a sampler of a fixed table is named after, but for those whose names say all (``Method.aliases``)."""
+"""Every class that a sampler of a fixed table is named after, but for those whose names say all
+(``Method.aliases``).
+"""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A scheduler config in the terms of ``Sampler``: its arguments, and where the class leaves the grid they name."""
+    """A scheduler config in the terms of ``Sampler``: its arguments, and where the class leaves the
+    grid they name.
+    """
 
     kind: SchedulerClass
     spacing: str
@@ -398,7 +408,9 @@ class Reading:
             yield f"it shows a time twice in {steps} steps"
         first = self.lay(schedule, steps)[0]
         if kind.in_sigma and first.sigma_ve > ROUNDED_FROM:
-            yield f"its x / alpha from sigma = {first.sigma_ve:.3g} down loses the digits of float32"
+            yield (
+                f"its x / alpha from sigma = {first.sigma_ve:.3g} down loses the digits of float32"
+            )
         if kind.strides and not self._strides(schedule, steps):
             yield f"it steps by T // N, which is not the gap between its timesteps in {steps} steps"
         if (
@@ -427,7 +439,9 @@ class Reading:
 CLAMPED = 2.0**-12
 """The α that stands for 0 at zero terminal SNR (ᾱ = 2^-24)."""
 ROUNDED_FROM = 1000.0
-"""The σ / α from which on the classes that keep x / α in float32 are off by more than 1e-4 (measured on the cosine betas)."""
+"""The σ / α from which on the classes that keep x / α in float32 are off by more than 1e-4
+(measured on the cosine betas).
+"""
 
 
 @lru_cache(maxsize=128)
@@ -488,11 +502,14 @@ FAILURES: tuple[tuple[_Applies, str], ...] = (
         "it is not a number there",
     ),
 )
-"""What the classes cannot do, or do not finish: (a test of the reading, its options and steps; the words)."""
+"""What the classes cannot do, or do not finish: (a test of the reading, its options and steps; the
+words).
+"""
 
 
 def read_config(config: Mapping[str, Any]) -> Reading:
-    """Return what a scheduler config says, keys left out at the class's own defaults; ValueError for a class that is not known.
+    """Return what a scheduler config says, keys left out at the class's own defaults; ValueError
+    for a class that is not known.
 
     >>> reading = read_config({"_class_name": "DEISMultistepScheduler"})
     >>> reading.method, reading.grid, reading.options["order"], reading.options["drop_last"]
@@ -509,7 +526,8 @@ def read_config(config: Mapping[str, Any]) -> Reading:
     grid = next(iter(flagged), "flow" if flow else spacing)
     if grid not in kind.lays and not flow:
         raise ValueError(
-            f"{config['_class_name']} on {grid!r} spacing is no grid here; use {' or '.join(kind.lays)}"
+            f"{config['_class_name']} on {grid!r} spacing is no grid here; use "
+            f"{' or '.join(kind.lays)}"
         )
     options = {
         **kind.step,
@@ -530,7 +548,9 @@ def read_config(config: Mapping[str, Any]) -> Reading:
 
 
 FLOW_LAYS: Lays = {"early": {"end": 0.0, "drop_last": True}, "top": {"drop_last": True}}
-"""How the solvers lay a flow: from a T-th below the noise (``Reading.lay`` knows T), UniPC from the noise itself."""
+"""How the solvers lay a flow: from a T-th below the noise (``Reading.lay`` knows T), UniPC from the
+noise itself.
+"""
 _OF_GRIDS = ("sigma_min", "sigma_max", "lambda_min", "original_steps", "steps_offset", "final")
 
 
@@ -542,11 +562,14 @@ def _unread(option: str, value: Any, grid: str) -> bool:
 def config_of_class(
     name: str, grid: str, options: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a config of a class on one of its grids with these options of ours, and the options that it has no word for.
+    """Return a config of a class on one of its grids with these options of ours, and the options
+    that it has no word for.
 
     ``options`` may hold ``range_from``, which is the spacing of a flagged grid, and ``method``.
 
-    >>> config_of_class("DDPMScheduler", "trailing", {"variance_type": "fixed_large", "eta": 0.5})[0]["variance_type"]
+    >>> config_of_class("DDPMScheduler", "trailing", {"variance_type": "fixed_large", "eta": 0.5})[
+    ...     0
+    ... ]["variance_type"]
     'fixed_large'
     """
     kind = CLASSES[name]
@@ -600,7 +623,8 @@ def class_named(name: object) -> str | None:
 
 
 def settings_of_class(name: str, grid: str | None = None) -> dict[str, Any]:
-    """Return ``grid`` and the options that a class stands for with default options, on its own grid or on this one of its.
+    """Return ``grid`` and the options that a class stands for with default options, on its own grid
+    or on this one of its.
 
     >>> settings_of_class("EulerDiscreteScheduler")
     {'grid': 'linspace', 'final': 'zero', 'interpolation': 'sigma', 'init_noise': 'sigma'}

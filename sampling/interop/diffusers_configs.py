@@ -1,7 +1,8 @@
 """Say a sampler as a diffusers scheduler config, or say why none is it.
 
-A config is a candidate first: ``diffusers_classes`` reads it back, and the reading, laid in as many steps, must give the network
-the same times and levels, start and end alike, and carry a test network to the same samples. What differs is put in words.
+A config is a candidate first: ``diffusers_classes`` reads it back, and the reading, laid in as many
+steps, must give the network the same times and levels, start and end alike, and carry a test
+network to the same samples. What differs is put in words.
 """
 
 from __future__ import annotations
@@ -89,12 +90,16 @@ NEAREST: Mapping[tuple[bool, bool], Sequence[tuple[str, Mapping[str, Any]]]] = {
         ("lcm", {}),
     ],
 }
-"""What stands in for a method that no class has, by whether it draws noise and whether it is of a higher order."""
+"""What stands in for a method that no class has, by whether it draws noise and whether it is of a
+higher order.
+"""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A config of what a sampler adds to its schedule's, read back and laid, with the options that it has no word for."""
+    """A config of what a sampler adds to its schedule's, read back and laid, with the options that
+    it has no word for.
+    """
 
     config: dict[str, Any]
     reading: Reading
@@ -119,13 +124,15 @@ def sampler_config(
 ) -> dict[str, Any]:
     """Return what scheduler_config.json says of a sampler; see :meth:`Sampler.to_diffusers`.
 
-    ``passed``: arguments of ``step()`` (eta) that whoever runs the scheduler passes on from the sampler's options.
+    ``passed``: arguments of ``step()`` (eta) that whoever runs the scheduler passes on from the
+    sampler's options.
     """
     config, differences = nearest_config(sampler, passed)
     name, what = config["_class_name"], "; ".join(differences)
     if differences and not nearest:
         raise ValueError(
-            f"no scheduler class of diffusers is this sampler ({described(sampler)}): the nearest, {name}, differs: {what}. "
+            f"no scheduler class of diffusers is this sampler ({described(sampler)}): the nearest, "
+            f"{name}, differs: {what}. "
             "Change the sampler, or write that one with nearest=True"
         )
     if differences:
@@ -138,7 +145,8 @@ def sampler_config(
 def nearest_config(
     sampler: TableSampler, passed: Collection[str] = (), stand_ins: bool = True
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the config that is the sampler, or comes nearest, and in words what differs; ValueError where none is near.
+    """Return the config that is the sampler, or comes nearest, and in words what differs;
+    ValueError where none is near.
 
     ``stand_ins``: where no class has the method, one of another method may stand for it.
 
@@ -156,7 +164,8 @@ def nearest_config(
         near = _nearest(sampler, list(_candidates(sampler, _stand_ins(sampler), passed)))
     if near is None:
         raise ValueError(
-            f"no scheduler class of diffusers is near this sampler ({described(sampler)}); save the schedule without it, and make "
+            f"no scheduler class of diffusers is near this sampler ({described(sampler)}); save "
+            "the schedule without it, and make "
             "the sampler again with alphabar"
         )
     return near
@@ -265,7 +274,9 @@ def _offset(options: Mapping[str, Any], spacing: str) -> dict[str, Any]:
 
 
 def _differences(sampler: TableSampler, candidate: Candidate) -> tuple[str, ...]:
-    """Return in words what stands between a candidate and the sampler, without samples where the knots differ already."""
+    """Return in words what stands between a candidate and the sampler, without samples where the
+    knots differ already.
+    """
     custom = sampler.grid if sampler.grid in CUSTOM else "a grid of one's own"
     words = (
         ()
@@ -333,7 +344,8 @@ TRIED = 4
 def _nearest(
     sampler: TableSampler, candidates: Sequence[Candidate]
 ) -> tuple[dict[str, Any], tuple[str, ...]] | None:
-    """Return the nearest candidate: on the sampler's own grid before others, of its own method before relatives, then by samples.
+    """Return the nearest candidate: on the sampler's own grid before others, of its own method
+    before relatives, then by samples.
 
     One that draws noise stands only for a sampler that does.
     """
@@ -378,7 +390,9 @@ def compiled_reading(
     knots: Sequence[Knot],
     given: Mapping[str, Any] | None = None,
 ) -> Table:
-    """Return the table of a class on its own knots; ``given`` replaces options that are arguments of its step."""
+    """Return the table of a class on its own knots; ``given`` replaces options that are arguments
+    of its step.
+    """
     method: Method = METHODS[reading.method]
     known = method.options
     options = {k: v for k, v in {**reading.of_method, **(given or {})}.items() if k in known}
@@ -407,7 +421,10 @@ def _between(sampler: TableSampler, candidate: Candidate) -> Iterator[str]:
         apart = apart[1:]
     if apart:
         a, b = max(apart, key=lambda pair: abs(pair[0].sigma - pair[1].sigma))
-        yield f"on {_grid_of(reading)} its noise levels are others (sigma {b.sigma:.4g} for {a.sigma:.4g})"
+        yield (
+            f"on {_grid_of(reading)} its noise levels are others "
+            f"(sigma {b.sigma:.4g} for {a.sigma:.4g})"
+        )
     time = max(abs(a.timestep - b.timestep) for a, b in zip(ours[:-1], theirs, strict=False))
     if time > TIMES:
         yield f"it gives the network times up to {time:.3g} away{_mend_of_times(sampler, reading)}"
@@ -440,11 +457,14 @@ def _grid_of(reading: Reading) -> str:
 
 
 def sample_distance(ours: Table, theirs: Table) -> float:
-    """Return how far apart two tables carry the same start and draws through a nonlinear network, relatively.
+    """Return how far apart two tables carry the same start and draws through a nonlinear network,
+    relatively.
 
     >>> from alphabar.sampling import Sampler
     >>> schedule = NoiseSchedule.scaled_linear()
-    >>> sample_distance(Sampler(schedule, "ddim", 10).table, Sampler(schedule, "euler", 10).table) < 1e-12
+    >>> sample_distance(
+    ...     Sampler(schedule, "ddim", 10).table, Sampler(schedule, "euler", 10).table
+    ... ) < 1e-12
     True
     """
     a, b = _samples(ours), _samples(theirs)
@@ -456,7 +476,9 @@ _CHANNELS, _HIDDEN = 8, 16
 
 
 def _fixed(rows: int, columns: int, phase: float) -> Tensor:
-    """Return numbers that look random, are the same on every machine and take nothing from a generator."""
+    """Return numbers that look random, are the same on every machine and take nothing from a
+    generator.
+    """
     index = torch.arange(rows * columns, dtype=torch.float64).view(rows, columns)
     return 1.7 * torch.sin(12.9898 * index + phase + torch.sin(78.233 * index))
 

@@ -1,6 +1,8 @@
-"""Linear multistep methods in the noise prediction ε̂: LMS, DEIS, PLMS / PNDM, iPNDM, gradient estimation.
+"""Linear multistep methods in the noise prediction ε̂: LMS, DEIS, PLMS / PNDM, iPNDM, gradient
+estimation.
 
-In σ̄ = σ/α the flow is dx̄/dσ̄ = ε̂(σ̄), so x_n = α_n (x/α_s + ∫ ε̂ dσ̄): the methods differ in how they extend ε̂ over the step.
+In σ̄ = σ/α the flow is dx̄/dσ̄ = ε̂(σ̄), so x_n = α_n (x/α_s + ∫ ε̂ dσ̄): the methods differ in how
+they extend ε̂ over the step.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ def _shares(weights: Sequence[float]) -> list[float]:
 def lms(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination, order: int = 4
 ) -> list[Combination]:
-    """LMS: Adams-Bashforth on the grid as it is, ε̂ a polynomial in σ/α (k-diffusion's sample_lms)."""
+    """LMS: Adams-Bashforth on the grid, ε̂ a polynomial in σ/α (k-diffusion's sample_lms)."""
     one_of("order", order, (1, 2, 3, 4))
     s, n = knots[i], knots[i + 1]
     D, e = trace.evaluate(x, s)
@@ -65,7 +67,9 @@ def deis(
     order: int = 3,
     lower_order_final: bool = True,
 ) -> list[Combination]:
-    """DEIS: ε̂ a polynomial in log(σ/α) under the exact exponential weight (Zhang & Chen 2204.13902, eq. 14, "log ρ")."""
+    """DEIS: ε̂ a polynomial in log(σ/α) under the exact exponential weight (Zhang & Chen
+    2204.13902, eq. 14, "log ρ").
+    """
     one_of("order", order, (1, 2, 3))
     s, n, steps = knots[i], knots[i + 1], len(knots) - 1
     D, e = trace.evaluate(x, s)
@@ -85,7 +89,9 @@ def deis(
 def ipndm(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination, order: int = 4
 ) -> list[Combination]:
-    """iPNDM: Adams-Bashforth weights of an even grid in the DDIM update, climbing from order 1 (2202.09778; 2204.13902, §3.3)."""
+    """iPNDM: Adams-Bashforth weights of an even grid in the DDIM update, climbing from order 1
+    (2202.09778; 2204.13902, §3.3).
+    """
     one_of("order", order, (1, 2, 3, 4))
     s, n = knots[i], knots[i + 1]
     D, e = trace.evaluate(x, s)
@@ -100,11 +106,13 @@ def ipndm(
 def ipndm_v(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination, order: int = 4
 ) -> list[Combination]:
-    """iPNDM-v: iPNDM with the Adams-Bashforth weights of the grid as it is, and D for the last step (2204.13902, §3.3).
+    """iPNDM-v: iPNDM with the Adams-Bashforth weights of the grid as it is, and D for the last step
+    (2204.13902, §3.3).
 
-    The weights are the exact ones, those of ``lms``. The published code (ComfyUI's sample_ipndm_v, from diff-sampler) expands them with
-    three slips, a bracket of the third weight, a sign and a ratio of steps of the fourth, for which they do not sum to one
-    unless the grid is even in σ/α, and the order is 2.
+    The weights are the exact ones, those of ``lms``. The published code (ComfyUI's sample_ipndm_v,
+    from diff-sampler) expands them with three slips, a bracket of the third weight, a sign and a
+    ratio of steps of the fourth, for which they do not sum to one unless the grid is even in σ/α,
+    and the order is 2.
     """
     if knots[i + 1].sigma == 0:
         one_of("order", order, (1, 2, 3, 4))
@@ -161,9 +169,11 @@ def plms(
     *past: Combination,
     combine: str = "epsilon",
 ) -> list[Combination]:
-    """PLMS: pseudo linear multistep, started by one pseudo improved Euler step (Liu et al. 2202.09778, eq. 12 and 22).
+    """PLMS: pseudo linear multistep, started by one pseudo improved Euler step (Liu et al.
+    2202.09778, eq. 12 and 22).
 
-    ``combine``: "epsilon", or the network's "output" whatever it predicts, as PNDMScheduler in diffusers does.
+    ``combine``: "epsilon", or the network's "output" whatever it predicts, as PNDMScheduler in
+    diffusers does.
     """
     one_of("combine", combine, COMBINED)
     s, n = knots[i], knots[i + 1]
@@ -192,7 +202,8 @@ def pndm(
     *past: Combination,
     combine: str = "epsilon",
 ) -> list[Combination]:
-    """PNDM: three pseudo Runge-Kutta steps of order 4, then PLMS (Liu et al. 2202.09778, algorithm 2 and eq. 13).
+    """PNDM: three pseudo Runge-Kutta steps of order 4, then PLMS (Liu et al. 2202.09778, algorithm
+    2 and eq. 13).
 
     ``combine`` as in ``plms``.
     """

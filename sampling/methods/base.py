@@ -20,18 +20,20 @@ F = TypeVar("F", bound=Formula)
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """A sampler's formula and its facts: ``order`` of convergence (weak order where it draws noise), ``evaluations`` of the
-    network per step, what , and its ``source``.
+    """A sampler's formula and its facts: ``order`` of convergence (weak order where it draws
+    noise), ``evaluations`` of the network per step, what , and its ``source``.
 
-    ``order`` holds with default options on any grid, with exact starting values for methods that remember; 0 is for samplers
-    that do not converge with the number of steps, those of distilled models above all. ``reaches`` is a higher order with
-    the options that it takes. ``block``: steps after which a method
-    that climbs in blocks has that order. ``rewrites``: places of the memory that hold an earlier x.
+    ``order`` holds with default options on any grid, with exact starting values for methods that
+    remember; 0 is for samplers that do not converge with the number of steps, those of distilled
+    models above all. ``reaches`` is a higher order with the options that it takes. ``block``: steps
+    after which a method that climbs in blocks has that order. ``rewrites``: places of the memory
+    that hold an earlier x.
 
-    ``inverse``: it runs upwards, from the least noise. ``grid``, with ``grid_options``: where it runs unless told otherwise.
-    ``steps_option``: the option of the formula that is given the number of steps that was asked for, where that is not the
-    number of knots but one. ``blocks(steps, from_noise, to_clean)``: over how many steps of a grid each of its own goes, where
-    that is not one. ``aliases`` maps names of other software to the grid and options that they stand for there.
+    ``inverse``: it runs upwards, from the least noise. ``grid``, with ``grid_options``: where it
+    runs unless told otherwise. ``steps_option``: the option of the formula that is given the number
+    of steps that was asked for, where that is not the number of knots but one. ``blocks(steps,
+    from_noise, to_clean)``: over how many steps of a grid each of its own goes, where that is not
+    one. ``aliases`` maps names of other software to the grid and options that they stand for there.
     Equal methods are equal in every fact, the values of their options included.
 
     >>> from alphabar.sampling import METHODS
@@ -62,7 +64,10 @@ class Method:
 
         >>> from alphabar.noising import NoiseSchedule
         >>> from alphabar.sampling import METHODS, make_knots
-        >>> [knot.timestep for knot in METHODS["dpm_fast"].boundaries(make_knots(NoiseSchedule.linear(), 8))]
+        >>> [
+        ...     knot.timestep
+        ...     for knot in METHODS["dpm_fast"].boundaries(make_knots(NoiseSchedule.linear(), 8))
+        ... ]
         [999.0, 624.0, 249.0, 124.0, -1.0]
         """
         if self.blocks is None:
@@ -99,7 +104,8 @@ METHODS: Registry[Method] = Registry("method")
 def register_method(
     name: str | None = None, *, order: int, source: str, **facts: Any
 ) -> Callable[[F], F]:
-    """Register a formula as a method, under its own name or another one; the facts are those of :class:`Method`.
+    """Register a formula as a method, under its own name or another one; the facts are those of
+    :class:`Method`.
 
     >>> @register_method("half_euler", order=0, source="an example")
     ... def half_euler(trace, knots, i, x):

@@ -1,14 +1,16 @@
-"""CFG++ in the methods of higher order: DPM++ 2M and 2S a, RES, gradient estimation, and Euler with a history.
+"""CFG++ in the methods of higher order: DPM++ 2M and 2S a, RES, gradient estimation, and Euler with
+a history.
 
-Chung et al. 2406.08070 (algorithm 2) go to the guided estimate D along the noise ε̂_u that the unconditional estimate U says
-is in x. In σ̄ = σ/α and x̄ = x/α that is
+Chung et al. 2406.08070 (algorithm 2) go to the guided estimate D along the noise ε̂_u that the
+unconditional estimate U says is in x. In σ̄ = σ/α and x̄ = x/α that is
 
     x̄_n = D + σ̄_n ε̂_u = U + σ̄_n/σ̄_s (x̄ - U) + (D - U),
 
-so every method here takes its own step on the unconditional path and adds the guidance D - U, whole and once in each step:
-how much guidance a run gets depends on its number of steps, whence scales of 0 ... 2. At a scale of 1 D is the conditional
-estimate and U still the unconditional one, where its input is given. Without it U is D, each is the method that its name
-says, and the declared order is meant so. The last step goes to D, as in the first-order forms.
+so every method here takes its own step on the unconditional path and adds the guidance D - U, whole
+and once in each step: how much guidance a run gets depends on its number of steps, whence scales of
+0 ... 2. At a scale of 1 D is the conditional estimate and U still the unconditional one, where its
+input is given. Without it U is D, each is the method that its name says, and the declared order is
+meant so. The last step goes to D, as in the first-order forms.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ from .steps import check_eta, first_order_update, fresh_noise, posterior_std, sd
 def euler_ancestral_cfg_pp(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *, eta: float = 1.0
 ) -> list[Combination]:
-    """Euler a with CFG++: to the guided D along the unconditional ε̂ (Chung et al. 2406.08070, algorithm 2)."""
+    """Euler a with CFG++: to the guided D along the unconditional ε̂ (Chung et al. 2406.08070,
+    algorithm 2).
+    """
     s, n = knots[i], knots[i + 1]
     D = trace.denoise(x, s)
     if n.sigma == 0:
@@ -43,7 +47,9 @@ def euler_ancestral_cfg_pp(
     order=1, source="2406.08070", aliases={"DDIM CFG++": {}, "Euler CFG++": {}, "euler_cfg_pp": {}}
 )
 def ddim_cfg_pp(trace: Trace, knots: Sequence[Knot], i: int, x: Combination) -> list[Combination]:
-    """DDIM / Euler with CFG++: to the guided D along the unconditional ε̂ (Chung et al. 2406.08070, algorithm 2)."""
+    """DDIM / Euler with CFG++: to the guided D along the unconditional ε̂ (Chung et al. 2406.08070,
+    algorithm 2).
+    """
     return euler_ancestral_cfg_pp(trace, knots, i, x, eta=0.0)
 
 
@@ -51,9 +57,11 @@ def ddim_cfg_pp(trace: Trace, knots: Sequence[Knot], i: int, x: Combination) -> 
 def dpmpp_2m_cfg_pp(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination
 ) -> list[Combination]:
-    """DPM++ 2M with CFG++: the step along U, and (D - U_last) / 2r for the slope (2406.08070, appendix; sample_dpmpp_2m_cfg_pp).
+    """DPM++ 2M with CFG++: the step along U, and (D - U_last) / 2r for the slope (2406.08070,
+    appendix; sample_dpmpp_2m_cfg_pp).
 
-    The published slope mixes the guided D with the last unconditional estimate, which adds a little guidance of its own.
+    The published slope mixes the guided D with the last unconditional estimate, which adds a little
+    guidance of its own.
     """
     s, n = knots[i], knots[i + 1]
     D, _, U, _ = _both(trace, x, s)
@@ -77,7 +85,9 @@ def dpmpp_2s_ancestral_cfg_pp(
     eta: float = 1.0,
     s_noise: float = 1.0,
 ) -> list[Combination]:
-    """DPM++ 2S a with CFG++: both stages along U, then the guidance of the first (sample_dpmpp_2s_ancestral_cfg_pp)."""
+    """DPM++ 2S a with CFG++: both stages along U, then the guidance of the first
+    (sample_dpmpp_2s_ancestral_cfg_pp).
+    """
     s, n = knots[i], knots[i + 1]
     r = check_eta(eta) * posterior_std(s, n)
     d = ancestral_target(n, r)
@@ -109,9 +119,11 @@ def res_multistep_cfg_pp(
     *past: Combination,
     eta: float = 0.0,
 ) -> list[Combination]:
-    """RES with CFG++: U linear in λ through its last value, integrated exactly (2308.02157, eq. 8; sample_res_multistep_cfg_pp).
+    """RES with CFG++: U linear in λ through its last value, integrated exactly (2308.02157, eq. 8;
+    sample_res_multistep_cfg_pp).
 
-    The guidance goes onto x before the step and shrinks with it; the first step, of order 1, adds it whole.
+    The guidance goes onto x before the step and shrinks with it; the first step, of order 1, adds
+    it whole.
     """
     s, n = knots[i], knots[i + 1]
     D, _, U, _ = _both(trace, x, s)
@@ -136,7 +148,9 @@ def gradient_estimation_cfg_pp(
     *past: Combination,
     gamma: float = 2.0,
 ) -> list[Combination]:
-    """Gradient estimation with CFG++: to D along γ ε̂_u + (1 - γ) ε̂_u,last of the way (2306.04848, eq. 9; 2406.08070)."""
+    """Gradient estimation with CFG++: to D along γ ε̂_u + (1 - γ) ε̂_u,last of the way (2306.04848,
+    eq. 9; 2406.08070).
+    """
     s, n = knots[i], knots[i + 1]
     D, _, _, e_u = _both(trace, x, s)
     x_n = n.alpha * D + n.sigma * e_u
@@ -158,11 +172,12 @@ def cfgpp_ud10_ab(
 ) -> list[Combination]:
     """Euler CFG++ that leans on its history (ComfyUI's sample_cfgpp_ud10_ab; no paper).
 
-    ``history`` of the second-order Adams-Bashforth step in σ̄ is mixed into Euler's, ``unconditional_history`` of its change is
-    added to ε̂_u, and the last step goes by ``extrapolate`` from D to the line through the last two D at σ̄ = 0. The change of ε̂_u
-    counts with σ̄_n, whatever the length of the step: with ``unconditional_history`` more steps do not approach the flow, and the
-    declared order is 0; without, it is of order 1.
-    Memory: the last slope v of the whole step, D, ε̂_u.
+    ``history`` of the second-order Adams-Bashforth step in σ̄ is mixed into Euler's,
+    ``unconditional_history`` of its change is added to ε̂_u, and the last step goes by
+    ``extrapolate`` from D to the line through the last two D at σ̄ = 0. The change of ε̂_u counts
+    with σ̄_n, whatever the length of the step: with ``unconditional_history`` more steps do not
+    approach the flow, and the declared order is 0; without, it is of order 1. Memory: the last
+    slope v of the whole step, D, ε̂_u.
     """
     s, n = knots[i], knots[i + 1]
     D, e, _, e_u = _both(trace, x, s)
@@ -182,7 +197,9 @@ def cfgpp_ud10_ab(
 
 
 def _slope(e: Combination, e_u: Combination, s: Knot, n: Knot) -> Combination:
-    """Return (x̄_n - x̄) / (σ̄_n - σ̄_s) of the CFG++ step x̄_n = D + σ̄_n ε̂_u, where x̄ = D + σ̄_s ε̂."""
+    """Return (x̄_n - x̄) / (σ̄_n - σ̄_s) of the CFG++ step x̄_n = D + σ̄_n ε̂_u, where x̄ = D +
+    σ̄_s ε̂.
+    """
     return e + (n.sigma_ve / (n.sigma_ve - s.sigma_ve)) * (e_u - e)
 
 

@@ -1,4 +1,6 @@
-"""Churn: raising the noise a little before a step (Karras et al. 2206.00364, algorithm 2), and the methods made with it."""
+"""Churn: raising the noise a little before a step (Karras et al. 2206.00364, algorithm 2), and the
+methods made with it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def churned(
     s_tmax: float,
     s_noise: float,
 ) -> tuple[Combination, Knot]:
-    """Return x̂ and its knot, raised to σ̂ = (1 + γ) σ (lines 4 to 6), or x and its knot where no churn is due."""
+    """Return x̂ and its knot, raised to σ̂ = (1 + γ) σ (lines 4 to 6), or x and its knot where no
+    churn is due.
+    """
     if s_churn < 0 or s_noise < 0:
         raise ValueError(f"s_churn and s_noise must be at least 0, got {s_churn} and {s_noise}")
     s = knots[i]

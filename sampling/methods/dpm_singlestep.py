@@ -1,4 +1,6 @@
-"""DPM-Solver with points of its own between the knots, and DPM fast, which is made of it (Lu et al. 2206.00927)."""
+"""DPM-Solver with points of its own between the knots, and DPM fast, which is made of it (Lu et al.
+2206.00927).
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def dpm_solver_2(
     r1: float = 0.5,
     D: Combination | None = None,
 ) -> tuple[Combination, Combination]:
-    """Return x_n by DPM-Solver-2 from ε̂ at s and at r_1 of the way, and the latter (2206.00927, algorithm 4)."""
+    """Return x_n by DPM-Solver-2 from ε̂ at s and at r_1 of the way, and the latter (2206.00927,
+    algorithm 4).
+    """
     m = _on_the_way(trace, s, n, r1)
     _, e1 = trace.evaluate(_step(x, D, e, e, s, m), m)
     return _step(x, D, e, e + (e1 - e) / (2 * r1), s, n), e1
@@ -45,7 +49,9 @@ def dpm_solver_3(
     r2: float = 2 / 3,
     D: Combination | None = None,
 ) -> Combination:
-    """Return x_n by DPM-Solver-3 from ε̂ at s, at r_1 of the way (``e1``) and at r_2 (2206.00927, algorithm 5)."""
+    """Return x_n by DPM-Solver-3 from ε̂ at s, at r_1 of the way (``e1``) and at r_2 (2206.00927,
+    algorithm 5).
+    """
     h = n.half_log_snr - s.half_log_snr
     m = _on_the_way(trace, s, n, r2)
     u2 = _step(x, D, e, e + (r2 / r1) * _slope_weight(r2 * h) * (e1 - e), s, m)
@@ -56,7 +62,9 @@ def dpm_solver_3(
 def _step(
     x: Combination, D: Combination | None, e: Combination, mean_e: Combination, s: Knot, n: Knot
 ) -> Combination:
-    """Return the step along ``mean_e``; with D of the same evaluation as ε̂ it loses fewer digits near α = 0."""
+    """Return the step along ``mean_e``; with D of the same evaluation as ε̂ it loses fewer digits
+    near α = 0.
+    """
     return (
         first_order_update_epsilon(x, mean_e, s, n) if D is None else along(x, D, e, mean_e, s, n)
     )
@@ -67,12 +75,15 @@ def _on_the_way(trace: Trace, s: Knot, n: Knot, r: float) -> Knot:
 
 
 def _slope_weight(h: float) -> float:
-    """Return ((e^h - 1) / h - 1) / (e^h - 1): the mean of u / h under the weight e^(h - u), written without cancellation."""
+    """Return ((e^h - 1) / h - 1) / (e^h - 1): the mean of u / h under the weight e^(h - u), written
+    without cancellation.
+    """
     return 1 - phi_2(h) / -math.expm1(-h)
 
 
 def fast_orders(nfe: int) -> list[int]:
-    """Return the orders of the steps that use ``nfe`` evaluations: threes, and what is left over (2206.00927, §3.4).
+    """Return the orders of the steps that use ``nfe`` evaluations: threes, and what is left over
+    (2206.00927, §3.4).
 
     >>> fast_orders(9), fast_orders(10), fast_orders(11)
     ([3, 3, 2, 1], [3, 3, 3, 1], [3, 3, 3, 2])
@@ -82,12 +93,18 @@ def fast_orders(nfe: int) -> list[int]:
 
 
 def block_orders(nfe: int, from_noise: bool = False, to_clean: bool = False) -> list[int]:
-    """Return the orders of the steps that use ``nfe`` evaluations between these ends, which add up to it.
+    """Return the orders of the steps that use ``nfe`` evaluations between these ends, which add up
+    to it.
 
-    ``from_noise``: the first knot has no signal, and its step takes one evaluation; ``to_clean``: so does the last, which goes to
-    D where σ = 0. Between them, or without them, as :func:`fast_orders`; before a last step of order 1 nothing else ends in one.
+    ``from_noise``: the first knot has no signal, and its step takes one evaluation; ``to_clean``:
+    so does the last, which goes to D where σ = 0. Between them, or without them, as
+    :func:`fast_orders`; before a last step of order 1 nothing else ends in one.
 
-    >>> block_orders(20), block_orders(20, to_clean=True), block_orders(20, from_noise=True, to_clean=True)
+    >>> (
+    ...     block_orders(20),
+    ...     block_orders(20, to_clean=True),
+    ...     block_orders(20, from_noise=True, to_clean=True),
+    ... )
     ([3, 3, 3, 3, 3, 3, 2], [3, 3, 3, 3, 3, 3, 1, 1], [1, 3, 3, 3, 3, 3, 3, 1])
     """
     between = nfe - from_noise - to_clean
@@ -117,11 +134,13 @@ def dpm_fast(
     eta: float = 0.0,
     s_noise: float = 1.0,
 ) -> list[Combination]:
-    """DPM fast: DPM-Solver-3 steps with a 2 or a 1 at the end (2206.00927, §3.4; k-diffusion's sample_dpm_fast).
+    """DPM fast: DPM-Solver-3 steps with a 2 or a 1 at the end (2206.00927, §3.4; k-diffusion's
+    sample_dpm_fast).
 
-    ``nfe`` is the number of evaluations, which is what its steps count: on a grid of that many steps each of its own goes over as
-    many as it has evaluations, and the points between lie at thirds of its λ; on the grid ``dpm_fast``, k-diffusion's, its steps
-    are even in λ. Without ``nfe`` every step is of order 3, but for those from α = 0 and into σ = 0.
+    ``nfe`` is the number of evaluations, which is what its steps count: on a grid of that many
+    steps each of its own goes over as many as it has evaluations, and the points between lie at
+    thirds of its λ; on the grid ``dpm_fast``, k-diffusion's, its steps are even in λ. Without
+    ``nfe`` every step is of order 3, but for those from α = 0 and into σ = 0.
     """
     s, n, steps = knots[i], knots[i + 1], len(knots) - 1
     ends = knots[0].alpha == 0, knots[-1].sigma == 0

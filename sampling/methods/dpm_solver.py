@@ -1,17 +1,21 @@
 """DPM-Solver and DPM-Solver++ over several steps, ODE and SDE (Lu et al. 2206.00927, 2211.01095).
 
-With λ = log(α / σ), h = λ_n - λ_s and the data prediction D(λ), the reverse SDE of strength η (0: the ODE) is solved by
+With λ = log(α / σ), h = λ_n - λ_s and the data prediction D(λ), the reverse SDE of strength η (0:
+the ODE) is solved by
 
-    x_n = σ_n/σ_s e^(-ηh) x + α_n ∫_0^h (1 + η) e^(-(1+η)(h-u)) D(λ_s + u) du + σ_n sqrt(1 - e^(-2ηh)) z,
+    x_n = σ_n/σ_s e^(-ηh) x + α_n ∫_0^h (1 + η) e^(-(1+η)(h-u)) D(λ_s + u) du + σ_n sqrt(1 -
+    e^(-2ηh)) z,
 
-so each formula is one estimate E of the weighted mean of D over the step, followed by ``transfer``. With H = (1 + η) h,
-D1 = h D' and D2 = h² D'' / 2 from past values, E = D + c1 D1 + c2 D2, where
+so each formula is one estimate E of the weighted mean of D over the step, followed by ``transfer``.
+With H = (1 + η) h, D1 = h D' and D2 = h² D'' / 2 from past values, E = D + c1 D1 + c2 D2, where
 
-    c1 = φ_2(H) / (1 - e^-H)  ("heun")  or its limit 1/2  ("midpoint"),        c2 = φ_3(H) / (1 - e^-H).
+    c1 = φ_2(H) / (1 - e^-H)  ("heun")  or its limit 1/2  ("midpoint"),
+    c2 = φ_3(H) / (1 - e^-H).
 
-The exact c2 would be twice that: the published third-order formula has it so, and is therefore of order 2 (measured in the
-tests); ``dpmpp_3m`` and ``dpmpp_3m_sde`` keep it for the sake of the images that people know. The noise-prediction forms
-("dpmsolver") are the same with ε for D and α, σ exchanged: h becomes -h.
+The exact c2 would be twice that: the published third-order formula has it so, and is therefore of
+order 2 (measured in the tests); ``dpmpp_3m`` and ``dpmpp_3m_sde`` keep it for the sake of the
+images that people know. The noise-prediction forms ("dpmsolver") are the same with ε for D and α, σ
+exchanged: h becomes -h.
 """
 
 from __future__ import annotations
@@ -34,7 +38,9 @@ SOLVER_TYPES = ("midpoint", "heun")
 def differences(
     m: Sequence[Combination], lambdas: Sequence[float], h: float
 ) -> tuple[Combination, Combination]:
-    """Return D1 = h D' and D2 = h² D'' / 2 at λ_0, from two or three past values (2211.01095, appendix)."""
+    """Return D1 = h D' and D2 = h² D'' / 2 at λ_0, from two or three past values (2211.01095,
+    appendix).
+    """
     r0 = (lambdas[0] - lambdas[1]) / h
     first = (m[0] - m[1]) / r0
     if len(m) == 2:
@@ -47,7 +53,7 @@ def differences(
 def weighted_mean(
     m: Sequence[Combination], lambdas: Sequence[float], h: float, H: float, solver_type: str
 ) -> Combination:
-    """Return E from the values m at past λ; H = (1 + η) h, or -(1 + η) h for the noise prediction."""
+    """Return E from the values m at past λ; H = (1 + η) h, or -(1 + η) h for noise."""
     if len(m) == 1:
         return m[0]
     D1, D2 = differences(m, lambdas, h)
@@ -86,7 +92,9 @@ def dpm_solver_multistep(
     eta: float | None = None,
     s_noise: float = 1.0,
 ) -> list[Combination]:
-    """DPM-Solver(++) over several steps (2211.01095, algorithm 2 and eq. 18 for the SDE; 2206.00927, eq. 3.7)."""
+    """DPM-Solver(++) over several steps (2211.01095, algorithm 2 and eq. 18 for the SDE;
+    2206.00927, eq. 3.7).
+    """
     one_of("order", order, (1, 2, 3))
     one_of("algorithm", algorithm, ALGORITHMS)
     one_of("solver_type", solver_type, SOLVER_TYPES)
@@ -114,7 +122,8 @@ def dpm_solver_multistep(
     E = weighted_mean(m, lambdas, h, -h, solver_type)
     if not eta:
         return [along(x, D, e, E, s, n), *memory]
-    # eq. 3.7's SDE counterpart: twice the drift, and noise that keeps the spread to first order only
+    # eq. 3.7's SDE counterpart: twice the drift, and noise that keeps the spread to first order
+    # only
     trace.keeps_marginals = False
     drift = 2 * (n.sigma - n.alpha * s.sigma_ve) * E
     return [
@@ -137,7 +146,9 @@ def dpmpp_2m(
 def dpmpp_3m(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination
 ) -> list[Combination]:
-    """DPM-Solver++(3M) in the published form (2211.01095, appendix; see the head of this module for its order)."""
+    """DPM-Solver++(3M) in the published form (2211.01095, appendix; see the head of this module for
+    its order).
+    """
     return dpm_solver_multistep(
         trace, knots, i, x, *past, order=3, solver_type="heun", lower_order_final=False
     )
@@ -178,7 +189,9 @@ def dpmpp_3m_sde(
     eta: float = 1.0,
     s_noise: float = 1.0,
 ) -> list[Combination]:
-    """SDE-DPM-Solver++(3M) (k-diffusion's sample_dpmpp_3m_sde, which starts with the exact second-order coefficient)."""
+    """SDE-DPM-Solver++(3M) (k-diffusion's sample_dpmpp_3m_sde, which starts with the exact
+    second-order coefficient).
+    """
     return dpm_solver_multistep(
         trace,
         knots,
@@ -213,9 +226,11 @@ def dpm_solver_inverse(
     lower_order_final: bool = True,
     euler_at_final: bool = False,
 ) -> list[Combination]:
-    """DPM-Solver(++) over several steps run upwards, from an image to the noise that gives it (2211.01095, algorithm 2, h < 0).
+    """DPM-Solver(++) over several steps run upwards, from an image to the noise that gives it
+    (2211.01095, algorithm 2, h < 0).
 
-    A first knot without any noise takes the step of ``ddim_inverse``, and a last one without signal that of DDIM.
+    A first knot without any noise takes the step of ``ddim_inverse``, and a last one without signal
+    that of DDIM.
     """
     one_of("algorithm", algorithm, ALGORITHMS[:2])
     s, n = knots[i], knots[i + 1]
@@ -230,7 +245,8 @@ def dpm_solver_inverse(
 
 
 def singlestep_orders(steps: int, order: int, last_is_clean: bool) -> list[int]:
-    """Return the order of the formula at each step: blocks that climb 1, 2, ... order and start anew.
+    """Return the order of the formula at each step: blocks that climb 1, 2, ... order and start
+    anew.
 
     >>> singlestep_orders(7, 3, last_is_clean=True)
     [1, 2, 3, 1, 2, 3, 1]
@@ -257,7 +273,9 @@ def dpm_solver_singlestep(
     algorithm: str = "dpmsolver++",
     solver_type: str = "midpoint",
 ) -> list[Combination]:
-    """DPM-Solver(++) in blocks of ``order`` grid points, each from the block's first x (2206.00927, algorithms 1 and 2)."""
+    """DPM-Solver(++) in blocks of ``order`` grid points, each from the block's first x (2206.00927,
+    algorithms 1 and 2).
+    """
     one_of("order", order, (1, 2, 3))
     one_of("algorithm", algorithm, ALGORITHMS[:3])
     one_of("solver_type", solver_type, SOLVER_TYPES)

@@ -1,4 +1,6 @@
-"""DDIM, DDPM, Euler and Euler ancestral: one first-order formula with different amounts of fresh noise (see ``steps.py``)."""
+"""DDIM, DDPM, Euler and Euler ancestral: one first-order formula with different amounts of fresh
+noise (see ``steps.py``).
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,12 @@ def ddim(
     eta: float = 0.0,
     use_clipped_model_output: bool = True,
 ) -> list[Combination]:
-    """DDIM: down to the next knot along the network's own ε̂, renewing η of the posterior spread (2010.02502, eq. 12, 16).
+    """DDIM: down to the next knot along the network's own ε̂, renewing η of the posterior spread
+    (2010.02502, eq. 12, 16).
 
-    ``use_clipped_model_output``: where x_0 is clipped, take the ε̂ that x and the clipped x_0 imply (True), or go on along the
-    network's own (False, as diffusers' DDIMScheduler.step does unless told otherwise).
+    ``use_clipped_model_output``: where x_0 is clipped, take the ε̂ that x and the clipped x_0 imply
+    (True), or go on along the network's own (False, as diffusers' DDIMScheduler.step does unless
+    told otherwise).
     """
     s, n = knots[i], knots[i + 1]
     if use_clipped_model_output:
@@ -47,7 +51,8 @@ def ddim_inverse(
     *,
     use_clipped_model_output: bool = True,
 ) -> list[Combination]:
-    """DDIM run upwards, from an image to the noise that gives it: ε̂ at x, asked for at the time of the next knot (2010.02502, §4.3).
+    """DDIM run upwards, from an image to the noise that gives it: ε̂ at x, asked for at the time of
+    the next knot (2010.02502, §4.3).
 
     ``use_clipped_model_output`` as in ``ddim``; DDIMInverseScheduler of diffusers has False.
     """
@@ -55,7 +60,8 @@ def ddim_inverse(
     prediction = trace.schedule.prediction
     if s.sigma == 0 and not _tells_noise(prediction, s):
         raise ValueError(
-            f"{prediction.name} predictions do not say the noise of an image that has none; start at the least noise, final='sigma_min'"
+            f"{prediction.name} predictions do not say the noise of an image that has none; start "
+            "at the least noise, final='sigma_min'"
         )
     trace.keeps_marginals = False  # it starts from a clean sample, whose noise no network can know
     at = Knot(n.timestep, s.alpha, s.sigma, s.input_scale)
@@ -86,10 +92,12 @@ def ddpm(
     *,
     variance_type: str = "fixed_small",
 ) -> list[Combination]:
-    """DDPM: the posterior mean, and noise of the posterior's variance or of β (Ho et al. 2006.11239, eq. 6, 7 and §3.2).
+    """DDPM: the posterior mean, and noise of the posterior's variance or of β (Ho et al.
+    2006.11239, eq. 6, 7 and §3.2).
 
-    ``fixed_small`` is the posterior's, ``fixed_large`` β = 1 - α_s²/α_n² of the step; the log forms are the same numbers, as
-    improved DDPM parametrises them. Learned variances: ``sampling.learned_variance``.
+    ``fixed_small`` is the posterior's, ``fixed_large`` β = 1 - α_s²/α_n² of the step; the log forms
+    are the same numbers, as improved DDPM parametrises them. Learned variances:
+    ``sampling.learned_variance``.
     """
     one_of("variance_type", variance_type, VARIANCES)
     s, n = knots[i], knots[i + 1]
@@ -130,7 +138,7 @@ def euler(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *,
     s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
 ) -> list[Combination]:  # fmt: skip
-    """Euler's method on the probability flow ODE (2206.00364, algorithm 2 without its correction)."""
+    """Euler's method on the probability flow ODE (2206.00364, algorithm 2, no correction)."""
     x, s = churned(trace, knots, i, x, s_churn, s_tmin, s_tmax, s_noise)
     D, _ = trace.evaluate(x, s)
     return [first_order_update(x, D, s, knots[i + 1])]

@@ -36,10 +36,12 @@ def res_multistep(
     eta: float = 0.0,
     extrapolate: bool = False,
 ) -> list[Combination]:
-    """RES: D a polynomial in λ through past values, integrated exactly (Zhang et al. 2308.02157, eq. 8, multistep).
+    """RES: D a polynomial in λ through past values, integrated exactly (Zhang et al. 2308.02157,
+    eq. 8, multistep).
 
-    The last step into σ = 0 goes to D, as every sampler's does. With ``extrapolate`` it goes to where D tends as σ falls to 0,
-    by a polynomial in (σ/α)² through the past values: what is left of the error is then of the method's own order.
+    The last step into σ = 0 goes to D, as every sampler's does. With ``extrapolate`` it goes to
+    where D tends as σ falls to 0, by a polynomial in (σ/α)² through the past values: what is left
+    of the error is then of the method's own order.
     """
     one_of("order", order, (1, 2, 3, 4))
     s, n = knots[i], knots[i + 1]
@@ -71,7 +73,8 @@ def _lagrange_at_zero(nodes: Sequence[float]) -> list[float]:
 def er_sde(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination, order: int = 3
 ) -> list[Combination]:
-    """ER-SDE-Solver-3 (Cui et al. 2309.06169, algorithm 3) with the noise scale φ(σ̄) = σ̄ (e^(σ̄^0.3) + 10), σ̄ = σ/α.
+    """ER-SDE-Solver-3 (Cui et al. 2309.06169, algorithm 3) with the noise scale φ(σ̄) = σ̄
+    (e^(σ̄^0.3) + 10), σ̄ = σ/α.
 
     Memory: the last D, then its last divided difference.
     """
@@ -120,7 +123,9 @@ def _integral(b: float, a: float, f: Callable[[float], float], panels: int = 200
 def seeds_2(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *, eta: float = 1.0, r: float = 0.5
 ) -> list[Combination]:
-    """SEEDS-2: two stages with independent noise on each stretch (Gonzalez et al. 2305.14267, algorithm 2)."""
+    """SEEDS-2: two stages with independent noise on each stretch (Gonzalez et al. 2305.14267,
+    algorithm 2).
+    """
     s, n = knots[i], knots[i + 1]
     D = trace.denoise(x, s)
     if n.sigma == 0 or s.alpha == 0:
@@ -148,7 +153,9 @@ def seeds_3(
     r_1: float = 1 / 3,
     r_2: float = 2 / 3,
 ) -> list[Combination]:
-    """SEEDS-3: three stages with independent noise on each stretch (Gonzalez et al. 2305.14267, algorithm 3)."""
+    """SEEDS-3: three stages with independent noise on each stretch (Gonzalez et al. 2305.14267,
+    algorithm 3).
+    """
     s, n = knots[i], knots[i + 1]
     D = trace.denoise(x, s)
     if n.sigma == 0 or s.alpha == 0:

@@ -1,4 +1,5 @@
-"""SA-Solver: stochastic Adams predictor and corrector (Xue et al. 2309.05019, algorithm 1, eq. 14 and 17).
+"""SA-Solver: stochastic Adams predictor and corrector (Xue et al. 2309.05019, algorithm 1, eq. 14
+and 17).
 
 In the noise prediction (appendix A), with η = τ² and the polynomial through past ε̂,
 
@@ -53,11 +54,13 @@ def sa_solver(
     predict_x0: bool = True,
     pece: bool = False,
 ) -> list[Combination]:
-    """SA-Solver: ``tau`` is the strength of the noise, inside ``tau_timesteps`` of the network's time, 0 outside.
+    """SA-Solver: ``tau`` is the strength of the noise, inside ``tau_timesteps`` of the network's
+    time, 0 outside.
 
-    ``predict_x0``: interpolate the data prediction (which the paper recommends), or else the noise prediction. With ``pece``
-    the network is asked again at the corrected x, and its answer takes the place of the first (PECE mode).
-    Memory: the x that the last step started from, its noise (where it drew any), then the values of past steps.
+    ``predict_x0``: interpolate the data prediction (which the paper recommends), or else the noise
+    prediction. With ``pece`` the network is asked again at the corrected x, and its answer takes
+    the place of the first (PECE mode). Memory: the x that the last step started from, its noise
+    (where it drew any), then the values of past steps.
     """
     one_of("predictor_order", predictor_order, (1, 2, 3))
     one_of("corrector_order", corrector_order, (0, 1, 2, 3, 4))
@@ -96,7 +99,9 @@ def _by_data(
     x: Combination, values: Sequence[Combination], knots: Sequence[Knot], i: int,
     s: Knot, n: Knot, eta: float, z: Combination | None,
 ) -> Combination:  # fmt: skip
-    """Return x at n from x at s through data predictions at the knots i, i - 1, ... (eq. 14; where n is knot i, eq. 17)."""
+    """Return x at n from x at s through data predictions at the knots i, i - 1, ... (eq. 14; where
+    n is knot i, eq. 17).
+    """
     r = sde_std(s, n, eta)
     E = _mean(values, knots, i, s, n, eta, corrector=n is knots[i])
     return first_order_update(x, E, s, n, r, None if z is None else r * z)
@@ -106,7 +111,9 @@ def _by_noise(
     x: Combination, values: Sequence[Combination], knots: Sequence[Knot], i: int,
     s: Knot, n: Knot, eta: float, z: Combination | None,
 ) -> Combination:  # fmt: skip
-    """Return x at n from x at s through noise predictions at the knots i, i - 1, ... (see the head of this module)."""
+    """Return x at n from x at s through noise predictions at the knots i, i - 1, ... (see the head
+    of this module).
+    """
     nodes = [knots[i - j].half_log_snr for j in range(len(values))]
     weights = lagrange_integrals(nodes, s.half_log_snr, n.half_log_snr, rate=-1.0)
     y = (n.alpha / s.alpha) * x - weighted(values, [(1 + eta) * n.sigma * w for w in weights])
@@ -128,7 +135,9 @@ def _mean(
     eta: float,
     corrector: bool,
 ) -> Combination:
-    """Return the weighted mean of D from s to n, interpolated through ``values`` at the knots i, i - 1, ... (eq. 14, 17)."""
+    """Return the weighted mean of D from s to n, interpolated through ``values`` at the knots i, i
+    - 1, ... (eq. 14, 17).
+    """
     if len(values) == 1:
         return values[0]
     H, h = 1 + eta, n.half_log_snr - s.half_log_snr

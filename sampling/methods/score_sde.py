@@ -1,7 +1,8 @@
-"""The predictors of the score SDE paper: reverse diffusion and Euler-Maruyama (Song et al. 2011.13456).
+"""The predictors of the score SDE paper: reverse diffusion and Euler-Maruyama (Song et al.
+2011.13456).
 
-On any path the forward chain from a knot n up to s is x_s = a x_n + G z, with a = α_s / α_n and G² = σ_s² - a² σ_n², and the
-reverse diffusion sampler (eq. 46) undoes a step of it by
+On any path the forward chain from a knot n up to s is x_s = a x_n + G z, with a = α_s / α_n and G²
+= σ_s² - a² σ_n², and the reverse diffusion sampler (eq. 46) undoes a step of it by
 
     x_n = (2 - a) x_s + G² s_θ(x_s, s) + G z,    s_θ = -ε̂ / σ_s:
 
@@ -37,10 +38,12 @@ def score_sde_vp(
     *,
     predictor: str = "reverse_diffusion",
 ) -> list[Combination]:
-    """The score SDE paper's predictors: each undoes a step of the forward SDE, and the last one only takes noise away.
+    """The score SDE paper's predictors: each undoes a step of the forward SDE, and the last one
+    only takes noise away.
 
-    ``reverse_diffusion`` is algorithm 3 and eq. 46, on any schedule. ``euler_maruyama`` discretizes eq. 6 in time, on
-    NoiseSchedule.variance_preserving() alone, with the rate β(t) of eq. 33 and time steps of 1 / N, as ScoreSdeVpScheduler.
+    ``reverse_diffusion`` is algorithm 3 and eq. 46, on any schedule. ``euler_maruyama`` discretizes
+    eq. 6 in time, on NoiseSchedule.variance_preserving() alone, with the rate β(t) of eq. 33 and
+    time steps of 1 / N, as ScoreSdeVpScheduler.
     """
     one_of("predictor", predictor, PREDICTORS)
     s, n = knots[i], knots[i + 1]
@@ -70,7 +73,8 @@ def _euler_maruyama(trace: Trace, s: Knot, n: Knot, x: Combination, steps: int) 
     if type(curve) is not VariancePreserving or curve.snr_shift_scale != 1:
         kind = f"shifted {curve.kind}" if type(curve) is VariancePreserving else curve.kind
         raise ValueError(
-            f"predictor 'euler_maruyama' needs the rate β(t) of NoiseSchedule.variance_preserving(), got a {kind} schedule; "
+            "predictor 'euler_maruyama' needs the rate β(t) of "
+            f"NoiseSchedule.variance_preserving(), got a {kind} schedule; "
             "use predictor='reverse_diffusion'"
         )
     _, e = trace.evaluate(x, s)

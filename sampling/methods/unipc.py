@@ -1,4 +1,6 @@
-"""UniPC: a predictor and a corrector that share one formula (Zhao et al. 2302.04867, algorithms 5 to 8, B(h) version)."""
+"""UniPC: a predictor and a corrector that share one formula (Zhao et al. 2302.04867, algorithms 5
+to 8, B(h) version).
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,9 @@ def _advance(
     predict_x0: bool,
     corrected: Combination | None = None,
 ) -> Combination:
-    """Return x at n from x at knot i: UniP (eq. 3), or UniC (eq. 4) when the value at n is ``corrected``."""
+    """Return x at n from x at knot i: UniP (eq. 3), or UniC (eq. 4) when the value at n is
+    ``corrected``.
+    """
     s, p = knots[i], len(values)
     h = n.half_log_snr - s.half_log_snr
     hh = -h if predict_x0 else h
@@ -111,7 +115,7 @@ def _advance(
 
 
 def _rhos(ratios: Sequence[float], hh: float, B: float) -> list[float]:
-    """Return ρ of R ρ = b (eq. 5); one ratio alone gets 1/2, which does not lower the order (§3.3)."""
+    """Return ρ of R ρ = b (eq. 5); one ratio alone gets 1/2, which keeps the order (§3.3)."""
     if len(ratios) <= 1:
         return [0.5] * len(ratios)
     R = np.vander(np.array(ratios), len(ratios), increasing=True).T

@@ -1,15 +1,20 @@
-"""DPM adaptive: DPM-Solver-12 and -23 with the step size chosen on the way (Lu et al. 2206.00927, appendix C).
+"""DPM adaptive: DPM-Solver-12 and -23 with the step size chosen on the way (Lu et al. 2206.00927,
+appendix C).
 
-It is no table: the next knot depends on how far two orders disagree on the images themselves, so the knots cannot be known
-before the run. But every attempted step is linear as any other, and is traced when its knots are known, with the same formulas.
-One number leaves the device for every attempt, the error.
+It is no table: the next knot depends on how far two orders disagree on the images themselves, so
+the knots cannot be known before the run. But every attempted step is linear as any other, and is
+traced when its knots are known, with the same formulas. One number leaves the device for every
+attempt, the error.
 
-In σ̄ = σ / α and λ = -log σ̄ the error of a step is, as in k-diffusion, whose results this reproduces,
+In σ̄ = σ / α and λ = -log σ̄ the error of a step is, as in k-diffusion, whose results this
+reproduces,
 
-    E = || (x̄_low - x̄_high) / δ || / sqrt(N),    δ = max(atol, rtol max(|x̄_low|, |x̄_low of the last accepted step|)),
+    E = || (x̄_low - x̄_high) / δ || / sqrt(N),
+    δ = max(atol, rtol max(|x̄_low|, |x̄_low of the last accepted step|)),
 
-with x̄ = x / α and the norm over all N numbers of the batch: one step size for the whole batch, so an image depends, within the
-tolerance, on what it is drawn with. Sizes are set by k-diffusion's PID controller, not by the paper's 0.9 h E^(-1/k).
+with x̄ = x / α and the norm over all N numbers of the batch: one step size for the whole batch, so
+an image depends, within the tolerance, on what it is drawn with. Sizes are set by k-diffusion's PID
+controller, not by the paper's 0.9 h E^(-1/k).
 """
 
 from __future__ import annotations
@@ -45,18 +50,24 @@ def dpm_solver_12(
 def dpm_solver_23(
     trace: Trace, s: Knot, n: Knot, x: Combination, e: Combination
 ) -> tuple[Combination, Combination]:
-    """Return x_n by DPM-Solver-2 and by DPM-Solver-3, which share their first two evaluations (2206.00927, appendix C)."""
+    """Return x_n by DPM-Solver-2 and by DPM-Solver-3, which share their first two evaluations
+    (2206.00927, appendix C).
+    """
     low, e1 = dpm_solver_2(trace, s, n, x, e, r1=1 / 3)
     return low, dpm_solver_3(trace, s, n, x, e, e1)
 
 
 @dataclass
 class PIDController:
-    """The step size in λ, from the errors of the last three steps (k-diffusion's PIDStepSizeController).
+    """The step size in λ, from the errors of the last three steps (k-diffusion's
+    PIDStepSizeController).
 
-    The factor of the next size is 1 + atan(E_1^-b1 E_2^-b2 E_3^-b3 - 1), which lies between 0.2 and 2.6.
+    The factor of the next size is 1 + atan(E_1^-b1 E_2^-b2 E_3^-b3 - 1), which lies between 0.2 and
+    2.6.
 
-    >>> controller = PIDController(0.05, pcoeff=0.0, icoeff=1.0, dcoeff=0.0, order=3.0, accept_safety=0.81)
+    >>> controller = PIDController(
+    ...     0.05, pcoeff=0.0, icoeff=1.0, dcoeff=0.0, order=3.0, accept_safety=0.81
+    ... )
     >>> controller.accepts(1e-3), round(controller.h, 4)
     (True, 0.123)
     """
@@ -90,10 +101,11 @@ class PIDController:
 
 
 class AdaptiveProgress(Progress):
-    """Where an adaptive run stands after an accepted step: as Progress, with ``steps`` an estimate until the last one.
+    """Where an adaptive run stands after an accepted step: as Progress, with ``steps`` an estimate
+    until the last one.
 
-    ``knot``: the point reached. ``evaluations``, ``accepted`` and ``rejected`` count the network's calls and the attempts;
-    ``error`` is the last step's, ``h`` the size in λ of the next attempt.
+    ``knot``: the point reached. ``evaluations``, ``accepted`` and ``rejected`` count the network's
+    calls and the attempts; ``error`` is the last step's, ``h`` the size in λ of the next attempt.
     """
 
     def __init__(
@@ -134,14 +146,17 @@ class _Counts:
 )
 @dataclass(frozen=True)
 class DPMAdaptive:
-    """Draw samples with DPM-Solver-12 (``order`` 2) or -23 (``order`` 3) and an adaptive step size; called as a Sampler.
+    """Draw samples with DPM-Solver-12 (``order`` 2) or -23 (``order`` 3) and an adaptive step size;
+    called as a Sampler.
 
-    There is no number of steps: ``rtol`` and ``atol`` decide, and ``max_evaluations`` ends a run that takes too many.
-    ``h_init`` is the first size in λ; ``pcoeff``, ``icoeff``, ``dcoeff`` and ``accept_safety`` are the controller's; ``eta``
-    and ``s_noise`` as in ancestral sampling. The run goes from ``sigma_max`` to ``sigma_min`` (σ / α, by default the
-    schedule's), and then with ``final`` = 'zero' to the clean estimate there, with 'sigma_min' no further, as k-diffusion.
-    From a knot with α = 0 it takes one first-order step, to the training timestep before. Raises ValueError for options out
-    of range, and RuntimeError where the evaluations run out or the error is not finite.
+    There is no number of steps: ``rtol`` and ``atol`` decide, and ``max_evaluations`` ends a run
+    that takes too many. ``h_init`` is the first size in λ; ``pcoeff``, ``icoeff``, ``dcoeff`` and
+    ``accept_safety`` are the controller's; ``eta`` and ``s_noise`` as in ancestral sampling. The
+    run goes from ``sigma_max`` to ``sigma_min`` (σ / α, by default the schedule's), and then with
+    ``final`` = 'zero' to the clean estimate there, with 'sigma_min' no further, as k-diffusion.
+    From a knot with α = 0 it takes one first-order step, to the training timestep before. Raises
+    ValueError for options out of range, and RuntimeError where the evaluations run out or the error
+    is not finite.
 
     >>> sampler = DPMAdaptive(NoiseSchedule.scaled_linear(prediction="v_prediction"))
     >>> sampler(lambda x, t: -x, (2, 4, 8, 8), seeds=[0, 1]).shape
@@ -197,7 +212,9 @@ class DPMAdaptive:
     def __call__(
         self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any
     ) -> Tensor:
-        """Return samples, shape (batch, ...), float32 or better. Arguments as in ``Sampler.iterate``."""
+        """Return samples, shape (batch, ...), float32 or better. Arguments as in
+        ``Sampler.iterate``.
+        """
         return last(self.iterate(network, shape_or_noise, **arguments)).x
 
     def iterate(
@@ -261,7 +278,9 @@ class DPMAdaptive:
         return n if end.sigma_ve < n.sigma_ve else end
 
     def _target(self, s: Knot, n: Knot, end: Knot) -> Knot:
-        """Return the point that the ODE goes to, before noise of the ancestral step's spread raises x to n."""
+        """Return the point that the ODE goes to, before noise of the ancestral step's spread raises
+        x to n.
+        """
         if not self.eta:
             return n
         d = ancestral_target(n, self.eta * posterior_std(s, n))
@@ -319,8 +338,10 @@ class DPMAdaptive:
         counts.evaluations += evaluations
         if counts.evaluations > self.max_evaluations:
             raise RuntimeError(
-                f"DPM adaptive needs more than max_evaluations = {self.max_evaluations} calls of the network: after "
-                f"{counts.accepted} accepted and {counts.rejected} rejected steps it stands at σ/α = {s.sigma_ve:g}; "
+                f"DPM adaptive needs more than max_evaluations = {self.max_evaluations} calls of "
+                "the network: after "
+                f"{counts.accepted} accepted and {counts.rejected} rejected steps it stands at σ/α "
+                f"= {s.sigma_ve:g}; "
                 f"raise max_evaluations, or rtol = {self.rtol:g} and atol = {self.atol:g}"
             )
 

@@ -1,4 +1,6 @@
-"""Samplers that a table cannot express: their registry, and the base class of those that visit a grid once."""
+"""Samplers that a table cannot express: their registry, and the base class of those that visit a
+grid once.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class StandaloneEntry:
-    """A sampler that is no table: ``factory(schedule, **options)`` returns one, and the facts are those of a ``Method``.
+    """A sampler that is no table: ``factory(schedule, **options)`` returns one, and the facts are
+    those of a ``Method``.
 
-    ``evaluations`` is None where their number is not known before the run. ``aliases`` maps names of other software to the
-    options that they stand for.
+    ``evaluations`` is None where their number is not known before the run. ``aliases`` maps names
+    of other software to the options that they stand for.
 
     >>> STANDALONE["repaint"].factory.__name__
     'RePaint'
@@ -53,7 +56,9 @@ class StandaloneEntry:
 
 
 STANDALONE: Registry[StandaloneEntry] = Registry("sampler")
-"""Every sampler that is no table, by its name; ``@register_standalone(...)`` above a class adds one."""
+"""Every sampler that is no table, by its name; ``@register_standalone(...)`` above a class adds
+one.
+"""
 
 
 def register_standalone(
@@ -61,8 +66,8 @@ def register_standalone(
 ) -> Callable[[type[T]], type[T]]:
     """Register a class of samplers; the facts are those of :class:`StandaloneEntry`.
 
-    Its objects are called as a ``Sampler`` is, and have a ``schedule``, ``steps`` (None where it has no number of them) and
-    ``iterate``; its name is put into the class as ``name``.
+    Its objects are called as a ``Sampler`` is, and have a ``schedule``, ``steps`` (None where it
+    has no number of them) and ``iterate``; its name is put into the class as ``name``.
 
     >>> @register_standalone("constant_zero", order=0, source="an example")
     ... class Zero:
@@ -81,7 +86,8 @@ def register_standalone(
 
 
 class GridSampler(ABC):
-    """A sampler that visits the knots of a grid; subclasses are dataclasses with these fields, and define :meth:`advance`.
+    """A sampler that visits the knots of a grid; subclasses are dataclasses with these fields, and
+    define :meth:`advance`.
 
     >>> from alphabar.sampling import LearnedVariance
     >>> isinstance(LearnedVariance(NoiseSchedule.linear(), steps=5), GridSampler)
@@ -107,7 +113,9 @@ class GridSampler(ABC):
     def __call__(
         self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any
     ) -> Tensor:
-        """Return samples, shape (batch, ...), float32 or better. Arguments as in ``Sampler.iterate``."""
+        """Return samples, shape (batch, ...), float32 or better. Arguments as in
+        ``Sampler.iterate``.
+        """
         return last(self.iterate(network, shape_or_noise, **arguments)).x
 
     def iterate(

@@ -1,4 +1,5 @@
-"""Predictor-corrector sampling with Langevin correctors (Song et al. 2011.13456, algorithms 2 to 5).
+"""Predictor-corrector sampling with Langevin correctors (Song et al. 2011.13456, algorithms 2 to
+5).
 
 A corrector is no table: its step size is a ratio of norms of the noise and of the network's output.
 """
@@ -32,12 +33,15 @@ from .base import GridSampler, register_standalone
 )
 @dataclass(frozen=True)
 class PredictorCorrector(GridSampler):
-    """Predictor-corrector sampling, score_sde_ve on NoiseSchedule.variance_exploding() (algorithms 2 and 4; VP: 3 and 5).
+    """Predictor-corrector sampling, score_sde_ve on NoiseSchedule.variance_exploding() (algorithms
+    2 and 4; VP: 3 and 5).
 
-    At each of ``steps`` knots ``correct_steps`` Langevin steps of signal-to-noise ratio ``snr``, then a reverse diffusion step;
-    correct_steps + 1 evaluations a step. ``norm``: 'image' takes the norms of the corrector's step size for each image, as the
-    paper; 'batch' their means over the batch, as its code and ScoreSdeVeScheduler, so that an image depends on its batch.
-    ``grid`` as in Sampler; 'linspace' has geometric σ from σ_max to σ_min on the VE path. Raises ValueError for bad options.
+    At each of ``steps`` knots ``correct_steps`` Langevin steps of signal-to-noise ratio ``snr``,
+    then a reverse diffusion step; correct_steps + 1 evaluations a step. ``norm``: 'image' takes the
+    norms of the corrector's step size for each image, as the paper; 'batch' their means over the
+    batch, as its code and ScoreSdeVeScheduler, so that an image depends on its batch. ``grid`` as
+    in Sampler; 'linspace' has geometric σ from σ_max to σ_min on the VE path. Raises ValueError for
+    bad options.
 
     >>> sampler = PredictorCorrector(NoiseSchedule.variance_exploding(), steps=10)
     >>> sampler(lambda x, sigma: -x / (1 + sigma.view(-1, 1) ** 2), (2, 3), seeds=0).shape
@@ -55,7 +59,8 @@ class PredictorCorrector(GridSampler):
         one_of("norm", self.norm, ("image", "batch"))
         if not self.snr > 0:
             raise ValueError(
-                f"snr must be positive, got {self.snr}; the paper uses 0.16 for VE, 0.15 is diffusers'"
+                f"snr must be positive, got {self.snr}; the paper uses 0.16 for VE, 0.15 is "
+                "diffusers'"
             )
         object.__setattr__(
             self, "correct_steps", whole_number("correct_steps", self.correct_steps, least=0)

@@ -1,7 +1,8 @@
 """DDPM with a variance that the network learned (Nichol & Dhariwal 2102.09672).
 
-It is no table: the spread of the noise is not a number of the schedule but an output of the network, another for each pixel.
-The mean is linear, and is traced with the formula that the tables use.
+It is no table: the spread of the noise is not a number of the schedule but an output of the
+network, another for each pixel. The mean is linear, and is traced with the formula that the tables
+use.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ VARIANCE_TYPES = ("learned_range", "learned", "learned_log")
 @register_standalone("ddpm_learned_variance", order=1, source="2102.09672")
 @dataclass(frozen=True)
 class LearnedVariance(GridSampler):
-    """Draw samples with a network that puts out its prediction and a variance, in twice the channels; called as a Sampler.
+    """Draw samples with a network that puts out its prediction and a variance, in twice the
+    channels; called as a Sampler.
 
-    ``variance_type``: 'learned_range' reads v in [-1, 1] as a place between the logarithms of the posterior's variance and of
-    β (eq. 15, with (v + 1) / 2 for its v); 'learned' is the variance itself, positive, as in diffusers; 'learned_log' its
-    logarithm, as in guided-diffusion. Guidance is applied to the prediction; the variance is the conditional one. ``steps`` and ``grid`` as
-    in Sampler. Raises ValueError for an unknown type, and for an output without the second half.
+    ``variance_type``: 'learned_range' reads v in [-1, 1] as a place between the logarithms of the
+    posterior's variance and of β (eq. 15, with (v + 1) / 2 for its v); 'learned' is the variance
+    itself, positive, as in diffusers; 'learned_log' its logarithm, as in guided-diffusion. Guidance
+    is applied to the prediction; the variance is the conditional one. ``steps`` and ``grid`` as in
+    Sampler. Raises ValueError for an unknown type, and for an output without the second half.
 
     >>> import torch
     >>> sampler = LearnedVariance(NoiseSchedule.linear(), steps=5)
@@ -68,7 +71,8 @@ class LearnedVariance(GridSampler):
             yield Progress(i + 1, len(knots) - 1, x, trace.denoised.row, basis)
 
     def spread(self, v: Tensor, s: Knot, n: Knot) -> Tensor:
-        """Return the standard deviation of x_n that the network's second half ``v`` means on the step from s to n.
+        """Return the standard deviation of x_n that the network's second half ``v`` means on the
+        step from s to n.
 
         >>> import torch
         >>> sampler = LearnedVariance(NoiseSchedule.linear())

@@ -1,8 +1,9 @@
 """RePaint: inpainting with a network that was never trained for it (Lugmayr et al. 2201.09865).
 
-It is no table: a mask decides, number by number, whether x is what the network says or the known image with noise, and
-the run goes back up to more noise again and again (time travel), so that the two parts come to agree. The way down from
-one knot to the next is linear, and is traced with the formula that the tables use.
+It is no table: a mask decides, number by number, whether x is what the network says or the known
+image with noise, and the run goes back up to more noise again and again (time travel), so that the
+two parts come to agree. The way down from one knot to the next is linear, and is traced with the
+formula that the tables use.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ def time_travel(
 ) -> tuple[int, ...]:
     """Return the knots in the order of their visits, 0 being the first and ``steps`` the clean one.
 
-    Whenever the run first comes down to a level ``jump_length`` · k above the last noisy knot, it goes up ``jump_length``
-    levels and down again, ``jump_n_sample`` - 1 times (the paper's r and figure 9). ``resample_clean``: all this one level
-    lower, the clean image included, as RePaintScheduler does; algorithm 1, line 9, has it only for t > 1.
+    Whenever the run first comes down to a level ``jump_length`` · k above the last noisy knot, it
+    goes up ``jump_length`` levels and down again, ``jump_n_sample`` - 1 times (the paper's r and
+    figure 9). ``resample_clean``: all this one level lower, the clean image included, as
+    RePaintScheduler does; algorithm 1, line 9, has it only for t > 1.
 
     >>> time_travel(4, jump_length=1, jump_n_sample=2)
     (0, 1, 0, 1, 2, 1, 2, 3, 2, 3, 4)
@@ -65,16 +67,23 @@ def time_travel(
 )
 @dataclass(frozen=True)
 class RePaint:
-    """Fill in the unknown part of images: called as a Sampler, with ``known=`` and ``mask=`` besides.
+    """Fill in the unknown part of images: called as a Sampler, with ``known=`` and ``mask=``
+    besides.
 
-    ``steps`` and ``grid`` as in Sampler; ``jump_length``, ``jump_n_sample`` and ``resample_clean``: see :func:`time_travel`,
-    whose way down is what the network is called for. ``eta``: 1 is DDPM, as in the paper; 0 DDIM, the default of
-    RePaintScheduler. ``use_clipped_model_output``: as in DDIM, False with the clipping of RePaintScheduler. Any schedule and
-    prediction. Raises ValueError for options out of range.
+    ``steps`` and ``grid`` as in Sampler; ``jump_length``, ``jump_n_sample`` and ``resample_clean``:
+    see :func:`time_travel`, whose way down is what the network is called for. ``eta``: 1 is DDPM,
+    as in the paper; 0 DDIM, the default of RePaintScheduler. ``use_clipped_model_output``: as in
+    DDIM, False with the clipping of RePaintScheduler. Any schedule and prediction. Raises
+    ValueError for options out of range.
 
     >>> image, mask = torch.ones(2, 1, 4, 4), torch.zeros(2, 1, 4, 4)
     >>> mask[..., :2] = 1
-    >>> sampler = RePaint(NoiseSchedule.scaled_linear(prediction="v_prediction"), steps=5, jump_length=1, jump_n_sample=2)
+    >>> sampler = RePaint(
+    ...     NoiseSchedule.scaled_linear(prediction="v_prediction"),
+    ...     steps=5,
+    ...     jump_length=1,
+    ...     jump_n_sample=2,
+    ... )
     >>> sampler(lambda x, t: -x, (2, 1, 4, 4), seeds=0, known=image, mask=mask)[0, 0, 0, :2]
     tensor([1., 1.])
     """
@@ -123,7 +132,9 @@ class RePaint:
         mask: Tensor,
         **arguments: Any,
     ) -> Tensor:
-        """Return the images, shape (batch, ...), equal to ``known`` where ``mask`` is 1. Arguments as in :meth:`iterate`."""
+        """Return the images, shape (batch, ...), equal to ``known`` where ``mask`` is 1. Arguments
+        as in :meth:`iterate`.
+        """
         return last(self.iterate(network, shape_or_noise, known=known, mask=mask, **arguments)).x
 
     def iterate(
@@ -137,8 +148,9 @@ class RePaint:
     ) -> Iterator[Progress]:
         """Sample, yielding after each step down or up. Arguments as in ``Sampler.iterate``, and:
 
-        ``known``: the images, in the shape of the samples. ``mask``: 1 where they are known, 0 where they are to be filled
-        in (between: a blend); the shape of the samples, or with 1 in place of some of its numbers. Raises ValueError else.
+        ``known``: the images, in the shape of the samples. ``mask``: 1 where they are known, 0
+        where they are to be filled in (between: a blend); the shape of the samples, or with 1 in
+        place of some of its numbers. Raises ValueError else.
         """
         visits = self.visits
         integer = self.schedule.curve.is_discrete and all(
@@ -172,7 +184,9 @@ class RePaint:
     def _down(
         self, run: Run, x: Tensor, s: Knot, n: Knot, known: Tensor, mask: Tensor
     ) -> tuple[Tensor, Row, Sequence[Tensor]]:
-        """Return x_n (algorithm 1, lines 4 to 8), and what D is made of. The parts share their noise: they do not overlap."""
+        """Return x_n (algorithm 1, lines 4 to 8), and what D is made of. The parts share their
+        noise: they do not overlap.
+        """
         z = run.noise().to(x.dtype) if n.sigma else torch.zeros_like(x)
         trace, state, noise = Trace(self.schedule, 2), Combination({0: 1.0}), Combination({1: 1.0})
         r = self.eta * posterior_std(s, n)
@@ -192,7 +206,9 @@ class RePaint:
         )
 
     def _up(self, run: Run, x: Tensor, s: Knot, n: Knot) -> Tensor:
-        """Return x at the noisier knot n by the forward chain from s (line 10), all levels between in one."""
+        """Return x at the noisier knot n by the forward chain from s (line 10), all levels between
+        in one.
+        """
         a = n.alpha / s.alpha
         return a * x + math.sqrt(max(n.sigma**2 - (a * s.sigma) ** 2, 0.0)) * run.noise().to(
             x.dtype
@@ -200,22 +216,25 @@ class RePaint:
 
 
 def checked_mask(mask: Tensor, x: Tensor) -> Tensor:
-    """Return the mask in the dtype and shape of x, or raise ValueError where it does not fit or leaves 0 ... 1.
+    """Return the mask in the dtype and shape of x, or raise ValueError where it does not fit or
+    leaves 0 ... 1.
 
     >>> checked_mask(torch.zeros(3, 1), torch.zeros(2, 1))
     Traceback (most recent call last):
-    ValueError: mask must have the shape of the samples, (2, 1), or 1 in place of some of its numbers, got (3, 1)
+    ValueError: mask must have the shape of the samples, (2, 1), or 1 in place of some of its ...
     """
     fits = mask.ndim == x.ndim and all(
         m in (1, n) for m, n in zip(mask.shape, x.shape, strict=True)
     )
     if not fits:
         raise ValueError(
-            f"mask must have the shape of the samples, {tuple(x.shape)}, or 1 in place of some of its numbers, got {tuple(mask.shape)}"
+            f"mask must have the shape of the samples, {tuple(x.shape)}, or 1 in place of some of "
+            f"its numbers, got {tuple(mask.shape)}"
         )
     # on a GPU a look at the values would make the host wait
     if mask.device.type == "cpu" and not bool(((mask >= 0) & (mask <= 1)).all()):
         raise ValueError(
-            f"mask must be 1 where the image is known and 0 where it is not, got values from {float(mask.min()):g} to {float(mask.max()):g}"
+            "mask must be 1 where the image is known and 0 where it is not, got values from "
+            f"{float(mask.min()):g} to {float(mask.max()):g}"
         )
     return mask.detach().to(x).expand_as(x)

@@ -1,13 +1,15 @@
 """VQ-Diffusion: diffusion of discrete tokens by masking and replacing (Gu et al. 2111.14822).
 
-It is no table: x holds tokens, no numbers to combine. There are K tokens and [MASK], the class with index K. In a step of the
-forward chain a token stays with probability α_t + β_t, becomes each other one with β_t and [MASK] with γ_t, and [MASK] stays
-(eq. 7). So from x_0 to x_t, with ᾱ_t = Π α_i, γ̄_t = 1 - Π (1 - γ_i) and β̄_t = (1 - ᾱ_t - γ̄_t) / K (eq. 8),
+It is no table: x holds tokens, no numbers to combine. There are K tokens and [MASK], the class with
+index K. In a step of the forward chain a token stays with probability α_t + β_t, becomes each other
+one with β_t and [MASK] with γ_t, and [MASK] stays (eq. 7). So from x_0 to x_t, with ᾱ_t = Π α_i,
+γ̄_t = 1 - Π (1 - γ_i) and β̄_t = (1 - ᾱ_t - γ̄_t) / K (eq. 8),
 
     q(x_t = j | x_0) = ᾱ_t [j = x_0] + β̄_t for a token j,    q(x_t = [MASK] | x_0) = γ̄_t.
 
-The chain from an earlier time n to s has the same form, with α = ᾱ_s / ᾱ_n, 1 - γ = (1 - γ̄_s) / (1 - γ̄_n), so that steps may
-be left out (eq. 13). Everything is computed from logarithms. Times are 0 ... T - 1, as in diffusers; -1 is clean.
+The chain from an earlier time n to s has the same form, with α = ᾱ_s / ᾱ_n, 1 - γ = (1 - γ̄_s) / (1
+- γ̄_n), so that steps may be left out (eq. 13). Everything is computed from logarithms. Times are 0
+... T - 1, as in diffusers; -1 is clean.
 """
 
 from __future__ import annotations
@@ -28,18 +30,25 @@ from ..inference import SeededNoise, checked_seeds, checked_shape, last, place, 
 from .base import register_standalone
 
 Levels = tuple[Tensor, Tensor, Tensor]
-"""log α, log β, log γ of a stretch of the chain, each with a shape that broadcasts against (batch, K, ...)."""
+"""log α, log β, log γ of a stretch of the chain, each with a shape that broadcasts against (batch,
+K, ...).
+"""
 
 
 @dataclass(frozen=True)
 class TokenSchedule:
     """The forward chain over tokens: ᾱ falls and γ̄ rises evenly over ``num_train_timesteps``.
 
-    ``num_vec_classes`` counts the K tokens and [MASK], which is the last; the rest as VQDiffusionScheduler. Raises ValueError
-    unless the levels lie in (0, 1) and every step can replace a token.
+    ``num_vec_classes`` counts the K tokens and [MASK], which is the last; the rest as
+    VQDiffusionScheduler. Raises ValueError unless the levels lie in (0, 1) and every step can
+    replace a token.
 
     >>> schedule = TokenSchedule(num_vec_classes=5)
-    >>> schedule.add_noise(torch.tensor([[0, 3]]), torch.tensor([[0.0, 0.9]], dtype=torch.float64), torch.tensor([99]))
+    >>> schedule.add_noise(
+    ...     torch.tensor([[0, 3]]),
+    ...     torch.tensor([[0.0, 0.9]], dtype=torch.float64),
+    ...     torch.tensor([99]),
+    ... )
     tensor([[0, 4]])
     """
 
@@ -58,7 +67,8 @@ class TokenSchedule:
         rises = 0 < self.gamma_cum_start < self.gamma_cum_end < 1
         if not (falls and rises):
             raise ValueError(
-                f"need 1 > alpha_cum_start > alpha_cum_end > 0 and the reverse for gamma_cum, got {self}"
+                "need 1 > alpha_cum_start > alpha_cum_end > 0 and the reverse for gamma_cum, got "
+                f"{self}"
             )
         a, _, c = _cumulative(self)
         replaced = 1 - a - c
@@ -66,7 +76,8 @@ class TokenSchedule:
             (replaced[1:] * a[:-1] > replaced[:-1] * a[1:]).all()
         ):
             raise ValueError(
-                f"alpha_cum + gamma_cum must be below 1, to leave a chance for a replaced token, got {self}"
+                "alpha_cum + gamma_cum must be below 1, to leave a chance for a replaced token, "
+                f"got {self}"
             )
 
     @property
@@ -75,7 +86,9 @@ class TokenSchedule:
         return self.num_vec_classes - 1
 
     def cumulative(self, t: Tensor, like: Tensor) -> Levels:
-        """Return log ᾱ, log β̄, log γ̄ at times ``t`` of shape (batch,), in the dtype and for the shape of ``like``."""
+        """Return log ᾱ, log β̄, log γ̄ at times ``t`` of shape (batch,), in the dtype and for the
+        shape of ``like``.
+        """
         return self._shaped(self._at(t).log(), like)
 
     def between(self, n: Tensor, s: Tensor, like: Tensor) -> Levels:
@@ -95,15 +108,18 @@ class TokenSchedule:
         return a, b, c
 
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return x_t of q(x_t | x_0) (eq. 4 and 8) for ``noise`` uniform in [0, 1), float64, in the shape of ``x0``.
+        """Return x_t of q(x_t | x_0) (eq. 4 and 8) for ``noise`` uniform in [0, 1), float64, in the
+        shape of ``x0``.
 
-        ``x0``: int64 tokens, (batch, ...); ``timesteps``: (batch,). Raises ValueError for a wrong shape, dtype, token or time.
+        ``x0``: int64 tokens, (batch, ...); ``timesteps``: (batch,). Raises ValueError for a wrong
+        shape, dtype, token or time.
         """
         self._check(x0, x0, timesteps)
         require_same_shape("noise", noise, "x0", x0)
         if noise.dtype != torch.float64:
             raise ValueError(
-                f"noise must be float64, got {noise.dtype}: float32 is too coarse for the few tokens that are replaced"
+                f"noise must be float64, got {noise.dtype}: float32 is too coarse for the few "
+                "tokens that are replaced"
             )
         a, b, c = (level.exp() for level in self.cumulative(timesteps, noise))
         replaced = ((noise - a) / b).floor().clamp(0, self.num_tokens - 1).long()
@@ -113,10 +129,12 @@ class TokenSchedule:
     def posterior(
         self, log_p_x0: Tensor, x_t: Tensor, timesteps: Tensor, to: Tensor | None = None
     ) -> Tensor:
-        """Return log p(x_n | x_t) = log Σ q(x_n | x_t, x_0) p(x_0), shape (batch, K + 1, ...) (eq. 5, 11 and 13).
+        """Return log p(x_n | x_t) = log Σ q(x_n | x_t, x_0) p(x_0), shape (batch, K + 1, ...) (eq.
+        5, 11 and 13).
 
-        ``log_p_x0``: (batch, K, ...), normalized; ``x_t``: int64, (batch, ...); ``timesteps`` and ``to`` (the time n, by
-        default the one before): (batch,). Raises ValueError where the shapes do not fit.
+        ``log_p_x0``: (batch, K, ...), normalized; ``x_t``: int64, (batch, ...); ``timesteps`` and
+        ``to`` (the time n, by default the one before): (batch,). Raises ValueError where the shapes
+        do not fit.
 
         >>> schedule = TokenSchedule(num_vec_classes=3)
         >>> known = torch.tensor([[[0.0], [-torch.inf]]])  # x_0 is token 0
@@ -149,13 +167,20 @@ class TokenSchedule:
         timesteps: Tensor,
         auxiliary_weight: float = 5e-4,
     ) -> Tensor:
-        """Return L_(t-1) + λ L_x0 of each sample, or L_0 at t = 0: nats a token, shape (batch,) (eq. 9 and 12, algorithm 1).
+        """Return L_(t-1) + λ L_x0 of each sample, or L_0 at t = 0: nats a token, shape (batch,)
+        (eq. 9 and 12, algorithm 1).
 
-        ``logits``: the network's, (batch, K, ...), for the input ``x_t`` of :meth:`add_noise`; λ is ``auxiliary_weight``. With
-        λ = 0, T times the mean over uniform times is the variational bound on -log p(x_0), but for the constant L_T.
+        ``logits``: the network's, (batch, K, ...), for the input ``x_t`` of :meth:`add_noise`; λ is
+        ``auxiliary_weight``. With λ = 0, T times the mean over uniform times is the variational
+        bound on -log p(x_0), but for the constant L_T.
 
         >>> schedule, x0 = TokenSchedule(num_vec_classes=3), torch.tensor([[0, 1]])
-        >>> schedule.losses(100 * torch.tensor([[[1.0, 0], [0, 1]]]), x0, torch.tensor([[2, 1]]), torch.tensor([50]))
+        >>> schedule.losses(
+        ...     100 * torch.tensor([[[1.0, 0], [0, 1]]]),
+        ...     x0,
+        ...     torch.tensor([[2, 1]]),
+        ...     torch.tensor([50]),
+        ... )
         tensor([0.])
         """
         self._check(x0, x_t, timesteps)
@@ -185,12 +210,14 @@ class TokenSchedule:
     def _check(self, x: Tensor, like: Tensor, timesteps: Tensor) -> None:
         if x.dtype != torch.int64 or x.ndim < 2:
             raise ValueError(
-                f"tokens must be int64 of shape (batch, ...), got {x.dtype} of shape {tuple(x.shape)}"
+                f"tokens must be int64 of shape (batch, ...), got {x.dtype} of shape "
+                f"{tuple(x.shape)}"
             )
         require_same_shape("tokens", x, "the tokens that the network speaks of", like)
         if timesteps.shape != x.shape[:1]:
             raise ValueError(
-                f"timesteps must have shape ({x.shape[0]},), one for each sample, got {tuple(timesteps.shape)}"
+                f"timesteps must have shape ({x.shape[0]},), one for each sample, got "
+                f"{tuple(timesteps.shape)}"
             )
         count = self.num_train_timesteps
         if (
@@ -198,7 +225,8 @@ class TokenSchedule:
             and not 0 <= int(timesteps.min()) <= int(timesteps.max()) < count
         ):
             raise ValueError(
-                f"timesteps must lie in 0 ... {count - 1}, got {int(timesteps.min())} ... {int(timesteps.max())}"
+                f"timesteps must lie in 0 ... {count - 1}, got {int(timesteps.min())} ... "
+                f"{int(timesteps.max())}"
             )
         if (
             x.device.type == "cpu"
@@ -234,7 +262,9 @@ def _is_token(x: Tensor, count: int) -> Tensor:
 
 
 class TokenProgress:
-    """Where a run over tokens stands: ``step`` of ``steps``, the tokens ``x`` there, and log p(x_0 | x_t), ``log_p_x0``."""
+    """Where a run over tokens stands: ``step`` of ``steps``, the tokens ``x`` there, and log p(x_0
+    | x_t), ``log_p_x0``.
+    """
 
     def __init__(self, step: int, steps: int, x: Tensor, log_p_x0: Tensor) -> None:
         self.step, self.steps, self.x, self.log_p_x0 = step, steps, x, log_p_x0
@@ -250,14 +280,17 @@ class TokenProgress:
 )
 @dataclass(frozen=True)
 class VQDiffusion:
-    """Draw tokens with a network that puts out logits of x_0; called as a Sampler, with token indices for x.
+    """Draw tokens with a network that puts out logits of x_0; called as a Sampler, with token
+    indices for x.
 
-    ``network(x, timesteps)`` is given int64 tokens (batch, ...) and int64 times, and returns logits or log probabilities
-    (batch, K, ...). ``steps``: all T by default; fewer are spread evenly from T - 1 on (eq. 13). Raises ValueError for steps
-    out of range.
+    ``network(x, timesteps)`` is given int64 tokens (batch, ...) and int64 times, and returns logits
+    or log probabilities (batch, K, ...). ``steps``: all T by default; fewer are spread evenly from
+    T - 1 on (eq. 13). Raises ValueError for steps out of range.
 
     >>> sampler = VQDiffusion(TokenSchedule(num_vec_classes=4), steps=10)
-    >>> sampler(lambda x, t: torch.tensor([0.0, 50.0, 0.0]).expand(2, 6, 3).mT, (2, 6), seeds=0)[0]  # it knows x_0 = 1
+    >>> sampler(lambda x, t: torch.tensor([0.0, 50.0, 0.0]).expand(2, 6, 3).mT, (2, 6), seeds=0)[
+    ...     0
+    ... ]  # it knows x_0 = 1
     tensor([1, 1, 1, 1, 1, 1])
     """
 
@@ -298,15 +331,17 @@ class VQDiffusion:
     def iterate(
         self, network: Network, shape_or_tokens: Sequence[int] | Tensor, **arguments: Any
     ) -> Iterator[TokenProgress]:
-        """Sample, yielding after each step. Arguments as in ``Sampler.iterate``, but for what is made for numbers.
+        """Sample, yielding after each step. Arguments as in ``Sampler.iterate``, but for what is
+        made for numbers.
 
-        ``shape_or_tokens``: the shape, to start from p(x_T), or the tokens x_T. Guidance mixes the logits (2205.16007, §3.1).
-        Raises ValueError where guidance_rescale or clip is asked for.
+        ``shape_or_tokens``: the shape, to start from p(x_T), or the tokens x_T. Guidance mixes the
+        logits (2205.16007, §3.1). Raises ValueError where guidance_rescale or clip is asked for.
         """
         for name in ("guidance_rescale", "clip"):
             if arguments.get(name):
                 raise ValueError(
-                    f"{name} is for images of numbers, got {arguments.get(name)} for tokens; leave it out"
+                    f"{name} is for images of numbers, got {arguments.get(name)} for tokens; leave "
+                    "it out"
                 )
         shape = checked_shape(shape_or_tokens)
         device, _ = place(network, shape_or_tokens, arguments.get("device"), None)

@@ -1,6 +1,8 @@
-"""What run.py changes: (file, pytest arguments) -> pairs of a text that stands once in the file, and the mistake.
+"""What run.py changes: (file, pytest arguments) -> pairs of a text that stands once in the file,
+and the mistake.
 
-A test selection is some paths, or some paths and ``-k words``. Keep texts short and the tests near, so that a run takes minutes.
+A test selection is some paths, or some paths and ``-k words``. Keep texts short and the tests near,
+so that a run takes minutes.
 """
 
 from __future__ import annotations

@@ -1,13 +1,16 @@
-"""Make one mistake at a time in a copy of the tree, and see whether the tests notice: ``make mutants``.
+"""Make one mistake at a time in a copy of the tree, and see whether the tests notice: ``make
+mutants``.
 
     python tests/mutants/run.py                      # all of mutations.py
     python tests/mutants/run.py unipc guidance       # of files whose path has one of these words
 
-The mistakes are the data of mutations.py: (old text, new text) in a file, with the tests that must notice. A text that does
-not stand exactly once in its file is an error, as is a mistake whose tests fail without it. A mistake that survives says that
-a test is missing, or that the mistake is none; the exit code is then 1. Nothing is changed in place.
+The mistakes are the data of mutations.py: (old text, new text) in a file, with the tests that must
+notice. A text that does not stand exactly once in its file is an error, as is a mistake whose tests
+fail without it. A mistake that survives says that a test is missing, or that the mistake is none;
+the exit code is then 1. Nothing is changed in place.
 
-Each mistake runs in a fork of one process that has imported what the tests need and nothing of alphabar, with ``pytest -x``.
+Each mistake runs in a fork of one process that has imported what the tests need and nothing of
+alphabar, with ``pytest -x``.
 """
 
 from __future__ import annotations

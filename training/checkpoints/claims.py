@@ -1,4 +1,6 @@
-"""Where tools write what a model was trained with: tensors that mark it, metadata, configs, what lies beside a file."""
+"""Where tools write what a model was trained with: tensors that mark it, metadata, configs, what
+lies beside a file.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ LARGEST_YAML = 1 << 20  # letters that are looked at; configs of models have som
 
 @dataclass(frozen=True)
 class Claim:
-    """What one place says, as far as it says it. ``beside``: not in the file itself. ``problem``: why it cannot be so. ``told``: what of it
-    is not read.
+    """What one place says, as far as it says it. ``beside``: not in the file itself. ``problem``:
+    why it cannot be so. ``told``: what of it is not read.
 
     >>> print(Claim("tensor v_pred", prediction="v_prediction"))
     v_prediction
@@ -113,7 +115,9 @@ FLOWS = (
 
 
 def _architecture(source: str, value: str) -> Claim:
-    """sd-scripts: 'stable-diffusion-v2-768-v/lora'; its other names leave the prediction type open, but for the flows."""
+    """sd-scripts: 'stable-diffusion-v2-768-v/lora'; its other names leave the prediction type open,
+    but for the flows.
+    """
     name = value.lower().split("/")[0]
     said = {"stable-diffusion-v2-768-v": "v_prediction", "stable-diffusion-v2-512": "epsilon"}.get(
         name
@@ -122,7 +126,9 @@ def _architecture(source: str, value: str) -> Claim:
 
 
 def _base_model(source: str, value: str) -> Claim:
-    """sd-scripts: 'sd_v1' and 'sd_v2' with '_v' behind it for v; 'sdxl_base_v1-0', 'sd3_m', 'flux1' of others."""
+    """sd-scripts: 'sd_v1' and 'sd_v2' with '_v' behind it for v; 'sdxl_base_v1-0', 'sd3_m', 'flux1'
+    of others.
+    """
     name = value.lower()
     said = {
         "sd_v1": "epsilon",
@@ -154,7 +160,9 @@ METADATA: Mapping[str, Callable[[str, str], Claim]] = {
         source, lambda: NoiseSchedule.from_config(parse_json(text))
     ),
 }
-"""Metadata of safetensors files that says a prediction type or a schedule, as sd-scripts, OneTrainer, ComfyUI and alphabar write it."""
+"""Metadata of safetensors files that says a prediction type or a schedule, as sd-scripts,
+OneTrainer, ComfyUI and alphabar write it.
+"""
 
 OF_TRAINING = (
     "modelspec.timestep_range",
@@ -188,7 +196,8 @@ OF_TRAINING = (
     "ss_model_prediction_type",
     "ss_guidance_scale",
 )
-"""Metadata of sd-scripts that says how the loss was made; shown as it is, where it says anything."""
+"""Metadata of sd-scripts that says how the loss was made; shown as it is, where it says anything.
+"""
 
 SAYS_NOTHING = ("none", "false", "", "null")
 
@@ -210,7 +219,8 @@ def statements_of_safetensors(header: Header) -> list[Claim]:
     given = header.metadata
     said = [METADATA[key](f"metadata {key}", given[key]) for key in METADATA if key in given]
     if any(statement.prediction == "flow_prediction" for statement in said):
-        # sd-scripts writes epsilon of every model that is not trained for v, Stable Diffusion 3 among them
+        # sd-scripts writes epsilon of every model that is not trained for v, Stable Diffusion 3
+        # among them
         said = [
             _open(s) if s.prediction == "epsilon" and "modelspec." in s.source else s for s in said
         ]
@@ -277,7 +287,8 @@ def statements_beside(path: Path) -> list[Claim]:
 def statements_of_folder(
     folder: Path, shown_from: Path, beside: bool = False
 ) -> tuple[list[Claim], list[str]]:
-    """Return what the two schedule files of a folder say, and what the config leaves to the defaults of a class.
+    """Return what the two schedule files of a folder say, and what the config leaves to the
+    defaults of a class.
 
     >>> statements_of_folder(Path("nowhere"), Path())
     ([], [])
@@ -338,7 +349,8 @@ def _spacing(source: str, config: Mapping[str, Any], beside: bool) -> list[Claim
     if not config.get("rescale_betas_zero_snr") or spacing in (None, "trailing", "linspace"):
         return []
     problem = (
-        f"{source}: rescale_betas_zero_snr with timestep_spacing={spacing!r}, which does not sample from the last "
+        f"{source}: rescale_betas_zero_snr with timestep_spacing={spacing!r}, which does not "
+        "sample from the last "
         "timestep, the only one that is pure noise; use 'trailing' (2305.08891, section 3.3)"
     )
     return [Claim(f"{source}: timestep_spacing", note=str(spacing), beside=beside, problem=problem)]

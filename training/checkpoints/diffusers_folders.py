@@ -1,4 +1,6 @@
-"""Models from the folder of a diffusers pipeline: its network, its schedule, its own text encoder and its VAE."""
+"""Models from the folder of a diffusers pipeline: its network, its schedule, its own text encoder
+and its VAE.
+"""
 
 from __future__ import annotations
 
@@ -74,12 +76,16 @@ KINDS: Mapping[str, Kind] = {
     "StableDiffusionPipeline": Kind("unet", _stable_diffusion),
     "StableDiffusionXLPipeline": Kind("unet", _stable_diffusion_xl),
 }
-"""The pipelines that are sampled from by their class; a new one is a function above and a line here."""
+"""The pipelines that are sampled from by their class; a new one is a function above and a line
+here.
+"""
 
 
 @dataclass(frozen=True)
 class LoadedPipeline:
-    """A diffusers pipeline's network and schedule, the shape of one sample, and what it draws with beside them."""
+    """A diffusers pipeline's network and schedule, the shape of one sample, and what it draws with
+    beside them.
+    """
 
     pipeline: Any
     kind: Kind
@@ -88,7 +94,9 @@ class LoadedPipeline:
     sample_shape: tuple[int, ...]
 
     def encode(self, texts: Sequence[str], negative: str | None, guided: bool) -> Encoded:
-        """Return what the pipeline's own text encoders make of texts, a row for each; ValueError where it has none."""
+        """Return what the pipeline's own text encoders make of texts, a row for each; ValueError
+        where it has none.
+        """
         if self.kind.encode is None:
             raise ValueError(
                 f"a {type(self.pipeline).__name__} takes no prompts; leave out --prompt"
@@ -116,8 +124,8 @@ def is_pipeline(path: str | Path) -> bool:
 def load_pipeline(folder: str | Path, device: torch.device) -> LoadedPipeline:
     """Load a diffusers pipeline from a folder, without its safety checker; nothing is downloaded.
 
-    Raises ValueError for a class that is not of ``KINDS``, for parts that are neither diffusers' nor transformers', and for a
-    scheduler config that says no schedule.
+    Raises ValueError for a class that is not of ``KINDS``, for parts that are neither diffusers'
+    nor transformers', and for a scheduler config that says no schedule.
 
     >>> load_pipeline("nowhere", torch.device("cpu"))
     Traceback (most recent call last):
@@ -128,7 +136,8 @@ def load_pipeline(folder: str | Path, device: torch.device) -> LoadedPipeline:
     name = index.get("_class_name")
     if not isinstance(name, str) or name not in KINDS:
         raise ValueError(
-            f"{unknown('kind of pipeline', name, KINDS)}; sample from others in Python, with Sampler and the pipeline's network"
+            f"{unknown('kind of pipeline', name, KINDS)}; sample from others in Python, with "
+            "Sampler and the pipeline's network"
         )
     for part, made in index.items():
         if (
@@ -137,7 +146,8 @@ def load_pipeline(folder: str | Path, device: torch.device) -> LoadedPipeline:
             and made[0] not in (*LIBRARIES, name, _module_of(name), None)
         ):
             raise ValueError(
-                f"the part {part!r} of {str(folder)!r} is of {shown(made[0])}, and no code but {LIBRARIES} is run"
+                f"the part {part!r} of {str(folder)!r} is of {shown(made[0])}, and no code but "
+                f"{LIBRARIES} is run"
             )
     schedule = NoiseSchedule.from_pretrained(folder, subfolder="scheduler")
     pipeline = _pipeline(folder, index)
@@ -170,7 +180,9 @@ def _pipeline(folder: Path, index: Mapping[str, Any]) -> Any:
 
 
 def _module_of(name: Any) -> str:
-    """Return how model_index.json names the module of a pipeline's own parts, as Stable Diffusion's safety checker is one."""
+    """Return how model_index.json names the module of a pipeline's own parts, as Stable Diffusion's
+    safety checker is one.
+    """
     return {"StableDiffusionPipeline": "stable_diffusion"}.get(str(name), str(name))
 
 
@@ -183,7 +195,8 @@ def _sample_shape(network: Any) -> tuple[int, ...]:
 
 
 def load_vae(folder: str | Path) -> nn.Module:
-    """Load the VAE of a folder: one that AutoencoderKL.save_pretrained wrote, or that of a pipeline in its subfolder.
+    """Load the VAE of a folder: one that AutoencoderKL.save_pretrained wrote, or that of a pipeline
+    in its subfolder.
 
     >>> load_vae("nowhere")
     Traceback (most recent call last):
@@ -205,7 +218,9 @@ def load_vae(folder: str | Path) -> nn.Module:
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Return images in [-1, 1] from latents as a network is trained on them: z / scaling_factor + shift_factor, decoded."""
+    """Return images in [-1, 1] from latents as a network is trained on them: z / scaling_factor +
+    shift_factor, decoded.
+    """
     config = vae.config
     z = latents / getattr(config, "scaling_factor", 1.0) + (
         getattr(config, "shift_factor", None) or 0.0

@@ -1,6 +1,8 @@
-"""What a file or folder says that a model was trained with: read from every place that some tool looks at, and compared.
+"""What a file or folder says that a model was trained with: read from every place that some tool
+looks at, and compared.
 
-Weights are never loaded: of safetensors the header is read, checkpoints are mapped with ``weights_only=True``.
+Weights are never loaded: of safetensors the header is read, checkpoints are mapped with
+``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from .safetensors import MARKERS, read_header
 
 @dataclass(frozen=True)
 class Inspection:
-    """What ``path``, a thing of this ``kind``, says; what is missing, and what contradicts, each in words.
+    """What ``path``, a thing of this ``kind``, says; what is missing, and what contradicts, each in
+    words.
 
     ``str()`` is the report that ``alphabar inspect`` prints.
     """
@@ -49,7 +52,9 @@ class Inspection:
 
     @property
     def zero_terminal_snr(self) -> bool | None:
-        """Whether the discrete schedule ends in pure noise, where that is said and not contradicted."""
+        """Whether the discrete schedule ends in pure noise, where that is said and not
+        contradicted.
+        """
         return _only(s.zero_terminal_snr for s in self.statements)
 
     def __str__(self) -> str:
@@ -83,9 +88,9 @@ class Inspection:
 def inspect_path(path: str | os.PathLike[str]) -> Inspection:
     """Return what a model file or folder says that it was trained with.
 
-    ``path``: a ``.safetensors`` file, a checkpoint (``.ckpt``, ``.pt``, a sharded one), a folder with a
-    ``scheduler_config.json`` or a ``noise_schedule.json``, a diffusers pipeline. What lies beside it counts too. Raises
-    FileNotFoundError, and ValueError for what cannot be read.
+    ``path``: a ``.safetensors`` file, a checkpoint (``.ckpt``, ``.pt``, a sharded one), a folder
+    with a ``scheduler_config.json`` or a ``noise_schedule.json``, a diffusers pipeline. What lies
+    beside it counts too. Raises FileNotFoundError, and ValueError for what cannot be read.
 
     >>> import tempfile
     >>> folder = NoiseSchedule.flow(shift=3.0).save_pretrained(tempfile.mkdtemp())
@@ -133,11 +138,13 @@ def _safetensors(path: Path) -> _Read:
         zero = True in (s.zero_terminal_snr for s in statements)
         if header.for_interfaces and v and MARKERS[0] not in header.tensors:
             missing.append(
-                "tensor v_pred: ComfyUI, Forge and A1111 take the model for epsilon; write_markers adds it"
+                "tensor v_pred: ComfyUI, Forge and A1111 take the model for epsilon; write_markers "
+                "adds it"
             )
         if header.for_interfaces and v and zero and MARKERS[1] not in header.tensors:
             missing.append(
-                "tensor ztsnr: they do not sample from pure noise, the last level; write_markers adds it"
+                "tensor ztsnr: they do not sample from pure noise, the last level; write_markers "
+                "adds it"
             )
         if header.for_interfaces and zero and not v and MARKERS[1] in header.tensors:
             missing.append("tensor v_pred beside ztsnr: ComfyUI reads ztsnr only there")
@@ -153,7 +160,10 @@ def _checkpoint(path: Path) -> _Read:
     def notes(statements: Sequence[Claim]) -> list[str]:
         embedded = any(s.schedule is not None and not s.beside for s in statements)
         beside = any(s.schedule is not None and s.beside for s in statements)
-        alone = "embedded schedule: away from what lies beside it, the file would not say what it was trained with"
+        alone = (
+            "embedded schedule: without the files beside it, this one does not say what it was "
+            "trained with"
+        )
         return [alone] if beside and not embedded else []
 
     return kind, found, notes
@@ -165,8 +175,10 @@ def _folder(path: Path) -> _Read:
     found, left_out = statements_of_folder(place, path)
     if not found and not pipeline:
         raise ValueError(
-            f"{str(path)!r} holds nothing that says a noise schedule: no model_index.json, no scheduler_config.json and no "
-            f"noise_schedule.json, neither in it nor in {str(path / 'scheduler')!r}; name a file in it"
+            f"{str(path)!r} holds nothing that says a noise schedule: no model_index.json, no "
+            "scheduler_config.json and no "
+            f"noise_schedule.json, neither in it nor in {str(path / 'scheduler')!r}; name a file "
+            "in it"
         )
     kind = "a diffusers pipeline" if pipeline else "a folder with a noise schedule"
     return kind, found, lambda _: left_out
@@ -180,7 +192,8 @@ def _general(statements: Sequence[Claim]) -> list[str]:
         missing.append("prediction type: tools will guess, most of them epsilon")
     if all(s.schedule is None for s in statements):
         missing.append(
-            "schedule: nothing says the betas, or the shift; ScheduleCheckpoint and write_markers say them"
+            "schedule: nothing says the betas, or the shift; ScheduleCheckpoint and write_markers "
+            "say them"
         )
     return missing
 

@@ -1,6 +1,8 @@
-"""Load a trained network with its schedule from a checkpoint, with nothing but the checkpoint's own files.
+"""Load a trained network with its schedule from a checkpoint, with nothing but the checkpoint's own
+files.
 
-What a checkpoint says is checked before memory is taken for it: the file may be damaged, of another tool, or hostile.
+What a checkpoint says is checked before memory is taken for it: the file may be damaged, of another
+tool, or hostile.
 """
 
 from __future__ import annotations
@@ -49,11 +51,13 @@ def load_checkpoint(
     weights: str | None = None,
     shape: Any = None,
 ) -> Loaded:
-    """Load what a DiffusionModule's checkpoint holds: the network (EMA weights, where they were averaged) and its schedule.
+    """Load what a DiffusionModule's checkpoint holds: the network (EMA weights, where they were
+    averaged) and its schedule.
 
-    ``path``: a checkpoint, or a ``.safetensors`` file that ``alphabar ema`` wrote. ``network``: for one that is not a diffusers
-    model, the module to load into, or 'package.module:factory'. ``weights``: 'ema' or 'raw', for a checkpoint that holds both.
-    ``shape``: of one sample, for a file that does not say it. Raises FileNotFoundError, and ValueError for a file that is no
+    ``path``: a checkpoint, or a ``.safetensors`` file that ``alphabar ema`` wrote. ``network``: for
+    one that is not a diffusers model, the module to load into, or 'package.module:factory'.
+    ``weights``: 'ema' or 'raw', for a checkpoint that holds both. ``shape``: of one sample, for a
+    file that does not say it. Raises FileNotFoundError, and ValueError for a file that is no
     checkpoint, that lacks a schedule or a network config, or whose parts do not fit each other.
 
     >>> load_checkpoint("nowhere.ckpt")
@@ -65,7 +69,8 @@ def load_checkpoint(
     said = content.sample_shape if shape is None else shape
     if not content.weights or said is None:
         raise ValueError(
-            f"{str(path)!r} was not written by a DiffusionModule (no network weights or no sample_shape in it); "
+            f"{str(path)!r} was not written by a DiffusionModule (no network weights or no "
+            "sample_shape in it); "
             "sample from it in Python, with Sampler, or from the folder of its diffusers pipeline"
         )
     of_sample = sample_shape(said)
@@ -74,7 +79,8 @@ def load_checkpoint(
     if network is None:
         if content.network is None:
             raise ValueError(
-                f"{str(path)!r} holds a network that is not a diffusers model; name what makes it with --network package.module:factory"
+                f"{str(path)!r} holds a network that is not a diffusers model; name what makes it "
+                "with --network package.module:factory"
             )
         network = build_network(content.network, content.weights)
     load_weights(network, content.weights, repr(str(path)))
@@ -83,18 +89,20 @@ def load_checkpoint(
 
 
 def sample_shape(value: Any) -> tuple[int, ...]:
-    """Return the shape of one sample, or raise ValueError where it is none or larger than any sample.
+    """Return the shape of one sample, or raise ValueError where it is none or larger than any
+    sample.
 
     >>> sample_shape([3, 32, -1])
     Traceback (most recent call last):
-    ValueError: a sample_shape has one to four positive sizes, at most 16777216 numbers in all, got [3, 32, -1]
+    ValueError: a sample_shape has one to four positive sizes, at most 16777216 numbers in all, ...
     """
     few = isinstance(value, list | tuple) and 1 <= len(value) <= 4
     sizes = tuple(whole("a size of sample_shape", size) for size in value) if few else ()
     if not sizes or min(sizes) < 1 or math.prod(sizes) > LARGEST_SAMPLE:
         got = f"[{', '.join(map(shown, sizes))}]" if sizes else shown(value)
         raise ValueError(
-            f"a sample_shape has one to four positive sizes, at most {LARGEST_SAMPLE} numbers in all, got {got}"
+            f"a sample_shape has one to four positive sizes, at most {LARGEST_SAMPLE} numbers in "
+            f"all, got {got}"
         )
     return sizes
 
@@ -121,7 +129,8 @@ def _of_checkpoint(path: str | Path, which: str | None) -> _Content:
     config = checkpoint.get("network")
     if config is not None and not isinstance(config, Mapping):
         raise ValueError(
-            f"the network config of {str(path)!r} must be a mapping of settings, got {shown(config)}"
+            f"the network config of {str(path)!r} must be a mapping of settings, got "
+            f"{shown(config)}"
         )
     return _Content(
         weights_of(checkpoint.get(key), f"{key} of {str(path)!r}"),
@@ -142,7 +151,8 @@ def _of_safetensors(path: str | Path, which: str | None) -> _Content:
     if beside is None:
         shared = sidecar_folder(path).url
         raise ValueError(
-            f"{str(path)!r} does not say its noise schedule; if you know it, put it there: schedule.save_pretrained({shared!r})"
+            f"{str(path)!r} does not say its noise schedule; if you know it, put it there: "
+            f"schedule.save_pretrained({shared!r})"
         )
     said = {
         key: parse_json(header.metadata[key])
@@ -159,14 +169,16 @@ def _of_safetensors(path: str | Path, which: str | None) -> _Content:
 
 
 def weights_of(state: Any, source: str) -> dict[str, Tensor]:
-    """Return the network's weights of a state dict by their names in the network; ValueError for what is none.
+    """Return the network's weights of a state dict by their names in the network; ValueError for
+    what is none.
 
     >>> weights_of({"network.w": torch.ones(1), "other": 1}, "a.ckpt")
     {'w': tensor([1.])}
     """
     if not isinstance(state, Mapping):
         raise ValueError(
-            f"{source} must be a mapping of weights by name, got {shown(state)}; no DiffusionModule wrote it"
+            f"{source} must be a mapping of weights by name, got {shown(state)}; no "
+            "DiffusionModule wrote it"
         )
     found: dict[str, Tensor] = {}
     for name, value in mapping(source, state).items():
@@ -187,7 +199,8 @@ def _whole_tensor(what: str, value: Any) -> Tensor:
     many = value.numel() > LARGEST_SAMPLE  # a small one may well be shown larger than it is
     if many and value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise ValueError(
-            f"{what} shows {value.numel()} numbers of {value.untyped_storage().nbytes()} bytes; save it with contiguous()"
+            f"{what} shows {value.numel()} numbers of {value.untyped_storage().nbytes()} bytes; "
+            "save it with contiguous()"
         )
     return value
 
@@ -204,11 +217,13 @@ def _require_fit(network: nn.Module, shape: tuple[int, ...]) -> None:
     )
     if len(shape) != count:
         raise ValueError(
-            f"a sample of {name} has {count} dimensions, and the sample_shape is {shape}; give --shape"
+            f"a sample of {name} has {count} dimensions, and the sample_shape is {shape}; give "
+            "--shape"
         )
     if isinstance(channels, int) and channels != shape[0]:
         raise ValueError(
-            f"the network takes {channels} channels, and the sample_shape is {shape}; one of the two is wrong"
+            f"the network takes {channels} channels, and the sample_shape is {shape}; one of the "
+            "two is wrong"
         )
     sides = (
         [side] * (len(shape) - 1)
@@ -220,6 +235,7 @@ def _require_fit(network: nn.Module, shape: tuple[int, ...]) -> None:
     made_for = math.prod(sides) * LARGEST_SIDES ** len(sides)
     if sides and math.prod(shape[1:]) > made_for:
         raise ValueError(
-            f"the sample_shape is {shape}, and the network was made for sides of {side}; no more than {LARGEST_SIDES} times as long "
+            f"the sample_shape is {shape}, and the network was made for sides of {side}; no more "
+            f"than {LARGEST_SIDES} times as long "
             "ones are drawn from a file, give --shape"
         )

@@ -1,4 +1,6 @@
-"""Reading checkpoints without running code from them, and the schedule that a checkpoint was trained with."""
+"""Reading checkpoints without running code from them, and the schedule that a checkpoint was
+trained with.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +32,14 @@ SHARDED_NAME = (
 def schedule_from_checkpoint(
     path: str | os.PathLike[str], subfolder: str = SUBFOLDER
 ) -> NoiseSchedule:
-    """Return the schedule that a checkpoint was trained with: the embedded one, else that in a folder beside it.
+    """Return the schedule that a checkpoint was trained with: the embedded one, else that in a
+    folder beside it.
 
-    ``path``: a file, the folder of a sharded checkpoint, a link, or a URL that fsspec knows. ``subfolder``: the name that
-    the folders beside it have, of files without the key (weights-only ones); the checkpoint's own comes first, then the
-    one for all. Weights on a local disk are mapped, not read, and no code of the file is run. Raises FileNotFoundError,
-    and ValueError for a file that is no checkpoint, that is damaged, or that has no schedule.
+    ``path``: a file, the folder of a sharded checkpoint, a link, or a URL that fsspec knows.
+    ``subfolder``: the name that the folders beside it have, of files without the key (weights-only
+    ones); the checkpoint's own comes first, then the one for all. Weights on a local disk are
+    mapped, not read, and no code of the file is run. Raises FileNotFoundError, and ValueError for a
+    file that is no checkpoint, that is damaged, or that has no schedule.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), "last.ckpt")
@@ -49,7 +53,8 @@ def schedule_from_checkpoint(
 def schedule_of(
     checkpoint: Mapping[str, Any], path: str | os.PathLike[str], subfolder: str = SUBFOLDER
 ) -> NoiseSchedule:
-    """Return the schedule of a checkpoint that is already in memory; ``path`` is where it came from.
+    """Return the schedule of a checkpoint that is already in memory; ``path`` is where it came
+    from.
 
     Raises ValueError where the checkpoint has none, neither in itself nor beside ``path``.
     """
@@ -61,7 +66,8 @@ def schedule_of(
         return beside
     shared = sidecar_folder(path, subfolder).url
     raise ValueError(
-        f"{str(path)!r} does not say its noise schedule: it has no key {SCHEDULE_KEY!r}, and there is no "
+        f"{str(path)!r} does not say its noise schedule: it has no key {SCHEDULE_KEY!r}, and there "
+        "is no "
         f"{shared!r}; train with ScheduleCheckpoint(), or, if you know the schedule, put it there: "
         f"schedule.save_pretrained({shared!r})"
     )
@@ -70,7 +76,8 @@ def schedule_of(
 def schedule_beside(
     path: str | os.PathLike[str], subfolder: str = SUBFOLDER
 ) -> NoiseSchedule | None:
-    """Return the schedule in the folder of a checkpoint, else in the one that it shares; None where there is neither.
+    """Return the schedule in the folder of a checkpoint, else in the one that it shares; None where
+    there is neither.
 
     Raises ValueError for a damaged one.
 
@@ -86,7 +93,8 @@ def schedule_beside(
 def embedded_schedule(
     checkpoint: Mapping[str, Any], path: str | os.PathLike[str] | None = None
 ) -> NoiseSchedule | None:
-    """Return the schedule embedded in a checkpoint, None where there is none; a damaged one is a ValueError.
+    """Return the schedule embedded in a checkpoint, None where there is none; a damaged one is a
+    ValueError.
 
     >>> embedded_schedule({"state_dict": {}}) is None
     True
@@ -104,7 +112,10 @@ def embedded_schedule(
 def schedule_key(checkpoint: Mapping[str, Any]) -> str | None:
     """Return the key under which a checkpoint says its schedule; None where it does not.
 
-    >>> schedule_key({"schedule": NoiseSchedule.flow().to_config()}), schedule_key({"schedule": "cosine"})
+    >>> (
+    ...     schedule_key({"schedule": NoiseSchedule.flow().to_config()}),
+    ...     schedule_key({"schedule": "cosine"}),
+    ... )
     ('schedule', None)
     """
     if SCHEDULE_KEY in checkpoint:
@@ -118,10 +129,11 @@ def schedule_key(checkpoint: Mapping[str, Any]) -> str | None:
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint with ``weights_only=True``; tensors on a local disk stay there, mapped, until they are used.
+    """Read a checkpoint with ``weights_only=True``; tensors on a local disk stay there, mapped,
+    until they are used.
 
-    Of a sharded one, a folder, all is read but the sharded tensors. Raises FileNotFoundError, and ValueError for a damaged
-    file or one that holds other objects than plain values.
+    Of a sharded one, a folder, all is read but the sharded tensors. Raises FileNotFoundError, and
+    ValueError for a damaged file or one that holds other objects than plain values.
 
     >>> read_checkpoint("nowhere.ckpt")
     Traceback (most recent call last):
@@ -151,10 +163,11 @@ def _loaded_from(folder: Folder, name: str, path: str | os.PathLike[str]) -> dic
 
 
 def _require_honest(file: IO[bytes], path: str | os.PathLike[str]) -> bool:
-    """Refuse a file that would take more memory than it has bytes; return whether it is a zip archive, as torch writes.
+    """Refuse a file that would take more memory than it has bytes; return whether it is a zip
+    archive, as torch writes.
 
-    torch stores and never compresses, so an archive that promises more than its own size is none of torch's. A bytearray
-    is the one plain value of which a few bytes can ask for any amount.
+    torch stores and never compresses, so an archive that promises more than its own size is none of
+    torch's. A bytearray is the one plain value of which a few bytes can ask for any amount.
     """
     size = file.seek(0, os.SEEK_END)
     if not zipfile.is_zipfile(file):
@@ -168,14 +181,16 @@ def _require_honest(file: IO[bytes], path: str | os.PathLike[str]) -> bool:
             packed = [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
             if packed or sum(entry.file_size for entry in entries) > size:
                 raise ValueError(
-                    f"{str(path)!r} is an archive that unpacks to more than its {size} bytes, which torch.save never writes; "
+                    f"{str(path)!r} is an archive that unpacks to more than its {size} bytes, "
+                    "which torch.save never writes; "
                     "take the file that the training wrote"
                 )
             for entry in entries:
                 if entry.filename.endswith(".pkl"):
                     if entry.file_size > MAX_PICKLE:
                         raise ValueError(
-                            f"{str(path)!r} has {entry.file_size} bytes of values beside its tensors; at most {MAX_PICKLE}"
+                            f"{str(path)!r} has {entry.file_size} bytes of values beside its "
+                            f"tensors; at most {MAX_PICKLE}"
                         )
                     _require_no_bytearray(archive.read(entry), path)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, UnicodeDecodeError) as error:
@@ -203,7 +218,8 @@ def _loaded(file: Path | io.BytesIO, path: str | os.PathLike[str], mmap: bool) -
 
 
 def _reason(error: Exception) -> str:
-    # torch's own words advise to load with weights_only=False, which would run whatever the file says
+    # torch's own words advise to load with weights_only=False, which would run whatever the file
+    # says
     found = re.search(r"GLOBAL (\S+)", str(error))
     if found:
         mend = "save hyperparameters as numbers, strings, lists and dicts"

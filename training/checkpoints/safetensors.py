@@ -1,6 +1,8 @@
-"""What a safetensors file says beside its weights: read from its header, written without loading a weight.
+"""What a safetensors file says beside its weights: read from its header, written without loading a
+weight.
 
-A file is the length of a JSON header (8 bytes, little-endian), the header, and the tensors' bytes one after another.
+A file is the length of a JSON header (8 bytes, little-endian), the header, and the tensors' bytes
+one after another.
 """
 
 from __future__ import annotations
@@ -34,13 +36,32 @@ PREDICTION_WORDS = {"epsilon": "epsilon", "v_prediction": "v"}  # what modelspec
 # bytes; the safetensors library accepts 100 MB, and the largest in use have a few
 MAX_HEADER = 32 << 20
 MAX_TENSORS = 100_000
-_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
-         "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # fmt: skip
+_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+    "C64": 64,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
 
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a safetensors file: its tensors by name (dtype, shape, data_offsets), and its metadata."""
+    """The header of a safetensors file: its tensors by name (dtype, shape, data_offsets), and its
+    metadata.
+    """
 
     tensors: Mapping[str, Mapping[str, Any]]
     metadata: Mapping[str, str]
@@ -48,7 +69,9 @@ class Header:
 
     @property
     def for_interfaces(self) -> bool:
-        """Whether the weights are named as ComfyUI, Forge and A1111 read them, and not as diffusers or PEFT do."""
+        """Whether the weights are named as ComfyUI, Forge and A1111 read them, and not as diffusers
+        or PEFT do.
+        """
         return any(name.startswith(INTERFACE_PREFIX) for name in self.tensors)
 
 
@@ -103,7 +126,9 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _require_laid_out(tensors: Mapping[str, Any], size: int) -> None:
-    """Refuse tensors that do not lie one after another in ``size`` bytes, each as long as its shape says."""
+    """Refuse tensors that do not lie one after another in ``size`` bytes, each as long as its shape
+    says.
+    """
     spans = []
     for name, entry in tensors.items():
         entry = mapping(f"the entry of {shown(name)}", entry)
@@ -145,13 +170,16 @@ def _require_laid_out(tensors: Mapping[str, Any], size: int) -> None:
 def write_markers(
     path: str | os.PathLike[str], schedule: NoiseSchedule, out: str | os.PathLike[str] | None = None
 ) -> Path:
-    """Write into a safetensors file what its readers look for to know the schedule; return its path.
+    """Write into a safetensors file what its readers look for to know the schedule; return its
+    path.
 
-    The tensors ``v_pred`` and ``ztsnr``, empty, go into files whose weights are named as ComfyUI, Forge and A1111 read
-    them (those of diffusers and PEFT refuse tensors that they do not know); ``modelspec.prediction_type``,
-    ``modelspec.predict_key``, ``ss_zero_terminal_snr`` and the schedule itself go into the metadata of every file. What an
-    earlier schedule left is removed, all else is kept: weights are copied byte for byte and never loaded. ``out``: another
-    file to write, instead of ``path``; either is whole or as it was. Raises FileNotFoundError, ValueError and OSError.
+    The tensors ``v_pred`` and ``ztsnr``, empty, go into files whose weights are named as ComfyUI,
+    Forge and A1111 read them (those of diffusers and PEFT refuse tensors that they do not know);
+    ``modelspec.prediction_type``, ``modelspec.predict_key``, ``ss_zero_terminal_snr`` and the
+    schedule itself go into the metadata of every file. What an earlier schedule left is removed,
+    all else is kept: weights are copied byte for byte and never loaded. ``out``: another file to
+    write, instead of ``path``; either is whole or as it was. Raises FileNotFoundError, ValueError
+    and OSError.
 
     >>> import torch
     >>> from safetensors.torch import load_file, save_file
@@ -168,7 +196,8 @@ def write_markers(
         if name in tensors and tensors[name]["data_offsets"][0] != tensors[name]["data_offsets"][1]:
             if name not in wanted:
                 raise ValueError(
-                    f"{str(path)!r} has a tensor {name!r} with values: save it anew without that tensor"
+                    f"{str(path)!r} has a tensor {name!r} with values: save it anew without that "
+                    "tensor"
                 )
         else:
             tensors.pop(name, None)

@@ -1,7 +1,9 @@
-"""Schedules in folders beside checkpoints, on a local disk or in a remote store: where they lie, reading, writing.
+"""Schedules in folders beside checkpoints, on a local disk or in a remote store: where they lie,
+reading, writing.
 
-A checkpoint ``runs/step=6.ckpt`` may have a folder of its own, ``runs/step=6.scheduler`` (one that is a folder itself,
-as sharded ones are, has it inside: ``runs/step=6.ckpt/scheduler``), and shares ``runs/scheduler`` with its neighbours.
+A checkpoint ``runs/step=6.ckpt`` may have a folder of its own, ``runs/step=6.scheduler`` (one that
+is a folder itself, as sharded ones are, has it inside: ``runs/step=6.ckpt/scheduler``), and shares
+``runs/scheduler`` with its neighbours.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ SUBFOLDER = "scheduler"  # of the folder beside the checkpoints, as in a diffuse
 
 
 def sidecar_folder(path: str | os.PathLike[str], subfolder: str = SUBFOLDER) -> Folder:
-    """Return the folder that the checkpoint at ``path`` shares with its neighbours (a link is followed).
+    """Return the folder that the checkpoint at ``path`` shares with its neighbours (a link is
+    followed).
 
     >>> sidecar_folder("/runs/a/last.ckpt").url, sidecar_folder("s3://bucket/a/last.ckpt").url
     ('/runs/a/scheduler', 's3://bucket/a/scheduler')
@@ -74,7 +77,8 @@ def read_sidecar(folder: Folder) -> NoiseSchedule:
 
 
 def write_sidecar(schedule: NoiseSchedule, folder: Folder) -> NoiseSchedule | None:
-    """Write both files unless they say this already; return the other schedule that they said, if they did.
+    """Write both files unless they say this already; return the other schedule that they said, if
+    they did.
 
     A schedule for which diffusers has no config is written exactly, alone. Raises OSError.
     """

@@ -1,7 +1,8 @@
-"""Folders on a local disk and in any store that fsspec reaches: whole files, a line appended, one way of asking.
+"""Folders on a local disk and in any store that fsspec reaches: whole files, a line appended, one
+way of asking.
 
-Local files are renamed over their target (noising/utils/atomic.py). An object store makes a file visible when all of it has
-arrived; other remote stores get a neighbour first, which is then moved.
+Local files are renamed over their target (noising/utils/atomic.py). An object store makes a file
+visible when all of it has arrived; other remote stores get a neighbour first, which is then moved.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ WHOLE_UPLOADS = {
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder by its path or URL ('runs/a', 'file:///runs/a', 's3://bucket/runs/a'); names in it may hold slashes.
+    """A folder by its path or URL ('runs/a', 'file:///runs/a', 's3://bucket/runs/a'); names in it
+    may hold slashes.
 
     Every failure of the store is an OSError that names the place.
 
@@ -119,7 +121,9 @@ class Folder:
             return filesystem.isfile(posixpath.join(root, name))
 
     def write(self, name: str, content: str | bytes) -> None:
-        """Write a file so that a reader sees the old one or the new one; folders on the way are made."""
+        """Write a file so that a reader sees the old one or the new one; folders on the way are
+        made.
+        """
         with self._told("write to", name):
             if self.local is not None:
                 write_atomically(self.local / name, content)
@@ -161,7 +165,8 @@ class Folder:
                 filesystem.rm(path, recursive=True)
 
     def require_writable(self) -> None:
-        """Prove that the folder can be written, so that a long run fails at its start and not at its end.
+        """Prove that the folder can be written, so that a long run fails at its start and not at
+        its end.
 
         Raises OSError that names it.
 
@@ -174,7 +179,7 @@ class Folder:
         self.write(trial, b"trial")
         self.remove(trial)
 
-    # -- the store ---------------------------------------------------------------------------------------------------
+    # -- the store ---------------------------------------------------------------------------------
 
     @cached_property
     def _store(self) -> tuple[Any, str]:
@@ -203,7 +208,8 @@ class Folder:
         self._put(filesystem, beside, data)
         try:
             filesystem.mv(beside, path)
-        except Exception:  # a store that cannot move, or not onto a file: the file may be seen in part, but it is there
+        # a store that cannot move onto a file: readers may see the file in part
+        except Exception:
             self._put(filesystem, path, data)
             filesystem.rm_file(beside)
 

@@ -27,8 +27,9 @@ BROKEN_PIPE = 141  # what a shell reports of a program whose reader has gone: 12
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; what the user can mend is told in one line on stderr, with exit status 2.
 
-    What is wrong with files and flags is a ValueError, an OSError or an ImportError; any other error is one of alphabar, and
-    keeps its traceback. A reader of the output that goes away, as ``head`` does, ends the command without a word.
+    What is wrong with files and flags is a ValueError, an OSError or an ImportError; any other
+    error is one of alphabar, and keeps its traceback. A reader of the output that goes away, as
+    ``head`` does, ends the command without a word.
 
     >>> main(["sample", "nowhere.ckpt"])
     2

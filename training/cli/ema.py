@@ -1,4 +1,6 @@
-"""Make the average of a wanted length from a folder of snapshots (post-hoc EMA), as a file that alphabar sample loads."""
+"""Make the average of a wanted length from a folder of snapshots (post-hoc EMA), as a file that
+alphabar sample loads.
+"""
 
 from __future__ import annotations
 
@@ -37,14 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         default=None,
-        help="a checkpoint of the same training, for what is not averaged: the network's config, its schedule, buffers and frozen "
-        "weights (default: the newest in the folder, in the one above it, or in checkpoints beside it)",
+        help="a checkpoint of the same training, for what is not averaged: the network's config, "
+        "its schedule, buffers and frozen "
+        "weights (default: the newest in the folder, in the one above it, or in checkpoints beside "
+        "it)",
     )
     parser.add_argument(
         "--max_error",
         type=float,
         default=POOR_FIT,
-        help="how far the average's profile may be from the wanted one, as a share of it (default: %(default)s)",
+        help="how far the average's profile may be from the wanted one, as a share of it (default: "
+        "%(default)s)",
     )
     parser.add_argument(
         "--out", default="ema.safetensors", help="the file to write (default: %(default)s)"
@@ -56,8 +61,10 @@ def run(args: argparse.Namespace) -> None:
     plan = plan_posthoc(args.folder, args.sigma_rel, args.step)
     if not plan.error <= args.max_error:
         raise ValueError(
-            f"the snapshots do not give this average: the nearest one is off by {plan.error:.0%} of its profile, more than "
-            f"--max_error {args.max_error:g}; take a larger sigma_rel, or snapshots more often, or accept it with "
+            f"the snapshots do not give this average: the nearest one is off by {plan.error:.0%} "
+            "of its profile, more than "
+            f"--max_error {args.max_error:g}; take a larger sigma_rel, or snapshots more often, or "
+            "accept it with "
             f"--max_error {plan.error + 0.01:.2f}"
         )
     require_writable(Path(args.out).parent)
@@ -72,7 +79,8 @@ def run(args: argparse.Namespace) -> None:
         )
     save_tensors(args.out, weights, metadata)
     print(
-        f"{args.out}: sigma_rel {args.sigma_rel:g} at step {step} from {len(plan.snapshots)} snapshots, {in_words(plan.error)}"
+        f"{args.out}: sigma_rel {args.sigma_rel:g} at step {step} from {len(plan.snapshots)} "
+        f"snapshots, {in_words(plan.error)}"
     )
     if base is not None:
         print(
@@ -80,7 +88,8 @@ def run(args: argparse.Namespace) -> None:
         )
     else:
         print(
-            "weights alone, which a module loads with strict=False; give --checkpoint for a file that alphabar sample loads"
+            "weights alone, which a module loads with strict=False; give --checkpoint for a file "
+            "that alphabar sample loads"
         )
 
 
@@ -100,7 +109,9 @@ def in_words(error: float) -> str:
 def base_of(
     folder: str, weights: Mapping[str, Tensor], given: str | None
 ) -> tuple[Path, dict[str, Any]] | None:
-    """Return the checkpoint that is given, or else the newest near the snapshots that holds weights of these names."""
+    """Return the checkpoint that is given, or else the newest near the snapshots that holds weights
+    of these names.
+    """
     if given is not None:
         return Path(given), read_checkpoint(given)
     place = Path(folder).resolve()
@@ -124,10 +135,17 @@ def base_of(
 def completed(
     weights: Mapping[str, Tensor], checkpoint: Mapping[str, Any], path: Path
 ) -> dict[str, Tensor]:
-    """Return the averages with all else that the checkpoint's state_dict holds; ValueError where it is of another model.
+    """Return the averages with all else that the checkpoint's state_dict holds; ValueError where it
+    is of another model.
 
     >>> import torch
-    >>> sorted(completed({"a": torch.ones(1)}, {"state_dict": {"a": torch.zeros(1), "b": torch.zeros(1)}}, Path("a.ckpt")))
+    >>> sorted(
+    ...     completed(
+    ...         {"a": torch.ones(1)},
+    ...         {"state_dict": {"a": torch.zeros(1), "b": torch.zeros(1)}},
+    ...         Path("a.ckpt"),
+    ...     )
+    ... )
     ['a', 'b']
     """
     state = mapping(f"the state_dict of {str(path)!r}", checkpoint.get("state_dict"))
@@ -139,13 +157,15 @@ def completed(
     ]
     if other:
         raise ValueError(
-            f"{str(path)!r} is of another model than the snapshots: it has no weight like {shown(other[0])}"
+            f"{str(path)!r} is of another model than the snapshots: it has no weight like "
+            f"{shown(other[0])}"
         )
     return {name: weights.get(name, value).contiguous() for name, value in tensors.items()}
 
 
 def metadata_of(checkpoint: Mapping[str, Any], path: Path) -> dict[str, str]:
-    """Return what a file says beside its weights, so that it can be sampled from: schedule, network, sample shape.
+    """Return what a file says beside its weights, so that it can be sampled from: schedule,
+    network, sample shape.
 
     >>> metadata_of({"sample_shape": [1, 8, 8]}, Path("nowhere/a.ckpt"))
     {'alphabar.sample_shape': '[1, 8, 8]'}

@@ -16,7 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "paths",
         nargs="+",
         metavar="path",
-        help="a .safetensors file, a checkpoint, a folder with a scheduler_config.json, or a diffusers pipeline",
+        help="a .safetensors file, a checkpoint, a folder with a scheduler_config.json, or a "
+        "diffusers pipeline",
     )
 
 

@@ -1,4 +1,6 @@
-"""Draw schedules, weights, timestep densities, grids and sampler tables as pictures (PNG, SVG or PDF); needs matplotlib."""
+"""Draw schedules, weights, timestep densities, grids and sampler tables as pictures (PNG, SVG or
+PDF); needs matplotlib.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ F = TypeVar("F", bound=Callable[[argparse.Namespace], object])
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture: ``add_arguments(parser)`` beside those that all have, and ``draw(args)``, which writes args.out."""
+    """A picture: ``add_arguments(parser)`` beside those that all have, and ``draw(args)``, which
+    writes args.out.
+    """
 
     name: str
     help: str
@@ -97,7 +101,8 @@ def _draw_schedules(args: argparse.Namespace) -> object:
 
 
 def drawable(registry: Mapping[str, Callable[..., Any]]) -> list[str]:
-    """Return the names of what can be drawn as it is: not learned, with no option missing, and once (stratified ones look the same).
+    """Return the names of what can be drawn as it is: not learned, with no option missing, and once
+    (stratified ones look the same).
 
     >>> drawable(TIMESTEPS)[0]
     'uniform'
@@ -133,7 +138,8 @@ def _weight_arguments(parser: argparse.ArgumentParser) -> None:
         "weightings",
         nargs="*",
         metavar="weighting",
-        help=f"weightings, of {', '.join(WEIGHTINGS)}, with options as in min_snr:gamma=5 (default: {', '.join(USUAL_WEIGHTINGS)})",
+        help=f"weightings, of {', '.join(WEIGHTINGS)}, with options as in min_snr:gamma=5 "
+        f"(default: {', '.join(USUAL_WEIGHTINGS)})",
     )
     parser.add_argument(
         "--prediction",
@@ -141,7 +147,8 @@ def _weight_arguments(parser: argparse.ArgumentParser) -> None:
         choices=sorted(PREDICTIONS),
         default=[],
         metavar="type",
-        help=f"prediction types, a panel each, of {', '.join(PREDICTIONS)} (default: the schedule's own)",
+        help=f"prediction types, a panel each, of {', '.join(PREDICTIONS)} (default: the "
+        "schedule's own)",
     )
     _schedule_argument(parser)
 
@@ -163,7 +170,8 @@ def _timestep_arguments(parser: argparse.ArgumentParser) -> None:
         "densities",
         nargs="*",
         metavar="density",
-        help=f"densities, of {', '.join(TIMESTEPS)}, with options after a colon (default: all that do not follow losses)",
+        help=f"densities, of {', '.join(TIMESTEPS)}, with options after a colon (default: all that "
+        "do not follow losses)",
     )
     _schedule_argument(parser)
 

@@ -1,4 +1,6 @@
-"""Sample images from a checkpoint or a diffusers pipeline, with the schedule it was trained with and nothing but its own files."""
+"""Sample images from a checkpoint or a diffusers pipeline, with the schedule it was trained with
+and nothing but its own files.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``alphabar sample``."""
     parser.add_argument(
         "checkpoint",
-        help="a checkpoint written by Lightning with ScheduleCheckpoint, a file of alphabar ema, or the folder of a diffusers pipeline",
+        help="a checkpoint written by Lightning with ScheduleCheckpoint, a file of alphabar ema, "
+        "or the folder of a diffusers pipeline",
     )
     parser.add_argument(
         "--steps", type=int, default=20, help="sampling steps (default: %(default)s)"
@@ -84,7 +87,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--guidance_scale",
         type=float,
         default=None,
-        help=f"classifier-free guidance (default: {GUIDANCE_OF_PROMPTS} with prompts, else 1, which is none)",
+        help=f"classifier-free guidance (default: {GUIDANCE_OF_PROMPTS} with prompts, else 1, "
+        "which is none)",
     )
     parser.add_argument(
         "--guidance_rescale",
@@ -125,7 +129,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Model:
-    """What is sampled from: a network, its schedule, the shape of one sample, what it is conditioned on, and how it is shown.
+    """What is sampled from: a network, its schedule, the shape of one sample, what it is
+    conditioned on, and how it is shown.
 
     ``conditions(images)``: the conditioning of these images, and that of guidance's other half.
     """
@@ -144,19 +149,23 @@ def run(args: argparse.Namespace) -> None:
 
     if args.num_images < 1 or args.batch_size < 1:
         raise ValueError(
-            f"--num_images and --batch_size must be at least 1, got {args.num_images} and {args.batch_size}"
+            f"--num_images and --batch_size must be at least 1, got {args.num_images} and "
+            f"{args.batch_size}"
         )
     require_writable(Path(args.out).parent)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = load_model(args, device)
     save_grid(draw(args, model, device), args.out)
     print(
-        f"{args.out}: {args.num_images} images, {args.method}, {args.steps} steps on {model.schedule}"
+        f"{args.out}: {args.num_images} images, {args.method}, {args.steps} steps on "
+        f"{model.schedule}"
     )
 
 
 def draw(args: argparse.Namespace, model: Model, device: torch.device) -> Tensor:
-    """Return the images, shape (num_images, channels, height, width), on the CPU; ValueError where they are not finite."""
+    """Return the images, shape (num_images, channels, height, width), on the CPU; ValueError where
+    they are not finite.
+    """
     from tqdm import tqdm
 
     sampler = make_sampler(
@@ -185,17 +194,22 @@ def draw(args: argparse.Namespace, model: Model, device: torch.device) -> Tensor
                 bar.update()
             if not bool(x.isfinite().all()):
                 raise ValueError(
-                    "the samples hold NaN or infinity: look at the weights, or take a smaller --guidance_scale"
+                    "the samples hold NaN or infinity: look at the weights, or take a smaller "
+                    "--guidance_scale"
                 )
             batches.append((x if model.vae is None else decode(model.vae, x)).cpu())
     return torch.cat(batches)
 
 
 def load_model(args: argparse.Namespace, device: torch.device) -> Model:
-    """Return what the arguments name; raises ValueError for arguments that contradict each other or the model.
+    """Return what the arguments name; raises ValueError for arguments that contradict each other or
+    the model.
 
     >>> from alphabar.training.cli.command import parser_of_all
-    >>> load_model(parser_of_all().parse_args(["sample", "a.ckpt", "--prompt", "a", "--classes", "1"]), torch.device("cpu"))
+    >>> load_model(
+    ...     parser_of_all().parse_args(["sample", "a.ckpt", "--prompt", "a", "--classes", "1"]),
+    ...     torch.device("cpu"),
+    ... )
     Traceback (most recent call last):
     ValueError: a network takes prompts or classes, not both; leave out --prompt or --classes
     """
@@ -207,7 +221,8 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Model:
         raise ValueError("--negative_prompt is for guidance away from a text; give --prompt too")
     if not 0 <= args.guidance_rescale <= 1:
         raise ValueError(
-            f"--guidance_rescale must lie between 0 and 1, got {args.guidance_rescale}; the paper uses 0.7"
+            f"--guidance_rescale must lie between 0 and 1, got {args.guidance_rescale}; the paper "
+            "uses 0.7"
         )
     scale = args.guidance_scale
     if scale is None:
@@ -217,7 +232,8 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Model:
         return _of_pipeline(args, load_pipeline(args.checkpoint, device), scale, vae)
     if args.prompt:
         raise ValueError(
-            f"{args.checkpoint!r} has no text encoder; --prompt is for the folder of a diffusers pipeline, which has its own"
+            f"{args.checkpoint!r} has no text encoder; --prompt is for the folder of a diffusers "
+            "pipeline, which has its own"
         )
     loaded = load_checkpoint(args.checkpoint, args.network, args.weights, args.shape)
     network = loaded.network.to(device)
@@ -231,7 +247,8 @@ def _of_pipeline(
     for option, value in (("--network", args.network), ("--weights", args.weights)):
         if value is not None:
             raise ValueError(
-                f"{option} is for a checkpoint, and {args.checkpoint!r} is a pipeline, which has its own network"
+                f"{option} is for a checkpoint, and {args.checkpoint!r} is a pipeline, which has "
+                "its own network"
             )
     shape = loaded.sample_shape if args.shape is None else sample_shape(args.shape)
     vae = vae if vae is not None else loaded.vae
@@ -245,7 +262,8 @@ def _of_pipeline(
         return Model(loaded.network, loaded.schedule, shape, conditions, scale, vae)
     if loaded.kind.encode is not None:
         raise ValueError(
-            f"a {type(loaded.pipeline).__name__} draws what a text says; give --prompt (an empty one for none)"
+            f"a {type(loaded.pipeline).__name__} draws what a text says; give --prompt (an empty "
+            "one for none)"
         )
     return Model(
         loaded.network, loaded.schedule, shape, _of_classes(args, loaded.network, scale), scale, vae
@@ -258,12 +276,14 @@ def _of_classes(
     if not args.classes:
         if scale != 1.0:
             raise ValueError(
-                f"--guidance_scale {scale:g} guides towards a class or a prompt; give --classes and --null_class"
+                f"--guidance_scale {scale:g} guides towards a class or a prompt; give --classes "
+                "and --null_class"
             )
         return lambda images: ({}, None)
     if scale != 1.0 and args.null_class is None:
         raise ValueError(
-            f"--guidance_scale {scale:g} needs --null_class, the class that stood for none in training"
+            f"--guidance_scale {scale:g} needs --null_class, the class that stood for none in "
+            "training"
         )
     _require_classes(
         network, [*args.classes, *([] if args.null_class is None else [args.null_class])]
@@ -304,7 +324,9 @@ FLAGS: Mapping[str, str] = {
 
 
 def _answering(network: nn.Module, conditioning: Mapping[str, Any]) -> Callable[..., Any]:
-    """Return the network as a function whose failures are ValueErrors: what it was given came from a file and from flags."""
+    """Return the network as a function whose failures are ValueErrors: what it was given came from
+    a file and from flags.
+    """
     parameters = list(inspect.signature(network.forward).parameters.values())
     missing = [
         p.name for p in parameters[2:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
@@ -325,7 +347,8 @@ def _answering(network: nn.Module, conditioning: Mapping[str, Any]) -> Callable[
         except Exception as error:
             words = " ".join(str(error).split())[:300]
             raise ValueError(
-                f"{type(network).__name__} fails on samples of shape {tuple(x.shape[1:])} with {sorted(given) or 'no conditioning'}: "
+                f"{type(network).__name__} fails on samples of shape {tuple(x.shape[1:])} with "
+                f"{sorted(given) or 'no conditioning'}: "
                 f"{type(error).__name__}: {words}"
             ) from error
 

@@ -1,7 +1,9 @@
-"""List the samplers and the grids, with the names that they are known by; or say what one of them does.
+"""List the samplers and the grids, with the names that they are known by; or say what one of them
+does.
 
-Without a name: every sampler with its order of convergence, the network's calls per step, whether it draws noise on the way, the
-paper or code it is from, and its other names; then every grid. With a name, any of them: its documentation and options.
+Without a name: every sampler with its order of convergence, the network's calls per step, whether
+it draws noise on the way, the paper or code it is from, and its other names; then every grid. With
+a name, any of them: its documentation and options.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from ...sampling.standalone import STANDALONE, StandaloneEntry
 
 HEADINGS = ("name", "order", "calls", "noise", "source", "also called")
 LEGEND = (
-    "order: of convergence with default options and exact starting values, weak where it draws noise (-: does not converge "
+    "order: of convergence with default options and exact starting values, weak where it draws "
+    "noise (-: does not converge "
     "with the steps, as those for distilled models); "
     "calls: of the network per step (?: it decides); noise: whether it draws any on the way. "
     "A name may end in a grid, as in 'DPM++ 2M Karras'; alphabar samplers NAME says more of one."
@@ -55,7 +58,8 @@ def listing(width: int = 120) -> str:
 
 
 def described(name: str) -> str:
-    """Return what a sampler or a grid does and the options it has; raises ValueError for an unknown name.
+    """Return what a sampler or a grid does and the options it has; raises ValueError for an unknown
+    name.
 
     >>> print(described("Euler a").splitlines()[0])
     euler_ancestral: order 1, 1 call of the network per step, draws noise; k-diffusion
@@ -84,7 +88,8 @@ def _described_sampler(name: str) -> str:
     if isinstance(entry, Method) and entry.reaches:
         best, options = entry.reaches
         order += f" (order {best} with {', '.join(f'{k}={v!r}' for k, v in options.items())})"
-    head = f"{entry.name}: {order}, {calls}, {'draws noise' if entry.stochastic else 'draws no noise'}; {entry.source}"
+    noise = "draws noise" if entry.stochastic else "draws no noise"
+    head = f"{entry.name}: {order}, {calls}, {noise}; {entry.source}"
     lines = [head, "", _without_examples(entry.documentation), "", *_options(entry.options)]
     lines += (
         ["also called: " + ", ".join(all_names()[entry.name])] if all_names()[entry.name] else []
@@ -98,7 +103,8 @@ def _described_sampler(name: str) -> str:
 
 
 def columns(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> str:
-    """Return rows in columns; the last column is wrapped at spaces to ``width``; a longer word is not cut.
+    """Return rows in columns; the last column is wrapped at spaces to ``width``; a longer word is
+    not cut.
 
     >>> print(columns(("a", "b"), [("1", "one two three")], 10))
     a  b

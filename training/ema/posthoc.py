@@ -1,10 +1,13 @@
-"""Averages of weights of any length, made after the training from snapshots (post-hoc EMA, EDM2: Karras et al. 2312.02696).
+"""Averages of weights of any length, made after the training from snapshots (post-hoc EMA, EDM2:
+Karras et al. 2312.02696).
 
-A power-function average at step t weighs the weights of time τ by p_{t,γ}(τ) = (γ+1) τ^γ / t^(γ+1) on [0, t] (eq. 121). With
-snapshots i of steps t_i and exponents γ_i, the combination Σ x_i \\hat θ_i has the density Σ x_i p_i. The coefficients that bring
-it nearest to a wanted density p_r solve A x = b, where A_ij = <p_i, p_j> and b_i = <p_i, p_r> (appendix C.3, algorithm 3), and
+A power-function average at step t weighs the weights of time τ by p_{t,γ}(τ) = (γ+1) τ^γ / t^(γ+1)
+on [0, t] (eq. 121). With snapshots i of steps t_i and exponents γ_i, the combination Σ x_i \\hat
+θ_i has the density Σ x_i p_i. The coefficients that bring it nearest to a wanted density p_r solve
+A x = b, where A_ij = <p_i, p_j> and b_i = <p_i, p_r> (appendix C.3, algorithm 3), and
 
-    <p_{t1,γ1}, p_{t2,γ2}> = (γ1+1) (γ2+1) (t1/t2)^(γ2 where t1 < t2, else -γ1) / ((γ1+γ2+1) max(t1, t2))        (eq. 151).
+    <p_{t1,γ1}, p_{t2,γ2}> = (γ1+1) (γ2+1) (t1/t2)^γ / ((γ1+γ2+1) max(t1, t2)),
+    γ = γ2 where t1 < t2, else -γ1    (eq. 151).
 """
 
 from __future__ import annotations
@@ -32,7 +35,9 @@ SNAPSHOT_DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "float16
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Where a snapshot of a power-function average lies, and which one it is: ``step`` t and ``gamma`` γ."""
+    """Where a snapshot of a power-function average lies, and which one it is: ``step`` t and
+    ``gamma`` γ.
+    """
 
     path: Path
     step: int
@@ -41,10 +46,12 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class PostHoc:
-    """Which combination of snapshots is the wanted average, and how far its density is from the wanted one.
+    """Which combination of snapshots is the wanted average, and how far its density is from the
+    wanted one.
 
-    ``coefficients``: one for each snapshot, float64, of sum 1. ``error``: the relative L2 distance of the densities, 0 for a
-    perfect fit; it is large where the wanted average is shorter than the distance between snapshots.
+    ``coefficients``: one for each snapshot, float64, of sum 1. ``error``: the relative L2 distance
+    of the densities, 0 for a perfect fit; it is large where the wanted average is shorter than the
+    distance between snapshots.
     """
 
     snapshots: tuple[Snapshot, ...]
@@ -62,9 +69,9 @@ def save_snapshot(
 ) -> Path:
     """Write a snapshot of a power-function average, whole or not at all, and return its path.
 
-    ``weights``: by name, any devices and dtypes; written as ``dtype``, float32 or float16 (EDM2 stores the latter).
-    ``step``: optimizer steps so far. Raises ValueError for values that float16 cannot hold, OSError for a folder that cannot be
-    written.
+    ``weights``: by name, any devices and dtypes; written as ``dtype``, float32 or float16 (EDM2
+    stores the latter). ``step``: optimizer steps so far. Raises ValueError for values that float16
+    cannot hold, OSError for a folder that cannot be written.
 
     >>> save_snapshot(tempfile.mkdtemp(), {"w": torch.ones(2)}, step=500, sigma_rel=0.05).name
     'ema_00000500_0.05.safetensors'
@@ -74,7 +81,8 @@ def save_snapshot(
     lost = [name for name, value in stored.items() if not bool(value.isfinite().all())]
     if lost:
         raise ValueError(
-            f"weights {lost[:3]} hold NaN, infinity, or what {dtype} cannot hold; use dtype='float32'"
+            f"weights {lost[:3]} hold NaN, infinity, or what {dtype} cannot hold; use "
+            "dtype='float32'"
         )
     gamma = gamma_of_sigma_rel(sigma_rel)
     metadata = {
@@ -108,9 +116,11 @@ def save_tensors(
 
 
 def read_snapshots(folder: str | os.PathLike[str]) -> tuple[Snapshot, ...]:
-    """Return the snapshots in a folder, by step and then gamma; other safetensors files are passed over.
+    """Return the snapshots in a folder, by step and then gamma; other safetensors files are passed
+    over.
 
-    Raises FileNotFoundError where there is no folder or no snapshot in it, ValueError for a damaged file.
+    Raises FileNotFoundError where there is no folder or no snapshot in it, ValueError for a damaged
+    file.
 
     >>> folder = tempfile.mkdtemp()
     >>> path = save_snapshot(folder, {"w": torch.ones(2)}, step=500, sigma_rel=0.1)
@@ -133,7 +143,8 @@ def read_snapshots(folder: str | os.PathLike[str]) -> tuple[Snapshot, ...]:
             ) from error
     if not found:
         raise FileNotFoundError(
-            f"no snapshots in {str(folder)!r}; train with EMA(['power_function'], snapshot_every_n_steps=...)"
+            f"no snapshots in {str(folder)!r}; train with EMA(['power_function'], "
+            "snapshot_every_n_steps=...)"
         )
     return tuple(sorted(found, key=lambda snapshot: (snapshot.step, snapshot.gamma)))
 
@@ -146,7 +157,8 @@ def _snapshot(path: Path, metadata: Mapping[str, str]) -> Snapshot:
 
 
 def inner_product(t1: Any, gamma1: Any, t2: Any, gamma2: Any) -> Any:
-    """Return <p_{t1,γ1}, p_{t2,γ2}> (EDM2, eq. 151), float64; arguments are broadcast against each other.
+    """Return <p_{t1,γ1}, p_{t2,γ2}> (EDM2, eq. 151), float64; arguments are broadcast against each
+    other.
 
     >>> float(inner_product(2.0, 0.0, 4.0, 0.0))  # ∫_0^2 1/2 · 1/4 dτ
     0.25
@@ -161,17 +173,21 @@ def inner_product(t1: Any, gamma1: Any, t2: Any, gamma2: Any) -> Any:
 def posthoc_coefficients(
     steps: Sequence[int], gammas: Sequence[float], step: int, gamma: float
 ) -> tuple[np.ndarray[Any, Any], float]:
-    """Return the coefficients of snapshots for a wanted average, and the relative L2 error of its density.
+    """Return the coefficients of snapshots for a wanted average, and the relative L2 error of its
+    density.
 
-    EDM2, algorithm 3, in float64: the least-squares fit of the densities, scaled to sum 1. ``steps`` and ``gammas`` of the
-    snapshots, which must differ from each other in one of the two.
+    EDM2, algorithm 3, in float64: the least-squares fit of the densities, scaled to sum 1.
+    ``steps`` and ``gammas`` of the snapshots, which must differ from each other in one of the two.
 
-    >>> coefficients, error = posthoc_coefficients([100, 200, 200], [6.94, 6.94, 16.97], step=200, gamma=6.94)
+    >>> coefficients, error = posthoc_coefficients(
+    ...     [100, 200, 200], [6.94, 6.94, 16.97], step=200, gamma=6.94
+    ... )
     >>> coefficients.round(9).tolist(), round(error, 6)
     ([...0.0, 1.0, ...0.0], 0.0)
     """
     t, g = np.asarray(steps, dtype=np.float64), np.asarray(gammas, dtype=np.float64)
-    # by densities of norm 1, of which A has a diagonal of ones: the same solution from a better conditioned system
+    # by densities of norm 1, of which A has a diagonal of ones: the same solution from a better
+    # conditioned system
     norm = np.sqrt(inner_product(t, g, t, g))
     norm_r = float(np.sqrt(inner_product(step, gamma, step, gamma)))
     A = inner_product(t[:, None], g[:, None], t[None], g[None]) / (norm[:, None] * norm[None])
@@ -185,10 +201,12 @@ def posthoc_coefficients(
 def plan_posthoc(
     folder: str | os.PathLike[str], sigma_rel: float, step: int | None = None
 ) -> PostHoc:
-    """Return how the average of length ``sigma_rel`` at ``step`` (the last snapshot's by default) is made of a folder's.
+    """Return how the average of length ``sigma_rel`` at ``step`` (the last snapshot's by default)
+    is made of a folder's.
 
-    Later snapshots than ``step`` are not used. Raises FileNotFoundError where there are no snapshots, and ValueError for a
-    step before the first or after the last of them and for a sigma_rel that no average has.
+    Later snapshots than ``step`` are not used. Raises FileNotFoundError where there are no
+    snapshots, and ValueError for a step before the first or after the last of them and for a
+    sigma_rel that no average has.
     """
     gamma = gamma_of_sigma_rel(sigma_rel)
     found = read_snapshots(folder)
@@ -209,16 +227,20 @@ def plan_posthoc(
 def posthoc_ema(
     folder: str | os.PathLike[str], sigma_rel: float, step: int | None = None
 ) -> dict[str, Tensor]:
-    """Return the weights of a power-function average that was not kept, from a folder of snapshots of others.
+    """Return the weights of a power-function average that was not kept, from a folder of snapshots
+    of others.
 
-    ``sigma_rel``: its length, as a share of the training. ``step``: its time, by default the last snapshot's. Float32 weights by
-    name, summed in float64, for ``module.load_state_dict(weights, strict=False)``. Raises as :func:`plan_posthoc`, and
-    ValueError for snapshots of different models.
+    ``sigma_rel``: its length, as a share of the training. ``step``: its time, by default the last
+    snapshot's. Float32 weights by name, summed in float64, for ``module.load_state_dict(weights,
+    strict=False)``. Raises as :func:`plan_posthoc`, and ValueError for snapshots of different
+    models.
 
     >>> folder = tempfile.mkdtemp()
     >>> for step in range(1, 9):
     ...     for sigma_rel in (0.05, 0.1):
-    ...         path = save_snapshot(folder, {"w": torch.full((2,), 3.0)}, step=step, sigma_rel=sigma_rel)
+    ...         path = save_snapshot(
+    ...             folder, {"w": torch.full((2,), 3.0)}, step=step, sigma_rel=sigma_rel
+    ...         )
     >>> posthoc_ema(folder, sigma_rel=0.07)["w"]
     tensor([3., 3.])
     """
@@ -233,8 +255,10 @@ def combine(plan: PostHoc) -> dict[str, Tensor]:
             names = list(file.keys())
             if total and sorted(names) != sorted(total):
                 raise ValueError(
-                    f"{str(snapshot.path)!r} has other weights than {str(plan.snapshots[0].path)!r}: "
-                    f"{sorted(set(names) ^ set(total))[:3]}; keep the snapshots of each model in a folder of their own"
+                    f"{str(snapshot.path)!r} has other weights than "
+                    f"{str(plan.snapshots[0].path)!r}: "
+                    f"{sorted(set(names) ^ set(total))[:3]}; keep the snapshots of each model in a "
+                    "folder of their own"
                 )
             for name in names:
                 value = x * file.get_tensor(name).double()

@@ -1,12 +1,15 @@
 """Averages of weights: how much of the old average each optimizer step keeps.
 
-An exponential moving average is \\hat θ(t) = β(t) \\hat θ(t-1) + (1 - β(t)) θ(t), with t = 1, 2, ... optimizer steps. A profile is
-the function β. That of a power function (Karras et al. 2312.02696, "EDM2", eq. 1 to 3) weighs the weights of time τ by τ^γ:
+An exponential moving average is \\hat θ(t) = β(t) \\hat θ(t-1) + (1 - β(t)) θ(t), with t = 1, 2,
+... optimizer steps. A profile is the function β. That of a power function (Karras et al.
+2312.02696, "EDM2", eq. 1 to 3) weighs the weights of time τ by τ^γ:
 
-    \\hat θ_γ(t) = (γ + 1) / t^(γ+1) ∫_0^t τ^γ θ(τ) dτ,    β_γ(t) = (1 - 1/t)^(γ+1),    σ_rel = ((γ+1) / ((γ+2)² (γ+3)))^½,
+    \\hat θ_γ(t) = (γ + 1) / t^(γ+1) ∫_0^t τ^γ θ(τ) dτ,
+    β_γ(t) = (1 - 1/t)^(γ+1),    σ_rel = ((γ+1) / ((γ+2)² (γ+3)))^½,
 
-so its length σ_rel, the standard deviation of that density in shares of the training, does not depend on how long one
-trains, and the first weights are forgotten. From snapshots of such averages others can be made: see posthoc.py.
+so its length σ_rel, the standard deviation of that density in shares of the training, does not
+depend on how long one trains, and the first weights are forgotten. From snapshots of such averages
+others can be made: see posthoc.py.
 """
 
 from __future__ import annotations
@@ -28,9 +31,13 @@ MAX_SIGMA_REL = 0.300283  # of eq. 3, at γ = (√5 - 3) / 2; equal weights (γ 
 
 @dataclass(frozen=True, kw_only=True)
 class EMAProfile(ABC):
-    """How long an average remembers; subclasses state β(t), the share of the old average that step t keeps.
+    """How long an average remembers; subclasses state β(t), the share of the old average that step
+    t keeps.
 
-    >>> Constant(decay=0.99)(1), Constant(decay=0.99)(2)  # the first update takes the weights as they are
+    >>> (
+    ...     Constant(decay=0.99)(1),
+    ...     Constant(decay=0.99)(2),
+    ... )  # the first update takes the weights as they are
     (0.0, 0.99)
     """
 
@@ -41,7 +48,9 @@ class EMAProfile(ABC):
         """Return β at optimizer step t = 2, 3, ..."""
 
     def __call__(self, t: int, steps: int = 1) -> float:
-        """Return the share that is kept at step t by one update for the last ``steps`` steps: the product of their β."""
+        """Return the share that is kept at step t by one update for the last ``steps`` steps: the
+        product of their β.
+        """
         if steps >= t:
             return 0.0
         return math.prod(self.beta(s) for s in range(t - steps + 1, t + 1))
@@ -87,7 +96,8 @@ class Constant(EMAProfile):
 @EMA_PROFILES.register
 @dataclass(frozen=True, kw_only=True)
 class Warmup(EMAProfile):
-    """β = min(decay, (1 + n) / (10 + n)) after n earlier updates, as in TensorFlow, LDM and diffusers.
+    """β = min(decay, (1 + n) / (10 + n)) after n earlier updates, as in TensorFlow, LDM and
+    diffusers.
 
     >>> round(Warmup()(11), 3), Warmup()(1_000_000)
     (0.55, 0.9999)
@@ -107,7 +117,8 @@ class Warmup(EMAProfile):
 @EMA_PROFILES.register
 @dataclass(frozen=True, kw_only=True)
 class InverseGamma(EMAProfile):
-    """β = 1 - (1 + n / inverse_gamma)^-power between min_decay and decay, after n earlier updates (k-diffusion, diffusers).
+    """β = 1 - (1 + n / inverse_gamma)^-power between min_decay and decay, after n earlier updates
+    (k-diffusion, diffusers).
 
     k-diffusion's advice: power 2/3 where one trains for a million steps or more, 3/4 for fewer.
 
@@ -139,9 +150,11 @@ class InverseGamma(EMAProfile):
 @EMA_PROFILES.register
 @dataclass(frozen=True, kw_only=True)
 class PowerFunction(EMAProfile):
-    """β = (1 - 1/t)^(γ+1) with the γ of ``sigma_rel``, the average's length as a share of the training (EDM2, eq. 1 to 3).
+    """β = (1 - 1/t)^(γ+1) with the γ of ``sigma_rel``, the average's length as a share of the
+    training (EDM2, eq. 1 to 3).
 
-    EDM2 keeps 0.05 and 0.10 with snapshots, of which others are made. Not above 0.3, which no γ reaches.
+    EDM2 keeps 0.05 and 0.10 with snapshots, of which others are made. Not above 0.3, which no γ
+    reaches.
 
     >>> round(PowerFunction(sigma_rel=0.1).gamma, 2)
     6.94
@@ -169,10 +182,12 @@ class PowerFunction(EMAProfile):
 @EMA_PROFILES.register
 @dataclass(frozen=True, kw_only=True)
 class HalfLife(EMAProfile):
-    """β = ½^(1 / min(half_life, rampup t)): half of the memory is gone in ``half_life`` steps (EDM 2206.00364, appendix F).
+    """β = ½^(1 / min(half_life, rampup t)): half of the memory is gone in ``half_life`` steps (EDM
+    2206.00364, appendix F).
 
-    EDM counts images: divide its half-life by the images in a step. ``rampup``: the half-life's bound as a share of the
-    training so far, so that the first weights are forgotten (EDM 0.05, EDM2's baseline 0.09; None for none).
+    EDM counts images: divide its half-life by the images in a step. ``rampup``: the half-life's
+    bound as a share of the training so far, so that the first weights are forgotten (EDM 0.05,
+    EDM2's baseline 0.09; None for none).
 
     >>> HalfLife(half_life=10.0)(1000), HalfLife(half_life=10.0)(20)
     (0.93303..., 0.5)
@@ -193,11 +208,13 @@ class HalfLife(EMAProfile):
 
 
 def resolve_ema_profile(profile: str | float | Mapping[str, Any] | EMAProfile) -> EMAProfile:
-    """Return the profile for a name (``"power_function:sigma_rel=0.05"``), a mapping, a decay (constant), or for itself.
+    """Return the profile for a name (``"power_function:sigma_rel=0.05"``), a mapping, a decay
+    (constant), or for itself.
 
     A mapping has ``name`` and the profile's numbers.
 
-    Raises ValueError for an unknown name, and for numbers that the profile does not have or that do not fit.
+    Raises ValueError for an unknown name, and for numbers that the profile does not have or that do
+    not fit.
 
     >>> resolve_ema_profile({"name": "power_function", "sigma_rel": 0.05})
     PowerFunction(sigma_rel=0.05)
@@ -218,13 +235,15 @@ def resolve_ema_profile(profile: str | float | Mapping[str, Any] | EMAProfile) -
     known = [entry.name for entry in fields(kind)]
     if not set(numbers) <= set(known):
         raise ValueError(
-            f"the EMA profile {kind.name!r} has {', '.join(known)}, got {', '.join(map(repr, numbers))}"
+            f"the EMA profile {kind.name!r} has {', '.join(known)}, got "
+            f"{', '.join(map(repr, numbers))}"
         )
     return kind(**numbers)
 
 
 def gamma_of_sigma_rel(sigma_rel: float) -> float:
-    """Return the exponent γ of a power-function average of this relative length (EDM2, eq. 126 and algorithm 2).
+    """Return the exponent γ of a power-function average of this relative length (EDM2, eq. 126 and
+    algorithm 2).
 
     Raises ValueError unless 0 < sigma_rel < 0.3.
 
@@ -233,7 +252,8 @@ def gamma_of_sigma_rel(sigma_rel: float) -> float:
     """
     if not 0 < sigma_rel < MAX_SIGMA_REL:
         raise ValueError(
-            f"sigma_rel must lie between 0 and 0.3, got {sigma_rel}; EDM2's averages have 0.05 to 0.1"
+            f"sigma_rel must lie between 0 and 0.3, got {sigma_rel}; EDM2's averages have 0.05 to "
+            "0.1"
         )
     s = float(sigma_rel) ** -2
     # (γ+2)² (γ+3) = s (γ+1); the largest of the three real roots
@@ -245,7 +265,8 @@ def gamma_of_sigma_rel(sigma_rel: float) -> float:
 
 
 def sigma_rel_of_gamma(gamma: float) -> float:
-    """Return the relative length σ_rel of a power-function average of exponent γ > -1 (EDM2, eq. 3).
+    """Return the relative length σ_rel of a power-function average of exponent γ > -1 (EDM2, eq.
+    3).
 
     >>> sigma_rel_of_gamma(0.0)  # equal weights: that of a uniform density, 1/√12
     0.288675...

@@ -1,4 +1,6 @@
-"""What a script of diffusers has of a schedule: that of the model that it fine-tunes, and the scheduler object that it saves."""
+"""What a script of diffusers has of a schedule: that of the model that it fine-tunes, and the
+scheduler object that it saves.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,10 @@ from typing import Any
 
 from ...noising import BETA_SCHEDULES, Discrete, NoiseSchedule
 
-_MEND = "pass base=... to noising_from_arguments, or say the schedule, e.g. --noise_schedule scaled_linear"
+_MEND = (
+    "pass base=... to noising_from_arguments, or give the schedule, "
+    "e.g. --noise_schedule scaled_linear"
+)
 _OF_SCHEDULE = {  # keys of a config that say the schedule; the others are options of sampling
     *(
         "num_train_timesteps",
@@ -33,9 +38,9 @@ _SPACING = {"timestep_spacing", "steps_offset"}  # say where sampling starts
 def diffusers_scheduler(schedule: NoiseSchedule, like: Any = None) -> Any:
     """Return a scheduler of diffusers with this schedule, for a pipeline that was trained on it.
 
-    ``like``: the scheduler that the pipeline has: its class and its options of sampling are kept, where that class can hold the
-    schedule and they start from pure noise where the schedule ends in it. ValueError for a schedule that diffusers has no
-    config for.
+    ``like``: the scheduler that the pipeline has: its class and its options of sampling are kept,
+    where that class can hold the schedule and they start from pure noise where the schedule ends in
+    it. ValueError for a schedule that diffusers has no config for.
 
     >>> from diffusers import DDPMScheduler
     >>> schedule = NoiseSchedule.linear(prediction="v_prediction").zero_terminal_snr()
@@ -58,13 +63,17 @@ def diffusers_scheduler(schedule: NoiseSchedule, like: Any = None) -> Any:
 
 
 def schedule_of_base_model(args: argparse.Namespace) -> NoiseSchedule | None:
-    """Return the schedule that a script's own flags name: that of its pretrained model, or of train_unconditional's betas.
+    """Return the schedule that a script's own flags name: that of its pretrained model, or of
+    train_unconditional's betas.
 
-    ``--pretrained_model_name_or_path`` is a folder, or a repository on the hub, of which the scheduler's config is read (from the
-    cache where it is there), at ``--revision``; nothing else is downloaded. None where no such flag is set. ValueError, saying
-    what to pass, where there is no such config or it cannot be read.
+    ``--pretrained_model_name_or_path`` is a folder, or a repository on the hub, of which the
+    scheduler's config is read (from the cache where it is there), at ``--revision``; nothing else
+    is downloaded. None where no such flag is set. ValueError, saying what to pass, where there is
+    no such config or it cannot be read.
 
-    >>> schedule_of_base_model(argparse.Namespace(ddpm_beta_schedule="linear", ddpm_num_steps=500)).num_train_timesteps
+    >>> schedule_of_base_model(
+    ...     argparse.Namespace(ddpm_beta_schedule="linear", ddpm_num_steps=500)
+    ... ).num_train_timesteps
     500
     """
     source = getattr(args, "pretrained_model_name_or_path", None)
@@ -94,7 +103,9 @@ def _of_pipeline(source: str, revision: str | None) -> NoiseSchedule:
 
 
 def _of_ddpm_flags(args: argparse.Namespace) -> NoiseSchedule | None:
-    """Return what diffusers' train_unconditional.py makes of its flags: DDPMScheduler with the betas' default ends."""
+    """Return what diffusers' train_unconditional.py makes of its flags: DDPMScheduler with the
+    betas' default ends.
+    """
     name, count = getattr(args, "ddpm_beta_schedule", None), getattr(args, "ddpm_num_steps", None)
     if name is None or count is None:
         return None

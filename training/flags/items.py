@@ -26,11 +26,14 @@ SCHEDULES: Mapping[str, Callable[..., NoiseSchedule]] = {
     "sub_variance_preserving": NoiseSchedule.sub_variance_preserving,
     "variance_exploding": NoiseSchedule.variance_exploding,
 }
-"""The constructors of schedules; every other beta schedule and curve that is registered has its own name."""
+"""The constructors of schedules; every other beta schedule and curve that is registered has its own
+name.
+"""
 
 
 def schedule_makers() -> dict[str, Callable[..., Any]]:
-    """Return what makes a schedule or a curve, by its name on the command line; folders are read besides.
+    """Return what makes a schedule or a curve, by its name on the command line; folders are read
+    besides.
 
     >>> "scaled_linear" in schedule_makers(), "laplace_diffusers" in schedule_makers()
     (True, True)
@@ -46,17 +49,23 @@ TRANSFORMATIONS: Mapping[str, Callable[[NoiseSchedule, Any], NoiseSchedule]] = {
     "t_min": lambda schedule, t: schedule.truncated(t_min=t),
     "t_max": lambda schedule, t: schedule.truncated(t_max=t),
 }
-"""Options of any schedule's item, beside those of its constructor; they act in the order in which they are written."""
+"""Options of any schedule's item, beside those of its constructor; they act in the order in which
+they are written.
+"""
 
 
 def read_schedule(item: str, zero_snr: bool = False) -> NoiseSchedule:
-    """Return the schedule of an item or a folder; raises ValueError or FileNotFoundError where there is none.
+    """Return the schedule of an item or a folder; raises ValueError or FileNotFoundError where
+    there is none.
 
-    The options of an item are those of its constructor, and the transformations ``zero_snr=true``, ``shifted=2.0``, ``t_min=``
-    and ``t_max=``, which act in their order; a folder, with a noise_schedule.json or a scheduler_config.json, has these and
-    ``tokens``. ``zero_snr``: rescale what the item says.
+    The options of an item are those of its constructor, and the transformations ``zero_snr=true``,
+    ``shifted=2.0``, ``t_min=`` and ``t_max=``, which act in their order; a folder, with a
+    noise_schedule.json or a scheduler_config.json, has these and ``tokens``. ``zero_snr``: rescale
+    what the item says.
 
-    >>> read_schedule("scaled_linear:beta_end=0.02,shifted=2.0", zero_snr=True).has_zero_terminal_snr
+    >>> read_schedule(
+    ...     "scaled_linear:beta_end=0.02,shifted=2.0", zero_snr=True
+    ... ).has_zero_terminal_snr
     True
     """
     name, options = (item, {}) if Path(item).exists() else parse_item(item)

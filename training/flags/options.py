@@ -1,9 +1,11 @@
-"""Options of a command line: added to a parser, adopted where the script has them already, and read back as what was said.
+"""Options of a command line: added to a parser, adopted where the script has them already, and read
+back as what was said.
 
-A script of diffusers or kohya has some of the options itself. One of the same name and meaning is adopted, with its dest, its
-type and its default; one that takes something else is refused when the parser is made. Of an adopted option a value that
-differs from its default was said; the default itself is weak: it holds where nothing else was said (of a loss, a density, a
-schedule), and never contradicts what was. The defaults travel in the namespace, as JSON in one attribute.
+A script of diffusers or kohya has some of the options itself. One of the same name and meaning is
+adopted, with its dest, its type and its default; one that takes something else is refused when the
+parser is made. Of an adopted option a value that differs from its default was said; the default
+itself is weak: it holds where nothing else was said (of a loss, a density, a schedule), and never
+contradicts what was. The defaults travel in the namespace, as JSON in one attribute.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ ADOPTED = "noising_options_of_the_script"
 
 @dataclass(frozen=True)
 class Option:
-    """An option: its ``names``, the first one ours; each is kept under its own dest, so that two of them can be compared.
+    """An option: its ``names``, the first one ours; each is kept under its own dest, so that two of
+    them can be compared.
 
-    ``type``: of its value; bool for a switch. ``names_of``: names that the help lists, read when it is shown.
-    ``zero_is_none``: 0 says that there is none, as in diffusers' scripts.
-    ``several``: items that are kept as one text, with spaces.
+    ``type``: of its value; bool for a switch. ``names_of``: names that the help lists, read when it
+    is shown. ``zero_is_none``: 0 says that there is none, as in diffusers' scripts. ``several``:
+    items that are kept as one text, with spaces.
 
     >>> Option(("--snr_gamma", "--min_snr_gamma"), float).key
     'snr_gamma'
@@ -44,7 +47,9 @@ class Option:
         return dest_of(self.names[0])
 
     def add_to(self, parser: argparse.ArgumentParser, group: Any) -> dict[str, tuple[str, Any]]:
-        """Add what the parser lacks to one of its groups; return the dest and the default of what it had, by name."""
+        """Add what the parser lacks to one of its groups; return the dest and the default of what
+        it had, by name.
+        """
         adopted: dict[str, tuple[str, Any]] = {}
         for name in self.names:
             existing = next(
@@ -86,8 +91,10 @@ class Option:
             )
         if not same:
             raise ValueError(
-                f"the parser's {name} takes {takes}, alphabar's {name} takes {own} ({self._help(name)}): they do not mean the same; "
-                f"rename the parser's, or leave alphabar's out with add_noising_arguments(parser, without=[{name!r}])"
+                f"the parser's {name} takes {takes}, alphabar's {name} takes {own} "
+                f"({self._help(name)}): they do not mean the same; "
+                "rename the parser's, or leave alphabar's out with add_noising_arguments(parser, "
+                f"without=[{name!r}])"
             )
 
     @property
@@ -95,7 +102,9 @@ class Option:
         return 0 if self.type is bool else None
 
     def convert(self, name: str, value: Any) -> Any:
-        """Return a value as the option's type, None for one that says nothing; ValueError, naming the flag, for another."""
+        """Return a value as the option's type, None for one that says nothing; ValueError, naming
+        the flag, for another.
+        """
         if value is None or (self.type is bool and not value):
             return None
         if self.several and not isinstance(value, str):
@@ -147,7 +156,8 @@ def add_options(
     group: Any,
     without: Collection[str] = (),
 ) -> None:
-    """Add options to a group of the parser, adopting those that it has; ``without``: names that are left out.
+    """Add options to a group of the parser, adopting those that it has; ``without``: names that are
+    left out.
 
     >>> parser = argparse.ArgumentParser()
     >>> _ = parser.add_argument("--snr_gamma", type=float, default=5.0)
@@ -173,7 +183,8 @@ def _only(option: Option, names: tuple[str, ...]) -> Option:
 
 @dataclass(frozen=True)
 class Said:
-    """What a command line says: values that were ``given``, and ``weak`` ones, the defaults of options that were adopted.
+    """What a command line says: values that were ``given``, and ``weak`` ones, the defaults of
+    options that were adopted.
 
     Both by the key of their option. ``names``: how each was written.
 
@@ -202,7 +213,7 @@ def read_options(args: argparse.Namespace, options: Sequence[Option]) -> Said:
     >>> option = Option(("--snr_gamma", "--min_snr_gamma"), float)
     >>> read_options(argparse.Namespace(snr_gamma=5.0, min_snr_gamma=3.0), [option])
     Traceback (most recent call last):
-    ValueError: --snr_gamma 5.0 and --min_snr_gamma 3.0 say the same option differently; give one of the two
+    ValueError: --snr_gamma 5.0 and --min_snr_gamma 3.0 say the same option differently; give ...
     """
     adopted: dict[str, tuple[str, Any]] = json.loads(getattr(args, ADOPTED, None) or "{}")
     given: dict[str, Any] = {}
@@ -220,7 +231,8 @@ def read_options(args: argparse.Namespace, options: Sequence[Option]) -> Said:
                 continue
             if given.get(option.key, value) != value:
                 raise ValueError(
-                    f"{names[option.key]} {given[option.key]} and {name} {value} say the same option differently; "
+                    f"{names[option.key]} {given[option.key]} and {name} {value} say the same "
+                    "option differently; "
                     "give one of the two"
                 )
             names.setdefault(option.key, name)

@@ -1,4 +1,6 @@
-"""Command-line flags of the noising side, for any argparse script, under the names that diffusers and kohya users know."""
+"""Command-line flags of the noising side, for any argparse script, under the names that diffusers
+and kohya users know.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,8 @@ SCHEDULE_OPTIONS = (
     Option(
         ("--prediction_type",),
         choices=PREDICTIONS,
-        help="what the network predicts (default: as the base model, or epsilon; on a flow flow_prediction)",
+        help="what the network predicts (default: as the base model, or epsilon; on a flow "
+        "flow_prediction)",
     ),
     Option(("--v_parameterization",), bool, "--prediction_type v_prediction"),
     Option(
@@ -73,7 +76,7 @@ SCHEDULE_OPTIONS = (
         "rescale the betas so that the last timestep is pure noise (2305.08891)",
     ),
 )
-# what --weighting_scheme says: a weight of the flow loss, the one of the x_0 loss that is meant, a density
+# --weighting_scheme: a weight of the flow loss, the one of the x_0 loss that is meant, a density
 _SCHEMES = {
     "none": ("uniform", "x0", "uniform"),
     "uniform": ("uniform", "x0", "uniform"),
@@ -94,13 +97,15 @@ TRAINING_OPTIONS = (
     Option(
         ("--weighting_scheme",),
         choices=tuple(_SCHEMES),
-        help="as in diffusers' scripts for SD3 and Flux: a weight of the flow loss (sigma_sqrt, cosmap), or a density of "
+        help="as in diffusers' scripts for SD3 and Flux: a weight of the flow loss (sigma_sqrt, "
+        "cosmap), or a density of "
         "timesteps (logit_normal, mode)",
     ),
     Option(
         ("--logit_mean",),
         float,
-        "of --weighting_scheme logit_normal, as in diffusers' scripts: a larger one is LESS noise; alphabar's own, "
+        "of --weighting_scheme logit_normal, as in diffusers' scripts: a larger one is LESS noise; "
+        "alphabar's own, "
         "--timestep_density logit_normal:mean=..., has it the other way round, as the paper",
     ),
     Option(("--logit_std",), float, "of --weighting_scheme logit_normal"),
@@ -108,14 +113,17 @@ TRAINING_OPTIONS = (
     Option(
         ("--precondition_outputs",),
         int,
-        "1, as in diffusers' SD3 script: the loss is that of the x_0 which a flow's output implies, i.e. sigma^2 times that of "
+        "1, as in diffusers' SD3 script: the loss is that of the x_0 which a flow's output "
+        "implies, i.e. sigma^2 times that of "
         "the output, and --weighting_scheme weighs it; 0: the loss of the output",
     ),
     Option(
         ("--timestep_sampling",),
         choices=_SAMPLINGS,
-        help="as in kohya's Flux script: sigma (by --weighting_scheme), uniform (sigma uniform, whatever the shift), sigmoid "
-        "(the same, sigmoid of a normal), shift (sigmoid, with the flow's shift); alphabar's own are --timestep_density",
+        help="as in kohya's Flux script: sigma (by --weighting_scheme), uniform (sigma uniform, "
+        "whatever the shift), sigmoid "
+        "(the same, sigmoid of a normal), shift (sigmoid, with the flow's shift); alphabar's own "
+        "are --timestep_density",
     ),
     Option(
         ("--sigmoid_scale",), float, "spread of the normal of --timestep_sampling sigmoid and shift"
@@ -123,7 +131,8 @@ TRAINING_OPTIONS = (
     Option(
         ("--training_shift",),
         float,
-        "as in kohya's SD3 script: the shift of the sigmas that are trained, whatever the flow's; with it a larger --logit_mean "
+        "as in kohya's SD3 script: the shift of the sigmas that are trained, whatever the flow's; "
+        "with it a larger --logit_mean "
         "is more noise, as in that script",
     ),
     Option(
@@ -171,13 +180,15 @@ def add_noising_arguments(
 ) -> argparse.ArgumentParser:
     """Add the flags from which :func:`noising_from_arguments` makes a Noising; return the parser.
 
-    What has many options is named by an item, ``--loss_weighting soft_min_snr:gamma=5,floor=0.05``; the options that other
-    trainers have a flag for have it here as well, with the meaning that it has there. Call it after the script has added its
-    own options: one that is there already, and takes the same, is adopted, with its default. ValueError, naming both, for one
-    that takes something else; ``without`` names flags that are left to the script.
+    What has many options is named by an item, ``--loss_weighting soft_min_snr:gamma=5,floor=0.05``;
+    the options that other trainers have a flag for have it here as well, with the meaning that it
+    has there. Call it after the script has added its own options: one that is there already, and
+    takes the same, is adopted, with its default. ValueError, naming both, for one that takes
+    something else; ``without`` names flags that are left to the script.
 
     >>> args = add_noising_arguments(argparse.ArgumentParser()).parse_args(
-    ...     ["--v_parameterization", "--zero_terminal_snr", "--noise_offset", "0.1"])
+    ...     ["--v_parameterization", "--zero_terminal_snr", "--noise_offset", "0.1"]
+    ... )
     >>> noising = noising_from_arguments(args)
     >>> noising.schedule.has_zero_terminal_snr, noising.noise.name
     (True, 'offset')
@@ -192,10 +203,12 @@ def add_noising_arguments(
 def schedule_from_arguments(
     args: argparse.Namespace, base: NoiseSchedule | None = None
 ) -> NoiseSchedule:
-    """Return the schedule that the flags describe, where they are silent that of ``base``, the model that is fine-tuned.
+    """Return the schedule that the flags describe, where they are silent that of ``base``, the
+    model that is fine-tuned.
 
-    Without ``base`` the model of ``--pretrained_model_name_or_path`` is meant, where the script has that flag: of it the
-    scheduler's config is read, in a folder or in the hub's cache. Contradictions are a ValueError, before any model is loaded.
+    Without ``base`` the model of ``--pretrained_model_name_or_path`` is meant, where the script has
+    that flag: of it the scheduler's config is read, in a folder or in the hub's cache.
+    Contradictions are a ValueError, before any model is loaded.
 
     >>> parser = add_noising_arguments(argparse.ArgumentParser())
     >>> schedule_from_arguments(parser.parse_args([])).prediction.name
@@ -213,8 +226,10 @@ def _schedule(said: Said, args: argparse.Namespace, base: NoiseSchedule | None) 
     if "rescale_betas_zero_snr" in said.given:
         if schedule.prediction.name in ("epsilon", "score"):
             raise ValueError(
-                f"{said.written('rescale_betas_zero_snr')} makes the last timestep pure noise, on which prediction "
-                f"{schedule.prediction.name} is ill-posed; give --prediction_type v_prediction (or sample) as well"
+                f"{said.written('rescale_betas_zero_snr')} makes the last timestep pure noise, on "
+                "which prediction "
+                f"{schedule.prediction.name} is ill-posed; give --prediction_type v_prediction (or "
+                "sample) as well"
             )
         schedule = _said_by(said, "rescale_betas_zero_snr", schedule.zero_terminal_snr)
     shift = said.value("schedule_shift")
@@ -247,7 +262,8 @@ def _refuse_said_twice(said: Said) -> None:
     for option, key in _IN_ITEM.items():
         if option in options and said.given.get(key, options[option]) != options[option]:
             raise ValueError(
-                f"{said.written(key)} and {said.written('noise_schedule')} say the same option differently; give one of the two"
+                f"{said.written(key)} and {said.written('noise_schedule')} say the same option "
+                "differently; give one of the two"
             )
 
 
@@ -262,7 +278,8 @@ def _on_curve(said: Said, args: argparse.Namespace, base: NoiseSchedule | None) 
             refused.insert(0, said.written("noise_schedule"))
         if refused:
             raise ValueError(
-                f"{refused[0]} does not go with {said.written('flow_shift')}: a flow has no betas and ends in pure noise already; "
+                f"{refused[0]} does not go with {said.written('flow_shift')}: a flow has no betas "
+                "and ends in pure noise already; "
                 "leave it out"
             )
         return _flow(said, betas)
@@ -288,7 +305,9 @@ def _flow(said: Said, betas: Mapping[str, Any]) -> NoiseSchedule:
 def _schedule_of_script(
     said: Said, args: argparse.Namespace, betas: Mapping[str, Any]
 ) -> NoiseSchedule:
-    """Return the schedule that neither a flag of ours nor a base says: the script's own, or a default."""
+    """Return the schedule that neither a flag of ours nor a base says: the script's own, or a
+    default.
+    """
     try:
         found = schedule_of_base_model(args)
     except ValueError:
@@ -321,7 +340,8 @@ def _with_prediction(schedule: NoiseSchedule, said: Said, has_base: bool) -> Noi
     if "v_parameterization" in said.given:
         if name not in (None, "v_prediction"):
             raise ValueError(
-                f"{said.written('v_parameterization')} contradicts {said.written('prediction_type')}; give one of the two"
+                f"{said.written('v_parameterization')} contradicts "
+                f"{said.written('prediction_type')}; give one of the two"
             )
         name = "v_prediction"
     if name is None and not has_base and "noise_schedule" not in said.given:
@@ -335,7 +355,8 @@ def _with_prediction(schedule: NoiseSchedule, said: Said, has_base: bool) -> Noi
     if isinstance(schedule.prediction, kind):
         return schedule
     raise ValueError(
-        f"--prediction_type {name} needs --sigma_data, the standard deviation of the data; EDM uses 0.5 for images in [-1, 1]"
+        f"--prediction_type {name} needs --sigma_data, the standard deviation of the data; EDM "
+        "uses 0.5 for images in [-1, 1]"
     )
 
 
@@ -344,13 +365,16 @@ def _predicting(schedule: NoiseSchedule, name: str) -> NoiseSchedule:
         return schedule.with_prediction(name)
     except ValueError as error:
         raise ValueError(
-            f"--prediction_type {name} is ill-posed on this schedule, {schedule}, which ends in pure noise: the output would say "
-            "nothing of x_0 there; give --prediction_type v_prediction (or sample; on a flow flow_prediction)"
+            f"--prediction_type {name} is ill-posed on this schedule, {schedule}, which ends in "
+            "pure noise: the output would say "
+            "nothing of x_0 there; give --prediction_type v_prediction (or sample; on a flow "
+            "flow_prediction)"
         ) from error
 
 
 def noising_from_arguments(args: argparse.Namespace, base: NoiseSchedule | None = None) -> Noising:
-    """Return the Noising that the flags of :func:`add_noising_arguments` describe; ``base`` as in :func:`schedule_from_arguments`.
+    """Return the Noising that the flags of :func:`add_noising_arguments` describe; ``base`` as in
+    :func:`schedule_from_arguments`.
 
     Raises ValueError for flags that contradict each other, naming both.
 
@@ -379,7 +403,8 @@ def _refuse_what_is_not_here(args: argparse.Namespace) -> None:
         value = getattr(args, name, None)
         if value not in (None, neutral):
             raise ValueError(
-                f"--{name}{'' if value is True else f' {value}'} is not implemented by alphabar; {mend}"
+                f"--{name}{'' if value is True else f' {value}'} is not implemented by alphabar; "
+                f"{mend}"
             )
 
 
@@ -400,7 +425,8 @@ def _weighting(said: Said, schedule: NoiseSchedule) -> Any:
         return replace(weighting, sigma_data=said.given["sigma_data"])
     if not hasattr(schedule.prediction, "sigma_data"):
         raise ValueError(
-            f"{said.written('sigma_data')} is for prediction karras and weighting edm, and contradicts prediction "
+            f"{said.written('sigma_data')} is for prediction karras and weighting edm, and "
+            "contradicts prediction "
             f"{prediction} with weighting {weighting.name}; leave it out"
         )
     return weighting
@@ -409,12 +435,15 @@ def _weighting(said: Said, schedule: NoiseSchedule) -> Any:
 def _require_prediction(said: Said, key: str, fits: bool, prediction: str) -> None:
     if not fits and said.given.get(key):
         raise ValueError(
-            f"{said.written(key)} does not go with --prediction_type {prediction}, as in the trainers that have it; leave it out"
+            f"{said.written(key)} does not go with --prediction_type {prediction}, as in the "
+            "trainers that have it; leave it out"
         )
 
 
 def _with_scheme(said: Said, prediction: str) -> Said:
-    """Return what is said with the weight of --weighting_scheme and --precondition_outputs as a --loss_weighting."""
+    """Return what is said with the weight of --weighting_scheme and --precondition_outputs as a
+    --loss_weighting.
+    """
     on_x0 = bool(said.value("precondition_outputs")) and prediction == "flow_prediction"
     scheme = said.value("weighting_scheme")
     if scheme is None and not on_x0:
@@ -454,7 +483,9 @@ def _timesteps(said: Said, curve: Curve) -> Timesteps:
 
 
 def _density_of_peers(said: Said, curve: Curve) -> Timesteps | None:
-    """Return the density of --timestep_sampling or --weighting_scheme, None where alphabar's own flags say it."""
+    """Return the density of --timestep_sampling or --weighting_scheme, None where alphabar's own
+    flags say it.
+    """
     own = [
         said.written(key) for key in ("timestep_density", "p_mean", "p_std") if key in said.given
     ]
@@ -502,7 +533,10 @@ def _refuse_unused(said: Said, key: str, own: list[str]) -> None:
     item = ""
     if key.startswith("logit"):
         sign = "-" if key == "logit_mean" else ""
-        item = f", or --timestep_density logit_normal:{key[6:]}={sign}... , whose larger mean is more noise"
+        item = (
+            f", or --timestep_density logit_normal:{key[6:]}={sign}... , "
+            "whose larger mean is more noise"
+        )
     raise ValueError(
         f"{said.written(key)} is an option of {_OF[key]} and {instead}; give {_OF[key]}{item}"
     )
@@ -512,12 +546,15 @@ def _of_sampling(said: Said, sampling: str, curve: Curve) -> Timesteps:
     """Return the density of kohya's flux_train_utils.get_noisy_model_input_and_timesteps."""
     if not curve.is_flow:
         raise ValueError(
-            f"--timestep_sampling {sampling} draws the sigmas of a flow, and this schedule is {curve.kind}; give --timestep_density"
+            f"--timestep_sampling {sampling} draws the sigmas of a flow, and this schedule is "
+            f"{curve.kind}; give --timestep_density"
         )
     if sampling == "flux_shift":
         raise ValueError(
-            "--timestep_sampling flux_shift takes another shift for each size of image, and a schedule has one; give "
-            "--timestep_sampling shift --discrete_flow_shift 3.16, which is that of 1024 x 1024 (1.88 of 512 x 512)"
+            "--timestep_sampling flux_shift takes another shift for each size of image, and a "
+            "schedule has one; give "
+            "--timestep_sampling shift --discrete_flow_shift 3.16, which is that of 1024 x 1024 "
+            "(1.88 of 512 x 512)"
         )
     normal = _made(
         said, "sigmoid_scale", lambda: LogitNormalTimesteps(std=said.value("sigmoid_scale", 1.0))
@@ -528,9 +565,11 @@ def _of_sampling(said: Said, sampling: str, curve: Curve) -> Timesteps:
 
 
 def _of_scheme(said: Said, scheme: str, curve: Curve) -> Timesteps | None:
-    """Return the density of diffusers' compute_density_for_timestep_sampling, u indexing timesteps that descend.
+    """Return the density of diffusers' compute_density_for_timestep_sampling, u indexing timesteps
+    that descend.
 
-    With --training_shift that of kohya's sd3_train_utils.get_noisy_model_input_and_timesteps, where u is σ itself.
+    With --training_shift that of kohya's sd3_train_utils.get_noisy_model_input_and_timesteps, where
+    u is σ itself.
     """
     shift = said.value("training_shift")
     name = _SCHEMES[scheme][2]
@@ -547,7 +586,8 @@ def _of_scheme(said: Said, scheme: str, curve: Curve) -> Timesteps | None:
         return density
     if not curve.is_flow:
         raise ValueError(
-            f"{said.written('training_shift')} is for flows, and this schedule is {curve.kind}; leave it out"
+            f"{said.written('training_shift')} is for flows, and this schedule is {curve.kind}; "
+            "leave it out"
         )
     low, high = _range(said, float(curve.num_train_timesteps))
     count = curve.num_train_timesteps
@@ -571,7 +611,8 @@ def _range(said: Said, end: float) -> tuple[float, float]:
     low, high = said.value("min_timestep", 0.0), said.value("max_timestep", end)
     if not 0 <= low < high <= end:
         raise ValueError(
-            f"--min_timestep must be below --max_timestep, got {low:g} and {high:g}; this schedule has {end:g} timesteps, "
+            f"--min_timestep must be below --max_timestep, got {low:g} and {high:g}; this schedule "
+            f"has {end:g} timesteps, "
             f"0 ... {end - 1:g}"
         )
     return float(low), float(high)
@@ -587,14 +628,16 @@ def _within(said: Said, density: Timesteps, curve: Curve) -> Timesteps:
         ]
         if theirs:
             raise ValueError(
-                f"{said.written('reversed_timesteps')} is for --timestep_density; {theirs[0]} has the direction of the trainer that "
+                f"{said.written('reversed_timesteps')} is for --timestep_density; {theirs[0]} has "
+                "the direction of the trainer that "
                 "it is from; leave it out"
             )
         try:
             density = ReversedTimesteps(density=density)
         except ValueError as error:
             raise ValueError(
-                f"{said.written('reversed_timesteps')}: {density.name} timesteps have no direction to reverse; leave it out"
+                f"{said.written('reversed_timesteps')}: {density.name} timesteps have no direction "
+                "to reverse; leave it out"
             ) from error
     if said.value("min_timestep") is None and said.value("max_timestep") is None:
         return density
@@ -602,7 +645,8 @@ def _within(said: Said, density: Timesteps, curve: Curve) -> Timesteps:
     if curve.is_discrete:
         if low != int(low) or high != int(high):
             raise ValueError(
-                f"--min_timestep and --max_timestep must be integers on this schedule, got {low} and {high}"
+                f"--min_timestep and --max_timestep must be integers on this schedule, got {low} "
+                f"and {high}"
             )
         if low == high - 1:
             return ListedTimesteps(listed=(low,))
@@ -614,7 +658,9 @@ def _within(said: Said, density: Timesteps, curve: Curve) -> Timesteps:
 
 
 def _times(curve: Curve, timestep: float) -> float:
-    """Return the time at which the network is given this timestep; off a flow, that share of the training time."""
+    """Return the time at which the network is given this timestep; off a flow, that share of the
+    training time.
+    """
     share = timestep / curve.num_train_timesteps
     if not curve.is_flow:
         return curve.t_min + share * (curve.t_max - curve.t_min)

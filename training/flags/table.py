@@ -1,4 +1,6 @@
-"""The tables of flags: which option of which scheme a flag that diffusers' and kohya's users know stands for."""
+"""The tables of flags: which option of which scheme a flag that diffusers' and kohya's users know
+stands for.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,10 @@ from .options import Option, Said
 class Flag:
     """A flag that is one option of a scheme.
 
-    ``names``: how it is written, the first one is ours. ``schemes``: those that have the option; the first is meant where none
-    is named, ``for_v`` where v is predicted. ``field``: the option, or none, where the flag only says the scheme. ``needs``: the
-    flag that must say the scheme, for one that says it in no trainer. ``type``: of its value; bool for a switch.
+    ``names``: how it is written, the first one is ours. ``schemes``: those that have the option;
+    the first is meant where none is named, ``for_v`` where v is predicted. ``field``: the option,
+    or none, where the flag only says the scheme. ``needs``: the flag that must say the scheme, for
+    one that says it in no trainer. ``type``: of its value; bool for a switch.
 
     >>> Flag(("--snr_gamma",), ("min_snr",), "gamma").key
     'snr_gamma'
@@ -52,7 +55,9 @@ class Flag:
 
 @dataclass
 class Named:
-    """A scheme that is being put together: its options, and the flags that said it and each of them."""
+    """A scheme that is being put together: its options, and the flags that said it and each of
+    them.
+    """
 
     name: str
     options: dict[str, Any]
@@ -65,7 +70,8 @@ class Named:
         """Set an option; ValueError where it is set already, to something else."""
         if field in self.options and self.options[field] != value:
             raise ValueError(
-                f"{written} and {self.words[field]} say the same option, {field} of {self.name}, differently; give one of the two"
+                f"{written} and {self.words[field]} say the same option, {field} of {self.name}, "
+                "differently; give one of the two"
             )
         self.options.setdefault(field, value)
         self.words.setdefault(field, written)
@@ -73,7 +79,8 @@ class Named:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of scheme: the flag that names it, the registry, what is meant without flags, and the flags of its options.
+    """A kind of scheme: the flag that names it, the registry, what is meant without flags, and the
+    flags of its options.
 
     ``several``: whether schemes can be combined. ``also``: names of other trainers for a scheme.
 
@@ -102,7 +109,8 @@ class Kind:
     @property
     def option(self) -> Option:
         """The flag that names schemes, as an option of a parser."""
-        help = f"{self.what}, NAME or NAME:option=value,...; names: {{names}} (default: {self.default})"
+        usage = "NAME or NAME:option=value,...; names: {names}"
+        help = f"{self.what}, {usage} (default: {self.default})"
         return Option(
             (self.flag,),
             str,
@@ -122,8 +130,8 @@ class Kind:
     ) -> list[Any]:
         """Return what the flags say, made; contradictions are a ValueError that names both.
 
-        ``prediction``: the prediction type, which some flags of kohya depend on. ``common``: the options that every scheme has,
-        with the keys of their flags.
+        ``prediction``: the prediction type, which some flags of kohya depend on. ``common``: the
+        options that every scheme has, with the keys of their flags.
         """
         schemes = self.named(said, prediction)
         for key, field in (common or {}).items():
@@ -173,23 +181,28 @@ class Kind:
     def _place(
         self, flag: Flag, value: Any, schemes: list[Named], said: Said, prediction: str | None
     ) -> None:
-        """Give the flag's value to the first scheme that has its option; where none does, add the flag's own scheme."""
+        """Give the flag's value to the first scheme that has its option; where none does, add the
+        flag's own scheme.
+        """
         written = said.written(flag.key)
         scheme = next((scheme for scheme in schemes if scheme.name in flag.schemes), None)
         if scheme is None:
             refused = next((other for other in schemes if other.name == flag.instead_of), None)
             if refused is not None:
                 raise ValueError(
-                    f"{written} makes another {refused.name} noise beside {refused.said}; give one of the two"
+                    f"{written} makes another {refused.name} noise beside {refused.said}; give one "
+                    "of the two"
                 )
             # the default says: nothing else
             if schemes and (not self.several or schemes[0].name == self.default):
                 raise ValueError(
-                    f"{written} is an option of {flag.scheme(prediction)} and contradicts {schemes[0].said}; give one of the two"
+                    f"{written} is an option of {flag.scheme(prediction)} and contradicts "
+                    f"{schemes[0].said}; give one of the two"
                 )
             if flag.needs is not None and said.value(flag.needs.lstrip("-")) is None:
                 raise ValueError(
-                    f"{written} is an option of {flag.needs} and says nothing alone; give {flag.needs} as well"
+                    f"{written} is an option of {flag.needs} and says nothing alone; give "
+                    f"{flag.needs} as well"
                 )
             scheme = Named(flag.scheme(prediction), {}, written, {})
             schemes.append(scheme)
@@ -205,7 +218,9 @@ class Kind:
         said: Said,
         prediction: str | None,
     ) -> None:
-        """Give a weak value to the scheme that has its option and does not say it; where nothing else is said, it says one."""
+        """Give a weak value to the scheme that has its option and does not say it; where nothing
+        else is said, it says one.
+        """
         scheme = next((scheme for scheme in schemes if scheme.name in flag.schemes), None)
         nothing_else = not schemes or (self.several and schemes[0].name != self.default)
         if (
@@ -260,14 +275,16 @@ WEIGHTING = Kind(
             ("kohya_debiased_epsilon", "kohya_debiased_v"),
             type=bool,
             for_v="kohya_debiased_v",
-            help="as in kohya: 1 / sqrt(SNR), where v is predicted 1 / (SNR + 1), SNR at most 1000; the paper's "
+            help="as in kohya: 1 / sqrt(SNR), where v is predicted 1 / (SNR + 1), SNR at most "
+            "1000; the paper's "
             "(2310.08442) is --loss_weighting debiased",
         ),
         Flag(
             ("--scale_v_pred_loss_like_noise_pred",),
             ("kohya_scale_v_pred",),
             type=bool,
-            help="as in kohya: weigh the v loss as the plain epsilon loss, SNR at most 1000; for every prediction type and "
+            help="as in kohya: weigh the v loss as the plain epsilon loss, SNR at most 1000; for "
+            "every prediction type and "
             "without the limit --loss_weighting snr",
         ),
         Flag(
@@ -275,7 +292,8 @@ WEIGHTING = Kind(
             ("kohya_v_pred_like",),
             "strength",
             zero_is_none=True,
-            help="as in kohya: add this much of the plain v loss to the epsilon loss, SNR at most 1000",
+            help="as in kohya: add this much of the plain v loss to the epsilon loss, SNR at most "
+            "1000",
         ),
     ),
 )

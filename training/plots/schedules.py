@@ -1,6 +1,8 @@
-"""Pictures of what training is told: schedules, loss weights and timestep densities, several side by side.
+"""Pictures of what training is told: schedules, loss weights and timestep densities, several side
+by side.
 
-They need matplotlib, which is imported when one is drawn. What is infinite stands at the edge of the picture.
+They need matplotlib, which is imported when one is drawn. What is infinite stands at the edge of
+the picture.
 """
 
 from __future__ import annotations
@@ -33,10 +35,12 @@ DENSEST = 8.0  # times the uniform density; what is higher leaves the picture
 def plot_schedules(
     schedules: Mapping[str, NoiseSchedule], path: str | os.PathLike[str] | None = None
 ) -> Figure:
-    """Draw α, σ and log SNR of several schedules over the share of training time; the keys are their labels.
+    """Draw α, σ and log SNR of several schedules over the share of training time; the keys are
+    their labels.
 
-    A truncated schedule is drawn over the part that it has of the whole. Where SNR is 0 a hollow mark stands at the edge.
-    Returns the Figure, and writes it to ``path``. Raises ValueError for none, ImportError without matplotlib.
+    A truncated schedule is drawn over the part that it has of the whole. Where SNR is 0 a hollow
+    mark stands at the edge. Returns the Figure, and writes it to ``path``. Raises ValueError for
+    none, ImportError without matplotlib.
 
     >>> plain = NoiseSchedule.scaled_linear(prediction="v_prediction")
     >>> figure = plot_schedules({"plain": plain, "zero SNR": plain.zero_terminal_snr()})
@@ -90,13 +94,17 @@ def plot_weights(
     predictions: Sequence[str] = (),
     path: str | os.PathLike[str] | None = None,
 ) -> Figure:
-    """Draw the weight on the error of the target over log SNR, a panel for each prediction type, a line for each weighting.
+    """Draw the weight on the error of the target over log SNR, a panel for each prediction type, a
+    line for each weighting.
 
-    ``predictions``: names; the schedule's own by default. Where a weight is 0 its line ends. Raises ValueError for none, for a
-    weighting that is learned, and for a prediction that is ill-posed on the schedule.
+    ``predictions``: names; the schedule's own by default. Where a weight is 0 its line ends. Raises
+    ValueError for none, for a weighting that is learned, and for a prediction that is ill-posed on
+    the schedule.
 
     >>> from alphabar.noising import MinSNR
-    >>> figure = plot_weights(NoiseSchedule.scaled_linear(), {"min-SNR": MinSNR()}, ["epsilon", "v_prediction"])
+    >>> figure = plot_weights(
+    ...     NoiseSchedule.scaled_linear(), {"min-SNR": MinSNR()}, ["epsilon", "v_prediction"]
+    ... )
     >>> [axes.get_title(loc="left") for axes in figure.axes]
     ['weight on the error of epsilon', 'weight on the error of v_prediction']
     """
@@ -142,7 +150,8 @@ def _weights(label: str, weighting: Weighting, schedule: NoiseSchedule, t: Tenso
 
 
 def is_learned(entry: object) -> bool:
-    """Return whether a weighting or a density has parameters or a history, so that it is unknown before training.
+    """Return whether a weighting or a density has parameters or a history, so that it is unknown
+    before training.
 
     >>> from alphabar.noising import MinSNR
     >>> is_learned(MinSNR())
@@ -161,11 +170,13 @@ def plot_timesteps(
     densities: Mapping[str, Timesteps],
     path: str | os.PathLike[str] | None = None,
 ) -> Figure:
-    """Draw densities of training times over the share of training time and over log SNR, from their quantile functions.
+    """Draw densities of training times over the share of training time and over log SNR, from their
+    quantile functions.
 
-    The density between two times is the share of samples that falls between them, found by bisection of the quantile
-    function to the last bit, over their distance: there is no drawing and no smoothing. On a discrete schedule it is the
-    probability of each timestep. Raises ValueError for none, and for a density that follows measured losses.
+    The density between two times is the share of samples that falls between them, found by
+    bisection of the quantile function to the last bit, over their distance: there is no drawing and
+    no smoothing. On a discrete schedule it is the probability of each timestep. Raises ValueError
+    for none, and for a density that follows measured losses.
 
     >>> from alphabar.noising import UniformTimesteps
     >>> figure = plot_timesteps(NoiseSchedule.flow(), {"uniform": UniformTimesteps()})
@@ -178,7 +189,8 @@ def plot_timesteps(
     for (label, density), style in zip(densities.items(), _styles(len(densities)), strict=True):
         if is_learned(density):
             raise ValueError(
-                f"timestep density {label!r} follows measured losses: what it is, only training says"
+                f"timestep density {label!r} follows measured losses: what it is, only training "
+                "says"
             )
         for axes, (x, y) in zip(
             (over_time, over_log_snr), densities_of(density, schedule.curve), strict=True
@@ -198,7 +210,8 @@ def plot_timesteps(
 def densities_of(
     density: Timesteps, curve: Curve
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return (share of training time, density) and (log SNR, density) as float64, exact on each of their intervals.
+    """Return (share of training time, density) and (log SNR, density) as float64, exact on each of
+    their intervals.
 
     >>> from alphabar.noising import Flow, UniformTimesteps
     >>> (x, p), _ = densities_of(UniformTimesteps(), Flow())
@@ -231,7 +244,9 @@ def densities_of(
 
 
 def _share_until(density: Timesteps, curve: Curve, t: Tensor) -> Tensor:
-    """Return the share of samples at or before each time: the largest u whose time is no later, by bisection."""
+    """Return the share of samples at or before each time: the largest u whose time is no later, by
+    bisection.
+    """
     low, high = torch.zeros_like(t), torch.ones_like(t)
     for _ in range(53):
         middle = (low + high) / 2
@@ -241,7 +256,9 @@ def _share_until(density: Timesteps, curve: Curve, t: Tensor) -> Tensor:
 
 
 def _along(curve: Curve) -> tuple[Tensor, Tensor]:
-    """Return shares of the training time and the times there; a part of a curve lies where it does on the whole."""
+    """Return shares of the training time and the times there; a part of a curve lies where it does
+    on the whole.
+    """
     whole = curve.curve if isinstance(curve, Truncated) else curve
     x = torch.linspace(0, 1, POINTS + 1, dtype=torch.float64)
     t = (
@@ -254,7 +271,9 @@ def _along(curve: Curve) -> tuple[Tensor, Tensor]:
 
 
 def _styles(count: int) -> Iterable[dict[str, Any]]:
-    """Return how each line looks: colours, when they are used up in another style of line; thinner ones show those below."""
+    """Return how each line looks: colours, when they are used up in another style of line; thinner
+    ones show those below.
+    """
     for i in range(count):
         style = STYLES[i // len(COLOURS) % len(STYLES)]
         yield {

@@ -1,6 +1,8 @@
-"""Pictures of grids and of tables. They need matplotlib, the extra of this name, which is imported when one is drawn.
+"""Pictures of grids and of tables. They need matplotlib, the extra of this name, which is imported
+when one is drawn.
 
-Log SNR is infinite where α = 0 and where x is clean; such a knot stands at the edge of the picture, with a hollow mark.
+Log SNR is infinite where α = 0 and where x is clean; such a knot stands at the edge of the picture,
+with a hollow mark.
 """
 
 from __future__ import annotations
@@ -42,12 +44,16 @@ def plot_grids(
     steps: int = 20,
     path: str | os.PathLike[str] | None = None,
 ) -> Figure:
-    """Draw log SNR against the step, and on a line each the log SNR of every network call, for several grids.
+    """Draw log SNR against the step, and on a line each the log SNR of every network call, for
+    several grids.
 
-    ``grids``: names, or mappings of a grid's name under 'grid' and its options. Returns the Figure, and writes it to
-    ``path`` (PNG, SVG or PDF by its name). Raises ValueError for an unknown grid, ImportError without matplotlib.
+    ``grids``: names, or mappings of a grid's name under 'grid' and its options. Returns the Figure,
+    and writes it to ``path`` (PNG, SVG or PDF by its name). Raises ValueError for an unknown grid,
+    ImportError without matplotlib.
 
-    >>> figure = plot_grids(NoiseSchedule.scaled_linear(), ["trailing", {"grid": "karras", "rho": 5.0}], steps=8)
+    >>> figure = plot_grids(
+    ...     NoiseSchedule.scaled_linear(), ["trailing", {"grid": "karras", "rho": 5.0}], steps=8
+    ... )
     >>> [axes.get_title(loc="left") for axes in figure.axes]
     ['log SNR after each step', 'where the network is called']
     """
@@ -78,10 +84,12 @@ def plot_grids(
 
 
 def plot_table(table: Table, path: str | os.PathLike[str] | None = None) -> Figure:
-    """Draw a table: log SNR against the step, and what each step adds to x, coefficient by coefficient.
+    """Draw a table: log SNR against the step, and what each step adds to x, coefficient by
+    coefficient.
 
-    The coefficients are of the row that makes the next x: of x itself, of the network's outputs in the order of the calls, of
-    what earlier steps remembered, and of the noise. Returns the Figure, and writes it to ``path``.
+    The coefficients are of the row that makes the next x: of x itself, of the network's outputs in
+    the order of the calls, of what earlier steps remembered, and of the noise. Returns the Figure,
+    and writes it to ``path``.
 
     >>> from alphabar.sampling import Sampler
     >>> figure = plot_table(Sampler(NoiseSchedule.scaled_linear(), "dpmpp_2m", steps=8).table)
@@ -119,14 +127,15 @@ def plot_table(table: Table, path: str | os.PathLike[str] | None = None) -> Figu
     weights.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9, frameon=False)
     title(
         figure,
-        f"{table.name}: {len(table.steps)} steps, {table.evaluations} evaluations, {table.draws} draws",
+        f"{table.name}: {len(table.steps)} steps, {table.evaluations} evaluations, {table.draws} "
+        "draws",
     )
     return written(figure, path)
 
 
 def coefficients(table: Table) -> dict[str, list[float | None]]:
-    """Return the coefficients of the row that makes the next x: for each vector of the basis one number per step, None where a
-    step has no such vector.
+    """Return the coefficients of the row that makes the next x: for each vector of the basis one
+    number per step, None where a step has no such vector.
 
     >>> from alphabar.sampling import Sampler
     >>> rows = coefficients(Sampler(NoiseSchedule.scaled_linear(), "ddim", steps=3).table)
