@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ..noising import NoiseSchedule
+from ..noising.utils.identity import exact
 from ..noising.utils.registry import lookup
 from .clipping import Change
 from .grids import Grid, counts_evaluations, grid_options, make_knots
 from .guidance import Network
-from .identity import exact
 from .inference import SeededNoise, last, prepare_run, without_gradients
 from .interop.diffusers_configs import sampler_config
 from .kernel import Progress, run

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from alphabar.noising import NoiseSchedule
+from alphabar.noising.utils.identity import exact
 from alphabar.sampling import (
     METHODS,
     STANDALONE,
@@ -24,7 +25,6 @@ from alphabar.sampling import (
     Sampler,
     make_knots,
 )
-from alphabar.sampling.identity import exact
 from alphabar.sampling.methods.euler import euler_ancestral
 
 SCALED = NoiseSchedule.scaled_linear()

@@ -48,9 +48,16 @@ def test_every_folder_with_code_is_packaged() -> None:
 
 
 @pytest.mark.parametrize("folder", sorted({path.parent for path in modules(*FLOORS)}), ids=name_of)
-def test_a_folder_is_a_package(folder: Path) -> None:
+def test_a_folder_is_a_package_of_at_most_12_files(folder: Path) -> None:
     assert (folder / "__init__.py").is_file()
     assert (folder / "py.typed").is_file() == (folder.parent == ROOT)
+    assert len(list(folder.glob("*.py"))) <= 12 or folder.name == "methods"
+
+
+def test_contributing_shows_every_folder() -> None:
+    lines = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines()
+    tree = [line.strip().split()[0].rstrip("/") for line in lines if re.match(r" +\w+/ {2,}", line)]
+    assert sorted(tree) == sorted(path.name for path in {path.parent for path in modules(*FLOORS)})
 
 
 def test_no_code_at_the_root() -> None:

@@ -10,6 +10,17 @@ their numbers. Evaluation follows ``t``: its device, and its dtype where that is
 integers and half precision are evaluated in float32, so σ is never rounded to 0. Tables are
 computed once in float64 and cached per device and dtype, so that an evaluation makes no host sync
 after the first.
+
+Words for time and noise, used throughout:
+
+    t            time of a curve: timestep 0 ... T - 1 (discrete), 0 ... 1 (flow), σ (EDM)
+    timestep     what the network is given as time
+    index        place 0 ... T - 1 among the training timesteps, fractions allowed
+    quantile     share of the training samples with less noise, under uniform times
+    fraction     share of training time, 0 clean, 1 noise: t / T, σ on a flow path
+    alpha, sigma factors of signal and noise, x_t = α x_0 + σ ε
+    sigma_ve     σ / α, the noise level of the Euler family and of k-diffusion
+    log_snr      λ = log(α² / σ²)
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, TypeVar
 
+from ...noising.utils.identity import exact
 from ...noising.utils.registry import Registry
-from ..identity import exact
 from ..knots import Knot
 from ..options import keyword_parameters
 from ..tracing import Combination
