@@ -402,7 +402,7 @@ def test_samplers_without_a_table_are_made_by_name(name: str) -> None:
         name,
         steps=20,
     )
-    assert isinstance(made, entry.factory)
+    assert type(made) is entry.factory
     assert made.steps == (20 if "steps" in entry.options else None)
     assert made.name == entry.name
     schedule = made.schedule

@@ -76,7 +76,7 @@ def shape_of_module(module: LightningModule) -> tuple[int, ...] | None:
 
 
 def require_drawable(shape: tuple[int, ...], decode: object) -> None:
-    """Raise ValueError for samples that are no pictures (videos, sounds) where nothing decodes them.
+    """Raise ValueError for samples that are no pictures (videos, sounds) without a ``decode``.
 
     >>> require_drawable((3, 16, 32, 32), decode=None)
     Traceback (most recent call last):

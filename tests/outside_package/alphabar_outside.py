@@ -46,7 +46,10 @@ def outside_betas(count, start, end):
 @dataclass(frozen=True, kw_only=True)
 class OutsideCurve(Curve):
     kind = "outside_circle"
-    t_max = 0.99
+
+    @property
+    def t_max(self):
+        return 0.99
 
     def alpha(self, t):
         return torch.cos(t * torch.pi / 2)

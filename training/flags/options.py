@@ -87,7 +87,7 @@ class Option:
             same = bool(set(self.choices) & set(map(str, existing.choices)))
             takes, own = (
                 f"one of {', '.join(map(str, existing.choices))}",
-                f"one of {', '.join(self.choices)}",
+                f"one of {', '.join(sorted(self.choices))}",
             )
         if not same:
             raise ValueError(

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from ...noising import LOSSES, NOISES, TIMESTEPS, WEIGHTINGS
 from ...noising.utils.items import make_named, parse_item
+from ...noising.utils.registry import Registry
 from .options import Option, Said
 
 
@@ -95,7 +96,7 @@ class Kind:
 
     flag: str
     what: str
-    registry: Mapping[str, Callable[..., Any]]
+    registry: Registry[Any]
     default: str
     flags: tuple[Flag, ...]
     several: bool = False
