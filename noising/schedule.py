@@ -6,8 +6,7 @@ that they cannot disagree. It has no device, no dtype and no state; it compares,
 by its numbers.
 """
 
-from __future__ import annotations
-
+# no postponed annotations here: LightningCLI reads the types of NoiseSchedule.__init__ from them
 import hashlib
 import math
 import os
@@ -17,7 +16,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +93,7 @@ class NoiseSchedule(Constructors):
 
     # -- transformations return new values ---------------------------------------------------------
 
-    def zero_terminal_snr(self) -> NoiseSchedule:
+    def zero_terminal_snr(self) -> "NoiseSchedule":
         """Return this schedule with α exactly 0 at the last timestep (Lin et al. 2305.08891,
         algorithm 1).
 
@@ -108,7 +107,7 @@ class NoiseSchedule(Constructors):
         """
         return replace(self, curve=self.curve.zero_terminal_snr())
 
-    def shifted(self, factor: float) -> NoiseSchedule:
+    def shifted(self, factor: float) -> "NoiseSchedule":
         """Return this schedule with σ / α ``factor`` times as large at every time: log SNR less by
         2 log(factor).
 
@@ -124,7 +123,7 @@ class NoiseSchedule(Constructors):
 
     def shifted_for_resolution(
         self, size: int | tuple[int, ...], base_size: int | tuple[int, ...]
-    ) -> NoiseSchedule:
+    ) -> "NoiseSchedule":
         """Return this schedule, made for images of ``base_size``, for images of ``size``; see
         :func:`resolution_shift`.
 
@@ -135,7 +134,7 @@ class NoiseSchedule(Constructors):
         """
         return self.shifted(resolution_shift(size, base_size))
 
-    def shifted_for_tokens(self, tokens: int, **line: Any) -> NoiseSchedule:
+    def shifted_for_tokens(self, tokens: int, **line: Any) -> "NoiseSchedule":
         """Return this schedule shifted as Flux does for this number of image tokens; options of
         :func:`token_shift`.
 
@@ -151,7 +150,7 @@ class NoiseSchedule(Constructors):
         *,
         log_snr_min: float | None = None,
         log_snr_max: float | None = None,
-    ) -> NoiseSchedule:
+    ) -> "NoiseSchedule":
         """Return the part of this schedule from ``t_min`` to ``t_max``, for a model that knows
         these times only (an expert, a refiner).
 
@@ -191,7 +190,7 @@ class NoiseSchedule(Constructors):
         # a level of the table is its timestep
         return float(round(time) if abs(time - round(time)) < 1e-9 else inward(time))
 
-    def with_prediction(self, prediction: str | Prediction) -> NoiseSchedule:
+    def with_prediction(self, prediction: str | Prediction) -> "NoiseSchedule":
         """Return this curve with another prediction type.
 
         >>> NoiseSchedule.linear().with_prediction("sample").prediction.name
@@ -404,7 +403,7 @@ class NoiseSchedule(Constructors):
         }
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+    def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
         """Return the schedule of a config; raises ValueError where it is incomplete, unknown or
         contradicts its fingerprint.
         """
@@ -471,7 +470,7 @@ class NoiseSchedule(Constructors):
     @classmethod
     def from_pretrained(
         cls, folder: str | os.PathLike[str], subfolder: str | None = None, tokens: int | None = None
-    ) -> NoiseSchedule:
+    ) -> "NoiseSchedule":
         """Read what :meth:`save_pretrained` wrote, or the ``scheduler_config.json`` of any
         diffusers pipeline.
 
@@ -512,7 +511,9 @@ class NoiseSchedule(Constructors):
         return to_diffusers(self.curve, self.prediction, sampling)
 
     @classmethod
-    def from_diffusers(cls, config: Mapping[str, Any], tokens: int | None = None) -> NoiseSchedule:
+    def from_diffusers(
+        cls, config: Mapping[str, Any], tokens: int | None = None
+    ) -> "NoiseSchedule":
         """Return the schedule of a diffusers scheduler config; keys that are left out have the
         defaults of its class.
 
@@ -537,7 +538,7 @@ class NoiseSchedule(Constructors):
             )
         return sampler.to_diffusers(nearest=nearest)
 
-    def _means_the_same(self, other: NoiseSchedule) -> bool:
+    def _means_the_same(self, other: "NoiseSchedule") -> bool:
         """Compare as fingerprints do, but for the last digits: betas of a shifted curve are written
         as numbers.
         """
@@ -583,11 +584,6 @@ def _in_words(config: Mapping[str, Any]) -> str:
         for k, v in plain.items()
     }
     return f"{words.pop('kind')}({', '.join(f'{k}={v}' for k, v in words.items())})"
-
-
-# LightningCLI takes a dataclass's fields in the place of postponed annotations, and would not
-# accept a prediction's name
-NoiseSchedule.__init__.__annotations__.update(get_type_hints(NoiseSchedule.__init__))
 
 
 def _no_curve(given: Any) -> str:
