@@ -153,6 +153,8 @@ STRANGE: dict[str, tuple[dict[str, Any], str]] = {
                                                          "'UNet2DModel'"),
     "a truth for a number": ({"network": {**CONFIG, "norm_num_groups": True}}, "norm_num_groups of the network's config must be a number"),
     "a word for a number": ({"network": {**CONFIG, "norm_num_groups": "4"}}, "norm_num_groups of the network's config must be a number"),
+    "a negative number": ({"network": {**CONFIG, "norm_num_groups": -4}}, "norm_num_groups of the network's config must not be negative"),
+    "words for sides": ({"network": {**CONFIG, "sample_size": ["8", "8"]}}, "sample_size of the network's config must be"),
     "too few dimensions": ({"sample_shape": [1, 8]}, "a sample of UNet2DModel has 3 dimensions, "
                                                      "and the sample_shape is (1, 8)"),
     "truths for numbers": ({"network": {**CONFIG, "block_out_channels": [True, 8]}}, "block_out_channels of the network's config must be"),

@@ -209,6 +209,8 @@ def _require_number(what: str, value: Any, default: Any) -> None:
         and isinstance(value, bool | str)
     ):
         raise ValueError(f"{what} of the network's config must be a number, got {shown(value)}")
+    elif isinstance(default, int) and isinstance(value, int) and value < 0 < default:
+        raise ValueError(f"{what} of the network's config must not be negative, got {value}")
 
 
 def _in_one_line(error: BaseException) -> str:

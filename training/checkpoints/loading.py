@@ -225,13 +225,14 @@ def _require_fit(network: nn.Module, shape: tuple[int, ...]) -> None:
             f"the network takes {channels} channels, and the sample_shape is {shape}; one of the "
             "two is wrong"
         )
-    sides = (
-        [side] * (len(shape) - 1)
-        if isinstance(side, int)
-        else list(side)
-        if isinstance(side, list | tuple)
-        else []
-    )
+    sides: list[Any] = []
+    if side is not None:
+        many = isinstance(side, list | tuple)
+        sides = list(side) if many else [side] * (len(shape) - 1)
+    if not all(isinstance(length, int) and length > 0 for length in sides):
+        raise ValueError(
+            f"sample_size of the network's config must be positive, whole numbers, got {shown(side)}"
+        )
     made_for = math.prod(sides) * LARGEST_SIDES ** len(sides)
     if sides and math.prod(shape[1:]) > made_for:
         raise ValueError(

@@ -170,12 +170,12 @@ def _require_honest(file: IO[bytes], path: str | os.PathLike[str]) -> bool:
     torch's. A bytearray is the one plain value of which a few bytes can ask for any amount.
     """
     size = file.seek(0, os.SEEK_END)
-    if not zipfile.is_zipfile(file):
-        file.seek(0)
-        head = file.read(MAX_PICKLE)
-        _require_no_bytearray(head, path)
-        return False
     try:
+        if not zipfile.is_zipfile(file):
+            file.seek(0)
+            head = file.read(MAX_PICKLE)
+            _require_no_bytearray(head, path)
+            return False
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
             packed = [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
