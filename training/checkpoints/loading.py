@@ -231,7 +231,7 @@ def _require_fit(network: nn.Module, shape: tuple[int, ...]) -> None:
         sides = list(side) if many else [side] * (len(shape) - 1)
     if not all(isinstance(length, int) and length > 0 for length in sides):
         raise ValueError(
-            f"sample_size of the network's config must be positive, whole numbers, got {shown(side)}"
+            f"sample_size of the network's config must be whole numbers above 0, got {shown(side)}"
         )
     made_for = math.prod(sides) * LARGEST_SIDES ** len(sides)
     if sides and math.prod(shape[1:]) > made_for:
