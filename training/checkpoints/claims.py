@@ -1,6 +1,4 @@
-"""Where tools write what a model was trained with: tensors that mark it, metadata, configs, what
-lies beside a file.
-"""
+"""Claims about a model's training, from marker tensors, metadata, configs and sidecar folders."""
 
 from __future__ import annotations
 
@@ -19,13 +17,24 @@ from .read import read_checkpoint, schedule_key
 from .safetensors import OWN_KEY, Header
 from .sidecars import own_sidecar, sidecar_folder
 
-LARGEST_YAML = 1 << 20  # letters that are looked at; configs of models have some thousands
+LARGEST_YAML = 1 << 20  # characters that are read; configs of models have a few thousand
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What one place says, as far as it says it. ``beside``: not in the file itself. ``problem``:
-    why it cannot be so. ``told``: what of it is not read.
+    """One claim about the schedule, from one source.
+
+    Fields that the source does not state are None.
+
+    Args:
+        source: where the claim is from, e.g. a tensor, a metadata key or a file.
+        prediction: name of the prediction type.
+        zero_terminal_snr: whether the discrete schedule ends in pure noise.
+        schedule: the whole schedule, if the source has one.
+        note: text for the report.
+        beside: True if the source is not in the model file itself.
+        problem: why the claim cannot be correct.
+        told: warnings from reading the source.
 
     >>> print(Claim("tensor v_pred", prediction="v_prediction"))
     v_prediction
@@ -59,7 +68,7 @@ PREDICTIONS = {
     "sample": "sample",
     "flow_prediction": "flow_prediction",
 }
-"""The words of the field for prediction types."""
+"""Names of prediction types in other tools, mapped to alphabar's names."""
 
 
 def _prediction(source: str, value: Any) -> Claim:
@@ -99,7 +108,7 @@ TENSORS: Mapping[str, Callable[[str], Claim]] = {
         source, "v_prediction", note="on EDM noise levels, as CosXL"
     ),
 }
-"""Tensors whose presence says something to ComfyUI, Forge or A1111."""
+"""Marker tensors: their presence tells ComfyUI, Forge or A1111 how the model was trained."""
 
 FLOWS = (
     "stable-diffusion-3",
@@ -111,12 +120,13 @@ FLOWS = (
     "hunyuan-image",
     "qwen-image",
 )
-"""How the names of architectures begin whose models are flows."""
+"""Prefixes of the architecture names whose models are flows."""
 
 
 def _architecture(source: str, value: str) -> Claim:
-    """sd-scripts: 'stable-diffusion-v2-768-v/lora'; its other names leave the prediction type open,
-    but for the flows.
+    """Read an architecture name of sd-scripts, e.g. 'stable-diffusion-v2-768-v/lora'.
+
+    Its other names do not state the prediction type, except for flows.
     """
     name = value.lower().split("/")[0]
     said = {"stable-diffusion-v2-768-v": "v_prediction", "stable-diffusion-v2-512": "epsilon"}.get(
@@ -126,8 +136,9 @@ def _architecture(source: str, value: str) -> Claim:
 
 
 def _base_model(source: str, value: str) -> Claim:
-    """sd-scripts: 'sd_v1' and 'sd_v2' with '_v' behind it for v; 'sdxl_base_v1-0', 'sd3_m', 'flux1'
-    of others.
+    """Read a base model version of sd-scripts: 'sd_v1' or 'sd_v2', with '_v' for v-prediction.
+
+    Other models have names such as 'sdxl_base_v1-0', 'sd3_m' and 'flux1'.
     """
     name = value.lower()
     said = {
@@ -160,8 +171,9 @@ METADATA: Mapping[str, Callable[[str, str], Claim]] = {
         source, lambda: NoiseSchedule.from_config(parse_json(text))
     ),
 }
-"""Metadata of safetensors files that says a prediction type or a schedule, as sd-scripts,
-OneTrainer, ComfyUI and alphabar write it.
+"""Metadata keys of safetensors files that state a prediction type or a schedule.
+
+sd-scripts, OneTrainer, ComfyUI and alphabar write them.
 """
 
 OF_TRAINING = (
@@ -196,7 +208,9 @@ OF_TRAINING = (
     "ss_model_prediction_type",
     "ss_guidance_scale",
 )
-"""Metadata of sd-scripts that says how the loss was made; shown as it is, where it says anything.
+"""Metadata keys of sd-scripts that describe the loss.
+
+Reports show them unchanged, unless the value is in ``SAYS_NOTHING``.
 """
 
 SAYS_NOTHING = ("none", "false", "", "null")
@@ -206,11 +220,11 @@ HYPERPARAMETERS: Mapping[str, Callable[[str, Any], Claim]] = {
     "parameterization": _prediction,  # of latent-diffusion
     "rescale_betas_zero_snr": _zero_snr,
 }
-"""Hyperparameters of training scripts, as Lightning keeps them in a checkpoint."""
+"""Hyperparameters of training scripts, as Lightning stores them in a checkpoint."""
 
 
 def statements_of_safetensors(header: Header) -> list[Claim]:
-    """Return what the tensors and the metadata of a safetensors file say.
+    """Return the claims in the tensor names and the metadata of a safetensors file.
 
     >>> header = Header({"v_pred": {}}, {"ss_zero_terminal_snr": "True"}, 0)
     >>> [str(statement) for statement in statements_of_safetensors(header)]
@@ -219,8 +233,7 @@ def statements_of_safetensors(header: Header) -> list[Claim]:
     given = header.metadata
     said = [METADATA[key](f"metadata {key}", given[key]) for key in METADATA if key in given]
     if any(statement.prediction == "flow_prediction" for statement in said):
-        # sd-scripts writes epsilon of every model that is not trained for v, Stable Diffusion 3
-        # among them
+        # sd-scripts writes "epsilon" for every model not trained for v, Stable Diffusion 3 included
         said = [
             _open(s) if s.prediction == "epsilon" and "modelspec." in s.source else s for s in said
         ]
@@ -237,7 +250,7 @@ def _open(statement: Claim) -> Claim:
 
 
 def statements_of_checkpoint(path: Path) -> list[Claim]:
-    """Return what a checkpoint of Lightning, latent-diffusion or sd-scripts says in itself.
+    """Return the claims inside a checkpoint of Lightning, latent-diffusion or sd-scripts.
 
     >>> statements_of_checkpoint(Path("nowhere.ckpt"))
     Traceback (most recent call last):
@@ -260,7 +273,7 @@ def statements_of_checkpoint(path: Path) -> list[Claim]:
 
 
 def statements_beside(path: Path) -> list[Claim]:
-    """Return what folders and configs beside a model file say of it.
+    """Return the claims in folders and configs beside a model file.
 
     >>> statements_beside(Path("nowhere.ckpt"))
     []
@@ -273,7 +286,7 @@ def statements_beside(path: Path) -> list[Claim]:
     for folder in dict.fromkeys(filter(None, folders)):
         found += statements_of_folder(folder, path.resolve().parent, beside=True)[0]
     config = path.with_suffix(".yaml")
-    if config.is_file():  # of latent-diffusion or sgm; Forge and A1111 read these two words of it
+    if config.is_file():  # of latent-diffusion or sgm; Forge and A1111 read these two keys
         with config.open(encoding="utf-8", errors="replace") as file:
             text = file.read(LARGEST_YAML)
         word = re.search(r"^\s*parameterization:\s*[\"']?(\w+)", text, re.MULTILINE)
@@ -287,8 +300,9 @@ def statements_beside(path: Path) -> list[Claim]:
 def statements_of_folder(
     folder: Path, shown_from: Path, beside: bool = False
 ) -> tuple[list[Claim], list[str]]:
-    """Return what the two schedule files of a folder say, and what the config leaves to the
-    defaults of a class.
+    """Return the claims of a folder's two schedule files, and the keys missing in the config.
+
+    A missing key means that the config relies on the default of a class.
 
     >>> statements_of_folder(Path("nowhere"), Path())
     ([], [])

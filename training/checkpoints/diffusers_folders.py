@@ -1,5 +1,6 @@
-"""Models from the folder of a diffusers pipeline: its network, its schedule, its own text encoder
-and its VAE.
+"""Load models from the folder of a diffusers pipeline.
+
+This gives the network, the schedule, the text encoder and the VAE of the pipeline.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from ...noising.utils.config_reading import mapping, read_json
 from ...noising.utils.registry import shown, unknown
 
 INDEX_NAME = "model_index.json"
-# of which a pipeline's parts are made; others would be code of the folder
+# a pipeline's parts must be from these libraries; others would be code from the folder
 LIBRARIES = (
     "diffusers",
     "transformers",
 )
 
 Encoded = tuple[dict[str, Any], dict[str, Any] | None]
-"""Conditioning, and that of guidance's other half: a row for each text."""
+"""Conditioning, and unconditional conditioning for guidance; one row per text."""
 
 
 def _stable_diffusion(
@@ -64,7 +65,7 @@ def _encoded(pipeline: Any, texts: list[str], negative: str | None, guided: bool
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of pipeline: the name of its network, and how it encodes texts, if it takes any."""
+    """A kind of pipeline: the name of its network and its text encoding function, if any."""
 
     network: str
     encode: Callable[[Any, list[str], str | None, bool, int], Encoded] | None = None
@@ -76,16 +77,15 @@ KINDS: Mapping[str, Kind] = {
     "StableDiffusionPipeline": Kind("unet", _stable_diffusion),
     "StableDiffusionXLPipeline": Kind("unet", _stable_diffusion_xl),
 }
-"""The pipelines that are sampled from by their class; a new one is a function above and a line
-here.
+"""Supported pipelines by class name.
+
+To add one, write an encoding function above (if it takes texts) and a line here.
 """
 
 
 @dataclass(frozen=True)
 class LoadedPipeline:
-    """A diffusers pipeline's network and schedule, the shape of one sample, and what it draws with
-    beside them.
-    """
+    """A diffusers pipeline with its kind, network, schedule and the shape of one sample."""
 
     pipeline: Any
     kind: Kind
@@ -94,8 +94,10 @@ class LoadedPipeline:
     sample_shape: tuple[int, ...]
 
     def encode(self, texts: Sequence[str], negative: str | None, guided: bool) -> Encoded:
-        """Return what the pipeline's own text encoders make of texts, a row for each; ValueError
-        where it has none.
+        """Encode texts with the pipeline's own text encoders, one row per text.
+
+        Raises:
+            ValueError: the pipeline has no text encoder.
         """
         if self.kind.encode is None:
             raise ValueError(
@@ -108,7 +110,7 @@ class LoadedPipeline:
 
     @property
     def vae(self) -> nn.Module | None:
-        """The VAE that decodes the samples, where they are latents."""
+        """The VAE that decodes the samples; None if the samples are not latents."""
         return getattr(self.pipeline, "vae", None)
 
 
@@ -124,8 +126,9 @@ def is_pipeline(path: str | Path) -> bool:
 def load_pipeline(folder: str | Path, device: torch.device) -> LoadedPipeline:
     """Load a diffusers pipeline from a folder, without its safety checker; nothing is downloaded.
 
-    Raises ValueError for a class that is not of ``KINDS``, for parts that are neither diffusers'
-    nor transformers', and for a scheduler config that says no schedule.
+    Raises:
+        ValueError: the class is not in ``KINDS``, a part is neither from diffusers nor from
+            transformers, or the scheduler config does not describe a schedule.
 
     >>> load_pipeline("nowhere", torch.device("cpu"))
     Traceback (most recent call last):
@@ -172,7 +175,7 @@ def _pipeline(folder: Path, index: Mapping[str, Any]) -> Any:
         KeyError,
         TypeError,
         AttributeError,
-    ) as error:  # of a damaged folder
+    ) as error:  # the folder is damaged
         words = " ".join(str(error).split())[:300]
         raise ValueError(
             f"diffusers cannot load the pipeline {str(folder)!r}: {type(error).__name__}: {words}"
@@ -180,8 +183,9 @@ def _pipeline(folder: Path, index: Mapping[str, Any]) -> Any:
 
 
 def _module_of(name: Any) -> str:
-    """Return how model_index.json names the module of a pipeline's own parts, as Stable Diffusion's
-    safety checker is one.
+    """Return the module name that model_index.json has for a pipeline's own parts.
+
+    Stable Diffusion's safety checker is such a part.
     """
     return {"StableDiffusionPipeline": "stable_diffusion"}.get(str(name), str(name))
 
@@ -195,8 +199,9 @@ def _sample_shape(network: Any) -> tuple[int, ...]:
 
 
 def load_vae(folder: str | Path) -> nn.Module:
-    """Load the VAE of a folder: one that AutoencoderKL.save_pretrained wrote, or that of a pipeline
-    in its subfolder.
+    """Load a VAE from a folder, or from the VAE subfolder of a pipeline.
+
+    ``AutoencoderKL.save_pretrained`` writes such a folder.
 
     >>> load_vae("nowhere")
     Traceback (most recent call last):
@@ -218,8 +223,9 @@ def load_vae(folder: str | Path) -> nn.Module:
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Return images in [-1, 1] from latents as a network is trained on them: z / scaling_factor +
-    shift_factor, decoded.
+    """Decode latents to images in [-1, 1].
+
+    The latents are scaled as in training: the VAE decodes z / scaling_factor + shift_factor.
     """
     config = vae.config
     z = latents / getattr(config, "scaling_factor", 1.0) + (

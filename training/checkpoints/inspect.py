@@ -1,8 +1,7 @@
-"""What a file or folder says that a model was trained with: read from every place that some tool
-looks at, and compared.
+"""Find out how a model was trained: read every place that tools look at, and compare them.
 
-Weights are never loaded: of safetensors the header is read, checkpoints are mapped with
-``weights_only=True``.
+Weights are never loaded. Of safetensors files only the header is read; checkpoints are
+memory-mapped with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -27,10 +26,14 @@ from .safetensors import MARKERS, read_header
 
 @dataclass(frozen=True)
 class Inspection:
-    """What ``path``, a thing of this ``kind``, says; what is missing, and what contradicts, each in
-    words.
+    """Result of :func:`inspect_path`; ``str()`` is the report that ``alphabar inspect`` prints.
 
-    ``str()`` is the report that ``alphabar inspect`` prints.
+    Args:
+        path: the path that was inspected.
+        kind: what the path is.
+        statements: all claims found.
+        missing: what is missing, as text.
+        contradictions: which claims contradict each other, as text.
     """
 
     path: str
@@ -41,20 +44,18 @@ class Inspection:
 
     @property
     def schedule(self) -> NoiseSchedule | None:
-        """The whole schedule, where something says it and nothing contradicts."""
+        """The whole schedule; None if no source has it or if claims contradict each other."""
         found = [s.schedule for s in self.statements if s.schedule is not None]
         return found[0] if found and not self.contradictions else None
 
     @property
     def prediction(self) -> str | None:
-        """The name of the prediction type, where it is said and not contradicted."""
+        """The name of the prediction type; None if it is not stated or contradicted."""
         return _only(s.prediction for s in self.statements)
 
     @property
     def zero_terminal_snr(self) -> bool | None:
-        """Whether the discrete schedule ends in pure noise, where that is said and not
-        contradicted.
-        """
+        """Whether the discrete schedule ends in pure noise; None if not stated or contradicted."""
         return _only(s.zero_terminal_snr for s in self.statements)
 
     def __str__(self) -> str:
@@ -86,11 +87,17 @@ class Inspection:
 
 
 def inspect_path(path: str | os.PathLike[str]) -> Inspection:
-    """Return what a model file or folder says that it was trained with.
+    """Return how a model file or folder was trained, according to its own data.
 
-    ``path``: a ``.safetensors`` file, a checkpoint (``.ckpt``, ``.pt``, a sharded one), a folder
-    with a ``scheduler_config.json`` or a ``noise_schedule.json``, a diffusers pipeline. What lies
-    beside it counts too. Raises FileNotFoundError, and ValueError for what cannot be read.
+    Files and folders beside it are read too.
+
+    Args:
+        path: a ``.safetensors`` file, a checkpoint (``.ckpt``, ``.pt`` or a sharded one), a folder
+            with a ``scheduler_config.json`` or a ``noise_schedule.json``, or a diffusers pipeline.
+
+    Raises:
+        FileNotFoundError: the path does not exist.
+        ValueError: the path cannot be read.
 
     >>> import tempfile
     >>> folder = NoiseSchedule.flow(shift=3.0).save_pretrained(tempfile.mkdtemp())

@@ -1,8 +1,7 @@
-"""Load a trained network with its schedule from a checkpoint, with nothing but the checkpoint's own
-files.
+"""Load a trained network and its schedule from a checkpoint, using only the checkpoint's own files.
 
-What a checkpoint says is checked before memory is taken for it: the file may be damaged, of another
-tool, or hostile.
+All values of a checkpoint are checked before memory is allocated for them: the file can be damaged,
+hostile, or from another tool.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ from .read import read_checkpoint, schedule_beside, schedule_of
 from .safetensors import NETWORK_KEY, OWN_KEY, SHAPE_KEY, read_header, read_tensors
 from .sidecars import sidecar_folder
 
-PREFIX = "network."  # where DiffusionModule keeps its network
+PREFIX = "network."  # DiffusionModule's key prefix for its network
 LARGEST_SAMPLE = 1 << 24  # numbers in one sample: 4096 x 4096
-# of one sample, by the start of a class's name
+# dimensions of one sample, by the prefix of a class name
 DIMENSIONS: Mapping[str, int] = {
     "UNet1D": 2,
     "UNet2D": 3,
     "UNet3D": 4,
 }
-LARGEST_SIDES = 8  # times the sides of the samples that a network was made for
+LARGEST_SIDES = 8  # times the side that a network was built for
 WEIGHTS: Mapping[str, str] = {"raw": "current_model_state", "ema": "state_dict"}
 
 
@@ -51,14 +50,21 @@ def load_checkpoint(
     weights: str | None = None,
     shape: Any = None,
 ) -> Loaded:
-    """Load what a DiffusionModule's checkpoint holds: the network (EMA weights, where they were
-    averaged) and its schedule.
+    """Load the network and its schedule from a DiffusionModule's checkpoint.
 
-    ``path``: a checkpoint, or a ``.safetensors`` file that ``alphabar ema`` wrote. ``network``: for
-    one that is not a diffusers model, the module to load into, or 'package.module:factory'.
-    ``weights``: 'ema' or 'raw', for a checkpoint that holds both. ``shape``: of one sample, for a
-    file that does not say it. Raises FileNotFoundError, and ValueError for a file that is no
-    checkpoint, that lacks a schedule or a network config, or whose parts do not fit each other.
+    EMA weights are loaded if the checkpoint has them.
+
+    Args:
+        path: a checkpoint, or a ``.safetensors`` file that ``alphabar ema`` wrote.
+        network: needed if the network is not a diffusers model: the module to load the weights
+            into, or 'package.module:factory'.
+        weights: 'ema' or 'raw', for a checkpoint that has both.
+        shape: shape of one sample, for a file that does not store it.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a checkpoint, has no schedule or no network config, or its parts
+            do not match each other.
 
     >>> load_checkpoint("nowhere.ckpt")
     Traceback (most recent call last):
@@ -89,8 +95,10 @@ def load_checkpoint(
 
 
 def sample_shape(value: Any) -> tuple[int, ...]:
-    """Return the shape of one sample, or raise ValueError where it is none or larger than any
-    sample.
+    """Return ``value`` as the shape of one sample.
+
+    Raises:
+        ValueError: it is not a shape, or the sample would be too large.
 
     >>> sample_shape([3, 32, -1])
     Traceback (most recent call last):
@@ -169,8 +177,10 @@ def _of_safetensors(path: str | Path, which: str | None) -> _Content:
 
 
 def weights_of(state: Any, source: str) -> dict[str, Tensor]:
-    """Return the network's weights of a state dict by their names in the network; ValueError for
-    what is none.
+    """Return the network's weights from a state dict, by their names in the network.
+
+    Raises:
+        ValueError: the state dict is not a mapping of tensors by name.
 
     >>> weights_of({"network.w": torch.ones(1), "other": 1}, "a.ckpt")
     {'w': tensor([1.])}
@@ -196,7 +206,7 @@ def _whole_tensor(what: str, value: Any) -> Tensor:
         raise ValueError(
             f"{what} must be a tensor of numbers, got {shown(value)}; the file is damaged"
         )
-    many = value.numel() > LARGEST_SAMPLE  # a small one may well be shown larger than it is
+    many = value.numel() > LARGEST_SAMPLE  # small tensors may be expanded views
     if many and value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise ValueError(
             f"{what} shows {value.numel()} numbers of {value.untyped_storage().nbytes()} bytes; "
@@ -206,7 +216,7 @@ def _whole_tensor(what: str, value: Any) -> Tensor:
 
 
 def _require_fit(network: nn.Module, shape: tuple[int, ...]) -> None:
-    """Refuse samples that a diffusers model was not made for, before they are drawn."""
+    """Raise ValueError for a sample shape that a diffusers model was not built for."""
     config = getattr(network, "config", None)
     config = config if isinstance(config, Mapping) else {}
     channels, side = config.get("in_channels"), config.get("sample_size")

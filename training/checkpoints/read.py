@@ -1,6 +1,4 @@
-"""Reading checkpoints without running code from them, and the schedule that a checkpoint was
-trained with.
-"""
+"""Read checkpoints without running code from them, and find the schedule of the training."""
 
 from __future__ import annotations
 
@@ -18,28 +16,28 @@ from ...noising import NoiseSchedule
 from .sidecars import SUBFOLDER, holds_schedule, own_sidecar, read_sidecar, sidecar_folder
 from .storage import Folder
 
-SCHEDULE_KEY = (
-    "noise_schedule"  # top level, so that it is readable without knowing the class that wrote it
-)
-OLD_SCHEDULE_KEY = "schedule"  # of examples/finetune_text_to_image.py, before it took the key above
-# bytes of a checkpoint that are no tensors: hyperparameters, states of loaders and loops
+SCHEDULE_KEY = "noise_schedule"  # top-level key: readable without the class that wrote it
+OLD_SCHEDULE_KEY = "schedule"  # used by examples/finetune_text_to_image.py before the key above
+# bytes of a checkpoint that are not tensors: hyperparameters, states of loaders and loops
 MAX_PICKLE = 256 << 20
-SHARDED_NAME = (
-    "meta.pt"  # in the folder of a sharded checkpoint: all but the tensors that are sharded
-)
+SHARDED_NAME = "meta.pt"  # in a sharded checkpoint's folder: everything except the sharded tensors
 
 
 def schedule_from_checkpoint(
     path: str | os.PathLike[str], subfolder: str = SUBFOLDER
 ) -> NoiseSchedule:
-    """Return the schedule that a checkpoint was trained with: the embedded one, else that in a
-    folder beside it.
+    """Return the schedule of a checkpoint: the embedded one, else one from a folder beside it.
 
-    ``path``: a file, the folder of a sharded checkpoint, a link, or a URL that fsspec knows.
-    ``subfolder``: the name that the folders beside it have, of files without the key (weights-only
-    ones); the checkpoint's own comes first, then the one for all. Weights on a local disk are
-    mapped, not read, and no code of the file is run. Raises FileNotFoundError, and ValueError for a
-    file that is no checkpoint, that is damaged, or that has no schedule.
+    Weights on a local disk are memory-mapped, not read. No code of the file is run.
+
+    Args:
+        path: a file, the folder of a sharded checkpoint, a link, or a URL that fsspec supports.
+        subfolder: name of the folders beside files without an embedded schedule (weights-only
+            files). The checkpoint's own folder is read first, then the shared one.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a checkpoint, is damaged, or has no schedule.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), "last.ckpt")
@@ -53,10 +51,12 @@ def schedule_from_checkpoint(
 def schedule_of(
     checkpoint: Mapping[str, Any], path: str | os.PathLike[str], subfolder: str = SUBFOLDER
 ) -> NoiseSchedule:
-    """Return the schedule of a checkpoint that is already in memory; ``path`` is where it came
-    from.
+    """Return the schedule of a checkpoint that is already in memory.
 
-    Raises ValueError where the checkpoint has none, neither in itself nor beside ``path``.
+    ``path`` is the file that the checkpoint was read from.
+
+    Raises:
+        ValueError: there is no schedule in the checkpoint or beside ``path``.
     """
     embedded = embedded_schedule(checkpoint, path)
     if embedded is not None:
@@ -76,10 +76,10 @@ def schedule_of(
 def schedule_beside(
     path: str | os.PathLike[str], subfolder: str = SUBFOLDER
 ) -> NoiseSchedule | None:
-    """Return the schedule in the folder of a checkpoint, else in the one that it shares; None where
-    there is neither.
+    """Return the schedule from the checkpoint's own folder, else from the shared folder, else None.
 
-    Raises ValueError for a damaged one.
+    Raises:
+        ValueError: the schedule is damaged.
 
     >>> schedule_beside("nowhere/last.ckpt") is None
     True
@@ -93,8 +93,10 @@ def schedule_beside(
 def embedded_schedule(
     checkpoint: Mapping[str, Any], path: str | os.PathLike[str] | None = None
 ) -> NoiseSchedule | None:
-    """Return the schedule embedded in a checkpoint, None where there is none; a damaged one is a
-    ValueError.
+    """Return the schedule embedded in a checkpoint, or None if there is none.
+
+    Raises:
+        ValueError: the schedule is damaged.
 
     >>> embedded_schedule({"state_dict": {}}) is None
     True
@@ -110,7 +112,7 @@ def embedded_schedule(
 
 
 def schedule_key(checkpoint: Mapping[str, Any]) -> str | None:
-    """Return the key under which a checkpoint says its schedule; None where it does not.
+    """Return the key under which a checkpoint stores its schedule, or None if it has no schedule.
 
     >>> (
     ...     schedule_key({"schedule": NoiseSchedule.flow().to_config()}),
@@ -120,7 +122,7 @@ def schedule_key(checkpoint: Mapping[str, Any]) -> str | None:
     """
     if SCHEDULE_KEY in checkpoint:
         return SCHEDULE_KEY
-    old = checkpoint.get(OLD_SCHEDULE_KEY)  # a word that others use for other things
+    old = checkpoint.get(OLD_SCHEDULE_KEY)  # other tools use this key for other values
     return (
         OLD_SCHEDULE_KEY
         if isinstance(old, Mapping) and {"curve", "prediction"} <= set(old)
@@ -129,11 +131,14 @@ def schedule_key(checkpoint: Mapping[str, Any]) -> str | None:
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint with ``weights_only=True``; tensors on a local disk stay there, mapped,
-    until they are used.
+    """Read a checkpoint with ``weights_only=True``.
 
-    Of a sharded one, a folder, all is read but the sharded tensors. Raises FileNotFoundError, and
-    ValueError for a damaged file or one that holds other objects than plain values.
+    Tensors on a local disk are memory-mapped and read when they are used. Of a sharded checkpoint
+    (a folder), everything except the sharded tensors is read.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, or has objects other than plain values.
 
     >>> read_checkpoint("nowhere.ckpt")
     Traceback (most recent call last):
@@ -148,8 +153,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not local.is_file():
         what = "a folder, not a checkpoint file," if local.is_dir() else "no checkpoint"
         raise FileNotFoundError(f"{what} at {str(path)!r}")
-    with local.open("rb") as file:  # one that may not be read says so itself
-        # files of the format before torch 1.6 cannot be mapped
+    with local.open("rb") as file:  # raises OSError if not readable
+        # files in the format before torch 1.6 cannot be memory-mapped
         mmap = _require_honest(file, path)
     return _loaded(local, path, mmap)
 
@@ -163,11 +168,11 @@ def _loaded_from(folder: Folder, name: str, path: str | os.PathLike[str]) -> dic
 
 
 def _require_honest(file: IO[bytes], path: str | os.PathLike[str]) -> bool:
-    """Refuse a file that would take more memory than it has bytes; return whether it is a zip
-    archive, as torch writes.
+    """Raise ValueError if a file needs more memory than its size; return if it is a zip archive.
 
-    torch stores and never compresses, so an archive that promises more than its own size is none of
-    torch's. A bytearray is the one plain value of which a few bytes can ask for any amount.
+    torch writes zip archives without compression. So an archive whose content is larger than the
+    file is not from torch. A bytearray is the only plain value for which a few bytes can request
+    any amount of memory.
     """
     size = file.seek(0, os.SEEK_END)
     try:
@@ -208,7 +213,7 @@ def _loaded(file: Path | io.BytesIO, path: str | os.PathLike[str], mmap: bool) -
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except (
         Exception
-    ) as error:  # damaged bytes fail in a dozen ways, IndexError and UnicodeDecodeError among them
+    ) as error:  # damaged bytes raise many types of error, e.g. IndexError, UnicodeDecodeError
         raise ValueError(f"{str(path)!r} {_reason(error)}") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(
@@ -218,8 +223,7 @@ def _loaded(file: Path | io.BytesIO, path: str | os.PathLike[str], mmap: bool) -
 
 
 def _reason(error: Exception) -> str:
-    # torch's own words advise to load with weights_only=False, which would run whatever the file
-    # says
+    # torch's message advises weights_only=False, which would run code from the file
     found = re.search(r"GLOBAL (\S+)", str(error))
     if found:
         mend = "save hyperparameters as numbers, strings, lists and dicts"

@@ -1,8 +1,7 @@
-"""What a safetensors file says beside its weights: read from its header, written without loading a
-weight.
+"""Read the header of safetensors files, and write metadata into them without loading weights.
 
-A file is the length of a JSON header (8 bytes, little-endian), the header, and the tensors' bytes
-one after another.
+A file has three parts: the length of a JSON header (8 bytes, little-endian), the header, and the
+bytes of the tensors one after another.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ from ...noising.utils.config_reading import mapping, parse_json, whole, word
 from ...noising.utils.registry import shown
 
 METADATA = "__metadata__"
-OWN_KEY = "alphabar.noise_schedule"  # of the metadata: the schedule itself, as JSON
-NETWORK_KEY = "alphabar.network"  # the config of a diffusers model, as JSON
+OWN_KEY = "alphabar.noise_schedule"  # metadata key: the schedule, as JSON
+NETWORK_KEY = "alphabar.network"  # metadata key: the config of a diffusers model, as JSON
 SHAPE_KEY = "alphabar.sample_shape"
 INTERFACE_PREFIX = (
-    "model.diffusion_model."  # of the weights in files that ComfyUI, Forge and A1111 load
+    "model.diffusion_model."  # weight prefix in files that ComfyUI, Forge and A1111 load
 )
-PREDICTION_WORDS = {"epsilon": "epsilon", "v_prediction": "v"}  # what modelspec calls them
-# bytes; the safetensors library accepts 100 MB, and the largest in use have a few
+PREDICTION_WORDS = {"epsilon": "epsilon", "v_prediction": "v"}  # modelspec's names
+# bytes; the safetensors library accepts 100 MB, and the largest headers in use have a few MB
 MAX_HEADER = 32 << 20
 MAX_TENSORS = 100_000
 _BITS = {
@@ -59,9 +58,7 @@ _BITS = {
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a safetensors file: its tensors by name (dtype, shape, data_offsets), and its
-    metadata.
-    """
+    """Header of a safetensors file: metadata, and tensors by name (dtype, shape, data_offsets)."""
 
     tensors: Mapping[str, Mapping[str, Any]]
     metadata: Mapping[str, str]
@@ -69,16 +66,16 @@ class Header:
 
     @property
     def for_interfaces(self) -> bool:
-        """Whether the weights are named as ComfyUI, Forge and A1111 read them, and not as diffusers
-        or PEFT do.
-        """
+        """Whether the weight names are those of ComfyUI, Forge and A1111, not diffusers or PEFT."""
         return any(name.startswith(INTERFACE_PREFIX) for name in self.tensors)
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """Read the header of a safetensors file, and nothing of its weights.
+    """Read only the header of a safetensors file, not its weights.
 
-    Raises FileNotFoundError, and ValueError for a file that is none or that is cut off.
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a safetensors file, or is truncated.
 
     >>> import torch
     >>> from safetensors.torch import save_file
@@ -111,23 +108,26 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file by name, on the CPU.
 
-    Raises FileNotFoundError, and ValueError for a file that is none or that is damaged.
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a safetensors file, or is damaged.
 
     >>> read_tensors("nowhere.safetensors")
     Traceback (most recent call last):
     FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.safetensors'
     """
-    read_header(path)  # whose words for what is wrong are the better ones
+    read_header(path)  # its error messages are better
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it has no iterator
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no iter()
     except SafetensorError as error:
         raise ValueError(f"{str(path)!r} is damaged, or no safetensors file: {error}") from error
 
 
 def _require_laid_out(tensors: Mapping[str, Any], size: int) -> None:
-    """Refuse tensors that do not lie one after another in ``size`` bytes, each as long as its shape
-    says.
+    """Raise ValueError unless the tensors fill ``size`` bytes without gaps or overlaps.
+
+    Each tensor must have the number of bytes that its shape and dtype require.
     """
     spans = []
     for name, entry in tensors.items():
@@ -170,16 +170,25 @@ def _require_laid_out(tensors: Mapping[str, Any], size: int) -> None:
 def write_markers(
     path: str | os.PathLike[str], schedule: NoiseSchedule, out: str | os.PathLike[str] | None = None
 ) -> Path:
-    """Write into a safetensors file what its readers look for to know the schedule; return its
-    path.
+    """Write the schedule into a safetensors file so that other tools can read it; return the path.
 
-    The tensors ``v_pred`` and ``ztsnr``, empty, go into files whose weights are named as ComfyUI,
-    Forge and A1111 read them (those of diffusers and PEFT refuse tensors that they do not know);
-    ``modelspec.prediction_type``, ``modelspec.predict_key``, ``ss_zero_terminal_snr`` and the
-    schedule itself go into the metadata of every file. What an earlier schedule left is removed,
-    all else is kept: weights are copied byte for byte and never loaded. ``out``: another file to
-    write, instead of ``path``; either is whole or as it was. Raises FileNotFoundError, ValueError
-    and OSError.
+    - Empty tensors ``v_pred`` and ``ztsnr``: only if the weights have the names that ComfyUI, Forge
+      and A1111 read. Readers of diffusers and PEFT files reject unknown tensors.
+    - Metadata ``modelspec.prediction_type``, ``modelspec.predict_key``, ``ss_zero_terminal_snr``
+      and the schedule itself: in every file.
+
+    Markers of an earlier schedule are removed; everything else is kept. Weights are copied byte for
+    byte and never loaded. The write is atomic: on failure the file is unchanged.
+
+    Args:
+        path: the safetensors file.
+        schedule: the schedule to write.
+        out: another file to write instead of ``path``.
+
+    Raises:
+        FileNotFoundError: ``path`` does not exist.
+        ValueError: ``path`` is not a safetensors file, is damaged, or has a marker with values.
+        OSError: the file cannot be written.
 
     >>> import torch
     >>> from safetensors.torch import load_file, save_file
@@ -208,7 +217,7 @@ def write_markers(
     content = json.dumps(
         {METADATA: {**kept, **_metadata(schedule)}, **tensors}, separators=(",", ":")
     ).encode()
-    content += b" " * (-len(content) % 8)  # the format aligns the weights so
+    content += b" " * (-len(content) % 8)  # the format aligns the weights to 8 bytes
     _rewrite(
         Path(path),
         Path(out if out is not None else path),
@@ -244,7 +253,7 @@ def _metadata(schedule: NoiseSchedule) -> dict[str, str]:
 
 
 def _rewrite(source: Path, target: Path, head: bytes, start: int) -> None:
-    target = target.resolve()  # a link, as in the cache of a hub, stays one
+    target = target.resolve()  # keep a link (as in a hub cache) as a link
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:

@@ -1,9 +1,8 @@
-"""Schedules in folders beside checkpoints, on a local disk or in a remote store: where they lie,
-reading, writing.
+"""Read and write schedules in folders beside checkpoints, on a local disk or in a remote store.
 
-A checkpoint ``runs/step=6.ckpt`` may have a folder of its own, ``runs/step=6.scheduler`` (one that
-is a folder itself, as sharded ones are, has it inside: ``runs/step=6.ckpt/scheduler``), and shares
-``runs/scheduler`` with its neighbours.
+A checkpoint ``runs/step=6.ckpt`` may have its own folder ``runs/step=6.scheduler``. It shares
+``runs/scheduler`` with the other checkpoints in ``runs``. A checkpoint that is itself a folder (a
+sharded one) has its own folder inside: ``runs/step=6.ckpt/scheduler``.
 """
 
 from __future__ import annotations
@@ -18,12 +17,13 @@ from ...noising.io.files import CONFIG_NAME, EXACT_NAME
 from ...noising.utils.atomic import write_atomically
 from .storage import Folder
 
-SUBFOLDER = "scheduler"  # of the folder beside the checkpoints, as in a diffusers pipeline
+SUBFOLDER = "scheduler"  # name of the folder beside the checkpoints, as in a diffusers pipeline
 
 
 def sidecar_folder(path: str | os.PathLike[str], subfolder: str = SUBFOLDER) -> Folder:
-    """Return the folder that the checkpoint at ``path`` shares with its neighbours (a link is
-    followed).
+    """Return the schedule folder that all checkpoints in the folder of ``path`` share.
+
+    Links are followed.
 
     >>> sidecar_folder("/runs/a/last.ckpt").url, sidecar_folder("s3://bucket/a/last.ckpt").url
     ('/runs/a/scheduler', 's3://bucket/a/scheduler')
@@ -32,7 +32,9 @@ def sidecar_folder(path: str | os.PathLike[str], subfolder: str = SUBFOLDER) -> 
 
 
 def own_sidecar(path: str | os.PathLike[str], subfolder: str = SUBFOLDER) -> Folder:
-    """Return the folder that belongs to the checkpoint at ``path`` alone (a link is followed).
+    """Return the schedule folder that belongs only to the checkpoint at ``path``.
+
+    Links are followed.
 
     >>> own_sidecar("/runs/a/step=6.ckpt").url
     '/runs/a/step=6.scheduler'
@@ -45,7 +47,7 @@ def own_sidecar(path: str | os.PathLike[str], subfolder: str = SUBFOLDER) -> Fol
 
 
 def holds_schedule(folder: Folder) -> bool:
-    """Return whether one of the two files is there.
+    """Return whether a folder has at least one of the two schedule files.
 
     >>> holds_schedule(Folder("nowhere"))
     False
@@ -54,9 +56,11 @@ def holds_schedule(folder: Folder) -> bool:
 
 
 def read_sidecar(folder: Folder) -> NoiseSchedule:
-    """Return the schedule of a folder, as ``NoiseSchedule.from_pretrained`` does of a local one.
+    """Return the schedule of a local or remote folder, as ``NoiseSchedule.from_pretrained`` does.
 
-    Raises FileNotFoundError where there is none, and ValueError for a damaged one.
+    Raises:
+        FileNotFoundError: the folder has no schedule.
+        ValueError: the schedule is damaged.
 
     >>> folder = Folder("memory://alphabar-example/scheduler")
     >>> write_sidecar(NoiseSchedule.flow(3.0), folder)
@@ -77,19 +81,24 @@ def read_sidecar(folder: Folder) -> NoiseSchedule:
 
 
 def write_sidecar(schedule: NoiseSchedule, folder: Folder) -> NoiseSchedule | None:
-    """Write both files unless they say this already; return the other schedule that they said, if
-    they did.
+    """Write both schedule files, unless they already contain this schedule.
 
-    A schedule for which diffusers has no config is written exactly, alone. Raises OSError.
+    If diffusers has no config for the schedule, only the exact file is written.
+
+    Returns:
+        The different schedule that the folder had before, or None.
+
+    Raises:
+        OSError: the folder cannot be written.
     """
     try:
         before = read_sidecar(folder) if holds_schedule(folder) else None
-    except ValueError:  # damaged: written anew
+    except ValueError:  # damaged: overwrite it
         before = None
     same = before is not None and before.fingerprint == schedule.fingerprint
     try:
         config = schedule.to_diffusers()
-    except ValueError:  # e.g. one with the score as prediction
+    except ValueError:  # e.g. prediction type "score"
         config = None
     if same and folder.has(EXACT_NAME) and folder.has(CONFIG_NAME) == (config is not None):
         return None

@@ -1,8 +1,8 @@
-"""Folders on a local disk and in any store that fsspec reaches: whole files, a line appended, one
-way of asking.
+"""Folders on a local disk or in any fsspec store, with one interface to read, write and append.
 
-Local files are renamed over their target (noising/utils/atomic.py). An object store makes a file
-visible when all of it has arrived; other remote stores get a neighbour first, which is then moved.
+Local files are written to a temporary file and then renamed (noising/utils/atomic.py). An object
+store shows a file only when the upload is complete. On other remote stores the data is written to a
+temporary file beside the target and then moved.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from ...noising.utils.atomic import require_writable, write_atomically
 
-# stores in which an upload is seen whole or not at all, so that a move would only be a second copy
+# stores with atomic uploads: a move would only be a second copy
 WHOLE_UPLOADS = {
     "memory",
     "s3",
@@ -44,10 +44,9 @@ WHOLE_UPLOADS = {
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder by its path or URL ('runs/a', 'file:///runs/a', 's3://bucket/runs/a'); names in it
-    may hold slashes.
+    """A folder by its path or URL ('runs/a', 'file:///runs/a', 's3://bucket/runs/a').
 
-    Every failure of the store is an OSError that names the place.
+    File names may contain slashes. Every failure of the store is raised as an OSError with the URL.
 
     >>> folder = Folder("memory://alphabar-example/run")
     >>> folder.write("notes/a.txt", "whole")
@@ -59,7 +58,7 @@ class Folder:
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> Folder:
-        """Return the folder of a path, a URL, or a ``pathlib`` path.
+        """Return the Folder for a path, a URL or a ``pathlib`` path.
 
         >>> Folder.of(Path("runs") / "a").url
         'runs/a'
@@ -68,7 +67,7 @@ class Folder:
 
     @property
     def local(self) -> Path | None:
-        """The path on this machine's disk; None for a remote store.
+        """The path on the local disk, or None for a remote store.
 
         >>> Folder("file:///runs/a").local.as_posix(), Folder("memory://a").local
         ('/runs/a', None)
@@ -92,7 +91,7 @@ class Folder:
         return self.url
 
     def __truediv__(self, name: str) -> Folder:
-        """Return the folder of this name inside.
+        """Return the subfolder with this name.
 
         >>> (Folder("memory://run") / "scheduler").url
         'memory://run/scheduler'
@@ -102,7 +101,7 @@ class Folder:
         )
 
     def read(self, name: str) -> bytes | None:
-        """Return the content of a file; None where there is none."""
+        """Return the content of a file, or None if it does not exist."""
         with self._told("read", name):
             try:
                 if self.local is not None:
@@ -113,7 +112,7 @@ class Folder:
                 return None
 
     def has(self, name: str) -> bool:
-        """Return whether a file of this name is there."""
+        """Return whether a file with this name exists."""
         with self._told("read", name):
             if self.local is not None:
                 return (self.local / name).is_file()
@@ -121,9 +120,7 @@ class Folder:
             return filesystem.isfile(posixpath.join(root, name))
 
     def write(self, name: str, content: str | bytes) -> None:
-        """Write a file so that a reader sees the old one or the new one; folders on the way are
-        made.
-        """
+        """Write a file atomically: readers see the old or the new one. Create parent folders."""
         with self._told("write to", name):
             if self.local is not None:
                 write_atomically(self.local / name, content)
@@ -131,9 +128,9 @@ class Folder:
                 self._upload(name, content.encode() if isinstance(content, str) else content)
 
     def append(self, name: str, lines: str) -> None:
-        """Add whole lines to the end of a file, after what a killed writer left of its last one.
+        """Append whole lines to a file; first end an incomplete last line (of a killed writer).
 
-        A remote file is written anew: object stores cannot append.
+        A remote file is written again in full: object stores cannot append.
 
         >>> folder = Folder("memory://alphabar-example/lines")
         >>> folder.write("a.jsonl", "1\\n2\\ntor")
@@ -157,7 +154,7 @@ class Folder:
                 os.fsync(file.fileno())
 
     def remove(self, name: str = "") -> None:
-        """Remove a file or a folder with all that is in it; nothing happens where there is none."""
+        """Remove a file, or a folder with its content. Do nothing if it does not exist."""
         with self._told("remove from", name):
             filesystem, root = self._store
             path = posixpath.join(root, name) if name else root
@@ -165,10 +162,10 @@ class Folder:
                 filesystem.rm(path, recursive=True)
 
     def require_writable(self) -> None:
-        """Prove that the folder can be written, so that a long run fails at its start and not at
-        its end.
+        """Write and remove a test file, so that a long run fails at its start and not at its end.
 
-        Raises OSError that names it.
+        Raises:
+            OSError: the folder cannot be written; the message contains its URL.
 
         >>> Folder("memory://alphabar-example").require_writable()
         """
@@ -188,7 +185,7 @@ class Folder:
         except (
             ValueError,
             ImportError,
-        ) as error:  # a store that fsspec does not know, or whose package is missing
+        ) as error:  # fsspec does not support the store, or its package is missing
             raise OSError(f"cannot reach {self.url!r}: {error}") from error
         return filesystem, root
 
@@ -208,7 +205,7 @@ class Folder:
         self._put(filesystem, beside, data)
         try:
             filesystem.mv(beside, path)
-        # a store that cannot move onto a file: readers may see the file in part
+        # the store cannot move onto an existing file: readers may see an incomplete file
         except Exception:
             self._put(filesystem, path, data)
             filesystem.rm_file(beside)
@@ -220,12 +217,12 @@ class Folder:
 
     @contextmanager
     def _told(self, verb: str, name: str) -> Iterator[None]:
-        _ = self._store  # a store that cannot be reached says so itself
+        _ = self._store  # raises its own error if the store is unreachable
         try:
             yield
         except OSError as error:
             raise OSError(f"cannot {verb} {self.url!r}: {error}") from error
-        except Exception as error:  # remote stores raise errors of their own
+        except Exception as error:  # remote stores have their own error types
             raise OSError(
                 f"cannot {verb} {self.url!r}: {type(error).__name__}: {error} ({name})"
             ) from error
