@@ -1,6 +1,4 @@
-"""What a script of diffusers has of a schedule: that of the model that it fine-tunes, and the
-scheduler object that it saves.
-"""
+"""The schedule of the model that a diffusers script fine-tunes, and the scheduler that it saves."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ _MEND = (
     "pass base=... to noising_from_arguments, or give the schedule, "
     "e.g. --noise_schedule scaled_linear"
 )
-_OF_SCHEDULE = {  # keys of a config that say the schedule; the others are options of sampling
+_OF_SCHEDULE = {  # config keys of the schedule; the others are sampling options
     *(
         "num_train_timesteps",
         "beta_schedule",
@@ -32,15 +30,20 @@ _OF_SCHEDULE = {  # keys of a config that say the schedule; the others are optio
         "snr_shift_scale",
     ),
 }
-_SPACING = {"timestep_spacing", "steps_offset"}  # say where sampling starts
+_SPACING = {"timestep_spacing", "steps_offset"}  # decide where sampling starts
 
 
 def diffusers_scheduler(schedule: NoiseSchedule, like: Any = None) -> Any:
-    """Return a scheduler of diffusers with this schedule, for a pipeline that was trained on it.
+    """Return a diffusers scheduler with this schedule, for a pipeline that was trained on it.
 
-    ``like``: the scheduler that the pipeline has: its class and its options of sampling are kept,
-    where that class can hold the schedule and they start from pure noise where the schedule ends in
-    it. ValueError for a schedule that diffusers has no config for.
+    Args:
+        schedule: the schedule of the training.
+        like: the current scheduler of the pipeline. If its class supports the schedule, the class
+            and its sampling options are kept. If the schedule ends in pure noise, the options that
+            decide where sampling starts are not kept, so that sampling starts from pure noise.
+
+    Raises:
+        ValueError: diffusers has no config for the schedule.
 
     >>> from diffusers import DDPMScheduler
     >>> schedule = NoiseSchedule.linear(prediction="v_prediction").zero_terminal_snr()
@@ -63,13 +66,14 @@ def diffusers_scheduler(schedule: NoiseSchedule, like: Any = None) -> Any:
 
 
 def schedule_of_base_model(args: argparse.Namespace) -> NoiseSchedule | None:
-    """Return the schedule that a script's own flags name: that of its pretrained model, or of
-    train_unconditional's betas.
+    """Return the schedule from the script's own flags, or None if no such flag is set.
 
-    ``--pretrained_model_name_or_path`` is a folder, or a repository on the hub, of which the
-    scheduler's config is read (from the cache where it is there), at ``--revision``; nothing else
-    is downloaded. None where no such flag is set. ValueError, saying what to pass, where there is
-    no such config or it cannot be read.
+    The flags are ``--pretrained_model_name_or_path``, or the beta flags of train_unconditional. The
+    first is a folder or a hub repository, at ``--revision``. Only its scheduler config is read,
+    from the hub's cache if possible; nothing else is downloaded.
+
+    Raises:
+        ValueError: the config does not exist or cannot be read; the message says what to pass.
 
     >>> schedule_of_base_model(
     ...     argparse.Namespace(ddpm_beta_schedule="linear", ddpm_num_steps=500)
@@ -81,7 +85,7 @@ def schedule_of_base_model(args: argparse.Namespace) -> NoiseSchedule | None:
         return _of_ddpm_flags(args)
     try:
         return _of_pipeline(str(source), getattr(args, "revision", None))
-    except Exception as error:  # whatever the hub's client raises: the mend is the same
+    except Exception as error:  # any error of the hub's client has the same fix
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
             f"no schedule is known of --pretrained_model_name_or_path {source} ({reason}); {_MEND}"
@@ -103,8 +107,9 @@ def _of_pipeline(source: str, revision: str | None) -> NoiseSchedule:
 
 
 def _of_ddpm_flags(args: argparse.Namespace) -> NoiseSchedule | None:
-    """Return what diffusers' train_unconditional.py makes of its flags: DDPMScheduler with the
-    betas' default ends.
+    """Return the schedule that diffusers' train_unconditional.py makes from its flags.
+
+    It is DDPMScheduler with the default beta_start and beta_end.
     """
     name, count = getattr(args, "ddpm_beta_schedule", None), getattr(args, "ddpm_num_steps", None)
     if name is None or count is None:

@@ -1,4 +1,4 @@
-"""Schedules on the command line: an item, a name with options as ``flow:shift=3``, or a folder."""
+"""Schedules on the command line: an item (a name with options, as ``flow:shift=3``) or a folder."""
 
 from __future__ import annotations
 
@@ -26,14 +26,13 @@ SCHEDULES: Mapping[str, Callable[..., NoiseSchedule]] = {
     "sub_variance_preserving": NoiseSchedule.sub_variance_preserving,
     "variance_exploding": NoiseSchedule.variance_exploding,
 }
-"""The constructors of schedules; every other beta schedule and curve that is registered has its own
-name.
-"""
+"""Constructors of schedules; other registered beta schedules and curves use their own names."""
 
 
 def schedule_makers() -> dict[str, Callable[..., Any]]:
-    """Return what makes a schedule or a curve, by its name on the command line; folders are read
-    besides.
+    """Return the constructors of schedules and curves by their command-line names.
+
+    Folders are read separately.
 
     >>> "scaled_linear" in schedule_makers(), "laplace_diffusers" in schedule_makers()
     (True, True)
@@ -49,19 +48,24 @@ TRANSFORMATIONS: Mapping[str, Callable[[NoiseSchedule, Any], NoiseSchedule]] = {
     "t_min": lambda schedule, t: schedule.truncated(t_min=t),
     "t_max": lambda schedule, t: schedule.truncated(t_max=t),
 }
-"""Options of any schedule's item, beside those of its constructor; they act in the order in which
-they are written.
-"""
+"""Options of every schedule item, in addition to its constructor's; applied in written order."""
 
 
 def read_schedule(item: str, zero_snr: bool = False) -> NoiseSchedule:
-    """Return the schedule of an item or a folder; raises ValueError or FileNotFoundError where
-    there is none.
+    """Return the schedule for an item or a folder.
 
-    The options of an item are those of its constructor, and the transformations ``zero_snr=true``,
-    ``shifted=2.0``, ``t_min=`` and ``t_max=``, which act in their order; a folder, with a
-    noise_schedule.json or a scheduler_config.json, has these and ``tokens``. ``zero_snr``: rescale
-    what the item says.
+    An item takes the options of its constructor, and the transformations ``zero_snr=true``,
+    ``shifted=2.0``, ``t_min=`` and ``t_max=``, which are applied in their written order. A folder
+    (with a noise_schedule.json or a scheduler_config.json) takes the transformations and
+    ``tokens``.
+
+    Args:
+        item: the item or the folder.
+        zero_snr: rescale the result to zero terminal SNR.
+
+    Raises:
+        ValueError: the item is not valid.
+        FileNotFoundError: the folder has no schedule.
 
     >>> read_schedule(
     ...     "scaled_linear:beta_end=0.02,shifted=2.0", zero_snr=True
@@ -93,7 +97,7 @@ def read_schedule(item: str, zero_snr: bool = False) -> NoiseSchedule:
 
 
 def _zero_snr(schedule: NoiseSchedule) -> NoiseSchedule:
-    # epsilon, the usual one of a curve by its name, would be ill-posed
+    # epsilon, the default of a curve that is not a flow, is ill-posed at zero SNR
     well_posed = schedule.prediction.name not in ("epsilon", "score")
     return (
         schedule if well_posed else schedule.with_prediction("v_prediction")

@@ -1,11 +1,12 @@
-"""Options of a command line: added to a parser, adopted where the script has them already, and read
-back as what was said.
+"""Add options to a parser, adopt those that the script already has, and read their values.
 
-A script of diffusers or kohya has some of the options itself. One of the same name and meaning is
-adopted, with its dest, its type and its default; one that takes something else is refused when the
-parser is made. Of an adopted option a value that differs from its default was said; the default
-itself is weak: it holds where nothing else was said (of a loss, a density, a schedule), and never
-contradicts what was. The defaults travel in the namespace, as JSON in one attribute.
+Scripts of diffusers or kohya already have some of the options. An option with the same name and
+meaning is adopted: its dest, type and default are kept. An option that takes something else is
+rejected with an error when the parser is built.
+
+A value of an adopted option that differs from its default counts as given by the user. The default
+itself is weak: it applies only if nothing else was given (for a loss, a density, a schedule), and
+it never causes a contradiction. The defaults are stored in the namespace, as JSON in one attribute.
 """
 
 from __future__ import annotations
@@ -21,12 +22,19 @@ ADOPTED = "noising_options_of_the_script"
 
 @dataclass(frozen=True)
 class Option:
-    """An option: its ``names``, the first one ours; each is kept under its own dest, so that two of
-    them can be compared.
+    """One option, possibly with several names.
 
-    ``type``: of its value; bool for a switch. ``names_of``: names that the help lists, read when it
-    is shown. ``zero_is_none``: 0 says that there is none, as in diffusers' scripts. ``several``:
-    items that are kept as one text, with spaces.
+    Each name has its own dest, so that the values of two names can be compared.
+
+    Args:
+        names: all names; the first one is alphabar's.
+        type: type of the value; bool for a switch.
+        help: help text.
+        choices: allowed values.
+        names_of: names that the help lists; read when the help is shown.
+        zero_is_none: 0 means "not set", as in diffusers' scripts.
+        several: takes several items, which are stored as one string, separated by spaces.
+        metavar: metavar in the help.
 
     >>> Option(("--snr_gamma", "--min_snr_gamma"), float).key
     'snr_gamma'
@@ -43,12 +51,14 @@ class Option:
 
     @property
     def key(self) -> str:
-        """The name under which the value is read back."""
+        """The key of the value in :class:`Said`."""
         return dest_of(self.names[0])
 
     def add_to(self, parser: argparse.ArgumentParser, group: Any) -> dict[str, tuple[str, Any]]:
-        """Add what the parser lacks to one of its groups; return the dest and the default of what
-        it had, by name.
+        """Add the names that the parser lacks to one of its groups.
+
+        Returns:
+            Dest and default of each name that the parser already has, by name.
         """
         adopted: dict[str, tuple[str, Any]] = {}
         for name in self.names:
@@ -102,8 +112,10 @@ class Option:
         return 0 if self.type is bool else None
 
     def convert(self, name: str, value: Any) -> Any:
-        """Return a value as the option's type, None for one that says nothing; ValueError, naming
-        the flag, for another.
+        """Convert a value to the option's type; None means that the option is not set.
+
+        Raises:
+            ValueError: the value cannot be converted; the message names the flag.
         """
         if value is None or (self.type is bool and not value):
             return None
@@ -117,7 +129,7 @@ class Option:
 
 
 class _Joined(argparse.Action):
-    """Keeps several items as one text: loggers of hyperparameters refuse lists."""
+    """Store several items as one string: hyperparameter loggers reject lists."""
 
     def __call__(
         self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None
@@ -126,7 +138,7 @@ class _Joined(argparse.Action):
 
 
 def dest_of(name: str) -> str:
-    """Return the dest that argparse gives a name.
+    """Return the dest that argparse derives from an option name.
 
     >>> dest_of("--snr_gamma")
     'snr_gamma'
@@ -134,7 +146,7 @@ def dest_of(name: str) -> str:
     return name.lstrip("-").replace("-", "_")
 
 
-_READ_AS = {  # what an option that takes this is read from
+_READ_AS = {  # alphabar's option takes KEY: the script's option may take these
     "no value": {"no value"},
     "a number": {"a number", "text", "a value"},
     "text": {"text", "a value"},
@@ -156,8 +168,9 @@ def add_options(
     group: Any,
     without: Collection[str] = (),
 ) -> None:
-    """Add options to a group of the parser, adopting those that it has; ``without``: names that are
-    left out.
+    """Add options to a group of the parser; adopt the options that the parser already has.
+
+    ``without``: names that are not added.
 
     >>> parser = argparse.ArgumentParser()
     >>> _ = parser.add_argument("--snr_gamma", type=float, default=5.0)
@@ -183,10 +196,12 @@ def _only(option: Option, names: tuple[str, ...]) -> Option:
 
 @dataclass(frozen=True)
 class Said:
-    """What a command line says: values that were ``given``, and ``weak`` ones, the defaults of
-    options that were adopted.
+    """The options of a command line, by the key of each option.
 
-    Both by the key of their option. ``names``: how each was written.
+    Args:
+        given: values that the user gave.
+        weak: defaults of adopted options.
+        names: the name under which each option was written.
 
     >>> said = Said({"snr_gamma": 5.0}, {"noise_offset": 0.1}, {"snr_gamma": "--min_snr_gamma"})
     >>> said.value("noise_offset"), said.written("snr_gamma")
@@ -198,17 +213,20 @@ class Said:
     names: Mapping[str, str] = field(default_factory=dict)
 
     def value(self, key: str, default: Any = None) -> Any:
-        """Return what was given, else what is weak, else ``default``."""
+        """Return the given value, else the weak value, else ``default``."""
         return self.given.get(key, self.weak.get(key, default))
 
     def written(self, key: str) -> str:
-        """Return the flag as it was written: its name and, unless it is a switch, its value."""
+        """Return the flag as the user wrote it: its name, and its value unless it is a switch."""
         name, value = self.names.get(key, f"--{key}"), self.value(key)
         return name if value is True or value is None else f"{name} {value}"
 
 
 def read_options(args: argparse.Namespace, options: Sequence[Option]) -> Said:
-    """Return what a namespace says; two names of one option with different values are a ValueError.
+    """Return the options in a namespace.
+
+    Raises:
+        ValueError: two names of one option have different values.
 
     >>> option = Option(("--snr_gamma", "--min_snr_gamma"), float)
     >>> read_options(argparse.Namespace(snr_gamma=5.0, min_snr_gamma=3.0), [option])

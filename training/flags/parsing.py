@@ -1,6 +1,4 @@
-"""Command-line flags of the noising side, for any argparse script, under the names that diffusers
-and kohya users know.
-"""
+"""Command-line flags for noising, for any argparse script, named as in diffusers and kohya."""
 
 from __future__ import annotations
 
@@ -76,7 +74,7 @@ SCHEDULE_OPTIONS = (
         "rescale the betas so that the last timestep is pure noise (2305.08891)",
     ),
 )
-# --weighting_scheme: a weight of the flow loss, the one of the x_0 loss that is meant, a density
+# --weighting_scheme: (weight of the flow loss, weight of the x_0 loss, timestep density)
 _SCHEMES = {
     "none": ("uniform", "x0", "uniform"),
     "uniform": ("uniform", "x0", "uniform"),
@@ -85,7 +83,7 @@ _SCHEMES = {
     "logit_normal": ("uniform", "x0", "logit_normal"),
     "mode": ("uniform", "x0", "mode"),
 }
-# of kohya's --timestep_sampling
+# choices of kohya's --timestep_sampling
 _SAMPLINGS = (
     "sigma",
     "uniform",
@@ -158,7 +156,7 @@ OPTIONS = (
 
 _NOT_HERE: Mapping[
     str, tuple[Any, str]
-] = {  # flags of other trainers that change what is trained: the value that does not
+] = {  # unsupported flags of other trainers: (neutral value, advice for any other value)
     "model_prediction_type": (
         "raw",
         "give --model_prediction_type raw, as sd-scripts' documentation advises",
@@ -178,13 +176,22 @@ _NOT_HERE: Mapping[
 def add_noising_arguments(
     parser: argparse.ArgumentParser, without: Collection[str] = ()
 ) -> argparse.ArgumentParser:
-    """Add the flags from which :func:`noising_from_arguments` makes a Noising; return the parser.
+    """Add the flags that :func:`noising_from_arguments` reads; return the parser.
 
-    What has many options is named by an item, ``--loss_weighting soft_min_snr:gamma=5,floor=0.05``;
-    the options that other trainers have a flag for have it here as well, with the meaning that it
-    has there. Call it after the script has added its own options: one that is there already, and
-    takes the same, is adopted, with its default. ValueError, naming both, for one that takes
-    something else; ``without`` names flags that are left to the script.
+    A weighting, density, noise or loss is named by an item, e.g. ``--loss_weighting
+    soft_min_snr:gamma=5,floor=0.05``. If other trainers have a flag for one of its options, that
+    flag exists here too, with the same meaning.
+
+    Call this after the script has added its own options. If the script already has an option that
+    takes the same values, it is adopted with its default.
+
+    Args:
+        parser: the parser to extend.
+        without: names of flags that are not added.
+
+    Raises:
+        ValueError: the script has an option of the same name that takes something else; the message
+            names both.
 
     >>> args = add_noising_arguments(argparse.ArgumentParser()).parse_args(
     ...     ["--v_parameterization", "--zero_terminal_snr", "--noise_offset", "0.1"]
@@ -203,12 +210,18 @@ def add_noising_arguments(
 def schedule_from_arguments(
     args: argparse.Namespace, base: NoiseSchedule | None = None
 ) -> NoiseSchedule:
-    """Return the schedule that the flags describe, where they are silent that of ``base``, the
-    model that is fine-tuned.
+    """Return the schedule that the flags describe; ``base`` fills in what the flags do not set.
 
-    Without ``base`` the model of ``--pretrained_model_name_or_path`` is meant, where the script has
-    that flag: of it the scheduler's config is read, in a folder or in the hub's cache.
-    Contradictions are a ValueError, before any model is loaded.
+    Contradictions are found before any model is loaded.
+
+    Args:
+        args: the parsed flags.
+        base: schedule of the model that is fine-tuned. Default: the scheduler config of
+            ``--pretrained_model_name_or_path``, if the script has that flag, read from a folder or
+            the hub's cache.
+
+    Raises:
+        ValueError: flags contradict each other.
 
     >>> parser = add_noising_arguments(argparse.ArgumentParser())
     >>> schedule_from_arguments(parser.parse_args([])).prediction.name
@@ -247,7 +260,7 @@ def _said_by(said: Said, key: str, make: Callable[[], NoiseSchedule]) -> NoiseSc
         raise ValueError(f"{said.written(key)}: {error}") from error
 
 
-_IN_ITEM = {  # options of an item of --noise_schedule that a flag says as well
+_IN_ITEM = {  # options of a --noise_schedule item that also have a flag
     **{name: name for name in (*_BETAS, "sigma_data")},
     "shift": "flow_shift",
     "prediction": "prediction_type",
@@ -257,7 +270,7 @@ _IN_ITEM = {  # options of an item of --noise_schedule that a flag says as well
 
 
 def _refuse_said_twice(said: Said) -> None:
-    """Refuse a flag that says an option of the item of --noise_schedule differently."""
+    """Raise ValueError if a flag and the --noise_schedule item set an option differently."""
     _, options = parse_item(said.given.get("noise_schedule", ""))
     for option, key in _IN_ITEM.items():
         if option in options and said.given.get(key, options[option]) != options[option]:
@@ -305,13 +318,11 @@ def _flow(said: Said, betas: Mapping[str, Any]) -> NoiseSchedule:
 def _schedule_of_script(
     said: Said, args: argparse.Namespace, betas: Mapping[str, Any]
 ) -> NoiseSchedule:
-    """Return the schedule that neither a flag of ours nor a base says: the script's own, or a
-    default.
-    """
+    """Return the script's own schedule, or a default, if no alphabar flag and no base sets one."""
     try:
         found = schedule_of_base_model(args)
     except ValueError:
-        # which a script for flows has, whose models are single files
+        # scripts for flows have --flow_shift: their models are single files
         if "flow_shift" not in said.weak:
             raise
         found = None
@@ -373,10 +384,12 @@ def _predicting(schedule: NoiseSchedule, name: str) -> NoiseSchedule:
 
 
 def noising_from_arguments(args: argparse.Namespace, base: NoiseSchedule | None = None) -> Noising:
-    """Return the Noising that the flags of :func:`add_noising_arguments` describe; ``base`` as in
-    :func:`schedule_from_arguments`.
+    """Return the Noising that the flags of :func:`add_noising_arguments` describe.
 
-    Raises ValueError for flags that contradict each other, naming both.
+    ``base`` is as in :func:`schedule_from_arguments`.
+
+    Raises:
+        ValueError: flags contradict each other; the message names both.
 
     >>> parser = add_noising_arguments(argparse.ArgumentParser())
     >>> noising_from_arguments(parser.parse_args(["--snr_gamma", "5"])).weighting
@@ -441,9 +454,7 @@ def _require_prediction(said: Said, key: str, fits: bool, prediction: str) -> No
 
 
 def _with_scheme(said: Said, prediction: str) -> Said:
-    """Return what is said with the weight of --weighting_scheme and --precondition_outputs as a
-    --loss_weighting.
-    """
+    """Translate --weighting_scheme and --precondition_outputs to --loss_weighting."""
     on_x0 = bool(said.value("precondition_outputs")) and prediction == "flow_prediction"
     scheme = said.value("weighting_scheme")
     if scheme is None and not on_x0:
@@ -453,7 +464,7 @@ def _with_scheme(said: Said, prediction: str) -> Said:
         return said
     by_scheme = _SCHEMES[_scheme(said)][0] != "uniform"
     key = "weighting_scheme" if by_scheme else "precondition_outputs"
-    if key not in said.given:  # weak, as what it is made of
+    if key not in said.given:  # made from a weak value, so it is weak
         return Said(said.given, {"loss_weighting": weight, **said.weak}, said.names)
     if by_scheme and said.given.get("loss_weighting", weight) != weight:
         raise ValueError(
@@ -475,16 +486,17 @@ def _scheme(said: Said) -> str:
 def _timesteps(said: Said, curve: Curve) -> Timesteps:
     density = _density_of_peers(said, curve)
     if isinstance(density, NoiseLevelTimesteps) and "training_shift" in {**said.given, **said.weak}:
-        return density  # which has its range inside
+        return density  # it already has the timestep range
     density = density or TIMESTEP.chosen(said)[0]
-    if isinstance(density, LossSecondMoment):  # importance goes around the density, not into it
+    if isinstance(density, LossSecondMoment):  # must be outermost: limit its inner density
         return replace(density, density=_within(said, density.density, curve))
     return _within(said, density, curve)
 
 
 def _density_of_peers(said: Said, curve: Curve) -> Timesteps | None:
-    """Return the density of --timestep_sampling or --weighting_scheme, None where alphabar's own
-    flags say it.
+    """Return the density of --timestep_sampling or --weighting_scheme.
+
+    Return None if alphabar's own flags set the density.
     """
     own = [
         said.written(key) for key in ("timestep_density", "p_mean", "p_std") if key in said.given
@@ -560,16 +572,15 @@ def _of_sampling(said: Said, sampling: str, curve: Curve) -> Timesteps:
         said, "sigmoid_scale", lambda: LogitNormalTimesteps(std=said.value("sigmoid_scale", 1.0))
     )
     if sampling == "shift":
-        return normal  # the shift is the schedule's
+        return normal  # the schedule has the shift
     return NoiseLevelTimesteps(density=UniformTimesteps() if sampling == "uniform" else normal)
 
 
 def _of_scheme(said: Said, scheme: str, curve: Curve) -> Timesteps | None:
-    """Return the density of diffusers' compute_density_for_timestep_sampling, u indexing timesteps
-    that descend.
+    """Return the density of diffusers' compute_density_for_timestep_sampling.
 
-    With --training_shift that of kohya's sd3_train_utils.get_noisy_model_input_and_timesteps, where
-    u is σ itself.
+    There, u indexes timesteps in descending order. With --training_shift, it is the density of
+    kohya's sd3_train_utils.get_noisy_model_input_and_timesteps, where u is σ itself.
     """
     shift = said.value("training_shift")
     name = _SCHEMES[scheme][2]
@@ -578,7 +589,7 @@ def _of_scheme(said: Said, scheme: str, curve: Curve) -> Timesteps | None:
     if name == "logit_normal":
         std = said.value("logit_std", 1.0)
         density = _made(said, "logit_std", lambda: LogitNormalTimesteps(mean=mean, std=std))
-    elif name == "mode":  # the same in both directions
+    elif name == "mode":  # symmetric
         density = _made(
             said, "mode_scale", lambda: ModeTimesteps(scale=said.value("mode_scale", 1.29))
         )
@@ -658,8 +669,9 @@ def _within(said: Said, density: Timesteps, curve: Curve) -> Timesteps:
 
 
 def _times(curve: Curve, timestep: float) -> float:
-    """Return the time at which the network is given this timestep; off a flow, that share of the
-    training time.
+    """Return the time at which the network receives this timestep.
+
+    If the curve is not a flow, it is the same share of the training time.
     """
     share = timestep / curve.num_train_timesteps
     if not curve.is_flow:

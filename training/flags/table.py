@@ -1,6 +1,4 @@
-"""The tables of flags: which option of which scheme a flag that diffusers' and kohya's users know
-stands for.
-"""
+"""Tables of flags: each flag of diffusers or kohya, and the option of a scheme that it sets."""
 
 from __future__ import annotations
 
@@ -17,12 +15,17 @@ from .options import Option, Said
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag that is one option of a scheme.
+    """A flag that sets one option of a scheme.
 
-    ``names``: how it is written, the first one is ours. ``schemes``: those that have the option;
-    the first is meant where none is named, ``for_v`` where v is predicted. ``field``: the option,
-    or none, where the flag only says the scheme. ``needs``: the flag that must say the scheme, for
-    one that says it in no trainer. ``type``: of its value; bool for a switch.
+    Args:
+        names: all names of the flag; the first one is alphabar's.
+        schemes: schemes that have the option. If the user names no scheme, the first one is used.
+        field: name of the option; None if the flag only selects the scheme.
+        type: type of the value; bool for a switch.
+        help: help text.
+        needs: another flag that must select the scheme, if this flag selects none in any trainer.
+        for_v: scheme to use instead of the first one if the network predicts v.
+        zero_is_none: 0 means "not set".
 
     >>> Flag(("--snr_gamma",), ("min_snr",), "gamma").key
     'snr_gamma'
@@ -37,38 +40,40 @@ class Flag:
     for_v: str | None = None
     zero_is_none: bool = False
     instead_of: str | None = None
-    """A scheme that the flag's own one replaces, so that the two are not combined."""
+    """A scheme that the flag's own scheme replaces; the two are not combined."""
 
     @property
     def option(self) -> Option:
-        """The flag as an option of a parser."""
+        """The flag as an :class:`Option` of a parser."""
         return Option(self.names, self.type, self.help, zero_is_none=self.zero_is_none)
 
     @property
     def key(self) -> str:
-        """The name under which its value is read back."""
+        """The key of the value in :class:`Said`."""
         return self.option.key
 
     def scheme(self, prediction: str | None) -> str:
-        """Return the scheme that is meant where none is named."""
+        """Return the scheme to use if the user names none."""
         return self.for_v if self.for_v and prediction == "v_prediction" else self.schemes[0]
 
 
 @dataclass
 class Named:
-    """A scheme that is being put together: its options, and the flags that said it and each of
-    them.
-    """
+    """A scheme under construction, its options, and the flags that selected it and set them."""
 
     name: str
     options: dict[str, Any]
     said: str
     words: dict[str, str]
-    """How each option was written."""
+    """How the user wrote each option."""
     by_item: bool = False
 
     def take(self, field: str, value: Any, written: str) -> None:
-        """Set an option; ValueError where it is set already, to something else."""
+        """Set an option.
+
+        Raises:
+            ValueError: the option is already set to another value.
+        """
         if field in self.options and self.options[field] != value:
             raise ValueError(
                 f"{written} and {self.words[field]} say the same option, {field} of {self.name}, "
@@ -80,10 +85,16 @@ class Named:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of scheme: the flag that names it, the registry, what is meant without flags, and the
-    flags of its options.
+    """A kind of scheme, with the flag that names a scheme and the flags of its options.
 
-    ``several``: whether schemes can be combined. ``also``: names of other trainers for a scheme.
+    Args:
+        flag: the flag that names a scheme.
+        what: the kind's name in the help.
+        registry: the schemes by name.
+        default: the scheme to use without flags.
+        flags: the flags of the options.
+        several: whether schemes can be combined.
+        also: names of other trainers for a scheme.
 
     >>> import argparse
     >>> from alphabar.training.flags.options import add_options, read_options
@@ -104,12 +115,12 @@ class Kind:
 
     @property
     def key(self) -> str:
-        """The name under which what was named is read back."""
+        """The key of the value in :class:`Said`."""
         return self.option.key
 
     @property
     def option(self) -> Option:
-        """The flag that names schemes, as an option of a parser."""
+        """The flag that names schemes, as an :class:`Option` of a parser."""
         usage = "NAME or NAME:option=value,...; names: {names}"
         help = f"{self.what}, {usage} (default: {self.default})"
         return Option(
@@ -123,16 +134,21 @@ class Kind:
 
     @property
     def options(self) -> tuple[Option, ...]:
-        """The flag and those of the options of its schemes."""
+        """The flag that names schemes, and the flags of their options."""
         return (self.option, *(flag.option for flag in self.flags))
 
     def chosen(
         self, said: Said, prediction: str | None = None, common: Mapping[str, str] | None = None
     ) -> list[Any]:
-        """Return what the flags say, made; contradictions are a ValueError that names both.
+        """Return the schemes that the flags describe, as objects.
 
-        ``prediction``: the prediction type, which some flags of kohya depend on. ``common``: the
-        options that every scheme has, with the keys of their flags.
+        Args:
+            said: the options of the command line.
+            prediction: prediction type; some flags of kohya depend on it.
+            common: options that every scheme has: keys of their flags, mapped to option names.
+
+        Raises:
+            ValueError: flags contradict each other; the message names both.
         """
         schemes = self.named(said, prediction)
         for key, field in (common or {}).items():
@@ -141,7 +157,7 @@ class Kind:
         return [self._made(scheme) for scheme in schemes]
 
     def named(self, said: Said, prediction: str | None = None) -> list[Named]:
-        """Return the schemes that the flags say with their options; at least one."""
+        """Return the schemes that the flags select, with their options; at least one."""
         schemes = self._items(said.given.get(self.key), said)
         count = len(schemes)
         for flag in self._in_order(said.given):
@@ -174,7 +190,7 @@ class Kind:
         return schemes
 
     def _in_order(self, values: Mapping[str, Any]) -> list[Flag]:
-        # those that leave least choice come first
+        # flags with the fewest possible schemes come first
         return sorted(
             (flag for flag in self.flags if flag.key in values), key=lambda flag: len(flag.schemes)
         )
@@ -182,9 +198,7 @@ class Kind:
     def _place(
         self, flag: Flag, value: Any, schemes: list[Named], said: Said, prediction: str | None
     ) -> None:
-        """Give the flag's value to the first scheme that has its option; where none does, add the
-        flag's own scheme.
-        """
+        """Set the flag's option on the first scheme that has it; else add the flag's own scheme."""
         written = said.written(flag.key)
         scheme = next((scheme for scheme in schemes if scheme.name in flag.schemes), None)
         if scheme is None:
@@ -194,7 +208,7 @@ class Kind:
                     f"{written} makes another {refused.name} noise beside {refused.said}; give one "
                     "of the two"
                 )
-            # the default says: nothing else
+            # the default scheme cannot be combined
             if schemes and (not self.several or schemes[0].name == self.default):
                 raise ValueError(
                     f"{written} is an option of {flag.scheme(prediction)} and contradicts "
@@ -219,8 +233,9 @@ class Kind:
         said: Said,
         prediction: str | None,
     ) -> None:
-        """Give a weak value to the scheme that has its option and does not say it; where nothing
-        else is said, it says one.
+        """Set a weak value on the scheme that has the option, unless the option is already set.
+
+        If no other scheme is selected, the weak value selects one.
         """
         scheme = next((scheme for scheme in schemes if scheme.name in flag.schemes), None)
         nothing_else = not schemes or (self.several and schemes[0].name != self.default)
@@ -330,7 +345,7 @@ LOSS = Kind(
             needs="--loss_type",
         ),
     ),
-    # a script that says huber means what sd-scripts and diffusers call so
+    # "huber" has the meaning of sd-scripts and diffusers
     also={"huber": "pseudo_huber", "torch_huber": "huber"},
 )
 
