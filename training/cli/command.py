@@ -1,4 +1,4 @@
-"""The command ``alphabar``: one small module a subcommand."""
+"""The command ``alphabar``; each subcommand is one small module."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ COMMANDS: Mapping[str, ModuleType] = {
 }
 """Every subcommand: a module with a docstring, ``add_arguments(parser)`` and ``run(args)``."""
 
-BROKEN_PIPE = 141  # what a shell reports of a program whose reader has gone: 128 + SIGPIPE
+BROKEN_PIPE = 141  # exit status in a shell when the reader of a pipe has closed: 128 + SIGPIPE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; what the user can mend is told in one line on stderr, with exit status 2.
+    """Run a subcommand; errors that the user can fix print one line on stderr and exit with 2.
 
-    What is wrong with files and flags is a ValueError, an OSError or an ImportError; any other
-    error is one of alphabar, and keeps its traceback. A reader of the output that goes away, as
-    ``head`` does, ends the command without a word.
+    Errors in files and flags are ValueError, OSError or ImportError. Any other error is a bug in
+    alphabar and keeps its traceback. If the reader of the output closes the pipe, as ``head`` does,
+    the command ends silently.
 
     >>> main(["sample", "nowhere.ckpt"])
     2
@@ -38,16 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return _run(parser_of_all().parse_args(arguments))
         finally:
-            # here, and not at the interpreter's end, where nothing can catch what it raises
+            # flush here: an error at interpreter exit cannot be caught
             sys.stdout.flush()
     except BrokenPipeError:
-        # for the last flush of the interpreter
+        # so that the interpreter's last flush does not fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
 
 
 def parser_of_all() -> argparse.ArgumentParser:
-    """Return the parser of the command with all its subcommands.
+    """Return the parser of the command with all subcommands.
 
     >>> parser_of_all().parse_args(["samplers", "euler"]).name
     'euler'

@@ -1,6 +1,4 @@
-"""Make the average of a wanted length from a folder of snapshots (post-hoc EMA), as a file that
-alphabar sample loads.
-"""
+"""Make an average of a given length from EMA snapshots (post-hoc EMA), for alphabar sample."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from ..checkpoints.read import embedded_schedule, read_checkpoint, schedule_besi
 from ..checkpoints.safetensors import NETWORK_KEY, OWN_KEY, SHAPE_KEY
 from ..ema.posthoc import combine, plan_posthoc, save_tensors
 
-POOR_FIT = 0.1  # of the density's norm
+POOR_FIT = 0.1  # share of the density's norm
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Fit, sum, write; nothing is written where the snapshots do not give the average."""
+    """Fit, sum and write the average; write nothing if the snapshots do not fit it well enough."""
     plan = plan_posthoc(args.folder, args.sigma_rel, args.step)
     if not plan.error <= args.max_error:
         raise ValueError(
@@ -94,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def in_words(error: float) -> str:
-    """Say how far an average is from the one that was asked for.
+    """Return the error of an average as text.
 
     >>> in_words(0.0), in_words(0.031)
     ('exactly the average that was asked for', 'off the profile that was asked for by 3.10% of it')
@@ -109,9 +107,7 @@ def in_words(error: float) -> str:
 def base_of(
     folder: str, weights: Mapping[str, Tensor], given: str | None
 ) -> tuple[Path, dict[str, Any]] | None:
-    """Return the checkpoint that is given, or else the newest near the snapshots that holds weights
-    of these names.
-    """
+    """Return the given checkpoint, or the newest near the snapshots that has all these weights."""
     if given is not None:
         return Path(given), read_checkpoint(given)
     place = Path(folder).resolve()
@@ -124,7 +120,7 @@ def base_of(
     for path in sorted(near, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             checkpoint = read_checkpoint(path)
-        except (ValueError, OSError):  # another one may serve
+        except (ValueError, OSError):  # try the next one
             continue
         state = checkpoint.get("state_dict")
         if isinstance(state, Mapping) and set(weights) <= set(state):
@@ -135,8 +131,10 @@ def base_of(
 def completed(
     weights: Mapping[str, Tensor], checkpoint: Mapping[str, Any], path: Path
 ) -> dict[str, Tensor]:
-    """Return the averages with all else that the checkpoint's state_dict holds; ValueError where it
-    is of another model.
+    """Return the averages, and all other tensors of the checkpoint's state_dict.
+
+    Raises:
+        ValueError: the checkpoint is from another model.
 
     >>> import torch
     >>> sorted(
@@ -164,8 +162,7 @@ def completed(
 
 
 def metadata_of(checkpoint: Mapping[str, Any], path: Path) -> dict[str, str]:
-    """Return what a file says beside its weights, so that it can be sampled from: schedule,
-    network, sample shape.
+    """Return the metadata that sampling from the file needs: schedule, network, sample shape.
 
     >>> metadata_of({"sample_shape": [1, 8, 8]}, Path("nowhere/a.ckpt"))
     {'alphabar.sample_shape': '[1, 8, 8]'}

@@ -1,6 +1,6 @@
-"""Say what a model file or folder was trained with, what is missing in it and what contradicts.
+"""Report how a model file or folder was trained, what is missing in it and what contradicts.
 
-Exit status 1 where something contradicts.
+The exit status is 1 if something contradicts.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Draw schedules, weights, timestep densities, grids and sampler tables as pictures (PNG, SVG or
-PDF); needs matplotlib.
+"""Plot schedules, weights, timestep densities, grids or sampler tables as PNG, SVG or PDF.
+
+This needs matplotlib.
 """
 
 from __future__ import annotations
@@ -25,8 +26,13 @@ F = TypeVar("F", bound=Callable[[argparse.Namespace], object])
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture: ``add_arguments(parser)`` beside those that all have, and ``draw(args)``, which
-    writes args.out.
+    """A picture of ``alphabar plot``.
+
+    Args:
+        name: name of the picture.
+        help: help text.
+        add_arguments: adds the picture's own arguments to a parser.
+        draw: draws the picture and writes it to ``args.out``.
     """
 
     name: str
@@ -36,13 +42,13 @@ class Picture:
 
 
 PICTURES: Registry[Picture] = Registry("picture")
-"""Every picture of ``alphabar plot`` by its name; ``@register_picture(...)`` adds one."""
+"""Every picture of ``alphabar plot`` by name; ``@register_picture(...)`` adds one."""
 
 
 def register_picture(
     name: str, help: str, add_arguments: Callable[[argparse.ArgumentParser], None]
 ) -> Callable[[F], F]:
-    """Register a function ``draw(args)`` as a picture; it writes ``args.out``.
+    """Register a function ``draw(args)`` as a picture; it must write to ``args.out``.
 
     >>> @register_picture("nothing", "an example", lambda parser: None)
     ... def draw(args): ...
@@ -58,7 +64,7 @@ def register_picture(
 
 
 def item_help() -> str:
-    """Return what a schedule on the command line is.
+    """Return the help text for a schedule argument.
 
     >>> "scaled_linear" in item_help()
     True
@@ -101,8 +107,9 @@ def _draw_schedules(args: argparse.Namespace) -> object:
 
 
 def drawable(registry: Mapping[str, Callable[..., Any]]) -> list[str]:
-    """Return the names of what can be drawn as it is: not learned, with no option missing, and once
-    (stratified ones look the same).
+    """Return the names of entries that can be drawn: not learned, and with no required option.
+
+    Stratified entries are left out, because they look the same as the others.
 
     >>> drawable(TIMESTEPS)[0]
     'uniform'
@@ -120,7 +127,7 @@ def _missing(make: Callable[..., Any]) -> bool:
     return any(p.default is p.empty for p in inspect.signature(make).parameters.values())
 
 
-# more would hide each other
+# more lines would hide each other
 USUAL_WEIGHTINGS = (
     "uniform",
     "snr",
@@ -228,7 +235,7 @@ def _draw_table(args: argparse.Namespace) -> object:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``alphabar plot``: a subcommand for each kind."""
+    """Add the arguments of ``alphabar plot``: one subcommand per picture."""
     subparsers = parser.add_subparsers(dest="kind", required=True)
     for name, picture in PICTURES.items():
         sub = subparsers.add_parser(name, help=picture.help, description=picture.help)
@@ -239,7 +246,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draw the picture that was asked for."""
+    """Draw the requested picture."""
     require_writable(Path(args.out).parent)
     PICTURES[args.kind].draw(args)
     print(args.out)

@@ -1,5 +1,6 @@
-"""Sample images from a checkpoint or a diffusers pipeline, with the schedule it was trained with
-and nothing but its own files.
+"""Sample images from a checkpoint or a diffusers pipeline, with the schedule of its training.
+
+Only the model's own files are needed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ..checkpoints.diffusers_folders import (
 )
 from ..checkpoints.loading import WEIGHTS, load_checkpoint, sample_shape
 
-GUIDANCE_OF_PROMPTS = 7.5  # the default of diffusers' Stable Diffusion
+GUIDANCE_OF_PROMPTS = 7.5  # default of diffusers' Stable Diffusion
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,10 +130,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Model:
-    """What is sampled from: a network, its schedule, the shape of one sample, what it is
-    conditioned on, and how it is shown.
+    """The model to sample from: network, schedule, sample shape, conditioning, guidance and VAE.
 
-    ``conditions(images)``: the conditioning of these images, and that of guidance's other half.
+    ``conditions(images)`` returns the conditioning of these images, and the unconditional
+    conditioning for guidance.
     """
 
     network: nn.Module
@@ -144,7 +145,7 @@ class Model:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load, sample, write the grid."""
+    """Load the model, sample, and write the grid."""
     from ..images import save_grid
 
     if args.num_images < 1 or args.batch_size < 1:
@@ -163,8 +164,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def draw(args: argparse.Namespace, model: Model, device: torch.device) -> Tensor:
-    """Return the images, shape (num_images, channels, height, width), on the CPU; ValueError where
-    they are not finite.
+    """Return the images, shape (num_images, channels, height, width), on the CPU.
+
+    Raises:
+        ValueError: the images are not finite.
     """
     from tqdm import tqdm
 
@@ -202,8 +205,10 @@ def draw(args: argparse.Namespace, model: Model, device: torch.device) -> Tensor
 
 
 def load_model(args: argparse.Namespace, device: torch.device) -> Model:
-    """Return what the arguments name; raises ValueError for arguments that contradict each other or
-    the model.
+    """Return the model that the arguments name.
+
+    Raises:
+        ValueError: arguments contradict each other or the model.
 
     >>> from alphabar.training.cli.command import parser_of_all
     >>> load_model(
@@ -320,12 +325,13 @@ FLAGS: Mapping[str, str] = {
     "class_labels": "--classes",
     "y": "--classes with --class_key y",
 }
-"""What gives an argument that networks ask for."""
+"""The flag that provides each argument of a network."""
 
 
 def _answering(network: nn.Module, conditioning: Mapping[str, Any]) -> Callable[..., Any]:
-    """Return the network as a function whose failures are ValueErrors: what it was given came from
-    a file and from flags.
+    """Wrap the network in a function that raises all failures as ValueError.
+
+    Its inputs are from a file and from flags, so failures are errors of the user.
     """
     parameters = list(inspect.signature(network.forward).parameters.values())
     missing = [

@@ -1,9 +1,8 @@
-"""List the samplers and the grids, with the names that they are known by; or say what one of them
-does.
+"""List all samplers and grids, or describe one of them.
 
-Without a name: every sampler with its order of convergence, the network's calls per step, whether
-it draws noise on the way, the paper or code it is from, and its other names; then every grid. With
-a name, any of them: its documentation and options.
+Without a name: list every sampler with its order of convergence, the network calls per step,
+whether it draws noise, its source (paper or code) and its other names; then list every grid. With a
+name (any of them): show its documentation and options.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def listing(width: int = 120) -> str:
-    """Return the table of all samplers and the grids, no wider than ``width`` (and at least 60).
+    """Return the table of all samplers and grids, at most ``width`` columns wide (but at least 60).
 
     >>> print(listing().splitlines()[0])
     name                    order  calls  noise  source                    also called
@@ -58,8 +57,10 @@ def listing(width: int = 120) -> str:
 
 
 def described(name: str) -> str:
-    """Return what a sampler or a grid does and the options it has; raises ValueError for an unknown
-    name.
+    """Return the documentation and the options of a sampler or a grid.
+
+    Raises:
+        ValueError: the name is unknown.
 
     >>> print(described("Euler a").splitlines()[0])
     euler_ancestral: order 1, 1 call of the network per step, draws noise; k-diffusion
@@ -103,8 +104,9 @@ def _described_sampler(name: str) -> str:
 
 
 def columns(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> str:
-    """Return rows in columns; the last column is wrapped at spaces to ``width``; a longer word is
-    not cut.
+    """Return rows as aligned columns.
+
+    The last column is wrapped at spaces to ``width``; longer words are not split.
 
     >>> print(columns(("a", "b"), [("1", "one two three")], 10))
     a  b

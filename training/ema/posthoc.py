@@ -1,10 +1,10 @@
-"""Averages of weights of any length, made after the training from snapshots (post-hoc EMA, EDM2:
-Karras et al. 2312.02696).
+"""Post-hoc EMA: make averages of any length from snapshots, after the training (EDM2, 2312.02696).
 
-A power-function average at step t weighs the weights of time τ by p_{t,γ}(τ) = (γ+1) τ^γ / t^(γ+1)
-on [0, t] (eq. 121). With snapshots i of steps t_i and exponents γ_i, the combination Σ x_i \\hat
-θ_i has the density Σ x_i p_i. The coefficients that bring it nearest to a wanted density p_r solve
-A x = b, where A_ij = <p_i, p_j> and b_i = <p_i, p_r> (appendix C.3, algorithm 3), and
+The source is Karras et al. 2312.02696. A power-function average at step t weights the model's
+weights at time τ by p_{t,γ}(τ) = (γ+1) τ^γ / t^(γ+1) on [0, t] (eq. 121). Given snapshots i with
+steps t_i and exponents γ_i, the combination Σ x_i \\hat θ_i has the density Σ x_i p_i. The
+coefficients of the best fit to a wanted density p_r solve A x = b, where A_ij = <p_i, p_j> and
+b_i = <p_i, p_r> (appendix C.3, algorithm 3), and
 
     <p_{t1,γ1}, p_{t2,γ2}> = (γ1+1) (γ2+1) (t1/t2)^γ / ((γ1+γ2+1) max(t1, t2)),
     γ = γ2 where t1 < t2, else -γ1    (eq. 151).
@@ -35,9 +35,7 @@ SNAPSHOT_DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "float16
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Where a snapshot of a power-function average lies, and which one it is: ``step`` t and
-    ``gamma`` γ.
-    """
+    """A snapshot of a power-function average: its path, ``step`` t and exponent ``gamma`` γ."""
 
     path: Path
     step: int
@@ -46,12 +44,13 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class PostHoc:
-    """Which combination of snapshots is the wanted average, and how far its density is from the
-    wanted one.
+    """The combination of snapshots that best fits a wanted average, and the error of the fit.
 
-    ``coefficients``: one for each snapshot, float64, of sum 1. ``error``: the relative L2 distance
-    of the densities, 0 for a perfect fit; it is large where the wanted average is shorter than the
-    distance between snapshots.
+    Args:
+        snapshots: the snapshots of the combination.
+        coefficients: one per snapshot, float64; the sum is 1.
+        error: relative L2 distance of the densities, 0 for a perfect fit. It is large if the wanted
+            average is shorter than the distance between snapshots.
     """
 
     snapshots: tuple[Snapshot, ...]
@@ -67,11 +66,18 @@ def save_snapshot(
     sigma_rel: float,
     dtype: str = "float32",
 ) -> Path:
-    """Write a snapshot of a power-function average, whole or not at all, and return its path.
+    """Write a snapshot of a power-function average atomically; return its path.
 
-    ``weights``: by name, any devices and dtypes; written as ``dtype``, float32 or float16 (EDM2
-    stores the latter). ``step``: optimizer steps so far. Raises ValueError for values that float16
-    cannot hold, OSError for a folder that cannot be written.
+    Args:
+        folder: the folder to write to.
+        weights: weights by name, on any device and of any dtype.
+        step: optimizer steps so far.
+        sigma_rel: length of the average, as a share of the training.
+        dtype: dtype of the file, float32 or float16 (EDM2 stores float16).
+
+    Raises:
+        ValueError: float16 cannot represent a value.
+        OSError: the folder cannot be written.
 
     >>> save_snapshot(tempfile.mkdtemp(), {"w": torch.ones(2)}, step=500, sigma_rel=0.05).name
     'ema_00000500_0.05.safetensors'
@@ -97,17 +103,18 @@ def save_snapshot(
 def save_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> Path:
-    """Write a safetensors file so that a reader sees the old file or the new one, never a part.
+    """Write a safetensors file atomically: readers see the old or the new file, never a part.
 
-    Raises OSError where it cannot be written, a full disk included.
+    Raises:
+        OSError: the file cannot be written, e.g. because the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        temporary = Path(folder, "whole")  # not through memory: weights are large
+        temporary = Path(folder, "whole")  # a file, not a buffer: weights are large
         try:
             save_file(_unshared(tensors), temporary, dict(metadata))
-        except SafetensorError as error:  # which is no OSError, though it stands for one
+        except SafetensorError as error:  # not a subclass of OSError, but it has the same causes
             raise OSError(f"cannot write {str(path)!r}: {error}") from error
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
@@ -116,11 +123,11 @@ def save_tensors(
 
 
 def read_snapshots(folder: str | os.PathLike[str]) -> tuple[Snapshot, ...]:
-    """Return the snapshots in a folder, by step and then gamma; other safetensors files are passed
-    over.
+    """Return a folder's snapshots, sorted by step and gamma; ignore other safetensors files.
 
-    Raises FileNotFoundError where there is no folder or no snapshot in it, ValueError for a damaged
-    file.
+    Raises:
+        FileNotFoundError: the folder does not exist or has no snapshot.
+        ValueError: a file is damaged.
 
     >>> folder = tempfile.mkdtemp()
     >>> path = save_snapshot(folder, {"w": torch.ones(2)}, step=500, sigma_rel=0.1)
@@ -157,8 +164,7 @@ def _snapshot(path: Path, metadata: Mapping[str, str]) -> Snapshot:
 
 
 def inner_product(t1: Any, gamma1: Any, t2: Any, gamma2: Any) -> Any:
-    """Return <p_{t1,γ1}, p_{t2,γ2}> (EDM2, eq. 151), float64; arguments are broadcast against each
-    other.
+    """Return <p_{t1,γ1}, p_{t2,γ2}> (EDM2, eq. 151) in float64; the arguments are broadcast.
 
     >>> float(inner_product(2.0, 0.0, 4.0, 0.0))  # ∫_0^2 1/2 · 1/4 dτ
     0.25
@@ -173,11 +179,15 @@ def inner_product(t1: Any, gamma1: Any, t2: Any, gamma2: Any) -> Any:
 def posthoc_coefficients(
     steps: Sequence[int], gammas: Sequence[float], step: int, gamma: float
 ) -> tuple[np.ndarray[Any, Any], float]:
-    """Return the coefficients of snapshots for a wanted average, and the relative L2 error of its
-    density.
+    """Return the snapshot coefficients for a wanted average, and the density's relative L2 error.
 
     EDM2, algorithm 3, in float64: the least-squares fit of the densities, scaled to sum 1.
-    ``steps`` and ``gammas`` of the snapshots, which must differ from each other in one of the two.
+
+    Args:
+        steps: steps of the snapshots.
+        gammas: exponents of the snapshots. No two snapshots may have the same step and gamma.
+        step: step of the wanted average.
+        gamma: exponent of the wanted average.
 
     >>> coefficients, error = posthoc_coefficients(
     ...     [100, 200, 200], [6.94, 6.94, 16.97], step=200, gamma=6.94
@@ -186,8 +196,7 @@ def posthoc_coefficients(
     ([...0.0, 1.0, ...0.0], 0.0)
     """
     t, g = np.asarray(steps, dtype=np.float64), np.asarray(gammas, dtype=np.float64)
-    # by densities of norm 1, of which A has a diagonal of ones: the same solution from a better
-    # conditioned system
+    # densities scaled to norm 1, so A has ones on its diagonal: same solution, better conditioned
     norm = np.sqrt(inner_product(t, g, t, g))
     norm_r = float(np.sqrt(inner_product(step, gamma, step, gamma)))
     A = inner_product(t[:, None], g[:, None], t[None], g[None]) / (norm[:, None] * norm[None])
@@ -201,18 +210,25 @@ def posthoc_coefficients(
 def plan_posthoc(
     folder: str | os.PathLike[str], sigma_rel: float, step: int | None = None
 ) -> PostHoc:
-    """Return how the average of length ``sigma_rel`` at ``step`` (the last snapshot's by default)
-    is made of a folder's.
+    """Return the combination of a folder's snapshots for a wanted average.
 
-    Later snapshots than ``step`` are not used. Raises FileNotFoundError where there are no
-    snapshots, and ValueError for a step before the first or after the last of them and for a
-    sigma_rel that no average has.
+    Snapshots after ``step`` are not used.
+
+    Args:
+        folder: the folder of the snapshots.
+        sigma_rel: length of the average, as a share of the training.
+        step: step of the average; default: the step of the last snapshot.
+
+    Raises:
+        FileNotFoundError: there are no snapshots.
+        ValueError: ``step`` is before the first or after the last snapshot, or ``sigma_rel`` is out
+            of range.
     """
     gamma = gamma_of_sigma_rel(sigma_rel)
     found = read_snapshots(folder)
     last = found[-1].step
     step = last if step is None else step
-    # no pair twice
+    # drop duplicates of (step, gamma)
     used = tuple({(one.step, one.gamma): one for one in found if one.step <= step}.values())
     if not used or step > last:
         raise ValueError(
@@ -227,13 +243,20 @@ def plan_posthoc(
 def posthoc_ema(
     folder: str | os.PathLike[str], sigma_rel: float, step: int | None = None
 ) -> dict[str, Tensor]:
-    """Return the weights of a power-function average that was not kept, from a folder of snapshots
-    of others.
+    """Return the weights of a power-function average, combined from a folder of other snapshots.
 
-    ``sigma_rel``: its length, as a share of the training. ``step``: its time, by default the last
-    snapshot's. Float32 weights by name, summed in float64, for ``module.load_state_dict(weights,
-    strict=False)``. Raises as :func:`plan_posthoc`, and ValueError for snapshots of different
-    models.
+    Args:
+        folder: the folder of the snapshots.
+        sigma_rel: length of the average, as a share of the training.
+        step: step of the average; default: the step of the last snapshot.
+
+    Returns:
+        Float32 weights by name, summed in float64, for ``module.load_state_dict(weights,
+        strict=False)``.
+
+    Raises:
+        FileNotFoundError: as in :func:`plan_posthoc`.
+        ValueError: as in :func:`plan_posthoc`, or the snapshots are from different models.
 
     >>> folder = tempfile.mkdtemp()
     >>> for step in range(1, 9):
@@ -248,7 +271,7 @@ def posthoc_ema(
 
 
 def combine(plan: PostHoc) -> dict[str, Tensor]:
-    """Return the combination of snapshots that a plan states, float32, summed in float64."""
+    """Return the weighted sum of a plan's snapshots as float32, summed in float64."""
     total: dict[str, Tensor] = {}
     for snapshot, x in zip(plan.snapshots, plan.coefficients.tolist(), strict=True):
         with safe_open(snapshot.path, "pt") as file:
@@ -267,7 +290,7 @@ def combine(plan: PostHoc) -> dict[str, Tensor]:
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors of which none shares memory with another, which the format does not allow."""
+    """Return the tensors, cloned if they share memory: safetensors does not allow shared memory."""
     users = Counter(value.untyped_storage().data_ptr() for value in tensors.values())
     return {
         name: value.clone() if users[value.untyped_storage().data_ptr()] > 1 else value

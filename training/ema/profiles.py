@@ -1,15 +1,15 @@
-"""Averages of weights: how much of the old average each optimizer step keeps.
+"""EMA profiles: the share of the old average that each optimizer step keeps.
 
-An exponential moving average is \\hat θ(t) = β(t) \\hat θ(t-1) + (1 - β(t)) θ(t), with t = 1, 2,
-... optimizer steps. A profile is the function β. That of a power function (Karras et al.
-2312.02696, "EDM2", eq. 1 to 3) weighs the weights of time τ by τ^γ:
+An exponential moving average is \\hat θ(t) = β(t) \\hat θ(t-1) + (1 - β(t)) θ(t), with optimizer
+steps t = 1, 2, ... A profile is the function β. The profile of a power function (Karras et al.
+2312.02696, "EDM2", eq. 1 to 3) weights the weights at time τ by τ^γ:
 
     \\hat θ_γ(t) = (γ + 1) / t^(γ+1) ∫_0^t τ^γ θ(τ) dτ,
-    β_γ(t) = (1 - 1/t)^(γ+1),    σ_rel = ((γ+1) / ((γ+2)² (γ+3)))^½,
+    β_γ(t) = (1 - 1/t)^(γ+1),    σ_rel = ((γ+1) / ((γ+2)² (γ+3)))^½.
 
-so its length σ_rel, the standard deviation of that density in shares of the training, does not
-depend on how long one trains, and the first weights are forgotten. From snapshots of such averages
-others can be made: see posthoc.py.
+Its length σ_rel is the standard deviation of that density, as a share of the training. So the
+length does not depend on the number of training steps, and the first weights are forgotten.
+Snapshots of such averages can be combined to other averages: see posthoc.py.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ import numpy as np
 from ...noising.utils.items import make_item
 from ...noising.utils.registry import Registry, lookup
 
-MAX_SIGMA_REL = 0.300283  # of eq. 3, at γ = (√5 - 3) / 2; equal weights (γ = 0) have 0.2887
+MAX_SIGMA_REL = 0.300283  # maximum of eq. 3, at γ = (√5 - 3) / 2; equal weights (γ = 0) have 0.2887
 
 
 @dataclass(frozen=True, kw_only=True)
 class EMAProfile(ABC):
-    """How long an average remembers; subclasses state β(t), the share of the old average that step
-    t keeps.
+    """Base class of EMA profiles: β(t) is the share of the old average that step t keeps.
+
+    Subclasses implement :meth:`beta`.
 
     >>> (
     ...     Constant(decay=0.99)(1),
@@ -48,8 +49,9 @@ class EMAProfile(ABC):
         """Return β at optimizer step t = 2, 3, ..."""
 
     def __call__(self, t: int, steps: int = 1) -> float:
-        """Return the share that is kept at step t by one update for the last ``steps`` steps: the
-        product of their β.
+        """Return the share kept by one update at step t that covers the last ``steps`` steps.
+
+        It is the product of their β.
         """
         if steps >= t:
             return 0.0
@@ -57,7 +59,7 @@ class EMAProfile(ABC):
 
     @property
     def label(self) -> str:
-        """Name and numbers, for files and logs.
+        """Name and numbers, for file names and logs.
 
         >>> Constant(decay=0.99).label
         'constant_0.99'
@@ -66,18 +68,18 @@ class EMAProfile(ABC):
         return "_".join([self.name, *(f"{value:g}" for value in values if value is not None)])
 
     def to_config(self) -> dict[str, Any]:
-        """Return plain values of which :func:`resolve_ema_profile` makes the profile again."""
+        """Return plain values from which :func:`resolve_ema_profile` builds the profile again."""
         return {"name": self.name, **asdict(self)}
 
 
 EMA_PROFILES: Registry[type[EMAProfile]] = Registry("EMA profile")
-"""Every profile by its name; ``@EMA_PROFILES.register`` above a class adds one."""
+"""Every profile by name; ``@EMA_PROFILES.register`` above a class adds one."""
 
 
 @EMA_PROFILES.register
 @dataclass(frozen=True, kw_only=True)
 class Constant(EMAProfile):
-    """β = decay, the plain exponential average.
+    """β = decay: the plain exponential average.
 
     >>> Constant()(100)
     0.999
@@ -96,8 +98,7 @@ class Constant(EMAProfile):
 @EMA_PROFILES.register
 @dataclass(frozen=True, kw_only=True)
 class Warmup(EMAProfile):
-    """β = min(decay, (1 + n) / (10 + n)) after n earlier updates, as in TensorFlow, LDM and
-    diffusers.
+    """β = min(decay, (1 + n) / (10 + n)) after n updates, as in TensorFlow, LDM and diffusers.
 
     >>> round(Warmup()(11), 3), Warmup()(1_000_000)
     (0.55, 0.9999)
@@ -117,10 +118,10 @@ class Warmup(EMAProfile):
 @EMA_PROFILES.register
 @dataclass(frozen=True, kw_only=True)
 class InverseGamma(EMAProfile):
-    """β = 1 - (1 + n / inverse_gamma)^-power between min_decay and decay, after n earlier updates
-    (k-diffusion, diffusers).
+    """β = 1 - (1 + n / inverse_gamma)^-power after n updates (k-diffusion, diffusers).
 
-    k-diffusion's advice: power 2/3 where one trains for a million steps or more, 3/4 for fewer.
+    β is limited to min_decay ... decay. k-diffusion recommends power 2/3 for a million training
+    steps or more, and 3/4 for fewer.
 
     >>> round(InverseGamma()(8), 12)
     0.75
@@ -150,11 +151,10 @@ class InverseGamma(EMAProfile):
 @EMA_PROFILES.register
 @dataclass(frozen=True, kw_only=True)
 class PowerFunction(EMAProfile):
-    """β = (1 - 1/t)^(γ+1) with the γ of ``sigma_rel``, the average's length as a share of the
-    training (EDM2, eq. 1 to 3).
+    """β = (1 - 1/t)^(γ+1), with the γ of ``sigma_rel`` (EDM2, eq. 1 to 3).
 
-    EDM2 keeps 0.05 and 0.10 with snapshots, of which others are made. Not above 0.3, which no γ
-    reaches.
+    ``sigma_rel``: length of the average, as a share of the training. It must be below 0.3, because
+    no γ gives more. EDM2 stores snapshots of 0.05 and 0.10, and combines them to other lengths.
 
     >>> round(PowerFunction(sigma_rel=0.1).gamma, 2)
     6.94
@@ -182,12 +182,13 @@ class PowerFunction(EMAProfile):
 @EMA_PROFILES.register
 @dataclass(frozen=True, kw_only=True)
 class HalfLife(EMAProfile):
-    """β = ½^(1 / min(half_life, rampup t)): half of the memory is gone in ``half_life`` steps (EDM
-    2206.00364, appendix F).
+    """β = ½^(1 / min(half_life, rampup t)) (EDM 2206.00364, appendix F).
 
-    EDM counts images: divide its half-life by the images in a step. ``rampup``: the half-life's
-    bound as a share of the training so far, so that the first weights are forgotten (EDM 0.05,
-    EDM2's baseline 0.09; None for none).
+    Old weights lose half of their share in ``half_life`` steps. EDM counts images: divide its
+    half-life by the number of images per step.
+
+    ``rampup``: upper bound of the half-life, as a share of the training so far, so that the first
+    weights are forgotten (EDM 0.05, EDM2's baseline 0.09; None for no bound).
 
     >>> HalfLife(half_life=10.0)(1000), HalfLife(half_life=10.0)(20)
     (0.93303..., 0.5)
@@ -208,13 +209,13 @@ class HalfLife(EMAProfile):
 
 
 def resolve_ema_profile(profile: str | float | Mapping[str, Any] | EMAProfile) -> EMAProfile:
-    """Return the profile for a name (``"power_function:sigma_rel=0.05"``), a mapping, a decay
-    (constant), or for itself.
+    """Return the profile for a name, a mapping, a decay (constant profile), or a profile itself.
 
-    A mapping has ``name`` and the profile's numbers.
+    A name may have options: ``"power_function:sigma_rel=0.05"``. A mapping has ``name`` and the
+    profile's numbers.
 
-    Raises ValueError for an unknown name, and for numbers that the profile does not have or that do
-    not fit.
+    Raises:
+        ValueError: the name is unknown, the profile has no such number, or a value is out of range.
 
     >>> resolve_ema_profile({"name": "power_function", "sigma_rel": 0.05})
     PowerFunction(sigma_rel=0.05)
@@ -242,10 +243,10 @@ def resolve_ema_profile(profile: str | float | Mapping[str, Any] | EMAProfile) -
 
 
 def gamma_of_sigma_rel(sigma_rel: float) -> float:
-    """Return the exponent γ of a power-function average of this relative length (EDM2, eq. 126 and
-    algorithm 2).
+    """Return the exponent γ of a power-function average of length σ_rel (EDM2, eq. 126, alg. 2).
 
-    Raises ValueError unless 0 < sigma_rel < 0.3.
+    Raises:
+        ValueError: unless 0 < sigma_rel < 0.3.
 
     >>> round(gamma_of_sigma_rel(0.28867513459481287), 9)  # 1/√12: equal weights
     0.0
@@ -258,15 +259,14 @@ def gamma_of_sigma_rel(sigma_rel: float) -> float:
     s = float(sigma_rel) ** -2
     # (γ+2)² (γ+3) = s (γ+1); the largest of the three real roots
     gamma = float(np.roots([1.0, 7.0, 16.0 - s, 12.0 - s]).real.max())
-    for _ in range(2):  # Newton: the companion matrix leaves an error of some ulps of s
+    for _ in range(2):  # Newton: the companion matrix has an error of a few ulps of s
         value = ((gamma + 7) * gamma + 16 - s) * gamma + 12 - s
         gamma -= value / ((3 * gamma + 14) * gamma + 16 - s)
     return gamma
 
 
 def sigma_rel_of_gamma(gamma: float) -> float:
-    """Return the relative length σ_rel of a power-function average of exponent γ > -1 (EDM2, eq.
-    3).
+    """Return the length σ_rel of a power-function average with exponent γ > -1 (EDM2, eq. 3).
 
     >>> sigma_rel_of_gamma(0.0)  # equal weights: that of a uniform density, 1/√12
     0.288675...
