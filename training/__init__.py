@@ -1,5 +1,6 @@
-"""Training: a LightningModule, command-line flags, checkpoints that can be sampled from, averages,
-the console command.
+"""Training: LightningModule, command-line flags, checkpoints, weight averages, console command.
+
+The checkpoints contain all that sampling needs.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -47,8 +48,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Lightning takes seconds and 200 MiB, which the console command and argparse scripts need not
-    # spend
+    # lazy: Lightning takes seconds and 200 MiB; the console command and argparse scripts do not
+    # need it
     if name != "DiffusionModule":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .module import DiffusionModule

@@ -1,9 +1,14 @@
-"""Where a batch lies in the optimizer step that a Lightning Trainer is about to make.
+"""The position of a batch in the current optimizer step of a Lightning Trainer.
 
-Lightning repeats ``global_step`` for the batches that it accumulates, and steps early at the end of
-an epoch; the last batch of an epoch may be smaller, on one rank and not on another; a closure may
-ask for the same batch again (LBFGS); under tensor parallelism several ranks see the same data. So
-the batches of a step are told apart by their numbers, and their samples are counted.
+``global_step`` is not enough to find this position:
+
+- Lightning repeats ``global_step`` for all batches that it accumulates, and makes an optimizer step
+  early at the end of an epoch.
+- The last batch of an epoch may be smaller, on one rank and not on another.
+- A closure may request the same batch again (LBFGS).
+- Under tensor parallelism, several ranks see the same data.
+
+So the batches of a step are identified by their numbers, and their samples are counted.
 """
 
 from __future__ import annotations
@@ -14,8 +19,11 @@ from lightning.pytorch import Trainer
 
 
 class Batch(NamedTuple):
-    """``start``: the samples before this batch in its optimizer step on this rank, ``full``: the
-    size of a full batch.
+    """Position of a batch in its optimizer step.
+
+    Args:
+        start: number of samples before this batch in the step, on this rank.
+        full: size of a full batch.
     """
 
     start: int
@@ -23,7 +31,7 @@ class Batch(NamedTuple):
 
 
 class Accumulation:
-    """Counts the samples of the optimizer step that is under way.
+    """Count the samples of the current optimizer step.
 
     >>> counted = Accumulation()
     >>> [
@@ -41,11 +49,15 @@ class Accumulation:
     def batch(
         self, step: int, number: tuple[int, int], micro_batch: int, samples: int, full: int
     ) -> Batch:
-        """Return the place of the batch with this ``number``, (epoch, batch); the same one for the
-        same number.
+        """Return the position of a batch; the same ``number`` always gets the same position.
 
-        ``micro_batch``: how many batches of the step went before it, which counts where they were
-        not seen, after a resume.
+        Args:
+            step: the optimizer step.
+            number: (epoch, batch).
+            micro_batch: number of batches of the step before this one. It is used if this object
+                has not seen them, i.e. after a resume.
+            samples: number of samples in the batch.
+            full: size of a full batch, 0 if unknown.
         """
         if step != self._step:
             self._step, self._starts, self._full = step, {}, max(samples, full)
@@ -57,15 +69,16 @@ class Accumulation:
 
 
 def replicas(trainer: Trainer) -> tuple[int, int]:
-    """Return (rank, number) of the replicas of the model that see different data: what Lightning
-    gives the sampler.
+    """Return (rank, number) of the model replicas that see different data.
+
+    These are the values that Lightning passes to the sampler of the data.
     """
     kwargs = trainer.distributed_sampler_kwargs or {}
     return kwargs.get("rank", 0), kwargs.get("num_replicas", 1)
 
 
 def full_batch(loader: Any) -> int:
-    """Return the number of samples in a full batch of a dataloader, 0 where it does not say.
+    """Return the number of samples in a full batch of a dataloader, or 0 if it is unknown.
 
     >>> from torch.utils.data import DataLoader
     >>> full_batch(DataLoader(range(10), batch_size=4)), full_batch([])

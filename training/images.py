@@ -1,4 +1,4 @@
-"""From samples to a picture: pixels, a grid, a PNG. No Trainer is needed."""
+"""Convert samples to images: pixels, a grid, a PNG. This needs no Trainer."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from torch import Tensor
 
 from ..noising.utils.atomic import write_atomically
 
-BACKGROUND = 128  # mid grey: black and white images both stand out from it
+BACKGROUND = 128  # mid grey: contrasts with black and with white images
 
 
 def to_pixels(samples: Tensor) -> Tensor:
-    """Return samples as pixels: shape (n, channels, height, width) to uint8 (n, 1 or 3, height,
-    width).
+    """Convert samples (n, channels, height, width) to uint8 pixels (n, 1 or 3, height, width).
 
-    One and three channels are images in [-1, 1], which becomes 0 ... 255; what lies outside is
-    clipped. Any other number of channels is taken for latents, which have no fixed range: their
-    first three channels (of two, the first) are shown, each stretched from its least to its
-    greatest value in that image. Raises ValueError for other shapes and for NaN, which no pixel can
-    show.
+    Samples with one or three channels are images in [-1, 1]. This range is mapped to 0 ... 255;
+    values outside are clipped. Samples with any other number of channels are latents, which have no
+    fixed range: the first three channels are shown (the first one if there are two). Each channel
+    of each image is scaled from its own minimum and maximum.
+
+    Raises:
+        ValueError: the shape is another one, or a sample contains NaN.
 
     >>> to_pixels(torch.tensor([-1.0, 0.0, 1.0, 7.0]).view(1, 1, 2, 2)).flatten().tolist()
     [0, 128, 255, 255]
@@ -57,10 +58,10 @@ def require_image_shape(shape: tuple[int, ...]) -> None:
 
 
 def image_grid(pixels: Tensor, columns: int | None = None, margin: int = 2) -> Tensor:
-    """Return uint8 images (n, channels, height, width) side by side on grey, as one (height, width,
-    channels).
+    """Return uint8 images (n, channels, height, width) as one grid (height, width, channels).
 
-    Rows first; ``columns`` defaults to the least square that holds all. ``margin`` is in pixels.
+    The background is grey. Images are placed row by row. ``columns``: default: the smallest square
+    that holds all images. ``margin``: in pixels.
 
     >>> image_grid(torch.zeros(5, 3, 8, 8, dtype=torch.uint8)).shape
     torch.Size([22, 32, 3])
@@ -79,7 +80,7 @@ def image_grid(pixels: Tensor, columns: int | None = None, margin: int = 2) -> T
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """Return a uint8 image (height, width, 1 or 3) as a PIL image, grey or RGB.
+    """Convert a uint8 image (height, width, 1 or 3) to a PIL image, grey or RGB.
 
     >>> to_pil(torch.zeros(2, 4, 1, dtype=torch.uint8)).size
     (4, 2)
@@ -89,7 +90,7 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def png_bytes(image: Tensor) -> bytes:
-    """Return a uint8 image (height, width, 1 or 3) as the content of a PNG file.
+    """Return the content of a PNG file for a uint8 image (height, width, 1 or 3).
 
     >>> png_bytes(torch.zeros(2, 2, 3, dtype=torch.uint8))[:4]
     b'\\x89PNG'
@@ -100,7 +101,7 @@ def png_bytes(image: Tensor) -> bytes:
 
 
 def save_grid(samples: Tensor, path: str | os.PathLike[str]) -> Path:
-    """Write samples, shape (n, channels, height, width), as one PNG grid; return the path.
+    """Write samples (n, channels, height, width) as one PNG grid; return the path.
 
     >>> import tempfile
     >>> save_grid(torch.zeros(4, 1, 8, 8), Path(tempfile.mkdtemp(), "grid.png")).name

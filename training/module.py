@@ -1,4 +1,4 @@
-"""A LightningModule for any network: the loss line and a low-variance validation loss."""
+"""A LightningModule for any network, with the training loss and a low-variance validation loss."""
 
 from __future__ import annotations
 
@@ -14,27 +14,31 @@ from ..noising.noising import prediction_tensor
 from .accumulation import Accumulation, full_batch, replicas
 from .networks import network_config
 
-VALIDATION_SEED = (
-    20_240_229  # any fixed number: validation noise is the same in every run and epoch
-)
+VALIDATION_SEED = 20_240_229  # any fixed number: same validation noise in every run and epoch
 
 
 class DiffusionModule(LightningModule):
-    """Train ``network`` on the objective that ``noising`` states.
+    """Train a network on the objective that ``noising`` defines.
 
-    ``network`` is called as ``network(x, timesteps, **conditioning)`` and returns a tensor or an
-    object with ``.sample``. ``noising``: the schedule, weights, times and noise of the loss.
-    ``learning_rate``: of AdamW. ``sample_shape``: the shape of one sample without batch, for
-    previews; recorded from the first training batch when not given. ``input_key``: where the clean
-    samples lie in a mapping batch; its other entries are the conditioning. ``label_key``: the name
-    under which the network takes the second entry of a batch (samples, labels), as of
-    ``TensorDataset(images, labels)``: "class_labels" for networks of diffusers. The checkpoint
-    carries the config of a diffusers network and the sample shape, so that it can be sampled from
-    with nothing but its own files.
+    The noise and the time of a sample depend on its position in the optimizer step. They do not
+    depend on the number of processes or on gradient accumulation, even if the batches have
+    different sizes. See :meth:`global_index` for samplers that distribute samples differently from
+    a DistributedSampler.
 
-    Noise and times are those of the sample's place in the optimizer step, whatever the number of
-    processes and the accumulation, also where batches are unequal. See :meth:`global_index` for
-    samplers that do not deal out samples as a DistributedSampler.
+    The checkpoint contains the config of a diffusers network and the sample shape, so that sampling
+    needs only the checkpoint's own files.
+
+    Args:
+        network: called as ``network(x, timesteps, **conditioning)``; returns a tensor or an object
+            with ``.sample``.
+        noising: the schedule, weights, times and noise of the loss.
+        learning_rate: learning rate of AdamW.
+        sample_shape: shape of one sample without batch, for previews; default: the shape in the
+            first training batch.
+        input_key: key of the clean samples if the batch is a mapping; the other entries are the
+            conditioning.
+        label_key: the network's argument name for the second entry of a batch (samples, labels), as
+            from ``TensorDataset(images, labels)``; "class_labels" for diffusers networks.
 
     >>> class Net(nn.Module):
     ...     def forward(self, x, t):
@@ -73,12 +77,13 @@ class DiffusionModule(LightningModule):
 
     @property
     def schedule(self) -> NoiseSchedule:
-        """The schedule that is trained on."""
+        """The schedule of the training."""
         return self.noising.schedule
 
     def predict(self, x: Tensor, timesteps: Tensor, **conditioning: Any) -> Tensor:
-        """Return the network's raw output for its input ``x`` (``Noised.x``, or what a sampler
-        hands it), shape of ``x``.
+        """Return the network's raw output for its input ``x``; the shape is that of ``x``.
+
+        The input is ``Noised.x`` in training, or the input from a sampler.
         """
         return prediction_tensor(self.network(x, timesteps, **conditioning))
 
@@ -86,11 +91,14 @@ class DiffusionModule(LightningModule):
         return self.predict(x, timesteps, **conditioning)
 
     def unpack(self, batch: Any) -> tuple[Tensor, dict[str, Any]]:
-        """Return (x_0, conditioning) of a batch: a tensor, (x_0,), (x_0, mapping), (x_0, labels),
-        or a mapping with ``input_key``.
+        """Return (x_0, conditioning) of a batch.
 
-        Override it for other batches, e.g. to encode images to latents. ValueError for entries that
-        have no name: labels without ``label_key``, or more than two entries.
+        A batch is a tensor, (x_0,), (x_0, mapping), (x_0, labels), or a mapping with ``input_key``.
+        Override this method for other batches, e.g. to encode images to latents.
+
+        Raises:
+            ValueError: an entry has no name: labels without ``label_key``, or more than two
+                entries.
         """
         if isinstance(batch, Tensor):
             return batch, {}
@@ -117,13 +125,18 @@ class DiffusionModule(LightningModule):
         )
 
     def global_index(self, start: int, batch: int) -> Sequence[int]:
-        """Return the index of each of ``batch`` samples inside the optimizer step, of which
-        ``start`` went before on this rank.
+        """Return the index of each sample of a batch inside the optimizer step.
 
-        Here: every rank takes each world_size-th sample, as with a DistributedSampler. The index
-        says which noise a sample gets; that no two have the same is all that training needs.
-        Override it where each rank has whole batches, and the noise is to be the same on one
-        process: ``start * world_size + rank * batch + k`` for batches of equal size.
+        The index selects the noise of a sample. Training only needs that no two samples have the
+        same index. By default, every rank takes each world_size-th sample, as with a
+        DistributedSampler.
+
+        Override this method if each rank takes whole batches and the noise must be the same as on
+        one process: ``start * world_size + rank * batch + k`` for batches of equal size.
+
+        Args:
+            start: number of samples before this batch in the step, on this rank.
+            batch: number of samples in the batch.
         """
         rank, world_size = replicas(self.trainer)
         return [(start + k) * world_size + rank for k in range(batch)]
@@ -137,9 +150,7 @@ class DiffusionModule(LightningModule):
         return loss
 
     def _place(self, samples: int, batch_idx: int) -> dict[str, Any]:
-        """Return the optimizer step of a batch, the indices of its samples in it, and how many
-        samples the step has.
-        """
+        """Return the optimizer step, the indices of the batch's samples, and the step's size."""
         trainer = self.trainer
         accumulate = trainer.accumulate_grad_batches
         start, full = self._accumulation.batch(
@@ -158,7 +169,7 @@ class DiffusionModule(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         x0, conditioning = self.unpack(batch)
-        # the batch's number stands in for the step: the same noise and times at every validation
+        # batch number as step: the same noise and times in every validation
         samples = len(x0)
         noised = self.validation_noising(
             x0,
@@ -171,7 +182,7 @@ class DiffusionModule(LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        # a learned log-variance is a statistic of the loss: decay would pull it to 0 and bias it
+        # no decay: a learned log-variance is a statistic of the loss, decay to 0 would bias it
         learned = [p for p in self.noising.parameters() if p.requires_grad]
         kept = set(learned)
         groups: list[dict[str, Any]] = [

@@ -1,5 +1,6 @@
-"""Networks from their configs: a checkpoint says which diffusers model it holds in plain JSON, and
-nothing is unpickled.
+"""Build networks from configs: a checkpoint names its diffusers model in plain JSON.
+
+Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from ..noising.utils.config_reading import mapping
 from ..noising.utils.registry import shown, unknown
 
-# of a network's config: no width, number of layers or vocabulary is larger
+# upper limit in a network config: no width, number of layers or vocabulary is larger
 LARGEST_SETTING = 1 << 20
 
 
@@ -31,7 +32,7 @@ def network_config(network: nn.Module) -> dict[str, Any] | None:
     config = getattr(network, "config", None)
     if not isinstance(config, Mapping) or not type(network).__module__.startswith("diffusers."):
         return None
-    # a FrozenDict would make the checkpoint unloadable with weights_only
+    # weights_only cannot load a FrozenDict
     plain = json.loads(json.dumps(dict(config), default=str))
     return {
         "_class_name": type(network).__name__,
@@ -42,11 +43,17 @@ def network_config(network: nn.Module) -> dict[str, Any] | None:
 def build_network(
     config: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None
 ) -> nn.Module:
-    """Return a new diffusers model, with random weights, from :func:`network_config`'s dict.
+    """Return a new diffusers model with random weights, from the dict of :func:`network_config`.
 
-    Only model classes of diffusers are looked up, so a config cannot name other code. ``weights``:
-    what will be loaded into it; a config of a larger network is refused before that takes any
-    memory. Raises ValueError for other names, and for settings of which no network can be made.
+    Only model classes of diffusers are looked up, so a config cannot run other code.
+
+    Args:
+        config: the network config.
+        weights: the weights to load later. If the config's network is larger, it is rejected before
+            memory is allocated.
+
+    Raises:
+        ValueError: the class is not a diffusers model, or the settings are not valid for it.
 
     >>> build_network({"_class_name": "Popen"})  # doctest: +ELLIPSIS
     Traceback (most recent call last):
@@ -73,16 +80,17 @@ def build_network(
         with _no_larger_than(weights):
             _try_without_memory(make, values)
             return cast(nn.Module, make(values))
-    except (
-        Exception
-    ) as error:  # whatever the constructor of a class says to settings that are not its own
+    except Exception as error:  # constructors raise any type of error for invalid settings
         raise ValueError(
             f"no {name} can be made of the network config: {_in_one_line(error)}"
         ) from error
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Load ``weights`` into a network; ValueError names the first of those that do not fit.
+    """Load ``weights`` into a network.
+
+    Raises:
+        ValueError: weights do not fit; the message names the first of them.
 
     >>> load_weights(nn.Linear(2, 1), {"weight": torch.ones(1, 2)}, "a.ckpt")
     Traceback (most recent call last):
@@ -106,11 +114,13 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str)
 
 
 def import_network(path: str) -> nn.Module:
-    """Return the network that ``package.module:factory`` makes; for networks of your own, named by
-    you and not by a file.
+    """Return the network that ``package.module:factory`` makes.
 
-    Raises ValueError for a name that is none or whose factory makes no module, and ImportError for
-    a module that is not there.
+    This is for your own networks. Only the user may pass the name: it must not be read from a file.
+
+    Raises:
+        ValueError: the name is not valid, or the factory does not return a module.
+        ImportError: the Python module does not exist.
 
     >>> import_network("torch.nn:Identity")
     Identity()
@@ -130,8 +140,7 @@ def import_network(path: str) -> nn.Module:
 
 @contextmanager
 def _no_larger_than(weights: Mapping[str, Tensor]) -> Generator[None, None, None]:
-    """Stop a network that is being built as soon as it has clearly more parameters than there are
-    weights to load.
+    """Stop building a network as soon as it clearly has more parameters than the given weights.
 
     >>> with _no_larger_than({"w": torch.ones(4)}):
     ...     _ = nn.Linear(100, 100)
@@ -139,7 +148,7 @@ def _no_larger_than(weights: Mapping[str, Tensor]) -> Generator[None, None, None
     ValueError: it has more parameters than the 4 weights that are there
     """
     whole = sum(value.numel() for value in weights.values())
-    # a few are made and then replaced
+    # some parameters are created and then replaced
     left = {
         "parameters": 2 * len(weights) + 16,
         "numbers": 2 * whole + 16,
@@ -167,7 +176,7 @@ def _try_without_memory(make: Any, values: dict[str, Any]) -> None:
     except (
         NotImplementedError,
         RuntimeError,
-    ):  # classes that compute with their weights while they are built
+    ):  # the constructor computes with its weights
         return
 
 
@@ -197,8 +206,9 @@ def _require_small(what: str, value: Any) -> None:
 
 
 def _require_number(what: str, value: Any, default: Any) -> None:
-    """Refuse what is no number where a class has one: it may be built with it, and fails when it is
-    called.
+    """Raise ValueError for a non-number if the class has a number as default.
+
+    The class may accept another type in its constructor, and then fail when it is called.
     """
     if isinstance(default, list | tuple) and isinstance(value, list | tuple):
         for part in value:

@@ -1,8 +1,7 @@
-"""Losses by noise level: buckets of log SNR that collect on the device, what they say in words, and
-a picture of them.
+"""Losses by noise level: buckets of log SNR on the device, findings as text, and a plot.
 
-Equal buckets between the ends of the schedule; the outer two are open. Infinite log SNR at either
-end (a zero-SNR terminal step, a clean sample) has a bucket of its own.
+The buckets divide the range of the schedule into equal parts; the first and the last one are open.
+Infinite log SNR at either end (a zero-SNR terminal step, a clean sample) has its own bucket.
 """
 
 from __future__ import annotations
@@ -19,21 +18,19 @@ from torch import Tensor
 
 from ..noising import NoiseSchedule
 
-FURTHEST = (
-    15.0  # log SNR beyond which there is nothing to tell apart: noise, or data, to float32 eyes
-)
-COUNT, ERROR, LOSS, WEIGHT = range(4)  # the rows of sums
-ENOUGH = 20  # samples that uniform times would have brought, before the lack of any is worth a word
-DOMINATES = 0.5  # share of the loss in one bucket
+FURTHEST = 15.0  # largest |log SNR| of an edge: beyond it, float32 sees only noise or only data
+COUNT, ERROR, LOSS, WEIGHT = range(4)  # rows of the sums
+ENOUGH = 20  # minimum expected samples (with uniform times) before a warning about an empty bucket
+DOMINATES = 0.5  # share of the loss in one bucket for a finding
 
 
 @dataclass(frozen=True)
 class Buckets:
-    """Buckets of log SNR: number 0 is log SNR -∞, 1 ... n lie between ``edges`` (n + 1, ascending),
-    n + 1 is +∞.
+    """Buckets of log SNR: 0 is -∞, 1 ... n lie between the ``edges``, n + 1 is +∞.
 
-    ``reach``: the share of each bucket where the times of the curve are drawn uniformly, shape (n +
-    2,).
+    Args:
+        edges: the n + 1 edges, ascending.
+        reach: share of each bucket if the times of the curve are uniform, shape (n + 2,).
 
     >>> buckets = Buckets.of(NoiseSchedule.scaled_linear(), 10)
     >>> len(buckets), buckets.name(0), buckets.name(3)
@@ -59,30 +56,32 @@ class Buckets:
         return Buckets(edges, tuple(share.tolist()))
 
     def index(self, log_snr: Tensor) -> Tensor:
-        """Return the number of the bucket of each log SNR, on its device, without a sync."""
+        """Return the bucket number of each log SNR, on its device, without a sync."""
         return _index(log_snr, self.edges)
 
     def name(self, i: int) -> str:
-        """Return the words for a bucket."""
+        """Return the bucket's name for messages."""
         if i in (0, len(self) - 1):
             return "zero SNR" if i == 0 else "infinite SNR"
         return f"log SNR {self.edges[i - 1]:.1f} to {self.edges[i]:.1f}"
 
     def tag(self, i: int) -> str:
-        """Return the bucket's name for loggers, which sort by it."""
+        """Return the bucket's name for loggers, which sort by name."""
         if i in (0, len(self) - 1):
             return f"{i:02d}_{self.name(i).replace(' ', '_')}"
         return f"{i:02d}_{self.edges[i - 1]:.1f}_to_{self.edges[i]:.1f}"
 
     def zeros(self, device: torch.device) -> Tensor:
-        """Return empty sums: rows of samples, errors, weighted errors and weights; shape (4, number
-        of buckets), float32.
+        """Return empty sums, shape (4, number of buckets), float32.
+
+        The rows are samples, errors, weighted errors and weights.
         """
         return torch.zeros(4, len(self), device=device)
 
     def add(self, sums: Tensor, log_snr: Tensor, errors: Tensor, weight: Tensor) -> None:
-        """Add samples to ``sums``, in place and without waiting for the device. All of shape
-        (batch,).
+        """Add samples to ``sums``, in place and without a sync of the device.
+
+        ``log_snr``, ``errors`` and ``weight`` have shape (batch,).
 
         >>> buckets = Buckets.of(NoiseSchedule.flow(), 2)
         >>> sums = buckets.zeros(torch.device("cpu"))
@@ -108,14 +107,18 @@ def _index(log_snr: Tensor, edges: tuple[float, ...]) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _inner(edges: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # once: the copy makes the host wait
+    # cached: the copy is a sync
     return torch.tensor(edges[1:-1], dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that the sums say: a key, to say it once, whether it is a warning, and the
-    sentence.
+    """One finding about the sums.
+
+    Args:
+        key: identifies the finding, so that it is reported only once.
+        warning: whether the finding is a warning.
+        text: the message.
     """
 
     key: str
@@ -124,12 +127,15 @@ class Finding:
 
 
 def findings(buckets: Buckets, sums: Tensor, drawn: Tensor) -> list[Finding]:
-    """Return what stands out, in words. ``sums``: of the steps just past; ``drawn``: samples by
-    bucket since the start.
+    """Return what is unusual in the sums.
 
-    Named are: buckets of the schedule that no sample ever falls into, samples of weight zero (a
-    terminal step of zero SNR among them), errors that are not finite, and a bucket that makes most
-    of the loss.
+    The findings are: buckets of the schedule that no sample has, samples of weight zero (e.g. a
+    terminal step of zero SNR), errors that are not finite, and a bucket with most of the loss.
+
+    Args:
+        buckets: the buckets.
+        sums: sums of the most recent steps.
+        drawn: samples per bucket since the start.
 
     >>> buckets = Buckets.of(NoiseSchedule.scaled_linear(), 4)
     >>> sums = torch.tensor(
@@ -192,7 +198,7 @@ def _not_finite(buckets: Buckets, sums: Tensor) -> list[Finding]:
 def _dominating(buckets: Buckets, sums: Tensor) -> list[Finding]:
     share, samples = _shares(sums[LOSS]), _shares(sums[COUNT])
     i = int(share.nan_to_num().argmax())
-    # one bucket of few, or one that has most of the samples, makes most of the loss by right
+    # no finding if the bucket also has a large share of the samples
     if not share[i] > DOMINATES or not share[i] > 2 * samples[i]:
         return []
     of_loss, of_samples = _percent(float(share[i])), _percent(float(samples[i]))
@@ -215,8 +221,7 @@ def _percent(share: float) -> str:
 
 
 def means(buckets: Buckets, sums: Tensor) -> dict[str, float]:
-    """Return the mean error and the mean loss of each bucket that has samples, by names for
-    loggers.
+    """Return the mean error and the mean loss of each bucket that has samples, by logger name.
 
     >>> buckets = Buckets.of(NoiseSchedule.flow(), 1)
     >>> means(buckets, torch.tensor([[0.0, 2, 0], [0.0, 6, 0], [0.0, 3, 0], [0.0, 1, 0]]))
@@ -232,17 +237,16 @@ def means(buckets: Buckets, sums: Tensor) -> dict[str, float]:
 
 
 def plot(buckets: Buckets, sums: Tensor, title: str) -> bytes:
-    """Return a PNG: the mean error and loss against log SNR, and the shares of samples and of the
-    loss below.
+    """Return a PNG: mean error and mean loss against log SNR, and the shares of samples and loss.
 
-    Raises ImportError without matplotlib.
+    The shares are in the lower panel. Raises ImportError without matplotlib.
 
     >>> schedule = NoiseSchedule.scaled_linear()
     >>> plot(Buckets.of(schedule, 4), torch.ones(4, 6), "step 500")[:4]
     b'\\x89PNG'
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # not pyplot, whose figures and backend are the user's
+    from matplotlib.figure import Figure  # not pyplot: the user owns its figures and backend
 
     figure = Figure(figsize=(8, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
@@ -253,7 +257,7 @@ def plot(buckets: Buckets, sums: Tensor, title: str) -> bytes:
     above.plot(x, mean[0], "o-", color="#0072B2", label="error, unweighted")
     above.plot(x, mean[1], "s--", color="#D55E00", label="loss, weighted")
     if np.nanmin(np.where(mean > 0, mean, np.inf), initial=np.inf) < math.inf:
-        above.set_yscale("log")  # zeros are left out
+        above.set_yscale("log")  # omits zeros
     above.set_title(title, loc="left")
     above.set_ylabel("mean of a bucket")
     above.legend(frameon=False)
@@ -266,8 +270,9 @@ def plot(buckets: Buckets, sums: Tensor, title: str) -> bytes:
 
 
 def _positions(buckets: Buckets) -> tuple[np.ndarray[Any, Any], tuple[list[float], list[str]]]:
-    """Return where each bucket stands, the infinite ones one place outside, and the ticks that say
-    so.
+    """Return the x position of each bucket, and the ticks with their labels.
+
+    The infinite buckets are one bucket width outside.
     """
     edges = np.asarray(buckets.edges)
     width = edges[1] - edges[0]

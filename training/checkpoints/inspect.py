@@ -44,18 +44,18 @@ class Inspection:
 
     @property
     def schedule(self) -> NoiseSchedule | None:
-        """The whole schedule; None if no source has it or if claims contradict each other."""
+        """The whole schedule, or None if no source has it or if claims contradict each other."""
         found = [s.schedule for s in self.statements if s.schedule is not None]
         return found[0] if found and not self.contradictions else None
 
     @property
     def prediction(self) -> str | None:
-        """The name of the prediction type; None if it is not stated or contradicted."""
+        """The prediction type's name, or None if no claim has it or if claims disagree."""
         return _only(s.prediction for s in self.statements)
 
     @property
     def zero_terminal_snr(self) -> bool | None:
-        """Whether the discrete schedule ends in pure noise; None if not stated or contradicted."""
+        """Whether the discrete schedule ends in pure noise, or None as for :attr:`prediction`."""
         return _only(s.zero_terminal_snr for s in self.statements)
 
     def __str__(self) -> str:

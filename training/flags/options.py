@@ -146,7 +146,7 @@ def dest_of(name: str) -> str:
     return name.lstrip("-").replace("-", "_")
 
 
-_READ_AS = {  # alphabar's option takes KEY: the script's option may take these
+_READ_AS = {  # what alphabar's option takes: what the script's option may take
     "no value": {"no value"},
     "a number": {"a number", "text", "a value"},
     "text": {"text", "a value"},

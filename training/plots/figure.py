@@ -1,6 +1,6 @@
-"""What all pictures share: their colours, their axes, and how infinite values stand at the edge.
+"""Shared parts of all plots: colours, axes, and marks for infinite values at the edge.
 
-matplotlib, the extra of this name, is imported when a picture is made.
+matplotlib (extra "matplotlib") is imported only when a plot is drawn.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
-"""Okabe and Ito's colours, which the colour-blind can tell apart."""
+"""Okabe and Ito's colours, which colour-blind people can distinguish."""
 MARKS = "osD^vPX<>*h"
 INK, FAINT = "#333333", "#DDDDDD"
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty white figure, in inches; ImportError without matplotlib.
+    """Return an empty white figure; the size is in inches. Raises ImportError without matplotlib.
 
     >>> new_figure(8, 4).get_size_inches().tolist()
     [8.0, 4.0]
@@ -38,7 +38,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def dress(axes: Axes, title: str, x: str, y: str) -> None:
-    """Give axes a title, labels and a faint grid; whole numbers where x is 'step'."""
+    """Give axes a title, labels and a faint grid; use integer ticks if x is 'step'."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_title(title, loc="left", fontsize=10, color=INK)
@@ -53,7 +53,9 @@ def dress(axes: Axes, title: str, x: str, y: str) -> None:
 
 
 def edges(values: Iterable[float]) -> tuple[float, float]:
-    """Return where infinite values are drawn: outside all finite ones by a tenth of their range.
+    """Return the two values at which infinite values are drawn.
+
+    They lie outside all finite values, by a tenth of the range of the finite values.
 
     >>> edges([0.0, 10.0, math.inf])
     (-1.0, 11.0)
@@ -64,7 +66,7 @@ def edges(values: Iterable[float]) -> tuple[float, float]:
 
 
 def mark_infinity(axis: Axis, low: float, high: float, values: Iterable[float]) -> None:
-    """Name the edges at which infinite values stand, where there are any."""
+    """Label the edges at which infinite values are drawn, if there are any."""
     there = set(values)
     ends = {
         at: name
@@ -77,15 +79,15 @@ def mark_infinity(axis: Axis, low: float, high: float, values: Iterable[float]) 
 
 
 def title(figure: Figure, words: str) -> None:
-    """Write over the whole figure what it shows, in as many lines as that takes."""
+    """Write the title of the whole figure, in as many lines as needed."""
     size = 9.5 if len(words) < 100 else 8
-    # DejaVu Sans: about 0.6 em a letter
+    # DejaVu Sans: about 0.6 em per letter
     lines = textwrap.fill(words, int(115 * figure.get_size_inches()[0] / size))
     figure.suptitle(lines, x=0.01, ha="left", fontsize=size, color=INK)
 
 
 def written(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
-    """Return the figure, written to ``path`` where one is given (PNG, SVG or PDF by its name)."""
+    """Return the figure; write it to ``path`` if given (PNG, SVG or PDF, by the file name)."""
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure

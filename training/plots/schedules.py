@@ -1,8 +1,7 @@
-"""Pictures of what training is told: schedules, loss weights and timestep densities, several side
-by side.
+"""Plots of training settings: schedules, loss weights and timestep densities, several side by side.
 
-They need matplotlib, which is imported when one is drawn. What is infinite stands at the edge of
-the picture.
+They need matplotlib, which is imported only when a plot is drawn. Infinite values are drawn at the
+edge of the plot.
 """
 
 from __future__ import annotations
@@ -28,19 +27,28 @@ POINTS = 600
 STYLES = ("-", (0, (5, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)))
 TIME = "share of training time   (data → noise)"
 LOG_SNR = "log SNR   (noise → data)"
-DECADES = 6  # of the weights that are shown
-DENSEST = 8.0  # times the uniform density; what is higher leaves the picture
+DECADES = 6  # of weights to show
+DENSEST = 8.0  # times the uniform density; higher values are cut off
 
 
 def plot_schedules(
     schedules: Mapping[str, NoiseSchedule], path: str | os.PathLike[str] | None = None
 ) -> Figure:
-    """Draw α, σ and log SNR of several schedules over the share of training time; the keys are
-    their labels.
+    """Plot α, σ and log SNR of several schedules over the share of training time.
 
-    A truncated schedule is drawn over the part that it has of the whole. Where SNR is 0 a hollow
-    mark stands at the edge. Returns the Figure, and writes it to ``path``. Raises ValueError for
-    none, ImportError without matplotlib.
+    A truncated schedule is drawn over its part of the whole schedule. Where SNR is 0, a hollow mark
+    is drawn at the edge.
+
+    Args:
+        schedules: the schedules by their labels.
+        path: file to write the figure to.
+
+    Returns:
+        The Figure.
+
+    Raises:
+        ValueError: there are no schedules.
+        ImportError: matplotlib is not installed.
 
     >>> plain = NoiseSchedule.scaled_linear(prediction="v_prediction")
     >>> figure = plot_schedules({"plain": plain, "zero SNR": plain.zero_terminal_snr()})
@@ -61,7 +69,7 @@ def plot_schedules(
         drawn = [value if math.isfinite(value) else math.nan for value in log_snr[label]]
         panels[2].plot(x.tolist(), drawn, label=label, **style)
         for at, value in zip(x.tolist(), log_snr[label], strict=True):
-            # rings around one another, for the ends that several have in common
+            # concentric rings, because several schedules may share an end
             if math.isinf(value):
                 ring = {
                     "marker": "o",
@@ -76,7 +84,7 @@ def plot_schedules(
         axes.set_xlim(-0.02, 1.02)
     loudest = max(float(s.sigma(t).max()) for _, t, s in values.values())
     panels[0].set_ylim(-0.03, 1.05)
-    if loudest > 2:  # variance explodes: σ over decades
+    if loudest > 2:  # variance exploding: σ covers several decades
         panels[1].set_yscale("log")
         panels[1].set_ylim(1e-3, 1.5 * loudest)
     else:
@@ -94,12 +102,20 @@ def plot_weights(
     predictions: Sequence[str] = (),
     path: str | os.PathLike[str] | None = None,
 ) -> Figure:
-    """Draw the weight on the error of the target over log SNR, a panel for each prediction type, a
-    line for each weighting.
+    """Plot the weight on the target's error over log SNR.
 
-    ``predictions``: names; the schedule's own by default. Where a weight is 0 its line ends. Raises
-    ValueError for none, for a weighting that is learned, and for a prediction that is ill-posed on
-    the schedule.
+    There is one panel per prediction type, and one line per weighting. A line ends where its weight
+    is 0.
+
+    Args:
+        schedule: the schedule.
+        weightings: the weightings by their labels.
+        predictions: names of prediction types; default: the schedule's own.
+        path: file to write the figure to.
+
+    Raises:
+        ValueError: there are no weightings, a weighting is learned, or a prediction type is
+            ill-posed on the schedule.
 
     >>> from alphabar.noising import MinSNR
     >>> figure = plot_weights(
@@ -150,8 +166,9 @@ def _weights(label: str, weighting: Weighting, schedule: NoiseSchedule, t: Tenso
 
 
 def is_learned(entry: object) -> bool:
-    """Return whether a weighting or a density has parameters or a history, so that it is unknown
-    before training.
+    """Return whether a weighting or a density has parameters or a history.
+
+    If so, it is unknown before training.
 
     >>> from alphabar.noising import MinSNR
     >>> is_learned(MinSNR())
@@ -170,13 +187,20 @@ def plot_timesteps(
     densities: Mapping[str, Timesteps],
     path: str | os.PathLike[str] | None = None,
 ) -> Figure:
-    """Draw densities of training times over the share of training time and over log SNR, from their
-    quantile functions.
+    """Plot densities of training times over the share of training time and over log SNR.
 
-    The density between two times is the share of samples that falls between them, found by
-    bisection of the quantile function to the last bit, over their distance: there is no drawing and
-    no smoothing. On a discrete schedule it is the probability of each timestep. Raises ValueError
-    for none, and for a density that follows measured losses.
+    The density between two times is the share of samples between them, divided by their distance.
+    The share is found by bisection of the quantile function, to the last bit: there is no random
+    sampling and no smoothing. On a discrete schedule, the plot shows the probability of each
+    timestep.
+
+    Args:
+        schedule: the schedule.
+        densities: the timestep densities by their labels.
+        path: file to write the figure to.
+
+    Raises:
+        ValueError: there are no densities, or a density depends on measured losses.
 
     >>> from alphabar.noising import UniformTimesteps
     >>> figure = plot_timesteps(NoiseSchedule.flow(), {"uniform": UniformTimesteps()})
@@ -210,8 +234,9 @@ def plot_timesteps(
 def densities_of(
     density: Timesteps, curve: Curve
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return (share of training time, density) and (log SNR, density) as float64, exact on each of
-    their intervals.
+    """Return (share of training time, density) and (log SNR, density) as float64.
+
+    Each density is exact on its interval.
 
     >>> from alphabar.noising import Flow, UniformTimesteps
     >>> (x, p), _ = densities_of(UniformTimesteps(), Flow())
@@ -226,11 +251,11 @@ def densities_of(
         between = torch.cat([log_snr[:1], (log_snr[1:] + log_snr[:-1]) / 2, log_snr[-1:]])
         width = -between.diff()
         width[0], width[-1] = 2 * width[0], 2 * width[-1]
-        inside = width.isfinite()  # zero SNR lies at no place of the second axis
+        inside = width.isfinite()  # zero SNR has no position on the log SNR axis
         return (x, mass * len(t)), (log_snr[inside], (mass / width)[inside])
     x = torch.linspace(0, 1, POINTS + 1, dtype=torch.float64)
     shares = _share_until(density, curve, curve.time_at_quantile(x))
-    shares[0] = 0  # what lies at the very first time belongs to the first interval
+    shares[0] = 0  # samples at the first time belong to the first interval
     over_time = shares.diff() * POINTS
     ends = (
         curve.log_snr(torch.tensor([curve.t_max, curve.t_min], dtype=torch.float64))
@@ -244,8 +269,9 @@ def densities_of(
 
 
 def _share_until(density: Timesteps, curve: Curve, t: Tensor) -> Tensor:
-    """Return the share of samples at or before each time: the largest u whose time is no later, by
-    bisection.
+    """Return the share of samples at or before each time.
+
+    It is the largest u whose time is not later, found by bisection.
     """
     low, high = torch.zeros_like(t), torch.ones_like(t)
     for _ in range(53):
@@ -256,8 +282,9 @@ def _share_until(density: Timesteps, curve: Curve, t: Tensor) -> Tensor:
 
 
 def _along(curve: Curve) -> tuple[Tensor, Tensor]:
-    """Return shares of the training time and the times there; a part of a curve lies where it does
-    on the whole.
+    """Return shares of the training time, and the times there.
+
+    A truncated curve keeps its position on the whole curve.
     """
     whole = curve.curve if isinstance(curve, Truncated) else curve
     x = torch.linspace(0, 1, POINTS + 1, dtype=torch.float64)
@@ -271,8 +298,9 @@ def _along(curve: Curve) -> tuple[Tensor, Tensor]:
 
 
 def _styles(count: int) -> Iterable[dict[str, Any]]:
-    """Return how each line looks: colours, when they are used up in another style of line; thinner
-    ones show those below.
+    """Yield the style of each line: all colours, then all colours again with another line style.
+
+    Later lines are thinner, so that the lines below remain visible.
     """
     for i in range(count):
         style = STYLES[i // len(COLOURS) % len(STYLES)]

@@ -1,8 +1,8 @@
-"""Pictures of grids and of tables. They need matplotlib, the extra of this name, which is imported
-when one is drawn.
+"""Plots of grids and of sampler tables.
 
-Log SNR is infinite where α = 0 and where x is clean; such a knot stands at the edge of the picture,
-with a hollow mark.
+They need matplotlib (extra "matplotlib"), which is imported only when a plot is drawn. Log SNR is
+infinite where α = 0 and where x is clean. Such a knot is drawn at the edge of the plot, as a hollow
+mark.
 """
 
 from __future__ import annotations
@@ -44,12 +44,22 @@ def plot_grids(
     steps: int = 20,
     path: str | os.PathLike[str] | None = None,
 ) -> Figure:
-    """Draw log SNR against the step, and on a line each the log SNR of every network call, for
-    several grids.
+    """Plot log SNR against the step, and the log SNR of every network call, for several grids.
 
-    ``grids``: names, or mappings of a grid's name under 'grid' and its options. Returns the Figure,
-    and writes it to ``path`` (PNG, SVG or PDF by its name). Raises ValueError for an unknown grid,
-    ImportError without matplotlib.
+    In the second panel, each grid has its own line.
+
+    Args:
+        schedule: the schedule.
+        grids: names, or mappings with the grid's name under 'grid' and its options.
+        steps: number of steps.
+        path: file to write the figure to (PNG, SVG or PDF, by its name).
+
+    Returns:
+        The Figure.
+
+    Raises:
+        ValueError: a grid is unknown.
+        ImportError: matplotlib is not installed.
 
     >>> figure = plot_grids(
     ...     NoiseSchedule.scaled_linear(), ["trailing", {"grid": "karras", "rho": 5.0}], steps=8
@@ -74,7 +84,7 @@ def plot_grids(
     mark_infinity(
         calls.xaxis, low, high, [_log_snr(k) for knots in laid.values() for k in knots[:-1]]
     )
-    if len(laid) <= 10:  # the other panel names them too
+    if len(laid) <= 10:  # the other panel has the names too
         curves.legend(loc="upper left", fontsize=8, frameon=False, handlelength=1.6)
     calls.set_yticks(range(len(laid)), [name.replace(" (", "\n(") for name in laid])
     calls.tick_params(axis="y", length=0)
@@ -84,12 +94,11 @@ def plot_grids(
 
 
 def plot_table(table: Table, path: str | os.PathLike[str] | None = None) -> Figure:
-    """Draw a table: log SNR against the step, and what each step adds to x, coefficient by
-    coefficient.
+    """Plot a table: log SNR against the step, and the coefficients of each step.
 
-    The coefficients are of the row that makes the next x: of x itself, of the network's outputs in
-    the order of the calls, of what earlier steps remembered, and of the noise. Returns the Figure,
-    and writes it to ``path``.
+    The coefficients are those of the row that makes the next x: for x itself, the network outputs
+    in the order of the calls, the memory of earlier steps, and the noise. Returns the Figure, and
+    writes it to ``path``.
 
     >>> from alphabar.sampling import Sampler
     >>> figure = plot_table(Sampler(NoiseSchedule.scaled_linear(), "dpmpp_2m", steps=8).table)
@@ -134,8 +143,10 @@ def plot_table(table: Table, path: str | os.PathLike[str] | None = None) -> Figu
 
 
 def coefficients(table: Table) -> dict[str, list[float | None]]:
-    """Return the coefficients of the row that makes the next x: for each vector of the basis one
-    number per step, None where a step has no such vector.
+    """Return the coefficients of the row that makes the next x.
+
+    For each vector of the basis, there is one number per step, or None if the step has no such
+    vector.
 
     >>> from alphabar.sampling import Sampler
     >>> rows = coefficients(Sampler(NoiseSchedule.scaled_linear(), "ddim", steps=3).table)
@@ -195,7 +206,7 @@ def _curve(
     values = [_log_snr(knot) for knot in knots]
     drawn = [min(max(value, low), high) for value in values]
     solid = [value if math.isfinite(value) else math.nan for value in values]
-    # to the infinite ends
+    # dashed line to the infinite ends
     axes.plot(range(len(drawn)), drawn, color=colour, lw=1.0, ls=(0, (2, 2)), alpha=0.7)
     axes.plot(range(len(solid)), solid, color=colour, marker=mark, ms=4, lw=1.5, label=name)
     for i, value in enumerate(values):
