@@ -60,8 +60,12 @@ def require_image_shape(shape: tuple[int, ...]) -> None:
 def image_grid(pixels: Tensor, columns: int | None = None, margin: int = 2) -> Tensor:
     """Return uint8 images (n, channels, height, width) as one grid (height, width, channels).
 
-    The background is grey. Images are placed row by row. ``columns``: default: the smallest square
-    that holds all images. ``margin``: in pixels.
+    Images are placed row by row.
+
+    Args:
+        pixels: the images.
+        columns: number of columns; default: those of the smallest square that holds all images.
+        margin: width of the grey margin in pixels.
 
     >>> image_grid(torch.zeros(5, 3, 8, 8, dtype=torch.uint8)).shape
     torch.Size([22, 32, 3])

@@ -153,8 +153,11 @@ class InverseGamma(EMAProfile):
 class PowerFunction(EMAProfile):
     """β = (1 - 1/t)^(γ+1), with the γ of ``sigma_rel`` (EDM2, eq. 1 to 3).
 
-    ``sigma_rel``: length of the average, as a share of the training. It must be below 0.3, because
-    no γ gives more. EDM2 stores snapshots of 0.05 and 0.10, and combines them to other lengths.
+    EDM2 stores snapshots of 0.05 and 0.10, and combines them to other lengths.
+
+    Args:
+        sigma_rel: length of the average, as a share of the training; must be below 0.3, because no
+            γ gives more.
 
     >>> round(PowerFunction(sigma_rel=0.1).gamma, 2)
     6.94
@@ -187,8 +190,10 @@ class HalfLife(EMAProfile):
     Old weights lose half of their share in ``half_life`` steps. EDM counts images: divide its
     half-life by the number of images per step.
 
-    ``rampup``: upper bound of the half-life, as a share of the training so far, so that the first
-    weights are forgotten (EDM 0.05, EDM2's baseline 0.09; None for no bound).
+    Args:
+        half_life: half-life in optimizer steps.
+        rampup: upper bound of the half-life, as a share of the training so far, so that the first
+            weights are forgotten (EDM 0.05, EDM2's baseline 0.09; None for no bound).
 
     >>> HalfLife(half_life=10.0)(1000), HalfLife(half_life=10.0)(20)
     (0.93303..., 0.5)

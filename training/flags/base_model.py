@@ -68,9 +68,9 @@ def diffusers_scheduler(schedule: NoiseSchedule, like: Any = None) -> Any:
 def schedule_of_base_model(args: argparse.Namespace) -> NoiseSchedule | None:
     """Return the schedule from the script's own flags, or None if no such flag is set.
 
-    The flags are ``--pretrained_model_name_or_path``, or the beta flags of train_unconditional. The
-    first is a folder or a hub repository, at ``--revision``. Only its scheduler config is read,
-    from the hub's cache if possible; nothing else is downloaded.
+    ``--pretrained_model_name_or_path`` is a folder or a hub repository, at ``--revision``. Only its
+    scheduler config is read, from the hub's cache if possible; nothing else is downloaded. Without
+    that flag, the beta flags of train_unconditional define the schedule.
 
     Raises:
         ValueError: the config does not exist or cannot be read; the message says what to pass.
