@@ -1,6 +1,4 @@
-"""Noise schedules and what training needs of them: curves, prediction types, weights, timesteps,
-noise.
-"""
+"""Noise schedules and training noise: curves, prediction types, weights, timesteps, noise."""
 
 from .curves import (
     CURVES,

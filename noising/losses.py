@@ -1,5 +1,4 @@
-"""Kinds of loss: what an error of the network's output counts, element by element, before any
-weight.
+"""Kinds of loss: the loss of each output element, before any weight.
 
 With d the error and c > 0 the threshold between quadratic and linear:
 
@@ -11,15 +10,15 @@ With d the error and c > 0 the threshold between quadratic and linear:
     smooth_l1     2 (√(d² + c²) - c): d² / c for small d, 2 |d| for large; "smooth_l1" of
                   sd-scripts, not torch's
 
-The threshold may depend on the noise level. It is large, i.e. the loss is more quadratic, where the
-sample is clean:
+The threshold may depend on the noise level. It is large where the sample is clean, i.e. the loss is
+more quadratic there:
 
     constant      c
     exponential   c^fraction, the fraction of training time (0 clean, 1 noise)
     snr           (1 - c) / (1 + s)² + c, s = σ / α: 1 where the sample is clean, c at pure noise
 
-A weighting makes the squared error mean the same for every target; under the other losses targets
-differ.
+With the squared error, a weighting gives the same objective for every target. With the other losses
+the objective depends on the target.
 """
 
 from __future__ import annotations
@@ -45,14 +44,12 @@ THRESHOLDS: Mapping[str, Threshold] = {
     "exponential": lambda c, s, fraction: c**fraction,
     "snr": lambda c, s, fraction: (1 - c) / (1 + s) ** 2 + c,
 }
-"""Every schedule of a threshold: (c, s = σ / α, fraction of training time) -> c at that noise
-level.
-"""
+"""The threshold schedules by name: (c, s = σ / α, fraction of training time) -> c at that level."""
 
 
 @dataclass(frozen=True)
 class Loss(ABC):
-    """A kind of loss; subclasses state it for one element.
+    """Base class of a kind of loss; a subclass computes the loss of one element.
 
     >>> L1()(torch.tensor([-2.0, 0.5]), None)
     tensor([2.0000, 0.5000])
@@ -62,19 +59,21 @@ class Loss(ABC):
 
     @abstractmethod
     def __call__(self, error: Tensor, threshold: Tensor | None) -> Tensor:
-        """Return the loss of each element of ``error``; ``threshold`` is what :meth:`threshold`
-        returned.
+        """Return the loss of each element of ``error``.
+
+        ``threshold`` is the result of :meth:`threshold`.
         """
 
     def threshold(self, sigma_ve: Tensor, fraction: Tensor) -> Tensor | None:
-        """Return the threshold at noise levels σ / α and fractions of training time; None for a
-        loss that has none.
+        """Return the threshold at noise levels σ / α and fractions of training time.
+
+        The result is None for a loss without a threshold.
         """
         return None
 
 
 LOSSES: Registry[type[Loss]] = Registry("loss")
-"""Every kind of loss by its name; ``@LOSSES.register`` above a class adds one."""
+"""The kinds of loss by name; decorate a class with ``@LOSSES.register`` to add one."""
 
 
 @LOSSES.register
@@ -109,12 +108,19 @@ class L1(Loss):
 
 @dataclass(frozen=True)
 class ThresholdLoss(Loss):
-    """A loss that is quadratic below a threshold and linear above.
+    """A loss that is quadratic below a threshold and linear above it.
 
-    ``c``: its parameter, ``schedule``: a name of ``THRESHOLDS``, ``scale``: a factor of the
-    threshold. The arguments mean what ``--huber_c``, ``--huber_schedule`` and ``--huber_scale`` of
-    sd-scripts do; there the factor is ignored under "snr", here it is refused. Raises ValueError
-    where c or scale is not positive, or c of a schedule that starts from 1 is above 1.
+    The arguments correspond to ``--huber_c``, ``--huber_schedule`` and ``--huber_scale`` of
+    sd-scripts. sd-scripts ignores the scale under "snr"; here it raises ValueError.
+
+    Args:
+        c: parameter of the threshold.
+        schedule: a name of ``THRESHOLDS``.
+        scale: factor of the threshold.
+
+    Raises:
+        ValueError: if c or scale is not positive, if c is above 1 under a schedule that starts from
+            1, and for a scale under "snr".
 
     >>> PseudoHuber(c=0.1, schedule="exponential").threshold(
     ...     torch.tensor([1.0]), fraction=torch.tensor([0.5])
@@ -160,8 +166,9 @@ def _given(threshold: Tensor | None) -> Tensor:
 @LOSSES.register
 @dataclass(frozen=True)
 class Huber(ThresholdLoss):
-    """torch's Huber loss: d² / 2 where |d| <= c, else c (|d| - c / 2). By default c = 1, constant,
-    as torch's delta.
+    """torch's Huber loss: d² / 2 where |d| <= c, else c (|d| - c / 2).
+
+    The default is c = 1, constant, as torch's delta.
 
     >>> Huber()(torch.tensor([0.5, 3.0]), torch.tensor(1.0))
     tensor([0.1250, 2.5000])
@@ -174,15 +181,16 @@ class Huber(ThresholdLoss):
     def __call__(self, error: Tensor, threshold: Tensor | None) -> Tensor:
         c, d = _given(threshold), error.abs()
         within = torch.minimum(d, c)
-        # d²/2 where d <= c, c (d - c/2) above: one form, without a branch
+        # d²/2 where d <= c, c (d - c/2) above, in one formula without a branch
         return within * (d - 0.5 * within)
 
 
 @LOSSES.register
 @dataclass(frozen=True)
 class PseudoHuber(ThresholdLoss):
-    """2c (√(d² + c²) - c), which sd-scripts and diffusers call "huber": the squared error for small
-    d (2403.16728).
+    """2c (√(d² + c²) - c): the squared error for small d (2403.16728).
+
+    sd-scripts and diffusers call it "huber".
 
     >>> PseudoHuber(schedule="constant")(torch.tensor([0.0, 3.0]), torch.tensor(4.0))
     tensor([0., 8.])
@@ -197,8 +205,9 @@ class PseudoHuber(ThresholdLoss):
 @LOSSES.register
 @dataclass(frozen=True)
 class SmoothL1(ThresholdLoss):
-    """2 (√(d² + c²) - c), which sd-scripts calls "smooth_l1": twice the absolute error for large d.
-    Not torch's smooth_l1_loss.
+    """2 (√(d² + c²) - c): twice the absolute error for large d.
+
+    sd-scripts calls it "smooth_l1". It is not torch's smooth_l1_loss.
 
     >>> SmoothL1(schedule="constant")(torch.tensor([0.0, 3.0]), torch.tensor(4.0))
     tensor([0., 2.])
@@ -211,14 +220,15 @@ class SmoothL1(ThresholdLoss):
 
 
 def _above(d: Tensor, c: Tensor) -> Tensor:
-    # √(d² + c²) - c without the cancellation for small d, which would round errors below c · 1e-4
-    # to 0 in float32
+    # √(d² + c²) - c without cancellation for small d, which in float32 would round errors below
+    # c · 1e-4 to 0
     return d**2 / ((d**2 + c**2).sqrt() + c)
 
 
 def resolve_loss(loss: str | Loss) -> Loss:
-    """Return the kind of loss for a name, with options or without, or an object; an unknown name or
-    option is a ValueError.
+    """Return the kind of loss for a name, with or without options, or an object.
+
+    Raises ValueError for an unknown name or option.
 
     >>> resolve_loss("huber:c=0.5")
     Huber(c=0.5, schedule='constant', scale=1.0)
@@ -229,14 +239,20 @@ def resolve_loss(loss: str | Loss) -> Loss:
 def mean_of_samples(
     errors: Tensor, mask: Tensor | None, over: Over = "all"
 ) -> tuple[Tensor, Tensor | None]:
-    """Return each sample's mean of ``errors``, masked, and the share of the sample that the mean
-    counts (None: all of it).
+    """Return each sample's mean of masked ``errors``, and the share of the sample it covers.
 
-    ``errors``: shape (batch, ...). ``mask``: weights in [0, 1] (or bool) that broadcast to it, e.g.
-    (batch, 1, h, w), of as many axes. ``over="all"`` averages mask · error over all elements, as
-    sd-scripts does, so a small mask counts little; ``over="mask"`` averages over the masked area.
-    An empty mask gives 0. Raises ValueError for other shapes, for integer masks, and (on the CPU,
-    where looking costs no sync) for values outside [0, 1].
+    The share is None if there is no mask (the mean covers the whole sample).
+
+    Args:
+        errors: shape (batch, ...).
+        mask: weights in [0, 1] (or bool) that broadcast to ``errors``, e.g. (batch, 1, h, w), with
+            the same number of axes. An empty mask gives 0.
+        over: ``"all"`` averages mask · error over all elements, as sd-scripts does, so a small mask
+            has little weight; ``"mask"`` averages over the masked area.
+
+    Raises:
+        ValueError: for other shapes, for integer masks, and for values outside [0, 1] (checked on
+            the CPU, where reading the values costs no sync).
 
     >>> errors, mask = (
     ...     torch.tensor([[[2.0, 4.0]], [[6.0, 8.0]]]),

@@ -1,18 +1,17 @@
-"""Which sample of its optimizer step each sample of a batch is: the global index that its noise and
-its time are drawn from.
+"""Global indices: the index of each sample within its optimizer step.
 
-Sample k of a batch, the samples before it in this step on this process being ``start``, has the
-index
+The noise and the time of a sample are drawn from its global index. Let ``start`` be the number of
+samples before this batch, in this step on this process. Sample k of the batch has the index
 
     (start + k) · world_size + rank,
 
-the place from which a DistributedSampler takes it. So no two samples of a step share an index,
-however unequal the batches of its micro-batches and ranks are, and the same step on one process or
-on several has the same indices.
+which is its position in a DistributedSampler. So no two samples of a step share an index, even if
+the batches of micro-batches and ranks are unequal. The same step has the same indices on one
+process and on several.
 
-``start`` is counted: two integers on the host for each step, which neither copies nor checkpoints
-carry. Where batches are equal it is a function of the micro-batch alone, start = micro_batch ·
-batch, and that is what it is where nothing was counted.
+``start`` is counted with two integers on the host per step. Copies and checkpoints do not contain
+them. With equal batches ``start`` is a function of the micro-batch alone, start = micro_batch ·
+batch; this value is used where nothing was counted.
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ from .utils.validation import require_integer
 
 @dataclass(frozen=True)
 class Place:
-    """The global indices of a batch, and the number of samples over which stratified times are
-    spread.
+    """The global indices of a batch, and the number of samples that stratified times cover.
 
     >>> MicroBatches().take(2, Step(step=0, rank=1, world_size=2), counted=True)
     Place(index=[1, 3], total=4)
@@ -42,8 +40,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Step:
-    """What a call says of the optimizer step that its batch belongs to; the arguments of
-    ``Noising.forward``.
+    """The optimizer step of a call and the place of its batch: arguments of ``Noising.forward``.
 
     >>> Step(step=0, rank=2, world_size=2)
     Traceback (most recent call last):
@@ -89,15 +86,15 @@ class Step:
 
 
 class _Done(NamedTuple):
-    """What one process noised at a step."""
+    """Counts of the calls and samples that one process has noised at a step."""
 
     calls: int = 0
     samples: int = 0
-    first: int = 0  # samples of its first micro-batch
+    first: int = 0  # number of samples of the first micro-batch
 
 
 class MicroBatches:
-    """Counts the micro-batches of the optimizer step that is under way, on the host.
+    """Counts the micro-batches of the current optimizer step, on the host.
 
     >>> counted = MicroBatches()
     >>> for batch in (3, 2):  # a smaller last batch
@@ -108,18 +105,18 @@ class MicroBatches:
 
     def __init__(self) -> None:
         self._step: int | None = None
-        # by (rank, world_size): one process may stand for several
+        # by (rank, world_size): one process may compute several ranks
         self._done: dict[tuple[int, int], _Done] = {}
 
     def take(self, batch: int, step: Step, *, counted: bool) -> Place:
-        """Return the place of the next ``batch`` samples, and count them where ``counted``.
+        """Return the place of the next ``batch`` samples, and count them if ``counted``.
 
-        Raises ValueError for a micro-batch that was counted before, and for more of them than
+        Raises ValueError for a micro-batch that was counted before, and for more micro-batches than
         ``accumulate``.
         """
         if step.index is not None:
             return Place(_given(step.index, batch), _total(step, batch))
-        # a count in the graph would be compiled anew for each number
+        # a count in the graph would recompile for each number
         if torch.compiler.is_compiling():
             if step.micro_batch is None and step.accumulate not in (None, 1):
                 raise ValueError(
@@ -134,15 +131,14 @@ class MicroBatches:
         done = self._done.get(who, _Done())
         micro_batch = _next(done.calls, step)
         first = done.first or batch
-        # those that were left out, after a resume inside of a step, are taken to be as large as the
-        # others
+        # after a resume inside a step, assume that skipped micro-batches have the size of the first
         start = done.samples + (micro_batch - done.calls) * first
         self._done[who] = _Done(micro_batch + 1, start + batch, first)
         return _strided(start, batch, step, first)
 
 
 def _next(calls: int, step: Step) -> int:
-    """Return the number of this micro-batch, where ``calls`` were counted."""
+    """Return the number of this micro-batch; ``calls`` micro-batches were counted before."""
     if step.micro_batch is None:
         if step.accumulate is not None and calls >= step.accumulate:
             raise ValueError(
@@ -162,7 +158,7 @@ def _next(calls: int, step: Step) -> int:
 
 
 def _strided(start: int, batch: int, step: Step, size: int) -> Place:
-    """Return the place of the samples after ``start`` where each rank takes every world_size-th."""
+    """Return the place of the samples after ``start``; a rank takes every world_size-th index."""
     return Place(
         [(start + k) * step.world_size + step.rank for k in range(batch)], _total(step, size)
     )
@@ -175,7 +171,7 @@ def _total(step: Step, size: int) -> int:
 
 
 def _given(index: Sequence[int] | Tensor, batch: int) -> list[int]:
-    # a tensor, or an array of numpy
+    # a tensor or a numpy array
     values: Any = cast(Any, index).tolist() if hasattr(index, "tolist") else list(index)
     if not isinstance(values, list) or len(values) != batch:
         raise ValueError(

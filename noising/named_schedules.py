@@ -1,4 +1,4 @@
-"""The schedules that have a name: what NoiseSchedule can be made from."""
+"""The named schedules: constructors of NoiseSchedule."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ S = TypeVar("S", bound="Constructors")
 
 
 class Constructors:
-    """What :class:`NoiseSchedule` is made with; each takes a curve's settings and the
-    ``prediction`` type, name or object.
+    """The constructors of :class:`NoiseSchedule`.
+
+    Each takes the settings of a curve and the ``prediction`` type, a name or an object.
 
     >>> from alphabar.noising import NoiseSchedule
     >>> NoiseSchedule.sigmoid(prediction="sample").prediction.name
@@ -61,8 +62,7 @@ class Constructors:
         num_train_timesteps: int = 1000,
         prediction: str | Prediction = "epsilon",
     ) -> S:
-        """Return the schedule of Stable Diffusion, linear in sqrt(beta) (Rombach et al.
-        2112.10752).
+        """Return Stable Diffusion's schedule, linear in sqrt(beta) (Rombach et al. 2112.10752).
 
         >>> import torch
         >>> from alphabar.noising import NoiseSchedule
@@ -92,7 +92,7 @@ class Constructors:
         num_train_timesteps: int = 1000,
         prediction: str | Prediction = "epsilon",
     ) -> S:
-        """Return the schedule of GeoDiff, betas that follow a sigmoid (Xu et al. 2203.02923).
+        """Return the schedule of GeoDiff, with sigmoid betas (Xu et al. 2203.02923).
 
         >>> from alphabar.noising import NoiseSchedule
         >>> round(NoiseSchedule.sigmoid().alphas_cumprod[-1].item(), 7)
@@ -104,12 +104,11 @@ class Constructors:
     def laplace(
         cls: type[S], num_train_timesteps: int = 1000, prediction: str | Prediction = "epsilon"
     ) -> S:
-        """Return the Laplace schedule, most of whose times lie near log SNR 0 (Hang et al.
-        2407.03297; μ = 0, b = 1/2).
+        """Return the Laplace schedule (Hang et al. 2407.03297; μ = 0, b = 1/2).
 
-        The schedule of that name in diffusers has α where α² is meant: it is
-        ``Discrete("laplace_diffusers")``, and what :meth:`NoiseSchedule.from_pretrained` makes of
-        such a config.
+        Most of its times lie near log SNR 0. The schedule with this name in diffusers uses α in
+        place of α². Here it is ``Discrete("laplace_diffusers")``, and
+        :meth:`NoiseSchedule.from_pretrained` returns it for such a config.
 
         >>> import torch
         >>> from alphabar.noising import NoiseSchedule
@@ -123,7 +122,7 @@ class Constructors:
     def exp(
         cls: type[S], num_train_timesteps: int = 1000, prediction: str | Prediction = "epsilon"
     ) -> S:
-        """Return the schedule ᾱ(t) = e^(-12 t), whose betas are all the same.
+        """Return the schedule ᾱ(t) = e^(-12 t), whose betas are all equal.
 
         >>> from alphabar.noising import NoiseSchedule
         >>> round(NoiseSchedule.exp().alphas_cumprod[499].log().item(), 6)
@@ -135,7 +134,7 @@ class Constructors:
     def from_betas(
         cls: type[S], betas: Sequence[float] | Tensor, prediction: str | Prediction = "epsilon"
     ) -> S:
-        """Return the schedule of T given betas, each in (0, 1]; only the last may be 1.
+        """Return the schedule with these T betas, each in (0, 1]; only the last may be 1.
 
         >>> from alphabar.noising import NoiseSchedule
         >>> NoiseSchedule.from_betas([0.1, 0.2, 0.3]).curve.num_train_timesteps
@@ -151,7 +150,7 @@ class Constructors:
         num_train_timesteps: int = 1000,
         prediction: str | Prediction = "flow_prediction",
     ) -> S:
-        """Return rectified flow with a static shift of the noise level (Esser et al. 2403.03206).
+        """Return rectified flow with a static shift of σ (Esser et al. 2403.03206).
 
         >>> import torch
         >>> from alphabar.noising import NoiseSchedule
@@ -168,8 +167,9 @@ class Constructors:
         sigma_data: float = 0.5,
         prediction: str | Prediction | None = None,
     ) -> S:
-        """Return EDM's schedule and, unless another is named, its prediction F (Karras et al.
-        2206.00364, table 1).
+        """Return EDM's schedule (Karras et al. 2206.00364, table 1).
+
+        The prediction type is EDM's F, unless ``prediction`` is given.
 
         >>> from alphabar.noising import NoiseSchedule
         >>> NoiseSchedule.karras().prediction
@@ -227,8 +227,9 @@ class Constructors:
     def cosine(
         cls: type[S], log_snr_shift: float = 0.0, prediction: str | Prediction = "v_prediction"
     ) -> S:
-        """Return the continuous cosine schedule with a log-SNR shift (2202.00512; 2301.11093, eq.
-        4).
+        """Return the continuous cosine schedule with a log-SNR shift.
+
+        Sources: 2202.00512; 2301.11093, eq. 4.
 
         >>> from alphabar.noising import NoiseSchedule
         >>> NoiseSchedule.cosine().has_zero_terminal_snr

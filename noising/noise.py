@@ -1,11 +1,10 @@
-"""Training noise: what a kind of noise adds to the plain Gaussian ε, whether the target sees it,
-and the kinds by their names.
+"""Training noise: the kinds of noise that are added to the plain Gaussian ε.
 
     x_t = α x_0 + σ ε_x,    target = c0 x_0 + c1 ε_y,
     ε_y = ε with the kinds that change the target,    ε_x = ε_y with the kinds that do not.
 
-A kind draws its parts for the whole batch from counters (utils/rng.py), so that the part of a
-sample depends on nothing else in the batch; on the device of x_0 the parts are put onto ε, by
+A kind draws its parts for the whole batch from counters (utils/rng.py). The part of a sample
+therefore depends on nothing else in the batch. The parts are applied to ε on the device of x_0, by
 operations that round alike on every device.
 """
 
@@ -26,11 +25,11 @@ from .utils.rng import Draws, stream_of
 
 @dataclass(frozen=True)
 class Noise(ABC):
-    """A kind of noise; subclasses have a ``name`` of their own, draw the parts of a batch and put
-    them onto the noise.
+    """Base class of a kind of noise.
 
-    The name is the stream that a kind draws from: kinds of different names are independent of each
-    other.
+    A subclass has its own ``name``, draws the parts of a batch (:meth:`draw`) and applies them to
+    the noise (:meth:`apply`). The name selects the random stream: kinds with different names are
+    independent of each other.
 
     >>> class Flicker(Noise):  # one number for a sample
     ...     name = "flicker"
@@ -49,42 +48,43 @@ class Noise(ABC):
 
     @property
     def changes_target(self) -> bool:
-        """Whether the target is made of this noise too. Where False, the target keeps the noise
-        without it.
-        """
+        """Whether the target contains this noise. If False, only x_t contains it."""
         return True
 
     @property
     def kinds(self) -> tuple[Noise, ...]:
-        """The kinds that this consists of, in the order in which they are applied."""
+        """The kinds in this object, in the order in which they are applied."""
         return (self,)
 
     @abstractmethod
     def draw(self, shape: tuple[int, ...], draws: Draws) -> Tensor:
-        """Return this kind's parts of a batch of samples of shape ``shape`` (no batch axis): shape
-        (batch, ...), float32.
+        """Return this kind's parts of a batch, shape (batch, ...), float32.
 
-        ``draws`` has ``normal(*shape)`` and ``uniform(*shape)``, which put the batch first and go
-        on where the call before ended, and the optimizer ``step``. No row of the parts may depend
-        on another: no mean over the batch, no shape that follows from what was drawn, and no
-        operation (a matrix product, say) that rounds by a row's place in the batch.
+        No row of the parts may depend on another row: no mean over the batch, no shape that depends
+        on drawn values, and no operation (e.g. a matrix product) whose rounding depends on the
+        position of the row in the batch.
+
+        ``shape``: shape of a sample, without the batch axis. ``draws``: has the methods
+        ``normal(*shape)`` and ``uniform(*shape)``, which add the batch axis first and continue
+        where the previous call ended, and the optimizer ``step``.
         """
 
     @abstractmethod
     def apply(self, noise: Tensor, part: Tensor, x0: Tensor) -> Tensor:
-        """Return ``noise``, shape (batch, ...), with the parts of this batch; ``x0`` is the clean
-        batch. All on one device.
+        """Return ``noise``, shape (batch, ...), with the parts of this batch applied.
+
+        ``x0`` is the clean batch. All tensors are on one device.
         """
 
 
 NOISES: Registry[type[Noise]] = Registry("noise")
-"""Every kind of noise by its name; ``@NOISES.register`` above a class adds one."""
+"""The kinds of noise by name; decorate a class with ``@NOISES.register`` to add one."""
 
 
 @NOISES.register
 @dataclass(frozen=True)
 class Gaussian(Noise):
-    """Independent standard normal noise: nothing beside ε.
+    """Independent standard normal noise: ε alone.
 
     >>> Gaussian().draw((3,), Draws(0, [4, 5], step=0, stream=0)).shape
     torch.Size([2, 0])
@@ -102,13 +102,18 @@ class Gaussian(Noise):
 @NOISES.register
 @dataclass(frozen=True)
 class Offset(Noise):
-    """Offset noise: ε + s · ξ with one ξ ~ N(0, 1) per channel, constant over the other axes
-    (Guttenberg 2023).
+    """Offset noise: ε + s · ξ with one ξ ~ N(0, 1) per channel (Guttenberg 2023).
 
-    The mean of a channel then has variance s² more. The target is made of the offset noise as well.
-    ``random_strength``: s is drawn from U(0, strength), for each sample. ``probability``: of a
-    sample to get an offset at all. ValueError for a negative or infinite strength, and for a
-    probability outside 0 ... 1.
+    ξ is constant over the other axes, so the variance of a channel's mean increases by s². The
+    target contains the offset noise too.
+
+    Args:
+        strength: s, at least 0 and finite.
+        random_strength: draw s from U(0, strength) for each sample.
+        probability: probability that a sample gets an offset.
+
+    Raises:
+        ValueError: for a negative or infinite strength, and for a probability outside 0 ... 1.
 
     >>> Offset(0.1).draw((3, 8, 8), Draws(0, [4, 5], step=0, stream=0)).shape
     torch.Size([2, 3, 1, 1])
@@ -138,13 +143,20 @@ class Offset(Noise):
 @NOISES.register
 @dataclass(frozen=True)
 class AdaptiveOffset(Noise):
-    """Offset noise whose strength follows the sample: s = max(0, strength + scale · |mean of the
-    channel of x_0|).
+    """Offset noise of strength s = max(0, strength + scale · |mean of the channel of x_0|).
 
-    kohya's --noise_offset with --adaptive_noise_scale. The target is made of the offset noise as
-    well. ``scale`` may be negative. ``random_strength`` and ``probability`` as in :class:`Offset`:
-    the strength before the scale is added is drawn from U(0, strength). ValueError for a negative
-    or infinite strength, an infinite scale, and a probability outside 0 ... 1.
+    This is kohya's --noise_offset with --adaptive_noise_scale. The target contains the offset noise
+    too.
+
+    Args:
+        strength: strength before the scale is added, at least 0 and finite.
+        scale: factor of the channel's mean; may be negative.
+        random_strength: draw the strength before the scale is added from U(0, strength).
+        probability: probability that a sample gets an offset.
+
+    Raises:
+        ValueError: for a negative or infinite strength, an infinite scale, and a probability
+            outside 0 ... 1.
 
     >>> kind = AdaptiveOffset(strength=0.0, scale=0.5)
     >>> kind.apply(torch.zeros(1, 1, 2), torch.ones(1, 1, 1), torch.tensor([[[-2.0, -1.0]]]))
@@ -166,8 +178,9 @@ class AdaptiveOffset(Noise):
             )
 
     def draw(self, shape: tuple[int, ...], draws: Draws) -> Tensor:
-        """Return ξ of each channel, and below them, where the strength is random, the share of it
-        that is drawn.
+        """Return ξ of each channel.
+
+        If the strength is random, one more channel holds the drawn share of the strength.
         """
         part, one = _per_channel(shape, draws), [1] * len(shape)
         share = draws.uniform(*one) if self.random_strength else None
@@ -187,15 +200,17 @@ class AdaptiveOffset(Noise):
 @NOISES.register
 @dataclass(frozen=True)
 class Pyramid(Noise):
-    """Pyramid (multi-resolution) noise: ε plus ``discount``^i times noise on grids r^i coarser, r ~
-    U(2, 4) (Whitaker 2023).
+    """Pyramid (multi-resolution) noise: ε plus noise on coarser grids (Whitaker 2023).
 
-    As in kohya's --multires_noise_iterations and --multires_noise_discount: i from 0, so that the
-    first is another white noise; the grids are enlarged linearly, and the last has one cell along
-    an axis. Given the grids, each element is divided by its own exact standard deviation, so the
-    variance is 1 everywhere (kohya divides by the measured one of the whole batch). The target is
-    made of the pyramid as well. ValueError for fewer than 1 iteration, for a discount outside 0 ...
-    1, and for samples without an axis beside the channels.
+    Grid i is r^i times coarser, r ~ U(2, 4), and its noise has the factor ``discount``^i, as in
+    kohya's --multires_noise_iterations and --multires_noise_discount. i starts from 0, so the first
+    grid is another white noise. The grids are enlarged linearly, and the last one has one cell
+    along an axis. Given the grids, each element is divided by its own exact standard deviation, so
+    the variance is 1 everywhere (kohya divides by the measured one of the whole batch). The target
+    contains the pyramid too.
+
+    Raises ValueError for fewer than 1 iteration, for a discount outside 0 ... 1, and for samples
+    whose only axis is the channels.
 
     >>> Pyramid(discount=0.3).draw((3, 8, 8), Draws(0, [5, 6], step=0, stream=0)).shape
     torch.Size([2, 4, 8, 8])
@@ -213,8 +228,9 @@ class Pyramid(Noise):
             )
 
     def draw(self, shape: tuple[int, ...], draws: Draws) -> Tensor:
-        """Return what is added to ε, and below its channels the factor that makes the variance of
-        the sum 1.
+        """Return the noise that is added to ε, and one more channel with a factor.
+
+        The factor makes the variance of the sum 1.
         """
         if len(shape) < 2:
             raise ValueError(
@@ -230,8 +246,8 @@ class Pyramid(Noise):
                 torch.ones(batch, device=device, dtype=torch.float32),
             )
             for _ in range(i):
-                power = power * r  # pow() rounds by the place in the batch
-            # each sample has a grid of its own inside the largest, which r >= 2 bounds
+                power = power * r  # rounding of pow() depends on the batch position
+            # each sample has its own grid, inside the largest one; r >= 2 bounds the largest
             octave = draws.normal(shape[0], *(max(1, n >> i) for n in shape[1:]))
             spread, last = (
                 torch.ones(batch, *[1] * axes, device=device, dtype=torch.float32),
@@ -257,12 +273,17 @@ class Pyramid(Noise):
 @NOISES.register
 @dataclass(frozen=True)
 class InputPerturbation(Noise):
-    """Input perturbation: x_t is made of ε + γ ξ, the target of ε alone (Ning et al. 2301.11706,
-    algorithm 1; γ = 0.1).
+    """Input perturbation: x_t contains ε + γ ξ, the target contains ε alone.
 
-    ``random_strength``: γ is drawn from U(0, strength), for each sample. ``decay_steps``: γ falls
-    linearly to 0 over so many optimizer steps. ValueError for a negative or infinite strength, and
-    for fewer than 1 step.
+    Source: Ning et al. 2301.11706, algorithm 1, with γ = 0.1.
+
+    Args:
+        strength: γ, at least 0 and finite.
+        random_strength: draw γ from U(0, strength) for each sample.
+        decay_steps: number of optimizer steps over which γ decreases linearly to 0; None: no decay.
+
+    Raises:
+        ValueError: for a negative or infinite strength, and for fewer than 1 step.
 
     >>> InputPerturbation(0.1).changes_target
     False
@@ -298,13 +319,13 @@ class InputPerturbation(Noise):
 @NOISES.register
 @dataclass(frozen=True)
 class Immiscible(Noise):
-    """Immiscible noise: the batch's noises are given to its samples with the least total distance
-    (Li et al. 2406.12303).
+    """Immiscible noise: assign the batch's noises to its samples with the least total distance.
 
-    The permutation is the exact solution of the linear assignment, and the target follows it. It is
-    found within the batch of one process: the noises are the same for every number of processes and
-    every accumulation, which sample gets which is not. Put it last in a chain. On a GPU the host
-    waits for the distances, once a batch.
+    Source: Li et al. 2406.12303. The permutation is the exact solution of the linear assignment
+    problem, and the target uses the same permutation. It is computed within the batch of one
+    process. So the noises are the same for every number of processes and every accumulation, but
+    their assignment to samples is not. Put this kind last in a chain. On a GPU the host waits for
+    the distances once per batch.
 
     >>> noise, x0 = torch.tensor([[1.0], [-1.0]]), torch.tensor([[-3.0], [2.0]])
     >>> Immiscible().apply(noise, torch.empty(2, 0), x0)
@@ -320,8 +341,8 @@ class Immiscible(Noise):
     def apply(self, noise: Tensor, part: Tensor, x0: Tensor) -> Tensor:
         from scipy.optimize import linear_sum_assignment
 
-        # by differences: by products the distances, which differ little in many dimensions, would
-        # lose their digits
+        # by differences: in many dimensions the distances differ little, and products would lose
+        # these digits
         exact = "donot_use_mm_for_euclid_dist"
         with torch.no_grad():
             distance = torch.cdist(
@@ -333,10 +354,10 @@ class Immiscible(Noise):
 
 @dataclass(frozen=True)
 class Chain:
-    """Several kinds, applied in this order; those that do not change the target come last in any
-    case.
+    """Several kinds of noise, applied in this order.
 
-    ValueError for an empty chain; TypeError for what is no kind of noise.
+    Kinds that do not change the target always come last. Raises ValueError for an empty chain, and
+    TypeError for an object that is not a kind of noise.
 
     >>> from alphabar.noising import InputPerturbation, Offset
     >>> Chain((InputPerturbation(0.1), Offset(0.05))).name
@@ -368,7 +389,7 @@ class Chain:
 
     @property
     def changes_target(self) -> bool:
-        """Whether any of the kinds does."""
+        """Whether any of the kinds changes the target."""
         return any(kind.changes_target for kind in self.kinds)
 
 
@@ -381,8 +402,9 @@ def draw_kinds(
     step: int,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, ...]:
-    """Return the parts of each kind for the samples with these global indices; of two kinds of one
-    name the second is numbered.
+    """Return the parts of each kind for the samples with these global indices.
+
+    If two kinds have the same name, the second one gets a numbered random stream.
 
     >>> from alphabar.noising import Offset
     >>> one, two = draw_kinds([Offset(1.0), Offset(1.0)], (3, 8, 8), 0, [4, 5], step=7)
@@ -400,8 +422,9 @@ def draw_kinds(
 def apply_kinds(
     kinds: Sequence[Noise], noise: Tensor, parts: Sequence[Tensor], x0: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return (ε_y, ε_x), the noise of the target and the noise of x_t; ``noise`` is the plain ε,
-    shape of ``x0``.
+    """Return (ε_y, ε_x), the noise of the target and the noise of x_t.
+
+    ``noise`` is the plain ε, shape of ``x0``.
 
     >>> from alphabar.noising import InputPerturbation
     >>> zero, part = torch.zeros(1, 2), torch.full((1, 2), 0.5)
@@ -419,10 +442,10 @@ def apply_kinds(
 
 
 def resolve_noise(noise: str | Noise | Chain | Sequence[str | Noise]) -> Noise | Chain:
-    """Return the kind of noise for a name, with options or without, an object, or a sequence of
-    them.
+    """Return the kind of noise for a name, an object, or a sequence of them.
 
-    An unknown name or option is a ValueError.
+    A name may carry options, e.g. ``offset:strength=0.05``. Raises ValueError for an unknown name
+    or option.
 
     >>> resolve_noise("offset:strength=0.05")
     Offset(strength=0.05, random_strength=False, probability=1.0)
@@ -453,11 +476,10 @@ def _require_probability(probability: float) -> None:
 
 
 def _enlargement(grid: Tensor, fine: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the two cells that each of ``fine`` points lies between, and the share of the second:
-    shape (batch, fine).
+    """Return the two cells around each of ``fine`` points, and the share of the second cell.
 
-    ``grid``: the cells of each sample, shape (batch,). As torch's interpolate of mode "linear" has
-    it.
+    Each has shape (batch, fine). ``grid``: the number of cells of each sample, shape (batch,). This
+    is the formula of torch's interpolate with mode "linear".
     """
     coarse = grid[:, None]
     centres = torch.arange(fine, device=grid.device, dtype=torch.float32) + 0.5
@@ -468,8 +490,9 @@ def _enlargement(grid: Tensor, fine: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _interpolate(octave: Tensor, axis: int, below: Tensor, above: Tensor, part: Tensor) -> Tensor:
-    """Return ``octave``, shape (batch, channels, ...), enlarged along an axis: products and sums of
-    elements, no matrix product.
+    """Return ``octave``, shape (batch, channels, ...), enlarged along an axis.
+
+    It uses products and sums of elements, no matrix product.
     """
     shape = [n if k != axis else below.shape[1] for k, n in enumerate(octave.shape)]
     along = [below.shape[k > 0] if k in (0, axis) else 1 for k in range(octave.ndim)]

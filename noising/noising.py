@@ -1,4 +1,4 @@
-"""Noising: from a batch of clean samples to what a network is trained on.
+"""Noising: make the network's training inputs and targets from a batch of clean samples.
 
 noised = noising(x0, step=step)
 loss = noised.loss(network(noised.x, noised.timesteps))
@@ -29,18 +29,26 @@ from .weighting.checks import warn_of_weights
 
 @dataclass(eq=False)
 class Noised:
-    """A noised batch: what the network sees, what it should answer, and how much each sample
-    counts.
+    """A noised batch: network input, target and weight of each sample.
 
-    ``x`` and ``timesteps`` are what the network is given, as a sampler gives it: ``x`` is x_t, on
-    EDM's curve c_in · x_t, shape (batch, ...), dtype of the clean batch; ``timesteps``: shape
-    (batch,), int64 on discrete schedules. ``x_t``: the noised batch without that scale, shape and
-    dtype of ``x``, for conversions such as ``schedule.to_x0(out, noised.x_t, noised.t)``.
-    ``target``, ``noise`` (the one that the target is made of): shape of ``x``, float32 or better.
-    ``weight`` (importance weights of the times included), ``t`` (times of the curve), ``log_snr``:
-    shape (batch,). ``criterion``: the kind of loss, ``threshold``: its threshold, or None, shape
-    (batch, 1, ...). ``log_variance``: the learned u of the loss weight / e^u · error + u, shape
-    (batch,), or None. Lightning and Fabric hand it on as it is, in the precision that it has.
+    ``x`` and ``timesteps`` are the network inputs, the same as a sampler passes. Lightning and
+    Fabric hand the batch on unchanged, in the precision that it has.
+
+    Args:
+        x: network input: x_t, or c_in · x_t on EDM's curve. Shape (batch, ...), dtype of the clean
+            batch.
+        x_t: noised batch without that scale, shape and dtype of ``x``, for conversions such as
+            ``schedule.to_x0(out, noised.x_t, noised.t)``.
+        timesteps: time input of the network, shape (batch,), int64 on discrete schedules.
+        target: training target, shape of ``x``, float32 or better.
+        weight: weight of each sample, importance weights of the times included, shape (batch,).
+        noise: the noise that the target is computed from, shape of ``x``, float32 or better.
+        t: times of the curve, shape (batch,).
+        schedule: the schedule that the times belong to.
+        listeners: functions that every computed loss calls; see :meth:`Noising.register_loss_hook`.
+        criterion: kind of loss.
+        threshold: threshold of the loss, shape (batch, 1, ...), or None.
+        log_variance: the learned u of the loss weight / e^u · error + u, shape (batch,), or None.
 
     >>> noised = Noising(NoiseSchedule.flow())(torch.zeros(2, 3, 4, 4), step=0)
     >>> noised.loss(noised.target).item()
@@ -68,11 +76,17 @@ class Noised:
     def losses(self, prediction: Any, mask: Tensor | None = None, over: Over = "all") -> Tensor:
         """Return the weighted mean error of each sample, shape (batch,), float32 or better.
 
-        ``prediction`` is the network's output, or an object that holds it as ``.sample``, as
-        diffusers' models return. ``mask`` in [0, 1], e.g. of shape (batch, 1, height, width), says
-        what counts; ``over="all"`` divides by the number of all elements, as sd-scripts does,
-        ``over="mask"`` by the masked area. An empty mask gives 0. Raises ValueError where a shape
-        is not the target's, or does not broadcast to it.
+        Args:
+            prediction: the network's output, or an object that holds it as ``.sample``, as the
+                models of diffusers return.
+            mask: values in [0, 1] that weight the elements, e.g. of shape (batch, 1, height,
+                width). An empty mask gives 0.
+            over: ``"all"`` divides by the number of all elements, as sd-scripts does; ``"mask"``
+                divides by the masked area.
+
+        Raises:
+            ValueError: if the output does not have the shape of the target, or the mask does not
+                broadcast to it.
 
         >>> noised = Noising(NoiseSchedule.flow(), loss="l1")(torch.zeros(1, 2, 4, 4), step=0)
         >>> mask = torch.zeros(1, 1, 4, 4)
@@ -91,7 +105,7 @@ class Noised:
             listener(self, error.detach())
         if self.log_variance is None:
             return self.weight * error
-        # what does not count, or is masked, must not teach u
+        # samples of weight 0 and masked elements must not train u
         counted = (self.weight > 0).to(error.dtype)
         counted = counted if covered is None else counted * covered
         return self.weight * torch.exp(-self.log_variance) * error + counted * self.log_variance
@@ -101,7 +115,7 @@ class Noised:
         return self.losses(prediction, mask, over).mean()
 
     def replaced(self, **values: Any) -> Noised:
-        """Return this batch with other values in some of its fields.
+        """Return this batch with some fields replaced.
 
         >>> noised = Noising(NoiseSchedule.flow())(torch.zeros(2, 3), step=0)
         >>> noised.replaced(weight=2 * noised.weight).weight
@@ -110,7 +124,7 @@ class Noised:
         return Noised(**({one.name: getattr(self, one.name) for one in fields(self)} | values))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Noised:
-        """Return this batch on a device, every dtype as it is.
+        """Return this batch on a device; every dtype stays the same.
 
         >>> Noising(NoiseSchedule.flow())(torch.zeros(2, 3), step=0).to("meta").x.device.type
         'meta'
@@ -124,15 +138,14 @@ class Noised:
         return self.replaced(**moved)
 
 
-# Lightning maps a function over the fields that a dataclass is made of, e.g. a cast to the
-# precision of the network, and fails where it meets a frozen one, as a schedule is. Fields without
-# init it takes over as they are.
+# Lightning maps a function (e.g. a cast) over the init fields of a dataclass, and fails on a frozen
+# one such as a schedule. It copies fields with init=False unchanged.
 for _field in fields(Noised):
     _field.init = False
 
 
 class NoiseDraw(NamedTuple):
-    """What is drawn for a batch, on the CPU: see :meth:`Noising.draw`.
+    """The random values of a batch, on the CPU: see :meth:`Noising.draw`.
 
     >>> Noising(NoiseSchedule.flow()).draw([0], (3,), step=0, total=1).noise.shape
     torch.Size([1, 3])
@@ -143,21 +156,31 @@ class NoiseDraw(NamedTuple):
     noise: Tensor
     """The plain Gaussian noise, shape (batch, ...)."""
     parts: tuple[Tensor, ...]
-    """What each kind of noise adds to it, with the batch first."""
+    """The parts that each kind of noise adds to it, batch axis first."""
     importance: Resampled | None
-    """Bins and weights, where the density follows losses."""
+    """Bins and weights if the density follows losses, else None."""
 
 
 class Noising(nn.Module):
-    """Draw noise and times for a batch, and state the target and the weight of the loss.
+    """Draw noise and times for a batch; compute the target and the loss weight.
 
-    ``weighting``, ``timesteps``, ``noise`` and ``loss`` are names of their registries or objects;
-    ``noise`` also a sequence of them. It is a module so that what is learned or measured (weights,
-    loss history) travels with the checkpoint; it has no parameters unless a scheme has.
-    torch.compile takes a whole step, fullgraph too, but for beta densities, importance sampling and
-    immiscible noise: there compile what follows :meth:`draw`, that is :meth:`at` and the loss.
-    Raises ValueError for unknown names and for times that do not fit the schedule; warns where the
-    weight of a zero-SNR terminal step is 0.
+    This is a module, so that the checkpoint holds what it learns or measures (weights, loss
+    history). It has parameters only if the weighting scheme has parameters. torch.compile compiles
+    a whole step, also with fullgraph, except for beta densities, importance sampling and immiscible
+    noise. For these, compile only the part after :meth:`draw`, i.e. :meth:`at` and the loss. Warns
+    if the weight of a zero-SNR terminal step is 0.
+
+    Args:
+        schedule: the noise schedule.
+        weighting: a name of ``WEIGHTINGS`` or an object.
+        timesteps: a name of ``TIMESTEPS`` or an object.
+        noise: a name of ``NOISES`` or an object, or a sequence of them.
+        seed: seed of noise and times.
+        loss: a name of ``LOSSES`` or an object.
+
+    Raises:
+        TypeError: if ``schedule`` is not a NoiseSchedule.
+        ValueError: for unknown names, and for times that do not fit the schedule.
 
     >>> schedule = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
     >>> noising = Noising(schedule, weighting="uniform", timesteps="stratified", seed=0)
@@ -211,47 +234,48 @@ class Noising(nn.Module):
     ) -> Noised:
         """Return the noised batch of this process at this optimizer step.
 
-        Noise and times are a function of (seed, step, global index), and of nothing else; no two
-        samples of an optimizer step share an index, so gradient accumulation needs nothing but the
-        same ``step`` for its micro-batches:
+        Noise and times depend only on (seed, step, global index). No two samples of an optimizer
+        step share an index. For gradient accumulation, pass the same ``step`` for all micro-batches
+        of a step:
 
             for i, x0 in enumerate(data):
                 noised = noising(x0, step=i // 4)
 
-        In training mode calls at the same step count on by themselves. In eval mode nothing is
-        counted, nor where the call itself is compiled (torch.compile): equal arguments give equal
-        noise, and micro-batches need ``micro_batch``. So does, or ``index``, what computes a
-        forward twice: LBFGS, or activation checkpointing with the Noising inside.
+        In training mode, calls at the same step count the micro-batches automatically. In eval
+        mode, and where the call itself is compiled (torch.compile), nothing is counted: equal
+        arguments give equal noise, and micro-batches need ``micro_batch``. Code that runs a forward
+        twice needs ``micro_batch`` or ``index`` too: LBFGS, or activation checkpointing with the
+        Noising inside.
 
         Args:
             x0: the clean batch, floating point, shape (batch, ...).
-            step: counts optimizer steps.
-            micro_batch: which of the batches of this step it is, from 0; by default the next one.
-                In training, one that was noised already is refused.
-            accumulate: how many there are in a step. Stratified times are then spread over all of
-                them; without it over each micro-batch by itself, which is as right and a little
-                less even.
-            rank, world_size: of the processes that see different data, by default
+            step: number of the optimizer step.
+            micro_batch: number of this micro-batch within the step, from 0; by default the next
+                one. In training mode, a micro-batch that was already noised raises ValueError.
+            accumulate: number of micro-batches in a step. Stratified times are then spread over all
+                of them. Without it they are spread over each micro-batch separately, which is
+                equally correct and slightly less even.
+            rank, world_size: those of the processes that see different data; by default
                 torch.distributed's. Sample k of a batch has the global index (samples before it at
-                this step on this rank + k) · world_size + rank, the place that a DistributedSampler
-                takes it from.
-            index: the global indices themselves, shape (batch,), inside the optimizer step, for
+                this step on this rank + k) · world_size + rank, its position in a
+                DistributedSampler.
+            index: the global indices themselves, shape (batch,), within the optimizer step, for
                 other layouts: with a contiguous batch for each rank ``range(rank * batch, (rank +
-                1) * batch)``. Nothing is counted then, equal indices get equal noise, e.g. the two
-                of a pair.
-            total: the samples of the whole optimizer step, over which stratified times are spread;
-                by default batch · world_size · accumulate, with the batch of the step's first call.
-                Give it, the same everywhere, where ranks have unequal batches.
+                1) * batch)``. Nothing is counted then. Equal indices get equal noise, e.g. the two
+                samples of a pair.
+            total: number of samples of the whole optimizer step, over which stratified times are
+                spread; by default batch · world_size · accumulate, with the batch of the step's
+                first call. If ranks have unequal batches, give the same number on every rank.
             timesteps: times of the curve, shape (batch,), in place of drawn ones; importance
-                weights do not act on them.
-            noise: shape of x0, in place of drawn noise; kinds of noise do not act on it.
+                weights do not apply to them.
+            noise: shape of x0, in place of drawn noise; kinds of noise do not apply to it.
 
         Raises:
-            ValueError: for integer, empty, mis-shaped or non-finite x0 (on a GPU the values of the
-                first batch are checked, later ones would cost a host sync each), for times outside
-                the schedule, for a place outside the optimizer step, and for a micro-batch that was
-                noised already.
-            TypeError: for counters that are no integers.
+            ValueError: for integer, empty, mis-shaped or non-finite x0 (on a GPU only the values of
+                the first batch are checked, as each check costs a host sync); for times outside the
+                schedule; for a sample position outside the optimizer step; for a micro-batch that
+                was already noised.
+            TypeError: for counters that are not integers.
         """
         self._check(x0)
         process_rank, process_count = _process()
@@ -287,11 +311,10 @@ class Noising(nn.Module):
             return super().__call__(*args, **kwargs)
 
     def register_loss_hook(self, listener: Callable[[Noised, Tensor], None]) -> Callable[[], None]:
-        """Call ``listener(noised, errors)`` whenever a loss is computed; return the function that
-        ends it.
+        """Call ``listener(noised, errors)`` on every loss; return a function that removes it.
 
         ``errors``: the unweighted error of each sample, shape (batch,), detached, on the device of
-        the loss. Listeners do not travel with copies, pickles or checkpoints.
+        the loss. Copies, pickles and checkpoints do not contain the listeners.
 
         >>> seen = []
         >>> noising = Noising(NoiseSchedule.flow())
@@ -306,13 +329,12 @@ class Noising(nn.Module):
         return lambda: self._listeners.remove(listener)
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy (an EMA's, say) must not report to those who listen here, nor copy them with it,
-        # and counts for itself
+        # a copy (e.g. of an EMA) must not call these listeners, and has a counter of its own
         return self.__dict__ | {"_listeners": [], "_micro_batches": MicroBatches()}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._micro_batches = MicroBatches()  # a resume begins its step anew
+        self._micro_batches = MicroBatches()  # a resume restarts the count
 
     def draw(
         self,
@@ -326,11 +348,18 @@ class Noising(nn.Module):
     ) -> NoiseDraw:
         """Return times and noise of the samples with these global indices at this step.
 
-        ``total`` is the number of samples in the whole optimizer step, over which stratified times
-        are spread. Every ``total`` consecutive indices are spread by themselves, so that there may
-        be more of them. ``device``: where the noise is made, the same everywhere; times are made on
-        the CPU. On the CPU ``pin_memory`` puts the noise where a copy to the GPU does not make the
-        host wait.
+        Times are always made on the CPU.
+
+        Args:
+            index: global indices of the samples, shape (batch,).
+            shape: shape of a sample, without the batch axis.
+            step: number of the optimizer step.
+            total: number of samples in the whole optimizer step, over which stratified times are
+                spread. Each group of ``total`` consecutive indices is stratified separately, so
+                there may be more indices than ``total``.
+            pin_memory: on the CPU, put the noise in pinned memory, so that a copy to the GPU does
+                not block the host.
+            device: where the noise is made; the values are the same on every device.
 
         >>> drawn = Noising(NoiseSchedule.flow(), noise="offset", seed=1).draw(
         ...     [5, 6], (3, 2), step=2, total=8
@@ -341,14 +370,14 @@ class Noising(nn.Module):
         listed = index.tolist() if isinstance(index, Tensor) else [*index]
         index = torch.as_tensor(index, dtype=torch.int64)
         draws = Draws(self.seed, index, step=step, stream=Stream.TRAINING_NOISE, device=device)
-        # not the default dtype, which is the network's inside of a Lightning step in half precision
+        # explicit float32: in a Lightning step in half precision the default dtype is the network's
         out = torch.empty(
             len(listed), *shape, dtype=torch.float32, device=device, pin_memory=pin_memory
         )
         noise = draws.normal(*shape, out=out)
         parts = draw_kinds(self.noise.kinds, shape, self.seed, index, step=step, device=device)
         index = index.cpu()
-        # 1 - u lies in (0, 1]: pure noise can be drawn, a clean sample cannot
+        # 1 - u lies in (0, 1]: this includes pure noise and excludes a clean sample
         u = 1 - Draws(self.seed, index, step=step, stream=Stream.TRAINING_TIME).uniform(
             dtype=torch.float64
         )
@@ -368,11 +397,18 @@ class Noising(nn.Module):
         )
 
     def at(self, x0: Tensor, t: Tensor, noise: Tensor, parts: Sequence[Tensor] = ()) -> Noised:
-        """Return the noised batch for given times of the curve, shape (batch,), and noise, shape of
-        x0.
+        """Return the noised batch for given times and noise.
 
-        ``parts``: what the kinds of noise drew for the batch; without them ``noise`` is taken as it
-        is.
+        Args:
+            x0: the clean batch, shape (batch, ...).
+            t: times of the curve, shape (batch,).
+            noise: shape of x0.
+            parts: the parts that the kinds of noise drew for the batch; without them ``noise`` is
+                used unchanged.
+
+        Raises:
+            ValueError: for times that are not of shape (batch,), and for timesteps of a discrete
+                schedule in a dtype that cannot hold them.
         """
         curve, prediction = self.schedule.curve, self.schedule.prediction
         if t.shape != x0.shape[:1]:
@@ -423,7 +459,7 @@ class Noising(nn.Module):
     def _with_importance(
         self, noised: Noised, drawn: Resampled | None, step: int, index: Sequence[int]
     ) -> Noised:
-        """Return the batch with importance weights, whose losses the history records."""
+        """Return the batch with importance weights and a listener that records its losses."""
         if drawn is None or self.loss_history is None:
             return noised
         observe, global_index = self.loss_history.observe, torch.tensor(index)
@@ -466,7 +502,10 @@ class Noising(nn.Module):
 
 
 def prediction_tensor(prediction: Any) -> Tensor:
-    """Return the tensor of a network's output: itself, its ``.sample``, or the first of a tuple.
+    """Return the tensor of a network's output.
+
+    It is the output itself, its ``.sample``, or the first element of a tuple. Raises ValueError for
+    any other output.
 
     >>> prediction_tensor((torch.zeros(2), "more")).shape
     torch.Size([2])
@@ -485,8 +524,9 @@ def prediction_tensor(prediction: Any) -> Tensor:
 
 
 def _float32_inside(t: Tensor, curve: Curve) -> Tensor:
-    """Return float64 times as float32 ones, which make no float64 batch, rounded into the curve's
-    range.
+    """Return float64 times as float32, rounded into the range of the curve.
+
+    float64 times would make the batch float64.
     """
     exact, inward = (
         torch.tensor([curve.t_min, curve.t_max], dtype=torch.float64),

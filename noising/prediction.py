@@ -1,15 +1,15 @@
-"""Prediction types: what a network puts out, as two numbers.
+"""Prediction types: the network output as two coefficients.
 
 On the path x_t = α x_0 + σ ε every prediction type is a linear combination
 
     out = c0(α, σ) x_0 + c1(α, σ) ε.
 
-Together with x_t this is a 2x2 system with determinant det = c0 σ - c1 α, so every conversion
-follows from one solve:
+Together with x_t this is a 2x2 system with determinant det = c0 σ - c1 α. One solve gives every
+conversion:
 
     x_0 = (σ out - c1 x_t) / det,        ε = (c0 x_t - α out) / det.
 
-The weight of a loss follows as well: an error Δout at fixed x_t is an error Δx_0 = (σ / det) Δout.
+It also gives the weight of a loss: an error Δout at fixed x_t is an error Δx_0 = (σ / det) Δout.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Number = TypeVar("Number", float, torch.Tensor)
 
 @dataclass(frozen=True)
 class Prediction(ABC):
-    """A prediction type; subclasses state its two numbers.
+    """Base class of a prediction type; a subclass defines the two coefficients.
 
     ``alpha`` and ``sigma`` are floats, or tensors that broadcast against ``x_t``.
 
@@ -48,7 +48,7 @@ class Prediction(ABC):
         """Return (c0, c1) of out = c0 x_0 + c1 ε."""
 
     def determinant(self, alpha: Any, sigma: Any) -> Any:
-        """Return det = c0 σ - c1 α; where it is 0 the output does not determine x_0."""
+        """Return det = c0 σ - c1 α; if it is 0, the output does not determine x_0."""
         c0, c1 = self.coefficients(alpha, sigma)
         return c0 * sigma - c1 * alpha
 
@@ -59,22 +59,22 @@ class Prediction(ABC):
         return -c1 / det, sigma / det
 
     def combine(self, x0: Any, epsilon: Any, alpha: Any, sigma: Any) -> Any:
-        """Return the output that stands for this (x_0, ε): the training target."""
+        """Return the output for this (x_0, ε): the training target."""
         c0, c1 = self.coefficients(alpha, sigma)
         return c0 * x0 + c1 * epsilon
 
     def to_x0(self, out: Any, x_t: Any, alpha: Any, sigma: Any) -> Any:
-        """Return the x_0 that this output and x_t imply."""
+        """Return x_0 from this output and x_t."""
         c0, c1 = self.coefficients(alpha, sigma)
         return (sigma * out - c1 * x_t) / (c0 * sigma - c1 * alpha)
 
     def to_epsilon(self, out: Any, x_t: Any, alpha: Any, sigma: Any) -> Any:
-        """Return the ε that this output and x_t imply."""
+        """Return ε from this output and x_t."""
         c0, c1 = self.coefficients(alpha, sigma)
         return (c0 * x_t - alpha * out) / (c0 * sigma - c1 * alpha)
 
     def to_config(self) -> str | dict[str, Any]:
-        """Return the name, or the name with its parameters where it has any."""
+        """Return the name, or the name with its parameters if there are any."""
         parameters = asdict(self)
         return {"name": self.name, **parameters} if parameters else self.name
 
@@ -123,8 +123,9 @@ class Velocity(Prediction):
 
 @dataclass(frozen=True)
 class FlowVelocity(Prediction):
-    """u = ε - x_0, the velocity of the straight path (Lipman et al. 2210.02747; Esser et al.
-    2403.03206, eq. 2).
+    """u = ε - x_0, the velocity of the straight path.
+
+    Sources: Lipman et al. 2210.02747; Esser et al. 2403.03206, eq. 2.
 
     >>> FlowVelocity().coefficients(0.2, 0.8)
     (-1.0, 1.0)
@@ -152,11 +153,10 @@ class Score(Prediction):
 
 @dataclass(frozen=True)
 class KarrasF(Prediction):
-    """EDM's network F with x_0 = c_skip x̄ + c_out F, x̄ = x_t / α (Karras et al. 2206.00364, eq. 7
-    and table 1).
+    """EDM's network F with x_0 = c_skip x̄ + c_out F, x̄ = x_t / α.
 
-    With s = σ / α: c_skip = σ_d² / (s² + σ_d²) and c_out = s σ_d / sqrt(s² + σ_d²); written in α²,
-    σ² it is finite at α = 0.
+    Source: Karras et al. 2206.00364, eq. 7 and table 1. With s = σ / α: c_skip = σ_d² / (s² + σ_d²)
+    and c_out = s σ_d / sqrt(s² + σ_d²). Written in α² and σ², it is finite at α = 0.
 
     >>> c0, c1 = KarrasF(sigma_data=1.0).coefficients(
     ...     0.6, 0.8
@@ -181,11 +181,11 @@ class KarrasF(Prediction):
 
 @dataclass(frozen=True)
 class Consistency(Prediction):
-    """A consistency model's network F with x_0 = c_skip x̄ + c_out F, x̄ = x_t / α (Song et al.
-    2303.01469, appendix C).
+    """A consistency model's network F with x_0 = c_skip x̄ + c_out F, x̄ = x_t / α.
 
-    With s = σ / α and m = sigma_min: c_skip = σ_d² / ((s - m)² + σ_d²) and c_out = (s - m) σ_d /
-    sqrt(s² + σ_d²). At s = m the output counts for nothing, x_0 = x̄.
+    Source: Song et al. 2303.01469, appendix C. With s = σ / α and m = sigma_min: c_skip = σ_d² /
+    ((s - m)² + σ_d²) and c_out = (s - m) σ_d / sqrt(s² + σ_d²). At s = m the output has no effect:
+    x_0 = x̄.
 
     >>> Consistency(sigma_data=0.5, sigma_min=0.002).to_x0(out=3.0, x_t=7.0, alpha=1.0, sigma=0.002)
     7.0
@@ -209,7 +209,7 @@ class Consistency(Prediction):
 
 
 def _require_positive(name: str, value: float, advice: str) -> None:
-    if not 1e-12 <= value <= 1e12:  # of which float32 holds the square
+    if not 1e-12 <= value <= 1e12:  # float32 holds the squares of these
         raise ValueError(
             f"{name} must be positive, got {value}; {advice}, and float32 holds 1e-12 to 1e12"
         )
@@ -219,13 +219,13 @@ PREDICTIONS: Mapping[str, type[Prediction]] = {
     kind.name: kind
     for kind in (Epsilon, Sample, Velocity, FlowVelocity, Score, KarrasF, Consistency)
 }
-"""Every prediction type by its name; a new one is a class above and a word in this line."""
+"""The prediction types by name; to add one, write a class above and list it here."""
 
 
 def resolve_prediction(prediction: str | Mapping[str, Any] | Prediction) -> Prediction:
     """Return the prediction type for a name, a config or an object.
 
-    Raises ValueError for an unknown name, and names the nearest one.
+    Raises ValueError for an unknown name. The message gives the nearest name.
 
     >>> resolve_prediction("v_prediction")
     Velocity()
@@ -240,7 +240,7 @@ def resolve_prediction(prediction: str | Mapping[str, Any] | Prediction) -> Pred
         else {"name": prediction}
     )
     kind = lookup("prediction type", parameters.pop("name", None), PREDICTIONS)
-    if not parameters:  # torch.compile does not follow the reading of fields
+    if not parameters:  # torch.compile cannot trace the reading of fields
         return kind()
     return kind(
         **settings(f"prediction type {kind.name}", kind, parameters, signature(kind).parameters)

@@ -1,9 +1,8 @@
-"""The noise schedule: a curve and a prediction type, all that a sampler must know about how a model
-was trained.
+"""The noise schedule: a curve and a prediction type.
 
-One frozen value is shared by the training loss, the samplers, the callbacks and the checkpoint, so
-that they cannot disagree. It has no device, no dtype and no state; it compares, hashes and pickles
-by its numbers.
+It holds all that a sampler must know about how a model was trained. The training loss, the
+samplers, the callbacks and the checkpoint share one frozen value, so they cannot disagree. It has
+no device, no dtype and no state. Schedules compare, hash and pickle by their numbers.
 """
 
 # no postponed annotations here: LightningCLI reads the types of NoiseSchedule.__init__ from them
@@ -33,18 +32,27 @@ from .utils.config_reading import mapping, whole, word
 from .utils.registry import shown, unknown
 from .utils.validation import require_same_shape
 
-VERSION = 1  # of the config format
+VERSION = 1  # version of the config format
 _KEYS = ("version", "curve", "prediction", "fingerprint")
 
 
 @dataclass(frozen=True)
 class NoiseSchedule(Constructors):
-    """A curve x_t = α(t) x_0 + σ(t) ε together with what the network predicts on it.
+    """A curve x_t = α(t) x_0 + σ(t) ε and the prediction type of the network.
 
-    ``prediction`` is a name of ``PREDICTIONS`` or an object. Raises ValueError for an unknown name,
-    and for a prediction that cannot determine x_0 at the terminal time (epsilon or score where α =
-    0). Its constructors (``linear``, ``flow``, ...) are those of ``constructors.py``; the
-    transformations below return new values.
+    The constructors (``linear``, ``flow``, ...) are in ``named_schedules.py``. The transformations
+    below return new values.
+
+    Args:
+        curve: the curve.
+        prediction: a name of ``PREDICTIONS``, a config of a prediction type, or a ``Prediction``
+            object.
+
+    Raises:
+        TypeError: if ``curve`` is not a Curve.
+        ValueError: for an unknown name; for a prediction that cannot determine x_0 at the terminal
+            time (epsilon or score where α = 0); for an α too small for float32 at the last
+            timesteps.
 
     >>> schedule = NoiseSchedule.scaled_linear(
     ...     0.00085, 0.012, prediction="v_prediction"
@@ -94,11 +102,10 @@ class NoiseSchedule(Constructors):
     # -- transformations return new values ---------------------------------------------------------
 
     def zero_terminal_snr(self) -> "NoiseSchedule":
-        """Return this schedule with α exactly 0 at the last timestep (Lin et al. 2305.08891,
-        algorithm 1).
+        """Return this schedule with α exactly 0 at the last timestep.
 
-        It does not commute with :meth:`shifted`: each acts on the schedule as it is. CogVideoX
-        shifts first.
+        Source: Lin et al. 2305.08891, algorithm 1. It does not commute with :meth:`shifted`: each
+        method acts on the schedule it is called on. CogVideoX shifts first.
 
         >>> NoiseSchedule.linear(
         ...     prediction="v_prediction"
@@ -108,13 +115,13 @@ class NoiseSchedule(Constructors):
         return replace(self, curve=self.curve.zero_terminal_snr())
 
     def shifted(self, factor: float) -> "NoiseSchedule":
-        """Return this schedule with σ / α ``factor`` times as large at every time: log SNR less by
-        2 log(factor).
+        """Return this schedule with σ / α multiplied by ``factor`` at every time.
 
-        The curve stays on its path, and α = 0 stays exactly 0. On a flow this is the static shift,
-        σ' = s σ / (1 + (s - 1) σ) (Esser et al. 2403.03206, eq. 23), and shifts multiply; variance
-        preserving curves have SNR / s²; where variance explodes σ is s times as large (EDM, whose
-        time is σ: its range). ``shifts.py`` says which factor a resolution asks for.
+        The log SNR decreases by 2 log(factor). The curve stays on its path, and α = 0 stays exactly
+        0. On a flow this is the static shift, σ' = s σ / (1 + (s - 1) σ) (Esser et al. 2403.03206,
+        eq. 23), and two shifts multiply. Variance preserving curves get SNR / s². On variance
+        exploding curves σ is s times as large (EDM, whose time is σ: its range). ``shifts.py``
+        computes the factor for a resolution.
 
         >>> NoiseSchedule.flow(shift=3.0).shifted(2.0) == NoiseSchedule.flow(shift=6.0)
         True
@@ -124,8 +131,9 @@ class NoiseSchedule(Constructors):
     def shifted_for_resolution(
         self, size: int | tuple[int, ...], base_size: int | tuple[int, ...]
     ) -> "NoiseSchedule":
-        """Return this schedule, made for images of ``base_size``, for images of ``size``; see
-        :func:`resolution_shift`.
+        """Return this schedule, made for images of ``base_size``, shifted for ``size``.
+
+        See :func:`resolution_shift`.
 
         >>> NoiseSchedule.cosine().shifted_for_resolution(128, 64).log_snr(
         ...     torch.tensor(0.5)
@@ -135,8 +143,9 @@ class NoiseSchedule(Constructors):
         return self.shifted(resolution_shift(size, base_size))
 
     def shifted_for_tokens(self, tokens: int, **line: Any) -> "NoiseSchedule":
-        """Return this schedule shifted as Flux does for this number of image tokens; options of
-        :func:`token_shift`.
+        """Return this schedule shifted as in Flux for this number of image tokens.
+
+        ``line``: options of :func:`token_shift`.
 
         >>> round(NoiseSchedule.flow().shifted_for_tokens(4096).curve.shift, 4)
         3.1582
@@ -151,13 +160,22 @@ class NoiseSchedule(Constructors):
         log_snr_min: float | None = None,
         log_snr_max: float | None = None,
     ) -> "NoiseSchedule":
-        """Return the part of this schedule from ``t_min`` to ``t_max``, for a model that knows
-        these times only (an expert, a refiner).
+        """Return the part of this schedule from ``t_min`` to ``t_max``, both included.
 
-        A time means what it meant, α, σ and the network's time alike; what is drawn and what is
-        sampled lies inside. The ends are included, and may be said by their log SNR instead: on a
-        discrete schedule the part is then of the timesteps inside. Raises ValueError for ends that
-        lie outside or leave nothing, or an end that is given twice.
+        Use it for a model that is trained on these times only (an expert, a refiner). Every time
+        keeps its α, its σ and its network time. Training times and sampling steps lie inside the
+        part.
+
+        Args:
+            t_min: the first time; by default the start of the schedule.
+            t_max: the last time; by default the end of the schedule.
+            log_snr_min: the log SNR of the last time, in place of ``t_max``. On a discrete schedule
+                the part has the timesteps inside the range.
+            log_snr_max: the log SNR of the first time, in place of ``t_min``.
+
+        Raises:
+            ValueError: if an end lies outside the schedule, if nothing is left, or if an end is
+                given twice.
 
         >>> refiner = NoiseSchedule.scaled_linear().truncated(t_max=199)
         >>> refiner.num_train_timesteps, refiner.alphas_cumprod.shape
@@ -187,11 +205,11 @@ class NoiseSchedule(Constructors):
         time = float(self.curve.time(torch.tensor([log_snr], dtype=torch.float64)))
         if not self.curve.is_discrete:
             return time
-        # a level of the table is its timestep
+        # a log SNR of the table maps to its own timestep
         return float(round(time) if abs(time - round(time)) < 1e-9 else inward(time))
 
     def with_prediction(self, prediction: str | Prediction) -> "NoiseSchedule":
-        """Return this curve with another prediction type.
+        """Return this schedule with another prediction type.
 
         >>> NoiseSchedule.linear().with_prediction("sample").prediction.name
         'sample'
@@ -221,12 +239,12 @@ class NoiseSchedule(Constructors):
         return self.curve.sigma_ve(t)
 
     def time(self, log_snr: Tensor) -> Tensor:
-        """Return the time at which log SNR has this value."""
+        """Return the time of this log SNR."""
         return self.curve.time(log_snr)
 
     @property
     def num_train_timesteps(self) -> int:
-        """The number of training timesteps; on continuous curves the scale of time."""
+        """The number of training timesteps; on continuous curves, the scale of time."""
         return self.curve.num_train_timesteps
 
     @property
@@ -246,16 +264,17 @@ class NoiseSchedule(Constructors):
         """Whether α is exactly 0 at the last time."""
         return float(self.curve.alpha(torch.tensor(self.curve.t_max, dtype=torch.float64))) == 0.0
 
-    # -- what the network is given -----------------------------------------------------------------
+    # -- network inputs ----------------------------------------------------------------------------
 
     def scale_model_input(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
-        """Return what the network sees of x_t: x_t itself, or on EDM's curve c_in · x_t; shape and
-        dtype of ``x_t``.
+        """Return the network input for x_t; shape and dtype of ``x_t``.
 
-        ``timesteps``: times of the curve, shape (batch,) or scalar. Samplers hand the network the
-        same, and so is ``Noised.x``; a loop of one's own calls
-        ``network(schedule.scale_model_input(x_t, t), schedule.model_timesteps(t))``. Conversions
-        (:meth:`to_x0`, ...) take x_t without the scale.
+        The input is x_t itself, or c_in · x_t on EDM's curve. Samplers pass the same input to the
+        network, and ``Noised.x`` holds it. In your own loop, call
+        ``network(schedule.scale_model_input(x_t, t), schedule.model_timesteps(t))``. The
+        conversions (:meth:`to_x0`, ...) take x_t without the scale.
+
+        ``timesteps``: times of the curve, shape (batch,) or scalar.
 
         >>> schedule, t = NoiseSchedule.karras(sigma_data=0.5), torch.tensor([1.2])
         >>> schedule.scale_model_input(torch.ones(1, 1), t)  # 1 / sqrt(1.2² + 0.5²)
@@ -268,11 +287,10 @@ class NoiseSchedule(Constructors):
         return (scale * x_t).to(x_t.dtype)
 
     def model_timesteps(self, timesteps: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return what the network is given as time at these times of the curve; shape of
-        ``timesteps``.
+        """Return the time input of the network at these times; shape of ``timesteps``.
 
-        int64 for the integer timesteps of a discrete schedule, else ``dtype``: 1000 σ on a flow,
-        log(σ) / 4 on EDM's curve.
+        ``timesteps``: times of the curve. The result is int64 for integer timesteps of a discrete
+        schedule, else ``dtype``: 1000 σ on a flow, log(σ) / 4 on EDM's curve.
 
         >>> (
         ...     NoiseSchedule.flow().model_timesteps(torch.tensor([0.25])),
@@ -288,8 +306,8 @@ class NoiseSchedule(Constructors):
     def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return α(t), σ(t) with shape (batch, 1, 1, ...) that broadcasts against ``like``.
 
-        ``t`` is a scalar or has shape (batch,). The dtype is float32, or float64 where ``like`` or
-        ``t`` is.
+        ``t`` is a scalar or has shape (batch,). The dtype is float64 if ``like`` or ``t`` is
+        float64, else float32.
         """
         t = require_times(t, like)
         shape = (-1,) + (1,) * (like.ndim - 1) if t.ndim else ()
@@ -298,9 +316,14 @@ class NoiseSchedule(Constructors):
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return x_t = α x_0 + σ ε in the dtype of ``x0``, computed in float32 or better.
 
-        ``x0`` and ``noise`` have shape (batch, ...); ``timesteps`` are times of the curve, shape
-        (batch,) or scalar. Raises ValueError for shapes that do not fit, and for times outside the
-        schedule (seen on the CPU).
+        Args:
+            x0: clean batch, shape (batch, ...).
+            noise: ε, shape of ``x0``.
+            timesteps: times of the curve, shape (batch,) or scalar.
+
+        Raises:
+            ValueError: for shapes that do not match, and for times outside the schedule (checked on
+                the CPU).
 
         >>> x = NoiseSchedule.flow().add_noise(
         ...     torch.ones(2, 1), torch.zeros(2, 1), torch.tensor([0.0, 0.75])
@@ -313,7 +336,7 @@ class NoiseSchedule(Constructors):
         return (alpha * x0 + sigma * noise).to(x0.dtype)
 
     def target(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return what the network should put out for this (x_0, ε, t), in float32 or better.
+        """Return the training target of the network for (x_0, ε, t), in float32 or better.
 
         >>> NoiseSchedule.flow().target(torch.ones(1, 1), torch.zeros(1, 1), torch.tensor([0.5]))
         tensor([[-1.]])
@@ -323,7 +346,7 @@ class NoiseSchedule(Constructors):
         return self.prediction.combine(x0.to(alpha.dtype), noise.to(alpha.dtype), alpha, sigma)
 
     def to_x0(self, out: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
-        """Return the x_0 that the network's output implies.
+        """Convert the network's output to x_0.
 
         >>> schedule = NoiseSchedule.flow()
         >>> x0, e, t = torch.full((1, 1), 3.0), torch.full((1, 1), -1.0), torch.tensor([0.25])
@@ -334,12 +357,12 @@ class NoiseSchedule(Constructors):
         return self.prediction.to_x0(out.to(alpha.dtype), x_t.to(alpha.dtype), alpha, sigma)
 
     def to_epsilon(self, out: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
-        """Return the ε that the network's output implies."""
+        """Convert the network's output to ε."""
         alpha, sigma = self.alpha_sigma(timesteps, x_t)
         return self.prediction.to_epsilon(out.to(alpha.dtype), x_t.to(alpha.dtype), alpha, sigma)
 
     def convert(self, out: Tensor, x_t: Tensor, timesteps: Tensor, to: str | Prediction) -> Tensor:
-        """Return the network's output as another prediction type would have it.
+        """Convert the network's output to another prediction type.
 
         >>> schedule = NoiseSchedule.flow()
         >>> schedule.convert(
@@ -359,12 +382,10 @@ class NoiseSchedule(Constructors):
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the curve's values, the network's times and input scale, and the prediction
-        type.
+        """sha256 of curve values, network times, input scale and prediction type.
 
-        Schedules that mean the same have the same fingerprint, whatever config they came from. The
-        values are rounded to float32, so that the last bits of a platform's exp and log do not
-        matter.
+        Equivalent schedules have the same fingerprint, whatever config they are loaded from. The
+        values are rounded to float32, so the last bits of a platform's exp and log do not matter.
 
         >>> a, b = NoiseSchedule.scaled_linear(), NoiseSchedule.scaled_linear()
         >>> a.fingerprint == NoiseSchedule.from_betas(
@@ -375,7 +396,7 @@ class NoiseSchedule(Constructors):
         curve = self.curve
         index = torch.arange(curve.num_train_timesteps, dtype=torch.float64)
         t = curve.time_at_index(index)
-        # + 0.0: no negative zeros
+        # + 0.0 removes negative zeros
         columns = (
             torch.stack(
                 [curve.alpha(t), curve.sigma(t), curve.timestep(t), curve.input_scale(t)]
@@ -388,7 +409,7 @@ class NoiseSchedule(Constructors):
         ).hexdigest()
 
     def to_config(self) -> dict[str, Any]:
-        """Return plain JSON from which :meth:`from_config` makes an equal schedule.
+        """Return plain JSON; :meth:`from_config` makes an equal schedule from it.
 
         >>> NoiseSchedule.from_config(NoiseSchedule.flow(3.0).to_config()) == NoiseSchedule.flow(
         ...     3.0
@@ -404,8 +425,10 @@ class NoiseSchedule(Constructors):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
-        """Return the schedule of a config; raises ValueError where it is incomplete, unknown or
-        contradicts its fingerprint.
+        """Return the schedule of a config.
+
+        Raises ValueError if the config is incomplete, has unknown values, or contradicts its
+        fingerprint.
         """
         if (
             not isinstance(config, Mapping)
@@ -448,14 +471,21 @@ class NoiseSchedule(Constructors):
     def save_pretrained(
         self, folder: str | os.PathLike[str], sampler: Any = None, nearest: bool = False
     ) -> Path:
-        """Write ``scheduler_config.json``, which diffusers loads, and ``noise_schedule.json``,
-        which says it exactly.
+        """Write ``scheduler_config.json`` and ``noise_schedule.json``; return the folder.
 
-        ``sampler`` may be a Sampler of this schedule: the file then names a class with the options
-        that make it this sampler, which diffusers loads and sets to as many steps. Raises
-        ValueError where no class is, with the nearest and what differs; ``nearest=True`` writes
-        that one and logs what differs. Without a sampler the file names DDIM with trailing spacing
-        (a flow: FlowMatchEuler). Returns the folder.
+        diffusers loads ``scheduler_config.json``. ``noise_schedule.json`` holds the exact schedule.
+
+        Args:
+            folder: the folder to write to.
+            sampler: a Sampler of this schedule. The file then names a scheduler class of diffusers
+                with the options of this sampler; set it to the same number of steps. Without a
+                sampler the file names DDIM with trailing spacing (a flow: FlowMatchEuler).
+            nearest: write the nearest class if no class matches the sampler, and log the
+                differences.
+
+        Raises:
+            ValueError: if no class matches the sampler and ``nearest`` is False. The message names
+                the nearest class and the differences.
 
         >>> import tempfile
         >>> folder = NoiseSchedule.flow(3.0).save_pretrained(tempfile.mkdtemp())
@@ -471,12 +501,17 @@ class NoiseSchedule(Constructors):
     def from_pretrained(
         cls, folder: str | os.PathLike[str], subfolder: str | None = None, tokens: int | None = None
     ) -> "NoiseSchedule":
-        """Read what :meth:`save_pretrained` wrote, or the ``scheduler_config.json`` of any
-        diffusers pipeline.
+        """Read the files of :meth:`save_pretrained`, or those of a diffusers pipeline.
 
-        ``tokens``: the number of image tokens, for a pipeline whose shift depends on it (Flux; see
-        :func:`token_shift`). Raises FileNotFoundError where there is no such file, and ValueError
-        for a corrupt one or for two that contradict.
+        Args:
+            folder: the folder that holds ``scheduler_config.json`` or ``noise_schedule.json``.
+            subfolder: a folder inside it.
+            tokens: the number of image tokens, for a pipeline whose shift depends on it (Flux; see
+                :func:`token_shift`).
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: for a corrupt file, and for two files that contradict each other.
         """
         place = Path(folder, subfolder) if subfolder else Path(folder)
         loaded: dict[str, NoiseSchedule] = {}
@@ -499,10 +534,9 @@ class NoiseSchedule(Constructors):
         return first
 
     def to_diffusers(self, sampling: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return the ``scheduler_config.json`` of diffusers for this schedule, as a dict of plain
-        values.
+        """Return the ``scheduler_config.json`` of diffusers as a dict of plain values.
 
-        ``sampling``: what ``Sampler.to_diffusers`` returns. Raises ValueError for a schedule that
+        ``sampling``: the result of ``Sampler.to_diffusers``. Raises ValueError for a schedule that
         diffusers has no config for.
 
         >>> NoiseSchedule.flow(3.0).to_diffusers()["shift"]
@@ -514,11 +548,16 @@ class NoiseSchedule(Constructors):
     def from_diffusers(
         cls, config: Mapping[str, Any], tokens: int | None = None
     ) -> "NoiseSchedule":
-        """Return the schedule of a diffusers scheduler config; keys that are left out have the
-        defaults of its class.
+        """Return the schedule of a diffusers scheduler config.
 
-        ``config``: the content of scheduler_config.json, or ``dict(scheduler.config)``. ``tokens``
-        as in :meth:`from_pretrained`. Raises ValueError for a config that describes no schedule.
+        Missing keys have the defaults of the config's class.
+
+        Args:
+            config: the content of scheduler_config.json, or ``dict(scheduler.config)``.
+            tokens: as in :meth:`from_pretrained`.
+
+        Raises:
+            ValueError: for a config that describes no schedule.
 
         >>> NoiseSchedule.from_diffusers({"_class_name": "LCMScheduler"}).curve.beta_start
         0.00085
@@ -539,8 +578,9 @@ class NoiseSchedule(Constructors):
         return sampler.to_diffusers(nearest=nearest)
 
     def _means_the_same(self, other: "NoiseSchedule") -> bool:
-        """Compare as fingerprints do, but for the last digits: betas of a shifted curve are written
-        as numbers.
+        """Compare as fingerprints do, but tolerate differences in the last digits.
+
+        The betas of a shifted curve are written as numbers.
         """
         if self.fingerprint == other.fingerprint:
             return True
@@ -555,8 +595,9 @@ class NoiseSchedule(Constructors):
 
 
 def require_times(t: Tensor, like: Tensor) -> Tensor:
-    """Return times on the device of ``like``, in float64 where that is; ValueError unless a scalar
-    or one for each sample.
+    """Return times on the device of ``like``; float64 if ``like`` is float64.
+
+    Raises ValueError unless ``t`` is a scalar or has one time for each sample.
 
     >>> require_times(torch.tensor([1, 2]), torch.zeros(3, 1))
     Traceback (most recent call last):
@@ -587,7 +628,10 @@ def _in_words(config: Mapping[str, Any]) -> str:
 
 
 def _no_curve(given: Any) -> str:
-    """Word the complaint about what is no curve: most often the name of a schedule."""
+    """Return the error message for a value that is not a Curve.
+
+    Most often the value is the name of a schedule.
+    """
     made = [name for name, member in vars(Constructors).items() if isinstance(member, classmethod)]
     if not isinstance(given, str):
         return (

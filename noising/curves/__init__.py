@@ -1,4 +1,4 @@
-"""Curves α(t), σ(t): what a curve is, the kinds of the literature, and a curve from its config."""
+"""Curves α(t), σ(t): the base class, the published kinds, and a curve from its config."""
 
 from __future__ import annotations
 

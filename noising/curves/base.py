@@ -1,21 +1,21 @@
-"""Curves: how signal and noise mix along time, x_t = α(t) x_0 + σ(t) ε.
+"""Curves: signal level and noise level over time, x_t = α(t) x_0 + σ(t) ε.
 
-A curve is neither a grid, nor a density, nor a state: it is the two functions α and σ, with what
-follows from them,
+A curve is neither a grid nor a density nor a state. It is the two functions α and σ, and the
+functions that follow from them,
 
     SNR = α² / σ²,    λ = log SNR,    σ_ve = σ / α,    and the inverse t(λ).
 
 Curves are frozen values of plain floats: they have no device and no dtype, and compare and hash by
-their numbers. Evaluation follows ``t``: its device, and its dtype where that is float32 or float64;
-integers and half precision are evaluated in float32, so σ is never rounded to 0. Tables are
-computed once in float64 and cached per device and dtype, so that an evaluation makes no host sync
-after the first.
+their numbers. Evaluation uses the device of ``t``, and its dtype if that is float32 or float64.
+Integers and half precision are evaluated in float32, so σ is never rounded to 0. Tables are
+computed once in float64 and cached per device and dtype, so evaluations make no host sync after the
+first.
 
-Words for time and noise, used throughout:
+Terms for time and noise, used throughout:
 
     t            time of a curve: timestep 0 ... T - 1 (discrete), 0 ... 1 (flow), σ (EDM)
-    timestep     what the network is given as time
-    index        place 0 ... T - 1 among the training timesteps, fractions allowed
+    timestep     time input of the network
+    index        position 0 ... T - 1 among the training timesteps, fractions allowed
     quantile     share of the training samples with less noise, under uniform times
     fraction     share of training time, 0 clean, 1 noise: t / T, σ on a flow path
     alpha, sigma factors of signal and noise, x_t = α x_0 + σ ε
@@ -35,15 +35,14 @@ from torch import Tensor
 
 from ..utils.registry import Registry, shown
 
-MAX_TIMESTEPS = 1_000_000  # of training; tables have an entry for each
-MAX_LEVEL = 1e12  # of σ and of a shift: float32 holds its square, and what it leaves of α
-LEAST_ALPHA = 1e-30  # but for 0 itself, pure noise at the last time: float32 holds it
+MAX_TIMESTEPS = 1_000_000  # limit of training timesteps; tables have one entry for each
+MAX_LEVEL = 1e12  # limit of σ and of a shift: float32 holds its square, and the remaining α
+LEAST_ALPHA = 1e-30  # float32 holds it; only 0 (pure noise at the last time) is smaller
 
 
 @dataclass(frozen=True)
 class Curve(ABC):
-    """The path x_t = α(t) x_0 + σ(t) ε, with time running from data (``t_min``) to noise
-    (``t_max``).
+    """The path x_t = α(t) x_0 + σ(t) ε; time runs from data (``t_min``) to noise (``t_max``).
 
     >>> from alphabar.noising import Flow
     >>> curve = Flow()
@@ -59,12 +58,12 @@ class Curve(ABC):
 
     @property
     def t_min(self) -> float:
-        """The time of the least noise."""
+        """The time with the least noise."""
         return 0.0
 
     @property
     def t_max(self) -> float:
-        """The time of the most noise."""
+        """The time with the most noise."""
         return 1.0
 
     @abstractmethod
@@ -77,10 +76,10 @@ class Curve(ABC):
 
     @abstractmethod
     def time(self, log_snr: Tensor) -> Tensor:
-        """Return the time at which log SNR has this value: the inverse of :meth:`log_snr`."""
+        """Return the time of this log SNR: the inverse of :meth:`log_snr`."""
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """Return λ(t) = log(α² / σ²), infinite where one of them is 0."""
+        """Return λ(t) = log(α² / σ²), infinite if α or σ is 0."""
         return 2 * (self.alpha(t).log() - self.sigma(t).log())
 
     def snr(self, t: Tensor) -> Tensor:
@@ -88,12 +87,13 @@ class Curve(ABC):
         return (self.alpha(t) / self.sigma(t)) ** 2
 
     def sigma_ve(self, t: Tensor) -> Tensor:
-        """Return σ / α, the variance exploding noise level; infinite where α is 0."""
+        """Return σ / α, the variance exploding noise level; infinite if α is 0."""
         return self.sigma(t) / self.alpha(t)
 
     def grid_coordinate(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """Return the noise level in which σ-spaced grids (karras, exponential, ...) are spaced: σ /
-        α, or σ on a flow path.
+        """Return the noise level that σ-spaced grids (karras, exponential, ...) use.
+
+        It is σ / α, or σ on a flow path.
         """
         return sigma / alpha
 
@@ -106,20 +106,23 @@ class Curve(ABC):
         return self.time(-2 * level.log())
 
     def timestep(self, t: Tensor) -> Tensor:
-        """Return what the network is given as time: an index for discrete curves, 0 ...
-        num_train_timesteps otherwise.
+        """Return the time input of the network.
+
+        It is an index for discrete curves, 0 ... num_train_timesteps otherwise.
         """
         return self.num_train_timesteps * t
 
     def fraction(self, t: Tensor) -> Tensor:
-        """Return the fraction of training time, 0 (data) ... 1 (noise): the network's time over
-        num_train_timesteps.
+        """Return the fraction of training time, 0 (data) ... 1 (noise).
+
+        It is the network's time over num_train_timesteps.
         """
         return self.timestep(t) / self.num_train_timesteps
 
     def alpha_sigma_at(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (α, σ) of the path at a log SNR, also past the ends of its time; variance
-        preserving unless overridden.
+        """Return (α, σ) of the path at a log SNR, also past the ends of its time.
+
+        The path is variance preserving unless overridden.
         """
         return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
 
@@ -129,17 +132,18 @@ class Curve(ABC):
 
     @property
     def scales_input(self) -> bool:
-        """Whether the network sees x_t times something, and not x_t itself."""
+        """Whether the network input is x_t times a factor, not x_t itself."""
         return type(self).input_scale is not Curve.input_scale
 
     def time_at_index(self, index: Tensor) -> Tensor:
-        """Return the time of a (fractional) training index 0 ... num_train_timesteps - 1; the last
-        is ``t_max``.
+        """Return the time of a (fractional) training index 0 ... num_train_timesteps - 1.
+
+        The last index gives ``t_max``.
         """
         return self.t_min + (self.t_max - self.t_min) * (index + 1) / self.num_train_timesteps
 
     def time_at_quantile(self, u: Tensor) -> Tensor:
-        """Return the training time of u in (0, 1]; u -> 1 is noise, always."""
+        """Return the training time of u in (0, 1]; on every curve u -> 1 is noise."""
         return self.t_min + (self.t_max - self.t_min) * u
 
     def zero_terminal_snr(self) -> Curve:
@@ -153,12 +157,13 @@ class Curve(ABC):
 
     @abstractmethod
     def shifted(self, factor: float) -> Curve:
-        """Return this curve with σ / α ``factor`` times as large at every time: λ less by 2 log
-        factor, on the same path.
+        """Return this curve with σ / α multiplied by ``factor`` at every time, on the same path.
+
+        λ decreases by 2 log factor.
         """
 
     def to_config(self) -> dict[str, Any]:
-        """Return plain JSON from which ``registered.curve_from_config`` makes an equal curve."""
+        """Return plain JSON; ``curves.curve_from_config`` makes an equal curve from it."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {"kind": self.kind} | {
             k: list(v) if isinstance(v, tuple) else v for k, v in values.items()
@@ -166,7 +171,7 @@ class Curve(ABC):
 
 
 CURVES: Registry[type[Curve]] = Registry("curve", attribute="kind")
-"""Every kind of curve by its name; ``@CURVES.register`` above a class adds one."""
+"""The kinds of curve by name; decorate a class with ``@CURVES.register`` to add one."""
 
 
 def evaluation_dtype(t: Tensor) -> torch.dtype:
@@ -182,8 +187,9 @@ def evaluation_dtype(t: Tensor) -> torch.dtype:
 
 
 def require_factor(name: str, value: float, advice: str = "1 changes nothing") -> float:
-    """Return a factor that is positive and finite as a float, at most 1e12 and at least 1e-12;
-    another is a ValueError.
+    """Return a factor as a float; it must be positive and finite, in 1e-12 ... 1e12.
+
+    Raises ValueError for any other value.
 
     >>> require_factor("factor", 0)
     Traceback (most recent call last):
@@ -200,11 +206,11 @@ def require_factor(name: str, value: float, advice: str = "1 changes nothing") -
 
 
 def may_look_at(values: Tensor) -> bool:
-    """Return whether a check may read these values: on the CPU, outside torch.compile, torch.export
-    and torch.func's transforms.
+    """Return whether a check may read these values.
 
-    On a GPU the look would be a host sync, in a traced function it would break the graph, and under
-    vmap it is an error.
+    It may on the CPU, outside torch.compile, torch.export and the transforms of torch.func. On a
+    GPU the read would be a host sync, in a traced function it would break the graph, and under vmap
+    it is an error. False for an empty tensor.
 
     >>> may_look_at(torch.zeros(1)), may_look_at(torch.zeros(0))
     (True, False)
@@ -215,7 +221,7 @@ def may_look_at(values: Tensor) -> bool:
 
 
 def require_range(sigma_min: float, sigma_max: float) -> None:
-    """Refuse a range of σ that is empty, or that float32 does not hold with its squares.
+    """Raise ValueError for an empty range of σ, and for σ whose squares float32 cannot hold.
 
     >>> require_range(0.002, 1e30)
     Traceback (most recent call last):
@@ -229,7 +235,7 @@ def require_range(sigma_min: float, sigma_max: float) -> None:
 
 
 def require_count(count: int, least: int = 1) -> int:
-    """Return a number of training timesteps, or raise ValueError where it is none.
+    """Return a number of training timesteps; raise ValueError for an invalid one.
 
     >>> require_count(10**12)
     Traceback (most recent call last):
@@ -248,8 +254,7 @@ def require_count(count: int, least: int = 1) -> int:
 
 
 def check_times(curve: Curve, t: Tensor) -> None:
-    """Refuse times outside the curve, where their values may be looked at (see
-    :func:`may_look_at`).
+    """Raise ValueError for times outside the curve, if :func:`may_look_at` permits a check.
 
     >>> from alphabar.noising import Flow
     >>> check_times(Flow(), torch.tensor([1.5]))

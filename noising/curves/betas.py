@@ -1,7 +1,7 @@
 """Beta schedules: the T variances β_1 ... β_T of a discrete curve, by name.
 
-Those that are stated through ᾱ(t) on t in [0, 1] become betas as β_i = 1 - ᾱ(i / T) / ᾱ((i - 1) /
-T) (Nichol & Dhariwal 2102.09672, §3.2), which are capped at 0.999.
+A schedule that is defined by ᾱ(t) on t in [0, 1] has the betas β_i = 1 - ᾱ(i / T) / ᾱ((i - 1) / T)
+(Nichol & Dhariwal 2102.09672, §3.2), capped at 0.999.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from ..utils.registry import Registry
 MAX_BETA = 0.999
 
 BETA_SCHEDULES: Registry[Callable[[int, float, float], Tensor]] = Registry("beta schedule")
-"""Every beta schedule by the name that diffusers gives it: (T, beta_start, beta_end) -> T betas in
-float64.
+"""The beta schedules by their names in diffusers: (T, beta_start, beta_end) -> T float64 betas.
 
-The names mean the numbers of diffusers, but for one: its 'laplace' puts α where α² is meant, and is
-'laplace_diffusers' here."""
+The values are those of diffusers, with one exception: its 'laplace' uses α in place of α², and is
+called 'laplace_diffusers' here."""
 
 
 @BETA_SCHEDULES.register
@@ -54,18 +53,17 @@ def exp(n: int, start: float, end: float) -> Tensor:
 @BETA_SCHEDULES.register
 def laplace(n: int, start: float, end: float) -> Tensor:
     alpha_bar = torch.sigmoid(_laplace_log_snr(n))
-    alpha_bar[0] = 1.0  # so that the table holds ᾱ(i / T) itself, not its ratio to ᾱ(0) = 0.999
+    alpha_bar[0] = 1.0  # the table then holds ᾱ(i / T) itself, not its ratio to ᾱ(0) = 0.999
     return _of_alpha_bar(alpha_bar)
 
 
 @BETA_SCHEDULES.register
 def laplace_diffusers(n: int, start: float, end: float) -> Tensor:
-    return _of_alpha_bar(torch.sigmoid(_laplace_log_snr(n)).sqrt())  # α in the place of ᾱ
+    return _of_alpha_bar(torch.sigmoid(_laplace_log_snr(n)).sqrt())  # α in place of ᾱ
 
 
 def _laplace_log_snr(n: int) -> Tensor:
-    # Hang et al. 2407.03297, the Laplace schedule with μ = 0 and b = 1/2; 1e-6 keeps the ends
-    # finite
+    # Hang et al. 2407.03297, Laplace schedule, μ = 0 and b = 1/2; 1e-6 keeps the ends finite
     distance = 0.5 - _times(n)
     return -0.5 * torch.where(distance < 0, -1.0, 1.0) * (1 - 2 * distance.abs() + 1e-6).log()
 

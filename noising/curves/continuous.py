@@ -1,4 +1,4 @@
-"""Continuous curves: α and σ as closed forms of a time in [0, 1] (EDM: of σ itself)."""
+"""Continuous curves: closed forms of α and σ over a time in [0, 1] (EDM: over σ itself)."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from .base import (
 @CURVES.register
 @dataclass(frozen=True, kw_only=True)
 class Flow(Curve):
-    """Rectified flow: x_t = (1 - σ) x_0 + σ ε with σ = s t / (1 + (s - 1) t) and t in [0, 1] (Esser
-    et al. 2403.03206, §5.3).
+    """Rectified flow: x_t = (1 - σ) x_0 + σ ε with σ = s t / (1 + (s - 1) t) and t in [0, 1].
 
-    The network is given num_train_timesteps · σ, as diffusers does for SD3 and Flux.
+    Source: Esser et al. 2403.03206, §5.3. The time input of the network is num_train_timesteps · σ,
+    as in diffusers for SD3 and Flux.
 
     >>> Flow(shift=3.0).sigma(torch.tensor([0.0, 0.5, 1.0]))
     tensor([0.0000, 0.7500, 1.0000])
@@ -66,18 +66,18 @@ class Flow(Curve):
         return self.num_train_timesteps * self.sigma(t)
 
     def shifted(self, factor: float) -> Flow:
-        # shifts of σ compose so
+        # shifts of σ multiply
         return replace(self, shift=self.shift * require_factor("factor", factor))
 
 
 @CURVES.register
 @dataclass(frozen=True, kw_only=True)
 class VariancePreserving(Curve):
-    """The VP SDE: α = exp(-t² (β_max - β_min) / 4 - t β_min / 2), σ² = 1 - α² (Song et al.
-    2011.13456, eq. 33).
+    """The VP SDE: α = exp(-t² (β_max - β_min) / 4 - t β_min / 2), σ² = 1 - α².
 
-    Times run from ``t_min`` (their ε, 1e-3) to 1; the network is given t · num_train_timesteps, as
-    their code does with 999. ``snr_shift_scale`` divides the SNR.
+    Source: Song et al. 2011.13456, eq. 33. Times run from ``t_min`` (ε of the paper, 1e-3) to 1.
+    The time input of the network is t · num_train_timesteps; the code of the paper uses 999.
+    ``snr_shift_scale`` divides the SNR.
 
     >>> VariancePreserving().alpha(torch.tensor([1.0])).item() < 0.007
     True
@@ -109,7 +109,7 @@ class VariancePreserving(Curve):
         return self._levels(t)[1]
 
     def time(self, log_snr: Tensor) -> Tensor:
-        # -log α = log(1 + e^-λ) / 2, and the quadratic in t that it equals
+        # -log α = log(1 + e^-λ) / 2 equals a quadratic in t; solve for its root
         value = log_snr.to(evaluation_dtype(log_snr)) + math.log(self.snr_shift_scale)
         return self._root(0.5 * torch.nn.functional.softplus(-value))
 
@@ -168,8 +168,8 @@ class SubVariancePreserving(VariancePreserving):
 
 
 def _sub_vp_alpha(log_snr: Tensor) -> Tensor:
-    # α / (1 - α²) = e^(λ/2) = r, so α = 2 r / (1 + sqrt(1 + 4 r²)), written in 1 / r, which does
-    # not overflow near data
+    # α / (1 - α²) = e^(λ/2) = r, so α = 2 r / (1 + sqrt(1 + 4 r²)); written in 1 / r it does not
+    # overflow near data
     r = (-0.5 * log_snr.to(evaluation_dtype(log_snr))).exp()
     return 2 / (r + (r**2 + 4).sqrt())
 
@@ -179,7 +179,7 @@ def _sub_vp_alpha(log_snr: Tensor) -> Tensor:
 class VarianceExploding(Curve):
     """The VE SDE: α = 1, σ = σ_min (σ_max / σ_min)^t (Song et al. 2011.13456, eq. 30).
 
-    The network is given σ itself, as their models are.
+    The time input of the network is σ itself, as for the models of the paper.
 
     >>> VarianceExploding().sigma(torch.tensor([0.0, 1.0]))
     tensor([1.0000e-02, 1.3480e+03])
@@ -230,10 +230,10 @@ class VarianceExploding(Curve):
 @CURVES.register
 @dataclass(frozen=True, kw_only=True)
 class Karras(Curve):
-    """EDM: α = 1, σ = t, the network seeing x / sqrt(σ² + σ_d²) at time log(σ) / 4 (Karras et al.
-    2206.00364, table 1).
+    """EDM: α = 1, σ = t; the network input is x / sqrt(σ² + σ_d²) at time log(σ) / 4.
 
-    Training indices are spaced as the sampler's grid, σ^(1/ρ) evenly from σ_min to σ_max (eq. 5).
+    Source: Karras et al. 2206.00364, table 1. Training indices have the spacing of the sampler's
+    grid: σ^(1/ρ) is even from σ_min to σ_max (eq. 5).
 
     >>> Karras().timestep(torch.tensor([1.0, 80.0]))
     tensor([0.0000, 1.0955])
@@ -279,7 +279,7 @@ class Karras(Curve):
 
     def fraction(self, t: Tensor) -> Tensor:
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        # of time_at_quantile
+        # the inverse of time_at_quantile
         return ((t.to(evaluation_dtype(t)) ** (1 / self.rho) - low) / (high - low)).clamp(0, 1)
 
     def input_scale(self, t: Tensor) -> Tensor:
@@ -291,22 +291,21 @@ class Karras(Curve):
     def time_at_quantile(self, u: Tensor) -> Tensor:
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         sigma = ((low + u * (high - low)) ** self.rho).clamp(self.t_min, self.t_max)
-        # which the power misses by a rounding for some σ_max
+        # for some σ_max the power misses t_max by a rounding
         return torch.where(u >= 1, self.t_max, sigma)
 
     def shifted(self, factor: float) -> Karras:
-        s = require_factor("factor", factor)  # the time is σ, so it is the range of σ that moves
+        s = require_factor("factor", factor)  # the time is σ, so the range of σ moves
         return replace(self, sigma_min=s * self.sigma_min, sigma_max=s * self.sigma_max)
 
 
 @CURVES.register
 @dataclass(frozen=True, kw_only=True)
 class Cosine(Curve):
-    """The continuous cosine schedule: α = cos(π t / 2), σ = sin(π t / 2), t in [0, 1] (2202.00512,
-    §3), with a log-SNR shift.
+    """The continuous cosine schedule: α = cos(π t / 2), σ = sin(π t / 2), t in [0, 1].
 
-    ``log_snr_shift`` is added to log SNR, for another resolution: 2 log(64 / d) for d pixels
-    (Hoogeboom et al. 2301.11093, eq. 4).
+    Source: 2202.00512, §3. ``log_snr_shift`` is added to log SNR, for another resolution: 2 log(64
+    / d) for d pixels (Hoogeboom et al. 2301.11093, eq. 4).
 
     >>> Cosine().log_snr(torch.tensor([0.5])).abs().item() < 1e-6
     True

@@ -22,21 +22,28 @@ from .base import (
 )
 from .betas import BETA_SCHEDULES
 
-LEAST_BETA = 1e-12  # σ = 1e-6, of which float32 still tells α apart from σ
-TRAINED = "trained_betas"  # the name of a schedule whose betas are given one by one
+LEAST_BETA = 1e-12  # σ = 1e-6: float32 still distinguishes α from σ
+TRAINED = "trained_betas"  # the name of a schedule with explicit betas
 
 
 @CURVES.register
 @dataclass(frozen=True)
 class Discrete(Curve):
-    """T training timesteps with betas: α_t² = ᾱ_t = Π (1 - β_i), σ_t² = 1 - ᾱ_t (Ho et al.
-    2006.11239, eq. 4).
+    """T training timesteps with betas: α_t² = ᾱ_t = Π (1 - β_i), σ_t² = 1 - ᾱ_t.
 
-    Times are indices 0 ... T - 1. Between them log SNR is piecewise linear; in an interval that
-    ends in zero SNR, α is. With ``rescale_betas_zero_snr`` α is shifted and scaled so that α at T -
-    1 is exactly 0 and the first is kept (Lin et al. 2305.08891, algorithm 1). ``snr_shift_scale``
-    divides the SNR before that, as CogVideoX does (2408.06072), and ``rescaled_snr_shift_scale``
-    after it; α = 0 stays 0.
+    Source: Ho et al. 2006.11239, eq. 4. Times are indices 0 ... T - 1. Between them log SNR is
+    piecewise linear; in an interval that ends in zero SNR, α is linear instead.
+
+    Args:
+        beta_schedule: a name of ``BETA_SCHEDULES``.
+        beta_start: the first beta, for the schedules that use it.
+        beta_end: the last beta, for the schedules that use it.
+        num_train_timesteps: T.
+        trained_betas: T explicit betas in place of a named schedule.
+        rescale_betas_zero_snr: shift and scale α so that α at T - 1 is exactly 0 and the first α is
+            kept (Lin et al. 2305.08891, algorithm 1).
+        snr_shift_scale: divides the SNR before that rescaling, as CogVideoX does (2408.06072).
+        rescaled_snr_shift_scale: divides the SNR after it; α = 0 stays 0.
 
     >>> curve = Discrete("scaled_linear", 0.00085, 0.012)
     >>> curve.sigma_ve(torch.tensor([0, 999]))
@@ -47,7 +54,7 @@ class Discrete(Curve):
 
     kind: ClassVar[str] = "discrete"
     is_discrete: ClassVar[bool] = True
-    # the fields stand in the order in which people write them; the base class's comes by keyword
+    # declared in the argument order of __init__
     beta_schedule: str = "scaled_linear"
     beta_start: float = 0.00085
     beta_end: float = 0.012
@@ -56,7 +63,7 @@ class Discrete(Curve):
     rescale_betas_zero_snr: bool = False
     snr_shift_scale: float = 1.0
     rescaled_snr_shift_scale: float = 1.0
-    # of an instance, and no field
+    # an instance attribute, not a field
     _tables: ClassVar[dict[tuple[str, int | None, torch.dtype], _Table]]
 
     def __init__(
@@ -99,7 +106,7 @@ class Discrete(Curve):
         for name, value in values.items():
             object.__setattr__(self, name, value)
         for name, value in (("beta_start", self.beta_start), ("beta_end", self.beta_end)):
-            # the square root of a negative one is no number
+            # scaled_linear takes the square root
             if not 0 <= value <= 1 and trained_betas is None:
                 raise ValueError(
                     f"betas must lie in (0, 1], got {value} as {name}; 0.0001 to 0.02 is usual"
@@ -108,9 +115,8 @@ class Discrete(Curve):
         self._tabulate()
 
     def _tabulate(self) -> None:
-        # kept with the curve, by device and dtype: torch.compile takes them for inputs, where it
-        # would trace the making of a table through any cache, or take it for a constant that
-        # another curve gets as well
+        # kept on the curve, by device and dtype: torch.compile then treats tables as inputs. With
+        # another cache it would trace their creation, or share one constant between curves
         object.__setattr__(self, "_tables", {("cpu", None, torch.float64): _table_f64(self)})
 
     def _table(self, device: torch.device, dtype: torch.dtype) -> _Table:
@@ -156,8 +162,8 @@ class Discrete(Curve):
         t = t.to(table.alpha.dtype)
         k = t.floor().clamp(0, self.num_train_timesteps - 2).long()
         f = t - k
-        # λ is linear inside an interval; the substitute for an infinite λ keeps the branch that is
-        # not taken finite
+        # λ is linear inside an interval; an infinite λ is replaced, so that the unused branch stays
+        # finite
         half = 0.5 * (table.log_snr[k] + f * (table.log_snr[k + 1] - table.log_snr[k]))
         alpha, sigma = torch.rsqrt(1 + torch.exp(-2 * half)), torch.rsqrt(1 + torch.exp(2 * half))
         to_zero = table.alpha[k + 1] == 0
@@ -200,7 +206,7 @@ class Discrete(Curve):
     def zero_terminal_snr(self) -> Discrete:
         if not float(_table_f64(self).alpha[-1]):
             return self
-        # all that was shifted until now
+        # all shifts so far
         before = self.snr_shift_scale * self.rescaled_snr_shift_scale
         return replace(
             self, rescale_betas_zero_snr=True, snr_shift_scale=before, rescaled_snr_shift_scale=1.0
@@ -236,7 +242,7 @@ def _require_betas(betas: Tensor) -> None:
 class _Table:
     alpha: Tensor
     sigma: Tensor
-    log_snr: Tensor  # finite: an infinite last value is replaced by a finite one below all others
+    log_snr: Tensor  # finite: an infinite last value is replaced by one below all others
 
     def to(self, device: torch.device, dtype: torch.dtype) -> _Table:
         return _Table(
@@ -246,13 +252,13 @@ class _Table:
 
 @lru_cache(maxsize=64)
 def _table_f64(curve: Discrete) -> _Table:
-    # never 1 - ᾱ, which cancels near t = 0
+    # not 1 - ᾱ, which cancels near t = 0
     log_alpha_bar = torch.cumsum(torch.log1p(-curve.betas()), 0)
     alpha, sigma = torch.exp(0.5 * log_alpha_bar), torch.sqrt(-torch.expm1(log_alpha_bar))
     alpha, sigma = _shifted(alpha, sigma, curve.snr_shift_scale)
     if curve.rescale_betas_zero_snr and float(alpha[-1]) > 0:
-        # algorithm 1: α' = (α - α_T) α_0 / (α_0 - α_T); 1 - α'² is formed from 1 - α', again
-        # without cancellation
+        # algorithm 1: α' = (α - α_T) α_0 / (α_0 - α_T); 1 - α'² is computed from 1 - α' to avoid
+        # cancellation
         scale = alpha[0] / (alpha[0] - alpha[-1])
         rescaled = (alpha - alpha[-1]) * scale
         one_minus = sigma[0] ** 2 / (1 + alpha[0]) + (alpha[0] - alpha) * scale
@@ -260,13 +266,13 @@ def _table_f64(curve: Discrete) -> _Table:
     alpha, sigma = _shifted(alpha, sigma, curve.rescaled_snr_shift_scale)
     log_snr = 2 * (alpha.log() - sigma.log())
     if float(alpha[-1]) == 0:
-        sigma[-1] = 1.0  # where rounding had left 1 - 1e-16
+        sigma[-1] = 1.0  # rounding may leave 1 - 1e-16
         log_snr[-1] = log_snr[-2] - 2 * math.log(2) - 60.0
     return _Table(alpha, sigma, log_snr)
 
 
 def _shifted(alpha: Tensor, sigma: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Return the levels whose SNR is 1 / scale of these, on the variance preserving path."""
+    """Return the levels whose SNR is 1 / scale of the given ones, on the VP path."""
     if scale == 1:
         return alpha, sigma
     norm = torch.hypot(alpha, math.sqrt(scale) * sigma)

@@ -1,13 +1,13 @@
-"""How far to shift a schedule for another resolution: factors for :meth:`NoiseSchedule.shifted`.
+"""Shift factors for another resolution, for :meth:`NoiseSchedule.shifted`.
 
 A large image is more redundant than a small one: averaged down to the small size, its noise is
-weaker by the ratio of the sides. To keep the noise that is seen, σ / α must grow by that ratio,
+weaker by the ratio of the sides. To keep the visible noise, σ / α must grow by that ratio,
 
     factor = sqrt(m / n) for m pixels instead of n,    log SNR less by log(m / n),
 
-which is eq. 23 of Esser et al. (2403.03206) on a flow, and on a variance preserving curve the
+which is eq. 23 of Esser et al. (2403.03206) on a flow. On a variance preserving curve it is the
 shifted schedule of Hoogeboom et al. (2301.11093, eq. 4), there with n = 64². CogVideoX divides SNR
-by ``snr_shift_scale``: its factor is sqrt(snr_shift_scale). Flux takes e^μ with μ linear in the
+by ``snr_shift_scale``: its factor is sqrt(snr_shift_scale). Flux uses e^μ with μ linear in the
 number of tokens.
 """
 
@@ -22,11 +22,10 @@ from .base import require_factor
 
 
 def resolution_shift(size: int | tuple[int, ...], base_size: int | tuple[int, ...]) -> float:
-    """Return the factor sqrt(m / n) for images of ``size`` where the schedule was made for
-    ``base_size``.
+    """Return the factor sqrt(m / n) to use a schedule for ``base_size`` on images of ``size``.
 
-    A size is (height, width), or the side of a square; in pixels or latents, the same for both.
-    Raises ValueError for sizes that are not positive.
+    A size is (height, width), or the side of a square; in pixels or latents, the same unit for
+    both. Raises ValueError for sizes that are not positive.
 
     >>> resolution_shift(128, 64), resolution_shift((1024, 2048), (512, 1024))
     (2.0, 2.0)
@@ -56,13 +55,23 @@ def token_shift(
     max_shift: float = 1.15,
     kind: str = "exponential",
 ) -> float:
-    """Return Flux's factor e^μ, μ linear from ``base_shift`` at ``base_tokens`` to ``max_shift`` at
-    ``max_tokens``, and beyond.
+    """Return Flux's shift factor e^μ for a number of image tokens.
 
-    ``tokens``: the image tokens that the network sees, (height / 16) · (width / 16) pixels for
-    Flux. The defaults are those of its config in diffusers (base_image_seq_len, max_image_seq_len,
-    base_shift, max_shift); ``kind`` is the ``time_shift_type`` there: 'linear' takes μ itself as
-    the factor. Raises ValueError for numbers that make no line.
+    μ is linear from ``base_shift`` at ``base_tokens`` to ``max_shift`` at ``max_tokens``, and
+    beyond both. The defaults are those of Flux's config in diffusers (base_image_seq_len,
+    max_image_seq_len, base_shift, max_shift).
+
+    Args:
+        tokens: number of image tokens of the network, (height / 16) · (width / 16) pixels for Flux.
+        base_tokens: number of tokens at ``base_shift``.
+        max_tokens: number of tokens at ``max_shift``.
+        base_shift: μ at ``base_tokens``.
+        max_shift: μ at ``max_tokens``.
+        kind: the ``time_shift_type`` of diffusers: 'linear' uses μ itself as the factor.
+
+    Raises:
+        ValueError: for numbers that define no line, for an unknown ``kind``, and for a factor out
+            of range.
 
     >>> round(token_shift(4096), 4), round(token_shift(1024), 4)
     (3.1582, 1.8776)

@@ -1,6 +1,4 @@
-"""A part of a curve: the noise levels of an expert or a refiner, which was trained on some of the
-times only.
-"""
+"""A part of a curve, for an expert or a refiner that is trained on some of the times only."""
 
 from __future__ import annotations
 
@@ -13,20 +11,20 @@ from torch import Tensor
 from .base import Curve, check_times
 from .continuous import Karras
 
-SHORTEST = 1e-6  # of the whole: float32 tells no shorter part's times apart
+SHORTEST = 1e-6  # share of the whole curve: float32 cannot distinguish the times of a shorter part
 
 
 @dataclass(frozen=True, kw_only=True)
 class Truncated(Curve):
-    """The part of ``curve`` from the time ``first`` (least noise) to ``last`` (most noise), both
-    included.
+    """The part of ``curve`` from time ``first`` (least noise) to ``last`` (most noise), inclusive.
 
-    A time means what it means on the whole curve: α, σ, and what the network is given are the same
-    there. What is relative to the range is its own: densities and training indices run over the
-    part, and ``num_train_timesteps`` of a discrete curve counts the timesteps inside. A time of the
-    part is given as such: on discrete curves a whole number.
+    Every time has the same α, σ and network time as on the whole curve. Relative quantities refer
+    to the part: densities and training indices run over the part, and ``num_train_timesteps`` of a
+    discrete curve counts the timesteps inside. On discrete curves ``first`` and ``last`` are whole
+    numbers.
 
-    Raises ValueError for times outside the curve, and for a part without any length.
+    Raises ValueError for times outside the curve, for a part without length, and for an EDM curve
+    (change its sigma_min and sigma_max instead).
 
     >>> import torch
     >>> from alphabar.noising import Discrete
@@ -50,7 +48,7 @@ class Truncated(Curve):
                 "a karras curve has no part but another range of its own: give it sigma_min and "
                 "sigma_max"
             )
-        if isinstance(curve, Truncated):  # a part of a part is a part
+        if isinstance(curve, Truncated):  # flatten a part of a part
             _require_inside(curve, first, last)
             curve = curve.curve
         _require_inside(curve, first, last)
@@ -127,7 +125,7 @@ class Truncated(Curve):
         return self._part(self.curve.time_at_quantile(u))
 
     def _part(self, t: Tensor) -> Tensor:
-        """Carry times of the whole curve to the part, evenly."""
+        """Map times of the whole curve linearly to the part."""
         low, high = self.curve.t_min, self.curve.t_max
         u = (t - low) / (high - low)
         return ((1 - u) * self.first + u * self.last).clamp(self.first, self.last)
@@ -171,8 +169,9 @@ def _require_inside(curve: Curve, first: float, last: float) -> None:
 
 
 def truncate(curve: Curve, first: float, last: float) -> Curve:
-    """Return the part of a curve from the time ``first`` to ``last``; an EDM curve, whose time is
-    σ, with another range of σ.
+    """Return the part of a curve from the time ``first`` to ``last``.
+
+    For an EDM curve, whose time is σ, return an EDM curve with another range of σ.
 
     >>> from alphabar.noising import Flow, Karras
     >>> truncate(Karras(), 0.5, 80.0).sigma_min, truncate(Flow(), 0.0, 1.0)

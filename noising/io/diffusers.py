@@ -1,9 +1,9 @@
-"""scheduler_config.json of diffusers: a schedule from one, and one from a schedule.
+"""Convert between schedules and the scheduler_config.json of diffusers.
 
-diffusers is not imported: its config is a JSON file. Every key that describes the curve is written
-out, because a key left at its default would be replaced by another class's own default when that
-class reads the file. A class is named only where it reads all that the schedule holds; betas that a
-class does not know by name are written one by one, as ``trained_betas``.
+diffusers is not imported: its config is a JSON file. Every key that describes the curve is written,
+because a missing key gets the default of whichever class reads the file. A class is named only if
+it reads everything in the schedule. Betas that a class does not know by name are written as
+numbers, in ``trained_betas``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..curves.shifts import token_shift
 from ..prediction import Prediction
 from .diffusers_keys import checked_config
 
-# what diffusers' classes assume where a file leaves a key out (diffusers 0.42.1)
+# defaults of diffusers' classes for missing keys (diffusers 0.42.1)
 _DISCRETE_DEFAULTS: dict[str, Any] = {
     "beta_schedule": "linear",
     "beta_start": 0.0001,
@@ -51,9 +51,7 @@ _PLAIN = (
 )
 _SD_BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012}
 _SCALED: dict[str, Any] = {"beta_schedule": "scaled_linear"} | _SD_BETAS
-_DEFAULTS: dict[
-    str, dict[str, Any]
-] = {  # every class that reads betas, with the defaults that are its own
+_DEFAULTS: dict[str, dict[str, Any]] = {  # every class that reads betas, with its own defaults
     **{name: {} for name in _PLAIN},
     "UnCLIPScheduler": {"beta_schedule": "squaredcos_cap_v2"},
     "HeunDiscreteScheduler": _SD_BETAS,
@@ -66,8 +64,7 @@ _DEFAULTS: dict[
     "CogVideoXDPMScheduler": _SCALED | {"snr_shift_scale": 3.0},
 }
 _READ_SNR_SHIFT = {name for name, defaults in _DEFAULTS.items() if "snr_shift_scale" in defaults}
-# classes that know rescale_betas_zero_snr; the others would silently sample on the betas as they
-# were
+# classes that know rescale_betas_zero_snr; the others silently sample with the original betas
 _READ_ZERO_SNR = {
     *_READ_SNR_SHIFT,
     "DDIMInverseScheduler",
@@ -87,7 +84,7 @@ _READ_SHIFT = {
     "FlowMatchHeunDiscreteScheduler",
     "FlowMatchLCMScheduler",
 }
-_READ_FLOW_SHIFT = {  # classes of betas that sample a flow where use_flow_sigmas says so
+_READ_FLOW_SHIFT = {  # classes of betas that sample a flow if use_flow_sigmas is set
     "DEISMultistepScheduler",
     "DPMSolverMultistepInverseScheduler",
     "DPMSolverMultistepScheduler",
@@ -112,7 +109,7 @@ _KNOWN_TO_ALL = (
     "scaled_linear",
     "squaredcos_cap_v2",
 )
-_OTHER_NAMES = {"laplace": "laplace_diffusers"}  # what its numbers are called here
+_OTHER_NAMES = {"laplace": "laplace_diffusers"}  # name in diffusers -> name here
 _DDIM_LIKE = {
     *_READ_SNR_SHIFT,
     "DDIMInverseScheduler",
@@ -125,12 +122,12 @@ _DDPM_LIKE = {"DDPMParallelScheduler", "DDPMScheduler"}
 _NO_SPACING = {"DPMSolverSinglestepScheduler", "RePaintScheduler", "UnCLIPScheduler"}
 _ELSE: dict[
     str, tuple[Any, set[str]]
-] = {  # what a file says unless a sampler says it: the value, and the classes that read it
+] = {  # defaults without a sampler: the value, and the classes that read it
     "timestep_spacing": ("trailing", _DEFAULTS.keys() - _NO_SPACING),
     "steps_offset": (
         1,
         _DEFAULTS.keys() - _NO_SPACING,
-    ),  # of leading alone; Stable Diffusion's pipelines warn of any other
+    ),  # for leading only; Stable Diffusion's pipelines warn of other values
     "set_alpha_to_one": (True, _DDIM_LIKE | {"PNDMScheduler"}),
     "clip_sample": (
         False,
@@ -146,10 +143,10 @@ _ELSE: dict[
 def to_diffusers(
     curve: Curve, prediction: Prediction, sampling: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return the scheduler_config.json of a curve with a prediction type as a dict of plain values.
+    """Return the scheduler_config.json of a curve and a prediction type as a dict of plain values.
 
-    ``sampling`` holds what a sampler adds: ``_class_name``, ``timestep_spacing``, solver options. A
-    class that would ignore something of the schedule gives way to DDIMScheduler, on a flow to
+    ``sampling`` holds the keys of a sampler: ``_class_name``, ``timestep_spacing``, solver options.
+    A class that would ignore a part of the schedule is replaced by DDIMScheduler, on a flow by
     FlowMatchEulerDiscreteScheduler. Raises ValueError for a curve or a prediction that diffusers
     has no config for.
 
@@ -207,7 +204,7 @@ def _discrete_config(curve: Discrete, prediction: str, sampling: dict[str, Any])
     if name in _READ_ZERO_SNR:
         config["rescale_betas_zero_snr"] = zero
     if config["_class_name"] in _READ_SNR_SHIFT:
-        before = curve.rescaled_snr_shift_scale == 1  # they shift before they rescale
+        before = curve.rescaled_snr_shift_scale == 1  # these classes shift before they rescale
         config["snr_shift_scale"] = curve.snr_shift_scale if before else 1.0
         curve = replace(curve, snr_shift_scale=1.0) if before else curve
     return config | _beta_keys(curve)
@@ -228,24 +225,30 @@ def _beta_keys(curve: Discrete) -> dict[str, Any]:
 
 
 def _shifted_betas(curve: Discrete) -> Tensor:
-    """Return the betas of a shifted curve, before the rescaling where no shift comes after it."""
+    """Return the betas of a shifted curve, without the rescaling if no shift follows it."""
     if curve.rescaled_snr_shift_scale == 1:
         curve = replace(curve, rescale_betas_zero_snr=False)
     index = torch.arange(curve.num_train_timesteps, dtype=torch.float64)
     alpha, sigma = curve.alpha(index), curve.sigma(index)
-    # neither end cancels
+    # no cancellation at either end
     log_alpha_bar = torch.where(sigma < 0.5, torch.log1p(-(sigma**2)), 2 * alpha.log())
     return -torch.expm1(log_alpha_bar.diff(prepend=torch.zeros(1, dtype=torch.float64)))
 
 
 def from_diffusers(config: Mapping[str, Any], tokens: int | None = None) -> tuple[Curve, str]:
-    """Return the curve and the prediction type of a diffusers scheduler config; keys left out have
-    that class's defaults.
+    """Return the curve and the prediction type of a diffusers scheduler config.
 
-    ``config`` is the content of scheduler_config.json, or ``dict(scheduler.config)``. Where it says
-    ``use_dynamic_shifting`` (Flux) the shift depends on the image: ``tokens`` is the number of
-    image tokens. Raises ValueError for a config that is none, for one without the tokens it needs,
-    and for a class whose curve its config does not say.
+    Missing keys have the defaults of the config's class.
+
+    Args:
+        config: the content of scheduler_config.json, or ``dict(scheduler.config)``.
+        tokens: the number of image tokens, for a config with ``use_dynamic_shifting`` (Flux), whose
+            shift depends on the image.
+
+    Raises:
+        ValueError: if ``config`` is not a scheduler config, if it needs tokens and has none, if
+            tokens are given that it does not use, and for a class whose config does not define its
+            curve.
 
     >>> from_diffusers({"_class_name": "LCMScheduler"})[0].beta_start
     0.00085
@@ -290,7 +293,7 @@ def from_diffusers(config: Mapping[str, Any], tokens: int | None = None) -> tupl
             "NoiseSchedule.flow() or NoiseSchedule.karras()"
         )
     values = _DISCRETE_DEFAULTS | _DEFAULTS.get(name, {}) | said
-    if name in _READ_SNR_SHIFT or not name:  # other classes leave it unread
+    if name in _READ_SNR_SHIFT or not name:  # other classes do not read it
         values |= {key: config[key] for key in ("snr_shift_scale",) if key in config}
     values["beta_schedule"] = _OTHER_NAMES.get(values["beta_schedule"], values["beta_schedule"])
     return Discrete(**values), config.get("prediction_type", "epsilon")

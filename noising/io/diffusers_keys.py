@@ -1,9 +1,9 @@
-"""Which keys of a scheduler_config.json describe a schedule, how each is read, and which of them a
-class of diffusers knows.
+"""The keys of a scheduler_config.json that describe a schedule.
 
-diffusers passes over a key that its class does not know: HeunDiscreteScheduler samples without
-``rescale_betas_zero_snr`` whatever the file says. Such a key is not honoured here either, and a
-warning names it, as it names keys that no class knows.
+This module says how each key is read, and which keys each class of diffusers knows. diffusers
+ignores a key that its class does not know: HeunDiscreteScheduler samples without
+``rescale_betas_zero_snr``, whatever the file contains. Such a key is ignored here too, and a
+warning names it. A warning also names keys that no class knows.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ READERS: Mapping[str, Callable[[str, Any], Any]] = {
     "max_shift": number,
     "time_shift_type": word,
 }
-"""How each key that describes a schedule is read."""
+"""The reader of each key that describes a schedule."""
 
 MAY_BE_NULL = (
     "base_image_seq_len",
@@ -100,7 +100,7 @@ KNOWN_TO_CLASS: Mapping[str, frozenset[str]] = {
     "TCDScheduler": _ZERO,
     "UnCLIPScheduler": _COUNT | {"beta_schedule", "prediction_type"},
     "UniPCMultistepScheduler": _ZERO | _FLOW | _DYNAMIC,
-    # those whose schedule is not betas and no flow: a file that says betas is none of theirs
+    # classes whose schedule is neither betas nor a flow: they do not read betas
     "CMStochasticIterativeScheduler": _COUNT,
     "CosineDPMSolverMultistepScheduler": _COUNT | {"prediction_type"},
     "EDMDPMSolverMultistepScheduler": _COUNT | {"prediction_type"},
@@ -110,8 +110,9 @@ KNOWN_TO_CLASS: Mapping[str, frozenset[str]] = {
     "SCMScheduler": _COUNT | {"prediction_type"},
     "ScoreSdeVeScheduler": _COUNT,
 }
-"""The keys of ``READERS`` that a class of diffusers reads (diffusers 0.42.1); of other classes
-nothing is known here.
+"""The keys of ``READERS`` that a class of diffusers reads (diffusers 0.42.1).
+
+Other classes are unknown.
 """
 
 FOR_PIPELINES = {
@@ -122,7 +123,7 @@ FOR_PIPELINES = {
     "timestep_spacing",
     "_class_name",
 }
-"""Keys that are read by others than the class: pipelines, samplers."""
+"""Keys that pipelines and samplers read, not the class."""
 
 OTHERS = frozenset(
     {
@@ -183,7 +184,7 @@ OTHERS = frozenset(
         "variance_type",
     }
 )
-"""Keys that say how a class samples, and nothing of the schedule."""
+"""Keys that configure how a class samples; they do not describe the schedule."""
 
 _NEUTRAL = {
     "prediction_type": ("epsilon", "flow_prediction"),
@@ -194,11 +195,10 @@ _NEUTRAL = {
 
 
 def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a scheduler config of diffusers whose values can be what their keys say, without what
-    its class does not read.
+    """Return a scheduler config of diffusers with checked values, without keys its class ignores.
 
-    Raises ValueError for values of another type and for numbers that are not finite. Warns of keys
-    that the class passes over although they describe the schedule, and of keys that no class knows.
+    Raises ValueError for values of another type, and for numbers that are not finite. Warns of keys
+    that describe the schedule but that the class ignores, and of keys that no class knows.
 
     >>> checked_config({"_class_name": "DDIMScheduler", "beta_end": "0.02"})
     Traceback (most recent call last):

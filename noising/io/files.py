@@ -1,5 +1,6 @@
-"""The two files of a schedule in a folder: scheduler_config.json, which diffusers loads, and the
-exact noise_schedule.json.
+"""The two files of a schedule in a folder.
+
+diffusers loads scheduler_config.json; noise_schedule.json is exact.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ EXACT_NAME = "noise_schedule.json"
 
 
 def write_configs(folder: str | os.PathLike[str], configs: Mapping[str, Mapping[str, Any]]) -> Path:
-    """Write JSON files by their names, each atomically; return the folder.
+    """Write JSON files by name, each atomically; return the folder.
 
     >>> import tempfile
     >>> folder = write_configs(tempfile.mkdtemp(), {CONFIG_NAME: {"_class_name": "DDIMScheduler"}})
@@ -31,8 +32,9 @@ def write_configs(folder: str | os.PathLike[str], configs: Mapping[str, Mapping[
 
 
 def read_configs(folder: Path) -> dict[str, Any]:
-    """Read those of the two files that are there, by name; FileNotFoundError for none, ValueError
-    for a corrupt one.
+    """Return the contents of the existing files of the two, by name.
+
+    Raises FileNotFoundError if there is none, and ValueError for a corrupt one.
     """
     found = {
         name: read_json(folder / name)

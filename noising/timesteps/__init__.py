@@ -1,6 +1,4 @@
-"""Densities of training timesteps: what a density is, those of the literature, and importance
-sampling by the loss.
-"""
+"""Densities of training timesteps: base classes, published densities, importance sampling."""
 
 from .base import (
     TIMESTEPS,

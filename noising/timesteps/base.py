@@ -1,17 +1,16 @@
-"""What a density over training time is: a map from u in (0, 1] to times of a curve, u -> 1 being
-noise, always.
+"""Densities over training time: maps from u in (0, 1] to times of a curve; u -> 1 is noise.
 
-Let u be uniform. A density is stated by its quantile function, in one of two coordinates:
+Let u be uniform. A density is defined by its quantile function, in one of two coordinates:
 
     share of training time:  t = curve.time_at_quantile(Q(u)),  Q from (0, 1] to (0, 1];
                              on T timesteps ⌈T Q(u)⌉ - 1,
     log SNR:                 t = curve.time(λ(u));
                              on T timesteps the nearest one, clipped to the ends.
 
-The first means another noise level on every curve, the second the same. How u is drawn is the other
-half: independently for each sample, or ``stratified`` over the whole optimizer step (batch x ranks
-x accumulation), one sample to each of its equal strata, which keeps the expectation and lowers the
-variance.
+The first gives a different noise level on every curve, the second gives the same one. There are two
+ways to draw u: independently for each sample, or ``stratified`` over the whole optimizer step
+(batch x ranks x accumulation). Stratified means one sample in each of the equal strata, which keeps
+the expectation and lowers the variance.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from ..curves.base import Curve
 from ..utils.items import make_item
 from ..utils.registry import D, Registry
 
-# the least share of training time that is drawn: a clean sample has nothing to learn from
+# the smallest share of training time that is drawn: a clean sample trains nothing
 LEAST = 2.0**-53
-_LOG_SNR_BOUND = 200.0  # where a curve has no end in log SNR: e^100 is still finite in float64
+_LOG_SNR_BOUND = 200.0  # if a curve has no end in log SNR: e^100 is still finite in float64
 
 
 class Resampled(NamedTuple):
-    """What importance sampling makes of u: shape (batch,) each, on the CPU."""
+    """The result of importance sampling: shape (batch,) each, on the CPU."""
 
     u: Tensor
     bins: Tensor
@@ -44,33 +43,38 @@ class Resampled(NamedTuple):
 
 
 class LossHistory(nn.Module, ABC):
-    """The losses that a density follows: drawn with :meth:`resample`, told by :meth:`observe`,
-    counted from :meth:`commit` on.
+    """The losses that a density follows.
+
+    :meth:`resample` draws with them, :meth:`observe` records new ones, and :meth:`commit` adds the
+    recorded ones.
     """
 
     @abstractmethod
     def resample(self, u: Tensor) -> Resampled:
-        """Return uniform ``u`` in (0, 1], shape (batch,), as shares of the density, with their bins
-        and weights.
+        """Return resampled u with their bins and weights.
+
+        ``u``: uniform in (0, 1], shape (batch,). The result's u are shares of the density.
         """
 
     @abstractmethod
     def observe(
         self, step: int, index: Tensor, drawn: Resampled, weight: Tensor, errors: Tensor
     ) -> None:
-        """Record the errors of a loss and the weights on them: shape (batch,), of these global
-        indices at this step.
+        """Record the errors of a loss and their weights, shape (batch,).
+
+        ``index``: global indices of the samples at this step.
         """
 
     @abstractmethod
     def commit(self, step: int) -> None:
-        """Count what other steps than this one recorded."""
+        """Add the losses that were recorded at other steps to the history."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timesteps(ABC):
-    """A density over training time; subclasses state the times of u in (0, 1], more noise for
-    larger u.
+    """Base class of a density over training time.
+
+    A subclass defines the times of u in (0, 1]; a larger u is more noise.
 
     >>> from alphabar.noising import Flow, UniformTimesteps
     >>> UniformTimesteps().times(torch.tensor([0.25, 1.0]), Flow())
@@ -79,31 +83,29 @@ class Timesteps(ABC):
 
     name: ClassVar[str]
     stratified_name: ClassVar[str | None] = None
-    """The name of the stratified form in ``TIMESTEPS``; by default the name with ``stratified_``
-    before it.
-    """
+    """The name of the stratified form in ``TIMESTEPS``; by default ``stratified_`` + name."""
     measures_losses: ClassVar[bool] = False
-    """Whether the density follows the losses that are measured, and so needs a history in the
-    checkpoint.
-    """
+    """Whether the density follows measured losses; it then needs a history in the checkpoint."""
     stratified: bool = False
 
     @abstractmethod
     def times(self, u: Tensor, curve: Curve) -> Tensor:
-        """Return the time below which a share u of the samples lies; int64 on discrete curves; any
-        shape.
+        """Return the time below which a share u of the samples lies; any shape.
+
+        int64 on discrete curves.
         """
 
     def check(self, curve: Curve) -> None:  # noqa: B027  (most densities fit every curve)
-        """Raise ValueError where this density does not fit the curve."""
+        """Raise ValueError if this density does not fit the curve."""
 
     def history(self) -> LossHistory | None:
         """Return a new history of losses, for a density that follows them."""
         return None
 
     def stratify(self, u: Tensor, index: Tensor, strata: Tensor | None) -> Tensor:
-        """Return ``u`` in the stratum of each global index; ``strata`` is this optimizer step's
-        permutation of them.
+        """Return ``u`` in the stratum of each global index.
+
+        ``strata`` is the permutation of the strata for this optimizer step.
 
         >>> from alphabar.noising import UniformTimesteps
         >>> density = UniformTimesteps(stratified=True)
@@ -125,8 +127,9 @@ class Timesteps(ABC):
         return WithinTimesteps(density=self, low=low, high=high)
 
     def reversed(self) -> ReversedTimesteps:
-        """Return this density with data and noise exchanged, as trainers have it that index a
-        descending array with u.
+        """Return this density with data and noise exchanged.
+
+        Use it for recipes of trainers that index a descending array with u.
 
         >>> from alphabar.noising import Flow, LogitNormalTimesteps
         >>> LogitNormalTimesteps(mean=1.0).reversed().times(
@@ -139,7 +142,7 @@ class Timesteps(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantileTimesteps(Timesteps):
-    """A density stated over the share of training time, by its quantile function.
+    """A density over the share of training time, defined by its quantile function.
 
     >>> from alphabar.noising import Flow
     >>> class Late(QuantileTimesteps):
@@ -151,7 +154,10 @@ class QuantileTimesteps(Timesteps):
 
     @abstractmethod
     def quantile(self, u: Tensor) -> Tensor:
-        """Return Q(u) in [0, 1], not decreasing in u; for u in [0, 1] of any shape, in float64."""
+        """Return Q(u) in [0, 1], not decreasing in u.
+
+        ``u`` lies in [0, 1] and has any shape, float64.
+        """
 
     def times(self, u: Tensor, curve: Curve) -> Tensor:
         return curve.time_at_quantile(self.quantile(u).clamp(LEAST, 1.0))
@@ -159,10 +165,10 @@ class QuantileTimesteps(Timesteps):
 
 @dataclass(frozen=True, kw_only=True)
 class LogSNRTimesteps(Timesteps):
-    """A density stated over log SNR, λ = log(α² / σ²): the same noise levels on every curve.
+    """A density over log SNR, λ = log(α² / σ²): the same noise levels on every curve.
 
-    The curve's own inverse turns λ into time: clipped to the ends of the curve, and on a discrete
-    one rounded to the nearest timestep.
+    The inverse of the curve converts λ to time. The time is clipped to the ends of the curve, and
+    rounded to the nearest timestep on a discrete one.
 
     >>> from alphabar.noising import Cosine
     >>> class Laplace(LogSNRTimesteps):
@@ -174,8 +180,9 @@ class LogSNRTimesteps(Timesteps):
 
     @abstractmethod
     def log_snr(self, u: Tensor) -> Tensor:
-        """Return λ(u), not increasing in u; for u in [0, 1] of any shape, in float64; infinite at
-        the ends is fine.
+        """Return λ(u), not increasing in u; it may be infinite at the ends.
+
+        ``u`` lies in [0, 1] and has any shape, float64.
         """
 
     def times(self, u: Tensor, curve: Curve) -> Tensor:
@@ -183,8 +190,9 @@ class LogSNRTimesteps(Timesteps):
 
 
 def nearest_time(log_snr: Tensor, curve: Curve) -> Tensor:
-    """Return the times at which a curve has these log SNRs, those of its ends beyond them;
-    timesteps on a discrete one.
+    """Return the times of these log SNRs on a curve; timesteps on a discrete one.
+
+    A log SNR beyond an end of the curve gives the time of that end.
 
     >>> from alphabar.noising import Flow
     >>> nearest_time(torch.tensor([0.0, -torch.inf]), Flow())
@@ -200,7 +208,7 @@ def nearest_time(log_snr: Tensor, curve: Curve) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Around(Timesteps):
-    """A density around another; stratified where that is."""
+    """A density that wraps another one; it is stratified if the inner density is."""
 
     density: Timesteps
 
@@ -218,13 +226,12 @@ class Around(Timesteps):
 
 @dataclass(frozen=True, kw_only=True)
 class WithinTimesteps(Around):
-    """``density`` given that the time lies in ``low`` ... ``high``, both included; times of the
-    curve.
+    """``density`` conditioned on times in ``low`` ... ``high``, both included; times of the curve.
 
-    On discrete schedules these are integer timesteps (kohya's --max_timestep is excluded there:
-    give it less 1), on flows t in 0 ... 1 before any shift. The density inside keeps its shape: it
-    is cut, not squeezed. ValueError unless low < high, and, when it is given to a Noising, where
-    the range leaves the schedule or the density has nothing in it.
+    On discrete schedules the limits are integer timesteps (kohya's --max_timestep is excluded
+    there: subtract 1), on flows they are t in 0 ... 1 before any shift. The density is cut to the
+    range, not rescaled to it. Raises ValueError unless low < high. A Noising that gets this density
+    raises ValueError if the range leaves the schedule, or if the density has no mass in it.
 
     >>> from alphabar.noising import LogitNormalTimesteps, NoiseSchedule
     >>> density = WithinTimesteps(density=LogitNormalTimesteps(), low=0, high=499)
@@ -234,7 +241,7 @@ class WithinTimesteps(Around):
 
     name: ClassVar[str] = "within"
     _known: ClassVar[tuple[Curve, tuple[float, float]] | None] = (
-        None  # an instance's shares of the curve it was checked for
+        None  # per instance: the shares on the curve that it was checked for
     )
     low: float
     high: float
@@ -247,7 +254,7 @@ class WithinTimesteps(Around):
             )
 
     def times(self, u: Tensor, curve: Curve) -> Tensor:
-        known = self._known  # torch.compile, which no cache stops, would trace the search
+        known = self._known  # torch.compile ignores caches and would trace the search
         same = known is not None and known[0] is curve
         first, last = (
             known[1]
@@ -256,7 +263,7 @@ class WithinTimesteps(Around):
         )
         t = self.density.times(first + u * (last - first), curve)
         low, high = (int(self.low), int(self.high)) if curve.is_discrete else (self.low, self.high)
-        return t.clamp(low, high)  # where u was rounded to the share below
+        return t.clamp(low, high)  # if rounding moved u to the share below
 
     def check(self, curve: Curve) -> None:
         super().check(curve)
@@ -269,13 +276,12 @@ class WithinTimesteps(Around):
 
 @dataclass(frozen=True, kw_only=True)
 class ReversedTimesteps(Around):
-    """``density`` with data and noise exchanged: t -> 1 - t, for recipes of trainers that have it
-    so.
+    """``density`` with data and noise exchanged: t -> 1 - t.
 
-    The diffusers examples for SD3 and Flux and kohya's Flux script use u as an index into timesteps
-    that descend: there a positive logit mean is less noise. With their numbers, this is their
-    density. Here too a larger u is more noise. ValueError for densities that are stated in noise
-    levels or in timesteps, which have no such direction.
+    The diffusers examples for SD3 and Flux and kohya's Flux script use u as an index into
+    descending timesteps, so a positive logit mean is less noise there. With their numbers, this
+    class gives their density. Here too a larger u is more noise. Raises ValueError for densities
+    that are defined in noise levels or in timesteps, which have no such direction.
 
     >>> from alphabar.noising import LogitNormalTimesteps
     >>> ReversedTimesteps(density=LogitNormalTimesteps(mean=1.0)).quantile(torch.tensor([0.5]))
@@ -303,14 +309,14 @@ class ReversedTimesteps(Around):
 
 
 class TimestepRegistry(Registry[Callable[..., Timesteps]]):
-    """Densities by their names, each with its stratified form.
+    """The densities by name, each with its stratified form.
 
     >>> TIMESTEPS["stratified"]()
     UniformTimesteps(stratified=True)
     """
 
     def register(self, entry: D) -> D:
-        """Register a class by its ``name``, and its stratified form by ``stratified_name``."""
+        """Register a class as ``name``, and its stratified form as ``stratified_name``."""
         super().register(entry)
         kind: Any = entry
         self.add(kind.stratified_name or f"stratified_{kind.name}", partial(kind, stratified=True))
@@ -318,14 +324,16 @@ class TimestepRegistry(Registry[Callable[..., Timesteps]]):
 
 
 TIMESTEPS = TimestepRegistry("timestep density")
-"""Every density by its name, and each with ``stratified_`` before it; ``@TIMESTEPS.register`` above
-a class adds one.
+"""The densities by name, each also with the prefix ``stratified_``.
+
+Decorate a class with ``@TIMESTEPS.register`` to add one.
 """
 
 
 def resolve_timesteps(timesteps: str | Timesteps) -> Timesteps:
-    """Return the density for a name, with options or without, or an object; ValueError for an
-    unknown name or option.
+    """Return the density for a name, with or without options, or an object.
+
+    Raises ValueError for an unknown name or option.
 
     >>> from alphabar.noising import LogitNormalTimesteps
     >>> resolve_timesteps("stratified_logit_normal:mean=1")
@@ -335,7 +343,7 @@ def resolve_timesteps(timesteps: str | Timesteps) -> Timesteps:
 
 
 def require_time(what: str, t: float, curve: Curve) -> None:
-    """Raise ValueError for a time that the curve does not have.
+    """Raise ValueError for a time outside the curve.
 
     >>> from alphabar.noising import Flow
     >>> require_time("low", 2.0, Flow())
@@ -352,7 +360,7 @@ def require_time(what: str, t: float, curve: Curve) -> None:
 
 @lru_cache(maxsize=64)
 def _shares(density: Timesteps, curve: Curve, low: float, high: float) -> tuple[float, float]:
-    """Return the shares of samples whose time is below ``low`` and not above ``high``."""
+    """Return the shares of samples with time < ``low`` and with time <= ``high``."""
     first = _largest(lambda u: float(density.times(u, curve)) < low)
     last = _largest(lambda u: float(density.times(u, curve)) <= high)
     if not first < last:
@@ -363,7 +371,7 @@ def _shares(density: Timesteps, curve: Curve, low: float, high: float) -> tuple[
 
 
 def _largest(holds: Callable[[Tensor], bool]) -> float:
-    """Return the largest u in [0, 1] for which a condition holds that, once false, stays false."""
+    """Return the largest u in [0, 1] for which a condition holds; once false, it stays false."""
     low, high = 0.0, 1.0
     if holds(torch.tensor(high, dtype=torch.float64)):
         return high

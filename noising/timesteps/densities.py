@@ -1,6 +1,4 @@
-"""Densities of training timesteps: those of the literature, each by its quantile function, and
-densities of one's own.
-"""
+"""Densities of training timesteps: published ones, by their quantile functions, and custom ones."""
 
 from __future__ import annotations
 
@@ -25,10 +23,9 @@ from .base import (
     require_time,
 )
 
-# kept from the edges of a bin, so that no rounding leads into its neighbour, which may have weight
-# 0
+# distance from the edges of a bin: rounding must not reach the next bin, whose weight may be 0
 _EDGE = 2.0**-40
-_CHECKED = 1025  # points at which a quantile function of one's own is looked at
+_CHECKED = 1025  # number of points at which a custom quantile function is checked
 # Esser et al. 2403.03206, below eq. 20: beyond it the map is not monotone
 MODE_SCALE_MAX = 2 / (math.pi - 2)
 
@@ -36,7 +33,7 @@ MODE_SCALE_MAX = 2 / (math.pi - 2)
 @TIMESTEPS.register
 @dataclass(frozen=True, kw_only=True)
 class UniformTimesteps(QuantileTimesteps):
-    """Every time equally often.
+    """The uniform density: all times are equally likely.
 
     >>> UniformTimesteps(stratified=True).quantile(torch.tensor([0.75, 0.25]))
     tensor([0.7500, 0.2500])
@@ -54,8 +51,8 @@ class UniformTimesteps(QuantileTimesteps):
 class LogitNormalTimesteps(QuantileTimesteps):
     """logit(t) ~ N(mean, std²) (Esser et al. 2403.03206, eq. 19); a positive mean is more noise.
 
-    On a flow with a shift the shift acts on top, as in SD3. ValueError unless the mean is finite
-    and std positive and finite.
+    On a flow with a shift, the shift is applied afterwards, as in SD3. Raises ValueError unless the
+    mean is finite and std is positive and finite.
 
     >>> LogitNormalTimesteps(mean=1.0).quantile(torch.tensor([0.5, 1.0], dtype=torch.float64))
     tensor([0.7311, 1.0000], dtype=torch.float64)
@@ -75,11 +72,11 @@ class LogitNormalTimesteps(QuantileTimesteps):
 @TIMESTEPS.register
 @dataclass(frozen=True, kw_only=True)
 class ModeTimesteps(QuantileTimesteps):
-    """Mode sampling with heavy tails: t = 1 - u' - s (cos²(π u' / 2) - 1 + u') (Esser et al.
-    2403.03206, eq. 20), u' = 1 - u.
+    """Mode sampling with heavy tails: t = 1 - u' - s (cos²(π u' / 2) - 1 + u'), u' = 1 - u.
 
-    Positive scales s favour the middle, negative ones the ends, 0 is uniform. ValueError where the
-    map is not monotone, outside -1 ... 2 / (π - 2) = 1.7519.
+    Source: Esser et al. 2403.03206, eq. 20. Positive scales s favour the middle, negative ones the
+    ends, 0 is uniform. Raises ValueError if the map is not monotone, i.e. outside -1 ... 2 / (π -
+    2) = 1.7519.
 
     >>> ModeTimesteps(scale=1.29).quantile(torch.tensor([0.25, 0.5, 1.0]))
     tensor([0.3836, 0.5000, 1.0000])
@@ -103,10 +100,10 @@ class ModeTimesteps(QuantileTimesteps):
 @TIMESTEPS.register
 @dataclass(frozen=True, kw_only=True)
 class CosMapTimesteps(QuantileTimesteps):
-    """The density 2 / (π - 2 π t + 2 π t²): on a flow, the log SNRs of the cosine schedule (Esser
-    et al. 2403.03206, eq. 21).
+    """The density 2 / (π - 2 π t + 2 π t²) (Esser et al. 2403.03206, eq. 21).
 
-    It replaces the cosmap weight on uniform times: with both, the weight counts twice.
+    On a flow it gives the log SNRs of the cosine schedule. It replaces the cosmap weight on uniform
+    times: with both, the weight counts twice.
 
     >>> CosMapTimesteps().quantile(torch.tensor([0.25, 0.5, 1.0], dtype=torch.float64))
     tensor([0.2929, 0.5000, 1.0000], dtype=torch.float64)
@@ -123,10 +120,10 @@ class CosMapTimesteps(QuantileTimesteps):
 @TIMESTEPS.register
 @dataclass(frozen=True, kw_only=True)
 class BetaTimesteps(QuantileTimesteps):
-    """t ~ Beta(a, b): a > b is more noise, a = b < 1 favours both ends, 1 and 1 is uniform.
+    """t ~ Beta(a, b): a > b is more noise, a = b < 1 favours both ends, a = b = 1 is uniform.
 
-    The quantile is the inverse of the incomplete beta function, to 1e-12. ValueError unless a and b
-    are positive and finite.
+    The quantile is the inverse of the incomplete beta function, to 1e-12. Raises ValueError unless
+    a and b are positive and finite.
 
     >>> BetaTimesteps(a=2.0, b=1.0).quantile(torch.tensor([0.25, 1.0]))  # the root
     tensor([0.5000, 1.0000], dtype=torch.float64)
@@ -149,12 +146,12 @@ class BetaTimesteps(QuantileTimesteps):
 @TIMESTEPS.register
 @dataclass(frozen=True, kw_only=True)
 class LogNormalSigmaTimesteps(LogSNRTimesteps):
-    """log(σ / α) ~ N(mean, std²): EDM's density of noise levels (Karras et al. 2206.00364, table
-    1), on any curve.
+    """log(σ / α) ~ N(mean, std²): EDM's density of noise levels, on any curve.
 
-    EDM has P_mean = -1.2 and P_std = 1.2, EDM2 -0.4 and 1.0 (2312.02696, table 6). What lies past
-    the ends of the curve falls on the ends; discrete curves take the nearest timestep. ValueError
-    unless the mean is finite and std positive and finite.
+    Source: Karras et al. 2206.00364, table 1. EDM has P_mean = -1.2 and P_std = 1.2, EDM2 -0.4 and
+    1.0 (2312.02696, table 6). Values beyond the ends of the curve are set to the ends; discrete
+    curves use the nearest timestep. Raises ValueError unless the mean is finite and std is positive
+    and finite.
 
     >>> from alphabar.noising import Karras
     >>> LogNormalSigmaTimesteps().times(torch.tensor([0.5, 1.0], dtype=torch.float64), Karras())
@@ -174,11 +171,11 @@ class LogNormalSigmaTimesteps(LogSNRTimesteps):
 
 @dataclass(frozen=True, kw_only=True)
 class CustomTimesteps(QuantileTimesteps):
-    """A density by its quantile function: ``function(u)`` from [0, 1] to shares of training time in
-    [0, 1].
+    """A density with a custom quantile function.
 
-    It takes and returns float64 tensors, and must not decrease; u -> 1 is noise. ValueError, when
-    the density is first given to a Noising, where it leaves [0, 1] or decreases.
+    ``function(u)`` maps [0, 1] to shares of training time in [0, 1]. It takes and returns float64
+    tensors, and must not decrease; u -> 1 is noise. A Noising that gets this density raises
+    ValueError if the function leaves [0, 1] or decreases.
 
     >>> from alphabar.noising import Flow
     >>> CustomTimesteps(function=torch.sqrt).times(torch.tensor([0.25]), Flow())
@@ -208,11 +205,11 @@ class CustomTimesteps(QuantileTimesteps):
 
 @dataclass(frozen=True, kw_only=True)
 class WeightedTimesteps(QuantileTimesteps):
-    """A piecewise constant density: ``weights`` of equal bins of training time, from data to noise.
+    """A piecewise constant density: ``weights`` of equal bins of training time.
 
-    With as many weights as a discrete schedule has timesteps, each is the weight of one timestep.
-    Weights need not sum to 1, a bin of weight 0 is never drawn. ValueError unless they are finite,
-    not negative and not all 0.
+    The bins run from data to noise. With as many weights as a discrete schedule has timesteps, each
+    is the weight of one timestep. Weights need not sum to 1; a bin of weight 0 is never drawn.
+    Raises ValueError unless they are finite, not negative and not all 0.
 
     >>> from alphabar.noising import Flow
     >>> WeightedTimesteps(weights=(1.0, 0.0, 3.0)).times(
@@ -234,11 +231,11 @@ class WeightedTimesteps(QuantileTimesteps):
 
 @dataclass(frozen=True, kw_only=True)
 class ListedTimesteps(Timesteps):
-    """Only these times of the curve, with these weights (equal ones when not given).
+    """Only these times of the curve, with these weights (by default equal ones).
 
-    On discrete schedules the times are integer timesteps. ValueError for times that repeat or, when
-    the density is given to a Noising, lie outside its schedule, and for weights as in
-    WeightedTimesteps.
+    On discrete schedules the times are integer timesteps. Raises ValueError for repeated times, and
+    for weights as in WeightedTimesteps. A Noising that gets this density raises ValueError for
+    times outside its schedule.
 
     >>> from alphabar.noising import NoiseSchedule
     >>> density = ListedTimesteps(listed=(999, 749, 499), weights=(2.0, 1.0, 1.0))
@@ -275,13 +272,13 @@ class ListedTimesteps(Timesteps):
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseLevelTimesteps(Around):
-    """A density over the noise level σ of the flow path itself, whatever the shift of the schedule.
+    """A density over the noise level σ of the flow path, independent of the schedule's shift.
 
-    σ = low + (high - low) · s q / (1 + (s - 1) q) with the share q that ``density`` draws. kohya's
-    Flux and SD3 scripts draw so: uniformly (``--timestep_sampling uniform``), as a sigmoid of a
-    normal (``sigmoid``), and with a shift of training alone (``--training_shift``). On curves that
-    are no flow σ stands for σ / (α + σ). ValueError unless ``density`` is one over training time, s
-    is positive and 0 <= low < high <= 1.
+    σ = low + (high - low) · s q / (1 + (s - 1) q), where s is ``shift`` and q is the share that
+    ``density`` draws. kohya's Flux and SD3 scripts draw this way: uniformly (``--timestep_sampling
+    uniform``), as a sigmoid of a normal (``sigmoid``), and with a shift of training alone
+    (``--training_shift``). On curves that are not flows, σ means σ / (α + σ). Raises ValueError
+    unless ``density`` is a density over training time, s is positive and 0 <= low < high <= 1.
 
     >>> from alphabar.noising import NoiseSchedule, UniformTimesteps
     >>> flow = NoiseSchedule.flow(shift=3.0)
@@ -318,10 +315,10 @@ class NoiseLevelTimesteps(Around):
 
 
 def beta_quantile(u: Tensor, a: float, b: float) -> Tensor:
-    """Return x with I_x(a, b) = u, the quantile of the Beta distribution. Shape and device of
-    ``u``; float64.
+    """Return x with I_x(a, b) = u, the quantile of the Beta distribution.
 
-    Raises ValueError unless a and b are positive and u lies in [0, 1].
+    Shape and device of ``u``; float64. Raises ValueError unless a and b are positive and u lies in
+    [0, 1].
 
     >>> beta_quantile(
     ...     torch.tensor([0.0, 0.5, 0.75, 1.0]), 0.5, 0.5
@@ -342,8 +339,9 @@ def beta_quantile(u: Tensor, a: float, b: float) -> Tensor:
 
 
 def bin_of(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the bin, drawn with probability ∝ ``weights``, and the place inside it in (0, 1), of u
-    in [0, 1].
+    """Return the bin of u in [0, 1] and the position inside it in (0, 1).
+
+    A bin is drawn with probability ∝ ``weights``.
 
     >>> bin_of(
     ...     torch.tensor([1.0, 3.0], dtype=torch.float64),
@@ -354,7 +352,7 @@ def bin_of(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     upper = weights.cumsum(0)
     upper = upper / upper[-1]
     u = u.double().clamp(min=LEAST)
-    # the first whose upper edge is not below u: its weight is not 0
+    # the first bin whose upper edge is not below u; its weight is not 0
     bins = torch.searchsorted(upper, u.contiguous())
     lower = torch.cat([upper.new_zeros(1), upper[:-1]])
     return bins, ((u - lower[bins]) / (upper - lower)[bins]).clamp(_EDGE, 1 - _EDGE)

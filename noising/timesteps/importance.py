@@ -1,25 +1,25 @@
-"""Importance sampling of timesteps by the second moment of the loss (Nichol & Dhariwal 2102.09672,
-§3.2).
+"""Importance sampling of timesteps by the second moment of the loss.
 
-The objective E[L_t] over a density of times is a mean over N bins of equal probability under that
-density. Drawing bin k with
+Source: Nichol & Dhariwal 2102.09672, §3.2. The objective E[L_t] over a density of times is a mean
+over N bins of equal probability under that density. Bin k is drawn with
 
     p_k = (1 - ε) sqrt(E[L_k²]) / Σ_j sqrt(E[L_j²]) + ε / N
 
-and weighting with 1 / (N p_k) leaves the expectation as it is, Σ_k p_k L_k / (N p_k) = Σ_k L_k / N,
-whatever the estimate of the second moments, and has less variance where that is good. E[L_k²] is
-the mean over the last losses that fell into bin k; until every bin has its full number of them p_k
-= 1 / N. Inside a bin the density is kept, so the bins need no grid of timesteps.
+and weighted with 1 / (N p_k). The expectation stays the same, Σ_k p_k L_k / (N p_k) = Σ_k L_k / N,
+for any estimate of the second moments. With a good estimate the variance is lower. E[L_k²] is the
+mean over the last losses in bin k; until every bin has its full number of losses, p_k = 1 / N.
+Inside a bin the density stays the same, so the bins need no grid of timesteps.
 
-All ranks must draw with the same p. So the losses of all are exchanged as they are computed, and
-taken into the history, in the order of their global indices, when the next optimizer step draws its
-first times: p depends neither on the number of processes nor on the accumulation, and a checkpoint
-of one rank holds what all know. The history stays on the CPU, where times are drawn.
+All ranks must draw with the same p. So each loss is exchanged between ranks when it is computed.
+The losses enter the history, in the order of their global indices, when the next optimizer step
+draws its first times. Therefore p depends neither on the number of processes nor on the
+accumulation, and a checkpoint of one rank holds the losses of all ranks. The history stays on the
+CPU, where times are drawn.
 
-What it costs on a GPU: an all-gather and a copy of 3 x batch numbers in the stream after each loss;
-and the host, before it draws for the next step, waits for that copy, that is for the last forward
-of the step before, not for its backward or its update. With gloo, which gathers on the CPU, the
-host waits in each loss.
+Cost on a GPU: an all-gather and a copy of 3 x batch numbers in the stream after each loss. Before
+the host draws for the next step, it waits for that copy, i.e. for the last forward of the previous
+step, not for its backward or its update. With gloo, which gathers on the CPU, the host waits in
+each loss.
 """
 
 from __future__ import annotations
@@ -40,15 +40,21 @@ from .densities import UniformTimesteps, bin_of
 @TIMESTEPS.register
 @dataclass(frozen=True, kw_only=True)
 class LossSecondMoment(Timesteps):
-    """Draw times in proportion to the root mean square of their losses, around ``density``, without
-    bias.
+    """Draw times in proportion to the root mean square of their losses, without bias.
 
-    ``bins``: N, bins of equal probability under ``density``; the paper has one for each of its
-    timesteps. ``history_per_term``: losses that each keeps. ``uniform_prob``: ε. The losses are
-    those of training (the objective's weights in them, 1 / (N p) not), heard where gradients are on
-    and the Noising is in training mode. All ranks must compute losses equally often, on batches of
-    equal size. ValueError for numbers out of range and for a ``density`` that itself follows
-    losses.
+    The losses are those of training, including the weights of the objective but not 1 / (N p). They
+    are recorded if gradients are enabled and the Noising is in training mode. All ranks must
+    compute the same number of losses, on batches of equal size.
+
+    Args:
+        density: the density that is resampled; it must not follow losses itself.
+        bins: N, the number of bins of equal probability under ``density``; the paper has one for
+            each of its timesteps.
+        history_per_term: number of losses that each bin keeps.
+        uniform_prob: ε, in (0, 1].
+
+    Raises:
+        ValueError: for numbers out of range, and for a ``density`` that follows losses.
 
     >>> from alphabar.noising import LogitNormalTimesteps
     >>> LossSecondMoment(density=LogitNormalTimesteps(), bins=50).within(0.1, 0.9)
@@ -79,7 +85,7 @@ class LossSecondMoment(Timesteps):
         object.__setattr__(self, "stratified", self.stratified or self.density.stratified)
 
     def times(self, u: Tensor, curve: Curve) -> Tensor:
-        """Return the times of ``density``; which u are drawn is the history's to say."""
+        """Return the times of ``density``; the history decides which u are drawn."""
         return self.density.times(u, curve)
 
     def check(self, curve: Curve) -> None:
@@ -90,8 +96,9 @@ class LossSecondMoment(Timesteps):
 
 
 class SecondMoments(LossHistory):
-    """The last losses of each bin. It travels with the checkpoint, and neither ``.to`` nor a change
-    of precision moves it.
+    """The last losses of each bin.
+
+    The checkpoint contains it. ``.to`` and a change of precision do not affect it.
 
     >>> history = SecondMoments(bins=2, history_per_term=1, uniform_prob=0.5)
     >>> history.record(0, torch.tensor([[0.0, 0, 3.0], [1.0, 1, 1.0]]))  # (global index, bin, loss)
@@ -103,8 +110,8 @@ class SecondMoments(LossHistory):
     def __init__(self, bins: int, history_per_term: int, uniform_prob: float) -> None:
         super().__init__()
         self.uniform_prob = uniform_prob
-        # not buffers: those would move to the GPU, lose digits to half precision, and be broadcast
-        # by DDP
+        # not buffers: buffers would move to the GPU, lose digits in half precision, and DDP would
+        # broadcast them
         self._losses = torch.zeros(bins, history_per_term, dtype=torch.float64)
         self._counts = torch.zeros(bins, dtype=torch.int64)
         self._pending: list[tuple[int, _Arriving]] = []
@@ -121,8 +128,9 @@ class SecondMoments(LossHistory):
         return (1 - self.uniform_prob) * root_mean_square / total + self.uniform_prob / bins
 
     def resample(self, u: Tensor) -> Resampled:
-        """Return uniform ``u`` in (0, 1], shape (batch,), as shares of the density, with their bins
-        and weights.
+        """Return resampled u with their bins and weights.
+
+        ``u``: uniform in (0, 1], shape (batch,). The result's u are shares of the density.
 
         >>> SecondMoments(4, 10, 0.001).resample(torch.tensor([0.1, 1.0], dtype=torch.float64)).bins
         tensor([0, 3])
@@ -136,15 +144,16 @@ class SecondMoments(LossHistory):
     def observe(
         self, step: int, index: Tensor, drawn: Resampled, weight: Tensor, errors: Tensor
     ) -> None:
-        """Record the losses, weight times error without 1 / (N p), of these global indices at this
-        step; shape (batch,).
+        """Record the losses of these global indices at this step; shape (batch,).
+
+        A loss is weight times error, without 1 / (N p).
         """
         if not (self.training and torch.is_grad_enabled()):
             return  # validation
         device = errors.device
         weight = weight.detach() / drawn.weight.to(device, non_blocking=True)
         places = torch.stack([index.double(), drawn.bins.double()])
-        if device.type == "mps":  # which has no float64
+        if device.type == "mps":  # mps has no float64
             weight, errors, device = weight.cpu(), errors.cpu(), torch.device("cpu")
         losses = (errors.detach().to(weight.dtype) * weight).double()
         self.record(
@@ -152,15 +161,15 @@ class SecondMoments(LossHistory):
         )
 
     def record(self, step: int, rows: Tensor) -> None:
-        """Add rows (global index, bin, loss), shape (batch, 3), and those of all other ranks, to
-        what waits for its step's end.
+        """Add rows (global index, bin, loss), shape (batch, 3), of this rank and all others.
 
-        Every rank must call it as often, with as many rows.
+        The rows wait until their step ends. Every rank must call this equally often, with the same
+        number of rows.
         """
         self._pending.append((step, _Arriving(_of_all_ranks(rows.double()))))
 
     def commit(self, step: int) -> None:
-        """Take what other steps than this one recorded into the history."""
+        """Add the losses that were recorded at other steps to the history."""
         done = [(s, rows.arrived()) for s, rows in self._pending if s != step]
         self._pending = [(s, rows) for s, rows in self._pending if s == step]
         for s in sorted({s for s, _ in done}):
@@ -168,18 +177,18 @@ class SecondMoments(LossHistory):
             self._take(rows[rows[:, 0].argsort(stable=True)])
 
     def _take(self, rows: Tensor) -> None:
-        """Overwrite the oldest losses of each bin, with rows in the order of the global index."""
+        """Overwrite the oldest losses of each bin; rows are in the order of the global index."""
         if not len(rows):
             return
         first_of_index = torch.cat([torch.ones(1, dtype=torch.bool), rows[1:, 0] != rows[:-1, 0]])
-        # a loss that was computed twice, or went wrong
+        # drop losses that were computed twice, and non-finite ones
         rows = rows[first_of_index & rows[:, 2].isfinite()]
         rows = rows[rows[:, 1].argsort(stable=True)]
         bins, losses = rows[:, 1].long(), rows[:, 2]
         per_term = self._losses.shape[1]
         new = torch.bincount(bins, minlength=len(self._counts))
-        turn = torch.arange(len(bins)) - (new.cumsum(0) - new)[bins]  # which of its bin's each is
-        last = turn >= (new - per_term)[bins]  # no place is written twice
+        turn = torch.arange(len(bins)) - (new.cumsum(0) - new)[bins]  # place in its bin
+        last = turn >= (new - per_term)[bins]  # so that no slot is written twice
         self._losses[bins[last], (self._counts[bins] + turn)[last] % per_term] = losses[last]
         self._counts += new
 
@@ -217,7 +226,7 @@ class SecondMoments(LossHistory):
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        # what still arrives from a GPU can be neither copied nor pickled
+        # a pending copy from a GPU can be neither copied nor pickled
         return self.__dict__ | {
             "_pending": [(step, _Arriving(rows.arrived().clone())) for step, rows in self._pending]
         }
@@ -228,7 +237,7 @@ class SecondMoments(LossHistory):
 
 
 class _Arriving:
-    """Rows on their way to the CPU; the host waits for them only when it asks."""
+    """Rows that are being copied to the CPU; the host waits for them only on request."""
 
     def __init__(self, rows: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
@@ -248,8 +257,9 @@ class _Arriving:
 
 
 def _of_all_ranks(rows: Tensor) -> Tensor:
-    """Return the rows of all processes, which must have equal shapes; on the device that the
-    backend gathers on.
+    """Return the rows of all processes, on the device that the backend gathers on.
+
+    All processes must have rows of equal shape.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return rows

@@ -1,4 +1,4 @@
-"""Atomic writes: a temporary file beside the target, then a rename."""
+"""Atomic writes: write a temporary file next to the target, then rename it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from pathlib import Path
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:
-    """Write ``content`` to ``path`` so that a reader sees the old file or the new one, never a
-    part.
+    """Write ``content`` to ``path``; a reader sees the old file or the new one, never a part.
 
-    Parent folders are made. Raises OSError when the place cannot be written; the old file is then
-    untouched.
+    Creates parent folders. Raises OSError if the path cannot be written; the old file is then
+    unchanged.
 
     >>> folder = tempfile.mkdtemp()
     >>> write_atomically(Path(folder, "a.txt"), "whole").read_text()
@@ -27,7 +26,7 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner reads
+        os.chmod(temporary, 0o666 & ~_umask())  # only the owner can read a file of mkstemp
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -36,8 +35,7 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path
 
 
 def require_writable(folder: str | os.PathLike[str]) -> Path:
-    """Make ``folder`` and prove that it can be written, so that a long run fails at its start and
-    not at its end.
+    """Create ``folder`` and check that it is writable, so that a long run fails at its start.
 
     Raises OSError that names the folder and the cause.
 

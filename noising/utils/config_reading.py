@@ -1,9 +1,8 @@
-"""Configs as they are read: JSON that is bounded before it is parsed, and values of the right type,
-finite and in range.
+"""Read configs: size-limited JSON, and values of the right type, finite and in range.
 
-A config comes from a file that someone wrote, edited or damaged. Whatever is wrong with it is a
-ValueError that says what is wrong, what was found and what is expected, before anything is computed
-from it.
+A config comes from a file that a person may have written, edited or damaged. Every mistake is a
+ValueError that names the mistake, the value found and the value expected. It is raised before
+anything is computed from the config.
 """
 
 from __future__ import annotations
@@ -19,14 +18,15 @@ from typing import Any, NoReturn, cast
 from ..curves.base import MAX_TIMESTEPS
 from .registry import lookup, shown
 
-MAX_BYTES = 64 << 20  # of a config file; one with as many betas as are allowed has about 30 MB
-MAX_BRACKETS = 10_000  # objects and lists in a config; schedules have fewer than ten
+MAX_BYTES = 64 << 20  # limit of a config file; with the maximum number of betas it has about 30 MB
+MAX_BRACKETS = 10_000  # limit of objects and lists in a config; schedules have fewer than ten
 MAX_VALUES = MAX_TIMESTEPS + 10_000
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; a corrupt one, or one too large to be a config, is a ValueError that names
-    it.
+    """Read a JSON file.
+
+    Raises a ValueError that names the file if it is corrupt, or too large to be a config.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), "a.json")
@@ -51,12 +51,11 @@ def read_json(path: Path) -> Any:
 def parse_json(
     content: str | bytes, max_brackets: int = MAX_BRACKETS, max_values: int = MAX_VALUES
 ) -> Any:
-    """Return what a JSON text says; ValueError for one that is damaged, ambiguous or larger than
-    the bounds.
+    """Return the value of a JSON text.
 
-    Refused are NaN and Infinity, which JSON does not have, a key that is given twice, and more
-    brackets or commas than the bounds, which are counted before the text is parsed. A byte order
-    mark is passed over.
+    Raises ValueError for NaN and Infinity, which JSON does not have, for a key that is given twice,
+    and for more brackets or commas than the limits, which are counted before the text is parsed. A
+    byte order mark is skipped.
 
     >>> parse_json('{"a": NaN}')
     Traceback (most recent call last):
@@ -92,7 +91,7 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def mapping(what: str, value: Any) -> dict[str, Any]:
-    """Return a mapping whose keys are text as a dict; another value is a ValueError.
+    """Return a mapping with text keys as a dict; raise ValueError for any other value.
 
     >>> mapping("the curve", {1: 2})
     Traceback (most recent call last):
@@ -107,8 +106,9 @@ def mapping(what: str, value: Any) -> dict[str, Any]:
 
 
 def number(what: str, value: Any) -> float:
-    """Return a finite number as a float; anything else, truth values and texts among it, is a
-    ValueError.
+    """Return a finite number as a float.
+
+    Raises ValueError for any other value, including bools and texts.
 
     >>> number("beta_end", "0.012")
     Traceback (most recent call last):
@@ -116,13 +116,13 @@ def number(what: str, value: Any) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{what} must be a finite number, got {shown(value)}")
-    if not -1e300 < value < 1e300:  # also NaN, and integers that no float holds
+    if not -1e300 < value < 1e300:  # also excludes NaN, and integers too large for a float
         raise ValueError(f"{what} must be a finite number, got {shown(value)}")
     return float(value)
 
 
 def whole(what: str, value: Any) -> int:
-    """Return a whole number; anything else is a ValueError.
+    """Return a whole number; raise ValueError for any other value.
 
     >>> whole("num_train_timesteps", 1000.5)
     Traceback (most recent call last):
@@ -134,7 +134,7 @@ def whole(what: str, value: Any) -> int:
 
 
 def flag(what: str, value: Any) -> bool:
-    """Return a truth value, null being false; anything else is a ValueError.
+    """Return a bool, null as false; raise ValueError for any other value.
 
     >>> flag("rescale_betas_zero_snr", "false")
     Traceback (most recent call last):
@@ -146,7 +146,7 @@ def flag(what: str, value: Any) -> bool:
 
 
 def word(what: str, value: Any) -> str:
-    """Return a text; anything else is a ValueError.
+    """Return a text; raise ValueError for any other value.
 
     >>> word("prediction_type", None)
     Traceback (most recent call last):
@@ -158,7 +158,7 @@ def word(what: str, value: Any) -> str:
 
 
 def numbers(what: str, value: Any) -> tuple[float, ...] | None:
-    """Return a list of finite numbers, or None for null; anything else is a ValueError.
+    """Return a tuple of finite numbers, or None for null; raise ValueError for any other value.
 
     >>> numbers("trained_betas", [0.1, None])
     Traceback (most recent call last):
@@ -169,7 +169,7 @@ def numbers(what: str, value: Any) -> tuple[float, ...] | None:
     array = getattr(value, "ndim", None) == 1 and hasattr(value, "tolist")  # of torch or numpy
     if not (isinstance(value, Sequence) or array) or isinstance(value, str | bytes):
         raise ValueError(f"{what} must be a list of numbers, got {shown(value)}")
-    # before an array becomes a list: one number may be shown as any number of them
+    # before tolist: an expanded array of one number may have any length
     if len(value) > MAX_TIMESTEPS:
         raise ValueError(f"{what} must have at most {MAX_TIMESTEPS} numbers, got {len(value)}")
     value = cast(Any, value).tolist() if array else value
@@ -186,14 +186,15 @@ KINDS: Mapping[str, Callable[[str, Any], Any]] = {
     "str": word,
     "tuple[float, ...] | None": numbers,
 }
-"""How a value is read, by the annotation of the field that it is for."""
+"""The reader of a value, by the annotation of its field."""
 
 
 def settings(
     what: str, kind: type, values: Mapping[str, Any], known: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the settings of a dataclass ``kind``, each of the type of its field; those that are
-    not ``known`` are refused.
+    """Return the settings of a dataclass ``kind``, each with the type of its field.
+
+    Raises ValueError for settings that are not ``known``.
 
     >>> from alphabar.noising import Flow
     >>> settings("a flow curve", Flow, {"shift": "3"}, {"shift": 1.0})

@@ -1,9 +1,8 @@
-"""What makes two samplers the same one: values that only equal values of the same types, down to
-the sign of zero.
+"""Exact equality of samplers: same values, same types, same sign of zero.
 
 Python has 1 == 1.0 == True and 0.0 == -0.0, and dataclasses may leave fields out of their
-comparison. Tables are cached by the sampler they are made for, so a comparison that is too generous
-would hand out another sampler's table.
+comparison. Tables are cached by sampler, so a comparison that is too loose would return the table
+of another sampler.
 """
 
 from __future__ import annotations
@@ -17,11 +16,10 @@ from torch import Tensor
 
 
 def exact(value: Any) -> Hashable:
-    """Return a hashable stand-in that equals another's only where the values are the same, types
-    included.
+    """Return a hashable key that equals another key only if values and types are the same.
 
-    Containers, arrays and dataclasses (with every field) are compared by what they hold, functions
-    and other objects by their own equality, and what is unhashable by identity.
+    Containers, arrays and dataclasses (with every field) are compared by their contents, functions
+    and other objects by their own equality, and unhashable objects by identity.
 
     >>> exact(1) == exact(1), exact(1) == exact(True), exact([0.0]) == exact([-0.0])
     (True, False, False)
@@ -49,7 +47,7 @@ def exact(value: Any) -> Hashable:
 
 
 class _Same:
-    """An object that equals itself alone."""
+    """An object that is equal only to itself."""
 
     def __init__(self, value: Any) -> None:
         self.value = value

@@ -1,4 +1,4 @@
-"""Items: a name with options, ``min_snr:gamma=5``, in code, flags and YAML."""
+"""Items: a name with options, e.g. ``min_snr:gamma=5``, in code, flags and YAML."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ T = TypeVar("T")
 
 
 def parse_item(text: str) -> tuple[str, dict[str, Any]]:
-    """Return the name and the options of an item ``name`` or ``name:option=value,option=value``.
+    """Return the name and the options of an item.
 
-    Values are numbers, true, false, none, or words. A name may hold colons where no option follows.
-    Raises ValueError for an option without a value or named twice.
+    An item is ``name`` or ``name:option=value,option=value``. Values are numbers, true, false,
+    none, or words. A name may contain colons if no option follows. Raises ValueError for an option
+    without a value, and for an option that is given twice.
 
     >>> parse_item("min_snr:gamma=5,floor=0.1"), parse_item("flow")
     (('min_snr', {'gamma': 5, 'floor': 0.1}), ('flow', {}))
@@ -38,7 +39,7 @@ def parse_item(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _parts(text: str) -> list[str]:
-    """Split at the commas that stand in no brackets."""
+    """Split at the commas outside brackets."""
     parts, depth = [""], 0
     for letter in text:
         depth += (letter in "([{") - (letter in ")]}")
@@ -60,8 +61,9 @@ def _value(text: str) -> Any:
 
 
 def make_item(text: object, registry: Registry[Any]) -> Any:
-    """Return what a registry's entry makes of an item; ValueError for an unknown name or option
-    offers the nearest one.
+    """Return the object that an item describes, made by its registry entry.
+
+    Raises ValueError for an unknown name or option; the message gives the nearest one.
 
     >>> from alphabar.noising import WEIGHTINGS
     >>> make_item("min_snr:gamma=2", WEIGHTINGS)
@@ -72,8 +74,9 @@ def make_item(text: object, registry: Registry[Any]) -> Any:
 
 
 def make_named(name: object, options: Mapping[str, Any], registry: Registry[Any]) -> Any:
-    """Return what a registry's entry of this name makes of the options; errors as in
-    :func:`make_item`.
+    """Return the object of a registry entry's name and options.
+
+    Errors as in :func:`make_item`.
 
     >>> from alphabar.noising import WEIGHTINGS
     >>> make_named("min_snr", {"gamma": 2.0}, WEIGHTINGS)
@@ -85,8 +88,9 @@ def make_named(name: object, options: Mapping[str, Any], registry: Registry[Any]
 
 
 def call_with_options(what: str, make: Callable[..., T], options: Mapping[str, Any]) -> T:
-    """Return ``make(**options)``; ValueError for an option that is unknown, missing, or of a wrong
-    type.
+    """Return ``make(**options)``.
+
+    Raises ValueError for an option that is unknown, missing, or of a wrong type.
 
     >>> call_with_options("weighting p2", lambda gamma=1.0: gamma, {"gama": 2.0})
     Traceback (most recent call last):
@@ -102,6 +106,6 @@ def call_with_options(what: str, make: Callable[..., T], options: Mapping[str, A
         )
     try:
         return make(**options)
-    except TypeError as error:  # a word where a number belongs
+    except TypeError as error:  # e.g. a word in place of a number
         given = ", ".join(f"{k}={v!r}" for k, v in options.items())
         raise ValueError(f"{what} does not take {given}: {error}") from error

@@ -1,5 +1,6 @@
-"""Registries: definitions by their names, filled by a decorator beside each definition, and open to
-other packages.
+"""Registries: definitions by name, open to other packages.
+
+A decorator next to each definition adds it.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ T = TypeVar("T")
 D = TypeVar("D")
 
 PLUGINS = "alphabar.plugins"
-"""The entry point group of packages that register definitions; each entry point names a module to
-import.
+"""The entry point group for packages that register definitions.
+
+Each entry point names a module to import.
 """
 
 
 class Registry(Mapping[str, T]):
-    """Definitions of one kind by their names, in the order of their registration.
+    """Definitions of one kind by name, in the order of their registration.
 
-    :meth:`register` is the decorator for a class or a function. Installed packages register by an
-    entry point of the group ``alphabar.plugins``; they are imported when names are listed, or when
-    a name is unknown, and not before.
+    :meth:`register` is the decorator for a class or a function. Installed packages register with an
+    entry point of the group ``alphabar.plugins``. They are imported only when names are listed, or
+    when a name is unknown.
 
     >>> shapes = Registry[type]("shape")
     >>> @shapes.register
@@ -38,14 +40,14 @@ class Registry(Mapping[str, T]):
 
     def __init__(self, kind: str, attribute: str = "name") -> None:
         self.kind = kind
-        self._attribute = attribute  # of a class, that holds its name
+        self._attribute = attribute  # the class attribute that holds the name
         self._entries: dict[str, T] = {}
-        self.changes = 0  # counts additions, for those who keep what they derive from the names
+        self.changes = 0  # number of additions; caches of the names check it
 
     def add(self, name: str, entry: T) -> None:
         """Register an entry under a name.
 
-        Raises ValueError where another definition has the name; a definition that is run again
+        Raises ValueError if another definition has the name. A definition that is run again
         replaces itself.
         """
         old = self._entries.get(name, entry)
@@ -58,7 +60,7 @@ class Registry(Mapping[str, T]):
         self.changes += 1
 
     def register(self, entry: D) -> D:
-        """Register a class by its ``name``, or a function by its own name, and return it."""
+        """Register a class as its ``name``, or a function as its own name, and return it."""
         named: Any = entry
         self.add(getattr(named, self._attribute, None) or named.__name__, named)
         return entry
@@ -84,16 +86,16 @@ _loaded: set[str] = set()
 
 
 def load_plugins() -> None:
-    """Import the modules that installed packages name in the entry point group
-    ``alphabar.plugins``, once.
+    """Import the modules of the entry point group ``alphabar.plugins``, once.
 
-    A module that cannot be imported is a warning, and everything else works without it.
+    Installed packages define these entry points. If a module cannot be imported, this warns and
+    continues without it.
 
     >>> load_plugins()
     """
     if PLUGINS in _loaded:
         return
-    _loaded.add(PLUGINS)  # before the imports, which ask registries themselves
+    _loaded.add(PLUGINS)  # before the imports: they use registries too
     from importlib.metadata import entry_points  # 20 ms that most runs do without
 
     for point in entry_points(group=PLUGINS):
@@ -108,14 +110,16 @@ def load_plugins() -> None:
 
 
 def _origin(entry: Any) -> str:
-    """Return where a definition stands, as 'module.name'."""
-    entry = getattr(entry, "func", getattr(entry, "formula", entry))  # of a partial, of a method
+    """Return the location of a definition as 'module.name'."""
+    entry = getattr(entry, "func", getattr(entry, "formula", entry))  # of a partial or a method
     named = entry if hasattr(entry, "__qualname__") else type(entry)
     return f"{named.__module__}.{named.__qualname__}"
 
 
 def lookup(kind: str, name: object, known: Mapping[str, T]) -> T:
-    """Return ``known[name]``; ValueError names the kind, what was given and the nearest known name.
+    """Return ``known[name]``.
+
+    Raises ValueError with the kind, the given name and the nearest known name.
 
     >>> lookup("method", "heun", {"heun": 1, "ddim": 2})
     1
@@ -146,8 +150,9 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> str:
 
 
 def shown(value: object) -> str:
-    """Return a value as messages quote it: one short line, whatever its size, without a look into
-    what it holds.
+    """Return a value as error messages quote it: one short line, whatever its size.
+
+    The contents of containers and objects are not read.
 
     >>> shown("karas"), shown([0] * 1000), shown(10**30)
     ("'karas'", 'a list of 1000', 'an integer of 100 bits')

@@ -1,27 +1,26 @@
-"""Counter-based randomness: what sample i draws at step s is a function of (seed, s, i) and of
-nothing else.
+"""Counter-based randomness: the draws of sample i at step s depend only on (seed, s, i).
 
-So it is the same for 1 and N processes, for any accumulation, and after a resume; and the user's
-own use of the global generators neither changes it nor is changed by it. The function is
+So they are the same for 1 and N processes, for any accumulation, and after a resume. They do not
+change the global generators, and the user's own use of those does not change them. The function is
 Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): four counter
-words of 32 bits and a key of 64 give four random words.
+words of 32 bits and a key of 64 bits give four random words.
 
     key:      the 64 bits of the seed, low word first
     counter:  (block of four elements, index of the sample, step or number of the draw, stream)
 
-It is written here in integer arithmetic that numpy and torch share: numpy on the CPU, where its
-calls cost half as much, torch on other devices and in compiled code. Of the libraries none draws
-this on every device: torch's own Philox (``torch.func._random``) has no CPU kernel, numpy's is the
-4x64 one and draws for one key at a time, torchrng and the bindings of Random123 are no packages for
+The code uses integer arithmetic that numpy and torch share: numpy on the CPU, where its calls cost
+half as much, torch on other devices and in compiled code. No library draws these numbers on every
+device: torch's own Philox (``torch.func._random``) has no CPU kernel, numpy's is the 4x64 variant
+and draws for one key at a time, and torchrng and the bindings of Random123 are not packaged for
 every platform.
 
-Normal numbers are Box and Muller's, of two words each pair. Every operation is one that IEEE 754
-rounds in one way (+, -, ·, /, √ in float32), and log, sine and cosine are polynomials of them: the
-bits do not depend on the place in a batch, the processor or the device. They are within 3e-6 +
-2^-23 / r of exact arithmetic on the same words (measured: 9e-7), where r, up to 6.66, is the
-radius: polynomials and roundings make relative errors below 2e-7 of r and of the direction, and u
-in r = √(-2 log u) has 24 bits. A compiler that rounds a product and a sum at once, or whose √ is
-off by a bit, stays within that bound, too.
+Normal numbers use the Box-Muller method, two words for each pair. Every operation (+, -, ·, /, √ in
+float32) has exactly one IEEE 754 rounding, and log, sine and cosine are polynomials of these
+operations. So the bits do not depend on the position in a batch, the processor or the device. They
+are within 3e-6 + 2^-23 / r of exact arithmetic on the same words (measured: 9e-7), where r, up to
+6.66, is the radius: polynomials and roundings make relative errors below 2e-7 of r and of the
+direction, and u in r = √(-2 log u) has 24 bits. A compiler that rounds a product and a sum
+together, or whose √ is off by a bit, stays within that bound too.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ from torch import Tensor
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
-_WEYL = 0x9E3779B9, 0xBB67AE85  # what the key grows by from round to round
-_CELLS = 16384  # blocks at a time on the CPU: their arrays stay in the cache
+_WEYL = 0x9E3779B9, 0xBB67AE85  # added to the key in each round
+_CELLS = 16384  # blocks per tile on the CPU, so that their arrays stay in the cache
 
 _MASK = (1 << 64) - 1
 _Words = tuple[Any, Any, Any, Any]
@@ -48,8 +47,9 @@ _Formula = Callable[[ModuleType, _Words], tuple[Any, ...]]
 
 
 class Stream(IntEnum):
-    """What is drawn: the last word of the counter. Kinds of noise have streams of their names, from
-    2^31 on.
+    """The purpose of a draw: the last word of the counter.
+
+    Kinds of noise have streams derived from their names, from 2^31 on.
     """
 
     TRAINING_NOISE = 0
@@ -61,22 +61,24 @@ class Stream(IntEnum):
 
 
 def stream_of(name: str, number: int = 0) -> int:
-    """Return the stream of a name, at least 2^31; ``number`` tells those of the same name apart.
+    """Return the stream of a name, at least 2^31.
+
+    ``number`` distinguishes streams of the same name.
 
     >>> stream_of("offset") != stream_of("offset", 1), stream_of("offset") >= 2**31
     (True, True)
     """
-    hashed = 0x811C9DC5  # FNV-1a, written out because torch.compile follows it
+    hashed = 0x811C9DC5  # FNV-1a, written out so that torch.compile can trace it
     for letter in f"{name} {number}":
         hashed = (hashed ^ ord(letter)) * 0x01000193 & _WORD
     return 1 << 31 | hashed
 
 
 def whole_seed(seed: Any) -> int:
-    """Return a seed as an int, or raise: TypeError for what is no integer, ValueError for more than
-    64 bits.
+    """Return a seed as an int.
 
-    As in torch, -1 and 2^64 - 1 are the same seed: all 64 bits count, without a sign.
+    As in torch, -1 and 2^64 - 1 are the same seed: all 64 bits count, without a sign. Raises
+    TypeError for a value that is not an integer, and ValueError for more than 64 bits.
 
     >>> import numpy
     >>> whole_seed(numpy.int64(3)), whole_seed(-1)
@@ -94,12 +96,19 @@ def whole_seed(seed: Any) -> int:
 
 
 class Draws:
-    """Random numbers for the samples of a batch, each sample's own; a call goes on where the one
-    before ended.
+    """Random numbers for a batch, independent for each sample.
 
-    ``seeds``: one for all, or one for each sample. ``index``: of each sample, in 0 ... 2^32 - 1.
-    ``step``: in the same range. ``device``: where the numbers are made. ValueError for counters out
-    of range (those in a tensor on a GPU are not looked at).
+    Each call continues where the previous one ended.
+
+    Args:
+        seeds: one seed for all samples, or one for each sample.
+        index: index of each sample, in 0 ... 2^32 - 1.
+        step: step, in the same range.
+        stream: stream, see :class:`Stream`.
+        device: where the numbers are made.
+
+    Raises:
+        ValueError: for counters out of range (a tensor on a GPU is not checked).
 
     >>> one, both = Draws(7, [5], step=0, stream=1), Draws(7, [4, 5], step=0, stream=1)
     >>> (
@@ -132,8 +141,9 @@ class Draws:
         return self.index.shape[0]
 
     def normal(self, *shape: int, out: Tensor | None = None) -> Tensor:
-        """Return standard normal numbers, shape (batch, *shape), float32; in ``out``, which is
-        contiguous, where it is given.
+        """Return standard normal numbers, shape (batch, *shape), float32.
+
+        ``out``: a contiguous tensor for the result.
 
         >>> Draws(0, [0, 1], step=0, stream=0).normal(3, 4).shape
         torch.Size([2, 3, 4])
@@ -141,8 +151,9 @@ class Draws:
         return self._filled(_normal, 4, torch.float32, shape, out)
 
     def uniform(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return numbers in [0, 1), shape (batch, *shape): multiples of 2^-24, or of 2^-53 in
-        float64.
+        """Return numbers in [0, 1), shape (batch, *shape).
+
+        They are multiples of 2^-24, or of 2^-53 in float64.
 
         >>> float(Draws(0, [0], step=0, stream=0).uniform(1000, dtype=torch.float64).max()) < 1
         True
@@ -152,7 +163,7 @@ class Draws:
         return self._filled(_uniform32, 4, torch.float32, shape)
 
     def bits(self, *shape: int) -> Tensor:
-        """Return 64 random bits each, shape (batch, *shape), int64."""
+        """Return numbers of 64 random bits, shape (batch, *shape), int64."""
         return self._filled(_bits64, 2, torch.int64, shape)
 
     def _filled(
@@ -163,7 +174,7 @@ class Draws:
         shape: Sequence[int],
         out: Tensor | None = None,
     ) -> Tensor:
-        """Return ``formula`` of the next blocks, of which each gives ``each`` numbers."""
+        """Return ``formula`` of the next blocks; each block gives ``each`` numbers."""
         count = math.prod(shape)
         blocks = -(-count // each)
         first, self._block = self._block, self._block + blocks
@@ -179,9 +190,7 @@ class Draws:
         return drawn if out is None or whole is out else out.copy_(drawn)
 
     def _fill(self, out: Tensor, formula: _Formula, first: int) -> None:
-        """Fill ``out``, shape (batch, blocks, 2, numbers of two words), from the block ``first``
-        on.
-        """
+        """Fill ``out``, shape (batch, blocks, 2, numbers of two words), from block ``first`` on."""
         blocks = out.shape[1]
         if out.device.type != "cpu" or torch.compiler.is_compiling():
             block = torch.arange(first, first + blocks, device=out.device)[None]
@@ -206,7 +215,7 @@ class Draws:
                     array[rows, low:high, half, j] = numbers[half]
 
     def _key(self, rows: slice, xp: ModuleType) -> tuple[Any, Any]:
-        """Return the key's words: two numbers, or two arrays (batch, 1) for seeds of their own."""
+        """Return the key's words: two numbers, or two arrays (batch, 1) for one seed per sample."""
         if len(self._seeds) == 1:
             return self._seeds[0] & _WORD, self._seeds[0] >> 32
         low, high = (
@@ -233,8 +242,9 @@ class Draws:
 
 
 def permutation(seed: int, count: int, *, step: int, group: int = 0) -> Tensor:
-    """Return the permutation of ``count`` strata at a step, int64 on the CPU; each ``group`` of
-    strata has its own.
+    """Return the permutation of ``count`` strata at a step, int64 on the CPU.
+
+    Each ``group`` of strata has its own permutation.
 
     >>> permutation(0, 5, step=3).sort().values
     tensor([0, 1, 2, 3, 4])
@@ -243,7 +253,7 @@ def permutation(seed: int, count: int, *, step: int, group: int = 0) -> Tensor:
 
 
 def _tiles(batch: int, blocks: int) -> Iterator[tuple[slice, int, int]]:
-    """Yield the parts (rows, first block, end) that are drawn at a time."""
+    """Yield the tiles (rows, first block, end) that are drawn in one pass."""
     rows, columns = max(1, _CELLS // max(1, blocks)), min(blocks, _CELLS)
     for row in range(0, batch, rows):
         for low in range(0, blocks, columns):
@@ -253,15 +263,14 @@ def _tiles(batch: int, blocks: int) -> Iterator[tuple[slice, int, int]]:
 def _words(
     key: tuple[Any, Any], block: Any, index: Any, step: Any, stream: int
 ) -> tuple[Any, Any, Any, Any]:
-    """Return the four words of every block, int64 arrays (batch, blocks) of which the low 32 bits
-    count; of numpy or torch.
+    """Return the four words of every block, int64 arrays (batch, blocks) of numpy or torch.
 
-    ``key``: two words, numbers or arrays (batch, 1). ``block``: (1, blocks), ``index``: (batch, 1),
-    ``step``: (1, 1).
+    Only the low 32 bits count. ``key``: two words, numbers or arrays (batch, 1). ``block``: (1,
+    blocks), ``index``: (batch, 1), ``step``: (1, 1).
     """
-    # the halves of a round, hi(p1) ^ x1 ^ k0 and hi(p0) ^ x3 ^ k1, know of both block and sample
-    # from the third round on: what is smaller is put together first. A product wraps to a negative
-    # int64 of the right bits; the masks take its sign away
+    # before the third round, the halves hi(p1) ^ x1 ^ k0 and hi(p0) ^ x3 ^ k1 do not depend on both
+    # block and sample: combine the smaller arrays first. A product may wrap to a negative int64
+    # with the correct bits; the masks remove its sign
     (m0, m1), (w0, w1), (k0, k1) = _MULTIPLIERS, _WEYL, key
     p0, p1 = block * m0, step * m1
     x0, x1, x2, x3 = (
@@ -303,17 +312,17 @@ def _cast(x: Any, dtype: Any) -> Any:
 def _normal(xp: ModuleType, words: _Words) -> tuple[Any, Any]:
     """Return r cos φ and r sin φ of pairs of words, float32.
 
-    r² = -2 log u with u from 31 bits of the first word, so that u >= 2^-32 and r <= 6.66; φ in
-    [-π/2, π/2] from the second word, and the sign of r from the bit that is left.
+    r² = -2 log u with u from 31 bits of the first word, so u >= 2^-32 and r <= 6.66. φ in [-π/2,
+    π/2] comes from the second word, and the sign of r from the remaining bit.
     """
     first, second = _pairs(xp, words, xp.int32)
     t = _cast(second, xp.float32)
-    # v = 2^31 u lies in [1/2, 2^31): the factor keeps the largest from being rounded to 2^31
+    # v = 2^31 u lies in [1/2, 2^31): the factor prevents rounding of the largest to 2^31
     v = _cast(first & 0x7FFFFFFF, xp.float32)
     v *= 1 - 2.0**-24
     v += 0.5
-    # v = 2^e m, m in [1, 2): r² = 2 (30 - e) log 2 + 2 log(2 / m), neither of them negative; bits
-    # hold e + 127
+    # v = 2^e m, m in [1, 2): r² = 2 (30 - e) log 2 + 2 log(2 / m), both terms >= 0; the bits hold
+    # e + 127
     bits = v.view(xp.int32)
     r2 = _cast(157 - (bits >> 23), xp.float32)
     r2 *= 2 * math.log(2)
@@ -346,8 +355,8 @@ def _normal(xp: ModuleType, words: _Words) -> tuple[Any, Any]:
     return cosine, sine
 
 
-# near-minimax, the highest power first: 4 artanh(√y) / √y to 7e-7, sin(π √y / 2) / √y to 7e-9,
-# cos(π √y / 2) to 5e-8
+# near-minimax coefficients, highest power first: 4 artanh(√y) / √y to 7e-7, sin(π √y / 2) / √y to
+# 7e-9, cos(π √y / 2) to 5e-8
 _LOG = 0.6848259568214417, 0.7917383909225464, 1.3335222005844116, 3.9999992847442627
 _SINE = (
     0.00015167852689046413,
@@ -366,7 +375,7 @@ _COSINE = (
 
 
 def _uniform32(xp: ModuleType, words: _Words) -> tuple[Any, Any]:
-    """Return a uniform number for each word, of its high 24 bits."""
+    """Return a uniform number for each word, from its high 24 bits."""
     first, second = (
         _cast((word & _WORD) >> 8, xp.float32) * 2.0**-24 for word in _pairs(xp, words, xp.int64)
     )
@@ -393,8 +402,9 @@ def _pairs(xp: ModuleType, words: _Words, dtype: Any) -> tuple[Any, Any]:
 
 
 def mix(*counters: int) -> int:
-    """Return 64 well-mixed bits of a sequence of integers (the finaliser of splitmix64, Steele et
-    al. 2014, chained).
+    """Return 64 well-mixed bits of a sequence of integers.
+
+    This is the finaliser of splitmix64 (Steele et al. 2014), chained.
 
     >>> mix(0, 1, 2) == mix(0, 1, 2) != mix(0, 2, 1)
     True
@@ -409,10 +419,10 @@ def mix(*counters: int) -> int:
 
 
 def seeded(generator: torch.Generator, *counters: int) -> torch.Generator:
-    """Put a CPU generator at the start of the stream of these counters, and return it; for
-    functions that take a generator.
+    """Set a CPU generator to the start of the stream of these counters, and return it.
 
-    torch keeps 32 bits of a CPU seed; the fold below keeps the well-mixed ones of both halves.
+    Use it for functions that take a generator. torch keeps 32 bits of a CPU seed; the fold below
+    mixes both halves into them.
 
     >>> g = torch.Generator()
     >>> torch.equal(

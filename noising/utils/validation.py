@@ -1,5 +1,6 @@
-"""Numbers as Python's own: an integer or a float may come from numpy, or as a 0-dimensional array
-or tensor; a bool is neither.
+"""Checks of argument values: numbers, choices and shapes.
+
+An integer or a float may come from numpy, or be a 0-dimensional array or tensor. A bool is neither.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from torch import Tensor
 
 
 def whole_number(name: str, value: Any, least: int | None = None) -> int:
-    """Return an integer, of at least ``least``, as an int, or raise ValueError; floats and bools
-    are none, 20.0 and True included.
+    """Return an integer of at least ``least`` as an int.
+
+    Raises ValueError for any other value. Floats and bools are not integers, including 20.0 and
+    True.
 
     >>> import torch
     >>> whole_number("steps", torch.tensor(20))
@@ -32,8 +35,9 @@ def whole_number(name: str, value: Any, least: int | None = None) -> int:
 
 
 def require_integer(name: str, value: Any, advice: str = "") -> int:
-    """Return an integer as Python's int; TypeError for anything else, bools and whole floats
-    included.
+    """Return an integer as Python's int.
+
+    Raises TypeError for any other value, including bools and whole floats.
 
     >>> import numpy as np
     >>> require_integer("step", np.int64(3))
@@ -52,8 +56,9 @@ def require_integer(name: str, value: Any, advice: str = "") -> int:
 
 
 def real_number(name: str, value: Any) -> float:
-    """Return a number as a float, -0.0 as 0.0, or raise ValueError where it is none: text and bools
-    are none.
+    """Return a number as a float, -0.0 as 0.0.
+
+    Raises ValueError for any other value; text and bools are not numbers.
 
     >>> import torch
     >>> real_number("eta", torch.tensor(0.5)), real_number("eta", 1)
@@ -87,7 +92,7 @@ def _is_bool(value: Any) -> bool:
 
 
 def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
-    """Return ``value``, or raise a ValueError that lists what is allowed.
+    """Return ``value``; raise a ValueError that lists the allowed values if it is not allowed.
 
     >>> one_of("order", 5, (1, 2, 3))
     Traceback (most recent call last):

@@ -1,6 +1,4 @@
-"""Weightings of the loss: schemes of the literature, those of other trainers, ranges of time, a
-learned one.
-"""
+"""Loss weightings: published schemes, those of other trainers, time ranges, a learned one."""
 
 from . import trainer_compat  # registers the weightings of other trainers
 from .base import WEIGHTINGS, Scheme, Weighting, resolve_weighting

@@ -1,20 +1,19 @@
-"""What a weighting is, and the registry of weightings; the schemes are in the files beside this
-one.
+"""Base classes and registry of weightings; the schemes are in the files next to this one.
 
 A loss is one function w_x0(SNR) >= 0 on ||Δx_0||². An output error Δout is an x_0 error (σ / det)
-Δout (see prediction.py), so the weight on ||Δout||² that means the same is w_x0 σ² / det². A scheme
-states W = w_x0 σ² in α² and σ², never dividing by SNR, and the weight is W / det²: finite at both
-ends of the schedule, and the same objective for every target.
+Δout (see prediction.py), so the equivalent weight on ||Δout||² is w_x0 σ² / det². A scheme defines
+W = w_x0 σ² in α² and σ², and never divides by SNR. The weight is W / det²: finite at both ends of
+the schedule, and the same objective for every target.
 
-A scheme that is published as a weight on the error of one target is carried over by that target's
+A scheme that is published as a weight on the error of one target is converted with that target's
 det²:
 
     epsilon: W = w_ε α²               v:   W = w_v (α² + σ²)
     flow velocity: W = w_u (α + σ)²   x_0: W = w_x0 σ²
 
-(v's determinant is α² + σ², which is 1 on a variance preserving path; off such a path its square
-would make w_x0 depend on more than SNR, so that the sum stands once: a scheme is a function of SNR
-alone.)
+The determinant of v is α² + σ², which is 1 on a variance preserving path. On other paths its square
+would make w_x0 depend on more than SNR. A scheme must be a function of SNR alone, so the formula
+has α² + σ² once, not squared.
 """
 
 from __future__ import annotations
@@ -33,11 +32,10 @@ from ..utils.registry import Registry
 
 @dataclass(frozen=True, kw_only=True)
 class Weighting(ABC):
-    """What weighs the error of a target; subclasses state ``on_target``, most of them through
-    :class:`Scheme`.
+    """Base class of the weights on the error of a target; subclasses define ``on_target``.
 
-    ``floor`` is a lower bound of the weight on the target, for schemes that are 0 at a zero-SNR
-    terminal step.
+    Most subclasses do so through :class:`Scheme`. ``floor`` is a lower bound of the weight on the
+    target, for schemes that are 0 at a zero-SNR terminal step.
 
     >>> from alphabar.noising import MinSNR
     >>> one = torch.tensor([1.0])
@@ -61,25 +59,27 @@ class Weighting(ABC):
     def __call__(
         self, alpha: Tensor, sigma: Tensor, det: Tensor | float, fraction: Tensor | None = None
     ) -> Tensor:
-        """Return the weight on the squared error of the target whose determinant is ``det``; shape
-        of ``alpha``.
+        """Return the weight on the squared error of the target; shape of ``alpha``.
 
-        ``fraction``: the fraction of training time, ``curve.fraction(t)``, shape of ``alpha``; for
-        schemes that ask for it.
+        Args:
+            alpha: signal level.
+            sigma: noise level.
+            det: determinant of the target.
+            fraction: fraction of training time, ``curve.fraction(t)``, shape of ``alpha``; for
+                schemes that need it.
         """
         det = torch.as_tensor(det, dtype=alpha.dtype, device=alpha.device)
         weight = self.on_target(alpha, sigma, det, fraction)
         return weight.clamp(min=self.floor) if self.floor else weight
 
     def on_curve(self, curve: Curve) -> Weighting:
-        """Return this weighting as it is on a curve, for those that have a bound of the curve's; by
-        default itself.
-        """
+        """Return this weighting with the bounds of a curve; by default itself."""
         return self
 
     def log_variance(self) -> nn.Module | None:
-        """Return a new module that learns u(α, σ) of the loss w / e^u · error + u, or None where
-        nothing is learned.
+        """Return a new module that learns u(α, σ) of the loss w / e^u · error + u.
+
+        Returns None for a weighting without learned parts.
         """
         return None
 
@@ -109,12 +109,13 @@ class Scheme(Weighting):
 
 
 WEIGHTINGS: Registry[type[Weighting]] = Registry("weighting")
-"""Every weighting by its name; ``@WEIGHTINGS.register`` above a class adds one."""
+"""The weightings by name; decorate a class with ``@WEIGHTINGS.register`` to add one."""
 
 
 def resolve_weighting(weighting: str | Weighting) -> Weighting:
-    """Return the weighting for a name, with options or without, or an object; ValueError for an
-    unknown name or option.
+    """Return the weighting for a name, with or without options, or an object.
+
+    Raises ValueError for an unknown name or option.
 
     >>> resolve_weighting("min_snr"), resolve_weighting("min_snr:gamma=3,floor=0.05")
     (MinSNR(floor=0.0, gamma=5.0), MinSNR(floor=0.05, gamma=3))
@@ -123,7 +124,7 @@ def resolve_weighting(weighting: str | Weighting) -> Weighting:
 
 
 def require_positive(owner: str, **values: float) -> None:
-    """Raise ValueError unless all are positive and finite.
+    """Raise ValueError unless all values are positive and finite.
 
     >>> require_positive("p2", k=0.0)
     Traceback (most recent call last):
@@ -137,8 +138,9 @@ def require_positive(owner: str, **values: float) -> None:
 
 
 def closed_form(owner: str, weighting: str | Weighting) -> Weighting:
-    """Return the weighting that another one is made of, for a name or an object; ValueError for one
-    that is learned.
+    """Return the inner weighting of another one, for a name or an object.
+
+    Raises ValueError for a learned weighting.
 
     >>> closed_form("per_range", "snr")
     SNR(floor=0.0)

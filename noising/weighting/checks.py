@@ -1,11 +1,12 @@
-"""What is looked at when weights, a density of times and a schedule come together: ends without
-weight, weights without a mean.
+"""Checks of weights together with a density of times and a schedule.
 
-The mean of the weight over the samples that are drawn is ∫ w(t(u)) du over u in (0, 1). Only the
-ends of u can make it infinite. Over octaves of the distance d from an end, d in 2^-(k+1) ... 2^-k,
-a weight that grows as d^-p contributes 2^-k(1 - p): the mean exists where the octaves shrink, p <
-1, and does not where they stay or grow. The octaves looked at lie further out than any sample of a
-training is likely to, but no further than float64 and the exact α, σ of a curve reach.
+They find ends of the schedule that have weight 0, and weights without a finite mean.
+
+The mean of the weight over the drawn samples is ∫ w(t(u)) du over u in (0, 1). Only the ends of u
+can make it infinite. Over octaves of the distance d from an end, d in 2^-(k+1) ... 2^-k, a weight
+that grows as d^-p contributes 2^-k(1 - p). The mean is finite if the octaves shrink (p < 1), and
+infinite if they stay equal or grow. The checked octaves lie further out than any sample of a
+training is likely to lie, but within the range of float64 and of the exact α, σ of a curve.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from ..timesteps.base import Timesteps
 from .base import Weighting
 
 _OCTAVES = torch.arange(28, 49, 4, dtype=torch.float64)
-_SHRINKS = 2.0**-0.03  # from one octave to the next: p = 0.97 still has a mean
+_SHRINKS = 2.0**-0.03  # ratio of one octave to the next: p = 0.97 still has a mean
 
 
 def warn_of_weights(weighting: Weighting, timesteps: Timesteps, schedule: NoiseSchedule) -> None:
-    """Warn where the step that sampling starts from has weight 0, and where the weight has no
-    finite mean over the times.
+    """Warn if the first sampling step has weight 0, or if the weight has no finite mean.
+
+    The mean is taken over the times.
 
     >>> from alphabar.noising import UniformTimesteps, MinSNR
     >>> warn_of_weights(MinSNR(floor=0.1), UniformTimesteps(), NoiseSchedule.flow())
@@ -59,8 +61,9 @@ def warn_of_weights(weighting: Weighting, timesteps: Timesteps, schedule: NoiseS
 def end_without_mean(
     weighting: Weighting, timesteps: Timesteps, schedule: NoiseSchedule
 ) -> float | None:
-    """Return the time towards which the weight grows so fast that its mean over the times is
-    infinite; None where it is finite.
+    """Return the time at which the weight grows too fast for a finite mean over the times.
+
+    Returns None if the mean is finite.
 
     >>> from alphabar.noising import SNR, UniformTimesteps
     >>> flow = NoiseSchedule.flow()
@@ -72,7 +75,7 @@ def end_without_mean(
     """
     curve = schedule.curve
     if curve.is_discrete:
-        return None  # a mean over so many finite weights
+        return None  # the mean of a finite number of finite weights is finite
     distance = 0.75 * 2.0**-_OCTAVES
     for end, u in ((curve.t_min, distance), (curve.t_max, 1 - distance)):
         weight = _weights(weighting, schedule, timesteps.times(u, curve).double())
@@ -88,7 +91,7 @@ def end_without_mean(
 
 
 def _weights(weighting: Weighting, schedule: NoiseSchedule, t: torch.Tensor) -> torch.Tensor:
-    """Return the weights on the schedule's target at times in float64."""
+    """Return the weights on the schedule's target at float64 times."""
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     return weighting(
         alpha, sigma, schedule.prediction.determinant(alpha, sigma), schedule.curve.fraction(t)

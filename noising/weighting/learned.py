@@ -1,9 +1,9 @@
-"""Learned uncertainty: the loss w / e^u · error + u with a trained u(noise level) (Karras et al.
-2312.02696, eq. 21).
+"""Learned uncertainty: the loss w / e^u · error + u with a trained u(noise level).
 
-At the minimum over u, e^u = E[w error] at each noise level, and the loss is 1 + log E[w error]:
-every noise level then counts by its relative error, and the static weight w cancels. It matters
-only until u has caught up, and where it is 0: there the loss is 0, u included.
+Source: Karras et al. 2312.02696, eq. 21. At the minimum over u, e^u = E[w error] at each noise
+level, and the loss is 1 + log E[w error]. Every noise level then counts by its relative error, and
+the static weight w cancels. w matters only until u has converged, and where w is 0: the loss there
+is 0, u included.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from ..utils.rng import Draws, Stream
 from .base import WEIGHTINGS, Weighting, closed_form
 from .schemes import EDM
 
-# of |c_noise|; log(σ / α) = ±20: α = 0 and σ = 0 are further than any other float32 level, but not
-# infinite
+# bound of |c_noise|, log(σ / α) = ±20: α = 0 and σ = 0 lie beyond any other float32 level, but at a
+# finite value
 WIDEST = 5.0
 
 
 class LogVariance(nn.Module):
-    """u(α, σ): a linear layer on random Fourier features of c_noise = log(σ / α) / 4 (2312.02696,
-    eq. 75).
+    """u(α, σ): a linear layer on random Fourier features of c_noise = log(σ / α) / 4.
 
-    u starts at 0. Features and phases are drawn from ``seed``; they are buffers, saved and loaded
-    with the weights. It is computed in float32 or better, under autocast too.
+    Source: 2312.02696, eq. 75. u starts at 0. Features and phases are drawn from ``seed``; they are
+    buffers, saved and loaded with the weights. It is computed in float32 or better, under autocast
+    too.
 
     >>> LogVariance(channels=8)(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
     tensor([0., 0.], grad_fn=<AddBackward0>)
@@ -53,21 +53,25 @@ class LogVariance(nn.Module):
         dtype = c_noise.dtype
         phase = c_noise[..., None] * self.frequencies.to(dtype) + self.phases.to(dtype)
         features = math.sqrt(2) * phase.cos()
-        # no nn.Linear, which autocast would run in half precision
+        # not nn.Linear: autocast would run it in half precision
         return (features * self.weight.to(dtype)).sum(-1) + self.bias.to(dtype)
 
 
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class LearnedUncertainty(Weighting):
-    """The weights of ``of`` divided by a learned variance of the loss: w / e^u · error + u (Karras
-    et al. 2312.02696, eq. 21).
+    """The weights of ``of`` divided by a learned variance of the loss: w / e^u · error + u.
 
-    ``Noising`` makes the module that learns u, as its submodule ``log_variance``: put
-    ``noising.parameters()`` into the optimizer, without weight decay, as DiffusionModule does. All
-    of them take part in every loss, so DistributedDataParallel may wrap a module that holds the
-    Noising; where it wraps the network alone, average their gradients too. ``channels``: Fourier
-    features. ``seed``: of the features.
+    Source: Karras et al. 2312.02696, eq. 21. ``Noising`` makes the module that learns u, as its
+    submodule ``log_variance``. Add ``noising.parameters()`` to the optimizer, without weight decay,
+    as DiffusionModule does. All of these parameters take part in every loss, so
+    DistributedDataParallel may wrap a module that contains the Noising. If it wraps the network
+    alone, average the gradients of these parameters too.
+
+    Args:
+        of: the weighting to divide, in closed form, or its name.
+        channels: number of Fourier features.
+        seed: seed of the features.
 
     >>> from alphabar.noising import NoiseSchedule, Noising
     >>> noising = Noising(NoiseSchedule.flow(), LearnedUncertainty(channels=16))

@@ -1,5 +1,6 @@
-"""The weighting schemes of the literature, each as W = w_x0 σ² (see base.py), right for every
-target; and ranges of time.
+"""The published weighting schemes, and a weighting by ranges of time.
+
+Each scheme is a W = w_x0 σ² (see base.py), correct for every target.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ def flow_determinant2(alpha2: Tensor, sigma2: Tensor) -> Tensor:
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class Uniform(Scheme):
-    """1 on the target: the plain loss of whatever the network predicts. The only scheme that
-    depends on the target.
+    """1 on the target: the unweighted loss of the network's own prediction type.
+
+    This is the only scheme that depends on the target.
 
     >>> import torch
     >>> Uniform()(torch.tensor([0.6]), torch.tensor([0.8]), torch.tensor([-0.6]))
@@ -46,11 +48,10 @@ class Uniform(Scheme):
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class SNR(Scheme):
-    """w_x0 = SNR: the plain epsilon loss, whatever the network predicts (Salimans & Ho 2202.00512,
-    §4).
+    """w_x0 = SNR: the plain epsilon loss, for every prediction type.
 
-    On x_0 at α = 1 it is σ^-2: sgm's EpsWeighting, the weight of EDM's VP and VE losses, and
-    k-diffusion's "snr".
+    Source: Salimans & Ho 2202.00512, §4. On x_0 at α = 1 it is σ^-2: sgm's EpsWeighting, the weight
+    of EDM's VP and VE losses, and k-diffusion's "snr".
 
     >>> import torch
     >>> SNR()(torch.tensor([0.6]), torch.tensor([0.8]), torch.tensor([-0.6]))
@@ -66,8 +67,9 @@ class SNR(Scheme):
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class PlainV(Scheme):
-    """w_x0 = SNR + 1: the plain v loss, whatever the network predicts (Salimans & Ho 2202.00512,
-    §4, "SNR+1"); sgm's VWeighting.
+    """w_x0 = SNR + 1: the plain v loss, for every prediction type.
+
+    Source: Salimans & Ho 2202.00512, §4, "SNR+1". It is sgm's VWeighting.
 
     >>> import torch
     >>> PlainV()(torch.tensor([0.6]), torch.tensor([0.8]), 1.0)
@@ -83,10 +85,10 @@ class PlainV(Scheme):
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class PlainX0(Scheme):
-    """w_x0 = 1: the plain loss of the clean sample, whatever the network predicts; sgm's
-    UnitWeighting.
+    """w_x0 = 1: the plain loss of the clean sample, for every prediction type.
 
-    For v this is 1 / (SNR + 1), which sd-scripts calls debiased (but see :class:`Debiased`).
+    It is sgm's UnitWeighting. For v this is 1 / (SNR + 1), which sd-scripts calls debiased (but see
+    :class:`Debiased`).
 
     >>> import torch
     >>> PlainX0()(torch.tensor([0.6]), torch.tensor([0.8]), 0.8)
@@ -102,8 +104,7 @@ class PlainX0(Scheme):
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class PlainFlow(Scheme):
-    """w_x0 = (1 + √SNR)²: the plain loss of the flow velocity ε - x_0, whatever the network
-    predicts.
+    """w_x0 = (1 + √SNR)²: the plain loss of the flow velocity ε - x_0, for every prediction type.
 
     >>> import torch
     >>> PlainFlow()(torch.tensor([0.75]), torch.tensor([0.25]), -1.0)
@@ -170,8 +171,8 @@ class SoftMinSNR(Scheme):
 class Sigmoid(Scheme):
     """w_ε = sigmoid(b - λ), λ = log SNR (Kingma & Gao 2303.00848; Hoogeboom et al. 2410.19324).
 
-    This is soft-min-SNR with γ = e^b. The papers integrate over λ, i.e. divide by the
-    density that λ is drawn with; here the density of the times stays what it is.
+    This is soft-min-SNR with γ = e^b. The papers integrate over λ, i.e. they divide by the density
+    that λ is drawn with. Here the density of the times is not changed.
 
     >>> import torch
     >>> Sigmoid(bias=0.0)(torch.tensor([0.6]), torch.tensor([0.8]), -0.6)  # on ε: 1 / (1 + SNR)
@@ -183,7 +184,7 @@ class Sigmoid(Scheme):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not abs(self.bias) <= 80:  # beyond it e^-b leaves float32
+        if not abs(self.bias) <= 80:  # beyond this, e^-b leaves the range of float32
             raise ValueError(
                 f"bias of weighting 'sigmoid' must lie in -80 ... 80, got {self.bias}; it is a log "
                 "SNR"
@@ -196,8 +197,9 @@ class Sigmoid(Scheme):
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class P2(Scheme):
-    """w_ε = 1 / (k + SNR)^γ (Choi et al. 2204.00227); k > 0, γ >= 0. The paper uses k = 1 and γ of
-    0.5 or 1.
+    """w_ε = 1 / (k + SNR)^γ (Choi et al. 2204.00227); k > 0, γ >= 0.
+
+    The paper uses k = 1 and γ of 0.5 or 1.
 
     >>> import torch
     >>> P2()(torch.tensor([0.6]), torch.tensor([0.8]), -0.6)
@@ -224,9 +226,9 @@ class P2(Scheme):
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class Debiased(Scheme):
-    """w_ε = 1 / √SNR (Yu et al. 2310.08442), so for v √SNR / (SNR + 1).
+    """w_ε = 1 / √SNR (Yu et al. 2310.08442), so √SNR / (SNR + 1) for v.
 
-    What other trainers compute for v under this name is not this: see ``kohya_debiased_v`` and
+    For v, other trainers compute different weights under this name: see ``kohya_debiased_v`` and
     ``onetrainer_debiased_v``.
 
     >>> import torch
@@ -243,11 +245,10 @@ class Debiased(Scheme):
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class EDM(Scheme):
-    """w_x0 = SNR + 1 / σ_d², i.e. (s² + σ_d²) / (s σ_d)² at s = σ / α (Karras et al. 2206.00364,
-    table 1).
+    """w_x0 = SNR + 1 / σ_d², i.e. (s² + σ_d²) / (s σ_d)² at s = σ / α.
 
-    On EDM's own network F (prediction "karras" of the same σ_d) this is 1; with σ_d = 1 it is the
-    plain v loss.
+    Source: Karras et al. 2206.00364, table 1. On EDM's own network F (prediction "karras" with the
+    same σ_d) this is 1; with σ_d = 1 it is the plain v loss.
 
     >>> import torch
     >>> EDM(sigma_data=1.0)(torch.tensor([0.6]), torch.tensor([0.8]), 1.0)
@@ -268,11 +269,10 @@ class EDM(Scheme):
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class CosMap(Scheme):
-    """w_u = 2 / (π (1 - 2σ + 2σ²)) on the flow loss, σ of the flow path (Esser et al. 2403.03206,
-    §3.1).
+    """w_u = 2 / (π (1 - 2σ + 2σ²)) on the flow loss, σ of the flow path.
 
-    It is the density of the noise levels of a cosine schedule, as a weight over uniform ones: use
-    it or the density, not both.
+    Source: Esser et al. 2403.03206, §3.1. This is the density of the noise levels of a cosine
+    schedule, as a weight over uniform noise levels. Use either it or the density, not both.
 
     >>> import torch
     >>> CosMap()(torch.tensor([0.5]), torch.tensor([0.5]), -1.0) * torch.pi
@@ -291,11 +291,12 @@ class CosMap(Scheme):
 class SigmaSqrt(Scheme):
     """w_u = max(σ, sigma_min)^-2 on the flow loss, σ of the flow path; so w_x0 = σ^-4.
 
-    The name is that of diffusers' and sd-scripts' ``weighting_scheme``, and a misnomer: it is no
-    root, but the inverse square. σ^-2 has no mean over the times of a continuous flow. diffusers
-    takes σ from a table of 1000 timesteps, so that none is above 10^6. ``sigma_min`` is the least σ
-    of that table, which a Noising fills in: σ at the first of the schedule's training timesteps,
-    shift included. None: no bound, infinite where σ = 0.
+    The name comes from ``weighting_scheme`` of diffusers and sd-scripts, and it is wrong: the
+    weight is the inverse square, not a root. σ^-2 has no mean over the times of a continuous flow.
+    diffusers takes σ from a table of 1000 timesteps, so no weight is above 10^6.
+
+    ``sigma_min``: the least σ of that table. A Noising sets it: σ at the first of the schedule's
+    training timesteps, shift included. None: no bound, infinite where σ = 0.
 
     >>> import torch
     >>> SigmaSqrt()(torch.tensor([0.5]), torch.tensor([0.5]), -1.0)
@@ -317,7 +318,7 @@ class SigmaSqrt(Scheme):
             )
 
     def on_curve(self, curve: Curve) -> SigmaSqrt:
-        if self.sigma_min is not None or curve.is_discrete:  # which has no time before its first
+        if self.sigma_min is not None or curve.is_discrete:  # no time before its first
             return self
         first = curve.time_at_index(torch.zeros(1, dtype=torch.float64))
         alpha, sigma = curve.alpha(first), curve.sigma(first)
@@ -333,10 +334,10 @@ class SigmaSqrt(Scheme):
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class VLike(Scheme):
-    """w_x0 = SNR + k (SNR + 1): the plain epsilon loss and k times the plain v loss; k > 0.
+    """w_x0 = SNR + k (SNR + 1): the plain epsilon loss plus k times the plain v loss; k > 0.
 
-    What sd-scripts' ``--v_pred_like_loss k`` adds to the loss of an epsilon model, without its cap
-    of SNR at 1000. Unlike the epsilon loss alone it does not vanish where SNR is 0.
+    This is the loss of an epsilon model with ``--v_pred_like_loss k`` of sd-scripts, without its
+    cap of SNR at 1000. Unlike the epsilon loss alone, it is not 0 where SNR is 0.
 
     >>> import torch
     >>> VLike(strength=1.0)(torch.tensor([0.6]), torch.tensor([0.8]), 1.0)  # on v
@@ -357,13 +358,18 @@ class VLike(Scheme):
 @WEIGHTINGS.register
 @dataclass(frozen=True)
 class PerRange(Weighting):
-    """A constant for each range of training time, times the weights of ``of`` (an object, or its
-    name).
+    """A constant for each range of training time, times the weights of ``of``.
 
-    ``ranges``: (min, max, weight) with 0 <= min < max <= 1 and weight >= 0. A time belongs to a
-    range where min <= fraction < max, the fraction being ``curve.fraction(t)``: t / 1000 for 1000
-    timesteps, σ on a flow path; 1 belongs to the range that ends there. ``elsewhere`` is the
-    constant of the gaps. Raises ValueError for ranges that are empty, overlap or leave [0, 1].
+    A time belongs to a range if min <= fraction < max, with the fraction ``curve.fraction(t)``: t /
+    1000 for 1000 timesteps, σ on a flow path. 1 belongs to the range that ends there.
+
+    Args:
+        ranges: (min, max, weight) with 0 <= min < max <= 1 and weight >= 0.
+        of: a weighting, or its name.
+        elsewhere: the constant outside all ranges.
+
+    Raises:
+        ValueError: for ranges that are empty, overlap or leave [0, 1].
 
     >>> halves = PerRange(((0.0, 0.5, 2.0), (0.5, 1.0, 0.25)))
     >>> one = torch.ones(3)
@@ -383,7 +389,7 @@ class PerRange(Weighting):
         super().__post_init__()
         object.__setattr__(self, "of", closed_form(self.name, self.of))
         ranges = tuple(tuple(float(v) for v in entry) for entry in self.ranges)
-        object.__setattr__(self, "ranges", ranges)  # lists, as YAML has them, would not hash
+        object.__setattr__(self, "ranges", ranges)  # lists (from YAML) would not hash
         for entry in ranges:
             if len(entry) != 3:
                 raise ValueError(f"a range is (min, max, weight), got {entry}")
@@ -413,7 +419,7 @@ class PerRange(Weighting):
                 "fraction=curve.fraction(t)"
             )
         constant = torch.full_like(alpha, self.elsewhere)
-        for low, high, weight in self.ranges:  # numbers, not a table: nothing is uploaded to a GPU
+        for low, high, weight in self.ranges:  # numbers, not a tensor: no upload to a GPU
             inside = (fraction >= low) & ((fraction < high) if high < 1 else (fraction <= high))
             constant = constant.masked_fill(inside, weight)
         return constant * self.of(alpha, sigma, det, fraction)

@@ -1,11 +1,11 @@
-"""What other trainers compute, where it is not the scheme whose name they give it: for reproducing
-their runs.
+"""Weights of other trainers that differ from the scheme of the same name.
 
-Each is a weight w on the squared error of one target, ``target``, as their code has it, and is
-carried over to the others (see base.py). Each says what scheme it truly is, and where it departs
-from the one it is named after. The forms are theirs in α² and σ²: equal where theirs are finite,
-and finite where theirs divide 0 by 0. The cap of SNR, e.g., stands outside: 1 / (min(SNR, 1000) +
-1) = max(σ² / (α² + σ²), 1 / 1001).
+Use them to reproduce runs of these trainers. Each is a weight w on the squared error of one target,
+``target``, as in their code, and is converted for the other targets (see base.py). Each docstring
+says which scheme it really is, and how it differs from the scheme it is named after. The formulas
+are theirs, written in α² and σ²: equal where theirs are finite, and finite where theirs divide 0 by
+0. For example, the cap of SNR is moved outside: 1 / (min(SNR, 1000) + 1) = max(σ² / (α² + σ²), 1 /
+1001).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor, maximum, minimum
 from .base import WEIGHTINGS, Scheme, require_positive
 from .schemes import MinSNR, flow_determinant2
 
-CAP = 1000.0  # sd-scripts and OneTrainer cap SNR here
+CAP = 1000.0  # the cap of SNR in sd-scripts and OneTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Peer(Scheme):
-    """A weight of another trainer; ``target`` is the prediction type that it weighs there."""
+    """A weight of another trainer; ``target`` is the prediction type that it weights there."""
 
     target: ClassVar[str]
 
@@ -32,11 +32,11 @@ class Peer(Scheme):
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class DiffusersMinSNRPlusOneV(MinSNR, Peer):
-    """min(SNR, γ) / SNR + 1 on v, of diffusers' train_dreambooth_lora_sdxl.py and the advanced
-    training scripts.
+    """min(SNR, γ) / SNR + 1 on v, of diffusers' train_dreambooth_lora_sdxl.py.
 
-    Truly w_x0 = (SNR + 1) (1 + min(1, γ / SNR)): the plain v loss but for a factor in [1, 2]. They
-    meant to divide by SNR + 1, which is ``min_snr``. At zero SNR theirs is 0 / 0, this the limit 2.
+    The advanced training scripts have it too. In fact w_x0 = (SNR + 1) (1 + min(1, γ / SNR)): the
+    plain v loss times a factor in [1, 2]. The intended form divides by SNR + 1, which is
+    ``min_snr``. At zero SNR their weight is 0 / 0, this one is the limit 2.
 
     >>> import torch
     >>> DiffusersMinSNRPlusOneV()(torch.tensor([0.0]), torch.tensor([1.0]), 1.0)
@@ -56,7 +56,8 @@ class DiffusersMinSNRPlusOneV(MinSNR, Peer):
 class DiffusersPixArtMinSNRV(MinSNR, Peer):
     """min(SNR + 1, γ) / (SNR + 1) on v, of diffusers' PixArt ControlNet script.
 
-    Truly w_x0 = min(SNR + 1, γ), where ``min_snr`` is min(SNR, γ): it keeps weight 1 at zero SNR.
+    In fact w_x0 = min(SNR + 1, γ), while ``min_snr`` is min(SNR, γ): this one keeps weight 1 at
+    zero SNR.
 
     >>> import torch
     >>> DiffusersPixArtMinSNRV()(torch.tensor([0.0]), torch.tensor([1.0]), 1.0)
@@ -73,11 +74,10 @@ class DiffusersPixArtMinSNRV(MinSNR, Peer):
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class DiffusersCosMapX0(Peer):
-    """2 / (π (1 - 2σ + 2σ²)) on x_0, σ of the flow path, of diffusers' SD3 script (``cosmap`` with
-    ``--precondition_outputs 1``).
+    """2 / (π (1 - 2σ + 2σ²)) on x_0, σ of the flow path, of diffusers' SD3 script.
 
-    Truly ``cosmap`` times σ²: the weight is meant for the flow loss, and stands there on the error
-    of x_0.
+    The flags are ``cosmap`` with ``--precondition_outputs 1``. In fact this is ``cosmap`` times σ²:
+    the weight is meant for the flow loss, but there it is applied to the error of x_0.
 
     >>> import torch
     >>> DiffusersCosMapX0()(torch.tensor([0.5]), torch.tensor([0.5]), 0.5) * torch.pi  # on x_0
@@ -94,10 +94,10 @@ class DiffusersCosMapX0(Peer):
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class KohyaDebiasedEpsilon(Peer):
-    """1 / √min(SNR, 1000) on epsilon, of sd-scripts (``--debiased_estimation_loss``) and
-    OneTrainer.
+    """1 / √min(SNR, 1000) on epsilon, of sd-scripts and OneTrainer.
 
-    Truly ``debiased``, but for the cap, above which it is the plain epsilon loss over √1000.
+    The flag of sd-scripts is ``--debiased_estimation_loss``. In fact this is ``debiased`` except
+    for the cap; above it, it is the plain epsilon loss over √1000.
 
     >>> import torch
     >>> KohyaDebiasedEpsilon()(torch.tensor([0.6]), torch.tensor([0.8]), -0.6)
@@ -114,12 +114,12 @@ class KohyaDebiasedEpsilon(Peer):
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class KohyaDebiasedV(Peer):
-    """1 / (min(SNR, 1000) + 1) on v, of sd-scripts (``--debiased_estimation_loss
-    --v_parameterization``).
+    """1 / (min(SNR, 1000) + 1) on v, of sd-scripts.
 
-    Truly ``x0`` (w_x0 = 1) up to the cap, above which w_x0 = (SNR + 1) / 1001. The ``debiased`` of
-    the paper is √SNR / (SNR + 1) on v: at t = 500 of Stable Diffusion's schedule with zero terminal
-    SNR 0.428, where this is 0.759.
+    The flags are ``--debiased_estimation_loss --v_parameterization``. In fact this is ``x0`` (w_x0
+    = 1) up to the cap; above it, w_x0 = (SNR + 1) / 1001. The ``debiased`` of the paper is √SNR /
+    (SNR + 1) on v: 0.428 at t = 500 of Stable Diffusion's schedule with zero terminal SNR, where
+    this weight is 0.759.
 
     >>> import torch
     >>> KohyaDebiasedV()(torch.tensor([0.6]), torch.tensor([0.8]), 1.0)
@@ -138,7 +138,7 @@ class KohyaDebiasedV(Peer):
 class OneTrainerDebiasedV(Peer):
     """1 / √(min(SNR, 1000) + 1) on v, of OneTrainer (DEBIASED_ESTIMATION).
 
-    Truly w_x0 = √(SNR + 1) up to the cap: neither the paper's √SNR (``debiased``) nor sd-scripts'
+    In fact w_x0 = √(SNR + 1) up to the cap. The paper has √SNR (``debiased``), and sd-scripts has
     1.
 
     >>> import torch
@@ -158,7 +158,7 @@ class OneTrainerDebiasedV(Peer):
 class OneTrainerP2V(Peer):
     """(2 + SNR)^-γ on v, of OneTrainer (P2).
 
-    Truly w_x0 = (SNR + 1) / (SNR + 2)^γ. ``p2`` with k = 1 is SNR / (SNR + 1)^(1 + γ) on v, and 0
+    In fact w_x0 = (SNR + 1) / (SNR + 2)^γ. ``p2`` with k = 1 is SNR / (SNR + 1)^(1 + γ) on v, and 0
     at zero SNR.
 
     >>> import torch
@@ -181,7 +181,7 @@ class OneTrainerP2V(Peer):
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class OneTrainerSigma(Peer):
-    """σ on the flow loss, σ of the flow path, of OneTrainer (SIGMA). Truly w_x0 = 1 / σ.
+    """σ on the flow loss, σ of the flow path, of OneTrainer (SIGMA). In fact w_x0 = 1 / σ.
 
     >>> import torch
     >>> OneTrainerSigma()(torch.tensor([0.75]), torch.tensor([0.25]), -1.0)
@@ -198,11 +198,11 @@ class OneTrainerSigma(Peer):
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class KohyaScaleVPred(Peer):
-    """min(SNR, 1000) / (min(SNR, 1000) + 1) on v, of sd-scripts
-    (``--scale_v_pred_loss_like_noise_pred``).
+    """min(SNR, 1000) / (min(SNR, 1000) + 1) on v, of sd-scripts.
 
-    Truly ``snr``, the plain epsilon loss, but for the cap. With ``--min_snr_gamma`` sd-scripts
-    applies both factors, and so SNR / (SNR + 1) once too often.
+    The flag is ``--scale_v_pred_loss_like_noise_pred``. In fact this is ``snr``, the plain epsilon
+    loss, except for the cap. With ``--min_snr_gamma`` sd-scripts applies both factors, so SNR /
+    (SNR + 1) is applied once too often.
 
     >>> import torch
     >>> KohyaScaleVPred()(torch.tensor([0.6]), torch.tensor([0.8]), 1.0)
@@ -219,10 +219,9 @@ class KohyaScaleVPred(Peer):
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
 class KohyaVPredLike(Peer):
-    """1 + k (c + 1) / c with c = min(SNR, 1000) on epsilon, of sd-scripts (``--v_pred_like_loss
-    k``).
+    """1 + k (c + 1) / c with c = min(SNR, 1000) on epsilon, of sd-scripts.
 
-    Truly ``v_like``, but for the cap.
+    The flag is ``--v_pred_like_loss k``. In fact this is ``v_like`` except for the cap.
 
     >>> import torch
     >>> KohyaVPredLike(strength=0.5)(torch.tensor([0.8]), torch.tensor([0.6]), -0.8)
