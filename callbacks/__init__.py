@@ -1,6 +1,4 @@
-"""Lightning callbacks: previews, averaged weights, losses by noise level, the noise schedule beside
-every checkpoint.
-"""
+"""Lightning callbacks: previews, EMA weights, loss by noise level, schedule next to checkpoints."""
 
 from .ema import EMA
 from .ema_weights import ema_weights

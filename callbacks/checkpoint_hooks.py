@@ -1,9 +1,8 @@
-"""Following a strategy as it saves and removes checkpoints: Lightning has no hook that knows the
-path.
+"""Hooks for saving and removing checkpoints through a strategy, with the path.
 
-Every save comes through the strategy, weights-only and sharded ones and those that a user asks for
-among them; a link (``save_last="link"``) does not, and needs nothing, because it is followed on
-reading.
+Lightning has no hook that knows the path. Every save goes through the strategy: weights-only saves,
+sharded saves and saves that the user calls. A link (``save_last="link"``) does not go through the
+strategy. It needs no hook, because readers follow the link.
 """
 
 from __future__ import annotations
@@ -14,11 +13,16 @@ from typing import Any
 
 
 class SavesFollowed:
-    """Call ``saving(checkpoint)`` before a strategy saves, ``saved(path)`` after, ``removed(path)``
-    around a removal.
+    """Wrap a strategy's ``save_checkpoint`` and ``remove_checkpoint`` with callbacks.
 
-    ``removed`` is called before, while the checkpoint is there, and returns what is to be done when
-    it is gone. All are called on every rank. ``undo`` gives the strategy its own methods back.
+    All callbacks run on every rank. ``undo`` restores the strategy's own methods.
+
+    Args:
+        strategy: the Lightning strategy to wrap.
+        saving: ``saving(checkpoint)`` runs before each save.
+        saved: ``saved(path)`` runs after each save.
+        removed: ``removed(path)`` runs before each removal, while the checkpoint still exists. It
+            returns a function that runs after the removal.
 
     >>> class Strategy:
     ...     def save_checkpoint(self, checkpoint, filepath, storage_options=None):
@@ -70,7 +74,7 @@ class SavesFollowed:
         strategy.__dict__.update(self._own)
 
     def undo(self) -> None:
-        """Give the methods back; one that somebody else replaced since is left to them."""
+        """Restore the strategy's methods, except those that other code has replaced since."""
         for name, own in self._own.items():
             if self._strategy.__dict__.get(name) is own:
                 del self._strategy.__dict__[name]

@@ -1,11 +1,14 @@
-"""Averages of the weights while a model trains: several at once, in float32, under DDP and FSDP,
-exact over a resume.
+"""EMA of the weights: several profiles, in float32, under DDP and FSDP, exact after a resume.
 
-No subclass of Lightning's ``WeightAveraging``, whose average is a deep copy of the LightningModule
-(which FSDP refuses), is written to when weights are swapped (so bfloat16 models round it, and an
-error between two swaps exchanges it with the weights), and is used before its first update. The
-checkpoints are the same: ``state_dict`` holds the average and ``current_model_state`` the weights,
-and either reads the other's.
+``EMA`` is not a subclass of Lightning's ``WeightAveraging``, for three reasons:
+
+- The average of ``WeightAveraging`` is a deep copy of the LightningModule, which FSDP refuses.
+- ``WeightAveraging`` writes to the average when it swaps weights. So bfloat16 models round it, and
+  an error between two swaps leaves the average and the weights exchanged.
+- ``WeightAveraging`` uses the average before its first update.
+
+The checkpoint format is the same: ``state_dict`` holds the average and ``current_model_state`` the
+weights. Each class reads the checkpoints of the other.
 """
 
 from __future__ import annotations
@@ -46,15 +49,18 @@ from .support.sharding import (
     values_swapped,
 )
 
-STATE_KEY = (
-    "ema"  # top level: the averages are tensors, of which callbacks' own states should have none
-)
+# a top-level key: the averages are tensors, and callback states should not contain tensors
+STATE_KEY = "ema"
 
 
 @dataclass
 class Average:
-    """One running average: a profile, this rank's part of each averaged parameter by name, and how
-    often it was updated.
+    """One running average of the weights on this rank.
+
+    Args:
+        profile: the EMA profile.
+        weights: this rank's part of each averaged parameter, by parameter name.
+        updates: number of updates so far.
     """
 
     profile: EMAProfile
@@ -63,53 +69,59 @@ class Average:
 
     @torch.no_grad()
     def update(self, current: Mapping[str, Tensor], keep: float) -> None:
-        """Keep the share ``keep`` of the average, and take the rest from the current weights."""
+        """Set the average to ``keep * average + (1 - keep) * current``."""
         known = [name for name in current if name in self.weights] if self.updates else []
         for name in known:
-            # a resume loads before models are moved
+            # a resume loads the averages before the model moves to its device
             self.weights[name] = self.weights[name].to(current[name].device)
         old = [self.weights[name] for name in known]
         new = [current[name].to(average.dtype) for name, average in zip(known, old, strict=True)]
         if old:
             torch._foreach_lerp_(old, new, 1 - keep)
-        # all at the first update; later what only now began to train
+        # first update: all parameters; later: parameters that started to train since
         for name in current.keys() - set(known):
             self.weights[name] = current[name].to(_average_dtype(current[name]), copy=True)
         self.updates += 1
 
 
 class EMA(Callback):
-    """Keep averages of the weights that train, updated after optimizer steps, and save them with
-    every checkpoint.
+    """Average the trained weights after optimizer steps, and save the averages in checkpoints.
 
-    A checkpoint's ``state_dict`` is the first profile's average, so ``load_from_checkpoint`` and
-    sampling use it; the weights themselves are in ``current_model_state``, from which a resume goes
-    on to the last bit. Parameters are averaged, in float32 or better; buffers and frozen parameters
-    are saved as they are. The model's own weights stay in the model, also after training;
-    :func:`ema_weights` draws with the average. Under FSDP each rank averages its shards; whole
-    averages are put together, one parameter at a time, for a checkpoint. Sharded checkpoints (a
-    folder) keep the weights in ``state_dict`` and the whole averages beside them. Weights-only
-    checkpoints hold no average: Lightning tells callbacks nothing of them.
+    What a checkpoint contains:
+
+    - ``state_dict`` is the average of the first profile, so ``load_from_checkpoint`` and sampling
+      use it. ``current_model_state`` holds the weights themselves. A resume continues from them bit
+      for bit.
+    - A sharded checkpoint (a folder) keeps the weights in ``state_dict`` and stores the whole
+      averages next to them.
+    - A weights-only checkpoint holds no average, because Lightning does not call callbacks for it.
+
+    Parameters are averaged in float32 or higher precision. Buffers and frozen parameters are saved
+    unchanged. The model keeps its own weights, also after training; :func:`ema_weights` samples
+    with the average. Under FSDP each rank averages its shards. For a checkpoint, the whole averages
+    are assembled one parameter at a time.
 
     Args:
-        profiles: names, mappings or objects of ``EMA_PROFILES``, or a decay (``0.999``), one or
-            several; the first is the average that is used.
-        every_n_steps: optimizer steps between updates. An update stands for all steps since the
-            last: the length of the average does not depend on it.
-        start_step: optimizer steps before the averages begin.
-        validate: validate with the average. Before its first update the weights themselves are
-            used.
-        snapshot_every_n_steps: write a snapshot of each ``power_function`` average every so many
-            steps after ``start_step``, from which ``alphabar ema`` and ``posthoc_ema`` make
-            averages of other lengths.
-        folder: of the snapshots, by default ``ema`` in the log directory. They are written beside
-            the training, on a thread of rank 0, from a copy on the CPU; one that cannot be written
-            is a warning.
+        profiles: one or several names, mappings or objects of ``EMA_PROFILES``, or a decay
+            (``0.999``). The first profile is the average that is used.
+        every_n_steps: optimizer steps between updates. One update covers all steps since the last
+            update, so the length of the average does not depend on this value.
+        start_step: optimizer steps before averaging starts.
+        validate: validate with the average. Before the first update, validation uses the weights
+            themselves.
+        snapshot_every_n_steps: steps between snapshots of each ``power_function`` average, counted
+            from ``start_step``. ``alphabar ema`` and ``posthoc_ema`` compute averages of other
+            lengths from the snapshots.
+        folder: folder of the snapshots, by default ``ema`` in the log directory. A background
+            thread of rank 0 writes them from a copy on the CPU. If a snapshot cannot be written,
+            the callback warns.
         snapshot_dtype: float32 or float16.
 
-    Raises ValueError for profiles and numbers that do not fit: at once, or before training starts,
-    then also for two callbacks that average weights and for strategies that hide the parameters;
-    OSError for a folder that cannot be written.
+    Raises:
+        ValueError: invalid profiles or numbers, raised at once or before training starts. Before
+            training also: two callbacks that average weights, or a strategy that hides the
+            parameters.
+        OSError: a folder that cannot be written.
 
     >>> EMA("warmup").profiles
     (Warmup(decay=0.9999),)
@@ -162,26 +174,26 @@ class EMA(Callback):
         self.snapshot_dtype = snapshot_dtype
         lookup("snapshot_dtype", snapshot_dtype, SNAPSHOT_DTYPES)
         self._validating: ExitStack | None = None
-        # a lane of its own, which no logger holds up; a copy of all weights waits in it, so that
-        # there is room for one of each
+        # a separate queue, so that no logger delays it; each task holds a copy of all weights, so
+        # the queue has room for one task per power_function profile
         self._lane = Background(
             room=max(1, sum(isinstance(profile, PowerFunction) for profile in self.profiles))
         )
-        self._failed: list[tuple[int, Failure]] = []  # by the thread: the step, and what went wrong
+        self._failed: list[tuple[int, Failure]] = []  # filled by the thread: (step, failure)
         self._complaints = Complaints("EMA")
         self._over = False
         self._reset()
 
     def _reset(self) -> None:
         self._averages = [Average(profile) for profile in self.profiles]
-        self._step = self.start_step  # the optimizer step of the last update
+        self._step = self.start_step  # optimizer step of the last update
 
     # -- before training ---------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._over = False
         if stage == "fit" and trainer.global_step != self._step:
-            self._reset()  # another run; the same Trainer's second fit goes on
+            self._reset()  # a new run; a second fit of the same Trainer continues the averages
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         require_parameters(root_of(trainer, pl_module))
@@ -197,7 +209,7 @@ class EMA(Callback):
             on_rank_zero(trainer, lambda: require_writable(folder))
 
     def _snapshot_folder(self, trainer: Trainer) -> Path:
-        # a collective: every rank asks for it
+        # log_dir is a collective: every rank must read it
         log_dir = trainer.log_dir or trainer.default_root_dir
         return self.folder if self.folder is not None else Path(log_dir, "ema")
 
@@ -210,8 +222,9 @@ class EMA(Callback):
         self._complain()
 
     def _catch_up(self, trainer: Trainer, module: LightningModule) -> None:
-        """Update for the optimizer steps since the last update; others may ask for it before this
-        callback's own turn.
+        """Update the averages for the optimizer steps since the last update.
+
+        Other callbacks may trigger this before ``on_train_batch_end`` of this callback.
         """
         before, step = self._step, trainer.global_step
         if step - before < self.every_n_steps or self._validating is not None:
@@ -226,7 +239,7 @@ class EMA(Callback):
             self._snapshot(trainer, module)
 
     def _tracked(self, module: LightningModule) -> Iterable[tuple[str, Tensor]]:
-        """Return what is averaged: parameters that train, or did."""
+        """Return the averaged parameters: those that train now or trained before."""
         known = self._averages[0].weights
         for name, weight in module.named_parameters():
             name = clean_name(name)
@@ -254,8 +267,9 @@ class EMA(Callback):
     def _hand_over(
         self, folder: Path, weights: Mapping[str, Tensor], profile: PowerFunction
     ) -> None:
-        """Have a copy of these weights written beside the training; the other snapshots serve
-        without one that fails.
+        """Queue a CPU copy of these weights for writing in the background.
+
+        A failure is recorded and not raised, because the other snapshots are useful without it.
         """
         step = self._step
         try:
@@ -290,7 +304,7 @@ class EMA(Callback):
             )
 
     def _finish(self, trainer: Trainer, seconds: float) -> None:
-        """Wait for the snapshots that are being written; every rank must call it."""
+        """Wait for pending snapshots. Every rank must call it."""
         if self.snapshot_every_n_steps is not None and not is_fast_dev_run(trainer):
             finish(trainer, self._lane, seconds)
             self._complain()
@@ -307,8 +321,9 @@ class EMA(Callback):
     # -- use ---------------------------------------------------------------------------------------
 
     def ema_pairs(self, trainer: Trainer, module: LightningModule) -> Pairs:
-        """Return the live parameters with this rank's part of their averages; empty before the
-        first update.
+        """Return pairs (live parameter, this rank's part of its average).
+
+        Empty before the first update.
         """
         self._catch_up(trainer, module)
         average = self._averages[0]
@@ -340,8 +355,8 @@ class EMA(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        self._swap_out()  # callbacks that save a checkpoint now come later in the list
-        self._over = True  # for this rank, perhaps not for others
+        self._swap_out()  # callbacks that save a checkpoint on an exception come later in the list
+        self._over = True  # this rank has failed; other ranks may not have
         self._lane.wait(AFTER_AN_ERROR)
         self._complain()
 
@@ -355,9 +370,9 @@ class EMA(Callback):
     ) -> None:
         self._catch_up(trainer, pl_module)
         if not self._over:
-            # a run that resumes from it does not write them again
+            # a run that resumes from this checkpoint does not write these snapshots again
             self._finish(trainer, BEFORE_A_CHECKPOINT)
-        if self._validating is not None:  # what was collected is the average
+        if self._validating is not None:  # state_dict now holds the average
             self._swap_out()
             own = trainer.strategy.lightning_module_state_dict()
             checkpoint["state_dict"] = {
@@ -381,18 +396,18 @@ class EMA(Callback):
         if first.updates and not is_sharded_state(state):
             names = _names(pl_module)
             checkpoint["current_model_state"] = state
-            # the same tensors as above, which torch.save writes once
+            # shares tensors with the entry above; torch.save writes shared tensors once
             checkpoint["state_dict"] = {
                 key: whole.get(names.get(clean_name(key), ""), v) for key, v in state.items()
             }
-            # as Lightning names it
+            # the key that Lightning uses
             checkpoint["averaging_state"] = {"n_averaged": torch.tensor(first.updates)}
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
-            return  # validation, test and prediction use the average, which state_dict is
+            return  # validation, test and prediction use the average, which is in state_dict
         self._reset()
         layout = Layout(root_of(trainer, pl_module))
         weights = {clean_name(name): weight for name, weight in pl_module.named_parameters()}
@@ -431,11 +446,11 @@ class EMA(Callback):
 def _load_own(
     trainer: Trainer, module: LightningModule, layout: Layout, state: Mapping[str, Any]
 ) -> None:
-    """Load the weights themselves, where ``state_dict``, the average, has been loaded."""
+    """Load the model's own weights after ``state_dict`` (the average) was loaded."""
     if not trainer.strategy.restore_checkpoint_after_setup:
         trainer.strategy.load_model_state_dict({"state_dict": state}, strict=module.strict_loading)
         return
-    # strategies that shard load from the file alone
+    # sharding strategies can load only from the file, so copy the values here
     own: dict[str, Tensor] = dict(module.named_parameters()) | dict(module.named_buffers())
     tensors = {clean_name(name): tensor for name, tensor in own.items()}
     for name, value in state.items():
@@ -447,7 +462,7 @@ def _load_own(
 def _of_lightning(
     checkpoint: Mapping[str, Any], profile: EMAProfile, names: list[str]
 ) -> dict[str, Any] | None:
-    """Return the state that a checkpoint of Lightning's WeightAveraging has, as our own."""
+    """Convert the state of a Lightning ``WeightAveraging`` checkpoint to the format of ``EMA``."""
     updates = int(checkpoint.get("averaging_state", {}).get("n_averaged", 0))
     if not updates or "current_model_state" not in checkpoint:
         return None
@@ -458,7 +473,7 @@ def _of_lightning(
 
 
 def _names(module: LightningModule) -> dict[str, str]:
-    """Return the first name of each parameter by all of its names; tied ones have several."""
+    """Return a map from every name of a parameter to its first name (tied weights have several)."""
     first = {id(weight): clean_name(name) for name, weight in module.named_parameters()}
     return {
         clean_name(n): first[id(weight)]

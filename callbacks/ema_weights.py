@@ -1,9 +1,8 @@
-"""Draw with the averaged weights, whoever keeps them: one context manager for every kind of EMA
-that is in use.
+"""Context manager that samples with EMA weights, for every common EMA implementation.
 
-The averages are copied into the live module and the live weights are put back afterwards, so the
-network that draws is the one that trains, with its hooks, wrappers and shards; the averages are
-only read. Training goes on bit-identically.
+The averages are copied into the live module, and the live weights are restored afterwards. So the
+network that samples is the network that trains, with its hooks, wrappers and shards. The averages
+are only read. Training continues bit-identically.
 """
 
 from __future__ import annotations
@@ -19,13 +18,14 @@ from torch.optim.swa_utils import AveragedModel
 from .support.sharding import reshard, root_of, values_swapped
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
-"""(live parameter or buffer, this rank's part of its average)."""
+"""Pairs (live parameter or buffer, this rank's part of its average)."""
 
 
 @runtime_checkable
 class KeepsEMA(Protocol):
-    """A callback that keeps averaged weights: ``ema_pairs`` returns them with the live ones, empty
-    before the first update.
+    """Protocol of a callback that keeps averaged weights.
+
+    ``ema_pairs`` returns pairs (live tensor, average). It is empty before the first update.
     """
 
     def ema_pairs(self, trainer: Trainer, module: LightningModule) -> Pairs: ...
@@ -33,15 +33,22 @@ class KeepsEMA(Protocol):
 
 @contextmanager
 def ema_weights(trainer: Trainer, module: LightningModule) -> Generator[bool, None, None]:
-    """Put the EMA weights into ``module`` for the time of the block; yield whether there are any.
+    """Use the EMA weights in ``module`` inside the block; yield whether EMA weights were found.
 
-    Looked for in this order: a callback with ``ema_pairs``, as :class:`EMA` has; Lightning's
-    ``WeightAveraging``; the module's own ``ema_scope()`` (sgm); attributes that are a diffusers
-    ``EMAModel`` or a torch ``AveragedModel``. Where there is none, or none has been updated yet,
-    False is yielded and nothing is touched. The weights come back to the last bit, also after an
-    error. Every rank must enter under FSDP. Not between ``on_validation_epoch_start`` and ``_end``
-    of Lightning's ``WeightAveraging``, which has swapped the weights itself then. Raises ValueError
-    for an average of which the live part of the module cannot be found.
+    Searches in this order:
+
+    1. a callback with ``ema_pairs``, such as :class:`EMA`;
+    2. Lightning's ``WeightAveraging``;
+    3. the module's own ``ema_scope()`` (sgm);
+    4. attributes that are a diffusers ``EMAModel`` or a torch ``AveragedModel``.
+
+    If there is no average, or it has not been updated yet, yields False and changes nothing. The
+    weights are restored bit for bit, also after an error. Under FSDP every rank must enter. Do not
+    use it between ``on_validation_epoch_start`` and ``on_validation_epoch_end`` of Lightning's
+    ``WeightAveraging``: that callback has already swapped the weights there.
+
+    Raises:
+        ValueError: the live part of the module for an average cannot be found.
 
     >>> class Own(LightningModule):
     ...     def __init__(self):
@@ -56,7 +63,7 @@ def ema_weights(trainer: Trainer, module: LightningModule) -> Generator[bool, No
     False
     """
     root = root_of(trainer, module)
-    reshard(root)  # parameters of an unsharded unit are not those that are averaged
+    reshard(root)  # the averages belong to the sharded parameters
     callbacks: list[Any] = cast(Any, trainer).callbacks
     for callback in callbacks:
         if isinstance(callback, KeepsEMA):
@@ -80,7 +87,7 @@ def ema_weights(trainer: Trainer, module: LightningModule) -> Generator[bool, No
 @contextmanager
 def _own_scope(root: nn.Module, module: Any) -> Generator[bool, None, None]:
     """Enter the module's ``ema_scope``, unless sgm's flags say that there is no average."""
-    # sgm counts -1 where it does not count
+    # sgm sets num_updates to -1 when it does not count updates
     updates = getattr(getattr(module, "model_ema", None), "num_updates", 1)
     if not getattr(module, "use_ema", True) or int(updates) == 0:
         yield False
@@ -89,11 +96,11 @@ def _own_scope(root: nn.Module, module: Any) -> Generator[bool, None, None]:
         try:
             yield True
         finally:
-            reshard(root)  # before the scope writes the live weights back
+            reshard(root)  # must run before the scope restores the live weights
 
 
 def _of_attributes(module: LightningModule) -> Pairs:
-    """Return the averages that lie in the module itself, diffusers' and torch's."""
+    """Return the averages that are attributes of the module (diffusers or torch classes)."""
     found: list[tuple[Tensor, Tensor]] = []
     attributes: dict[str, Any] = {**vars(module), **module._modules}
     for name, value in attributes.items():
@@ -116,7 +123,7 @@ def _of_attributes(module: LightningModule) -> Pairs:
 def _of_averaged_model(
     average: AveragedModel, live: nn.Module, buffers: bool | None = None
 ) -> Pairs:
-    if int(average.n_averaged) == 0:  # its weights are the initial ones
+    if int(average.n_averaged) == 0:  # not updated yet: it holds the initial weights
         return []
     pairs: list[tuple[Tensor, Tensor]] = list(
         zip(live.parameters(), average.module.parameters(), strict=True)
@@ -127,8 +134,10 @@ def _of_averaged_model(
 
 
 def _live_part(module: LightningModule, name: str, averages: Sequence[Tensor]) -> nn.Module:
-    """Return the part of ``module`` whose parameters have the shapes of these averages; by name
-    where several have.
+    """Return the submodule whose parameter shapes match ``averages``.
+
+    If several submodules match, the attribute name ``name`` decides (``ema_student`` selects
+    ``student``).
 
     >>> class Own(LightningModule):
     ...     def __init__(self):
@@ -149,7 +158,7 @@ def _live_part(module: LightningModule, name: str, averages: Sequence[Tensor]) -
     for path, part in module.named_modules():
         weights = list(part.parameters())
         if id(part) not in averaged and [weight.shape for weight in weights] == shapes:
-            # a wrapper and what it wraps are the same weights
+            # a wrapper and its wrapped module share the same weights: count them once
             parts.setdefault(tuple(map(id, weights)), (path, part))
     named = [
         part
