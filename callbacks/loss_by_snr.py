@@ -1,6 +1,4 @@
-"""Where in the noise the loss comes from: logged by log SNR, drawn, and said in words, without a
-trace in the training.
-"""
+"""Loss by log SNR: scalars, a plot and text findings, without any effect on training."""
 
 from __future__ import annotations
 
@@ -34,27 +32,32 @@ from .support.module_api import is_fast_dev_run
 
 
 class LossBySNR(Callback):
-    """Log the loss by noise level: scalars for each bucket of log SNR, a plot, and sentences on
-    what stands out.
+    """Log the loss by noise level: scalars for each log SNR bucket, a plot, and text findings.
 
-    Any LightningModule with an attribute ``noising`` (a Noising) whose losses it uses. Every
-    training loss is counted, on the device; ranks are summed and the host looks once every
-    ``every_n_train_steps`` optimizer steps. Scalars are named ``loss_by_snr/error/...``
-    (unweighted) and ``loss_by_snr/loss/...`` (weighted), means over the steps since the last time.
-    A bucket that no sample falls into, a terminal step of weight zero, a loss that is not finite
-    and a bucket that makes most of the loss are each named once. What fails here is a warning, and
-    training goes on to the last bit the same.
+    Works with any LightningModule that has an attribute ``noising`` (a Noising) and computes its
+    losses with it. The device counts every training loss. Every ``every_n_train_steps`` optimizer
+    steps the callback sums over ranks and copies the sums to the host once.
+
+    Scalars are named ``loss_by_snr/error/...`` (unweighted) and ``loss_by_snr/loss/...``
+    (weighted). They are means over the steps since the last report. Each of these findings is
+    reported once: a bucket without samples, a terminal step of weight zero, a loss that is not
+    finite, a bucket that contributes most of the loss.
+
+    An error in this callback is a warning, and training continues bit-identically. With
+    ``fast_dev_run`` nothing is written.
 
     Args:
-        every_n_train_steps: optimizer steps from one report to the next.
-        buckets: how many between the ends of the schedule; infinite log SNR has its own.
-        folder: where ``step_00000500.png`` goes, by default ``loss_by_snr`` in the log directory.
-            Plots need matplotlib; without it there are none, which is said. Files and pictures in
-            loggers go out on a thread of rank 0, beside the training.
+        every_n_train_steps: optimizer steps between two reports.
+        buckets: number of buckets between the ends of the schedule. Infinite log SNR has a bucket
+            of its own.
+        folder: folder of the plots (``step_00000500.png``), by default ``loss_by_snr`` in the log
+            directory. Plots need matplotlib; without it the callback warns and draws none. A
+            background thread of rank 0 writes the files and sends the images to loggers.
 
-    Raises ValueError for numbers that do not fit; before training TypeError for a module without a
-    Noising, and OSError for a folder that cannot be written. With ``fast_dev_run`` nothing is
-    written.
+    Raises:
+        ValueError: invalid numbers.
+        TypeError: before training, the module has no Noising.
+        OSError: before training, the folder cannot be written.
 
     >>> LossBySNR(every_n_train_steps=500).buckets
     20
@@ -75,16 +78,16 @@ class LossBySNR(Callback):
         self.folder = Path(folder) if folder is not None else None
         self._stop: Callable[[], None] | None = None
         self._folder: Path | None = None
-        self._failed: list[tuple[str, Exception]] = []  # by the thread that publishes
+        self._failed: list[tuple[str, Exception]] = []  # filled by the publishing thread
         self._complaints = Complaints("LossBySNR")
         self._reset()
 
     def _reset(self) -> None:
         self._last_step = 0
-        self._drawn: list[float] = []  # samples by bucket in all reports, of all ranks
+        self._drawn: list[float] = []  # samples per bucket in all reports, summed over ranks
         self._told: list[str] = []
 
-    # -- state: counts go on over a resume; the steps since the last report are those of this run --
+    # -- state: counts survive a resume, sums since the last report do not -------------------------
 
     def state_dict(self) -> dict[str, Any]:
         return {"last_step": self._last_step, "drawn": self._drawn, "told": self._told}
@@ -103,7 +106,7 @@ class LossBySNR(Callback):
         _noising_of(pl_module)
         if is_fast_dev_run(trainer):
             return
-        # a collective: every rank asks for it
+        # log_dir is a collective: every rank must read it
         log_dir = trainer.log_dir or trainer.default_root_dir
         folder = self._folder = (
             self.folder if self.folder is not None else Path(log_dir, "loss_by_snr")
@@ -121,11 +124,11 @@ class LossBySNR(Callback):
         noising = _noising_of(pl_module)
         buckets = self._buckets = Buckets.of(noising.schedule, self.buckets)
         if len(self._drawn) != len(buckets):
-            self._drawn = [0.0] * len(buckets)  # the first run, or one with other buckets
+            self._drawn = [0.0] * len(buckets)  # first run, or other buckets than the checkpoint
         self._sums = buckets.zeros(pl_module.device)
 
         def listener(noised: Noised, errors: Tensor) -> None:
-            if trainer.training:  # and not while it validates
+            if trainer.training:  # not during validation
                 self._count(noised, errors)
 
         self._end()
@@ -160,8 +163,8 @@ class LossBySNR(Callback):
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        self._end()  # its ranks still meet: what was counted so far is summed
-        # on any rank, which alone knows of it
+        self._end()  # on_train_batch_end still sums the counts so far over all ranks
+        # not rank_zero_warn: only the rank that failed knows of the error
         warnings.warn(
             f"LossBySNR counts no further: {type(error).__name__}: {error}; training goes on",
             stacklevel=2,
@@ -179,14 +182,14 @@ class LossBySNR(Callback):
         self._sums.zero_()
         if trainer.world_size > 1:
             dist.all_reduce(sums)
-        sums = sums.cpu()  # the one time that the host waits
+        sums = sums.cpu()  # the only point where the host waits for the device
         self._drawn = [
             before + more for before, more in zip(self._drawn, sums[COUNT].tolist(), strict=True)
         ]
         if trainer.is_global_zero:
             self._report(trainer, sums)
 
-    # -- reporting, on one rank, with nothing after it that others wait for ------------------------
+    # -- reporting: on rank 0 only, without collectives afterwards ---------------------------------
 
     def _report(self, trainer: Trainer, sums: Tensor) -> None:
         step = trainer.global_step
@@ -235,7 +238,7 @@ class LossBySNR(Callback):
     def _plot(self, trainer: Trainer, sums: Tensor, step: int) -> None:
         folder, lane = self._folder, pictures_of(trainer)
         assert folder is not None
-        if lane.pending >= lane.room:  # the next one shows as much
+        if lane.pending >= lane.room:  # the next plot shows as much as this one
             raise TimeoutError("publishing lags behind, so that the plot is left out")
         png = plot(self._buckets, sums, f"loss by log SNR, step {step}")
         image = torch.from_numpy(np.array(Image.open(io.BytesIO(png)).convert("RGB")))

@@ -1,7 +1,7 @@
-"""The noise schedule beside every checkpoint: embedded in the file, in a folder that diffusers
-loads, compared on load.
+"""Save the noise schedule with every checkpoint, in a diffusers folder too, and compare it on load.
 
-Not a subclass of Lightning's Checkpoint, which would take the place of the default ModelCheckpoint.
+``ScheduleCheckpoint`` is not a subclass of Lightning's ``Checkpoint``, because such a subclass
+replaces the default ModelCheckpoint.
 """
 
 from __future__ import annotations
@@ -36,34 +36,40 @@ from .support.module_api import is_fast_dev_run, schedule_of_module
 
 
 class ScheduleCheckpoint(Callback):
-    """Save the module's noise schedule with every checkpoint, and refuse to go on under another
-    one.
+    """Save the module's noise schedule with every checkpoint, and reject another schedule on load.
 
-    The schedule goes into the checkpoint as ``checkpoint["noise_schedule"]``, plain values that
-    load with ``weights_only=True``, and beside it: ``<dirpath>/scheduler/scheduler_config.json``,
-    which ``diffusers.DDIMScheduler.from_pretrained(dirpath, subfolder="scheduler")`` loads, and an
-    exact ``noise_schedule.json``, for the folder of every checkpoint callback, on a local disk or
-    in a remote store. Weights-only files, which hold no callback's values, are known by it.
+    The schedule is saved in three places:
+
+    - ``checkpoint["noise_schedule"]``: plain values that load with ``weights_only=True``.
+    - ``<dirpath>/scheduler/scheduler_config.json``, which
+      ``diffusers.DDIMScheduler.from_pretrained(dirpath, subfolder="scheduler")`` loads.
+    - ``<dirpath>/scheduler/noise_schedule.json``: the exact schedule.
+
+    The folder is written for every checkpoint callback, on a local disk or in a remote store. It
+    also gives the schedule of weights-only files, which hold no values of callbacks.
     ``schedule_from_checkpoint`` reads all of these.
 
+    Loaded checkpoints are compared with the module in fit, validate, test and predict. Schedules
+    are compared by fingerprint: the same numbers from another config are the same schedule. A
+    checkpoint without a schedule gives an info message and no error. The folder is checked and
+    written before training starts.
+
     Args:
-        subfolder: name of the folder beside the checkpoints.
-        on_mismatch: what to do where a checkpoint that is loaded, or the folder beside which
-            checkpoints will go, or the Sampler of another callback, is of another schedule than the
-            module, or where that Sampler leaves out the terminal timestep of a zero-terminal-SNR
-            schedule: raise a ValueError that says so ('error'), 'warn' and go on, or 'ignore' it.
-            Where training goes on, the folder is rewritten with the module's schedule.
-            (ValidationSampling refuses another schedule by itself.)
-        per_checkpoint: also give every checkpoint that is saved in ``fit`` a folder of its own,
-            which is removed with it: ``step=6.scheduler`` for ``step=6.ckpt``; in a sharded one,
-            which is a folder, ``scheduler``. The schedule is then embedded in weights-only files
-            too.
+        subfolder: name of the folder next to the checkpoints.
+        on_mismatch: what to do on a mismatch: raise a ValueError ('error'), warn and continue
+            ('warn'), or 'ignore' it. A mismatch is one of these: a loaded checkpoint, the folder
+            next to future checkpoints, or the Sampler of another callback has another schedule than
+            the module; or that Sampler omits the terminal timestep of a zero-terminal-SNR schedule.
+            If training continues, the folder is rewritten with the module's schedule.
+            (ValidationSampling always rejects another schedule.)
+        per_checkpoint: also write a folder for each checkpoint saved in ``fit``, and remove it with
+            the checkpoint: ``step=6.scheduler`` for ``step=6.ckpt``. In a sharded checkpoint, which
+            is a folder, it is the subfolder ``scheduler``. The schedule is then embedded in
+            weights-only files too.
 
-    Schedules are compared by fingerprint: the same numbers from another config are the same
-    schedule. A checkpoint without a schedule is told of, not refused. The folder is checked and
-    written, or an OSError raised, before training starts.
-
-    Checkpoints that are loaded are compared for fit, validate, test and predict alike.
+    Raises:
+        ValueError: invalid arguments, or a mismatch with ``on_mismatch='error'``.
+        OSError: before training, the folder cannot be written.
 
     >>> ScheduleCheckpoint().subfolder
     'scheduler'
@@ -111,12 +117,12 @@ class ScheduleCheckpoint(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if SCHEDULE_KEY in checkpoint:
-            self._compared = True  # on every rank alike: all have loaded the same file
+            self._compared = True  # the same on every rank: all ranks load the same file
             load = partial(embedded_schedule, checkpoint, trainer.ckpt_path)
             self._compare(pl_module, str(trainer.ckpt_path), load, _MEND_CHECKPOINT)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # a module without one fails here, not at its first checkpoint
+        # a module without a schedule fails here, not at its first checkpoint
         schedule_of_module(pl_module)
         self._compare_at_start(trainer, pl_module)
         on_rank_zero(trainer, lambda: self._compare_folders(trainer, pl_module))
@@ -131,9 +137,7 @@ class ScheduleCheckpoint(Callback):
         self._compare_at_start(trainer, pl_module)
 
     def _compare_at_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Compare with what lies beside a checkpoint that was loaded without its schedule, and with
-        samplers; once.
-        """
+        """Compare once with samplers, and with the folder of a checkpoint without a schedule."""
         if self._compared_samplers is not trainer.state.fn:
             self._compared_samplers = trainer.state.fn
             self._compare_samplers(trainer, module)
@@ -155,8 +159,9 @@ class ScheduleCheckpoint(Callback):
         on_rank_zero(trainer, act)  # other nodes may not have the folder
 
     def _schedule_around(self, path: str) -> Callable[[], NoiseSchedule | None] | None:
-        """Return how to read the schedule of a checkpoint that told no callback of it, as
-        weights-only files do not.
+        """Return a function that reads the schedule of a checkpoint at ``path``, or None.
+
+        For checkpoints that do not call ``on_load_checkpoint``, such as weights-only files.
         """
         own, shared = own_sidecar(path, self.subfolder), sidecar_folder(path, self.subfolder)
         if holds_schedule(own):
@@ -164,10 +169,8 @@ class ScheduleCheckpoint(Callback):
         if Folder(path).local is not None:  # a remote file would be fetched a second time
             try:
                 checkpoint = read_checkpoint(path)
-            except (
-                ValueError,
-                OSError,
-            ):  # loaded it was: of another kind than those that alphabar reads
+            except (ValueError, OSError):
+                # Lightning has loaded it, so it is a format that alphabar does not read
                 checkpoint = {}
             if SCHEDULE_KEY in checkpoint:
                 return lambda: embedded_schedule(checkpoint, path)
@@ -182,7 +185,7 @@ class ScheduleCheckpoint(Callback):
                 self._require_start_in_noise(what, sampler)
 
     def _require_start_in_noise(self, what: str, sampler: Sampler) -> None:
-        # sampling begins with pure noise, which such a schedule has at its last timestep alone
+        # sampling starts with pure noise, which such a schedule has only at its last timestep
         # (2305.08891, section 3.3)
         schedule, start = sampler.schedule, sampler.knots[0]
         skipped = schedule.curve.is_discrete and schedule.has_zero_terminal_snr and start.alpha > 0
@@ -211,7 +214,7 @@ class ScheduleCheckpoint(Callback):
         schedule = schedule_of_module(module)
         try:
             found = load()
-        except ValueError as error:  # damaged: what it was trained with is not known
+        except ValueError as error:  # damaged: the schedule of its training is not known
             self._object(str(error), error)
             return
         if found is not None and found.fingerprint != schedule.fingerprint:
@@ -246,8 +249,7 @@ class ScheduleCheckpoint(Callback):
             for folder in self._folders(trainer):
                 self._write(schedule, folder)
 
-        # not beside the training: the checkpoint itself goes to the same place next, and the ranks
-        # wait for that as well
+        # not in the background: the checkpoint goes to the same place next, and ranks wait for it
         if not self._over:
             on_rank_zero(trainer, act)
         elif trainer.is_global_zero:
@@ -256,7 +258,7 @@ class ScheduleCheckpoint(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        self._over = True  # for this rank, perhaps not for others
+        self._over = True  # this rank has failed; other ranks may not have
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._complaints.sum_up()
@@ -266,18 +268,17 @@ class ScheduleCheckpoint(Callback):
             other = write_sidecar(schedule, folder)
             if other is not None:
                 rank_zero_warn(f"{str(folder)!r} had come to say {other}; it says {schedule} again")
-        except (
-            Exception
-        ) as error:  # the checkpoint, which holds its schedule, is worth more than the folder
+        except Exception as error:
+            # the checkpoint embeds the schedule, so a folder that fails must not stop the save
             self._complain(f"the noise schedule could not be written to {str(folder)!r}", error)
 
     def _complain(self, what: str, error: Exception) -> None:
-        # folders of checkpoints have a name each, and lie on one disk
+        # checkpoint folders have different names but one disk, so all count as one kind of failure
         failure = Failure("the folders of the noise schedule", error)
         self._complaints.tell(f"{what}: {failure}", failure.kind)
 
     def _folders(self, trainer: Trainer) -> list[Folder]:
-        """Return where the schedule belongs: beside every checkpoint callback's files."""
+        """Return the schedule folders, one next to the files of each checkpoint callback."""
         if is_fast_dev_run(trainer):
             return []
         paths = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
@@ -289,7 +290,7 @@ class ScheduleCheckpoint(Callback):
     # -- a folder for every checkpoint -------------------------------------------------------------
 
     def _follow(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._followed is not None:  # a fit that failed was not torn down
+        if self._followed is not None:  # after a failed fit, teardown did not run
             self._followed.undo()
 
         def saving(checkpoint: dict[str, Any]) -> None:
@@ -306,7 +307,7 @@ class ScheduleCheckpoint(Callback):
 
         def removed(path: str) -> Callable[[], object]:
             folder = own_sidecar(path, self.subfolder)
-            # what a link points to is not removed with it
+            # removing a link does not remove its target
             if not trainer.is_global_zero or os.path.islink(path):
                 return lambda: None
             return lambda: self._remove(folder)

@@ -1,14 +1,13 @@
-"""Work beside the training: tasks one after another on one thread, which is there only as long as
-there are any.
+"""Background tasks: one queue and one thread, which exists only while there are tasks.
 
-What one rank does alone, writing pictures or calling a logger, must not keep it from its next
-collective: the other ranks wait there until the process group's timeout and all end. So rank 0
-hands such work to a thread. What a task uses is its own: tensors are copies on the CPU, and nothing
-in a task draws from the global generators, meets another rank or changes the model.
+Work of one rank alone, such as writing images or calling a logger, must not delay its next
+collective. Otherwise the other ranks wait there until the process group's timeout, and training
+ends on all ranks. So rank 0 hands such work to a thread. A task owns its data: its tensors are
+copies on the CPU. A task must not use the global generators, call a collective or change the model.
 
-The thread ends when nothing is left to do, so that none is idle when workers are forked or the
-interpreter ends. It is a daemon: a logger that never returns does not keep the process alive, and
-files are whole or absent wherever it is cut off.
+The thread ends when the queue is empty. So there is no idle thread when workers are forked or the
+interpreter exits. It is a daemon thread: a logger that never returns does not keep the process
+alive. If the thread is killed, each file is either complete or absent.
 """
 
 from __future__ import annotations
@@ -24,20 +23,19 @@ from lightning.pytorch import Trainer
 
 from .collectives import on_rank_zero
 
-AT_THE_END = 300.0  # seconds that the end of fit waits for what is left to do
+AT_THE_END = 300.0  # seconds to wait for pending tasks at the end of fit
 BEFORE_A_CHECKPOINT = 60.0
-AFTER_AN_ERROR = 10.0  # or after a signal: schedulers kill soon after it
-FOR_ROOM = 60.0  # seconds that a full queue is waited for
+AFTER_AN_ERROR = 10.0  # also after a signal: cluster schedulers kill soon after it
+FOR_ROOM = 60.0  # seconds to wait for room in a full queue
 _LOOK = 0.2
 
 Task = Callable[[], object]
 
 
 class Background:
-    """A queue with room for ``room`` tasks, the one that runs included, and the thread that works
-    it off.
+    """A task queue and its thread. ``room`` counts pending tasks, including the running one.
 
-    A task handles its own errors; what it lets through goes to ``failed``.
+    A task handles its own errors. An exception that leaves the task is passed to ``failed``.
 
     >>> lane = Background(room=2)
     >>> done = []
@@ -53,20 +51,20 @@ class Background:
         self._changed = threading.Condition()
         self._running = False
         self._thread: threading.Thread | None = None
-        self._stuck: object = None  # the task that a wait for room was given up for
+        self._stuck: object = None  # first task of the queue when the last wait for room timed out
 
     def __reduce__(self) -> Any:
-        return Background, (self.room,)  # tasks do not travel to other processes
+        return Background, (self.room,)  # tasks are not pickled
 
     @property
     def pending(self) -> int:
-        """How many tasks are not finished."""
+        """The number of unfinished tasks."""
         return len(self._tasks)
 
     def submit(
         self, task: Task, failed: Callable[[Exception], object] = lambda error: None
     ) -> None:
-        """Add a task, whether there is room or not."""
+        """Add a task, also when the queue is full."""
         with self._changed:
             self._tasks.append((task, failed))
             if self._running:
@@ -75,7 +73,7 @@ class Background:
         thread = threading.Thread(target=self._work, name="alphabar-background", daemon=True)
         try:
             thread.start()
-        except RuntimeError:  # no thread can be started: here and now
+        except RuntimeError:  # no thread can be started: run the tasks in this thread
             self._work()
         else:
             self._thread = thread
@@ -83,10 +81,17 @@ class Background:
     def wait(
         self, seconds: float, interrupted: Callable[[], bool] = lambda: False, left: int = 0
     ) -> bool:
-        """Wait until no more than ``left`` tasks are unfinished; return whether that was so in
-        time.
+        """Wait until at most ``left`` tasks are unfinished; return False on a timeout.
 
-        Where none is left, the thread has ended as well.
+        With ``left=0`` it also waits for the thread to end.
+
+        Args:
+            seconds: the timeout.
+            interrupted: a function that stops the wait when it returns True.
+            left: number of unfinished tasks to wait for.
+
+        Returns:
+            True if at most ``left`` tasks are unfinished, False after a timeout or interruption.
         """
         deadline = time.monotonic() + seconds
         with self._changed:
@@ -96,14 +101,15 @@ class Background:
                     return False
                 self._changed.wait(min(rest, _LOOK))
         if left == 0 and self._thread is not None:
-            self._thread.join(_LOOK)  # after its last task it only returns
+            self._thread.join(_LOOK)  # short: the thread returns after its last task
         return True
 
     def wait_for_room(
         self, seconds: float = FOR_ROOM, interrupted: Callable[[], bool] = lambda: False
     ) -> bool:
-        """Return whether there is room, within ``seconds``; at once where an earlier wait was in
-        vain and nothing moved since.
+        """Wait up to ``seconds`` for room in the queue; return whether there is room.
+
+        Does not wait if the previous wait timed out and the same task is still first.
         """
         head = self._tasks[0] if self._tasks else None
         if head is not None and head is self._stuck:
@@ -133,14 +139,16 @@ _PICTURES: WeakKeyDictionary[Trainer, Background] = WeakKeyDictionary()
 
 
 def pictures_of(trainer: Trainer) -> Background:
-    """Return where pictures of this trainer are published: one thread for all callbacks, so that no
-    logger is called by two.
+    """Return the publishing queue of this trainer.
+
+    All callbacks share it, so that no two threads call the same logger.
     """
     return _PICTURES.setdefault(trainer, Background())
 
 
 def finish(trainer: Trainer, lane: Background, seconds: float) -> None:
-    """Wait on every rank, patiently, until rank 0 has worked its lane off or ``seconds`` have
-    passed; every rank must call it.
+    """Wait on every rank until the queue of rank 0 is empty or ``seconds`` have passed.
+
+    Every rank must call it. The ranks wait in ``patient_group``, not in the group of the training.
     """
     on_rank_zero(trainer, lambda: lane.wait(seconds))

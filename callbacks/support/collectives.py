@@ -1,11 +1,11 @@
-"""Ranks that agree before they meet: an error on one rank becomes the same decision on all.
+"""Collective errors: if one rank fails, all ranks raise.
 
-An exception that only one rank notices leaves the others waiting in their next collective until the
-process group times out (30 minutes in Lightning). So errors are exchanged first, and raised or
-passed over on all ranks together. Ranks may come to such a meeting at very different times, where
-one alone encodes, decodes or reads a slow disk: they wait for each other in a group of their own,
-for as long as ``PATIENCE``, and whatever follows in the group of the training begins on all at
-once.
+If only one rank raises, the others wait in their next collective until the process group times out
+(30 minutes in Lightning). So the ranks exchange errors first, and then all raise or all continue.
+
+Ranks may reach this exchange at very different times, for example when one rank encodes, decodes or
+reads a slow disk. So they wait in a separate group with the timeout ``PATIENCE``. The next
+collective in the group of the training then starts on all ranks at the same time.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-# how long ranks wait for one that works alone; a rank that dies is noticed at once
+# timeout for ranks that wait for one rank; a rank that dies is noticed at once
 PATIENCE = timedelta(hours=6)
-# (the world, its patient group): one, of the world that there is
+# at most one entry: (current world group, its patient group)
 _patient: list[tuple[Any, Any]] = []
 
 
 class AgreedError(RuntimeError):
-    """What went wrong on some rank, raised on every rank: none is left waiting for another."""
+    """An error of one or more ranks, raised on every rank so that no rank waits for another."""
 
 
 def patient_group() -> Any:
-    """Return a gloo group of all ranks that waits for ``PATIENCE``, made at the first call, which
-    every rank makes.
+    """Return a gloo group of all ranks with the timeout ``PATIENCE``.
 
-    None, the world's own group, where torch has no gloo.
+    The first call creates the group, so every rank must make it. Returns None, which means the
+    default group, if torch has no gloo.
     """
     world = dist.group.WORLD
     if not _patient or _patient[0][0] is not world:
@@ -51,8 +51,9 @@ def patient_group() -> Any:
 def any_rank(
     flags: Sequence[bool], world_size: int = 1, device: torch.device | str = "cpu"
 ) -> list[bool]:
-    """Return for each flag whether it is set on any rank; every rank must call it, and every rank
-    gets the same.
+    """Return for each flag whether any rank has set it.
+
+    Every rank must call it, and every rank gets the same result.
 
     >>> any_rank([False, True])
     [False, True]
@@ -66,7 +67,7 @@ def any_rank(
 
 
 def raise_on_all_ranks(error: BaseException | None, world_size: int = 1) -> None:
-    """Raise AgreedError on every rank where any rank has an error; every rank must call it.
+    """Raise AgreedError on every rank if any rank has an error. Every rank must call it.
 
     >>> raise_on_all_ranks(None)
     """
@@ -76,8 +77,9 @@ def raise_on_all_ranks(error: BaseException | None, world_size: int = 1) -> None
 
 
 def call_on_all_ranks(act: Callable[[], T], world_size: int = 1) -> T:
-    """Return what ``act()`` returns on this rank; where it raises on any rank, raise on all: its
-    own error, or AgreedError.
+    """Call ``act()`` on every rank and return its result; if one rank fails, all ranks raise.
+
+    A rank that fails raises its own error. The other ranks raise AgreedError.
 
     >>> call_on_all_ranks(lambda: 3)
     3
@@ -95,8 +97,9 @@ def call_on_all_ranks(act: Callable[[], T], world_size: int = 1) -> T:
 
 
 def errors_of_all_ranks(error: BaseException | None, world_size: int = 1) -> str | None:
-    """Return what went wrong on any rank in words, or None; every rank must call it, and every rank
-    gets the same.
+    """Return the errors of all ranks as text, or None if there is no error.
+
+    Every rank must call it, and every rank gets the same result.
 
     >>> errors_of_all_ranks(None) is None
     True
@@ -113,10 +116,10 @@ def errors_of_all_ranks(error: BaseException | None, world_size: int = 1) -> str
 
 
 def gather(own: Tensor, world_size: int = 1) -> Tensor:
-    """Return the tensors of all ranks as one of shape (world_size, ...), on the device of this
-    rank's.
+    """Gather the tensors of all ranks: shape (world_size, ...), on the device of ``own``.
 
-    Raises AgreedError on every rank where their shapes differ: such a gather would not end.
+    Raises:
+        AgreedError: on every rank, if the shapes differ. Such a gather would not end.
 
     >>> gather(torch.zeros(3)).shape
     torch.Size([1, 3])
@@ -136,10 +139,10 @@ def gather(own: Tensor, world_size: int = 1) -> Tensor:
 
 
 def on_rank_zero(trainer: Trainer, act: Callable[[], object]) -> None:
-    """Call ``act`` on rank 0 alone; what it raises is raised on every rank, an OSError as such,
-    others as ValueError.
+    """Call ``act`` on rank 0 only; if it raises, every rank raises. Every rank must call it.
 
-    Every rank must call it.
+    Rank 0 raises the original error. The other ranks raise OSError for an OSError and ValueError
+    for any other error.
     """
     error: Exception | None = None
     if trainer.is_global_zero:
@@ -160,7 +163,7 @@ def on_rank_zero(trainer: Trainer, act: Callable[[], object]) -> None:
 def _from_rank_zero(trainer: Trainer, value: T) -> T:
     if trainer.world_size == 1:
         return value
-    if not dist.is_initialized():  # a strategy with means of its own
+    if not dist.is_initialized():  # the strategy does not use torch.distributed
         return trainer.strategy.broadcast(value)
     held: list[Any] = [value]
     dist.broadcast_object_list(held, src=0, group=patient_group())
@@ -168,8 +171,9 @@ def _from_rank_zero(trainer: Trainer, value: T) -> T:
 
 
 def _in_words(error: BaseException) -> str:
-    """Return type, message and place of an error, without its traceback, which would keep tensors
-    alive.
+    """Return type, message and place of an error as text.
+
+    The text does not hold the traceback, which would keep tensors alive.
 
     >>> try:
     ...     1 / 0
@@ -178,7 +182,7 @@ def _in_words(error: BaseException) -> str:
     True
     """
     frames = traceback.extract_tb(error.__traceback__)
-    # the innermost line of the user's own code says more than the line of torch that raised
+    # the innermost line of user code is more useful than the line in torch that raised
     own = [frame for frame in frames if "site-packages" not in Path(frame.filename).parts]
     place = "".join(
         f" ({Path(frame.filename).name}:{frame.lineno})" for frame in (own or frames)[-1:]

@@ -1,4 +1,4 @@
-"""What went wrong beside the training, said once for each kind of cause and counted after that."""
+"""Warnings for background errors: the first error of each kind warns, later ones are counted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 @dataclass(frozen=True)
 class Failure:
-    """An error at a place: a file that was not written, a logger that was not reached.
+    """An error and its place, such as a file that was not written or a logger that failed.
 
     >>> failure = Failure("runs/previews", OSError(28, "No space left on device"))
     >>> str(failure), failure.kind
@@ -23,19 +23,19 @@ class Failure:
 
     @property
     def kind(self) -> tuple[str, str]:
-        """The place and the cause, without the step and the file that it happened at."""
+        """(place, cause), without the step and the file name."""
         return self.place, _cause(self.error)
 
     def __str__(self) -> str:
         words = str(self.error)
-        # an error of ours, which says it all
+        # an OSError whose message already names the place
         named = isinstance(self.error, OSError) and self.place in words
         return words if named else f"{self.place}: {type(self.error).__name__}: {words}"
 
 
 @dataclass
 class Complaints:
-    """``who`` complains. For one run on one rank.
+    """Warn about failures of ``who``, for one run on one rank.
 
     >>> import warnings
     >>> complaints = Complaints("EMA")
@@ -55,7 +55,7 @@ class Complaints:
     _counts: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def tell(self, message: str, kind: tuple[str, str]) -> None:
-        """Warn, the first time that there is something of this kind; it is counted every time."""
+        """Count this kind of failure, and warn the first time."""
         self._counts[kind] += 1
         if self._counts[kind] == 1:
             rank_zero_warn(
@@ -63,7 +63,7 @@ class Complaints:
             )
 
     def sum_up(self) -> None:
-        """Warn how often there was what came more than once, and begin anew."""
+        """Warn with the count of each kind that occurred more than once, and reset the counts."""
         for (place, cause), count in self._counts.items():
             if count > 1:
                 rank_zero_warn(f"{self.who}: {count} times in this run at {place}: {cause}")
@@ -71,8 +71,9 @@ class Complaints:
 
 
 def _cause(error: BaseException) -> str:
-    """Return the name of an error of the system, or the type of the first error in the chain that
-    is none of ours.
+    """Return the errno name of a system error, or the type name of the original error.
+
+    An OSError without errno is a wrapper: its ``__cause__`` is used instead.
     """
     while isinstance(error, OSError) and error.errno is None and error.__cause__ is not None:
         error = error.__cause__

@@ -1,7 +1,7 @@
-"""Context managers that put back what sampling during training may move, also when it fails.
+"""Context managers that restore state that sampling during training may change, also on errors.
 
-Lightning's ``isolate_rng`` does not restore on exceptions, and ``module.train()`` after a preview
-would wake the dropout of parts that were frozen in eval mode.
+Lightning's ``isolate_rng`` does not restore after an exception. ``module.train()`` after a preview
+would enable the dropout of parts that were frozen in eval mode.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ LARGEST_BUFFER = 1 << 24  # bytes
 
 @contextmanager
 def randomness_restored(device: torch.device | str = "cpu") -> Generator[None, None, None]:
-    """Restore the global generators of Python, numpy and torch (CPU, and the accelerator that
-    ``device`` names).
+    """Restore the global generators of Python, numpy and torch after the block.
+
+    For torch: the CPU generator and that of the accelerator named by ``device``.
 
     >>> torch.manual_seed(0).initial_seed()
     0
@@ -35,7 +36,7 @@ def randomness_restored(device: torch.device | str = "cpu") -> Generator[None, N
     >>> torch.equal(a, torch.rand(1, generator=torch.Generator().manual_seed(0)))
     True
     """
-    # the current device alone: asking for all would open a context on every visible GPU
+    # only the current device: a query of all devices would open a context on every visible GPU
     kind = torch.device(device).type
     accelerator = None if kind == "cpu" else torch.get_device_module(kind)
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -52,8 +53,9 @@ def randomness_restored(device: torch.device | str = "cpu") -> Generator[None, N
 
 @contextmanager
 def evaluating(*roots: object) -> Generator[None, None, None]:
-    """Put every submodule of these modules in eval mode, and give each its own flag back. Other
-    objects are left alone.
+    """Set every submodule to eval mode inside the block, then restore each ``training`` flag.
+
+    Objects that are not modules are ignored.
 
     >>> net = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
     >>> with evaluating(net):
@@ -66,8 +68,8 @@ def evaluating(*roots: object) -> Generator[None, None, None]:
         (m, m.training) for root in roots if isinstance(root, nn.Module) for m in root.modules()
     ]
     try:
-        # eval() is not called: some libraries hang work on it (LoRA layers merge their weights),
-        # which setting the flags back would not undo
+        # not eval(): some libraries do work in it (LoRA layers merge their weights), which
+        # restoring the flags would not undo
         for module, _ in flags:
             module.training = False
         yield
@@ -78,11 +80,10 @@ def evaluating(*roots: object) -> Generator[None, None, None]:
 
 @contextmanager
 def buffers_restored(*roots: object) -> Generator[None, None, None]:
-    """Give every buffer of these modules its tensor and its values back, as far as they were
-    changed.
+    """Restore the tensor and the values of every changed buffer after the block.
 
-    Buffers above ``LARGEST_BUFFER`` bytes, such as quantized weights, are not copied: they are
-    given back as they are.
+    Buffers above ``LARGEST_BUFFER`` bytes, such as quantized weights, are not copied: their tensor
+    is restored, but not its values.
 
     >>> net = nn.BatchNorm1d(2)
     >>> with buffers_restored(net):
@@ -117,14 +118,16 @@ def buffers_restored(*roots: object) -> Generator[None, None, None]:
 
 
 def _version(buffer: Any) -> int | None:
-    """Return how often a tensor was written to in place; None where torch does not count."""
+    """Return the number of in-place writes to a tensor; None if torch does not count them."""
     return None if buffer is None or buffer.is_inference() else buffer._version
 
 
 @dataclass
 class Termination:
-    """``arrived``: SIGTERM reached this process. ``agreed``: it reached some rank, and every rank
-    knows.
+    """State of a deferred SIGTERM.
+
+    ``arrived``: this process received SIGTERM. ``agreed``: some rank received it, and all ranks
+    know.
     """
 
     arrived: bool = False
@@ -133,11 +136,10 @@ class Termination:
 
 @contextmanager
 def sigterm_deferred(trainer: Trainer) -> Generator[Termination, None, None]:
-    """Note a SIGTERM instead of acting on it, and act at the end of the block: on every rank if
-    they agreed on it.
+    """Defer SIGTERM to the end of the block; if ``agreed`` is set, every rank acts on it.
 
-    Lightning's handler broadcasts wherever the process happens to be, which would pair with another
-    rank's gather.
+    Lightning's handler broadcasts at once, at any point of the program. That broadcast could pair
+    with a gather of another rank.
 
     >>> with sigterm_deferred(
     ...     Trainer(logger=False, accelerator="cpu", barebones=True)
@@ -146,7 +148,8 @@ def sigterm_deferred(trainer: Trainer) -> Generator[Termination, None, None]:
     False
     """
     termination = Termination()
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+    # only the main thread can set signal handlers
+    if threading.current_thread() is not threading.main_thread():
         yield termination
         return
 
@@ -165,14 +168,14 @@ def sigterm_deferred(trainer: Trainer) -> Generator[Termination, None, None]:
 
 
 def _terminate_together(trainer: Trainer) -> None:
-    """Run the handlers on every rank at once, and no more after them: the broadcasts of Lightning's
-    pair up only so.
+    """Run the SIGTERM handlers on every rank once, and ignore SIGTERM afterwards.
+
+    The broadcasts in Lightning's handlers pair up only if all ranks run them together.
     """
     connector = getattr(trainer, "_signal_connector", None)
     if connector is not None:
-        connector.received_sigterm = (
-            True  # else rank 0 would send the signal to processes that know of it already
-        )
+        # otherwise rank 0 would send the signal again to processes that already have it
+        connector.received_sigterm = True
     signal.raise_signal(signal.SIGTERM)
-    # until fit ends, which it does at the next batch
+    # ignore further signals until fit ends, at the next batch
     signal.signal(signal.SIGTERM, lambda *_: None)

@@ -1,14 +1,13 @@
-"""One call for every logger that can show an image; Lightning's Logger has none of its own.
+"""Log an image to any logger that supports images; Lightning's ``Logger`` has no such method.
 
-A logger is known by the name of its class or of one that it inherits from, so that no logger's
-package is imported. Others are asked for ``log_image`` as Weights & Biases has it, then for
-``experiment.add_image`` as TensorBoard has it.
+A logger is identified by the name of its class or of a base class, so no logger package is
+imported. For other loggers, ``log_image`` (the Weights & Biases signature) is tried first, then
+``experiment.add_image`` (the TensorBoard signature).
 
-Images are shown on a thread beside the training, one after another; numbers are logged on the
-thread that trains, as Lightning itself does. Of Lightning's loggers TensorBoard's and Weights &
-Biases' put both into queues of their own, which are locked; MLflow's client and LitLogger's hold no
-state that a call changes; Comet's experiment is made for several threads. CSVLogger, which gathers
-rows without a lock, takes no images.
+Thread safety: a background thread logs images, one at a time. The training thread logs numbers, as
+Lightning does. TensorBoard and Weights & Biases put both into their own locked queues. The clients
+of MLflow and LitLogger hold no state that a call changes. Comet's experiment supports several
+threads. CSVLogger collects rows without a lock, and it takes no images.
 """
 
 from __future__ import annotations
@@ -25,10 +24,15 @@ from ...training.images import to_pil
 
 @dataclass(frozen=True)
 class Picture:
-    """What a logger is shown: a grid, uint8 (height, width, 1 or 3), and for those that take them
-    the images in it.
+    """An image grid to log.
 
-    ``path``: the grid's file on the local disk, for loggers that take files.
+    Args:
+        tag: name of the image in the logger.
+        grid: uint8 (height, width, 1 or 3).
+        step: optimizer step.
+        images: the single images of the grid, for loggers that take several images.
+        captions: one caption for each of ``images``.
+        path: the grid's file on the local disk, for loggers that take files.
     """
 
     tag: str
@@ -48,11 +52,21 @@ def log_image(
     captions: Sequence[str] = (),
     path: str | os.PathLike[str] | None = None,
 ) -> bool:
-    """Show a uint8 image (height, width, 1 or 3) in a Lightning logger; return False where that
-    logger takes no images.
+    """Log an image to a Lightning logger; return False if the logger takes no images.
 
-    ``images`` are what the image is a grid of, with their ``captions``, and ``path`` is its file on
-    the local disk: of these a logger gets what it can show. What a logger raises is raised.
+    Each logger gets the arguments that it supports. Errors of the logger are raised unchanged.
+
+    Args:
+        logger: a Lightning logger.
+        tag: name of the image in the logger.
+        image: uint8 (height, width, 1 or 3).
+        step: optimizer step.
+        images: the single images, if ``image`` is a grid.
+        captions: one caption for each of ``images``.
+        path: the file of ``image`` on the local disk.
+
+    Returns:
+        True if the logger took the image.
 
     >>> import torch
     >>> class Album:
@@ -78,8 +92,9 @@ def log_image(
 
 
 def takes_images(logger: Any) -> bool:
-    """Return whether a logger can be shown images, as far as it tells without one; what it raises
-    is raised.
+    """Return whether a logger takes images, as far as this is known without logging one.
+
+    Errors of the logger are raised unchanged.
 
     >>> takes_images(object())
     False
@@ -130,7 +145,7 @@ def _comet(logger: Any, picture: Picture) -> bool:
 
 
 def _file(logger: Any, picture: Picture) -> bool:
-    if picture.path is None:  # it uploads in the background: a temporary file would be gone by then
+    if picture.path is None:  # no temporary file: the upload runs later, in the background
         return False
     logger.log_file(picture.path)
     return True
@@ -148,4 +163,4 @@ LOGGERS: Mapping[str, Callable[[Any, Picture], bool]] = {
     "LitLogger": _file,
     "CSVLogger": _none,
 }
-"""How each of Lightning's loggers is shown a picture; a new one is a function and a line."""
+"""Image function of each Lightning logger. To add a logger, add a function and an entry here."""

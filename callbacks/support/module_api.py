@@ -1,5 +1,6 @@
-"""What the callbacks ask of a module: ``noising`` or ``schedule``, ``predict``, ``sample_shape``;
-and of a Trainer.
+"""Attributes that the callbacks read from a LightningModule and from a Trainer.
+
+From the module: ``noising`` or ``schedule``, ``predict``, ``sample_shape``.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ DEFAULT_STEPS = 20
 
 
 def schedule_of_module(module: LightningModule) -> NoiseSchedule:
-    """Return ``module.noising.schedule``, or ``module.schedule``; raises TypeError where there is
-    neither.
+    """Return ``module.noising.schedule``, or ``module.schedule``.
+
+    Raises:
+        TypeError: the module has neither.
 
     >>> class Own(LightningModule):
     ...     schedule = NoiseSchedule.flow()
@@ -39,7 +42,10 @@ def schedule_of_module(module: LightningModule) -> NoiseSchedule:
 
 
 def predict_of_module(module: LightningModule) -> Callable[..., Any]:
-    """Return ``module.predict``; raises TypeError where there is none.
+    """Return ``module.predict``.
+
+    Raises:
+        TypeError: the module has no such method.
 
     >>> predict_of_module(LightningModule())
     Traceback (most recent call last):
@@ -55,10 +61,10 @@ def predict_of_module(module: LightningModule) -> Callable[..., Any]:
 
 
 def shape_of_module(module: LightningModule) -> tuple[int, ...] | None:
-    """Return ``module.sample_shape``, the shape of one sample; None as long as the module does not
-    know it.
+    """Return ``module.sample_shape``, the shape of one sample; None if it is not known yet.
 
-    Raises TypeError where the module has no such attribute.
+    Raises:
+        TypeError: the module has no such attribute.
 
     >>> class Own(LightningModule):
     ...     sample_shape = [3, 32, 32]
@@ -76,7 +82,7 @@ def shape_of_module(module: LightningModule) -> tuple[int, ...] | None:
 
 
 def require_drawable(shape: tuple[int, ...], decode: object) -> None:
-    """Raise ValueError for samples that are no pictures (videos, sounds) without a ``decode``.
+    """Raise ValueError if samples are not images (but videos or sounds) and ``decode`` is None.
 
     >>> require_drawable((3, 16, 32, 32), decode=None)
     Traceback (most recent call last):
@@ -96,8 +102,7 @@ def require_drawable(shape: tuple[int, ...], decode: object) -> None:
 
 
 def is_fast_dev_run(trainer: Trainer) -> bool:
-    """Return whether this is a run with ``fast_dev_run``, which tries everything once and writes
-    nothing.
+    """Return whether the Trainer has ``fast_dev_run``: each callback runs once, writes nothing.
 
     >>> from types import SimpleNamespace
     >>> is_fast_dev_run(SimpleNamespace(fast_dev_run=1))
@@ -107,9 +112,10 @@ def is_fast_dev_run(trainer: Trainer) -> bool:
 
 
 def require_steps(sampler: Any, steps: int | None) -> int | None:
-    """Return the number of steps, 20 by default; None for a sampler that has none.
+    """Return the number of steps, 20 by default; None for a sampler without a fixed number.
 
-    Raises ValueError for an unknown sampler and steps that it contradicts.
+    Raises:
+        ValueError: an unknown sampler, or ``steps`` that contradicts the sampler.
 
     >>> require_steps("euler", None)
     20
@@ -126,11 +132,13 @@ def require_steps(sampler: Any, steps: int | None) -> int | None:
 
 
 def sampler_for(schedule: NoiseSchedule, sampler: Any, steps: int | None) -> Any:
-    """Return the sampler, made for ``schedule`` where it is a name: a ``Sampler``, or one that has
-    no table.
+    """Return the sampler object; a name or Method gives a sampler for ``schedule``.
 
-    Raises ValueError where it is made for another schedule, and where a preview cannot give what it
-    needs.
+    The result is a ``Sampler``, or a sampler that a table cannot express.
+
+    Raises:
+        ValueError: the sampler is for another schedule, or needs inputs that a preview does not
+            have.
 
     >>> sampler_for(NoiseSchedule.flow(), "euler", 4).steps
     4
@@ -155,7 +163,7 @@ def sampler_for(schedule: NoiseSchedule, sampler: Any, steps: int | None) -> Any
 
 
 def name_of_sampler(sampler: Any) -> str:
-    """Return the name of a sampler that was given by its name, as a Method or as an object.
+    """Return the name of a sampler, given as a name, a Method or an object.
 
     >>> name_of_sampler("DPM++ 2M"), name_of_sampler(Sampler(NoiseSchedule.flow(), "euler"))
     ('DPM++ 2M', 'euler')
