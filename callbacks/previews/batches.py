@@ -1,5 +1,6 @@
-"""Who draws which image: as many equal batches on every rank, and the same batches for any number
-of ranks.
+"""Assignment of images to batches and ranks.
+
+Every rank has the same number of equal batches. The batches do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Plan:
-    """``num_images`` in batches of ``batch_size``, dealt to ``world_size`` ranks in turn.
+    """``num_images`` in batches of ``batch_size``, assigned to ``world_size`` ranks in turn.
 
-    Batch g holds the images g · batch_size and following, whatever the number of ranks: the same
-    images in the same places of a batch of the same size, because matrix products may round
-    otherwise when these change. The last batch is filled up with the last image, and a rank without
-    a batch left draws that image too: every rank makes as many forwards.
+    Batch g starts at image g · batch_size, for any number of ranks. So an image always has the same
+    place in a batch of the same size with the same other images. This matters because matrix
+    products may round differently when these change. The last batch is padded with the last image,
+    and a rank without a batch draws only that image. So every rank makes the same number of
+    forwards.
 
     >>> Plan(num_images=5, batch_size=2, world_size=2).batches(rank=1)
     [[2, 3], [4, 4]]
@@ -31,18 +33,17 @@ class Plan:
 
     @property
     def rounds(self) -> int:
-        """The number of batches that each rank draws."""
+        """The number of batches per rank."""
         return -(-self.num_images // (self.batch_size * self.world_size))
 
     def batches(self, rank: int) -> list[list[int]]:
-        """Return the images of each of this rank's batches."""
+        """Return the image indices of each batch of ``rank``."""
         last = self.num_images - 1
         starts = [(k * self.world_size + rank) * self.batch_size for k in range(self.rounds)]
         return [[min(i, last) for i in range(start, start + self.batch_size)] for start in starts]
 
     def in_order(self, gathered: Tensor) -> Tensor:
-        """Return (world_size, rounds, batch_size, ...) from all ranks as (num_images, ...), image i
-        at place i.
+        """Reshape (world_size, rounds, batch_size, ...) to (num_images, ...), image i at index i.
 
         >>> plan = Plan(num_images=5, batch_size=2, world_size=2)
         >>> plan.in_order(torch.tensor([plan.batches(rank) for rank in range(2)])).tolist()
@@ -54,11 +55,10 @@ class Plan:
 def take_rows(
     values: Mapping[str, Any], indices: Sequence[int], device: torch.device | str | None = "cpu"
 ) -> dict[str, Any]:
-    """Return the rows of every tensor in a (nested) mapping, in lists and tuples too; a single row
-    serves every image.
+    """Select rows of every tensor in a (nested) mapping, list or tuple.
 
-    They are moved to ``device``, or with None left where they are. What else there is is passed on
-    as it is.
+    A tensor with a single row gives that row to every image. The rows are moved to ``device``; with
+    None they stay on their device. Other values are passed on unchanged.
 
     >>> take_rows({"y": torch.arange(4), "deep": {"z": torch.ones(1, 2)}, "scale": 0.5}, [1, 3])
     {'y': tensor([1, 3]), 'deep': {'z': tensor([[1., 1.],
@@ -79,8 +79,9 @@ def take_rows(
 
 
 def require_rows(name: str, values: Mapping[Any, Any], num_images: int) -> None:
-    """Raise ValueError unless every tensor in a (nested) mapping, list or tuple has a row for each
-    image, or one row for all.
+    """Raise ValueError unless every tensor in a (nested) mapping has a row per image or one row.
+
+    Lists and tuples are searched too.
 
     >>> require_rows("conditioning", {"y": torch.zeros(3, 2)}, 4)
     Traceback (most recent call last):

@@ -1,6 +1,4 @@
-"""What previews are conditioned on: prompts that are encoded once, classes, tensors of any kind, or
-nothing.
-"""
+"""Conditioning of previews: prompts (encoded once), classes, any tensors, or nothing."""
 
 from __future__ import annotations
 
@@ -16,12 +14,23 @@ from .batches import require_rows, take_rows
 
 @dataclass(frozen=True)
 class Conditions:
-    """Prompts or classes, which images take in turn (image i: the i-th, from the start again after
-    the last), and tensors.
+    """Prompts or classes, and tensors, for each image of a preview.
 
-    ``encode(texts)``: a mapping of tensors, a row for each text. ``class_key``: the network's
-    argument for classes. ``null_class`` and ``negative_prompt`` stand for "no condition" in
-    guidance. Raises ValueError where these contradict.
+    Image i takes prompt or class i modulo their number.
+
+    Args:
+        num_images: number of images.
+        prompts: texts.
+        negative_prompt: the text for "no condition" in guidance.
+        encode: ``encode(texts)`` returns a mapping of tensors with a row for each text.
+        classes: labels.
+        class_key: the network's argument for classes.
+        null_class: the label for "no condition" in guidance.
+        conditioning: arguments of the network; tensors have a row for each image, or one for all.
+        unconditional: the same, without condition, for guidance.
+
+    Raises:
+        ValueError: the arguments contradict each other.
 
     >>> Conditions(4, classes=(7, 9), class_key="y", null_class=10).encoded()[0]
     {'y': tensor([7, 9, 7, 9])}
@@ -58,7 +67,7 @@ class Conditions:
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """A caption for each image; empty where there is neither prompt nor class.
+        """A caption for each image; an empty string if there is neither prompt nor class.
 
         >>> Conditions(3, prompts=("a cat", "a dog"), encode=lambda texts: {}).captions
         ('a cat', 'a dog', 'a cat')
@@ -69,10 +78,13 @@ class Conditions:
         return tuple(shown[i % len(shown)] for i in range(self.num_images))
 
     def encoded(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """Return (conditioning, unconditional), a row for each image; calls ``encode`` once, with
-        all texts.
+        """Return (conditioning, unconditional) with a row for each image.
 
-        Raises ValueError where the rows do not fit.
+        Calls ``encode`` once, with all texts.
+
+        Raises:
+            ValueError: the number of rows is wrong, or ``encode`` and ``conditioning`` have a name
+                in common.
         """
         given, empty = self._of_texts() if self.encode is not None else self._of_classes()
         twice = sorted({*given} & {*self.conditioning})

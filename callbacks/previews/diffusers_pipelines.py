@@ -1,9 +1,8 @@
-"""Previews by a whole diffusers pipeline, with its scheduler replaced by one made from the training
-schedule.
+"""Previews with a diffusers pipeline whose scheduler is replaced by the training schedule.
 
-For models that draw with more than their network: text encoders, a VAE, a refiner. The pipeline is
-the user's and holds the live network; only its scheduler is exchanged while it draws, so it cannot
-sample on another schedule than is trained on.
+This is for models that sample with more than their network: text encoders, a VAE, a refiner. The
+user provides the pipeline, and it holds the live network. Only its scheduler is replaced while it
+samples, so it cannot sample on another schedule than the one of the training.
 """
 
 from __future__ import annotations
@@ -25,10 +24,12 @@ from .render import Drawing, Painted, paint
 
 
 def pipeline_of(given: Any, module: LightningModule) -> Any:
-    """Return a pipeline, made by ``given(module)`` where it is no pipeline itself.
+    """Return the pipeline ``given``, or ``given(module)`` if ``given`` is a function.
 
-    Raises TypeError where it is none, ValueError where it shares no network with the module: it
-    would show a model that is not trained.
+    Raises:
+        TypeError: the result is not a pipeline.
+        ValueError: the pipeline shares no network with the module, so it would not show the model
+            that is trained.
     """
     pipeline = given if hasattr(given, "scheduler") else given(module)
     if not callable(pipeline) or not hasattr(pipeline, "scheduler"):
@@ -53,10 +54,12 @@ def components(pipeline: Any) -> list[Any]:
 
 
 def scheduler_of(sampler: Sampler, pipeline: Any = None) -> Any:
-    """Return the diffusers scheduler that samples as ``sampler`` does, on its schedule; ValueError
-    where diffusers has none.
+    """Return the diffusers scheduler for ``sampler``, on the sampler's schedule.
 
-    Where its class differs in something, ``differences_of`` says in what.
+    ``differences_of`` lists the differences between the scheduler and the sampler.
+
+    Raises:
+        ValueError: diffusers has no such scheduler.
 
     >>> from alphabar.noising import NoiseSchedule
     >>> type(scheduler_of(Sampler(NoiseSchedule.scaled_linear(), "dpmpp_2m"))).__name__
@@ -69,8 +72,9 @@ def scheduler_of(sampler: Sampler, pipeline: Any = None) -> Any:
 
 
 def differences_of(sampler: Sampler, pipeline: Any = None) -> tuple[str, ...]:
-    """Return in words how the scheduler that stands for ``sampler`` in a pipeline differs from it;
-    nothing where it is the same.
+    """Return the differences between ``sampler`` and its diffusers scheduler, as texts.
+
+    The result is empty if they are the same.
 
     >>> from alphabar.noising import NoiseSchedule
     >>> differences_of(Sampler(NoiseSchedule.scaled_linear(), "dpmpp_2m"))
@@ -90,7 +94,7 @@ def _nearest(sampler: Sampler, pipeline: Any) -> tuple[dict[str, Any], tuple[str
         config, differences = nearest_config(sampler, passed, stand_ins=False)
     except ValueError:
         config, differences = {"_class_name": ""}, ()
-    # pipelines of flows know these alone
+    # pipelines for flows support only FlowMatch schedulers
     if not config["_class_name"].startswith("FlowMatch" if is_flow else ""):
         config = {"_class_name": ""}
     if not config["_class_name"]:
@@ -104,8 +108,9 @@ def _nearest(sampler: Sampler, pipeline: Any) -> tuple[dict[str, Any], tuple[str
 
 
 def _complete(scheduler: Any) -> Any:
-    """Give a scheduler of flows what pipelines ask of the others: noise of spread 1, and samples
-    that are not scaled.
+    """Add the attributes that other schedulers have and pipelines read to a flow scheduler.
+
+    These are ``init_noise_sigma`` (1) and ``scale_model_input`` (returns the sample unchanged).
     """
     if not hasattr(scheduler, "init_noise_sigma"):
         scheduler.init_noise_sigma = 1.0
@@ -120,8 +125,9 @@ def _as_it_is(sample: Tensor, timestep: Any = None) -> Tensor:
 
 @contextmanager
 def on_training_schedule(pipeline: Any, scheduler: Any) -> Generator[None, None, None]:
-    """Give a pipeline another scheduler, and no progress bar, for the time of the block; its own is
-    not touched.
+    """Replace a pipeline's scheduler and hide its progress bar inside the block.
+
+    The pipeline's own scheduler is not changed.
     """
     before, bar = pipeline.scheduler, getattr(pipeline, "_progress_bar_config", None)
     try:
@@ -150,10 +156,26 @@ def pipeline_steps(
     guidance_rescale: float = 0.0,
     context: Callable[[], AbstractContextManager[Any]],
 ) -> Iterator[Painted | None]:
-    """Draw these images by one call of the pipeline, on CPU generators of their own; yields once.
+    """Draw images with one call of the pipeline; yield once.
 
-    ``context`` is entered around the call. Arguments that the pipeline does not take are left out,
-    except conditioning. ``stop``: draw in so many steps.
+    Each image has its own CPU generator. Arguments that the pipeline does not take are omitted,
+    except conditioning.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        drawing: seeds and conditioning of the images.
+        sampler: the sampler whose diffusers scheduler is used.
+        images: indices of the images.
+        prompts: texts, which images take in turn.
+        negative_prompt: the negative prompt of every image.
+        shape: shape of one sample; its last two sizes are passed as height and width.
+        stop: number of steps, instead of ``sampler.steps``.
+        guidance_scale: passed to the pipeline.
+        guidance_rescale: passed to the pipeline.
+        context: returns a context manager that is entered around the call.
+
+    Raises:
+        ValueError: the pipeline returns no images.
     """
     conditions = drawing.arguments(images, torch.device(getattr(pipeline, "device", "cpu")))
     wanted: dict[str, Any] = {
@@ -194,7 +216,5 @@ def pipeline_steps(
 
 
 def _negative(unconditional: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Name encoded negative prompts as diffusers' pipelines do: prompt_embeds ->
-    negative_prompt_embeds.
-    """
+    """Rename encoded negative prompts for diffusers: prompt_embeds -> negative_prompt_embeds."""
     return {f"negative_{key}": value for key, value in (unconditional or {}).items()}

@@ -1,8 +1,7 @@
-"""The page of a preview folder: the records of all previews in one self-contained HTML file that
-needs no server.
+"""HTML page of a preview folder: one file with all records, which needs no server.
 
-The template ``page.html`` is package data. The records stand in it as JSON; the images are its
-neighbours on the disk.
+The template ``page.html`` is package data. The page contains the records as JSON. It links to the
+image files in the same folder.
 """
 
 from __future__ import annotations
@@ -32,11 +31,10 @@ _SHARED = (
 
 
 def read_records(content: bytes) -> list[dict[str, Any]]:
-    """Return the records of a ``previews.jsonl``, the last word on each preview alone, by step; raw
-    weights first.
+    """Return the latest records of a ``previews.jsonl``, sorted by step, raw weights first.
 
-    A run that was resumed may have drawn a step again: what it drew last counts. Lines that were
-    cut off by a kill, or are no records, are passed over.
+    A resumed run may have drawn a step again. Then only the last preview of that step is returned.
+    Truncated lines (after a kill) and lines that are not records are skipped.
 
     >>> line = '{"step": 5, "weights": "raw", "image": "%s", "index": 0, "seed": 0, "prompt": ""}'
     >>> text = "\\n".join([line % "a.png", line % "b.png", line[:20]])
@@ -49,7 +47,7 @@ def read_records(content: bytes) -> list[dict[str, Any]]:
         if record is None:
             continue
         key = record["step"], record["weights"]
-        if record["index"] == 0:  # a preview begins anew, perhaps with fewer images than before
+        if record["index"] == 0:  # the preview was drawn again, perhaps with fewer images
             previews[key] = {}
         previews.setdefault(key, {})[record["index"]] = record
     order = sorted(previews, key=lambda key: (key[0], key[1] != "raw", key[1]))
@@ -57,15 +55,15 @@ def read_records(content: bytes) -> list[dict[str, Any]]:
 
 
 def render(records: Iterable[Mapping[str, Any]], title: str) -> str:
-    """Return the page that shows these records, as :func:`read_records` returns them.
+    """Return the HTML page for records from :func:`read_records`.
 
-    Prompts may hold anything: in the page they are data, and its script shows them as text.
+    Prompts may contain any text. The page stores them as data, and its script shows them as text.
 
     >>> page = render([], "</title> & co")
     >>> "<title>&lt;/title&gt; &amp; co</title>" in page
     True
     """
-    # one pass, so that a title cannot name the place of the data
+    # a single pass, so that a title cannot contain the placeholder of the data
     head, rest = _template().split("{{title}}", 1)
     middle, tail = rest.split("{{data}}", 1)
     return (
@@ -83,9 +81,9 @@ def _template() -> str:
 
 def _record(line: bytes) -> dict[str, Any] | None:
     try:
-        # NaN, which others may write, is no JSON
+        # NaN is not valid JSON, but other programs may write it
         record = json.loads(line, parse_constant=lambda _: None)
-    except (ValueError, RecursionError):  # UnicodeDecodeError among them
+    except (ValueError, RecursionError):  # ValueError includes UnicodeDecodeError
         return None
     fits = isinstance(record, dict) and all(
         isinstance(record.get(key), kind) for key, kind in _NEEDED.items()
@@ -94,11 +92,11 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def _compact(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return rows, what an image is of: its seed and prompt; and previews: what is known of all its
-    images, once, and files.
+    """Return compact data for the page: ``rows`` and ``previews``.
 
-    Where a seed and prompt come twice in a preview, the second has a row of its own. Seeds are
-    text: a number of JavaScript has 53 bits.
+    A row is a seed and a prompt. A preview has the values shared by its images, and the image file
+    of each row. If a seed and prompt occur twice in a preview, the second has its own row. Seeds
+    are strings, because a JavaScript number has only 53 bits.
     """
     rows: dict[tuple[int, str, int], int] = {}
     previews: dict[tuple[int, str], dict[str, Any]] = {}
@@ -113,7 +111,7 @@ def _compact(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         )
         preview["images"][row] = record["image"]
     return {
-        # half a surrogate pair, as cut-off text may end in, is no text to a browser
+        # browsers reject half a surrogate pair, which truncated text may end with
         "rows": [
             {"seed": str(seed), "prompt": prompt.encode(errors="replace").decode()}
             for seed, prompt, _ in rows
@@ -123,11 +121,11 @@ def _compact(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _json_in_html(value: Any) -> str:
-    """Return JSON that an HTML parser takes for text, whatever strings it holds.
+    """Return JSON that an HTML parser reads as text, for any strings in it.
 
     >>> _json_in_html("</script><!--")
     '"\\\\u003c/script\\\\u003e\\\\u003c!--"'
     """
-    # ASCII: no line separators, no lone surrogates
+    # ASCII output: no line separators, no lone surrogates
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

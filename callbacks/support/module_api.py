@@ -102,7 +102,7 @@ def require_drawable(shape: tuple[int, ...], decode: object) -> None:
 
 
 def is_fast_dev_run(trainer: Trainer) -> bool:
-    """Return whether the Trainer has ``fast_dev_run``: each callback runs once, writes nothing.
+    """Return whether the Trainer has ``fast_dev_run``: everything runs once, nothing is written.
 
     >>> from types import SimpleNamespace
     >>> is_fast_dev_run(SimpleNamespace(fast_dev_run=1))

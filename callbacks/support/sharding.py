@@ -1,10 +1,9 @@
-"""What a rank holds of a parameter, under strategies that copy the model (one device, DDP) and that
-shard it (FSDP).
+"""This rank's part of a parameter, when the model is copied (one device, DDP) or sharded (FSDP).
 
-Averages are kept of what a rank holds, so they cost a rank's share of memory and no communication;
-they are put together only for a file. After a forward without gradients FSDP leaves its outermost
-unit unsharded: its parameters are then not what the optimizer steps, so :func:`reshard` comes
-before every reading and writing.
+Each rank averages its own part, so an average costs only that rank's share of memory and no
+communication. Whole averages are assembled only for a file. After a forward without gradients, FSDP
+leaves its outermost unit unsharded. The parameters of that unit are then not the ones that the
+optimizer updates. So call :func:`reshard` before every read and write.
 """
 
 from __future__ import annotations
@@ -24,15 +23,16 @@ _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.
 
 
 def root_of(trainer: Trainer, module: LightningModule) -> nn.Module:
-    """Return the outermost module: FSDP's wrapper is around the LightningModule, which does not
-    know it.
+    """Return the outermost module, such as FSDP's wrapper around the LightningModule.
+
+    The LightningModule has no reference to its wrapper.
     """
     root = trainer.strategy.model
     return root if isinstance(root, nn.Module) else module
 
 
 def reshard(root: nn.Module) -> None:
-    """Give every FSDP unit its shards back; nothing where none is unsharded, or nothing is sharded.
+    """Reshard every FSDP unit; do nothing if no unit is unsharded or the model is not sharded.
 
     >>> reshard(nn.Linear(2, 2))
     """
@@ -42,14 +42,13 @@ def reshard(root: nn.Module) -> None:
         elif isinstance(unit, FullyShardedDataParallel) and unit._handle is not None:
             from torch.distributed.fsdp._runtime_utils import _reshard  # FSDP1 has no public call
 
-            # else there was no forward yet, and nothing to undo
+            # without _local_shard there was no forward yet, so there is nothing to undo
             if hasattr(unit._handle.flat_param, "_local_shard"):
                 _reshard(unit, unit._handle, True)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor, sharing its memory: the whole of it where it is not
-    sharded.
+    """Return this rank's part of a tensor, sharing its memory; all of it if it is not sharded.
 
     >>> weight = torch.ones(2)
     >>> local(weight).data_ptr() == weight.data_ptr()
@@ -60,7 +59,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def clean_name(name: str) -> str:
-    """Return a parameter's name without what wrappers put into it, as it stands in checkpoints.
+    """Return a parameter's name without the prefixes of wrappers, as checkpoints store it.
 
     >>> clean_name("_orig_mod.network._fsdp_wrapped_module.weight")
     'network.weight'
@@ -74,11 +73,11 @@ def clean_name(name: str) -> str:
 def values_swapped(
     root: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]
 ) -> Generator[None, None, None]:
-    """Copy values into parameters, and put the parameters' own back at the end, to the last bit,
-    also after an error.
+    """Copy values into parameters inside the block, then restore the parameters' own values.
 
-    ``pairs``: (parameter, this rank's part of other values for it, of any floating dtype and
-    device); the latter is only read. ``root``: the outermost module.
+    The values are restored bit for bit, also after an error. ``root`` is the outermost module.
+    ``pairs`` are (parameter, this rank's part of the new values, of any floating dtype and device).
+    The new values are only read.
 
     >>> net = nn.Linear(1, 1, bias=False)
     >>> before = net.weight.item()
@@ -94,14 +93,14 @@ def values_swapped(
         copy_values(pairs)
         yield
     finally:
-        # else the first training step would still see what was swapped in, in the outermost unit
+        # otherwise the first training step would use the swapped values in the outermost unit
         reshard(root)
         copy_values(zip([parameter for parameter, _ in pairs], kept, strict=True))
 
 
 @torch.no_grad()
 def copy_values(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Copy values into parameters, each this rank's part, converted to the parameter's dtype.
+    """Copy this rank's part of each value into its parameter, converted to the parameter's dtype.
 
     >>> weight = torch.zeros(1, dtype=torch.bfloat16)
     >>> copy_values([(weight, torch.ones(1))])
@@ -116,11 +115,10 @@ def copy_values(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 
 class Layout:
-    """Where the parts of each parameter lie: puts parts together and takes whole tensors apart.
-    Every rank must call it.
+    """Assemble whole tensors from the parts of all ranks, and split whole tensors into parts.
 
-    The parts are any tensors of the parameters' local shapes, float32 averages of bfloat16
-    parameters say.
+    Every rank must call it. A part is any tensor with the local shape of its parameter, for example
+    the float32 average of a bfloat16 parameter.
 
     >>> net = nn.Linear(2, 2)
     >>> Layout(net).assemble(net.weight, torch.ones(2, 2)).shape
@@ -129,7 +127,7 @@ class Layout:
 
     def __init__(self, root: nn.Module) -> None:
         reshard(root)
-        # of FSDP1: a rank holds a run of the flattened parameter, in the order of the ranks
+        # FSDP1: each rank holds a contiguous run of the flattened parameter, in rank order
         self._flattened: dict[int, tuple[torch.Size, Any]] = {}
         for unit in root.modules():
             if isinstance(unit, FullyShardedDataParallel) and unit._handle is not None:
@@ -141,8 +139,9 @@ class Layout:
                     }
 
     def assemble(self, parameter: Tensor, part: Tensor) -> Tensor:
-        """Return the whole tensor of which this rank has ``part``; of sharded parameters on the
-        CPU.
+        """Assemble the whole tensor from each rank's ``part``.
+
+        The result is on the CPU if the parameter is sharded.
         """
         if isinstance(parameter, DTensor):
             mesh, placements = parameter.device_mesh, parameter.placements
@@ -170,8 +169,9 @@ class Layout:
         )
 
     def part(self, parameter: Tensor, whole: Tensor) -> Tensor:
-        """Return this rank's part of a whole tensor, on the parameter's device, in the dtype of
-        ``whole``.
+        """Return this rank's part of a whole tensor.
+
+        It is on the parameter's device and has the dtype of ``whole``.
         """
         whole = whole.detach().to(parameter.device)
         if isinstance(parameter, DTensor):
@@ -191,8 +191,7 @@ def _lengths(part: Tensor, group: Any) -> list[int]:
 
 
 def is_sharded_state(state: Mapping[str, Any]) -> bool:
-    """Return whether a state dict holds shards, to be written by each rank, rather than whole
-    tensors.
+    """Return whether a state dict holds shards, which each rank writes, and not whole tensors.
 
     >>> is_sharded_state({"w": torch.ones(1)})
     False
@@ -204,8 +203,9 @@ def is_sharded_state(state: Mapping[str, Any]) -> bool:
 
 
 def require_parameters(root: nn.Module) -> None:
-    """Raise ValueError where parameters are not to be had: FSDP with flat parameters, DeepSpeed's
-    stage 3.
+    """Raise ValueError if parameters are not accessible.
+
+    This is the case for FSDP with flat parameters and for DeepSpeed stage 3.
 
     >>> require_parameters(nn.Linear(2, 2))
     """

@@ -1,11 +1,13 @@
-"""How a strategy's model is entered outside a training step: which callable, whether ranks must
-keep step, who shares.
+"""Calling the model outside ``training_step``, per strategy.
 
-Under one device and DDP the bare module is called: DDP's wrapper would broadcast buffers in every
-forward. FSDP1 and ZeRO-3 gather the parameters of their outermost unit in the wrapper's forward
-alone, so all calls go through it. FSDP2 has its hooks in the modules themselves. Where the model is
-sharded every forward is a collective: ranks make as many of them, and what fails inside one on one
-rank cannot be voted on, because the others are waiting in that forward.
+- One device, DDP: call the bare module. DDP's wrapper would broadcast buffers in every forward.
+- FSDP1, ZeRO-3: call through the wrapper. Only its forward gathers the parameters of the outermost
+  unit.
+- FSDP2: call the module, because the hooks are in the modules themselves.
+
+If the model is sharded, every forward is a collective, so all ranks must make the same number of
+forwards. If a forward fails on one rank, the ranks cannot vote on it, because the other ranks wait
+in that forward.
 """
 
 from __future__ import annotations
@@ -31,18 +33,21 @@ from lightning.pytorch.strategies import (
 
 
 class ShardedForwardError(RuntimeError):
-    """A forward of a sharded model failed; it ends training on every rank, since ranks can no
-    longer agree on anything.
+    """A forward of a sharded model failed.
+
+    It ends training on every rank, because the ranks can no longer exchange errors.
     """
 
 
 @dataclass(frozen=True)
 class ForwardMode:
-    """How the model is called outside ``training_step``.
+    """How to call the model outside ``training_step``.
 
-    ``sharded``: a forward is a collective. ``wrapped``: it must go through the strategy's wrapper.
-    ``exit_after``: seconds after an error in a sharded forward, after which the process ends; None:
-    it does not.
+    Args:
+        sharded: a forward is a collective.
+        wrapped: a forward must go through the strategy's wrapper.
+        exit_after: seconds between an error in a sharded forward and the end of the process. None:
+            the process does not end.
     """
 
     sharded: bool = False
@@ -50,9 +55,8 @@ class ForwardMode:
     exit_after: float | None = None
 
 
-_KINDS: tuple[
-    tuple[type[Strategy], ForwardMode | None], ...
-] = (  # the first that fits: some inherit from others
+# the first match counts: some of these classes inherit from others
+_KINDS: tuple[tuple[type[Strategy], ForwardMode | None], ...] = (
     (SingleDeviceXLAStrategy, None),
     (XLAStrategy, None),
     (FSDPStrategy, ForwardMode(sharded=True, wrapped=True)),
@@ -63,13 +67,15 @@ _KINDS: tuple[
 
 
 def forward_mode_of(strategy: Strategy) -> ForwardMode:
-    """Return how this strategy's model is entered; raises ValueError for a strategy that is not
-    supported.
+    """Return how to call the model under this strategy.
+
+    Raises:
+        ValueError: the strategy is not supported.
 
     >>> forward_mode_of(FSDPStrategy())
     ForwardMode(sharded=True, wrapped=True, exit_after=None)
     """
-    # ZeRO-1 and 2 leave the parameters whole on each rank
+    # ZeRO-1 and 2 keep whole parameters on each rank
     if isinstance(strategy, DeepSpeedStrategy):
         return ForwardMode(sharded=True, wrapped=True) if strategy.zero_stage_3 else ForwardMode()
     found = next(
@@ -85,8 +91,9 @@ def forward_mode_of(strategy: Strategy) -> ForwardMode:
 
 
 def share_of(strategy: Strategy, world_size: int, rank: int) -> tuple[int, int]:
-    """Return (number of shares, this rank's share) of the images: ranks of one tensor-parallel
-    group draw the same.
+    """Return (number of shares, index of this rank's share) of the images.
+
+    Ranks of one tensor-parallel group draw the same share.
 
     >>> share_of(DDPStrategy(), world_size=4, rank=3)
     (4, 3)
@@ -103,12 +110,11 @@ def wrap_forward(
     forward_mode: ForwardMode,
     function: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """Return ``function`` as it may be called between training steps; it uses (parts of)
-    ``module``.
+    """Wrap ``function``, which uses ``module`` or parts of it, for calls between training steps.
 
-    Where the model is sharded, an error inside it is raised as ShardedForwardError. The other ranks
-    wait in that forward until this process ends or the process group's timeout has passed;
-    ``forward_mode.exit_after`` ends it for certain.
+    If the model is sharded, an error inside ``function`` is raised as ShardedForwardError. The
+    other ranks wait in that forward until this process ends or the process group's timeout has
+    passed. With ``forward_mode.exit_after`` this process ends in any case.
     """
     if not forward_mode.sharded:
         return function
@@ -133,8 +139,9 @@ def wrap_forward(
 
 
 def _through_wrapper(wrapper: Any, module: LightningModule, call: Callable[[], Any]) -> Any:
-    """Call within the forward of the wrapper around ``module``, whose own forward is what was there
-    again by then.
+    """Run ``call`` inside the forward of the wrapper around ``module``.
+
+    ``module.forward`` is replaced for the wrapper's call and restored before ``call`` runs.
     """
     own = module.__dict__.get("forward")
 
@@ -146,7 +153,7 @@ def _through_wrapper(wrapper: Any, module: LightningModule, call: Callable[[], A
 
     def forward(_: Any) -> Any:
         restore()
-        # takes its arguments along: the wrapper would convert times to half precision
+        # arguments are in the closure: the wrapper would convert timesteps to half precision
         return call()
 
     module.__dict__["forward"] = forward
@@ -157,10 +164,11 @@ def _through_wrapper(wrapper: Any, module: LightningModule, call: Callable[[], A
 
 
 def _end_soon(seconds: float) -> None:
-    """End this process after so many seconds, which loggers may use; aborting the process group
-    would not reach other ranks.
+    """End this process after ``seconds``, so that loggers can finish in this time.
+
+    Aborting the process group instead would not reach the other ranks.
     """
     if dist.is_initialized() and dist.get_world_size() > 1:
         timer = threading.Timer(seconds, os._exit, [1])
-        timer.daemon = True  # an orderly exit before that is as good
+        timer.daemon = True  # does not delay a normal exit
         timer.start()
