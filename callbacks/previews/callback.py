@@ -1,10 +1,9 @@
-"""Previews while a model trains: images drawn on all ranks, from the schedule that is trained on,
-without a trace.
+"""Previews during training: all ranks sample images on the training schedule, without side effects.
 
-What a preview must leave as it was is restored also when it fails: the random generators, the train
-/ eval flag of every submodule, the gradient mode, the weights, the compiled graphs. What only one
-rank notices is told to all before they meet again. So training with previews, without them, and
-with previews that fail, is the same to the last bit.
+A preview restores all state that it may change, also when it fails: the random generators, the
+train / eval flag of every submodule, the gradient mode, the weights, the compiled graphs. If only
+one rank has an error, all ranks exchange it before their next collective. So training is
+bit-identical with previews, without previews, and with previews that fail.
 """
 
 from __future__ import annotations
@@ -59,78 +58,93 @@ DEFAULT_IMAGES = 16
 
 
 class ValidationSampling(Callback):
-    """Draw images with the model while it trains, and show them as a grid: a PNG file, and in
-    loggers that take images.
+    """Sample images during training, and show them as a grid in a PNG file and in loggers.
 
-    The LightningModule (any) has ``noising`` or ``schedule``, a method ``predict(x, timesteps,
-    **conditioning)`` that returns a tensor or an object with ``.sample``, and ``sample_shape``;
-    ``predict=`` and ``shape=`` here stand in for the latter two. All ranks draw; an image depends
-    on its seed and condition, not on the number of ranks.
+    Works with any LightningModule that has these attributes:
+
+    - ``noising`` or ``schedule``.
+    - ``predict(x, timesteps, **conditioning)``, which returns a tensor or an object with
+      ``.sample``. The argument ``predict=`` replaces it.
+    - ``sample_shape``. The argument ``shape=`` replaces it.
+
+    Supports single-device, DDP, FSDP, ModelParallel (FSDP2) and DeepSpeed strategies. All ranks
+    draw. An image depends on its seed and condition, not on the number of ranks.
+
+    Trial: before training starts, the callback tries everything that a preview needs. On every rank
+    this costs one sampling step of one image (a pipeline: two steps) and its decoding. An error in
+    the trial is raised for any ``on_error``. If the shape of a sample is known only with the first
+    batch, the trial waits for that batch. A preview at step 0 then needs ``shape`` or
+    ``sample_shape``.
+
+    Errors in a sharded model: an error inside a forward of a sharded model (FSDP, ZeRO-3) ends
+    training for any ``on_error``. The other ranks wait in that forward until the process of this
+    rank has ended or the process group's timeout has passed; see ``exit_after_error``.
+
+    Publishing: a background thread of rank 0 writes files and calls loggers. Slow writes do not
+    delay any rank, and each kind of failure warns once. Up to 8 previews wait in the queue. One
+    more waits a minute for room; if there is none, it is dropped with a warning. Training waits for
+    pending previews before a checkpoint that has this callback's state (up to one minute), at the
+    end of fit (up to five minutes) and after an error or a signal (up to ten seconds). With
+    ``on_error='raise'`` it waits after each preview.
+
+    Timeouts: while one rank encodes or decodes alone, the others wait longer than the process
+    group's timeout if needed. That timeout still limits a single forward of a sharded model, and
+    the logging of numbers, which Lightning does on the training thread.
+
+    NaN is not an error: it is shown as a checkerboard, with a warning. With ``fast_dev_run`` one
+    image is drawn in two steps and nothing is written. With ``barebones`` nothing is drawn.
 
     Args:
-        sampler: any sampler's name ('dpmpp_2m', 'DPM++ 2M Karras', 'DPM adaptive') or object, which
-            must be of the schedule that is trained on.
-        steps: sampling steps, 20 by default; a Sampler brings its own.
-        num_images: images in a grid; by default one for each of ``seeds``, else 16, or one for each
-            prompt or class.
-        every_n_train_steps, every_n_epochs, train_time_interval: when; one of the three, by default
-            every epoch. Steps are optimizer steps. The interval is a timedelta on rank 0's clock.
-        extra_steps: further steps with a preview, e.g. (0, 10, 100); 0 is before training.
-        at_end: whether there is a preview at the end of fit too.
-        seed, seeds: of the first image, each further one counting up; or of every image.
-        batch_size: images that a rank draws at a time, and the share that ranks take in turn. Where
-            a rank runs out of memory it is halved on all.
-        shape: of one sample, (channels, height, width). One or three channels are shown as they
-            are, other numbers (latents) by their first three, each stretched to its range. Videos
-            and sounds need ``decode``.
-        prompts, negative_prompt, encode: texts, taken by the images in turn, and the function that
-            makes of a list of texts a mapping of tensors, a row for each: arguments of ``predict``.
-            Called once, before training. The last text is the negative prompt, for guidance.
-        classes, class_key, null_class: labels, taken in turn, the argument of ``predict`` they go
-            to, and the label that means none, for guidance.
-        conditioning, unconditional: arguments of ``predict``; tensors have a row for each image, or
+        sampler: name ('dpmpp_2m', 'DPM++ 2M Karras', 'DPM adaptive') or object of any sampler. An
+            object must have the training schedule.
+        steps: sampling steps, 20 by default. A Sampler object has its own number.
+        num_images: images in a grid. Default: one for each of ``seeds``, else one for each prompt
+            or class, else 16.
+        every_n_train_steps, every_n_epochs, train_time_interval: interval between previews. Give at
+            most one; the default is every epoch. Steps are optimizer steps. The time interval is a
+            timedelta, measured on rank 0.
+        extra_steps: additional steps with a preview, e.g. (0, 10, 100). 0 is before training.
+        at_end: also draw a preview at the end of fit.
+        seed, seeds: ``seed`` is the seed of the first image, and each next image adds 1. ``seeds``
+            gives the seed of every image.
+        batch_size: images that a rank draws at a time, and the unit in which images are assigned to
+            ranks in turn. If a rank runs out of memory, it is halved on all ranks.
+        shape: shape of one sample, (channels, height, width). One or three channels are shown
+            unchanged. For other numbers (latents) the first three channels are shown, each scaled
+            to its range. Videos and sounds need ``decode``.
+        prompts, negative_prompt, encode: texts, which images take in turn, the text for guidance,
+            and a function that encodes them. ``encode`` maps a list of texts to a mapping of
+            tensors with a row for each text: arguments of ``predict``. It is called once, before
+            training. The last text is the negative prompt.
+        classes, class_key, null_class: labels, which images take in turn, the argument of
+            ``predict`` for them, and the label for "no class" in guidance.
+        conditioning, unconditional: arguments of ``predict``. Tensors have a row for each image, or
             one for all.
         guidance_scale, guidance_rescale: classifier-free guidance, as in Sampler.
-        weights: 'raw', 'ema' or 'both', as pictures of their own; see ``ema_weights`` for whose
-            averages are found. As long as there are none, the raw weights draw, and the picture
-            says so.
+        weights: 'raw', 'ema' or 'both' (separate grids). ``ema_weights`` lists the averages that
+            are found. While there is no average, the raw weights are used, and the preview says so.
         decode, decode_batch_size: function (or diffusers VAE) from latents to images in [-1, 1],
             and its batch size.
-        pipeline: a diffusers pipeline, or a function from the module to one, that draws instead of
-            the network alone, with the training schedule as its scheduler. It must hold a network
-            of the module.
-        max_seconds: a preview that takes longer is broken off; what was finished by then is shown.
-        folder: where ``step_00000500.png`` goes, by default ``previews`` in the log directory. Its
-            last part is also the picture's name in the loggers.
-        predict: called in place of the module's ``predict``.
-        on_error: a preview that fails is a warning and training goes on ('warn'), or stops on all
-            ranks ('raise').
-        exit_after_error: seconds after an error inside a forward of a sharded model, after which
-            the process of that rank ends (``os._exit``), whatever the program does with the error;
-            by default it does not.
+        pipeline: a diffusers pipeline, or a function from the module to a pipeline. It draws
+            instead of the network alone, with the training schedule as its scheduler. It must hold
+            a network of the module.
+        max_seconds: time limit of a preview. After it the preview stops, and finished images are
+            shown.
+        folder: folder for ``step_00000500.png``, by default ``previews`` in the log directory. The
+            last part of its path is also the image's name in the loggers.
+        predict: replaces the module's ``predict``.
+        on_error: if a preview fails, warn and continue training ('warn'), or stop on all ranks
+            ('raise').
+        exit_after_error: seconds between an error inside a forward of a sharded model and the end
+            of that rank's process (``os._exit``), even if the program handles the error. By default
+            the process does not end.
 
-    Raises ValueError for names, numbers and conditioning that do not fit: at once, or, where module
-    and trainer must be known, before training starts; then also TypeError for a module that lacks
-    what is named above, OSError for a folder that cannot be written, and what ``encode`` or
-    ``pipeline`` raise. For single-device, DDP, FSDP and ModelParallel (FSDP2) strategies, and
-    DeepSpeed. An error inside a forward of a sharded model (FSDP, ZeRO-3) ends training whatever
-    ``on_error`` says. The other ranks wait in that forward until the process of this rank has
-    ended, or the process group's timeout has passed; see ``exit_after_error``. Before training
-    starts everything that a preview needs is tried, at the cost of one sampling step of one image
-    and its decoding on every rank (a pipeline: two steps): what fails then is raised, whatever
-    ``on_error`` says. Where the shape of a sample comes with the first batch, the trial waits for
-    it; a preview at step 0 needs ``shape`` or ``sample_shape`` then.
-
-    Rank 0 writes files and calls loggers on a thread, beside the training: what is slow there holds
-    no rank up, and what fails is a warning, once for each kind of cause. Up to 8 previews wait for
-    their turn; one more waits a minute for room, and is dropped with a warning where there is none.
-    What waits is shown before a checkpoint that has this callback's state (for a minute), at the
-    end of fit (for five) and after an error or a signal (for ten seconds); with
-    ``on_error='raise'`` after each preview. Ranks wait for one that encodes or decodes alone beyond
-    the process group's timeout. What that timeout still limits: a single forward of a sharded
-    model, and numbers that are logged, which Lightning does on the thread that trains. NaN is no
-    error but shown, as chequered fields, with a warning. With ``fast_dev_run`` one image is drawn
-    in two steps and nothing is written; with ``barebones`` nothing is drawn.
+    Raises:
+        ValueError: invalid names, numbers or conditioning. Raised at once, or before training
+            starts if the check needs the module and the trainer.
+        TypeError: before training, the module lacks a required attribute.
+        OSError: before training, the folder cannot be written.
+        Exception: before training, any error of ``encode`` or ``pipeline``.
 
     >>> previews = ValidationSampling("dpmpp_2m", steps=20, every_n_train_steps=500)
     >>> ValidationSampling("dpm2m")
@@ -228,12 +242,12 @@ class ValidationSampling(Callback):
         self._previewer: Previewer | None = None
         self._folder: str | None = None
         self._loggers_told: set[str] = set()
-        # by the thread that publishes: the step, and what went wrong
+        # filled by the publishing thread: (step, failure)
         self._failed: list[tuple[int, Failure]] = []
         self._complaints = Complaints("ValidationSampling")
         self._untried = self._over = False
 
-    # -- state: no preview twice at one step, neither under accumulation nor after a resume --------
+    # -- state: at most one preview per step, also with gradient accumulation and after a resume ---
 
     @property
     def state_key(self) -> str:
@@ -254,11 +268,8 @@ class ValidationSampling(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            # an earlier run's; a resume restores its own step after this
-            self._last_step, self._folder = (
-                0,
-                None,
-            )
+            # values of an earlier run; a resume restores its own step after this
+            self._last_step, self._folder = 0, None
             self._untried = self._over = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -292,12 +303,12 @@ class ValidationSampling(Callback):
             self._complain("showing previews")
 
     def _sample_shape(self, module: LightningModule) -> tuple[int, ...] | None:
-        if self.shape is not None or self.recipe.pipeline is not None:  # which knows its own
+        if self.shape is not None or self.recipe.pipeline is not None:  # a pipeline knows its shape
             return self.shape
         return shape_of_module(module)
 
     def _choose_folder(self, trainer: Trainer) -> str:
-        # log_dir is a collective: every rank asks for it
+        # log_dir is a collective: every rank must read it
         log_dir = trainer.log_dir or trainer.default_root_dir
         instances = [c for c in cast(Any, trainer).callbacks if isinstance(c, ValidationSampling)]
         number = [c for c in instances if c.folder is None or c is self].index(self) + 1
@@ -314,8 +325,8 @@ class ValidationSampling(Callback):
         return folder
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # here and not in on_fit_start: sharded strategies restore their weights in between, and
-        # encode may need them
+        # not in on_fit_start: sharded strategies restore their weights after it, and encode may
+        # need them
         self._last_time = time.monotonic()
         if trainer.barebones:
             return
@@ -326,7 +337,7 @@ class ValidationSampling(Callback):
             lambda: Previewer.prepare(self.recipe, sampler, forward_mode, trainer, pl_module),
             trainer.world_size,
         )
-        if is_fast_dev_run(trainer):  # which is itself a trial
+        if is_fast_dev_run(trainer):  # it is a trial itself
             return
         at_once = trainer.global_step == 0 and self.triggers.at_step(0)
         self._try(trainer, pl_module, required=at_once)
@@ -334,10 +345,9 @@ class ValidationSampling(Callback):
             self._preview(trainer, pl_module)
 
     def _try(self, trainer: Trainer, module: LightningModule, required: bool = False) -> None:
-        """Draw a little for nobody, so that what cannot be drawn is known before a long run, and
-        not hours into it.
+        """Draw a trial image that is not shown, so that errors appear before a long run.
 
-        Where the shape of a sample comes with the first batch, this waits for it.
+        If the shape of a sample is known only with the first batch, the trial waits for that batch.
         """
         shape = trainer.strategy.broadcast(self._sample_shape(module))
         self._untried = shape is None and self.recipe.pipeline is None
@@ -376,9 +386,8 @@ class ValidationSampling(Callback):
         self._complain()
         if self._untried:
             self._try(trainer, pl_module)
-            self._untried = (
-                False  # a module that does not know it now is told of at its first preview
-            )
+            # a module that still does not know its shape gets the error at its first preview
+            self._untried = False
         if trainer.global_step in (0, self._last_step):
             return
         due = self.triggers.at_time(trainer, time.monotonic() - self._last_time)
@@ -387,7 +396,7 @@ class ValidationSampling(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         due = is_fast_dev_run(trainer) or self.triggers.at_epoch(trainer.current_epoch)
-        # not in on_train_end, where other callbacks may have put averages into the model
+        # not in on_train_end: other callbacks may have put averages into the model by then
         if due or (self.triggers.at_end and is_last_epoch(trainer)):
             self._preview_once(trainer, pl_module)
 
@@ -404,8 +413,7 @@ class ValidationSampling(Callback):
         failure: AgreedError | None = None
         with sigterm_deferred(trainer) as termination:
             try:
-                # ranks may have recorded different shapes (bucketed data), and only equal ones can
-                # be gathered
+                # ranks may have different shapes (bucketed data), and gather needs equal shapes
                 shape = trainer.strategy.broadcast(self._sample_shape(module))
                 shown: list[Preview] = []
                 for weights in self.recipe.kinds:
@@ -419,19 +427,20 @@ class ValidationSampling(Callback):
                         self._require_published(trainer)
             except AgreedError as error:
                 failure = error
-            # also what came during publishing, so that all ranks stop at the same place
+            # includes a signal during publishing, so that all ranks stop at the same place
             (termination.agreed,) = any_rank(
                 [termination.arrived], trainer.world_size, trainer.strategy.root_device
             )
         self._last_time = time.monotonic()
         if termination.agreed:
-            self._last_step = before  # what a resumed run is to draw
+            self._last_step = before  # so that a resumed run draws this preview
         if failure is not None:
             self._react(f"the preview at step {trainer.global_step} failed: {failure}", failure)
 
     def _publish(self, trainer: Trainer, previews: Sequence[Preview]) -> None:
-        """Have what was drawn shown beside the training, by rank 0; a place that fails costs a word
-        and not the other places.
+        """Queue previews for publishing by rank 0 in the background.
+
+        If one place fails, the callback warns and still publishes to the other places.
         """
         if not is_fast_dev_run(trainer):
             on_rank_zero(trainer, lambda: self._hand_over(trainer, previews))
@@ -461,7 +470,7 @@ class ValidationSampling(Callback):
         self._failed += [(step, failure) for failure in failures]
 
     def _complain(self, what: str | None = None) -> None:
-        """Say what failed beside the training, on the thread that trains."""
+        """Warn about background failures, on the training thread."""
         while self._failed:
             step, failure = self._failed.pop(0)
             self._complaints.tell(
@@ -470,20 +479,18 @@ class ValidationSampling(Callback):
             )
 
     def _require_published(self, trainer: Trainer) -> None:
-        """Raise AgreedError on every rank where rank 0 could not show what was drawn; every rank
-        must call it.
-        """
+        """Raise AgreedError on every rank if rank 0 could not publish. Every rank must call it."""
         finish(trainer, pictures_of(trainer), AT_THE_END)
         failed, self._failed = self._failed, []
         error = RuntimeError("; ".join(str(failure) for _, failure in failed)) if failed else None
         raise_on_all_ranks(error, trainer.world_size)
 
-    # -- what is still to be shown -----------------------------------------------------------------
+    # -- pending previews --------------------------------------------------------------------------
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if not self._over:  # a run that resumes from it does not draw them again
+        if not self._over:  # a run that resumes from this checkpoint does not draw them again
             self._finish(trainer, BEFORE_A_CHECKPOINT)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -493,7 +500,7 @@ class ValidationSampling(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        self._over = True  # for this rank, perhaps not for others: nothing is agreed on any more
+        self._over = True  # this rank has failed, others may not have: no collectives from here on
         pictures_of(trainer).wait(AFTER_AN_ERROR)
         self._complain()
 
@@ -516,9 +523,7 @@ class ValidationSampling(Callback):
 
 
 def _require_fit(recipe: Recipe) -> None:
-    """Raise ValueError for arguments that contradict each other, as far as is known before prompts
-    are encoded.
-    """
+    """Raise ValueError for contradicting arguments that are known before prompts are encoded."""
     encode, pipeline = recipe.conditions.encode, recipe.pipeline
     if recipe.conditions.prompts and encode is None and pipeline is None:
         raise ValueError(

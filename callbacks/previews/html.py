@@ -1,7 +1,7 @@
 """HTML page of a preview folder: one file with all records, which needs no server.
 
-The template ``page.html`` is package data. The page contains the records as JSON. It links to the
-image files in the same folder.
+The template ``page.html`` is package data. The page contains the records as JSON. It refers to the
+image files, which are stored next to it.
 """
 
 from __future__ import annotations

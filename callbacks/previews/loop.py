@@ -1,8 +1,7 @@
-"""A rank's batches, drawn step by step in step with the other ranks: after every step they tell
-each other how it went.
+"""Sampling loop of one rank: after every sampling step the ranks exchange their state.
 
-So an error, an exhausted memory, a signal or the end of the time on one rank is the same decision
-on all, at once.
+So all ranks make the same decision at once if one rank has an error, runs out of memory, receives a
+signal or reaches the time limit.
 """
 
 from __future__ import annotations
@@ -19,16 +18,22 @@ from ..support.strategies import ShardedForwardError
 from .render import Painted
 
 Start = Callable[[Sequence[int]], Iterator["Painted | None"]]
-"""Images -> their steps: None after each but the last, which is what they look like."""
+"""Function from image indices to an iterator: None after each step, and the images at the end."""
 
 
 @dataclass
 class Rounds:
-    """What limits the drawing on this rank, and how it went.
+    """Limits of the sampling loop on this rank, and its outcome.
 
-    ``batch_size``: of a forward; halved when any rank is out of memory, also for what is drawn
-    later. ``deadline``: of ``time.monotonic()``, rank 0's counts. ``interrupted()``: whether to
-    stop at once. ``tick()`` is called after each step.
+    Args:
+        batch_size: batch size of a forward. It is halved when any rank runs out of memory, and
+            stays halved for later batches.
+        world_size: number of ranks.
+        rank: index of this rank.
+        device: device of the flags that ranks exchange, and of the memory that is freed.
+        deadline: time limit on the clock ``time.monotonic()``. Only rank 0's value counts.
+        interrupted: returns whether to stop at once.
+        tick: called after each step.
 
     >>> from alphabar.callbacks.previews.render import paint
     >>> rounds = Rounds(batch_size=2)
@@ -47,13 +52,15 @@ class Rounds:
     interrupted: Callable[[], bool] = lambda: False
     tick: Callable[[], object] = lambda: None
     stopped: str = field(default="", init=False)
-    """Why not all batches were drawn: '', 'time' or 'signal'; the same on every rank."""
+    """Why the loop stopped early: '' (it did not), 'time' or 'signal'; the same on every rank."""
     out_of_memory: bool = field(default=False, init=False)
-    """Whether ``batch_size`` had to be halved."""
+    """Whether ``batch_size`` was halved."""
 
     def draw(self, batches: Sequence[Sequence[int]], start: Start) -> Painted:
-        """Return the batches that were finished, pixels (batches, images, ...); raises AgreedError
-        for an error on any rank.
+        """Draw batches and return the finished ones, with pixels of shape (batches, images, ...).
+
+        Raises:
+            AgreedError: any rank had an error.
         """
         drawn: list[Painted] = []
         while len(drawn) < len(batches) and not self.stopped:
@@ -67,7 +74,7 @@ class Rounds:
         )
 
     def _batch(self, images: Sequence[int], start: Start) -> Painted | None:
-        """Return a batch, drawn ``batch_size`` at a time, or None where it was broken off."""
+        """Return a batch, drawn ``batch_size`` images at a time, or None if it was stopped."""
         parts: list[Painted] = []
         for first in range(0, len(images), self.batch_size):
             part = self._part(images[first : first + self.batch_size], start)
@@ -86,10 +93,10 @@ class Rounds:
             try:
                 steps = start(images) if steps is None else steps
                 part = next(steps)
-            except ShardedForwardError:  # the others cannot be told
+            except ShardedForwardError:  # other ranks wait in the forward and cannot vote
                 raise
             except torch.OutOfMemoryError as raised:
-                error = raised.with_traceback(None)  # whose frames would keep what fills the memory
+                error = raised.with_traceback(None)  # its frames would keep the memory in use
             except Exception as raised:
                 error = raised
             if self._to_be_broken_off(error, finished=part is not None):
@@ -98,7 +105,13 @@ class Rounds:
         return part
 
     def _to_be_broken_off(self, error: Exception | None, finished: bool) -> bool:
-        """Hear all ranks, and decide."""
+        """Exchange flags with all ranks; return whether to stop the current part.
+
+        Halves ``batch_size`` if any rank ran out of memory.
+
+        Raises:
+            AgreedError: any rank failed, or ran out of memory with ``batch_size`` 1.
+        """
         out_of_memory = isinstance(error, torch.OutOfMemoryError)
         limited = self.rank == 0 and self.deadline < math.inf
         late = limited and time.monotonic() > self.deadline and not finished
@@ -116,6 +129,6 @@ class Rounds:
 
 
 def _free(device: torch.device) -> None:
-    """Give cached memory back, in whose pieces the smaller batch might not fit."""
+    """Free cached memory: it is fragmented, and the smaller batch might not fit into its blocks."""
     if device.type != "cpu":
         torch.get_device_module(device.type).empty_cache()

@@ -1,6 +1,4 @@
-"""One preview, from the live model to its pictures: everything that can fail first, then the
-images, then the gather.
-"""
+"""One preview, from the live model to images: fallible preparation, then sampling, then gather."""
 
 from __future__ import annotations
 
@@ -34,18 +32,18 @@ from .publish import Preview
 from .recipe import decoder_of, may_use, modules_of, network_of, pipeline_context
 from .render import Drawing, without_a_trace
 
-REHEARSAL_STEPS = 2  # of the one image that fast_dev_run draws
+REHEARSAL_STEPS = 2  # sampling steps of the one image that fast_dev_run draws
 WEIGHTS: dict[str, tuple[str, ...]] = {"raw": ("raw",), "ema": ("ema",), "both": ("raw", "ema")}
-BAR_AFTER = 3.0  # seconds, after which a preview is long
+BAR_AFTER = 3.0  # seconds until the progress bar appears
 
 
-# of the progress bar, for a sampler that has no number of steps
+# steps in the progress bar for a sampler without a fixed number of steps
 USUAL_STEPS = 20
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is drawn and how, apart from the model: the arguments of ValidationSampling."""
+    """The arguments of ValidationSampling that say what to draw and how, without the model."""
 
     drawing: Drawing
     conditions: Conditions
@@ -60,20 +58,22 @@ class Recipe:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Which weights are drawn with, one after the other."""
+        """The kinds of weights to draw with, in order."""
         return WEIGHTS[self.weights]
 
     @property
     def seconds(self) -> float | None:
-        """The time that each kind of weights has."""
+        """The time limit for each kind of weights, in seconds."""
         return None if self.max_seconds is None else self.max_seconds / len(self.kinds)
 
     def conditioned(self) -> Drawing:
-        """Return the drawing under its conditions; raises ValueError where these do not fit each
-        other or the guidance.
+        """Return the drawing with encoded conditions.
+
+        Raises:
+            ValueError: the conditions contradict each other or the guidance.
         """
         conditioning, unconditional = self.conditions.encoded()
-        # a pipeline guides by itself
+        # a pipeline applies guidance itself
         guidance: dict[str, Any] = {} if self.pipeline is not None else self.guidance
         return replace(
             self.drawing, conditioning=conditioning, unconditional=unconditional, **guidance
@@ -82,8 +82,10 @@ class Recipe:
 
 @dataclass
 class Previewer:
-    """A recipe on one model, for the time of a fit. ``batch_size`` is what was found to fit the
-    memory.
+    """A recipe for one model during one fit.
+
+    ``batch_size`` is the size that fits in memory, as far as known: it is reduced after an
+    out-of-memory error.
     """
 
     recipe: Recipe
@@ -102,8 +104,9 @@ class Previewer:
         trainer: Trainer,
         module: LightningModule,
     ) -> Previewer:
-        """Encode the prompts and make the pipeline; what a user's functions raise is raised as it
-        is.
+        """Encode the prompts and make the pipeline.
+
+        Errors of the user's functions are raised unchanged.
         """
         pipeline = None
         _require_equal_work(sampler, trainer)
@@ -150,11 +153,20 @@ class Previewer:
         shape: tuple[int, ...] | None,
         termination: Termination,
     ) -> Preview | None:
-        """Return the pictures of these weights, 'raw' or 'ema', or None where there are none to
-        show; the same on every rank.
+        """Draw a preview with these weights; return it, or None if there is nothing to show.
 
-        Raises AgreedError on every rank for an error on any. Sets ``termination.agreed`` where a
-        rank was told to stop.
+        The result is the same on every rank. Sets ``termination.agreed`` if a rank was told to
+        stop.
+
+        Args:
+            trainer: the Trainer.
+            module: the live module.
+            weights: 'raw' or 'ema'.
+            shape: shape of one sample.
+            termination: state of a deferred SIGTERM.
+
+        Raises:
+            AgreedError: on every rank, if any rank has an error.
         """
         started, rehearsal = time.monotonic(), is_fast_dev_run(trainer)
         size, share = share_of(trainer.strategy, trainer.world_size, trainer.global_rank)
@@ -173,12 +185,11 @@ class Previewer:
             lambda: termination.arrived,
         )
         with ExitStack() as stack:
-            # else training's first step would see, in the outermost unit, what was put there for
-            # the preview
+            # otherwise the next training step would use the preview's values in the outermost unit
             stack.callback(reshard, root_of(trainer, module))
             start, averaged = self._ready(trainer, module, weights == "ema", shape, stop, stack)
             if weights == "ema" and not averaged and self.recipe.weights == "both":
-                return None  # the raw ones are drawn anyway
+                return None  # the raw weights have their own preview
             bar = _bar(
                 trainer,
                 weights,
@@ -239,11 +250,13 @@ class Previewer:
         shape: tuple[int, ...] | None,
         termination: Termination,
     ) -> None:
-        """Draw one image by one step (a pipeline: by two) and decode it on every rank, and show it
-        nobody.
+        """Draw one image in one step (a pipeline: two steps) on every rank, decode it, discard it.
 
-        Whatever of the model a preview uses is used: the averages, the network under its
-        conditions, the decoder, the gather. Raises AgreedError on every rank for an error on any.
+        The trial uses everything that a preview uses: the averages, the network with its
+        conditions, the decoder, the gather.
+
+        Raises:
+            AgreedError: on every rank, if any rank has an error.
         """
         size, share = share_of(trainer.strategy, trainer.world_size, trainer.global_rank)
         plan, device = Plan(1, 1, size), trainer.strategy.root_device
@@ -274,8 +287,9 @@ class Previewer:
         stop: int | None,
         stack: ExitStack,
     ) -> tuple[Start, bool]:
-        """Do all that may fail before the first forward, and hear the other ranks: later a sharded
-        model cannot wait.
+        """Do everything that may fail before the first forward, and exchange errors between ranks.
+
+        After the first forward of a sharded model, ranks can no longer exchange such errors.
         """
         error, start, averaged = None, None, False
         try:
@@ -284,7 +298,7 @@ class Previewer:
         except Exception as raised:
             error = raised
         raise_on_all_ranks(error, trainer.world_size)
-        assert start is not None  # or there was an error
+        assert start is not None  # otherwise an error was raised above
         modules = modules_of(
             module, self.recipe.predict, self.recipe.decode, pipeline=self.pipeline
         )
@@ -337,9 +351,7 @@ class Previewer:
 
 
 def _bar(trainer: Trainer, weights: str, total: int) -> Any:
-    """Return a progress bar, which shows itself where a preview takes long and the trainer shows
-    progress at all.
-    """
+    """Return a progress bar that appears for a long preview, if the trainer shows progress bars."""
     shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
     return tqdm(
         total=total, desc=f"preview ({weights})", delay=BAR_AFTER, leave=False, disable=not shown
@@ -347,17 +359,17 @@ def _bar(trainer: Trainer, weights: str, total: int) -> Any:
 
 
 def _in_order(trainer: Trainer, plan: Plan, share: int, own: Tensor) -> Tensor:
-    """Gather what each rank drew, (rounds, batch, ...), as (num_images, ...) on the CPU."""
+    """Gather (rounds, batch, ...) of all ranks as (num_images, ...) on the CPU."""
     device = trainer.strategy.root_device
     gathered = gather(own.to(device), trainer.world_size).cpu()
-    if plan.world_size < trainer.world_size:  # ranks of a tensor-parallel group have drawn the same
+    if plan.world_size < trainer.world_size:  # ranks of a tensor-parallel group draw the same share
         shares = gather(torch.tensor([share], device=device), trainer.world_size).flatten().tolist()
         gathered = gathered[[shares.index(k) for k in range(plan.world_size)]]
     return plan.in_order(gathered)
 
 
 def _require_equal_work(sampler: Any, trainer: Trainer) -> None:
-    """Refuse a sampler with steps of its own choice where every forward needs all ranks."""
+    """Reject a sampler with an adaptive number of steps if every forward needs all ranks."""
     sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
     if sampler.steps is None and sharded and trainer.world_size > 1:
         raise ValueError(

@@ -1,9 +1,11 @@
-"""Where the pictures of a preview go: files, a page that shows them side by side, and every logger
-that takes images.
+"""Publish the images of a preview: files, an HTML page, and every logger that takes images.
 
-Under the folder: ``step_00000500.png`` (``step_00000500_ema.png``), all images in one;
-``images/step_00000500/`` ``raw_0003_seed_7.png``, image 3 of it, from seed 7; a line for each image
-in ``previews.jsonl``; ``index.html``.
+Files in the preview folder:
+
+- ``step_00000500.png`` (EMA: ``step_00000500_ema.png``): the grid of all images.
+- ``images/step_00000500/raw_0003_seed_7.png``: image 3 of the grid, from seed 7.
+- ``previews.jsonl``: one line for each image.
+- ``index.html``: a page that shows the images side by side.
 """
 
 from __future__ import annotations
@@ -26,13 +28,24 @@ from .html import PAGE_NAME, RECORDS_NAME, read_records, render
 
 @dataclass(frozen=True)
 class Preview:
-    """The images of one preview, uint8 (n, channels, height, width), one or three channels, and how
-    they were made.
+    """The images of one preview, and how they were sampled.
 
-    ``weights``: 'raw' or 'ema'. ``captions``: prompts, empty where there is none. ``sampler``,
-    ``steps``, ``guidance_scale``: how it was sampled, in ``seconds``; ``fingerprint``: of the noise
-    schedule. ``note``: what else there is to say, or ''. Raises ValueError unless there is a seed
-    and a caption for each image.
+    Args:
+        step: optimizer step.
+        epoch: training epoch.
+        weights: 'raw' or 'ema'.
+        images: uint8 (n, channels, height, width), with one or three channels.
+        seeds: one seed for each image.
+        captions: one prompt for each image, '' if there is none.
+        sampler: name of the sampler.
+        steps: sampling steps, None if the sampler has no fixed number.
+        guidance_scale: scale of the guidance.
+        fingerprint: fingerprint of the noise schedule.
+        seconds: duration of the preview.
+        note: additional information, or ''.
+
+    Raises:
+        ValueError: the numbers of images, seeds and captions differ.
 
     >>> import torch
     >>> images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
@@ -66,12 +79,12 @@ class Preview:
 
     @property
     def grid_name(self) -> str:
-        """The file of all images in one."""
+        """The file name of the grid of all images."""
         return f"step_{self.step:08d}{self.suffix}.png"
 
     @property
     def image_names(self) -> list[str]:
-        """The files of the images, in order; the number tells images of one seed apart."""
+        """The file names of the images, in order; the index distinguishes images of one seed."""
         folder = f"images/step_{self.step:08d}"
         return [
             f"{folder}/{self.weights}_{i:04d}_seed_{seed}.png" for i, seed in enumerate(self.seeds)
@@ -79,11 +92,11 @@ class Preview:
 
     @property
     def suffix(self) -> str:
-        """What is added to names where the weights are not those of training."""
+        """The suffix of names: '' for raw weights, '_ema' for EMA weights."""
         return "" if self.weights == "raw" else f"_{self.weights}"
 
     def records(self) -> list[dict[str, Any]]:
-        """Return what is known of each image as plain JSON; NaN and infinity become None."""
+        """Return a record for each image as JSON values; NaN and infinity become None."""
         shared = {
             "step": self.step,
             "epoch": self.epoch,
@@ -104,12 +117,16 @@ class Preview:
 
 
 def publish(preview: Preview, folder: str, loggers: Sequence[Any], told: set[str]) -> list[Failure]:
-    """Write a preview under ``folder`` (a path or any URL that fsspec knows) and show it in
-    ``loggers``.
+    """Write a preview to ``folder`` and log it to ``loggers``; return the failures.
 
-    Returns what failed; a place that fails does not keep the picture from the others. ``told``
-    remembers the loggers of which it was said that they take no images. For rank 0 alone; on any
-    thread, one at a time.
+    If one place fails, the preview is still published to the others. Call it on rank 0 only, on any
+    thread, but not on two threads at once.
+
+    Args:
+        preview: the preview.
+        folder: a path, or any URL that fsspec supports.
+        loggers: Lightning loggers.
+        told: names of the loggers for which the warning "takes no images" was given. It is updated.
 
     >>> import tempfile, torch
     >>> images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
@@ -127,7 +144,7 @@ def publish(preview: Preview, folder: str, loggers: Sequence[Any], told: set[str
     def attempt(act: Callable[[], object]) -> None:
         try:
             act()
-        # a store may raise anything, and the other places still get the images
+        # a remote store may raise any error; the other places must still get the images
         except Exception as error:
             found = Failure(folder, error)
             failed.extend([found] if str(found) not in map(str, failed) else [])
@@ -162,12 +179,14 @@ def publish(preview: Preview, folder: str, loggers: Sequence[Any], told: set[str
 
 
 def try_out(folder: str, loggers: Sequence[Any], told: set[str]) -> list[Failure]:
-    """Try what publishing needs, before training: the folder, the page of what is in it, and
-    loggers that take images.
+    """Check before training that publishing works; return the failures of loggers.
 
-    Raises OSError for a folder that cannot be written. Says of which loggers there will be no
-    images, and returns what failed of the others. A logger's own experiment is made here, on the
-    thread that trains. For rank 0 alone.
+    Checks the folder, renders the page of the previews in it, and checks the loggers. Warns about
+    loggers that take no images. A logger's ``experiment`` is created here, on the training thread.
+    Call it on rank 0 only.
+
+    Raises:
+        OSError: the folder cannot be written.
     """
     place = Folder(folder)
     place.require_writable()

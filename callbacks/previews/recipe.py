@@ -1,6 +1,4 @@
-"""How the images of a preview are made: the live network as the sampler calls it, a decoder, or a
-whole pipeline.
-"""
+"""Callables that make the images of a preview: the live network, the decoder, or a pipeline."""
 
 from __future__ import annotations
 
@@ -23,16 +21,16 @@ def network_of(
     forward_mode: ForwardMode,
     predict: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """Return ``predict`` as a sampler may call it between training steps, in the precision of
-    training.
+    """Wrap ``predict`` so that a sampler can call it between training steps.
+
+    It runs in the precision of training.
     """
     precision = trainer.precision_plugin
     predict = wrap_forward(trainer, module, forward_mode, predict)
 
     def network(x: Tensor, timesteps: Tensor, **conditioning: Any) -> Any:
-        # as in training: inputs are converted, times are not. Around the call and not around the
-        # loop, because half precision changes the default dtype, in which the noise would then be
-        # drawn
+        # as in training: convert inputs but not timesteps. Not around the whole loop, because half
+        # precision changes the default dtype, which would change the dtype of the noise
         with precision.forward_context():
             return predict(
                 precision.convert_input(x), timesteps, **precision.convert_input(conditioning)
@@ -44,8 +42,9 @@ def network_of(
 def decoder_of(
     trainer: Trainer, module: LightningModule, forward_mode: ForwardMode, decode: Any, size: int
 ) -> Callable[[Tensor], Tensor] | None:
-    """Return ``decode`` in slices of ``size``, entered as a part of the model unless it is a
-    network of its own.
+    """Return ``decode`` in slices of ``size``, or None if ``decode`` is None.
+
+    It is called like a part of the model, unless it is a separate network.
     """
     if decode is None:
         return None
@@ -56,8 +55,9 @@ def decoder_of(
 
 
 def may_use(module: nn.Module, function: object) -> bool:
-    """Return whether ``function`` may call parts of ``module``: False for a network, or a method of
-    one, that is no part.
+    """Return whether ``function`` may call parts of ``module``.
+
+    False for a separate network that is not part of ``module``, and for a method of one.
 
     >>> net = nn.Sequential(nn.Linear(1, 1))
     >>> may_use(net, net[0]), may_use(net, nn.Linear(1, 1).forward), may_use(net, lambda x: net(x))
@@ -68,16 +68,20 @@ def may_use(module: nn.Module, function: object) -> bool:
 
 
 def pipeline_context(trainer: Trainer) -> AbstractContextManager[Any]:
-    """Return autocast where training has it. Half precision proper changes the default dtype, and
-    with it schedulers' tables.
+    """Return the autocast context of training, or a null context if training has none.
+
+    True half precision is not applied: it changes the default dtype and so the tables of
+    schedulers.
     """
     plugin = trainer.precision_plugin
     return plugin.forward_context() if isinstance(plugin, MixedPrecision) else nullcontext()
 
 
 def modules_of(*parts: Any, pipeline: Any = None) -> list[nn.Module]:
-    """Return the modules that draw: those among ``parts``, the owners of methods, and what a
-    pipeline consists of.
+    """Return the modules used for sampling.
+
+    These are the modules in ``parts``, the owners of methods in ``parts``, and the modules of the
+    pipeline.
 
     >>> net = nn.Linear(1, 1)
     >>> modules_of(net.forward, None)

@@ -1,6 +1,4 @@
-"""Drawing the images of a preview: batches through a sampler to pixels. Knows no Trainer, and
-leaves no trace.
-"""
+"""Draw the images of a preview: batches to pixels, without a Trainer or side effects."""
 
 from __future__ import annotations
 
@@ -19,12 +17,14 @@ from ...training.images import to_pixels
 from ..support.isolation import buffers_restored, evaluating, randomness_restored
 from .batches import require_rows, take_rows
 
-NAN_SQUARE = 4  # pixels; NaN is shown as a chequered field, which no image looks like
+NAN_SQUARE = 4  # size in pixels; NaN is shown as a checkerboard, which no real image looks like
 
 
 class Painted(NamedTuple):
-    """``pixels``: uint8 (n, 1 or 3, height, width), on the CPU. ``nan``: for each image the share
-    of pixels that are NaN.
+    """Images and their share of NaN.
+
+    ``pixels``: uint8 (n, 1 or 3, height, width), on the CPU. ``nan``: the fraction of NaN pixels in
+    each image.
     """
 
     pixels: Tensor
@@ -33,12 +33,20 @@ class Painted(NamedTuple):
 
 @dataclass(frozen=True)
 class Drawing:
-    """Which images are drawn: their number, their seeds (image i: ``seeds[i]``, or ``seed + i``),
-    and the conditions.
+    """The images to draw: number, seeds and conditions.
 
-    ``conditioning`` and ``unconditional`` are keyword arguments of the network; tensors in them
-    have a row for each image, or one for all. Raises ValueError where the rows do not fit, or
-    guidance is asked for and cannot be had.
+    Args:
+        num_images: number of images.
+        seed: image i has the seed ``seed + i``, if ``seeds`` is empty.
+        conditioning: keyword arguments of the network; tensors have a row for each image, or one
+            for all.
+        unconditional: the same, without condition, for guidance.
+        guidance_scale: scale of classifier-free guidance.
+        guidance_rescale: rescaling of classifier-free guidance.
+        seeds: image i has the seed ``seeds[i]``.
+
+    Raises:
+        ValueError: the number of rows or seeds is wrong, or guidance is requested but not possible.
 
     >>> from alphabar.noising import NoiseSchedule
     >>> sampler = Sampler(NoiseSchedule.flow(), "euler", steps=4)
@@ -73,7 +81,7 @@ class Drawing:
         )
 
     def seeds_of(self, images: Sequence[int]) -> list[int]:
-        """Return the seed of each of these images.
+        """Return the seeds of ``images``.
 
         >>> Drawing(3, seed=5).seeds_of([0, 2]), Drawing(2, seeds=(9, 1)).seeds_of([1])
         ([5, 7], [1])
@@ -92,7 +100,13 @@ class Drawing:
     ) -> Tensor:
         """Return the images of each batch, uint8 (batches, images, 1 or 3, height, width).
 
-        ``shape``: of one sample. ``modules`` are in eval mode meanwhile.
+        Args:
+            network: the network.
+            sampler: the sampler.
+            shape: shape of one sample.
+            batches: image indices of each batch.
+            modules: modules that are set to eval mode while drawing.
+            device: device of the samples.
         """
         drawn = []
         with without_a_trace(device, modules):
@@ -115,10 +129,9 @@ class Drawing:
         decode: Callable[[Tensor], Tensor] | None = None,
         stop: int | None = None,
     ) -> Iterator[Painted | None]:
-        """Yield None after each step of sampling these images, and what they came to at last.
-        ``stop``: after so many steps.
+        """Sample ``images``; yield None after each step, and the finished images at the end.
 
-        To be run within :func:`without_a_trace`.
+        Run it inside :func:`without_a_trace`. ``stop``: number of steps after which to stop early.
         """
         device = torch.device(device)
         seeds = self.seeds_of(images)
@@ -135,9 +148,7 @@ class Drawing:
         yield paint(x if decode is None else _images(decode(x), len(images)))
 
     def arguments(self, images: Sequence[int], device: torch.device) -> dict[str, Any]:
-        """Return the arguments of the sampler that say under which conditions these images are
-        drawn.
-        """
+        """Return the sampler's arguments for conditioning and guidance of ``images``."""
         return {
             "conditioning": take_rows(self.conditioning, images, device),
             "unconditional": None
@@ -152,10 +163,9 @@ class Drawing:
 def without_a_trace(
     device: torch.device | str, modules: Sequence[object]
 ) -> Generator[None, None, None]:
-    """Draw with these modules in eval mode, without gradients; what that may move is as before
-    afterwards.
+    """Set ``modules`` to eval mode and disable gradients inside the block; then restore all state.
 
-    That is generators, flags, modes, graphs and buffers.
+    Restores random generators, train / eval flags, the gradient mode, compiled graphs and buffers.
 
     >>> with without_a_trace("cpu", []):
     ...     torch.is_grad_enabled()
@@ -165,18 +175,18 @@ def without_a_trace(
         randomness_restored(device),
         evaluating(*modules),
         buffers_restored(*modules),
-        torch.compiler.set_stance(
-            "force_eager"
-        ),  # a graph for previews would count against training's limit
-        # not inference_mode: tensors that a network caches must stay usable in training
+        # a graph compiled for previews would count against training's recompile limit
+        torch.compiler.set_stance("force_eager"),
+        # not inference_mode: tensors that a network caches must remain usable in training
         torch.no_grad(),
     ):
         yield
 
 
 def paint(samples: Tensor) -> Painted:
-    """Return samples (n, channels, height, width) as pixels; a pixel with NaN in any channel is
-    part of a chequered field.
+    """Convert samples (n, channels, height, width) to pixels.
+
+    Pixels with NaN in any channel are shown as a checkerboard.
 
     >>> paint(torch.full((1, 1, 8, 8), torch.nan)).pixels[0, 0, 0].tolist()
     [0, 0, 0, 0, 255, 255, 255, 255]
@@ -203,11 +213,10 @@ def _images(decoded: Tensor, count: int) -> Tensor:
 
 
 def in_slices(decode: Any, size: int) -> Callable[[Tensor], Tensor]:
-    """Return ``decode``, a function of latents or a diffusers VAE, as a function that takes
-    ``size`` latents at a time.
+    """Return a function that decodes ``size`` latents at a time.
 
-    What a VAE is given is z / scaling_factor + shift_factor, in its own dtype, as in diffusers'
-    pipelines.
+    ``decode`` is a function of latents or a diffusers VAE. A VAE gets z / scaling_factor +
+    shift_factor in its own dtype, as in diffusers' pipelines.
 
     >>> in_slices(lambda z: z.repeat(1, 1, 8, 8)[:, :3], size=1)(torch.zeros(2, 4, 8, 8)).shape
     torch.Size([2, 3, 64, 64])

@@ -1,6 +1,4 @@
-"""When previews are drawn: at steps, epochs or intervals of time, at extra early steps, and at the
-end.
-"""
+"""Triggers of previews: every n steps, epochs or a time interval, extra steps, and the end."""
 
 from __future__ import annotations
 
@@ -16,8 +14,19 @@ from ...noising.utils.validation import whole_number
 
 @dataclass(frozen=True)
 class Triggers:
-    """At most one of the first three; none of them means every epoch. Raises ValueError for others.
-    Steps are optimizer steps.
+    """When to draw previews. Steps are optimizer steps.
+
+    Give at most one of the first three arguments. If none is given, previews are drawn every epoch.
+
+    Args:
+        every_n_train_steps: interval in steps.
+        every_n_epochs: interval in epochs.
+        train_time_interval: interval in time.
+        extra_steps: additional steps with a preview; 0 is before training.
+        at_end: also draw a preview at the end of fit.
+
+    Raises:
+        ValueError: more than one interval, or an invalid value.
 
     >>> triggers = Triggers(every_n_train_steps=500, extra_steps=(1, 10, 100))
     >>> [step for step in range(1001) if triggers.at_step(step)]
@@ -56,9 +65,7 @@ class Triggers:
         object.__setattr__(self, "extra_steps", _steps(self.extra_steps))
 
     def at_step(self, step: int) -> bool:
-        """Return whether a preview is due after optimizer step ``step``, apart from epochs and
-        time.
-        """
+        """Return whether the step triggers require a preview after optimizer step ``step``."""
         n = self.every_n_train_steps
         return step in self.extra_steps or (n is not None and step > 0 and step % n == 0)
 
@@ -72,8 +79,9 @@ class Triggers:
         return n is not None and (epoch + 1) % n == 0
 
     def at_time(self, trainer: Trainer, seconds: float) -> bool:
-        """Return whether rank 0 finds that the interval has passed; every rank must call it, as
-        clocks differ.
+        """Return whether the time interval has passed on rank 0.
+
+        Every rank must call it, because clocks differ between ranks.
         """
         interval = self.train_time_interval
         if interval is None:
@@ -82,8 +90,9 @@ class Triggers:
 
 
 def is_last_epoch(trainer: Trainer) -> bool:
-    """Return whether fit stops after this epoch, as far as is known at its end. Unlike
-    ``fit_loop.done`` it changes nothing.
+    """Return whether fit stops after this epoch, as far as is known at the end of the epoch.
+
+    Unlike ``fit_loop.done``, it changes no state.
 
     >>> from types import SimpleNamespace
     >>> is_last_epoch(
