@@ -318,7 +318,7 @@ class EMA(Callback):
         self._finish(trainer, AT_THE_END)
         self._complaints.sum_up()
 
-    # -- use ---------------------------------------------------------------------------------------
+    # -- the average in validation and sampling ----------------------------------------------------
 
     def ema_pairs(self, trainer: Trainer, module: LightningModule) -> Pairs:
         """Return pairs (live parameter, this rank's part of its average).

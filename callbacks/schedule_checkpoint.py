@@ -287,7 +287,7 @@ class ScheduleCheckpoint(Callback):
             for path in dict.fromkeys(os.fspath(path) for path in paths if path)
         ]
 
-    # -- a folder for every checkpoint -------------------------------------------------------------
+    # -- one folder per checkpoint -----------------------------------------------------------------
 
     def _follow(self, trainer: Trainer, module: LightningModule) -> None:
         if self._followed is not None:  # after a failed fit, teardown did not run

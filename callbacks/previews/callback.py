@@ -72,13 +72,14 @@ class ValidationSampling(Callback):
 
     Trial: before training starts, the callback tries everything that a preview needs. On every rank
     this costs one sampling step of one image (a pipeline: two steps) and its decoding. An error in
-    the trial is raised for any ``on_error``. If the shape of a sample is known only with the first
-    batch, the trial waits for that batch. A preview at step 0 then needs ``shape`` or
-    ``sample_shape``.
+    the trial is always raised, also with ``on_error='warn'``. If the shape of a sample is known
+    only with the first batch, the trial waits for that batch. A preview at step 0 then needs
+    ``shape`` or ``sample_shape``.
 
-    Errors in a sharded model: an error inside a forward of a sharded model (FSDP, ZeRO-3) ends
-    training for any ``on_error``. The other ranks wait in that forward until the process of this
-    rank has ended or the process group's timeout has passed; see ``exit_after_error``.
+    Errors in a sharded model: an error inside a forward of a sharded model (FSDP, ZeRO-3) always
+    ends training, also with ``on_error='warn'``. The other ranks wait in that forward until the
+    process of this rank has ended or the process group's timeout has passed; see
+    ``exit_after_error``.
 
     Publishing: a background thread of rank 0 writes files and calls loggers. Slow writes do not
     delay any rank, and each kind of failure warns once. Up to 8 previews wait in the queue. One
@@ -121,7 +122,7 @@ class ValidationSampling(Callback):
         conditioning, unconditional: arguments of ``predict``. Tensors have a row for each image, or
             one for all.
         guidance_scale, guidance_rescale: classifier-free guidance, as in Sampler.
-        weights: 'raw', 'ema' or 'both' (separate grids). ``ema_weights`` lists the averages that
+        weights: 'raw', 'ema' or 'both' (separate grids). See ``ema_weights`` for the averages that
             are found. While there is no average, the raw weights are used, and the preview says so.
         decode, decode_batch_size: function (or diffusers VAE) from latents to images in [-1, 1],
             and its batch size.
@@ -376,7 +377,7 @@ class ValidationSampling(Callback):
                 f"{failure}"
             ) from failure
 
-    # -- when --------------------------------------------------------------------------------------
+    # -- triggers ----------------------------------------------------------------------------------
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -404,7 +405,7 @@ class ValidationSampling(Callback):
         if trainer.global_step not in (0, self._last_step):
             self._preview(trainer, module)
 
-    # -- what --------------------------------------------------------------------------------------
+    # -- drawing and publishing --------------------------------------------------------------------
 
     def _preview(self, trainer: Trainer, module: LightningModule) -> None:
         if self._previewer is None:
