@@ -1,4 +1,4 @@
-"""Samplers as tables: grids, methods, the kernel that runs them, guidance."""
+"""Samplers as tables: grids, methods, the kernel that runs a table, and guidance."""
 
 from .clipping import Clip, DynamicThreshold
 from .grids import GRIDS, make_knots, register_grid, register_sigma_grid, register_timestep_grid

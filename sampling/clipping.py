@@ -1,13 +1,12 @@
-"""Clipping: keeping the clean estimate inside the range of the data, at every evaluation of the
-network.
+"""Clipping: keep the clean estimate inside the range of the data at every network evaluation.
 
-No table can do this, for it is not linear; but it changes only what an evaluation returns. With x
-kept, moving x_0 by Δx_0 moves the network's output by Δout = (det / σ) Δx_0 (see
-noising.prediction), so the clipped estimate is folded back into the raw output, exactly, for every
-prediction type, and the tables know nothing of it. ε̂ moves along: it is what x and the clipped x_0
-imply, as DDPM has it and DDIM with ``use_clipped_model_output=True``. With False DDIM, its inverse
-and RePaint ask for the ε̂ before clipping as well, which is kept beside. TCDScheduler of diffusers
-has the settings and clips nothing.
+Clipping is not linear, so a table cannot contain it. But it only changes the result of an
+evaluation. For a fixed x, a change Δx_0 of x_0 changes the network's output by Δout = (det / σ)
+Δx_0 (see noising.prediction). So the clipped estimate is converted back into the raw output,
+exactly, for every prediction type, and the tables do not change. ε̂ changes too: it is computed
+from x and the clipped x_0, as in DDPM and in DDIM with ``use_clipped_model_output=True``. With
+False, DDIM, its inverse and RePaint also use the ε̂ before clipping, which is kept separately.
+TCDScheduler of diffusers has these settings but does not clip.
 """
 
 from __future__ import annotations
@@ -23,14 +22,15 @@ from .kernel import Evaluate
 from .knots import Knot
 
 Change = Callable[[Tensor], Tensor]
-"""What is done to a clean estimate: (batch, ...) -> the same shape."""
+"""A change of the clean estimate: (batch, ...) -> the same shape."""
 
 
 @dataclass(frozen=True)
 class Clip:
     """Clip x_0 to -limit ... limit: ``clip_sample`` and ``clip_sample_range`` in diffusers.
 
-    Raises ValueError unless the limit is positive.
+    Raises:
+        ValueError: The limit is not positive.
 
     >>> Clip(1.0)(torch.tensor([-3.0, 0.5]))
     tensor([-1.0000,  0.5000])
@@ -51,12 +51,17 @@ class Clip:
 
 @dataclass(frozen=True)
 class DynamicThreshold:
-    """Clip x_0 to -s ... s and divide by s, s being a quantile of each image's |x_0| (Saharia et
-    al. 2205.11487, §2.3).
+    """Clip x_0 to -s ... s and divide by s, where s is a quantile of each image's |x_0|.
 
-    ``ratio``: which quantile. s is at least 1, and at most ``max_value`` (diffusers'
-    ``sample_max_value``, which is 1 by default there: plain clipping). For pixels in [-1, 1], not
-    for latents. Raises ValueError for values out of range.
+    Source: Saharia et al. 2205.11487, §2.3. For pixels in [-1, 1], not for latents.
+
+    Args:
+        ratio: The quantile.
+        max_value: The largest s; s is at least 1. diffusers' ``sample_max_value``, whose default
+            there is 1: plain clipping.
+
+    Raises:
+        ValueError: A value is out of range.
 
     >>> DynamicThreshold(ratio=1.0)(torch.tensor([[-3.0, 1.5]]))
     tensor([[-1.0000,  0.5000]])
@@ -83,7 +88,7 @@ class DynamicThreshold:
 
 
 def resolve_clip(clip: float | Change) -> Change:
-    """Return the change for a limit, or the change itself.
+    """Return the change for a limit; return a given change as it is.
 
     >>> resolve_clip(2)
     Clip(limit=2.0)
@@ -92,8 +97,9 @@ def resolve_clip(clip: float | Change) -> Change:
 
 
 def clipped(evaluate: Evaluate, prediction: Prediction, change: Change) -> Evaluate:
-    """Return ``evaluate`` with the clean estimate changed and folded back into the raw output, in
-    float32 or better.
+    """Return ``evaluate`` with the changed clean estimate converted back into the raw output.
+
+    The result has float32 or better.
 
     >>> from alphabar.noising import PREDICTIONS
     >>> f = clipped(lambda x, knot: 0 * x, PREDICTIONS["epsilon"](), Clip(1.0))
@@ -108,7 +114,7 @@ def clipped(evaluate: Evaluate, prediction: Prediction, change: Change) -> Evalu
         out = out.to(torch.promote_types(out.dtype, x.dtype))
         # x_0 = p x_t + q out, q = σ / det
         p, q = prediction.x0_coefficients(knot.alpha, knot.sigma)
-        if q == 0:  # x is the clean sample itself, of which the output says nothing
+        if q == 0:  # x is the clean sample; the output has no effect on x_0
             return out
         x0 = (p / knot.input_scale) * x + q * out
         return out + (change(x0) - x0) / q

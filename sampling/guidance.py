@@ -1,5 +1,6 @@
-"""Classifier-free guidance around a network. Tables know nothing of it: it changes what an
-evaluation returns.
+"""Classifier-free guidance around a network.
+
+Tables do not depend on it: guidance only changes the result of an evaluation.
 """
 
 from __future__ import annotations
@@ -21,12 +22,11 @@ Network = Callable[..., Any]
 def guide(
     out: Tensor, unconditional: Tensor, guidance_scale: float, guidance_rescale: float = 0.0
 ) -> Tensor:
-    """Return the guided output, u + w (c - u), pulled back to the conditional one's spread by
-    ``guidance_rescale``.
+    """Return the guided output u + w (c - u), rescaled towards the standard deviation of c.
 
-    Shapes (batch, ...); float32 or better. Classifier-free guidance is Ho & Salimans 2207.12598,
-    eq. 6, with w = 1 for no guidance; the rescale is Lin et al. 2305.08891, eq. 15 and 16, with φ =
-    0.7 there.
+    Shapes (batch, ...); float32 or better. Classifier-free guidance: Ho & Salimans 2207.12598, eq.
+    6; w = 1 is no guidance. ``guidance_rescale`` is φ of Lin et al. 2305.08891, eq. 15 and 16; the
+    paper uses 0.7.
 
     >>> guide(torch.ones(1, 2), torch.zeros(1, 2), 3.0)
     tensor([[3., 3.]])
@@ -41,13 +41,12 @@ def guide(
 
 
 class Guided:
-    """A network under guidance: (x, timesteps) -> its guided raw output. ``unconditional`` is that
-    half of its last output.
+    """A network with guidance: (x, timesteps) -> guided raw output.
 
-    Both halves go through the network in one batch of twice the size where their inputs can be
-    joined, and one after the other where they cannot: objects, texts and numbers that differ,
-    tensors that have no row for each image and differ. A half of its own comes to the same result,
-    whatever the network makes of its arguments.
+    ``unconditional`` is the unconditional half of the last output. Both halves use one network call
+    with twice the batch if their inputs can be joined. Otherwise there are two calls: for objects,
+    texts and numbers that differ, and for tensors that differ and have no row for each image. Two
+    calls give the same result as one, whatever the network does with its arguments.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class Guided:
             out, empty = prediction_tensor(
                 self.network(torch.cat([x, x]), torch.cat([t, t]), **self.both)
             ).chunk(2)
-        else:  # the conditional half last: what the network keeps of its last call is of that one
+        else:  # conditional half last: the network may keep state from its last call
             empty = prediction_tensor(self.network(x, t, **self.without))
             out = prediction_tensor(self.network(x, t, **self.conditioning))
         self.unconditional = empty
@@ -87,9 +86,7 @@ class Guided:
 
 
 class Unguided:
-    """A network without guidance: (x, timesteps) -> its raw output, of which no half is
-    unconditional.
-    """
+    """A network without guidance: (x, timesteps) -> raw output, with no unconditional half."""
 
     unconditional: Tensor | None = None
 
@@ -111,9 +108,11 @@ def guided_network(
 ) -> Guided | Unguided:
     """Return (x, timesteps) -> raw output, guided, for x of ``batch`` rows.
 
-    At a scale of 1 the unconditional half is evaluated only where ``halves`` asks for it and its
-    input is given. Raises ValueError where guidance is asked for without an unconditional input, or
-    the two do not have the same keys.
+    At a scale of 1 the unconditional half is evaluated only if ``halves`` is True and
+    ``unconditional`` is given.
+
+    Raises:
+        ValueError: Guidance has no unconditional input, or the two inputs have different keys.
 
     >>> f = guided_network(
     ...     lambda x, t, y: y, {"y": torch.ones(1, 2)}, {"y": torch.zeros(1, 2)}, 3.0, 0.0, batch=1
@@ -137,7 +136,7 @@ def guided_network(
 
 
 class _Apart(Exception):
-    """One batch cannot hold both halves of this argument."""
+    """The two halves of this argument cannot be joined in one batch."""
 
 
 SHARED = (
@@ -153,7 +152,7 @@ SHARED = (
     np.generic,
     NoneType,
 )
-"""Values without rows: where they are the same in both halves, one batch can have them."""
+"""Types without rows: equal values in both halves can share one batch."""
 
 
 def _joined(key: str, a: Any, b: Any, batch: int) -> Any:
@@ -163,7 +162,7 @@ def _joined(key: str, a: Any, b: Any, batch: int) -> Any:
     if kind is type(b):
         if kind is dict:
             return _joined_mappings(key, cast(Any, a), cast(Any, b), batch)
-        # a list as long as the batch may hold something for each image
+        # a list as long as the batch may hold one item per image
         if kind in (list, tuple) and len(a) == len(b) != batch:
             return kind(
                 _joined(f"{key}[{i}]", *pair, batch)
@@ -202,7 +201,7 @@ def _joined_tensors(key: str, a: Tensor, b: Tensor, batch: int) -> Tensor:
     if alike and a.layout == torch.strided:
         if all(rows):
             return torch.cat([a, b])
-        if a is b or torch.equal(a, b):  # one for all images
+        if a is b or torch.equal(a, b):  # one value for all images
             return a
     raise _Apart
 

@@ -1,7 +1,6 @@
-"""What every run of a network shares: where it happens, how its noise is drawn, and how the network
-is called.
+"""Common parts of every sampling run: device and dtype, noise, and the network call.
 
-The table sampler and the samplers that are no tables take the same arguments and begin here.
+The table sampler and the standalone samplers take the same arguments and use this module.
 """
 
 from __future__ import annotations
@@ -28,13 +27,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Run:
-    """One run: ``x`` at the first knot, ``evaluate(x, knot)`` -> the guided, clipped output,
-    ``noise()`` -> standard normal.
+    """One run: start ``x``, ``evaluate(x, knot)`` and the noise source.
 
-    ``beside``: what the last evaluation left besides, as ``kernel.perform`` takes it: its
-    unconditional half where there is one, and what it was before clipping. ``head(k)`` returns the
-    k-th part of the channels of the last output, for networks that put out more than their
-    prediction.
+    Args:
+        x: The state at the first knot.
+        evaluate: ``evaluate(x, knot)`` returns the guided, clipped output.
+        noise: ``noise()`` returns standard normal noise.
+        beside: Other results of the last evaluation, as ``kernel.perform`` takes them: its
+            unconditional half, if there is one, and its value before clipping.
+        head: ``head(k)`` returns the k-th part of the channels of the last output, for networks
+            with more outputs than their prediction.
     """
 
     x: Tensor
@@ -63,13 +65,19 @@ def prepare_run(
     dtype: torch.dtype | None = None,
     clip: float | Change | None = None,
 ) -> Run:
-    """Return the run that starts at ``first``, the noise times ``scale`` (sqrt(α² + σ²) there).
-    Raises ValueError for a bad shape.
+    """Return the run that starts at ``first``.
 
-    From ``seeds`` on these are the arguments that every sampler's call takes; ``Sampler.iterate``
-    says what they mean. ``integer_timesteps``: the network is given integers as time.
-    ``output_multiple``: its output has so many times the channels of its input, of which the first
-    are the prediction. ``halves``: the unconditional half is of use without guidance as well.
+    The start noise is multiplied by ``scale``, by default sqrt(α² + σ²) at ``first``. The arguments
+    from ``seeds`` on are common to the calls of all samplers; see ``Sampler.iterate``.
+
+    Args:
+        integer_timesteps: Give the network integer timesteps.
+        output_multiple: The output has this many times the channels of the input; the first part is
+            the prediction.
+        halves: The unconditional half is used without guidance too.
+
+    Raises:
+        ValueError: The shape is invalid.
 
     >>> run = prepare_run(
     ...     NoiseSchedule.flow(), Knot(1000.0, 0.0, 1.0), lambda x, t: -x, (2, 3), seeds=0
@@ -100,7 +108,7 @@ def prepare_run(
         out = guided(
             x.to(dtype or x.dtype), torch.full(x.shape[:1], time, dtype=time_dtype, device=device)
         )
-        # it would broadcast silently
+        # another shape would broadcast silently
         require_same_shape("the network's output", out, "its input", x)
         return out
 
@@ -132,8 +140,9 @@ class Kept:
 
 
 class _Outputs:
-    """A network that keeps its last output, split along the channels; a call returns the first
-    part.
+    """A network that keeps its last output, split along the channels.
+
+    A call returns the first part.
     """
 
     def __init__(self, network: Network, output_multiple: int) -> None:
@@ -155,11 +164,14 @@ class _Outputs:
 
 
 class SeededNoise:
-    """Standard normal noise in which every image has a seed of its own, all 64 bits of it; each
-    call is another draw.
+    """Standard normal noise with a seed of all 64 bits for each image; each call is a new draw.
 
-    ``seeds``: one for each image, or one that is counted up, modulo 2^64; none: fresh ones.
-    ValueError for another number of them or more than 64 bits, TypeError for what is no integer.
+    Args:
+        seeds: One for each image; or one int, counted up modulo 2^64; or None for fresh seeds.
+
+    Raises:
+        ValueError: The number of seeds is wrong, or a seed has more than 64 bits.
+        TypeError: A seed is not an integer.
 
     >>> torch.equal(
     ...     SeededNoise((2, 3), [5, 6], torch.device("cpu"))()[1],
@@ -182,7 +194,7 @@ class SeededNoise:
         return self._next(Stream.SAMPLING_UNIFORM).uniform(*shape)
 
     def _next(self, stream: Stream) -> Draws:
-        # an image is told from others by its seed, not by its place in the batch
+        # index 0 for all: the noise depends on the seed, not on the position in the batch
         draws = Draws(
             self.seeds, [0] * len(self.seeds), step=self.drawn, stream=stream, device=self.device
         )
@@ -204,7 +216,7 @@ def _one_for_each(batch: int, seeds: int | Sequence[int] | None) -> list[int]:
 
 
 def checked_shape(shape_or_noise: Sequence[int] | Tensor) -> tuple[int, ...]:
-    """Return the shape (batch, ...), or raise ValueError where it is none.
+    """Return the shape (batch, ...), or raise ValueError if it is invalid.
 
     >>> checked_shape([2, 3])
     (2, 3)
@@ -220,7 +232,7 @@ def checked_shape(shape_or_noise: Sequence[int] | Tensor) -> tuple[int, ...]:
 
 
 def checked_seeds(seeds: Any) -> int | list[int] | None:
-    """Return seeds as an int, a list of them or None, or raise ValueError where one is no integer.
+    """Return seeds as an int, a list of ints or None; raise ValueError if one is not an integer.
 
     >>> checked_seeds(torch.tensor([3, 4]))
     [3, 4]
@@ -237,8 +249,9 @@ def checked_seeds(seeds: Any) -> int | list[int] | None:
 def place(
     network: Network, start: Any, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> tuple[torch.device, torch.dtype | None]:
-    """Return the device and dtype of the network's input: as given, else those of its parameters,
-    else the start's device.
+    """Return the device and dtype of the network's input.
+
+    Explicit values first, then those of the network's parameters, then the device of ``start``.
 
     >>> place(nn.Linear(2, 2).double(), (1, 2), None, None)
     (device(type='cpu'), torch.float64)
@@ -259,8 +272,10 @@ def place(
 
 
 def without_gradients(steps: Iterator[T]) -> Iterator[T]:
-    """Yield from ``steps``, which runs without gradients; the mode is entered anew for each step,
-    so that a generator that is left halfway does not leave its caller without gradients.
+    """Yield from ``steps``, which runs without gradients.
+
+    The no-grad mode is entered for each step separately. So a generator that is not finished does
+    not leave its caller without gradients.
 
     >>> list(without_gradients(iter([torch.is_grad_enabled()])))
     [True]
@@ -275,7 +290,7 @@ def without_gradients(steps: Iterator[T]) -> Iterator[T]:
 
 
 def last(steps: Iterator[T]) -> T:
-    """Return the last of ``steps``, of which there is at least one.
+    """Return the last of ``steps``, which has at least one item.
 
     >>> last(iter("abc"))
     'c'

@@ -1,8 +1,7 @@
 """The kernel: one function runs every table.
 
-Coefficients are Python floats, computed in float64, that travel as kernel arguments: a step makes
-no host sync and no upload. The state is kept in float32 or better, whatever the dtype of the
-network.
+Coefficients are Python floats, computed in float64 and passed as kernel arguments, so a step needs
+no host sync and no upload. The state is float32 or better, whatever the dtype of the network.
 """
 
 from __future__ import annotations
@@ -25,8 +24,9 @@ NOTHING_BESIDE: Beside = MappingProxyType({})
 
 
 def combine(row: Row, basis: Sequence[Tensor]) -> Tensor:
-    """Return the linear combination of ``basis`` that ``row`` states; a single vector with
-    coefficient 1 is not copied.
+    """Return the linear combination of ``basis`` with the coefficients of ``row``.
+
+    A single vector with coefficient 1 is not copied.
 
     >>> combine(((0, 2.0), (1, -1.0)), [torch.ones(2), torch.ones(2)])
     tensor([1., 1.])
@@ -43,8 +43,9 @@ def combine(row: Row, basis: Sequence[Tensor]) -> Tensor:
 
 
 class Progress:
-    """Where a sampling run stands after a step: ``step`` of ``steps``, ``x`` there, and the clean
-    estimate ``denoised``.
+    """The state of a sampling run after a step.
+
+    ``step`` of ``steps``, the state ``x`` and the clean estimate ``denoised``.
 
     >>> Progress(1, 2, torch.ones(1), ((0, 0.5),), [torch.ones(1)]).denoised
     tensor([0.5000])
@@ -56,19 +57,22 @@ class Progress:
 
     @cached_property
     def denoised(self) -> Tensor:
-        """The estimate of the clean sample that this step used, computed when asked for."""
+        """The estimate of the clean sample in this step, computed on access."""
         return combine(self._row, self._basis)
 
 
 def run(
     table: Table, x: Tensor, evaluate: Evaluate, noise: Noise, beside: Beside = NOTHING_BESIDE
 ) -> Iterator[Progress]:
-    """Run a table from ``x``, yielding after each step.
+    """Run a table from ``x`` and yield after each step.
 
-    ``evaluate(x, knot)`` returns the network's raw output, ``noise(start, end)`` standard normal
-    noise; both in the shape and device of ``x``. ``beside`` gives what the last evaluation left
-    besides its result, for each kind of operation that asks for it: its unconditional half, what it
-    was before clipping. Where that is missing or None, it is the evaluation itself.
+    Args:
+        evaluate: ``evaluate(x, knot)`` returns the network's raw output, in the shape and device of
+            ``x``.
+        noise: ``noise(start, end)`` returns standard normal noise, in the shape and device of
+            ``x``.
+        beside: Other results of the last evaluation, by kind of operation: its unconditional half,
+            its value before clipping. If one is missing or None, the evaluation itself is used.
     """
     state = [x]
     for i, step in enumerate(table.steps):
@@ -85,8 +89,9 @@ def perform(
     noise: Noise,
     beside: Beside = NOTHING_BESIDE,
 ) -> None:
-    """Append to ``basis`` what each operation gives, in the dtype of its first vector; arguments as
-    in :func:`run`.
+    """Append the result of each operation to ``basis``, in the dtype of its first vector.
+
+    Arguments as in :func:`run`.
 
     >>> basis = [torch.ones(1)]
     >>> perform([Draw(1.0, 0.5)], basis, lambda x, knot: x, lambda start, end: torch.zeros(1))

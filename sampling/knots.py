@@ -15,8 +15,7 @@ from ..noising import NoiseSchedule
 
 @dataclass(frozen=True)
 class Knot:
-    """One point of the path: signal α, noise σ, and what the network is given there: the time, and
-    x times a scale.
+    """One point of the path: signal α, noise σ, and the time and input scale for the network.
 
     >>> Knot(timestep=999, alpha=0.0, sigma=1.0).half_log_snr
     -inf
@@ -29,7 +28,7 @@ class Knot:
 
     @cached_property
     def half_log_snr(self) -> float:
-        """λ = log(α / σ), the letter of the DPM-Solver papers; infinite at both ends."""
+        """λ = log(α / σ), as in the DPM-Solver papers; infinite at both ends."""
         if self.sigma == 0:
             return math.inf
         return -math.inf if self.alpha == 0 else math.log(self.alpha / self.sigma)
@@ -41,7 +40,7 @@ class Knot:
 
 
 CLEAN = Knot(timestep=-1.0, alpha=1.0, sigma=0.0)
-"""Where sampling ends: the clean sample. No network is called there."""
+"""The end of sampling: the clean sample. The network is not called there."""
 
 
 def knots_at(schedule: NoiseSchedule, times: Tensor | Sequence[float]) -> tuple[Knot, ...]:
@@ -59,8 +58,9 @@ def knots_at(schedule: NoiseSchedule, times: Tensor | Sequence[float]) -> tuple[
 
 
 def knot_at_half_log_snr(schedule: NoiseSchedule, half_log_snr: float) -> Knot:
-    """Return the point of the schedule's path with this λ = log(α / σ), also past the ends of its
-    time, computed in float64.
+    """Return the point of the schedule's path with this λ = log(α / σ), computed in float64.
+
+    λ may be outside the range of the schedule's time.
 
     >>> knot = knot_at_half_log_snr(NoiseSchedule.scaled_linear(), 0.0)
     >>> round(knot.alpha**2, 6), 200 < knot.timestep < 400

@@ -1,10 +1,9 @@
-"""Names that people know a sampler by: our own, those of A1111, k-diffusion and ComfyUI, and
-diffusers' class names.
+"""Names of samplers: ours, those of A1111, k-diffusion and ComfyUI, and diffusers' classes.
 
-A name resolves to a method and what it implies: a grid, and options of the grid and of the method.
-The words after a method's name may say the grid, as in 'DPM++ 2M Karras'. A diffusers class stands
-for what it is with default options: its method, its spacing, its order; what is said wins over
-these. Case, the kind of separator, and 'k_', 'sample_' and 'gpu' do not matter.
+A name resolves to a method and its implied settings: a grid, and options of the grid and the
+method. The last words of a name can be the grid, as in 'DPM++ 2M Karras'. A diffusers class implies
+its default options: method, spacing, order. Explicit values override them. Case, the kind of
+separator, and 'k_', 'sample_' and 'gpu' are ignored.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ ALIASES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "uni_pc": ("unipc", {"order": 3, "solver_type": "bh1"}),
     "uni_pc_bh2": ("unipc", {"order": 3}),
     "res_multistep_ancestral": ("res_multistep", {"eta": 1.0}),
-    # diffusers: classes that are another one on other models
+    # diffusers: the same class for other models
     "DDIMParallelScheduler": ("ddim", {}),
     "CogVideoXDDIMScheduler": ("ddim", {}),
     "CogVideoXDPMScheduler": ("dpmpp_2m_sde", {}),
@@ -43,10 +42,9 @@ ALIASES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "FlowMatchHeunDiscreteScheduler": ("flow_heun", {}),
     "FlowMatchLCMScheduler": ("lcm", {}),
 }
-"""Names of other software that are not in a method's own list ``called``: the method, and what the
-name implies.
+"""Other names that are not in a method's ``called`` list: the method and the implied options.
 
-What a class of diffusers implies is in ``diffusers_classes``.
+The options of diffusers classes are in ``diffusers_classes``.
 """
 
 INIT_NOISES = ("marginal", "sigma")
@@ -55,7 +53,7 @@ RUN_OPTIONS = {
         "init_noise", Parameter.KEYWORD_ONLY, default=INIT_NOISES[0], annotation=str
     )
 }
-"""Options that every sampler has, beside those of its method and its grid."""
+"""Options of every sampler, in addition to those of its method and its grid."""
 
 SUFFIXES: Mapping[str, dict[str, Any]] = {
     "ka": {"grid": "karras"},
@@ -66,8 +64,9 @@ SUFFIXES: Mapping[str, dict[str, Any]] = {
     "ays_svd": {"grid": "align_your_steps", "variant": "svd"},
     "gpu": {},
 }
-"""Last words of a name that stand for a grid, as in 'DPM++ 2M SDE Karras', beside the names of the
-grids themselves.
+"""Last words of a name that select a grid, in addition to the names of the grids.
+
+Example: 'DPM++ 2M SDE Karras'.
 """
 
 PREFIXES = ("sample_", "k_")
@@ -76,10 +75,9 @@ Known = tuple[Method | StandaloneEntry, dict[str, Any]]
 
 
 def resolve(name: str | Method | StandaloneEntry) -> Known:
-    """Return the entry of a name, a method or a sampler that is no table, and the options, ``grid``
-    among them, that it implies.
+    """Return the entry of a name, method or standalone sampler, and its implied options.
 
-    Raises ValueError for an unknown name, with the nearest ones.
+    The options include ``grid``. Raises ValueError for an unknown name, with the nearest names.
 
     >>> entry, implied = resolve("DPM++ 2M SDE Karras")
     >>> entry.name, implied
@@ -96,10 +94,11 @@ def resolve(name: str | Method | StandaloneEntry) -> Known:
 
 
 def resolve_method(name: str | Method) -> tuple[Method, dict[str, Any]]:
-    """Return the method of a name and the options, ``grid`` among them, that the name implies.
+    """Return the method of a name and the options that the name implies, including ``grid``.
 
-    Raises ValueError for an unknown name, with the nearest ones, and for a sampler that is no
-    table.
+    Raises:
+        ValueError: The name is unknown (the error lists the nearest names), or it is a standalone
+            sampler, which has no table.
 
     >>> method, implied = resolve_method("DPM++ 2M Karras")
     >>> method.name, implied
@@ -131,12 +130,11 @@ def resolve_settings(
     grid: str | Grid | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """Return the settings of a sampler from its arguments; ``steps`` stays None where nothing says
-    it.
+    """Resolve arguments: explicit value, then the name's implied value, then the method's default.
 
-    An explicit value comes first, then what the name implies, then the default of the method. Where
-    a grid is replaced, those of its options stay that the new one has too. Raises ValueError for
-    unknown names and options.
+    ``steps`` is None if neither the arguments nor the name set it. If the grid is replaced, the
+    implied options that the new grid also has are kept. Raises ValueError for unknown names and
+    options.
 
     >>> settings = resolve_settings("DPM++ 2M Karras", 20, options={"rho": 5.0})
     >>> settings.grid, settings.options
@@ -157,7 +155,7 @@ def resolve_settings(
     known = RUN_OPTIONS | method.parameters | grid_parameters(grid)
     for option in said:
         lookup(f"option of {method.name} on the {grid} grid", option, known)
-    if kind is not None:  # of a class only what is no default here
+    if kind is not None:  # of a class, keep only values that differ from our defaults
         usual = {name: parameter.default for name, parameter in known.items()} | dict(
             method.defaults
         )
@@ -173,7 +171,7 @@ def resolve_settings(
 
 
 def all_names() -> dict[str, list[str]]:
-    """Return the names that each entry is known by elsewhere, by its own name.
+    """Return the other names of each entry, by the entry's own name.
 
     >>> all_names()["euler"][:2]
     ['Euler', 'EulerDiscreteScheduler']
@@ -186,7 +184,7 @@ def all_names() -> dict[str, list[str]]:
 
 
 def key_of(name: object) -> str:
-    """Return the form of a name in which names are compared.
+    """Return the normalised form of a name, for comparison.
 
     >>> key_of("DPM++ 2S a"), key_of("dpmpp-2s_A")
     ('dpmpp_2s_a', 'dpmpp_2s_a')
@@ -200,7 +198,7 @@ def _known_names() -> dict[str, Known]:
 
 @lru_cache(maxsize=1)
 def _names_at(changes: int) -> dict[str, Known]:
-    """Return what every name stands for; ``changes`` of the registries make it anew."""
+    """Return the entry of every name; ``changes`` of the registries is the cache key."""
     entries: dict[str, Method | StandaloneEntry] = {**METHODS, **STANDALONE}
     known: dict[str, Known] = {}
     for entry in entries.values():
@@ -237,8 +235,9 @@ def _suffixes(key: str) -> list[str]:
 
 
 def _nearest(key: str) -> str:
-    """Word what the nearest known names are, one for each entry, with the grid that the name ends
-    in.
+    """Return the error text with the nearest known names.
+
+    One name for each entry, with the grid that the name ends in.
     """
     ending = next(iter(_suffixes(key)), "")
     known, spelled = (

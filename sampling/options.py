@@ -1,5 +1,6 @@
-"""Options of formulas: the keyword-only parameters of a function, each value checked against its
-type before any work.
+"""Options of formulas: the keyword-only parameters of a function.
+
+The type of each value is checked before any work.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ..noising.utils.validation import real_number, whole_number
 
 
 def keyword_parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
-    """Return the keyword-only parameters of a function by their names, with their types.
+    """Return the keyword-only parameters of a function by name, with their types.
 
     >>> def karras(schedule, steps, *, rho: float = 7.0): ...
     >>> keyword_parameters(karras)["rho"].annotation
@@ -31,7 +32,7 @@ def _parameters(function: Callable[..., Any]) -> tuple[tuple[str, Parameter], ..
     try:
         signature = inspect.signature(function, eval_str=True)
     except NameError:
-        # a name that is imported for type checkers alone: no type is known
+        # a name imported only for type checkers: the types are unknown
         plain = inspect.signature(function).parameters.values()
         signature = inspect.Signature([p.replace(annotation=p.empty) for p in plain])
     found = signature.parameters.values()
@@ -39,11 +40,10 @@ def _parameters(function: Callable[..., Any]) -> tuple[tuple[str, Parameter], ..
 
 
 def check_option(parameter: Parameter, value: Any) -> Any:
-    """Return an option's value as Python's own bool, int, float, str or tuple; ValueError where it
-    is of another type.
+    """Return an option's value as Python's bool, int, float, str or tuple.
 
-    Numbers may come from numpy or as 0-dimensional tensors; a bool is no number. Other types let
-    any value pass.
+    Numbers may come from numpy or as 0-dimensional tensors; a bool is not a number. For other types
+    any value is accepted. Raises ValueError if the value has another type.
 
     >>> check_option(Parameter("rho", Parameter.KEYWORD_ONLY, annotation=float | None), 7)
     7.0
@@ -101,4 +101,4 @@ KINDS: Mapping[Any, Callable[[str, Any], Any]] = {
     float: real_number,
     str: _text,
 }
-"""How a value of a type is checked."""
+"""The check of a value, by type."""

@@ -35,15 +35,23 @@ DEFAULT_STEPS = 20
 class Sampler:
     """Draw samples with a network that was trained on ``schedule``.
 
-    ``method``: a name of the field ('dpmpp_2m', 'DPM++ 2M Karras', 'DPMSolverMultistepScheduler')
-    or a Method; the name of a sampler that is no table ('DPM adaptive') makes an object of its own
-    class, called in the same way. ``steps``: an integer in 1 ... T, by default 20. ``grid``: a name
-    of GRIDS or a function; by default what the name implies, or the method's own.
-    ``timesteps=[...]`` or ``sigmas=[...]`` stand in place of steps and grid. Further options belong
-    to the method (``eta``) or the grid (``rho``, ``final``). ``init_noise="sigma"`` begins at σ z
-    instead of the marginal's spread sqrt(α² + σ²) z, as k-diffusion and the Euler family of
-    diffusers do. Frozen and picklable; holds no tensor. Raises ValueError for unknown names and
-    options, and steps out of range.
+    Frozen and picklable; contains no tensor.
+
+    Args:
+        schedule: The NoiseSchedule of training.
+        method: A known name ('dpmpp_2m', 'DPM++ 2M Karras', 'DPMSolverMultistepScheduler') or a
+            Method. The name of a standalone sampler ('DPM adaptive') creates an object of its own
+            class, which is called in the same way.
+        steps: An integer in 1 ... T, by default 20.
+        grid: A name of GRIDS or a function; by default the grid that the name implies, or the
+            method's own.
+        options: Options of the method (``eta``) or the grid (``rho``, ``final``).
+            ``timesteps=[...]`` or ``sigmas=[...]`` replace steps and grid. ``init_noise="sigma"``
+            starts from σ z instead of sqrt(α² + σ²) z, the standard deviation of the marginal;
+            k-diffusion and the Euler family of diffusers start from σ z.
+
+    Raises:
+        ValueError: A name or option is unknown, or steps are out of range.
 
     >>> schedule = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
     >>> sampler = Sampler(schedule, "DPM++ 2M Karras", steps=20)
@@ -70,7 +78,7 @@ class Sampler:
             if isinstance(entry, StandaloneEntry):
                 given = {"steps": steps, "grid": grid} if grid is not None else {"steps": steps}
                 return _make_standalone(entry, schedule, implied, given | options)
-        return super().__new__(cls)  # copy and pickle come here without arguments
+        return super().__new__(cls)  # copy and pickle call this without arguments
 
     def __init__(
         self,
@@ -95,7 +103,7 @@ class Sampler:
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
-        _ = self.table  # bad input fails here, before any work
+        _ = self.table  # invalid input fails here, before any work
 
     def __eq__(self, other: object) -> bool:
         return self._identity == other._identity if isinstance(other, Sampler) else NotImplemented
@@ -122,20 +130,22 @@ class Sampler:
 
     @property
     def knots(self) -> tuple[Knot, ...]:
-        """The steps + 1 points that are visited, the last one clean; of DPM fast, whose steps count
-        evaluations, fewer.
+        """The steps + 1 visited points, the last one clean.
+
+        DPM fast has fewer, because its steps count evaluations.
         """
         return self.table.knots
 
     @property
     def timesteps(self) -> list[float]:
-        """The times that the network is given, one for each step."""
+        """The timesteps given to the network, one for each step."""
         return [knot.timestep for knot in self.knots[:-1]]
 
     @property
     def sigmas(self) -> list[float]:
-        """The noise level at every knot, as ``sigmas=`` takes it: σ / α (infinite where α is 0), or
-        σ on a flow path.
+        """The noise level at every knot, in the form of the ``sigmas=`` option.
+
+        σ / α (infinite where α is 0), or σ on a flow path.
         """
         alpha, sigma = (
             torch.tensor([getattr(k, n) for k in self.knots], dtype=torch.float64)
@@ -145,10 +155,9 @@ class Sampler:
 
     @property
     def init_noise_scale(self) -> float:
-        """The spread of x at the first knot for data of unit variance, sqrt(α² + σ²): 1 on variance
-        preserving paths.
+        """The standard deviation of x at the first knot for data of unit variance, sqrt(α² + σ²).
 
-        With ``init_noise="sigma"`` it is σ.
+        It is 1 on variance preserving paths. With ``init_noise="sigma"`` it is σ.
         """
         first = self.knots[0]
         return (
@@ -166,8 +175,9 @@ class Sampler:
     def __call__(
         self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any
     ) -> Tensor:
-        """Return samples, shape (batch, ...), float32 or better, on the network's device. Arguments
-        as in :meth:`iterate`.
+        """Return samples, shape (batch, ...), float32 or better, on the network's device.
+
+        Arguments as in :meth:`iterate`.
         """
         return last(self.iterate(network, shape_or_noise, **arguments)).x
 
@@ -186,22 +196,30 @@ class Sampler:
         clip: float | Change | None = None,
         noise: str = "independent",
     ) -> Iterator[Progress]:
-        """Sample step by step: a generator, so that progress, previews and cancelling live in the
-        caller's loop.
+        """Sample step by step, as a generator.
 
-        ``network(x, timesteps, **conditioning)`` returns a tensor or an object with ``.sample``.
-        ``conditioning``: values of any kind. ``unconditional``: the same keys for guidance, with
-        which ``guidance_scale`` w makes u + w (c - u); methods with CFG++ want it at w = 1 too, and
-        without it take c for u. Both halves share one call of twice the batch where tensors have a
-        row for each image, or are the same for all; what cannot be joined makes two calls.
-        ``shape_or_noise``: the shape (batch, ...), or standard normal noise to start from.
-        ``seeds``: one for each image (or one int, counted up), for the first noise and all later
-        draws, so an image does not depend on its batch; none: fresh ones, without touching the
-        global generators. ``device`` and ``dtype`` (of the network's input) default to those of the
-        network's parameters. ``clip``: a limit that |x_0| is clipped to at every evaluation, or a
-        ``DynamicThreshold``; for pixels, not latents. ``noise``: 'independent' draws, or
-        'brownian', one path for each image whatever the number of steps (needs torchsde). Runs
-        without gradients and leaves the network's train / eval flags alone.
+        The caller's loop can show progress and previews, and can cancel. Runs without gradients and
+        does not change the network's train / eval mode.
+
+        Args:
+            network: ``network(x, timesteps, **conditioning)`` returns a tensor or an object with
+                ``.sample``.
+            shape_or_noise: The shape (batch, ...), or standard normal noise to start from.
+            seeds: One for each image, or one int, counted up; used for the first noise and all
+                later draws, so an image does not depend on its batch. None: fresh seeds; the global
+                generators are not used.
+            conditioning: Values of any kind, passed to the network.
+            unconditional: The same keys, for guidance. Both halves share one call with twice the
+                batch if tensors have a row for each image or are equal for all images. Values that
+                cannot be joined need two calls.
+            guidance_scale: w in the guided output u + w (c - u). Methods with CFG++ use
+                ``unconditional`` at w = 1 too; without it they take c for u.
+            guidance_rescale: φ of :func:`guide`, between 0 and 1.
+            device, dtype: Of the network's input; by default those of the network's parameters.
+            clip: A limit for |x_0|, applied at every evaluation, or a ``DynamicThreshold``; for
+                pixels, not latents.
+            noise: 'independent' draws, or 'brownian', one path for each image that does not depend
+                on the number of steps (needs torchsde).
         """
         ops = [op for step in self.table.steps for op in step.ops]
         evaluations = [op.knot for op in ops if isinstance(op, Evaluation)]
@@ -227,12 +245,15 @@ class Sampler:
         return without_gradients(run(self.table, this.x, this.evaluate, source, this.beside))
 
     def to_diffusers(self, nearest: bool = False) -> dict[str, Any]:
-        """Return what scheduler_config.json says of the sampler: its class and every option of it.
+        """Return the scheduler_config.json of the sampler: its diffusers class and all its options.
 
-        That class, loaded by diffusers, set to as many steps and run on the same noise, gives the
-        same samples; ValueError where none does, naming the nearest and what differs. With
-        ``nearest`` that one is returned and what differs is logged as a warning. The number of
-        steps is not in a config.
+        The class, loaded by diffusers and run with the same number of steps on the same noise,
+        gives the same samples. With ``nearest`` the nearest class is returned if none is equal, and
+        the differences are logged as a warning. The number of steps is not in a config.
+
+        Raises:
+            ValueError: No class gives the same samples; the error names the nearest class and the
+                differences.
 
         >>> sampler = Sampler(NoiseSchedule.scaled_linear(), "DPM++ 2M Karras", rounding="nearest")
         >>> sampler.to_diffusers()["use_karras_sigmas"]
@@ -249,11 +270,10 @@ class Sampler:
 def make_sampler(
     schedule: Any, name: str = "dpmpp_2m", steps: int | None = None, **options: Any
 ) -> Any:
-    """Return the sampler of a name: the same as ``Sampler(schedule, name, steps, **options)``,
-    typed for every kind.
+    """Return the sampler of a name, typed for every kind of sampler.
 
-    ``schedule`` is a NoiseSchedule (VQ diffusion: a TokenSchedule). Raises ValueError for unknown
-    names and options.
+    Equal to ``Sampler(schedule, name, steps, **options)``. ``schedule`` is a NoiseSchedule (VQ
+    diffusion: a TokenSchedule). Raises ValueError for unknown names and options.
 
     >>> make_sampler(NoiseSchedule.linear(), "DPM adaptive", steps=20).order
     3
@@ -293,7 +313,7 @@ NOISE_SOURCES: Mapping[
     "independent": _independent,
     "brownian": _brownian,
 }
-"""Where the noise of stochastic steps comes from, by name."""
+"""The noise sources of stochastic steps, by name."""
 
 
 @lru_cache(maxsize=128)

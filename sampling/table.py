@@ -1,9 +1,9 @@
 """A sampler is a table.
 
-Every Gaussian sampler's step is linear in its state x, the network's past outputs and fresh noise,
-with coefficients that depend on the schedule and the grid alone. So a method is a short function in
-its paper's letters that computes with symbolic linear combinations; tracing it over the knots of a
-grid gives the table, and one kernel runs every table.
+In every Gaussian sampler, a step is linear in the state x, the network's past outputs and fresh
+noise. The coefficients depend only on the schedule and the grid. So a method is a short function in
+the notation of its paper that computes with symbolic linear combinations. Tracing this function
+over the knots of a grid gives the table, and one kernel runs every table.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from .tracing import Combination, Draw, Evaluation, Operation, Row, Step, Trace,
 
 @dataclass(frozen=True)
 class Table:
-    """A sampler for one schedule and grid: its knots and, for each step, its operations and rows.
+    """A sampler for one schedule and grid: its knots and, for each step, operations and rows.
 
-    A table checks itself at birth: every coefficient is finite, and with ``point_mass`` it carries
-    x_0 + noise to exactly the marginal of every knot when the network knows x_0. ``print(table)``
-    shows the tableau.
+    The constructor checks that every coefficient is finite. With ``point_mass`` it also checks that
+    x_0 + noise reaches exactly the marginal of every knot when the network knows x_0.
+    ``print(table)`` shows the tableau.
 
     >>> from alphabar.noising import NoiseSchedule
     >>> from alphabar.sampling import Sampler
@@ -67,20 +67,20 @@ class Table:
 
     @property
     def evaluations(self) -> int:
-        """How many times the network is called."""
+        """The number of network calls."""
         return sum(isinstance(op, Evaluation) for step in self.steps for op in step.ops)
 
     @property
     def draws(self) -> int:
-        """How many times noise is drawn."""
+        """The number of noise draws."""
         return sum(isinstance(op, Draw) for step in self.steps for op in step.ops)
 
     def point_mass_defect(self) -> float:
-        """Return how far the table is from the exact marginals when all data are one point x_0.
+        """Return the error of the table's marginals when all data are one point x_0.
 
-        The denoiser is then D = x_0, and from α x_0 + σ ε every step must arrive at mean α_n x_0
-        and spread σ_n: the analogue of the consistency condition of a Runge-Kutta tableau. Relative
-        to the spread that went in.
+        The denoiser is then D = x_0. From α x_0 + σ ε every step must reach mean α_n x_0 and
+        standard deviation σ_n: like the consistency condition of a Runge-Kutta tableau. The error
+        is relative to sqrt(α_n² + σ_n²).
         """
         return max((defect for defect, _ in point_mass_defects(self)), default=0.0)
 
@@ -104,8 +104,10 @@ class Table:
 
 
 ROUNDINGS = 1000
-"""How many roundings a coefficient may be made of: the Adams weights, integrals over λ, lose 60
-units; a wrong formula is off by 1e9 or more."""
+"""The largest accepted rounding error of a coefficient, in rounding units.
+
+The Adams weights, integrals over λ, lose 60 units; a wrong formula has an error of 1e9 or more.
+"""
 
 
 def compile_table(
@@ -117,7 +119,7 @@ def compile_table(
 ) -> Table:
     """Trace a method over the knots of a grid.
 
-    From a knot with α = 0 every method takes its first-order step and remembers nothing: see
+    From a knot with α = 0 every method takes its first-order step and keeps no memory: see
     ``first_order``.
     """
     steps: list[Step] = []
@@ -126,7 +128,7 @@ def compile_table(
         state = [Combination({k: 1.0}) for k in range(1 + memory)]
         trace = Trace(schedule, len(state))
         carry = method(trace, knots, i, *state)
-        # nothing is remembered after the last step
+        # no memory is needed after the last step
         carry = carry if i < len(knots) - 2 else carry[:1]
         point_mass = point_mass and trace.keeps_marginals
         memory = len(carry) - 1
@@ -136,15 +138,15 @@ def compile_table(
 
 
 def point_mass_defects(table: Table) -> Iterable[tuple[float, float]]:
-    """Yield, for each step, how far it ends from the exact marginal when every evaluation knows
-    x_0, and how much of that one rounding of each number that went in may be: the same sums with
-    all signs taken away, those that made the coefficients included, times the rounding unit. It
-    grows with the coefficients: the second evaluation of a step down from σ/α = 2e4 subtracts
-    numbers of 4e8, and a step from σ/α = 1348 to 4 keeps the rounding of 1348.
+    """Yield, for each step, the error of its marginal when every evaluation knows x_0, and a bound.
+
+    The bound is the part of the error that one rounding of each input can cause: the same sums with
+    absolute values, including those that made the coefficients, times the rounding unit. It grows
+    with the coefficients: the second evaluation of a step down from σ/α = 2e4 subtracts numbers of
+    4e8, and a step from σ/α = 1348 to 4 keeps the rounding of 1348.
     """
     start = table.knots[0]
-    # what the state holds of x_0, the initial noise, then each draw; and how large the numbers were
-    # that it was made of
+    # the state's coefficients of x_0, initial noise and draws; the magnitudes of their inputs
     state, sizes = [Combination({0: start.alpha, 1: start.sigma})], [start.alpha + start.sigma]
     drawn = 1
     for step, n in zip(table.steps, table.knots[1:], strict=True):
@@ -160,7 +162,7 @@ def point_mass_defects(table: Table) -> Iterable[tuple[float, float]]:
                 drawn += 1
                 basis.append(Combination({drawn: 1.0}))
                 bounds.append(1.0)
-            else:  # the unconditional or unclipped form of the evaluation before
+            else:  # the unconditional or unclipped form of the last evaluation
                 basis.append(basis[-1])
                 bounds.append(bounds[-1])
         state = [_apply(row, basis) for row in step.carry]

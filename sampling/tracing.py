@@ -1,9 +1,9 @@
-"""Tracing: formulas compute with symbolic linear combinations, and what they do is recorded.
+"""Tracing: formulas compute with symbolic linear combinations, and their operations are recorded.
 
-In each step the basis is: the state (x, then what earlier steps remembered), then what this step's
-operations append, in order: the output of an evaluation of the network, or a draw of noise. Rows
-are linear combinations over that basis. The prediction type is folded in: with D = p x + q out the
-table is linear in the network's raw output.
+The basis of a step is the state (x, then the memory of earlier steps), then one entry for each
+operation of the step, in order: the output of a network evaluation, or a noise draw. Rows are
+linear combinations over this basis. The prediction type is included: with D = p x + q out the table
+is linear in the network's raw output.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from ..noising import NoiseSchedule
 from .knots import Knot, knot_at_half_log_snr, knots_at
 
 Row = tuple[tuple[int, float], ...]
-"""A linear combination: pairs of a place in the basis and a coefficient, without zeros."""
+"""A linear combination: pairs of a basis index and a coefficient, without zeros."""
 
 
 @dataclass(frozen=True)
 class Combination:
-    """A linear combination of basis vectors: what a formula computes with while it is traced.
+    """A linear combination of basis vectors: the values of a formula while it is traced.
 
-    ``sizes``: for each term the sum of what went into it with all signs taken away, which says how
-    much of it may be rounding.
+    ``sizes``: for each term, the sum of the absolute values of its inputs. It bounds the rounding
+    error of the term.
 
     >>> x, D = Combination({0: 1.0}), Combination({1: 1.0})
     >>> (2.0 * x - D / 4).row
@@ -63,22 +63,21 @@ class Combination:
 
     @property
     def row(self) -> Row:
-        """The terms whose coefficient is not 0, in the order of the basis."""
+        """The terms with a coefficient other than 0, in the order of the basis."""
         return tuple(sorted((k, float(c)) for k, c in self.terms.items() if c))
 
     @property
     def size_row(self) -> Row:
-        """The sizes in the form of a row, also where a coefficient came to 0."""
+        """The sizes as a row, including terms with a coefficient of 0."""
         return tuple(sorted((k, float(c)) for k, c in self.sizes.items() if c))
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An operation that appends the network's raw output at ``knot``, for the input that ``row``
-    combines.
+    """An operation that appends the network's raw output at ``knot`` for the input ``row``.
 
-    ``row`` holds the knot's ``input_scale``; ``p`` and ``q`` give the clean estimate, D = p x + q
-    output. ``sizes``: those of the row's coefficients, see ``Combination``.
+    ``row`` includes the knot's ``input_scale``. ``p`` and ``q`` give the clean estimate, D = p x +
+    q output. ``sizes``: the sizes of the row's coefficients, see ``Combination``.
     """
 
     knot: Knot
@@ -90,8 +89,9 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Draw:
-    """An operation that appends standard normal noise; ``start`` and ``end`` name the stretch of σ
-    / α that it drives.
+    """An operation that appends standard normal noise for an interval of σ / α.
+
+    ``start`` and ``end`` are the ends of the interval.
     """
 
     start: float
@@ -100,15 +100,17 @@ class Draw:
 
 @dataclass(frozen=True)
 class Unconditional:
-    """An operation that appends the unconditional half of the evaluation before it (the same, where
-    there is no guidance).
+    """An operation that appends the unconditional half of the last evaluation.
+
+    Without guidance it appends the evaluation itself.
     """
 
 
 @dataclass(frozen=True)
 class Unclipped:
-    """An operation that appends the evaluation before it as the network gave it (the same, where
-    nothing is clipped).
+    """An operation that appends the last evaluation before clipping.
+
+    Without clipping it appends the evaluation itself.
     """
 
 
@@ -117,10 +119,10 @@ Operation = Evaluation | Draw | Unconditional | Unclipped
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a table: its operations, then the rows of the next state (x first), and the row
-    of the clean estimate.
+    """One step of a table: its operations, the next state's rows (x first), the estimate's row.
 
-    ``sizes``: of the coefficients of the rows of the state, see ``Combination``.
+    ``denoised`` is the row of the clean estimate. ``sizes``: the sizes of the coefficients of the
+    state's rows, see ``Combination``.
     """
 
     ops: tuple[Operation, ...]
@@ -130,9 +132,10 @@ class Step:
 
 
 class Trace:
-    """What a method calls while it is traced: ``denoise``, ``evaluate`` and ``noise`` record an
-    operation and return what it appends; ``knot`` finds points of the curve between the grid's
-    knots.
+    """The object that a method calls while it is traced.
+
+    ``denoise``, ``evaluate`` and ``noise`` record an operation and return its result; ``knot``
+    finds points of the curve between the knots of the grid.
 
     >>> trace = Trace(NoiseSchedule.scaled_linear(prediction="sample"), state=1)
     >>> trace.denoise(
@@ -146,9 +149,7 @@ class Trace:
         self.ops: list[Operation] = []
         self.denoised = Combination({})
         self.keeps_marginals = True
-        """A formula that does not carry x_0 + noise to exactly the marginal of the next knot says
-        so by setting this.
-        """
+        """A formula sets this to False if x_0 + noise misses the marginal of the next knot."""
         self._state = state
         self._drawn: list[tuple[Draw, Combination]] = []
 
@@ -157,26 +158,27 @@ class Trace:
         return Combination({self._state + len(self.ops) - 1: 1.0})
 
     def evaluate(self, x: Combination, knot: Knot) -> tuple[Combination, Combination]:
-        """Record an evaluation of the network on ``x`` at ``knot``; return the estimates (D, ε̂) of
-        x_0 and ε.
+        """Record an evaluation of the network on ``x`` at ``knot``.
+
+        Returns the estimates (D, ε̂) of x_0 and ε.
         """
         return self._estimates(x, knot, self._append(self._evaluation(x, knot)))
 
     def denoise(self, x: Combination, knot: Knot) -> Combination:
-        """Record an evaluation of the network on ``x`` at ``knot``; return the clean estimate D of
-        x_0.
-        """
+        """Record an evaluation of the network on ``x`` at ``knot``; return the clean estimate D."""
         return self.evaluate(x, knot)[0]
 
     def unconditional(self, x: Combination, knot: Knot) -> tuple[Combination, Combination]:
-        """Return (D, ε̂) of the unconditional half of the last evaluation, which was of ``x`` at
-        ``knot``: no further call.
+        """Return (D, ε̂) of the unconditional half of the last evaluation, without a further call.
+
+        The last evaluation must be at ``x`` and ``knot``.
         """
         return self._beside(x, knot, Unconditional())
 
     def unclipped(self, x: Combination, knot: Knot) -> tuple[Combination, Combination]:
-        """Return (D, ε̂) of the last evaluation, which was of ``x`` at ``knot``, before any
-        clipping: no further call.
+        """Return (D, ε̂) of the last evaluation before any clipping, without a further call.
+
+        The last evaluation must be at ``x`` and ``knot``.
         """
         return self._beside(x, knot, Unclipped())
 
@@ -200,12 +202,11 @@ class Trace:
         return self.denoised, (c0 / det) * x - (knot.alpha / det) * out
 
     def noise(self, start: Knot, end: Knot) -> Combination:
-        """Record standard normal noise for the way from ``start`` to ``end``, as one Brownian path
-        in σ/α would drive it.
+        """Record standard normal noise for the step from ``start`` to ``end``.
 
-        Draws of one step that overlap are not independent: a way that begins with one already drawn
-        reuses that and draws only the rest, so that every recorded draw is an independent
-        increment.
+        The noise is an increment of one Brownian path in σ/α. Overlapping draws of one step are not
+        independent: an interval that contains an earlier draw reuses it and draws only the rest. So
+        every recorded draw is an independent increment.
         """
         a, b = start.sigma_ve, end.sigma_ve
         inside = [(d, z) for d, z in self._drawn if _within(d, a, b)]
@@ -227,19 +228,20 @@ class Trace:
         return z
 
     def knot(self, half_log_snr: float) -> Knot:
-        """Return the point of the curve with this λ = log(α / σ), also a little past the curve's
-        ends.
+        """Return the point of the curve with this λ = log(α / σ).
+
+        The point may be slightly outside the curve's range.
         """
         return knot_at_half_log_snr(self.schedule, half_log_snr)
 
     def time(self, knot: Knot) -> float:
-        """Return the curve's own time of a knot; an integer on a discrete curve's timesteps."""
+        """Return the curve's time of a knot; an integer at the timesteps of a discrete curve."""
         log_snr = torch.tensor([2 * knot.half_log_snr], dtype=torch.float64)
         t = self.schedule.curve.time(log_snr).item()
         return float(round(t)) if abs(t - round(t)) < 1e-9 else t
 
     def knot_at_time(self, t: float) -> Knot:
-        """Return the point of the curve at one of its own times."""
+        """Return the point of the curve at one of its times."""
         return knots_at(self.schedule, [t])[0]
 
 

@@ -1,8 +1,8 @@
-"""Grids: which points of the path a sampler visits, from the most noise to where sampling ends.
+"""Grids: the points of the path that a sampler visits, from the most noise to the end.
 
-A grid is a function (schedule, steps, **options) -> steps + 1 knots with falling noise; the network
-is called at all but the last. One name has one definition here; where a peer's grid of the same
-name differs, an option says so.
+A grid is a function (schedule, steps, **options) -> steps + 1 knots with falling noise. The network
+is called at all knots but the last. Each name has one definition here; if another library's grid of
+the same name differs, an option selects it.
 """
 
 from __future__ import annotations
@@ -56,13 +56,19 @@ def make_knots(
     ascending: bool = False,
     **options: Any,
 ) -> tuple[Knot, ...]:
-    """Return the steps + 1 knots of a named grid, of a function of the same form, or of given
-    points, checked.
+    """Return the steps + 1 knots of a named grid, a grid function or given points.
 
-    ``timesteps=[...]`` or ``sigmas=[...]`` stand in place of steps and grid. ``ascending``: from
-    the least noise to the most, for methods that run upwards. Raises ValueError for steps that are
-    no integer in 1 ... T, an unknown grid or option, a value that an option cannot have, and knots
-    out of order.
+    Args:
+        schedule: The schedule of the path.
+        steps: An integer in 1 ... T.
+        grid: A name of GRIDS or a function of the same form.
+        ascending: Order the knots from the least noise to the most, for methods that run upwards.
+        options: Options of the grid. ``timesteps=[...]`` or ``sigmas=[...]`` replace steps and
+            grid.
+
+    Raises:
+        ValueError: ``steps`` is not an integer in 1 ... T, a grid or option is unknown, an option
+            has an invalid value, or the knots are out of order.
 
     >>> len(make_knots(NoiseSchedule.flow(), 8, "linspace"))
     9
@@ -92,8 +98,9 @@ def make_knots(
 def choose_grid(
     steps: int | None, grid: str | Grid | None, options: Mapping[str, Any], ascending: bool = False
 ) -> tuple[int | None, str | Grid, dict[str, Any]]:
-    """Return (steps, grid, options) of what a caller said: given points number the steps and stand
-    in place of a grid.
+    """Return (steps, grid, options) from a caller's arguments.
+
+    Given points replace a grid and set the number of steps.
 
     >>> choose_grid(None, None, {"sigmas": [10, 1, 0]})
     (2, 'sigmas', {'sigmas': (10.0, 1.0, 0.0)})
@@ -124,7 +131,7 @@ def choose_grid(
 
 
 def grid_options(grid: str | Grid) -> dict[str, Any]:
-    """Return the options that a grid has, with their defaults.
+    """Return the options of a grid, with their defaults.
 
     >>> grid_options("karras")["rho"]
     7.0
@@ -133,7 +140,7 @@ def grid_options(grid: str | Grid) -> dict[str, Any]:
 
 
 def grid_parameters(grid: str | Grid) -> dict[str, Parameter]:
-    """Return the parameters of a grid that are its options, by their names.
+    """Return the parameters that are a grid's options, by name.
 
     >>> grid_parameters("karras")["rho"].annotation
     <class 'float'>
@@ -144,10 +151,10 @@ def grid_parameters(grid: str | Grid) -> dict[str, Parameter]:
 def number_of_knots(
     grid: str | Grid, steps: int, schedule: NoiseSchedule | None = None, **options: Any
 ) -> int:
-    """Return how many knots a grid has: steps + 1, but for one that is asked for a number of
-    evaluations (dpm_fast).
+    """Return the number of knots of a grid: steps + 1, except for dpm_fast.
 
-    That depends on the grid's ends: without a ``schedule`` it is told for one of finite σ / α.
+    The steps of dpm_fast are a number of evaluations. The number of its knots depends on its ends;
+    without a ``schedule``, finite σ / α is assumed.
 
     >>> number_of_knots("karras", 20), number_of_knots("dpm_fast", 20)
     (21, 8)
@@ -157,7 +164,7 @@ def number_of_knots(
 
 
 def counts_evaluations(grid: str | Grid) -> bool:
-    """Say whether a grid is asked for a number of evaluations, and lays the steps that these make.
+    """Return whether ``steps`` of a grid is a number of evaluations.
 
     >>> counts_evaluations("karras"), counts_evaluations("dpm_fast")
     (False, True)
@@ -166,8 +173,7 @@ def counts_evaluations(grid: str | Grid) -> bool:
 
 
 def check_knots(knots: tuple[Knot, ...], steps: int) -> tuple[Knot, ...]:
-    """Return the knots, or raise ValueError where they are not steps + 1 with strictly falling
-    noise.
+    """Return the knots, or raise ValueError unless they are steps + 1 with strictly falling noise.
 
     >>> len(check_knots((Knot(999, 0.0, 1.0), Knot(1, 0.8, 0.6)), 1))
     2

@@ -1,5 +1,6 @@
-"""Align Your Steps: grids that were optimised for one model each (Sabour et al. 2404.14507, tables
-in their appendix).
+"""Align Your Steps: grids that are optimised for one model each.
+
+Source: Sabour et al. 2404.14507, tables in the appendix.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ STABLE_DIFFUSION_TIMESTEPS = {
     "sd15": (999, 850, 736, 645, 545, 455, 343, 233, 124, 24, 0),
     "sdxl": (999, 845, 730, 587, 443, 310, 193, 116, 53, 13, 0),
 }
-"""The published timesteps of ten steps and their end, on the betas of Stable Diffusion."""
+"""The published timesteps of ten steps and their end, for the betas of Stable Diffusion."""
 
 SIGMAS = {"svd": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002)}
 """The published noise levels of ten steps and their end, for Stable Video Diffusion."""
@@ -27,8 +28,9 @@ SIGMAS = {"svd": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173,
 
 @lru_cache
 def published_sigmas(variant: str) -> tuple[float, ...]:
-    """Return the eleven σ / α of a published table; those that were published as timesteps, of the
-    betas they stand on.
+    """Return the eleven σ / α of a published table.
+
+    Published timesteps are converted with the betas of Stable Diffusion.
 
     >>> [round(s, 3) for s in published_sigmas("sd15")][:3]
     [14.615, 6.475, 3.864]
@@ -53,14 +55,20 @@ def align_your_steps(
     rounding: str | None = None,
     final: str = "zero",
 ) -> tuple[Knot, ...]:
-    """Take the noise levels that were optimised for a model: "sd15", "sdxl" or "svd" (Sabour et al.
-    2404.14507).
+    """Use the noise levels that are optimised for a model: "sd15", "sdxl" or "svd".
 
-    For other than ten steps the published levels are interpolated, linearly in log σ over the step.
-    ``drop_last``: end after the last but one level, as its authors, ComfyUI and diffusers do; A1111
-    keeps the last (False). ``rounding`` and ``final`` as in σ-spaced grids. On other schedules the
-    knots lie at the same σ / α; with zero terminal SNR the first is the terminal step. Raises
-    ValueError where the schedule does not reach the levels.
+    Source: Sabour et al. 2404.14507. For a number of steps other than ten the published levels are
+    interpolated, linearly in log σ over the step. On other schedules the knots have the same σ / α.
+    With zero terminal SNR the first knot is the terminal step.
+
+    Args:
+        variant: The model.
+        drop_last: End after the last but one level, as its authors, ComfyUI and diffusers do; A1111
+            keeps the last (False).
+        rounding, final: As in σ-spaced grids.
+
+    Raises:
+        ValueError: The schedule does not contain the levels.
 
     >>> from alphabar.sampling import make_knots
     >>> [

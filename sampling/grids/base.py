@@ -1,10 +1,9 @@
-"""From numbers to knots: where a training index or a noise level lies on a schedule, and what all
-grids share.
+"""From numbers to knots: map a training index or a noise level to a point of a schedule.
 
-Two kinds of grid: *timestep-spaced* ones lay training indices 0 ... T - 1 (``timestep_grids``),
-*σ-spaced* ones lay noise levels (``sigma_grids``). A discrete curve has its timesteps as indices;
-on a continuous one index i is the time of the (i + 1)-th of T equal parts (EDM: σ^(1/ρ) in equal
-parts; VE: log σ). A noise level is σ / α, or σ itself on a flow path.
+There are two kinds of grid. *Timestep-spaced* grids use training indices 0 ... T - 1
+(``grids.timesteps``), *σ-spaced* grids use noise levels (``grids.sigmas``). On a discrete curve the
+indices are its timesteps. On a continuous one, index i is the time of the (i + 1)-th of T equal
+parts (EDM: σ^(1/ρ) in equal parts; VE: log σ). A noise level is σ / α, or σ on a flow path.
 """
 
 from __future__ import annotations
@@ -29,17 +28,22 @@ from ..options import keyword_parameters
 F = TypeVar("F", bound=Callable[..., Any])
 
 Grid = Callable[..., tuple[Knot, ...]]
-"""(schedule, steps, **options) -> steps + 1 knots, from the most noise to where sampling ends."""
+"""(schedule, steps, **options) -> steps + 1 knots, from the most noise to the end of sampling."""
 
 
 @dataclass(frozen=True)
 class NamedGrid:
-    """A grid of a name: a formula for numbers, and how they are placed as knots.
+    """A grid with a name: a formula for numbers, and a function that makes knots from them.
 
-    ``place(formula with its options, schedule, steps, **shared options)`` returns the knots; where
-    it is None, the formula is ``(schedule, steps, **options)`` and returns them itself.
-    ``defaults`` replaces defaults of shared options. ``count(steps, schedule, **shared options)``
-    returns how many steps the grid has, where that is not the number that it is asked for.
+    Args:
+        name: The name in GRIDS.
+        formula: A formula for numbers; if ``place`` is None, ``(schedule, steps, **options)`` ->
+            knots.
+        place: ``place(formula with its options, schedule, steps, **shared options)`` returns the
+            knots.
+        defaults: New defaults for shared options.
+        count: ``count(steps, schedule, **shared options)`` returns the grid's number of steps, if
+            that is not the requested number.
 
     >>> from alphabar.sampling import GRIDS
     >>> GRIDS["karras"].parameters["rho"].default
@@ -54,7 +58,7 @@ class NamedGrid:
 
     @property
     def parameters(self) -> dict[str, Parameter]:
-        """Its options, with their types and defaults, by their names."""
+        """The options of the grid by name, with their types and defaults."""
         own = keyword_parameters(self.formula)
         shared = keyword_parameters(self.place) if self.place else {}
         replaced = {
@@ -64,7 +68,7 @@ class NamedGrid:
 
     @property
     def documentation(self) -> str:
-        """What it does, in words: the formula's docstring."""
+        """The docstring of the formula."""
         return inspect.getdoc(self.formula) or ""
 
     def __call__(self, schedule: NoiseSchedule, steps: int, **options: Any) -> tuple[Knot, ...]:
@@ -79,7 +83,7 @@ class NamedGrid:
 
 
 GRIDS: Registry[NamedGrid] = Registry("grid")
-"""Every grid by its name; ``@register_grid()`` and its two relatives add one."""
+"""All grids by name; ``@register_grid()`` and its two variants add one."""
 
 
 def register_grid(
@@ -87,8 +91,9 @@ def register_grid(
     count: Callable[..., int] | None = None,
     **defaults: Any,
 ) -> Callable[[F], F]:
-    """Register a function as a grid under its own name; the arguments are those of
-    :class:`NamedGrid`.
+    """Register a function as a grid under its own name.
+
+    The arguments are those of :class:`NamedGrid`.
 
     >>> @register_grid()
     ... def three(schedule, steps):
@@ -106,13 +111,13 @@ def register_grid(
 
 
 def parameters_of(grid: Grid) -> dict[str, Parameter]:
-    """Return the options of a grid or of a function of the same form, by their names."""
+    """Return the options of a grid, or of a function of the same form, by name."""
     return grid.parameters if isinstance(grid, NamedGrid) else keyword_parameters(grid)
 
 
 FINALS = ("zero", "sigma_min", "stay")
 STANDSTILL = 1e-9
-"""By how much σ falls, relatively, in a step that goes nowhere; knots must fall."""
+"""Relative fall of σ in a step that does not move; the noise of knots must fall."""
 INTERPOLATIONS = ("log_snr", "sigma")
 ROUNDINGS: Mapping[str | None, Callable[[float], float]] = {
     None: lambda t: t,
@@ -120,14 +125,16 @@ ROUNDINGS: Mapping[str | None, Callable[[float], float]] = {
     "down": lambda t: float(int(t)),
 }
 TOLERANCE = 0.01
-"""How far outside the schedule a noise level may lie (published tables are rounded); it is then the
-schedule's end.
+"""The relative distance by which a noise level may be outside the schedule.
+
+Published tables are rounded. Such a level is set to the schedule's end.
 """
 
 
 def lowest_time(curve: Curve) -> float:
-    """Return the time of the least noise that training shows: the curve's first, or where that is
-    clean, index 0.
+    """Return the time of the least noise in training.
+
+    This is the curve's first time, or index 0 if the first time is clean.
 
     >>> lowest_time(NoiseSchedule.flow().curve), lowest_time(NoiseSchedule.karras().curve)
     (0.001, 0.002)
@@ -141,8 +148,9 @@ def lowest_time(curve: Curve) -> float:
 
 
 def final_knot(schedule: NoiseSchedule, final: str) -> Knot:
-    """Return where sampling ends: the clean sample, or the least noise of training ("sigma_min" and
-    "stay").
+    """Return the end of sampling: the clean sample, or the least noise of training.
+
+    "zero" is the clean sample; "sigma_min" and "stay" are the least noise.
 
     >>> final_knot(NoiseSchedule.scaled_linear(), "sigma_min").timestep
     0.0
@@ -152,7 +160,7 @@ def final_knot(schedule: NoiseSchedule, final: str) -> Knot:
 
 
 def standing_still(knot: Knot) -> Knot:
-    """Return the end of a step from ``knot`` that goes nowhere.
+    """Return the end of a step from ``knot`` that does not move.
 
     >>> standing_still(Knot(0.0, 0.8, 0.6)).sigma < 0.6
     True
@@ -165,9 +173,9 @@ def knots_at_indices(
 ) -> tuple[Knot, ...]:
     """Return the knots at (fractional) training indices, shape (steps,).
 
-    Between the timesteps of a discrete schedule log SNR is linear, or σ / α with
-    ``interpolation="sigma"``, as numpy.interp has it in the Euler family of diffusers; the interval
-    that ends in zero SNR is the curve's own either way.
+    Between the timesteps of a discrete schedule log SNR is linear. With ``interpolation="sigma"``,
+    σ / α is linear, as numpy.interp in the Euler family of diffusers. In the interval that ends in
+    zero SNR the curve's own interpolation is used in both cases.
 
     >>> schedule, index = NoiseSchedule.scaled_linear(), torch.tensor([998.5], dtype=torch.float64)
     >>> [
@@ -201,8 +209,9 @@ def _at_ratio(knot: Knot, ratio: float) -> Knot:
 
 
 def level_at(curve: Curve, t: float, ratio: bool) -> float:
-    """Return the noise level at a time: σ / α, or σ on a flow path unless ``ratio``; infinite where
-    α is 0.
+    """Return the noise level at a time: σ / α, or σ on a flow path unless ``ratio``.
+
+    It is infinite where α is 0.
 
     >>> [round(level_at(NoiseSchedule.flow().curve, 0.75, ratio), 6) for ratio in (False, True)]
     [0.75, 3.0]
@@ -214,12 +223,11 @@ def level_at(curve: Curve, t: float, ratio: bool) -> float:
 def knots_at_levels(
     schedule: NoiseSchedule, levels: Tensor, ratio: bool = False, rounding: str | None = None
 ) -> tuple[Knot, ...]:
-    """Return the knots at noise levels, shape (steps,), in the coordinate of :func:`level_at`; inf
-    is the terminal time.
+    """Return the knots at noise levels, shape (steps,), in the unit of :func:`level_at`.
 
-    ``rounding`` ("nearest" or "down") gives the network of a discrete schedule a whole timestep and
-    leaves the level as it is, as diffusers does. Raises ValueError for levels more than 1 % outside
-    what the schedule was trained on.
+    inf is the terminal time. ``rounding`` ("nearest" or "down") gives the network of a discrete
+    schedule an integer timestep and does not change the level, as in diffusers. Raises ValueError
+    for levels more than 1 % outside the training range of the schedule.
 
     >>> levels = torch.tensor([14.615, 1.0], dtype=torch.float64)
     >>> [
@@ -239,7 +247,7 @@ def knots_at_levels(
             )
     inside = levels.clamp(low, high)
     times = curve.time(-2 * inside.log()) if ratio else curve.time_at_noise_level(inside)
-    if curve.is_discrete:  # the inverse of a level of the table is its index but for rounding
+    if curve.is_discrete:  # the inverse of a table level is its index, up to rounding
         times = torch.where((times - times.round()).abs() < 1e-9, times.round(), times)
     knots = knots_at(schedule, torch.where(levels >= high, curve.t_max, times))
     one_of("rounding", rounding, tuple(ROUNDINGS))

@@ -1,4 +1,4 @@
-"""Grids of given points: ``timesteps=[...]`` or ``sigmas=[...]`` in place of a named grid."""
+"""Grids of given points: ``timesteps=[...]`` or ``sigmas=[...]`` instead of a named grid."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ def at_timesteps(
     interpolation: str = "log_snr",
     final: str = "zero",
 ) -> tuple[Knot, ...]:
-    """Call the network at these times, in its own units (``Sampler.timesteps``), falling; then
-    ``final``.
+    """Call the network at these timesteps in its own unit (``Sampler.timesteps``), falling.
 
-    A fraction of a discrete schedule's timestep is interpolated as ``interpolation`` says (see
-    ``knots_at_indices``).
+    The end is ``final``. For a fraction of a discrete timestep, ``interpolation`` selects the
+    interpolation (see ``knots_at_indices``).
 
     >>> [k.timestep for k in at_timesteps(NoiseSchedule.flow(shift=3.0), 2, timesteps=[1000, 500])]
     [1000.0, 500.0, -1.0]
@@ -63,10 +62,10 @@ def at_sigmas(
     rounding: str | None = None,
     final: str = "zero",
 ) -> tuple[Knot, ...]:
-    """Call the network at these noise levels, falling: σ / α, or σ on a flow path; inf where α is
-    0. Then ``final``.
+    """Call the network at these noise levels, falling: σ / α, or σ on a flow path.
 
-    A last 0 is the clean end itself, as k-diffusion writes it. ``rounding`` as in σ-spaced grids.
+    inf where α is 0. The end is ``final``. A last value of 0 is the clean end, as in k-diffusion.
+    ``rounding`` as in σ-spaced grids.
 
     >>> [k.sigma_ve for k in at_sigmas(NoiseSchedule.karras(), 2, sigmas=[80.0, 1.0, 0.0])]
     [80.0, 1.0, 0.0]
@@ -78,14 +77,14 @@ def at_sigmas(
 
 
 CUSTOM = {"timesteps": at_timesteps, "sigmas": at_sigmas}
-"""What may be given in place of a grid: the option's name is the grid's."""
+"""The options that replace a grid: the option's name is the grid's name."""
 
 
 def given_points(name: str, values: Any, ascending: bool = False) -> tuple[float, ...]:
-    """Return custom points as floats, or raise ValueError unless they are finite numbers that fall
-    (rise) all the way.
+    """Return given points as floats, checked to be finite numbers that fall at every step.
 
-    A first sigma (a last, where they rise) may be infinite.
+    If ``ascending``, they must rise. The first sigma (if rising, the last) may be infinite. Raises
+    ValueError otherwise.
 
     >>> given_points("timesteps", [999, 400, 500])
     Traceback (most recent call last):
@@ -119,7 +118,7 @@ def given_points(name: str, values: Any, ascending: bool = False) -> tuple[float
 
 
 def number_of_steps(name: str, points: Sequence[float]) -> int:
-    """Return how many steps custom points make: each is a network call, but for a sigma of 0.
+    """Return the number of steps of given points: each is a network call, except a sigma of 0.
 
     >>> number_of_steps("sigmas", (14.6, 1.0, 0.0))
     2
@@ -128,8 +127,9 @@ def number_of_steps(name: str, points: Sequence[float]) -> int:
 
 
 def time_at_timestep(curve: Curve, timesteps: Tensor) -> Tensor:
-    """Return the times at which a curve gives the network these timesteps, by bisection (the times
-    rise with it).
+    """Return the times at which a curve gives the network these timesteps.
+
+    Uses bisection, as the timestep rises with the time.
 
     >>> time_at_timestep(
     ...     NoiseSchedule.flow().curve, torch.tensor([250.0], dtype=torch.float64)

@@ -1,23 +1,31 @@
-"""σ-spaced grids: formulas for the noise levels at which the network is called, from the highest
-down to the lowest.
+"""σ-spaced grids: formulas for the noise levels of the network calls, from high to low.
 
-Every grid here has these options beside its own: ``sigma_min``, ``sigma_max``: the range, by
-default from the schedule's last training time to its first. ``range_from``: or that of the
-timestep-spaced grid of this name (with ``steps_offset``), as the Euler, Heun, LMS and KDPM2 classes
-of diffusers take it ("flow": as its FlowMatch classes). ``ratio``: space σ / α on a flow path too,
-instead of σ. ``rounding``: "nearest" or "down", see ``knots_at_levels``. ``drop_last``: lay one
-point more and leave out the lowest ("discard next-to-last sigma" in A1111). ``final``: end in the
-clean sample ("zero"), or at ``sigma_min`` or else the least noise of training ("sigma_min"; where
-the grid itself goes down to that, it is laid with one point more, whose last is the end; "stay":
-the least noise of training, where a grid that goes down to that goes nowhere in its last step, as
-diffusers appends its sigma_min to any grid).
+Every grid here has these options in addition to its own:
 
-With zero terminal SNR σ / α is infinite at the terminal time: the first knot is that terminal step
-itself, exactly, and the others are spaced as if it were at ``terminal_sigma``, by default 200.
-Diffusers clamps ᾱ to 2^-24 and so spaces from 4096, which spends half of 20 Karras steps above 100,
-where little happens. A lower value costs amplitude where the data are widest: the first step loses
-the share (S / σ)² / 2 of a component of spread S at the second knot σ. Latents of 64 x 64 have S
-near 30 in their mean, those of 128 x 128 near 60. ``benchmarks/terminal_sigma.py`` measures both.
+``sigma_min``, ``sigma_max``: the range, by default from the schedule's last training time to its
+first.
+
+``range_from``: take the range of the timestep-spaced grid with this name (with ``steps_offset``),
+as the Euler, Heun, LMS and KDPM2 classes of diffusers; "flow": as its FlowMatch classes.
+
+``ratio``: space σ / α on a flow path too, instead of σ.
+
+``rounding``: "nearest" or "down", see ``knots_at_levels``.
+
+``drop_last``: compute one point more and remove the lowest ("discard next-to-last sigma" in A1111).
+
+``final``: the end of sampling. "zero": the clean sample. "sigma_min": ``sigma_min``, or else the
+least noise of training; if the grid itself contains this level, it is computed with one point more,
+and its last point is the end. "stay": the least noise of training; if the grid itself contains this
+level, the last step does not move, as diffusers appends its sigma_min to any grid.
+
+With zero terminal SNR σ / α is infinite at the terminal time. Then the first knot is exactly that
+terminal step, and the others are spaced as if it were at ``terminal_sigma``, by default 200.
+Diffusers clamps ᾱ to 2^-24 and so spaces from 4096: half of 20 Karras steps are above 100, where
+little happens. A lower value reduces the amplitude where the data are widest: the first step loses
+the fraction (S / σ)² / 2 of a component of standard deviation S at the second knot σ. Latents of 64
+x 64 have S near 30 in their mean, those of 128 x 128 near 60. ``benchmarks/terminal_sigma.py``
+measures both.
 """
 
 from __future__ import annotations
@@ -46,7 +54,7 @@ from .base import (
 )
 
 TERMINAL_SIGMA = 200.0
-"""Where σ-spaced grids take an infinite σ / α to lie when they space the other knots."""
+"""The value used for an infinite σ / α when σ-spaced grids space the other knots."""
 
 RANGES: dict[str, dict[str, Any]] = {
     "linspace": {},
@@ -54,7 +62,7 @@ RANGES: dict[str, dict[str, Any]] = {
     "trailing": {},
     "flow": {"end_shifted": True},
 }
-"""The timestep-spaced grids whose range a σ-spaced one may take, with their options."""
+"""The timestep-spaced grids whose range a σ-spaced grid may use, with their options."""
 
 
 def place_sigmas(
@@ -109,11 +117,10 @@ def place_sigmas(
 def register_sigma_grid(
     count: Callable[..., int] | None = None, **defaults: Any
 ) -> Callable[[F], F]:
-    """Register a formula (points, low, high, *, options) -> noise levels, shape (points,), falling;
-    or its own defaults.
+    """Register a formula (points, low, high, *, options) -> noise levels, shape (points,).
 
-    ``count``: how many steps the grid has, where the number that it is asked for is one of
-    evaluations.
+    The levels fall. ``defaults`` replace the defaults of the shared options. ``count``: the grid's
+    number of steps, if the requested number is a number of evaluations.
 
     >>> @register_sigma_grid()
     ... def even(points, low, high):
@@ -175,8 +182,9 @@ def exponential(points: int, low: float, high: float) -> Tensor:
 
 @register_sigma_grid()
 def polyexponential(points: int, low: float, high: float, *, rho: float = 1.0) -> Tensor:
-    """Let log σ fall as u^ρ, u even from 1 to 0 (k-diffusion's get_sigmas_polyexponential); ρ = 1
-    is ``exponential``.
+    """Let log σ fall as u^ρ, with u even from 1 to 0; ρ = 1 is ``exponential``.
+
+    k-diffusion's get_sigmas_polyexponential.
 
     >>> from alphabar.sampling import make_knots
     >>> [
@@ -192,11 +200,10 @@ def polyexponential(points: int, low: float, high: float, *, rho: float = 1.0) -
 
 @register_sigma_grid()
 def beta(points: int, low: float, high: float, *, alpha: float = 0.6, beta: float = 0.6) -> Tensor:
-    """Take quantiles of a Beta distribution over σ, close at both ends (diffusers' use_beta_sigmas,
-    A1111's Beta).
+    """Take quantiles of a Beta distribution over σ, dense at both ends.
 
-    The paper (Lee et al. 2407.12173) and ComfyUI take them over the timesteps: that is the grid
-    ``beta_timesteps``.
+    diffusers' use_beta_sigmas and A1111's Beta. The paper (Lee et al. 2407.12173) and ComfyUI take
+    them over the timesteps: that is the grid ``beta_timesteps``.
 
     >>> from alphabar.sampling import make_knots
     >>> [round(k.sigma_ve, 3) for k in make_knots(NoiseSchedule.scaled_linear(), 3, "beta")]
@@ -207,8 +214,9 @@ def beta(points: int, low: float, high: float, *, alpha: float = 0.6, beta: floa
 
 @register_sigma_grid(ratio=True)
 def lu(points: int, low: float, high: float) -> Tensor:
-    """Space λ = log(α / σ) evenly (Lu et al. 2206.00927, 'logSNR' steps; diffusers'
-    use_lu_lambdas).
+    """Space λ = log(α / σ) evenly (Lu et al. 2206.00927, 'logSNR' steps).
+
+    diffusers' use_lu_lambdas.
 
     >>> from alphabar.sampling import make_knots
     >>> [round(k.half_log_snr, 3) for k in make_knots(NoiseSchedule.scaled_linear(), 3, "lu")]
@@ -227,12 +235,11 @@ def vp(
     beta_min: float | None = None,
     eps_s: float = 1e-3,
 ) -> Tensor:
-    """Space the time of a VP SDE evenly, σ = sqrt(exp(β_d t² / 2 + β_min t) - 1) from t = 1 to ε_s
-    (2206.00364, table 1).
+    """Space the time t of a VP SDE evenly from 1 to ε_s (2206.00364, table 1).
 
-    β_d and β_min default to those whose σ span the range (as in EDM's generate.py): on a VP
-    schedule its own, so that its time is spaced evenly. k-diffusion's get_sigmas_vp has 19.9 and
-    0.1.
+    σ = sqrt(exp(β_d t² / 2 + β_min t) - 1). By default β_d and β_min are those whose σ cover the
+    range (as in EDM's generate.py). On a VP schedule these are its own values, so its time is
+    spaced evenly. k-diffusion's get_sigmas_vp has 19.9 and 0.1.
 
     >>> from alphabar.sampling import make_knots
     >>> [round(k.timestep) for k in make_knots(NoiseSchedule.variance_preserving(), 3, "vp")]
@@ -249,11 +256,10 @@ def vp(
 
 @register_sigma_grid(ratio=True)
 def kl_optimal(points: int, low: float, high: float) -> Tensor:
-    """Space arctan σ evenly: optimal in KL divergence for Gaussian data (Sabour et al. 2404.14507;
-    ComfyUI).
+    """Space arctan σ evenly: optimal in KL divergence for Gaussian data.
 
-    A1111 lays n + 1 points and ends at the last: ``final="sigma_min"``. ComfyUI's on a flow path:
-    ``ratio=False``.
+    Source: Sabour et al. 2404.14507; ComfyUI. A1111 computes n + 1 points and ends at the last:
+    ``final="sigma_min"``. ComfyUI's grid on a flow path: ``ratio=False``.
 
     >>> from alphabar.sampling import make_knots
     >>> [round(k.sigma_ve, 3) for k in make_knots(NoiseSchedule.scaled_linear(), 3, "kl_optimal")]
@@ -272,12 +278,11 @@ def linear_quadratic(
     threshold_noise: float = 0.025,
     linear_steps: int | None = None,
 ) -> Tensor:
-    """Go down linearly by ``threshold_noise`` in the first half, then quadratically to 0 (Mochi;
-    ComfyUI).
+    """Fall linearly by ``threshold_noise`` in the first half, then quadratically to 0.
 
-    A noise schedule of flow models; elsewhere σ / α takes the same parts of its range, as in
-    ComfyUI. ``linear_steps`` defaults to half of the steps; the lowest level of the range is not
-    used.
+    Source: Mochi; ComfyUI. This is a noise schedule of flow models; on others σ / α takes the same
+    fractions of its range, as in ComfyUI. ``linear_steps`` defaults to half of the steps. The
+    lowest level of the range is not used.
 
     >>> from alphabar.sampling import make_knots
     >>> [round(k.sigma, 4) for k in make_knots(NoiseSchedule.flow(), 4, "linear_quadratic")]
@@ -293,7 +298,7 @@ def linear_quadratic(
             f"{threshold_noise}; Mochi uses half of the steps and 0.025"
         )
     i = torch.arange(points, dtype=torch.float64)
-    # the parabola meets the line in value and slope at i = m, and 1 at i = points
+    # the parabola equals the line in value and slope at i = m, and 1 at i = points
     slope, excess = threshold_noise / m, 1 - threshold_noise * points / m
     gone = slope * i + excess * ((i - m).clamp(min=0) / (points - m)) ** 2
     return high * (1 - gone)
@@ -322,12 +327,12 @@ def _fast_steps(
 
 @register_sigma_grid(count=_fast_steps, ratio=True, final="sigma_min")
 def dpm_fast(points: int, low: float, high: float) -> Tensor:
-    """Space log(σ / α) evenly for steps of three evaluations each (k-diffusion's sample_dpm_fast;
-    2206.00927, DPM-Solver-fast).
+    """Space log(σ / α) evenly for steps of three evaluations each.
 
-    The number it is asked for is that of evaluations n: it has n // 3 + 1 steps, of which the last
-    one or two take the rest. It ends at the least noise. A first step from α = 0 and a last one
-    into σ = 0 have one evaluation, see ``dpm_fast.block_orders``.
+    k-diffusion's sample_dpm_fast; 2206.00927, DPM-Solver-fast. The requested number n is the number
+    of evaluations: there are n // 3 + 1 steps, and the last one or two use the remaining
+    evaluations. The end is the least noise. A first step from α = 0 and a last one to σ = 0 have
+    one evaluation, see ``dpm_fast.block_orders``.
 
     >>> from alphabar.sampling import make_knots
     >>> len(make_knots(NoiseSchedule.scaled_linear(), 20, "dpm_fast")) - 1

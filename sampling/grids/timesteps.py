@@ -1,13 +1,19 @@
-"""Timestep-spaced grids: formulas for the training indices at which the network is called, from the
-most noise down.
+"""Timestep-spaced grids: formulas for the training indices of the network calls, falling.
 
-Every grid here has these options beside its own: ``rounded``: whole indices, as DDIM, DDPM and the
-DPM-Solver classes of diffusers. ``drop_last``: lay one point more and leave out the lowest, as the
-DPM-Solver classes. ``final``: end in the clean sample ("zero"), or at the least noise of training
-("sigma_min"; where the grid itself goes down to that, it is laid with one point more, whose last is
-the end; "stay": there its last step goes nowhere, as diffusers appends its sigma_min to any grid).
-``interpolation``: see ``knots_at_indices``. With zero terminal SNR the last index is the knot with
-α = 0 itself.
+Every grid here has these options in addition to its own:
+
+``rounded``: integer indices, as the DDIM, DDPM and DPM-Solver classes of diffusers.
+
+``drop_last``: compute one point more and remove the lowest, as the DPM-Solver classes.
+
+``final``: the end of sampling. "zero": the clean sample. "sigma_min": the least noise of training;
+if the grid itself contains this level, it is computed with one point more, and its last point is
+the end. "stay": as "sigma_min", but if the grid itself contains this level, the last step does not
+move, as diffusers appends its sigma_min to any grid.
+
+``interpolation``: see ``knots_at_indices``.
+
+With zero terminal SNR the last index is the knot with α = 0.
 """
 
 from __future__ import annotations
@@ -56,8 +62,9 @@ def place_timesteps(
 
 
 def register_timestep_grid(**defaults: Any) -> Callable[[F], F]:
-    """Register a formula (schedule, points, *, options) -> training indices, shape (points,),
-    falling; or its own defaults.
+    """Register a formula (schedule, points, *, options) -> training indices, shape (points,).
+
+    The indices fall. ``defaults`` replace the defaults of the shared options.
 
     >>> @register_timestep_grid()
     ... def halves(schedule, points):
@@ -74,7 +81,7 @@ def _from_the_top(points: int) -> Tensor:
 
 
 def _even(points: int, last: int) -> Tensor:
-    # counted up from 0 as numpy does, so that the ties of rounding fall as in diffusers
+    # counted up from 0 like numpy, so that rounding ties are as in diffusers
     index = _from_the_top(points) * (last / max(points - 1, 1))
     index[0] = last
     return index
@@ -97,10 +104,9 @@ def _usable(schedule: NoiseSchedule, lambda_min: float) -> int:
 
 @register_timestep_grid()
 def linspace(schedule: NoiseSchedule, points: int, *, lambda_min: float = -math.inf) -> Tensor:
-    """Space timesteps evenly from the last to the first (2305.08891, table 2), then the clean
-    sample.
+    """Space timesteps evenly from the last to the first (2305.08891, table 2).
 
-    ``lambda_min``: start at the last timestep that has log(α / σ) of at least this (2211.01095,
+    ``lambda_min``: start at the last timestep with log(α / σ) of at least this value (2211.01095,
     appendix; -5.1 with the cosine betas); 'lambda_min_clipped' in diffusers.
 
     >>> from alphabar.sampling import make_knots
@@ -119,10 +125,10 @@ def linspace(schedule: NoiseSchedule, points: int, *, lambda_min: float = -math.
 
 @register_timestep_grid()
 def score_sde(schedule: NoiseSchedule, points: int) -> Tensor:
-    """Space training times evenly from the curve's last to its very first, as the code of Song et
-    al. 2011.13456.
+    """Space training times evenly from the curve's last to its first, as Song et al. 2011.13456.
 
-    On discrete schedules, and where the first time is the clean sample itself, it is ``linspace``.
+    This follows their code. On discrete schedules, and if the first time is the clean sample, it is
+    equal to ``linspace``.
 
     >>> from alphabar.sampling import make_knots
     >>> [
@@ -142,11 +148,10 @@ def score_sde(schedule: NoiseSchedule, points: int) -> Tensor:
 def leading(
     schedule: NoiseSchedule, points: int, *, steps_offset: int = 0, lambda_min: float = -math.inf
 ) -> Tensor:
-    """Take every (T // points)-th timestep from the first on (2305.08891, table 2); it never visits
-    the last one.
+    """Take every (T // points)-th timestep from the first on (2305.08891, table 2).
 
-    ``steps_offset`` is added to each; Stable Diffusion uses 1. ``lambda_min`` as in
-    :func:`linspace`.
+    It never visits the last timestep. ``steps_offset`` is added to each; Stable Diffusion uses 1.
+    ``lambda_min`` as in :func:`linspace`.
 
     >>> from alphabar.sampling import make_knots
     >>> [k.timestep for k in make_knots(NoiseSchedule.linear(), 4, "leading", steps_offset=1)]
@@ -177,18 +182,18 @@ def trailing(
     whole_stride: bool = False,
     lambda_min: float = -math.inf,
 ) -> Tensor:
-    """Count down from the last timestep in even strides (2305.08891, table 2): sampling starts
-    where training ended.
+    """Count down from the last timestep in even strides (2305.08891, table 2).
 
-    Whole timesteps on discrete schedules. ``whole_stride``: strides of T // points, as
-    CMStochasticIterativeScheduler. ``lambda_min`` as in :func:`linspace`.
+    Sampling starts where training ends. Timesteps are integers on discrete schedules.
+    ``whole_stride``: strides of T // points, as CMStochasticIterativeScheduler. ``lambda_min`` as
+    in :func:`linspace`.
 
     >>> from alphabar.sampling import make_knots
     >>> [k.timestep for k in make_knots(NoiseSchedule.linear(), 4, "trailing")]
     [999.0, 749.0, 499.0, 249.0, -1.0]
     """
     count = schedule.num_train_timesteps
-    # as numpy.arange rounds its stride, so that the ties of rounding fall as in diffusers
+    # the stride is rounded like numpy.arange, so that rounding ties are as in diffusers
     stride = float(count // points) if whole_stride else count - (count - count / points)
     position = _usable(schedule, lambda_min) - torch.arange(points, dtype=torch.float64) * stride
     return (position.round() if schedule.curve.is_discrete else position) - 1
@@ -196,7 +201,7 @@ def trailing(
 
 @register_timestep_grid()
 def simple(schedule: NoiseSchedule, points: int) -> Tensor:
-    """Count down from the last timestep in even strides, cut to whole ones: ComfyUI's 'simple'.
+    """Count down from the last timestep in even strides, rounded down: ComfyUI's 'simple'.
 
     >>> from alphabar.sampling import make_knots
     >>> [k.timestep for k in make_knots(NoiseSchedule.linear(), 3, "simple")]
@@ -208,10 +213,10 @@ def simple(schedule: NoiseSchedule, points: int) -> Tensor:
 
 @register_timestep_grid()
 def normal(schedule: NoiseSchedule, points: int) -> Tensor:
-    """ComfyUI's and A1111's name for :func:`linspace`.
+    """The name of ComfyUI and A1111 for :func:`linspace`.
 
-    On a flow path theirs shifts the lower end twice; say ``flow(end=shift / (T + shift - 1))`` for
-    that.
+    On a flow path ComfyUI and A1111 shift the lower end twice; ``flow(end=shift / (T + shift -
+    1))`` gives that.
 
     >>> from alphabar.sampling import make_knots
     >>> [k.timestep for k in make_knots(NoiseSchedule.linear(), 3, "normal")]
@@ -222,8 +227,9 @@ def normal(schedule: NoiseSchedule, points: int) -> Tensor:
 
 @register_timestep_grid(drop_last=True)
 def sgm_uniform(schedule: NoiseSchedule, points: int) -> Tensor:
-    """Space timesteps evenly and leave out the lowest (ComfyUI, A1111; the sgm code of SDXL and
-    SVD).
+    """Space timesteps evenly and remove the lowest (ComfyUI, A1111).
+
+    Also in the sgm code of SDXL and SVD.
 
     >>> from alphabar.sampling import make_knots
     >>> [k.timestep for k in make_knots(NoiseSchedule.linear(), 3, "sgm_uniform")]
@@ -234,11 +240,10 @@ def sgm_uniform(schedule: NoiseSchedule, points: int) -> Tensor:
 
 @register_timestep_grid()
 def ddim_uniform(schedule: NoiseSchedule, points: int, *, stride: int | None = None) -> Tensor:
-    """Take every (T // points)-th timestep from 1 on (ComfyUI, A1111): ``leading`` with an offset
-    of 1.
+    """Take every (T // points)-th timestep from 1 on (ComfyUI, A1111): ``leading`` with offset 1.
 
-    ComfyUI takes as many as fit, more than it was asked for where the steps do not divide T: say
-    the number that fits and ``stride`` = T // the number asked for.
+    If the steps do not divide T, ComfyUI takes as many as fit, more than requested. To get these,
+    pass the number that fits and ``stride`` = T // the requested number.
 
     >>> from alphabar.sampling import make_knots
     >>> [k.timestep for k in make_knots(NoiseSchedule.linear(), 4, "ddim_uniform")]
@@ -253,11 +258,10 @@ def ddim_uniform(schedule: NoiseSchedule, points: int, *, stride: int | None = N
 def beta_timesteps(
     schedule: NoiseSchedule, points: int, *, alpha: float = 0.6, beta: float = 0.6
 ) -> Tensor:
-    """Take quantiles of a Beta distribution over the timesteps, close at both ends (Lee et al.
-    2407.12173).
+    """Take quantiles of a Beta distribution over the timesteps, dense at both ends.
 
-    With ``rounded=True`` ComfyUI's scheduler 'beta'; that of diffusers and A1111 is the grid
-    ``beta``.
+    Source: Lee et al. 2407.12173. With ``rounded=True`` it is ComfyUI's scheduler 'beta'; that of
+    diffusers and A1111 is the grid ``beta``.
 
     >>> from alphabar.sampling import make_knots
     >>> [round(k.timestep) for k in make_knots(NoiseSchedule.linear(), 4, "beta_timesteps")]
@@ -280,18 +284,24 @@ def flow(
     end: float | None = None,
     end_shifted: bool = False,
 ) -> Tensor:
-    """Space time evenly and shift it towards the noise, σ = s t / (1 + (s - 1) t) (Esser et al.
-    2403.03206, eq. 23).
+    """Space time evenly and shift it towards the noise: σ = s t / (1 + (s - 1) t).
 
-    ``shift`` is s, by default the schedule's own; or s = e^μ with ``mu``, or with the μ that Flux
-    takes for ``image_seq_len`` tokens, linear from 0.5 at 256 to 1.15 at 4096. ``shift_terminal``
-    stretches σ so that the last is this (LTX-Video). Time runs from ``start`` to ``end``, by
-    default 1 / T. On a flow path σ is the noise level itself; elsewhere it is the part of the
-    training time.
+    Source: Esser et al. 2403.03206, eq. 23. On a flow path σ is the noise level; on other paths it
+    is the fraction of the training time.
 
-    In diffusers FlowMatchEuler and FlowMatchHeun with a static shift end at the shifted 1 / T and
-    shift it again: ``end_shifted=True``, which is ``end=shift / (T + shift - 1)``. UniPC:
-    ``drop_last=True``. The other DPM-Solver classes: ``start=1 - 1 / T, end=0.0, drop_last=True``.
+    Args:
+        shift: s, by default the schedule's own.
+        mu: s = e^μ.
+        image_seq_len: s = e^μ with the μ of Flux for this number of tokens, linear from 0.5 at 256
+            to 1.15 at 4096.
+        shift_terminal: The last σ; σ is stretched to reach it (LTX-Video).
+        start, end: Time runs from ``start`` to ``end``, by default 1 / T.
+        end_shifted: End at the shifted 1 / T and shift it again, as FlowMatchEuler and
+            FlowMatchHeun of diffusers with a static shift; equal to ``end=shift / (T + shift -
+            1)``.
+
+    Other classes of diffusers: UniPC is ``drop_last=True``. The other DPM-Solver classes are
+    ``start=1 - 1 / T, end=0.0, drop_last=True``.
 
     >>> from alphabar.sampling import make_knots
     >>> [round(k.timestep, 1) for k in make_knots(NoiseSchedule.flow(shift=3.0), 4, "flow")]
@@ -323,8 +333,9 @@ def shift_of(
     mu: float | None = None,
     image_seq_len: int | None = None,
 ) -> float:
-    """Return the shift s that at most one of the three says, or the schedule's own (1 where it has
-    none).
+    """Return the shift s from at most one of the three arguments, or the schedule's own.
+
+    It is 1 if the schedule has none.
 
     >>> round(math.log(shift_of(NoiseSchedule.flow(), image_seq_len=4096)), 6)
     1.15
@@ -350,10 +361,9 @@ def shift_of(
 
 @register_timestep_grid()
 def lcm(schedule: NoiseSchedule, points: int, *, original_steps: int = 50) -> Tensor:
-    """Take some of the ``original_steps`` timesteps that latent consistency models are distilled at
-    (Luo et al. 2310.04378, §4.3).
+    """Take some of the ``original_steps`` timesteps used to distil latent consistency models.
 
-    LCMScheduler and TCDScheduler in diffusers.
+    Source: Luo et al. 2310.04378, §4.3. LCMScheduler and TCDScheduler in diffusers.
 
     >>> from alphabar.sampling import make_knots
     >>> [k.timestep for k in make_knots(NoiseSchedule.scaled_linear(), 4, "lcm")]
@@ -375,11 +385,10 @@ def lcm(schedule: NoiseSchedule, points: int, *, original_steps: int = 50) -> Te
 
 @register_timestep_grid()
 def sine_squared(schedule: NoiseSchedule, points: int) -> Tensor:
-    """Let σ = sin²(π u / 2) with u even on a variance preserving path (v-diffusion; IPNDMScheduler
-    in diffusers).
+    """Set σ = sin²(π u / 2) with even u on a variance preserving path.
 
-    Made for the cosine schedule, where σ = sin(π t / 2); on others it is the same part t of the
-    time.
+    v-diffusion; IPNDMScheduler in diffusers. It is made for the cosine schedule, where σ = sin(π t
+    / 2); on others the fraction t of the time is the same.
 
     >>> from alphabar.sampling import make_knots
     >>> [round(k.sigma, 4) for k in make_knots(NoiseSchedule.cosine(), 3, "sine_squared")]

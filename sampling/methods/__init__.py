@@ -1,4 +1,4 @@
-"""The methods, by family; a new file is a word here."""
+"""The methods, by family; add a new file to the import below."""
 
 # isort: off: the order of the registry
 from . import (

@@ -1,8 +1,7 @@
-"""Linear multistep methods in the noise prediction ε̂: LMS, DEIS, PLMS / PNDM, iPNDM, gradient
-estimation.
+"""Linear multistep methods in the noise prediction ε̂.
 
-In σ̄ = σ/α the flow is dx̄/dσ̄ = ε̂(σ̄), so x_n = α_n (x/α_s + ∫ ε̂ dσ̄): the methods differ in how
-they extend ε̂ over the step.
+LMS, DEIS, PLMS / PNDM, iPNDM and gradient estimation. In σ̄ = σ/α the flow is dx̄/dσ̄ = ε̂(σ̄), so
+x_n = α_n (x/α_s + ∫ ε̂ dσ̄). The methods differ in the extrapolation of ε̂ over the step.
 """
 
 from __future__ import annotations
@@ -67,8 +66,9 @@ def deis(
     order: int = 3,
     lower_order_final: bool = True,
 ) -> list[Combination]:
-    """DEIS: ε̂ a polynomial in log(σ/α) under the exact exponential weight (Zhang & Chen
-    2204.13902, eq. 14, "log ρ").
+    """DEIS: ε̂ is a polynomial in log(σ/α), with the exact exponential weight.
+
+    Source: Zhang & Chen 2204.13902, eq. 14, "log ρ".
     """
     one_of("order", order, (1, 2, 3))
     s, n, steps = knots[i], knots[i + 1], len(knots) - 1
@@ -89,8 +89,9 @@ def deis(
 def ipndm(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination, order: int = 4
 ) -> list[Combination]:
-    """iPNDM: Adams-Bashforth weights of an even grid in the DDIM update, climbing from order 1
-    (2202.09778; 2204.13902, §3.3).
+    """iPNDM: Adams-Bashforth weights of an even grid in the DDIM update, starting at order 1.
+
+    Source: 2202.09778; 2204.13902, §3.3.
     """
     one_of("order", order, (1, 2, 3, 4))
     s, n = knots[i], knots[i + 1]
@@ -106,13 +107,12 @@ def ipndm(
 def ipndm_v(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination, order: int = 4
 ) -> list[Combination]:
-    """iPNDM-v: iPNDM with the Adams-Bashforth weights of the grid as it is, and D for the last step
-    (2204.13902, §3.3).
+    """iPNDM-v: iPNDM with the Adams-Bashforth weights of the actual grid, and D for the last step.
 
-    The weights are the exact ones, those of ``lms``. The published code (ComfyUI's sample_ipndm_v,
-    from diff-sampler) expands them with three slips, a bracket of the third weight, a sign and a
-    ratio of steps of the fourth, for which they do not sum to one unless the grid is even in σ/α,
-    and the order is 2.
+    Source: 2204.13902, §3.3. The weights are exact, as in ``lms``. The published code (ComfyUI's
+    sample_ipndm_v, from diff-sampler) has three errors in its expansion: a bracket of the third
+    weight, and a sign and a ratio of steps of the fourth. With these errors the weights sum to one
+    only if the grid is even in σ/α, and the order is 2.
     """
     if knots[i + 1].sigma == 0:
         one_of("order", order, (1, 2, 3, 4))
@@ -141,11 +141,11 @@ COMBINED = ("epsilon", "output")
 
 
 def _combined(trace: Trace, D: Combination, e: Combination, k: Knot, combine: str) -> Combination:
-    """Return what a step combines of an evaluation at k: ε̂, or the network's output itself."""
+    """Return the value of an evaluation at k that a step combines: ε̂ or the network's output."""
     if combine == "epsilon":
         return e
     c0, c1 = trace.schedule.prediction.coefficients(k.alpha, k.sigma)
-    # outputs of several knots belong to different (x_0, ε)
+    # outputs of several knots are different combinations of (x_0, ε)
     trace.keeps_marginals = trace.keeps_marginals and c0 == 0
     return c0 * D + c1 * e
 
@@ -169,11 +169,10 @@ def plms(
     *past: Combination,
     combine: str = "epsilon",
 ) -> list[Combination]:
-    """PLMS: pseudo linear multistep, started by one pseudo improved Euler step (Liu et al.
-    2202.09778, eq. 12 and 22).
+    """PLMS: pseudo linear multistep, with one pseudo improved Euler step at the start.
 
-    ``combine``: "epsilon", or the network's "output" whatever it predicts, as PNDMScheduler in
-    diffusers does.
+    Source: Liu et al. 2202.09778, eq. 12 and 22. ``combine``: "epsilon", or the network's "output"
+    for any prediction type, as in PNDMScheduler of diffusers.
     """
     one_of("combine", combine, COMBINED)
     s, n = knots[i], knots[i + 1]
@@ -202,10 +201,9 @@ def pndm(
     *past: Combination,
     combine: str = "epsilon",
 ) -> list[Combination]:
-    """PNDM: three pseudo Runge-Kutta steps of order 4, then PLMS (Liu et al. 2202.09778, algorithm
-    2 and eq. 13).
+    """PNDM: three pseudo Runge-Kutta steps of order 4, then PLMS.
 
-    ``combine`` as in ``plms``.
+    Source: Liu et al. 2202.09778, algorithm 2 and eq. 13. ``combine`` as in ``plms``.
     """
     one_of("combine", combine, COMBINED)
     s, n = knots[i], knots[i + 1]

@@ -20,21 +20,33 @@ F = TypeVar("F", bound=Formula)
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """A sampler's formula and its facts: ``order`` of convergence (weak order where it draws
-    noise), ``evaluations`` of the network per step, what , and its ``source``.
+    """A sampler's formula for one step and its facts.
 
-    ``order`` holds with default options on any grid, with exact starting values for methods that
-    remember; 0 is for samplers that do not converge with the number of steps, those of distilled
-    models above all. ``reaches`` is a higher order with the options that it takes. ``block``: steps
-    after which a method that climbs in blocks has that order. ``rewrites``: places of the memory
-    that hold an earlier x.
+    Two methods are equal if all facts are equal, including the values of their options.
 
-    ``inverse``: it runs upwards, from the least noise. ``grid``, with ``grid_options``: where it
-    runs unless told otherwise. ``steps_option``: the option of the formula that is given the number
-    of steps that was asked for, where that is not the number of knots but one. ``blocks(steps,
-    from_noise, to_clean)``: over how many steps of a grid each of its own goes, where that is not
-    one. ``aliases`` maps names of other software to the grid and options that they stand for there.
-    Equal methods are equal in every fact, the values of their options included.
+    Args:
+        name: The name in METHODS.
+        formula: The formula of one step.
+        order: The order of convergence (weak order if the method draws noise). It holds with
+            default options on any grid, with exact starting values for multistep methods. 0 is for
+            samplers that do not converge with the number of steps, mainly those of distilled
+            models.
+        source: The paper or software of the formula.
+        evaluations: Network evaluations per step.
+        stochastic: Whether it draws noise.
+        point_mass: Whether the table's marginals are checked, see ``Table``.
+        inverse: It runs upwards, from the least noise.
+        reaches: A higher order and the options that give it.
+        block: The number of steps after which a method that raises its order in blocks has that
+            order.
+        rewrites: Positions of the memory that hold an earlier x.
+        defaults: New defaults for options of the formula.
+        grid, grid_options: The default grid and its options.
+        steps_option: The formula's option that gets the requested number of steps, if this is not
+            the number of knots minus one.
+        blocks: ``blocks(steps, from_noise, to_clean)`` returns how many grid steps each step of the
+            method covers, if not one.
+        aliases: Names of other software, with the grid and options that they imply.
 
     >>> from alphabar.sampling import METHODS
     >>> METHODS["heun"].order, METHODS["heun"].evaluations
@@ -60,7 +72,7 @@ class Method:
     aliases: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def boundaries(self, knots: Sequence[Knot]) -> tuple[Knot, ...]:
-        """Return those knots of a grid that the method's own steps go between.
+        """Return the knots of a grid at which the method's own steps start and end.
 
         >>> from alphabar.noising import NoiseSchedule
         >>> from alphabar.sampling import METHODS, make_knots
@@ -83,29 +95,30 @@ class Method:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options that the formula has, with their defaults."""
+        """The options of the formula, with their defaults."""
         return {name: p.default for name, p in self.parameters.items()} | dict(self.defaults)
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
-        """The parameters of the formula that are its options, by their names."""
+        """The parameters of the formula that are its options, by name."""
         return keyword_parameters(self.formula)
 
     @property
     def documentation(self) -> str:
-        """What it does, in words: the formula's docstring."""
+        """The docstring of the formula."""
         return inspect.getdoc(self.formula) or ""
 
 
 METHODS: Registry[Method] = Registry("method")
-"""Every method by its name; ``@register_method(...)`` above a formula adds one."""
+"""All methods by name; ``@register_method(...)`` above a formula adds one."""
 
 
 def register_method(
     name: str | None = None, *, order: int, source: str, **facts: Any
 ) -> Callable[[F], F]:
-    """Register a formula as a method, under its own name or another one; the facts are those of
-    :class:`Method`.
+    """Register a formula as a method, under its own name or another one.
+
+    The facts are the fields of :class:`Method`.
 
     >>> @register_method("half_euler", order=0, source="an example")
     ... def half_euler(trace, knots, i, x):

@@ -1,16 +1,17 @@
-"""CFG++ in the methods of higher order: DPM++ 2M and 2S a, RES, gradient estimation, and Euler with
-a history.
+"""CFG++ in methods of higher order.
 
-Chung et al. 2406.08070 (algorithm 2) go to the guided estimate D along the noise ε̂_u that the
-unconditional estimate U says is in x. In σ̄ = σ/α and x̄ = x/α that is
+DPM++ 2M and 2S a, RES, gradient estimation, and Euler with a history. The methods of Chung et al.
+2406.08070 (algorithm 2) go to the guided estimate D along ε̂_u, the noise of the unconditional
+estimate U. In σ̄ = σ/α and x̄ = x/α this is
 
-    x̄_n = D + σ̄_n ε̂_u = U + σ̄_n/σ̄_s (x̄ - U) + (D - U),
+    x̄_n = D + σ̄_n ε̂_u = U + σ̄_n/σ̄_s (x̄ - U) + (D - U).
 
-so every method here takes its own step on the unconditional path and adds the guidance D - U, whole
-and once in each step: how much guidance a run gets depends on its number of steps, whence scales of
-0 ... 2. At a scale of 1 D is the conditional estimate and U still the unconditional one, where its
-input is given. Without it U is D, each is the method that its name says, and the declared order is
-meant so. The last step goes to D, as in the first-order forms.
+So every method here takes its own step on the unconditional path and adds the guidance D - U once
+in each step, without a factor. The amount of guidance in a run therefore depends on its number of
+steps, so scales are 0 ... 2. At a scale of 1, D is the conditional estimate, and U is still the
+unconditional one if its input is given. Without this input U is D, and each method is the one
+without CFG++; the declared order is for this case. The last step goes to D, as in the first-order
+forms.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from .steps import check_eta, first_order_update, fresh_noise, posterior_std, sd
 def euler_ancestral_cfg_pp(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *, eta: float = 1.0
 ) -> list[Combination]:
-    """Euler a with CFG++: to the guided D along the unconditional ε̂ (Chung et al. 2406.08070,
-    algorithm 2).
+    """Euler a with CFG++: to the guided D along the unconditional ε̂.
+
+    Source: Chung et al. 2406.08070, algorithm 2.
     """
     s, n = knots[i], knots[i + 1]
     D = trace.denoise(x, s)
@@ -47,8 +49,9 @@ def euler_ancestral_cfg_pp(
     order=1, source="2406.08070", aliases={"DDIM CFG++": {}, "Euler CFG++": {}, "euler_cfg_pp": {}}
 )
 def ddim_cfg_pp(trace: Trace, knots: Sequence[Knot], i: int, x: Combination) -> list[Combination]:
-    """DDIM / Euler with CFG++: to the guided D along the unconditional ε̂ (Chung et al. 2406.08070,
-    algorithm 2).
+    """DDIM / Euler with CFG++: to the guided D along the unconditional ε̂.
+
+    Source: Chung et al. 2406.08070, algorithm 2.
     """
     return euler_ancestral_cfg_pp(trace, knots, i, x, eta=0.0)
 
@@ -57,11 +60,10 @@ def ddim_cfg_pp(trace: Trace, knots: Sequence[Knot], i: int, x: Combination) -> 
 def dpmpp_2m_cfg_pp(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination
 ) -> list[Combination]:
-    """DPM++ 2M with CFG++: the step along U, and (D - U_last) / 2r for the slope (2406.08070,
-    appendix; sample_dpmpp_2m_cfg_pp).
+    """DPM++ 2M with CFG++: the step along U, with the slope (D - U_last) / 2r.
 
-    The published slope mixes the guided D with the last unconditional estimate, which adds a little
-    guidance of its own.
+    Source: 2406.08070, appendix; sample_dpmpp_2m_cfg_pp. The published slope uses the guided D and
+    the last unconditional estimate, which adds a small amount of guidance.
     """
     s, n = knots[i], knots[i + 1]
     D, _, U, _ = _both(trace, x, s)
@@ -85,8 +87,9 @@ def dpmpp_2s_ancestral_cfg_pp(
     eta: float = 1.0,
     s_noise: float = 1.0,
 ) -> list[Combination]:
-    """DPM++ 2S a with CFG++: both stages along U, then the guidance of the first
-    (sample_dpmpp_2s_ancestral_cfg_pp).
+    """DPM++ 2S a with CFG++: both stages along U, then the guidance of the first stage.
+
+    sample_dpmpp_2s_ancestral_cfg_pp.
     """
     s, n = knots[i], knots[i + 1]
     r = check_eta(eta) * posterior_std(s, n)
@@ -119,11 +122,10 @@ def res_multistep_cfg_pp(
     *past: Combination,
     eta: float = 0.0,
 ) -> list[Combination]:
-    """RES with CFG++: U linear in λ through its last value, integrated exactly (2308.02157, eq. 8;
-    sample_res_multistep_cfg_pp).
+    """RES with CFG++: U is linear in λ through its last value, integrated exactly.
 
-    The guidance goes onto x before the step and shrinks with it; the first step, of order 1, adds
-    it whole.
+    Source: 2308.02157, eq. 8; sample_res_multistep_cfg_pp. The guidance is added to x before the
+    step and is reduced by it; the first step, of order 1, adds it in full.
     """
     s, n = knots[i], knots[i + 1]
     D, _, U, _ = _both(trace, x, s)
@@ -148,8 +150,9 @@ def gradient_estimation_cfg_pp(
     *past: Combination,
     gamma: float = 2.0,
 ) -> list[Combination]:
-    """Gradient estimation with CFG++: to D along γ ε̂_u + (1 - γ) ε̂_u,last of the way (2306.04848,
-    eq. 9; 2406.08070).
+    """Gradient estimation with CFG++: to D along γ ε̂_u + (1 - γ) ε̂_u,last.
+
+    Source: 2306.04848, eq. 9; 2406.08070.
     """
     s, n = knots[i], knots[i + 1]
     D, _, _, e_u = _both(trace, x, s)
@@ -170,14 +173,18 @@ def cfgpp_ud10_ab(
     unconditional_history: float = 0.1,
     extrapolate: float = 1.0,
 ) -> list[Combination]:
-    """Euler CFG++ that leans on its history (ComfyUI's sample_cfgpp_ud10_ab; no paper).
+    """Euler CFG++ with a history (ComfyUI's sample_cfgpp_ud10_ab; no paper).
 
-    ``history`` of the second-order Adams-Bashforth step in σ̄ is mixed into Euler's,
-    ``unconditional_history`` of its change is added to ε̂_u, and the last step goes by
-    ``extrapolate`` from D to the line through the last two D at σ̄ = 0. The change of ε̂_u counts
-    with σ̄_n, whatever the length of the step: with ``unconditional_history`` more steps do not
-    approach the flow, and the declared order is 0; without, it is of order 1. Memory: the last
-    slope v of the whole step, D, ε̂_u.
+    The change of ε̂_u is multiplied by σ̄_n, not by the length of the step. So with
+    ``unconditional_history`` more steps do not approach the flow, and the declared order is 0;
+    without it the order is 1. Memory: the last slope v of the whole step, D, ε̂_u.
+
+    Args:
+        history: The fraction of the second-order Adams-Bashforth step in σ̄ that is mixed into
+            Euler's.
+        unconditional_history: The fraction of the change of ε̂_u that is added to it.
+        extrapolate: The last step goes from D by this fraction towards the line through the last
+            two D at σ̄ = 0.
     """
     s, n = knots[i], knots[i + 1]
     D, e, _, e_u = _both(trace, x, s)
@@ -191,14 +198,15 @@ def cfgpp_ud10_ab(
         return [n.alpha * (D - (extrapolate * s.sigma_ve / step_last) * (D - D_last))]
     mean_e = e_u + (unconditional_history * step / step_last) * (e_u - e_last)
     v = _slope(e, mean_e, s, n)
-    # Adams-Bashforth 2 is Euler's step and step² / (2 step_last) of the change of slope
+    # Adams-Bashforth 2: Euler's step plus step² / (2 step_last) times the change of slope
     added = (n.alpha * history * step**2 / (2 * step_last)) * (v - v_last)
     return [n.alpha * D + n.sigma * mean_e + added, v, D, e_u]
 
 
 def _slope(e: Combination, e_u: Combination, s: Knot, n: Knot) -> Combination:
-    """Return (x̄_n - x̄) / (σ̄_n - σ̄_s) of the CFG++ step x̄_n = D + σ̄_n ε̂_u, where x̄ = D +
-    σ̄_s ε̂.
+    """Return (x̄_n - x̄) / (σ̄_n - σ̄_s) of the CFG++ step x̄_n = D + σ̄_n ε̂_u.
+
+    Here x̄ = D + σ̄_s ε̂.
     """
     return e + (n.sigma_ve / (n.sigma_ve - s.sigma_ve)) * (e_u - e)
 

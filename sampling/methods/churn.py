@@ -1,6 +1,4 @@
-"""Churn: raising the noise a little before a step (Karras et al. 2206.00364, algorithm 2), and the
-methods made with it.
-"""
+"""Churn: raise the noise before a step (Karras et al. 2206.00364, algorithm 2)."""
 
 from __future__ import annotations
 
@@ -21,8 +19,9 @@ def churned(
     s_tmax: float,
     s_noise: float,
 ) -> tuple[Combination, Knot]:
-    """Return x̂ and its knot, raised to σ̂ = (1 + γ) σ (lines 4 to 6), or x and its knot where no
-    churn is due.
+    """Return x̂ and its knot, raised to σ̂ = (1 + γ) σ (lines 4 to 6).
+
+    If the churn is 0, return x and its knot.
     """
     if s_churn < 0 or s_noise < 0:
         raise ValueError(f"s_churn and s_noise must be at least 0, got {s_churn} and {s_noise}")
@@ -37,7 +36,5 @@ def churned(
     raised = trace.knot(s.half_log_snr - math.log1p(gamma))
     added = s.sigma_ve * math.sqrt((1 + gamma) ** 2 - 1)
     if s_noise != 1:
-        trace.keeps_marginals = (
-            False  # as the paper wants it: a little more noise than the level says
-        )
+        trace.keeps_marginals = False  # as in the paper: slightly more noise than the level
     return raised.alpha * (x / s.alpha + (s_noise * added) * trace.noise(raised, s)), raised

@@ -1,5 +1,6 @@
-"""Few-step samplers of distilled models: consistency models, LCM, TCD. All go to x_0 and back to a
-lower noise.
+"""Few-step samplers of distilled models: consistency models, LCM, TCD.
+
+All of them go to x_0 and then back to a lower noise level.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from .steps import check_eta
 def consistency(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *, s_noise: float = 1.0
 ) -> list[Combination]:
-    """Multistep consistency sampling: x_n = D + sqrt(σ_n² - σ_min²) z (Song et al. 2303.01469,
-    algorithm 1).
+    """Multistep consistency sampling: x_n = D + sqrt(σ_n² - σ_min²) z.
+
+    Source: Song et al. 2303.01469, algorithm 1.
     """
     s, n = knots[i], knots[i + 1]
     D = trace.denoise(x, s)
@@ -49,12 +51,13 @@ def lcm(
     timestep_scaling: float = 10.0,
     sigma_data: float = 0.5,
 ) -> list[Combination]:
-    """LCM: x_n = α_n f + σ_n z with f = c_skip x + c_out D (Luo et al. 2310.04378, eq. 9 and
-    algorithm 3).
+    """LCM: x_n = α_n f + σ_n z with f = c_skip x + c_out D.
+
+    Source: Luo et al. 2310.04378, eq. 9 and algorithm 3.
     """
     s, n = knots[i], knots[i + 1]
     D = trace.denoise(x, s)
-    trace.keeps_marginals = False  # c_skip x keeps a little of the noise
+    trace.keeps_marginals = False  # c_skip x keeps a small part of the noise
     scaled = s.timestep * timestep_scaling
     c_skip = sigma_data**2 / (scaled**2 + sigma_data**2)
     c_out = scaled / math.sqrt(scaled**2 + sigma_data**2)
@@ -73,8 +76,9 @@ def lcm(
 def tcd(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *, eta: float = 0.3
 ) -> list[Combination]:
-    """TCD: down to time (1 - γ) t_n by the network, then up to t_n by noise (Zheng et al.
-    2402.19159, algorithm 4; γ is eta).
+    """TCD: down to time (1 - γ) t_n by the network, then up to t_n by noise; γ is ``eta``.
+
+    Source: Zheng et al. 2402.19159, algorithm 4.
     """
     s, n = knots[i], knots[i + 1]
     check_eta(eta)

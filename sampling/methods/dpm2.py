@@ -1,8 +1,7 @@
-"""Two-evaluation methods with a point between the knots: DPM2, DPM++ 2S, DPM++ SDE, and their
-ancestral forms.
+"""Two-evaluation methods with a point between the knots: DPM2, DPM++ 2S, DPM++ SDE.
 
-An ancestral step goes down to (α_n, sqrt(σ_n² - r²)) by the ODE, then renews noise of spread r
-(k-diffusion).
+Also their ancestral forms. An ancestral step goes down to (α_n, sqrt(σ_n² - r²)) by the ODE, then
+adds noise of standard deviation r (k-diffusion).
 """
 
 from __future__ import annotations
@@ -18,14 +17,15 @@ from .steps import along, check_eta, first_order_update, fresh_noise, posterior_
 
 
 def ancestral_target(n: Knot, r: float) -> Knot:
-    """Return the point of n's signal level that lies below it by noise of spread r; no network is
-    called there.
+    """Return the point with n's signal level from which noise of standard deviation r leads to n.
+
+    The network is not called there.
     """
     return Knot(math.nan, n.alpha, math.sqrt(max(n.sigma**2 - r**2, 0.0)))
 
 
 def midpoint(trace: Trace, s: Knot, d: Knot, ratio: float = 0.5) -> Knot:
-    """Return the point of the curve at ``ratio`` of the way from s to d in λ."""
+    """Return the point of the curve at the fraction ``ratio`` of the step from s to d in λ."""
     return trace.knot(s.half_log_snr + ratio * (d.half_log_snr - s.half_log_snr))
 
 
@@ -36,8 +36,9 @@ def dpm_2(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *,
     s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
 ) -> list[Combination]:  # fmt: skip
-    """DPM2: the midpoint rule in σ/α with the midpoint in log σ (2206.00364, algorithm 2, with
-    2206.00927's point).
+    """DPM2: the midpoint rule in σ/α with the midpoint in log σ.
+
+    Source: 2206.00364, algorithm 2, with the point of 2206.00927.
     """
     n = knots[i + 1]
     x, s = churned(trace, knots, i, x, s_churn, s_tmin, s_tmax, s_noise)
@@ -91,8 +92,9 @@ def dpmpp_2s_ancestral(
     eta: float = 1.0,
     s_noise: float = 1.0,
 ) -> list[Combination]:
-    """DPM++ 2S a: ancestral sampling with DPM-Solver++(2S) steps (2211.01095, algorithm 1 with r_1
-    = 1/2; k-diffusion).
+    """DPM++ 2S a: ancestral sampling with DPM-Solver++(2S) steps.
+
+    Source: 2211.01095, algorithm 1 with r_1 = 1/2; k-diffusion.
     """
     s, n = knots[i], knots[i + 1]
     r = check_eta(eta) * posterior_std(s, n)
@@ -121,11 +123,10 @@ def dpmpp_sde(
     s_noise: float = 1.0,
     r: float = 0.5,
 ) -> list[Combination]:
-    """DPM++ SDE: stochastic DPM-Solver++ with a point at r of the way (k-diffusion's
-    sample_dpmpp_sde).
+    """DPM++ SDE: stochastic DPM-Solver++ with a point at the fraction r of the step.
 
-    Both noises belong to one Brownian path: the second contains the first, and only so the method
-    is of weak order 2.
+    k-diffusion's sample_dpmpp_sde. Both noises are from one Brownian path: the second contains the
+    first. Without this the method is not of weak order 2.
     """
     if not 0 < r <= 1:
         raise ValueError(f"r must be in (0, 1], got {r}; k-diffusion uses 1/2")

@@ -1,5 +1,6 @@
-"""DPM-Solver with points of its own between the knots, and DPM fast, which is made of it (Lu et al.
-2206.00927).
+"""DPM-Solver with intermediate points between the knots, and DPM fast (Lu et al. 2206.00927).
+
+DPM fast consists of these DPM-Solver steps.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ def dpm_solver_2(
     r1: float = 0.5,
     D: Combination | None = None,
 ) -> tuple[Combination, Combination]:
-    """Return x_n by DPM-Solver-2 from ε̂ at s and at r_1 of the way, and the latter (2206.00927,
-    algorithm 4).
+    """Return x_n by DPM-Solver-2, and ε̂ at the intermediate point (2206.00927, algorithm 4).
+
+    The step uses ε̂ at s and at the fraction r_1 of the step.
     """
     m = _on_the_way(trace, s, n, r1)
     _, e1 = trace.evaluate(_step(x, D, e, e, s, m), m)
@@ -49,8 +51,9 @@ def dpm_solver_3(
     r2: float = 2 / 3,
     D: Combination | None = None,
 ) -> Combination:
-    """Return x_n by DPM-Solver-3 from ε̂ at s, at r_1 of the way (``e1``) and at r_2 (2206.00927,
-    algorithm 5).
+    """Return x_n by DPM-Solver-3 (2206.00927, algorithm 5).
+
+    The step uses ε̂ at s and at the fractions r_1 (``e1``) and r_2 of the step.
     """
     h = n.half_log_snr - s.half_log_snr
     m = _on_the_way(trace, s, n, r2)
@@ -75,15 +78,17 @@ def _on_the_way(trace: Trace, s: Knot, n: Knot, r: float) -> Knot:
 
 
 def _slope_weight(h: float) -> float:
-    """Return ((e^h - 1) / h - 1) / (e^h - 1): the mean of u / h under the weight e^(h - u), written
-    without cancellation.
+    """Return ((e^h - 1) / h - 1) / (e^h - 1), without cancellation.
+
+    This is the mean of u / h under the weight e^(h - u).
     """
     return 1 - phi_2(h) / -math.expm1(-h)
 
 
 def fast_orders(nfe: int) -> list[int]:
-    """Return the orders of the steps that use ``nfe`` evaluations: threes, and what is left over
-    (2206.00927, §3.4).
+    """Return the orders of the steps that use ``nfe`` evaluations: threes and the rest.
+
+    Source: 2206.00927, §3.4.
 
     >>> fast_orders(9), fast_orders(10), fast_orders(11)
     ([3, 3, 2, 1], [3, 3, 3, 1], [3, 3, 3, 2])
@@ -93,12 +98,12 @@ def fast_orders(nfe: int) -> list[int]:
 
 
 def block_orders(nfe: int, from_noise: bool = False, to_clean: bool = False) -> list[int]:
-    """Return the orders of the steps that use ``nfe`` evaluations between these ends, which add up
-    to it.
+    """Return the orders of the steps that use ``nfe`` evaluations; their sum is ``nfe``.
 
-    ``from_noise``: the first knot has no signal, and its step takes one evaluation; ``to_clean``:
-    so does the last, which goes to D where σ = 0. Between them, or without them, as
-    :func:`fast_orders`; before a last step of order 1 nothing else ends in one.
+    ``from_noise``: the first knot has no signal, and its step uses one evaluation. ``to_clean``:
+    the last step goes to D, where σ = 0, and uses one evaluation too. The other steps are as in
+    :func:`fast_orders`, but before a last step of order 1 there is no other one of order 1 at the
+    end.
 
     >>> (
     ...     block_orders(20),
@@ -134,13 +139,13 @@ def dpm_fast(
     eta: float = 0.0,
     s_noise: float = 1.0,
 ) -> list[Combination]:
-    """DPM fast: DPM-Solver-3 steps with a 2 or a 1 at the end (2206.00927, §3.4; k-diffusion's
-    sample_dpm_fast).
+    """DPM fast: DPM-Solver-3 steps with a step of order 2 or 1 at the end.
 
-    ``nfe`` is the number of evaluations, which is what its steps count: on a grid of that many
-    steps each of its own goes over as many as it has evaluations, and the points between lie at
-    thirds of its λ; on the grid ``dpm_fast``, k-diffusion's, its steps are even in λ. Without
-    ``nfe`` every step is of order 3, but for those from α = 0 and into σ = 0.
+    Source: 2206.00927, §3.4; k-diffusion's sample_dpm_fast. ``nfe`` is the number of evaluations,
+    which is also its number of steps. On a grid of ``nfe`` steps, each step of the method covers as
+    many grid steps as it has evaluations, and its intermediate points are at thirds of its λ. On
+    the grid ``dpm_fast``, as in k-diffusion, the steps are even in λ. Without ``nfe`` every step
+    has order 3, except those from α = 0 and into σ = 0.
     """
     s, n, steps = knots[i], knots[i + 1], len(knots) - 1
     ends = knots[0].alpha == 0, knots[-1].sigma == 0
@@ -150,7 +155,7 @@ def dpm_fast(
             f"{nfe} evaluations make {len(orders)} steps between these ends, got a grid of {steps}"
         )
     r = check_eta(eta) * posterior_std(s, n)
-    # an ancestral step goes below the knot, but not below where the grid ends
+    # an ancestral step goes below the knot, but not below the end of the grid
     end = knots[-1]
     low = max(math.sqrt(max(n.sigma**2 - r**2, 0.0)), n.alpha * end.sigma_ve)
     d = Knot(math.nan, n.alpha, low) if r else n

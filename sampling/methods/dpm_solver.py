@@ -1,21 +1,22 @@
-"""DPM-Solver and DPM-Solver++ over several steps, ODE and SDE (Lu et al. 2206.00927, 2211.01095).
+"""DPM-Solver and DPM-Solver++ multistep and in blocks, ODE and SDE.
 
-With λ = log(α / σ), h = λ_n - λ_s and the data prediction D(λ), the reverse SDE of strength η (0:
-the ODE) is solved by
+Source: Lu et al. 2206.00927, 2211.01095. With λ = log(α / σ), h = λ_n - λ_s and the data prediction
+D(λ), the solution of the reverse SDE of strength η (0: the ODE) is
 
     x_n = σ_n/σ_s e^(-ηh) x + α_n ∫_0^h (1 + η) e^(-(1+η)(h-u)) D(λ_s + u) du + σ_n sqrt(1 -
-    e^(-2ηh)) z,
+    e^(-2ηh)) z.
 
-so each formula is one estimate E of the weighted mean of D over the step, followed by ``transfer``.
-With H = (1 + η) h, D1 = h D' and D2 = h² D'' / 2 from past values, E = D + c1 D1 + c2 D2, where
+So each formula is an estimate E of the weighted mean of D over the step, followed by
+``first_order_update``. With H = (1 + η) h, and D1 = h D' and D2 = h² D'' / 2 from past values, E =
+D + c1 D1 + c2 D2, where
 
     c1 = φ_2(H) / (1 - e^-H)  ("heun")  or its limit 1/2  ("midpoint"),
     c2 = φ_3(H) / (1 - e^-H).
 
-The exact c2 would be twice that: the published third-order formula has it so, and is therefore of
-order 2 (measured in the tests); ``dpmpp_3m`` and ``dpmpp_3m_sde`` keep it for the sake of the
-images that people know. The noise-prediction forms ("dpmsolver") are the same with ε for D and α, σ
-exchanged: h becomes -h.
+The exact c2 is twice this value. The published third-order formula uses this c2 and is therefore of
+order 2 (measured in the tests). ``dpmpp_3m`` and ``dpmpp_3m_sde`` keep it, so that they give the
+known images. The noise-prediction forms ("dpmsolver") are the same with ε for D and α, σ exchanged:
+h becomes -h.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ SOLVER_TYPES = ("midpoint", "heun")
 def differences(
     m: Sequence[Combination], lambdas: Sequence[float], h: float
 ) -> tuple[Combination, Combination]:
-    """Return D1 = h D' and D2 = h² D'' / 2 at λ_0, from two or three past values (2211.01095,
-    appendix).
+    """Return D1 = h D' and D2 = h² D'' / 2 at λ_0 from two or three past values.
+
+    Source: 2211.01095, appendix.
     """
     r0 = (lambdas[0] - lambdas[1]) / h
     first = (m[0] - m[1]) / r0
@@ -66,12 +68,12 @@ def weighted_mean(
 def valid_history(
     past: Sequence[Combination], knots: Sequence[Knot], i: int, order: int
 ) -> list[Combination]:
-    """Return the remembered values that a step may use: none older than a knot with α = 0."""
+    """Return the values in memory that a step may use: none older than a knot with α = 0."""
     return [m for j, m in enumerate(past[: order - 1]) if knots[i - 1 - j].alpha > 0]
 
 
 def step_order(i: int, steps: int, order: int, n: Knot, lower_order_final: bool) -> int:
-    """Return the order of step i: falling to 1 at the end of short runs, and 1 into σ = 0."""
+    """Return the order of step i: it falls to 1 at the end of short runs, and is 1 into σ = 0."""
     if n.sigma == 0:
         return 1
     return min(order, steps - i) if lower_order_final and steps < 15 else order
@@ -92,9 +94,7 @@ def dpm_solver_multistep(
     eta: float | None = None,
     s_noise: float = 1.0,
 ) -> list[Combination]:
-    """DPM-Solver(++) over several steps (2211.01095, algorithm 2 and eq. 18 for the SDE;
-    2206.00927, eq. 3.7).
-    """
+    """DPM-Solver(++) multistep: 2211.01095, algorithm 2, eq. 18 (SDE); 2206.00927, eq. 3.7."""
     one_of("order", order, (1, 2, 3))
     one_of("algorithm", algorithm, ALGORITHMS)
     one_of("solver_type", solver_type, SOLVER_TYPES)
@@ -122,8 +122,7 @@ def dpm_solver_multistep(
     E = weighted_mean(m, lambdas, h, -h, solver_type)
     if not eta:
         return [along(x, D, e, E, s, n), *memory]
-    # eq. 3.7's SDE counterpart: twice the drift, and noise that keeps the spread to first order
-    # only
+    # SDE form of eq. 3.7: twice the drift; its noise keeps the variance to first order only
     trace.keeps_marginals = False
     drift = 2 * (n.sigma - n.alpha * s.sigma_ve) * E
     return [
@@ -146,8 +145,9 @@ def dpmpp_2m(
 def dpmpp_3m(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination
 ) -> list[Combination]:
-    """DPM-Solver++(3M) in the published form (2211.01095, appendix; see the head of this module for
-    its order).
+    """DPM-Solver++(3M) in the published form (2211.01095, appendix).
+
+    See the docstring of this module for its order.
     """
     return dpm_solver_multistep(
         trace, knots, i, x, *past, order=3, solver_type="heun", lower_order_final=False
@@ -189,8 +189,9 @@ def dpmpp_3m_sde(
     eta: float = 1.0,
     s_noise: float = 1.0,
 ) -> list[Combination]:
-    """SDE-DPM-Solver++(3M) (k-diffusion's sample_dpmpp_3m_sde, which starts with the exact
-    second-order coefficient).
+    """SDE-DPM-Solver++(3M), k-diffusion's sample_dpmpp_3m_sde.
+
+    It starts with the exact second-order coefficient.
     """
     return dpm_solver_multistep(
         trace,
@@ -226,11 +227,10 @@ def dpm_solver_inverse(
     lower_order_final: bool = True,
     euler_at_final: bool = False,
 ) -> list[Combination]:
-    """DPM-Solver(++) over several steps run upwards, from an image to the noise that gives it
-    (2211.01095, algorithm 2, h < 0).
+    """DPM-Solver(++) multistep run upwards, from an image to the noise that gives it.
 
-    A first knot without any noise takes the step of ``ddim_inverse``, and a last one without signal
-    that of DDIM.
+    Source: 2211.01095, algorithm 2, h < 0. From a first knot without noise it takes the step of
+    ``ddim_inverse``, and to a last knot without signal that of DDIM.
     """
     one_of("algorithm", algorithm, ALGORITHMS[:2])
     s, n = knots[i], knots[i + 1]
@@ -245,8 +245,7 @@ def dpm_solver_inverse(
 
 
 def singlestep_orders(steps: int, order: int, last_is_clean: bool) -> list[int]:
-    """Return the order of the formula at each step: blocks that climb 1, 2, ... order and start
-    anew.
+    """Return the order of each step: blocks of 1, 2, ... order, one after the other.
 
     >>> singlestep_orders(7, 3, last_is_clean=True)
     [1, 2, 3, 1, 2, 3, 1]
@@ -273,20 +272,21 @@ def dpm_solver_singlestep(
     algorithm: str = "dpmsolver++",
     solver_type: str = "midpoint",
 ) -> list[Combination]:
-    """DPM-Solver(++) in blocks of ``order`` grid points, each from the block's first x (2206.00927,
-    algorithms 1 and 2).
+    """DPM-Solver(++) in blocks of ``order`` grid points, each from the block's first x.
+
+    Source: 2206.00927, algorithms 1 and 2.
     """
     one_of("order", order, (1, 2, 3))
     one_of("algorithm", algorithm, ALGORITHMS[:3])
     one_of("solver_type", solver_type, SOLVER_TYPES)
     s, n, steps = knots[i], knots[i + 1], len(knots) - 1
-    # a zero-SNR knot takes its step alone, and blocks begin after it
+    # the step from a zero-SNR knot is not part of a block
     alone = int(knots[0].alpha == 0)
     orders = [1] * alone + singlestep_orders(steps - alone, order, knots[-1].sigma == 0)
     k = orders[i]
     D, e = trace.evaluate(x, s)
     by_noise, eta = algorithm == "dpmsolver", 1.0 if algorithm.startswith("sde") else 0.0
-    # memory: the block's first x, then its values, the newest first
+    # memory: the block's first x, then its values, newest first
     origin, values = (
         (x, [e if by_noise else D]) if k == 1 else (past[0], [e if by_noise else D, *past[1:k]])
     )

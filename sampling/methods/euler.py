@@ -1,5 +1,6 @@
-"""DDIM, DDPM, Euler and Euler ancestral: one first-order formula with different amounts of fresh
-noise (see ``steps.py``).
+"""DDIM, DDPM, Euler and Euler ancestral: one first-order formula (see ``steps.py``).
+
+They differ in the amount of fresh noise.
 """
 
 from __future__ import annotations
@@ -26,12 +27,10 @@ def ddim(
     eta: float = 0.0,
     use_clipped_model_output: bool = True,
 ) -> list[Combination]:
-    """DDIM: down to the next knot along the network's own ε̂, renewing η of the posterior spread
-    (2010.02502, eq. 12, 16).
+    """DDIM: down to the next knot along ε̂, with η of the posterior's noise (2010.02502, eq. 12, 16).
 
-    ``use_clipped_model_output``: where x_0 is clipped, take the ε̂ that x and the clipped x_0 imply
-    (True), or go on along the network's own (False, as diffusers' DDIMScheduler.step does unless
-    told otherwise).
+    ``use_clipped_model_output``: if x_0 is clipped, use the ε̂ of x and the clipped x_0 (True), or
+    the network's own ε̂ (False, the default of diffusers' DDIMScheduler.step).
     """
     s, n = knots[i], knots[i + 1]
     if use_clipped_model_output:
@@ -51,10 +50,10 @@ def ddim_inverse(
     *,
     use_clipped_model_output: bool = True,
 ) -> list[Combination]:
-    """DDIM run upwards, from an image to the noise that gives it: ε̂ at x, asked for at the time of
-    the next knot (2010.02502, §4.3).
+    """DDIM run upwards, from an image to the noise that gives it (2010.02502, §4.3).
 
-    ``use_clipped_model_output`` as in ``ddim``; DDIMInverseScheduler of diffusers has False.
+    ε̂ is evaluated at x and at the time of the next knot. ``use_clipped_model_output`` as in
+    ``ddim``; DDIMInverseScheduler of diffusers has False.
     """
     s, n = knots[i], knots[i + 1]
     prediction = trace.schedule.prediction
@@ -63,7 +62,7 @@ def ddim_inverse(
             f"{prediction.name} predictions do not say the noise of an image that has none; start "
             "at the least noise, final='sigma_min'"
         )
-    trace.keeps_marginals = False  # it starts from a clean sample, whose noise no network can know
+    trace.keeps_marginals = False  # the start is a clean sample, whose noise a network cannot know
     at = Knot(n.timestep, s.alpha, s.sigma, s.input_scale)
     D, e = trace.evaluate(x, at)
     if not use_clipped_model_output:
@@ -92,12 +91,11 @@ def ddpm(
     *,
     variance_type: str = "fixed_small",
 ) -> list[Combination]:
-    """DDPM: the posterior mean, and noise of the posterior's variance or of β (Ho et al.
-    2006.11239, eq. 6, 7 and §3.2).
+    """DDPM: the posterior mean, and noise of the posterior's variance or of β.
 
-    ``fixed_small`` is the posterior's, ``fixed_large`` β = 1 - α_s²/α_n² of the step; the log forms
-    are the same numbers, as improved DDPM parametrises them. Learned variances:
-    ``sampling.learned_variance``.
+    Source: Ho et al. 2006.11239, eq. 6, 7 and §3.2. ``fixed_small`` is the posterior's variance,
+    ``fixed_large`` is β = 1 - α_s²/α_n² of the step; the log forms are the same numbers, as
+    improved DDPM parametrises them. Learned variances: ``sampling.LearnedVariance``.
     """
     one_of("variance_type", variance_type, VARIANCES)
     s, n = knots[i], knots[i + 1]

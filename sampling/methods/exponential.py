@@ -1,6 +1,6 @@
 """Exponential integrators in the data prediction: RES, ER-SDE, SEEDS.
 
-All estimate the weighted mean of D in the exact solution that dpm_solver.py states; E is that mean.
+All of them estimate E, the weighted mean of D in the exact solution of dpm_solver.py.
 """
 
 from __future__ import annotations
@@ -36,12 +36,11 @@ def res_multistep(
     eta: float = 0.0,
     extrapolate: bool = False,
 ) -> list[Combination]:
-    """RES: D a polynomial in λ through past values, integrated exactly (Zhang et al. 2308.02157,
-    eq. 8, multistep).
+    """RES: D is a polynomial in λ through past values, integrated exactly.
 
-    The last step into σ = 0 goes to D, as every sampler's does. With ``extrapolate`` it goes to
-    where D tends as σ falls to 0, by a polynomial in (σ/α)² through the past values: what is left
-    of the error is then of the method's own order.
+    Source: Zhang et al. 2308.02157, eq. 8, multistep. The last step into σ = 0 goes to D, as in
+    every sampler. With ``extrapolate`` it goes to the limit of D for σ to 0, from a polynomial in
+    (σ/α)² through the past values. The remaining error then has the method's own order.
     """
     one_of("order", order, (1, 2, 3, 4))
     s, n = knots[i], knots[i + 1]
@@ -73,10 +72,10 @@ def _lagrange_at_zero(nodes: Sequence[float]) -> list[float]:
 def er_sde(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *past: Combination, order: int = 3
 ) -> list[Combination]:
-    """ER-SDE-Solver-3 (Cui et al. 2309.06169, algorithm 3) with the noise scale φ(σ̄) = σ̄
-    (e^(σ̄^0.3) + 10), σ̄ = σ/α.
+    """ER-SDE-Solver-3 with the noise scale φ(σ̄) = σ̄ (e^(σ̄^0.3) + 10), σ̄ = σ/α.
 
-    Memory: the last D, then its last divided difference.
+    Source: Cui et al. 2309.06169, algorithm 3. Memory: the last D, then its last divided
+    difference.
     """
     one_of("order", order, (1, 2, 3))
     s, n = knots[i], knots[i + 1]
@@ -111,7 +110,7 @@ def _scale(y: float) -> float:
 
 
 def _integral(b: float, a: float, f: Callable[[float], float], panels: int = 200) -> float:
-    """Return ∫_b^a f(y) / φ(y) dy, by the midpoint rule in log y, where the integrand is smooth."""
+    """Return ∫_b^a f(y) / φ(y) dy by the midpoint rule in log y, where the integrand is smooth."""
     low, width = math.log(b), (math.log(a) - math.log(b)) / panels
     points = (math.exp(low + (k + 0.5) * width) for k in range(panels))
     return sum(f(y) * y / _scale(y) for y in points) * width
@@ -123,8 +122,9 @@ def _integral(b: float, a: float, f: Callable[[float], float], panels: int = 200
 def seeds_2(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *, eta: float = 1.0, r: float = 0.5
 ) -> list[Combination]:
-    """SEEDS-2: two stages with independent noise on each stretch (Gonzalez et al. 2305.14267,
-    algorithm 2).
+    """SEEDS-2: two stages with independent noise on each interval.
+
+    Source: Gonzalez et al. 2305.14267, algorithm 2.
     """
     s, n = knots[i], knots[i + 1]
     D = trace.denoise(x, s)
@@ -153,8 +153,9 @@ def seeds_3(
     r_1: float = 1 / 3,
     r_2: float = 2 / 3,
 ) -> list[Combination]:
-    """SEEDS-3: three stages with independent noise on each stretch (Gonzalez et al. 2305.14267,
-    algorithm 3).
+    """SEEDS-3: three stages with independent noise on each interval.
+
+    Source: Gonzalez et al. 2305.14267, algorithm 3.
     """
     s, n = knots[i], knots[i + 1]
     D = trace.denoise(x, s)
@@ -179,7 +180,7 @@ def seeds_3(
 
 
 class _Path:
-    """The noise that the SDE gathers from s on, over stretches that are drawn independently."""
+    """The accumulated noise of the SDE from s on, with independent draws for its intervals."""
 
     def __init__(self, trace: Trace, s: Knot, eta: float) -> None:
         self.trace, self.s, self.eta, self.last = trace, s, eta, s

@@ -1,6 +1,4 @@
-"""Two relatives of Heun's method: Heun++ with its weighted slopes in σ/α, and exponential Heun in
-the data prediction.
-"""
+"""Heun's method, Heun++ with weighted slopes in σ/α, and exponential Heun in the data prediction."""
 
 from __future__ import annotations
 
@@ -32,8 +30,9 @@ def heun(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *,
     s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
 ) -> list[Combination]:  # fmt: skip
-    """Heun's second-order steps (2206.00364, algorithm 2), with Euler's for the last into σ = 0 and
-    from α = 0.
+    """Heun's second-order steps (2206.00364, algorithm 2).
+
+    The last step into σ = 0 and a step from α = 0 are Euler's.
     """
     n = knots[i + 1]
     x, s = churned(trace, knots, i, x, s_churn, s_tmin, s_tmax, s_noise)
@@ -43,17 +42,17 @@ def heun(
         return [x_n]
     _, e_n = trace.evaluate(x_n, n)
     trace.denoised = D
-    # in σ/α the slope is ε̂: line 11 with the mean of both ends
+    # in σ/α the slope is ε̂: line 11 uses the mean of both ends
     return [along(x, D, e, 0.5 * (e + e_n), s, n)]
 
 
 @register_method(order=2, evaluations=2, source="2403.03206")
 def flow_heun(trace: Trace, knots: Sequence[Knot], i: int, x: Combination) -> list[Combination]:
-    """Heun's steps in the time of the straight path, x_n = x + (σ_n - σ_s) (u_s + u_n) / 2 with u =
-    ε̂ - D (2403.03206, §2).
+    """Heun's steps in the time of the straight path (2403.03206, §2).
 
-    ``heun`` takes the mean of both slopes in σ / α instead; both are of order 2. On other curves
-    than a flow x / (α + σ) follows the straight path, with the time σ / (α + σ).
+    x_n = x + (σ_n - σ_s) (u_s + u_n) / 2 with u = ε̂ - D. ``heun`` uses the mean of both slopes in
+    σ / α instead; both are of order 2. On curves other than a flow, x / (α + σ) follows the
+    straight path, with the time σ / (α + σ).
     """
     s, n = knots[i], knots[i + 1]
     D, e = trace.evaluate(x, s)
@@ -72,12 +71,12 @@ def heunpp2(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *,
     s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
 ) -> list[Combination]:  # fmt: skip
-    """Heun++: ε̂ at this knot and the next two, w_j = σ̄_j / (3 σ̄_0) for the later ones (Carzit's
-    Heun++; sample_heunpp2).
+    """Heun++: ε̂ at this knot and the next two, with w_j = σ̄_j / (3 σ̄_0) for the later ones.
 
-    The last step but one knows one later knot, with w = σ̄ / (2 σ̄_0), and the last is Euler's. The
-    weights are no quadrature: the order is 1. Where σ̄_0 is infinite, at zero terminal SNR, the
-    first finite σ̄ stands for it; all weights would be 0.
+    Source: Carzit's Heun++; sample_heunpp2. The last step but one has one later knot, with w = σ̄ /
+    (2 σ̄_0), and the last step is Euler's. The weights are not a quadrature: the order is 1. If
+    σ̄_0 is infinite, at zero terminal SNR, the first finite σ̄ replaces it; otherwise all weights
+    would be 0.
     """
     first = next(k.sigma_ve for k in knots if k.alpha > 0)
     x, s = churned(trace, knots, i, x, s_churn, s_tmin, s_tmax, s_noise)
@@ -107,10 +106,10 @@ def heunpp2(
 def exp_heun_2_x0(
     trace: Trace, knots: Sequence[Knot], i: int, x: Combination, *, eta: float = 0.0
 ) -> list[Combination]:
-    """Exponential Heun: D linear in λ between both ends of the step, integrated exactly, E = D + c
-    (D_n - D) with c = φ_2(H) / (1 - e^-H), H = (1 + η) h (SEEDS-2 of Gonzalez et al. 2305.14267
-    with its inner point at the end of the step; ComfyUI's sample_exp_heun_2_x0).
+    """Exponential Heun: D is linear in λ between both ends of the step, integrated exactly.
 
+    E = D + c (D_n - D) with c = φ_2(H) / (1 - e^-H), H = (1 + η) h. This is SEEDS-2 of Gonzalez et
+    al. 2305.14267 with its inner point at the end of the step; ComfyUI's sample_exp_heun_2_x0.
     ``eta`` is the strength of the SDE's noise; both stages use the same draw.
     """
     s, n = knots[i], knots[i + 1]

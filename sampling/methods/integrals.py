@@ -1,6 +1,4 @@
-"""Integrals that the formulas share: Lagrange polynomials against 1 or an exponential, and the φ
-functions.
-"""
+"""Integrals of the formulas: Lagrange polynomials times 1 or an exponential, and φ functions."""
 
 from __future__ import annotations
 
@@ -22,8 +20,7 @@ def lagrange_integrals(
 ) -> list[float]:
     """Return ∫_a^b l_j(y) exp(rate (y - b)) dy for each Lagrange polynomial l_j over ``nodes``.
 
-    Gauss-Legendre with 48 points: exact for rate 0, and to rounding for the steps that samplers
-    take.
+    Gauss-Legendre with 48 points: exact for rate 0, and exact up to rounding for usual step sizes.
 
     >>> [round(w, 12) for w in lagrange_integrals([0.0, -1.0], 0.0, 1.0)]  # Adams-Bashforth 2
     [1.5, -0.5]

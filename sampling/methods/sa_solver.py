@@ -1,11 +1,11 @@
-"""SA-Solver: stochastic Adams predictor and corrector (Xue et al. 2309.05019, algorithm 1, eq. 14
-and 17).
+"""SA-Solver: stochastic Adams predictor and corrector.
 
-In the noise prediction (appendix A), with η = τ² and the polynomial through past ε̂,
+Source: Xue et al. 2309.05019, algorithm 1, eq. 14 and 17. In the noise prediction (appendix A),
+with η = τ² and the polynomial through past ε̂,
 
-    x_n = α_n/α_s x - (1 + η) α_n ∫ e^(-λ) ε̂(λ) dλ + τ σ_n sqrt(e^(2h) - 1) z,
+    x_n = α_n/α_s x - (1 + η) α_n ∫ e^(-λ) ε̂(λ) dλ + τ σ_n sqrt(e^(2h) - 1) z.
 
-the solution of the same SDE, whose noise keeps the spread of x to first order only.
+This solves the same SDE, but its noise keeps the variance of x to first order only.
 """
 
 from __future__ import annotations
@@ -54,13 +54,18 @@ def sa_solver(
     predict_x0: bool = True,
     pece: bool = False,
 ) -> list[Combination]:
-    """SA-Solver: ``tau`` is the strength of the noise, inside ``tau_timesteps`` of the network's
-    time, 0 outside.
+    """SA-Solver: stochastic Adams methods with noise of strength ``tau``.
 
-    ``predict_x0``: interpolate the data prediction (which the paper recommends), or else the noise
-    prediction. With ``pece`` the network is asked again at the corrected x, and its answer takes
-    the place of the first (PECE mode). Memory: the x that the last step started from, its noise
-    (where it drew any), then the values of past steps.
+    Memory: the x at the start of the last step, its noise (if it drew any), then the values of past
+    steps.
+
+    Args:
+        tau: The strength of the noise inside ``tau_timesteps``; it is 0 outside.
+        tau_timesteps: The range of the network's timesteps with noise.
+        predict_x0: Interpolate the data prediction (recommended by the paper), or the noise
+            prediction.
+        pece: Evaluate the network again at the corrected x; this result replaces the first (PECE
+            mode).
     """
     one_of("predictor_order", predictor_order, (1, 2, 3))
     one_of("corrector_order", corrector_order, (0, 1, 2, 3, 4))
@@ -99,8 +104,9 @@ def _by_data(
     x: Combination, values: Sequence[Combination], knots: Sequence[Knot], i: int,
     s: Knot, n: Knot, eta: float, z: Combination | None,
 ) -> Combination:  # fmt: skip
-    """Return x at n from x at s through data predictions at the knots i, i - 1, ... (eq. 14; where
-    n is knot i, eq. 17).
+    """Return x at n from x at s with data predictions at the knots i, i - 1, ...
+
+    Eq. 14, or eq. 17 if n is knot i.
     """
     r = sde_std(s, n, eta)
     E = _mean(values, knots, i, s, n, eta, corrector=n is knots[i])
@@ -111,8 +117,9 @@ def _by_noise(
     x: Combination, values: Sequence[Combination], knots: Sequence[Knot], i: int,
     s: Knot, n: Knot, eta: float, z: Combination | None,
 ) -> Combination:  # fmt: skip
-    """Return x at n from x at s through noise predictions at the knots i, i - 1, ... (see the head
-    of this module).
+    """Return x at n from x at s with noise predictions at the knots i, i - 1, ...
+
+    See the docstring of this module.
     """
     nodes = [knots[i - j].half_log_snr for j in range(len(values))]
     weights = lagrange_integrals(nodes, s.half_log_snr, n.half_log_snr, rate=-1.0)
@@ -135,8 +142,9 @@ def _mean(
     eta: float,
     corrector: bool,
 ) -> Combination:
-    """Return the weighted mean of D from s to n, interpolated through ``values`` at the knots i, i
-    - 1, ... (eq. 14, 17).
+    """Return the weighted mean of D from s to n (eq. 14, 17).
+
+    D is interpolated through ``values`` at the knots i, i - 1, ...
     """
     if len(values) == 1:
         return values[0]
@@ -144,7 +152,7 @@ def _mean(
     nodes = [knots[i - j].half_log_snr for j in range(len(values))]
     weights = [H * w for w in lagrange_integrals(nodes, s.half_log_snr, n.half_log_snr, rate=H)]
     if len(values) == 2:
-        # the authors' variant of order 2, which differs by O(h³) and does better in few steps
+        # the authors' variant of order 2 differs by O(h³) and is better in few steps
         span = h if corrector else nodes[0] - nodes[1]
         shift = H * (h**2 / 2 - (H * h + math.expm1(-H * h)) / H**2) / span
         weights = [weights[0] + shift, weights[1] - shift]

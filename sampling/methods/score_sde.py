@@ -1,12 +1,12 @@
-"""The predictors of the score SDE paper: reverse diffusion and Euler-Maruyama (Song et al.
-2011.13456).
+"""The predictors of the score SDE paper: reverse diffusion and Euler-Maruyama.
 
-On any path the forward chain from a knot n up to s is x_s = a x_n + G z, with a = α_s / α_n and G²
-= σ_s² - a² σ_n², and the reverse diffusion sampler (eq. 46) undoes a step of it by
+Source: Song et al. 2011.13456. On any path the forward chain from a knot n up to s is x_s = a x_n +
+G z, with a = α_s / α_n and G² = σ_s² - a² σ_n². The reverse diffusion sampler (eq. 46) reverses
+this step by
 
-    x_n = (2 - a) x_s + G² s_θ(x_s, s) + G z,    s_θ = -ε̂ / σ_s:
+    x_n = (2 - a) x_s + G² s_θ(x_s, s) + G z,    s_θ = -ε̂ / σ_s.
 
-with a = 1 the predictor of algorithm 2 (VE), with a² = 1 - β the one of algorithm 3 (VP).
+With a = 1 it is the predictor of algorithm 2 (VE), with a² = 1 - β that of algorithm 3 (VP).
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ def score_sde_vp(
     *,
     predictor: str = "reverse_diffusion",
 ) -> list[Combination]:
-    """The score SDE paper's predictors: each undoes a step of the forward SDE, and the last one
-    only takes noise away.
+    """The predictors of the score SDE paper: each reverses a step of the forward SDE.
 
-    ``reverse_diffusion`` is algorithm 3 and eq. 46, on any schedule. ``euler_maruyama`` discretizes
-    eq. 6 in time, on NoiseSchedule.variance_preserving() alone, with the rate β(t) of eq. 33 and
-    time steps of 1 / N, as ScoreSdeVpScheduler.
+    The last step only removes noise. ``reverse_diffusion`` is algorithm 3 and eq. 46, on any
+    schedule. ``euler_maruyama`` discretizes eq. 6 in time, only on
+    NoiseSchedule.variance_preserving(), with the rate β(t) of eq. 33 and time steps of 1 / N, as
+    ScoreSdeVpScheduler.
     """
     one_of("predictor", predictor, PREDICTORS)
     s, n = knots[i], knots[i + 1]
     trace.keeps_marginals = (
-        False  # both are of first order in the step, also for a network that knows x_0
+        False  # both are of first order in the step, even if the network knows x_0
     )
     if predictor == "euler_maruyama":
         return [_euler_maruyama(trace, s, n, x, len(knots) - 1)]
@@ -59,7 +59,7 @@ def reverse_diffusion_step(trace: Trace, s: Knot, n: Knot, x: Combination) -> Co
     D, e = trace.evaluate(x, s)
     if n.sigma == 0:  # Tweedie's formula, appendix G: x_s without its noise
         return n.alpha * D
-    if s.alpha == 0:  # a first-order step: the posterior of x_n, given D
+    if s.alpha == 0:  # first-order step: the posterior of x_n, given D
         r = posterior_std(s, n)
         return first_order_update(x, D, s, n, r, fresh_noise(trace, s, n, r))
     a = s.alpha / n.alpha

@@ -1,5 +1,6 @@
-"""UniPC: a predictor and a corrector that share one formula (Zhao et al. 2302.04867, algorithms 5
-to 8, B(h) version).
+"""UniPC: a predictor and a corrector that share one formula.
+
+Source: Zhao et al. 2302.04867, algorithms 5 to 8, B(h) version.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def unipc(
 ) -> list[Combination]:
     """UniPC-p: correct the last step with this step's evaluation, then predict the next.
 
-    Memory: the x that the last step started from, then the values of past steps.
+    Memory: the x at the start of the last step, then the values of past steps.
     """
     one_of("order", order, (1, 2, 3))
     one_of("solver_type", solver_type, ("bh1", "bh2"))
@@ -54,7 +55,7 @@ def unipc(
     D, e = trace.evaluate(x, s)
     value = D if predict_x0 else e
 
-    # the order of the predictor at step j; each step corrects at the order it predicted with
+    # the order of the predictor at step j; the corrector of a step has the same order
     def used(
         j: int,
     ) -> int:
@@ -92,8 +93,9 @@ def _advance(
     predict_x0: bool,
     corrected: Combination | None = None,
 ) -> Combination:
-    """Return x at n from x at knot i: UniP (eq. 3), or UniC (eq. 4) when the value at n is
-    ``corrected``.
+    """Return x at n from x at knot i: UniP (eq. 3), or UniC (eq. 4) if ``corrected`` is given.
+
+    ``corrected`` is the value at n.
     """
     s, p = knots[i], len(values)
     h = n.half_log_snr - s.half_log_snr
@@ -115,7 +117,7 @@ def _advance(
 
 
 def _rhos(ratios: Sequence[float], hh: float, B: float) -> list[float]:
-    """Return ρ of R ρ = b (eq. 5); one ratio alone gets 1/2, which keeps the order (§3.3)."""
+    """Return ρ of R ρ = b (eq. 5); a single ratio gets 1/2, which keeps the order (§3.3)."""
     if len(ratios) <= 1:
         return [0.5] * len(ratios)
     R = np.vander(np.array(ratios), len(ratios), increasing=True).T

@@ -1,4 +1,4 @@
-"""Samplers that a table of fixed coefficients cannot express; each module says why."""
+"""Samplers that a table of fixed coefficients cannot express; each module gives the reason."""
 
 from .adaptive import DPMAdaptive
 from .base import STANDALONE, StandaloneEntry, register_standalone

@@ -1,10 +1,9 @@
-"""DPM adaptive: DPM-Solver-12 and -23 with the step size chosen on the way (Lu et al. 2206.00927,
-appendix C).
+"""DPM adaptive: DPM-Solver-12 and -23 with an adaptive step size.
 
-It is no table: the next knot depends on how far two orders disagree on the images themselves, so
-the knots cannot be known before the run. But every attempted step is linear as any other, and is
-traced when its knots are known, with the same formulas. One number leaves the device for every
-attempt, the error.
+Source: Lu et al. 2206.00927, appendix C. A table cannot express it: the next knot depends on the
+difference between two orders on the images, so the knots are not known before the run. But every
+attempted step is linear, and is traced with the formulas of the tables when its knots are known.
+One number is copied from the device for every attempt: the error.
 
 In σ̄ = σ / α and λ = -log σ̄ the error of a step is, as in k-diffusion, whose results this
 reproduces,
@@ -12,9 +11,9 @@ reproduces,
     E = || (x̄_low - x̄_high) / δ || / sqrt(N),
     δ = max(atol, rtol max(|x̄_low|, |x̄_low of the last accepted step|)),
 
-with x̄ = x / α and the norm over all N numbers of the batch: one step size for the whole batch, so
-an image depends, within the tolerance, on what it is drawn with. Sizes are set by k-diffusion's PID
-controller, not by the paper's 0.9 h E^(-1/k).
+with x̄ = x / α and the norm over all N numbers of the batch. The whole batch has one step size, so
+an image depends on the other images of its batch, within the tolerance. The step size is set by
+k-diffusion's PID controller, not by the paper's 0.9 h E^(-1/k).
 """
 
 from __future__ import annotations
@@ -50,8 +49,9 @@ def dpm_solver_12(
 def dpm_solver_23(
     trace: Trace, s: Knot, n: Knot, x: Combination, e: Combination
 ) -> tuple[Combination, Combination]:
-    """Return x_n by DPM-Solver-2 and by DPM-Solver-3, which share their first two evaluations
-    (2206.00927, appendix C).
+    """Return x_n by DPM-Solver-2 and by DPM-Solver-3 (2206.00927, appendix C).
+
+    They share their first two evaluations.
     """
     low, e1 = dpm_solver_2(trace, s, n, x, e, r1=1 / 3)
     return low, dpm_solver_3(trace, s, n, x, e, e1)
@@ -59,11 +59,10 @@ def dpm_solver_23(
 
 @dataclass
 class PIDController:
-    """The step size in λ, from the errors of the last three steps (k-diffusion's
-    PIDStepSizeController).
+    """The step size in λ, from the errors of the last three steps.
 
-    The factor of the next size is 1 + atan(E_1^-b1 E_2^-b2 E_3^-b3 - 1), which lies between 0.2 and
-    2.6.
+    k-diffusion's PIDStepSizeController. The factor of the next size is 1 + atan(E_1^-b1 E_2^-b2
+    E_3^-b3 - 1), which is between 0.2 and 2.6.
 
     >>> controller = PIDController(
     ...     0.05, pcoeff=0.0, icoeff=1.0, dcoeff=0.0, order=3.0, accept_safety=0.81
@@ -81,7 +80,7 @@ class PIDController:
     inverse_errors: list[float] = field(default_factory=list)
 
     def accepts(self, error: float) -> bool:
-        """Say whether a step of this error stands, and set the size of the next attempt."""
+        """Return whether a step with this error is accepted, and set the size of the next attempt."""
         now = 1 / (error + 1e-8)
         if not self.inverse_errors:
             self.inverse_errors = [now, now]
@@ -101,11 +100,16 @@ class PIDController:
 
 
 class AdaptiveProgress(Progress):
-    """Where an adaptive run stands after an accepted step: as Progress, with ``steps`` an estimate
-    until the last one.
+    """The state of an adaptive run after an accepted step.
 
-    ``knot``: the point reached. ``evaluations``, ``accepted`` and ``rejected`` count the network's
-    calls and the attempts; ``error`` is the last step's, ``h`` the size in λ of the next attempt.
+    As Progress, but ``steps`` is an estimate until the last step.
+
+    Attributes:
+        knot: The point reached.
+        evaluations, accepted, rejected: The numbers of network calls and of accepted and rejected
+            attempts.
+        error: The error of the last step.
+        h: The size in λ of the next attempt.
     """
 
     def __init__(
@@ -146,17 +150,25 @@ class _Counts:
 )
 @dataclass(frozen=True)
 class DPMAdaptive:
-    """Draw samples with DPM-Solver-12 (``order`` 2) or -23 (``order`` 3) and an adaptive step size;
-    called as a Sampler.
+    """Draw samples with DPM-Solver-12 (``order`` 2) or -23 (``order`` 3) and an adaptive step size.
 
-    There is no number of steps: ``rtol`` and ``atol`` decide, and ``max_evaluations`` ends a run
-    that takes too many. ``h_init`` is the first size in λ; ``pcoeff``, ``icoeff``, ``dcoeff`` and
-    ``accept_safety`` are the controller's; ``eta`` and ``s_noise`` as in ancestral sampling. The
-    run goes from ``sigma_max`` to ``sigma_min`` (σ / α, by default the schedule's), and then with
-    ``final`` = 'zero' to the clean estimate there, with 'sigma_min' no further, as k-diffusion.
-    From a knot with α = 0 it takes one first-order step, to the training timestep before. Raises
-    ValueError for options out of range, and RuntimeError where the evaluations run out or the error
-    is not finite.
+    Called like a Sampler. There is no number of steps; ``rtol`` and ``atol`` determine it. From a
+    knot with α = 0 it takes one first-order step, to the training timestep before.
+
+    Args:
+        rtol, atol: The relative and absolute tolerance of the error.
+        h_init: The first step size in λ.
+        pcoeff, icoeff, dcoeff, accept_safety: Parameters of the controller.
+        eta, s_noise: As in ancestral sampling.
+        sigma_min, sigma_max: The run goes from ``sigma_max`` to ``sigma_min`` (σ / α, by default
+            the schedule's).
+        final: 'zero': end with the clean estimate at ``sigma_min``. 'sigma_min': end at
+            ``sigma_min``, as in k-diffusion.
+        max_evaluations: The maximum number of network calls.
+
+    Raises:
+        ValueError: An option is out of range.
+        RuntimeError: The run needs more than ``max_evaluations`` calls, or the error is not finite.
 
     >>> sampler = DPMAdaptive(NoiseSchedule.scaled_linear(prediction="v_prediction"))
     >>> sampler(lambda x, t: -x, (2, 4, 8, 8), seeds=[0, 1]).shape
@@ -188,11 +200,11 @@ class DPMAdaptive:
         for name in ("rtol", "atol", "h_init", "accept_safety", "max_evaluations"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        _ = self.ends  # bad input fails here, before any work
+        _ = self.ends  # invalid input fails here, before any work
 
     @property
     def ends(self) -> tuple[Knot, Knot]:
-        """The points between which the step size is adapted, the one of most noise first."""
+        """The first and last point of the adaptive part; the first has the most noise."""
         curve = self.schedule.curve
         index = torch.tensor([self.schedule.num_train_timesteps - 1, 0], dtype=torch.float64)
         first, end = knots_at(self.schedule, curve.time_at_index(index))
@@ -212,15 +224,16 @@ class DPMAdaptive:
     def __call__(
         self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any
     ) -> Tensor:
-        """Return samples, shape (batch, ...), float32 or better. Arguments as in
-        ``Sampler.iterate``.
+        """Return samples, shape (batch, ...), float32 or better.
+
+        Arguments as in ``Sampler.iterate``.
         """
         return last(self.iterate(network, shape_or_noise, **arguments)).x
 
     def iterate(
         self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any
     ) -> Iterator[AdaptiveProgress]:
-        """Sample, yielding after each accepted step. Arguments as in ``Sampler.iterate``."""
+        """Sample and yield after each accepted step. Arguments as in ``Sampler.iterate``."""
         run = prepare_run(self.schedule, self.ends[0], network, shape_or_noise, **arguments)
         return without_gradients(self.advance(run))
 
@@ -278,13 +291,11 @@ class DPMAdaptive:
         return n if end.sigma_ve < n.sigma_ve else end
 
     def _target(self, s: Knot, n: Knot, end: Knot) -> Knot:
-        """Return the point that the ODE goes to, before noise of the ancestral step's spread raises
-        x to n.
-        """
+        """Return the end point of the ODE step; the ancestral noise then raises x to n."""
         if not self.eta:
             return n
         d = ancestral_target(n, self.eta * posterior_std(s, n))
-        # never below the end of the run
+        # not below the end of the run
         return Knot(d.timestep, n.alpha, max(d.sigma, n.alpha * end.sigma_ve))
 
     def _renewed(self, run: Run, x: Tensor, n: Knot, d: Knot) -> Tensor:
@@ -305,7 +316,7 @@ class DPMAdaptive:
     def _evaluate(
         self, run: Run, x: Tensor, s: Knot, counts: _Counts
     ) -> tuple[Sequence[Tensor], Row, Tensor]:
-        """Return what D and ε̂ at s are made of, D's row and ε̂; attempts from s share them."""
+        """Return the basis and row of D at s, and ε̂; all attempts from s share them."""
         self._count(1, s, counts)
         trace = Trace(self.schedule, 1)
         D, e = trace.evaluate(Combination({0: 1.0}), s)

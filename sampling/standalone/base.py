@@ -1,5 +1,6 @@
-"""Samplers that a table cannot express: their registry, and the base class of those that visit a
-grid once.
+"""Registry of samplers that a table cannot express, and the base class of those with a grid.
+
+The base class is for samplers that visit each knot of a grid once.
 """
 
 from __future__ import annotations
@@ -25,11 +26,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class StandaloneEntry:
-    """A sampler that is no table: ``factory(schedule, **options)`` returns one, and the facts are
-    those of a ``Method``.
+    """A standalone sampler, without a table: ``factory(schedule, **options)`` returns one.
 
-    ``evaluations`` is None where their number is not known before the run. ``aliases`` maps names
-    of other software to the options that they stand for.
+    The other fields are those of a ``Method``. ``evaluations`` is None if their number is not known
+    before the run. ``aliases`` maps names of other software to the options that they imply.
 
     >>> STANDALONE["repaint"].factory.__name__
     'RePaint'
@@ -45,29 +45,27 @@ class StandaloneEntry:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options that it has, with their defaults."""
+        """The options of the sampler, with their defaults."""
         parameters = list(inspect.signature(self.factory).parameters.values())[1:]
         return {p.name: p.default for p in parameters}
 
     @property
     def documentation(self) -> str:
-        """What it does, in words."""
+        """The docstring of the sampler."""
         return inspect.getdoc(self.factory) or ""
 
 
 STANDALONE: Registry[StandaloneEntry] = Registry("sampler")
-"""Every sampler that is no table, by its name; ``@register_standalone(...)`` above a class adds
-one.
-"""
+"""All standalone samplers by name; ``@register_standalone(...)`` above a class adds one."""
 
 
 def register_standalone(
     name: str, *, order: int, source: str, **facts: Any
 ) -> Callable[[type[T]], type[T]]:
-    """Register a class of samplers; the facts are those of :class:`StandaloneEntry`.
+    """Register a class of samplers; the facts are the fields of :class:`StandaloneEntry`.
 
-    Its objects are called as a ``Sampler`` is, and have a ``schedule``, ``steps`` (None where it
-    has no number of them) and ``iterate``; its name is put into the class as ``name``.
+    Its objects are called like a ``Sampler`` and have ``schedule``, ``steps`` (None if there is no
+    number of steps) and ``iterate``. The class gets the name as its attribute ``name``.
 
     >>> @register_standalone("constant_zero", order=0, source="an example")
     ... class Zero:
@@ -86,8 +84,9 @@ def register_standalone(
 
 
 class GridSampler(ABC):
-    """A sampler that visits the knots of a grid; subclasses are dataclasses with these fields, and
-    define :meth:`advance`.
+    """Base class of standalone samplers that visit the knots of a grid.
+
+    Subclasses are dataclasses with these fields and define :meth:`advance`.
 
     >>> from alphabar.sampling import LearnedVariance
     >>> isinstance(LearnedVariance(NoiseSchedule.linear(), steps=5), GridSampler)
@@ -95,7 +94,7 @@ class GridSampler(ABC):
     """
 
     output_multiple: ClassVar[int] = 1
-    """How many times the channels of x the network puts out."""
+    """The number of output channels of the network, in multiples of the channels of x."""
     name: ClassVar[str]
     schedule: NoiseSchedule
     steps: int
@@ -103,18 +102,19 @@ class GridSampler(ABC):
 
     @abstractmethod
     def advance(self, run: Run, knots: Sequence[Knot]) -> Iterator[Progress]:
-        """Run from ``run.x`` at the first of ``knots``, yielding after each step."""
+        """Run from ``run.x`` at the first of ``knots``; yield after each step."""
 
     @property
     def knots(self) -> tuple[Knot, ...]:
-        """The steps + 1 points that are visited, the last one clean."""
+        """The steps + 1 visited points, the last one clean."""
         return make_knots(self.schedule, self.steps, self.grid)
 
     def __call__(
         self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any
     ) -> Tensor:
-        """Return samples, shape (batch, ...), float32 or better. Arguments as in
-        ``Sampler.iterate``.
+        """Return samples, shape (batch, ...), float32 or better.
+
+        Arguments as in ``Sampler.iterate``.
         """
         return last(self.iterate(network, shape_or_noise, **arguments)).x
 

@@ -1,7 +1,7 @@
-"""Predictor-corrector sampling with Langevin correctors (Song et al. 2011.13456, algorithms 2 to
-5).
+"""Predictor-corrector sampling with Langevin correctors (Song et al. 2011.13456).
 
-A corrector is no table: its step size is a ratio of norms of the noise and of the network's output.
+Algorithms 2 to 5. A table cannot express a corrector: its step size is a ratio of norms of the
+noise and of the network's output.
 """
 
 from __future__ import annotations
@@ -33,15 +33,23 @@ from .base import GridSampler, register_standalone
 )
 @dataclass(frozen=True)
 class PredictorCorrector(GridSampler):
-    """Predictor-corrector sampling, score_sde_ve on NoiseSchedule.variance_exploding() (algorithms
-    2 and 4; VP: 3 and 5).
+    """Predictor-corrector sampling: algorithms 2 and 4 for VE, 3 and 5 for VP.
 
-    At each of ``steps`` knots ``correct_steps`` Langevin steps of signal-to-noise ratio ``snr``,
-    then a reverse diffusion step; correct_steps + 1 evaluations a step. ``norm``: 'image' takes the
-    norms of the corrector's step size for each image, as the paper; 'batch' their means over the
-    batch, as its code and ScoreSdeVeScheduler, so that an image depends on its batch. ``grid`` as
-    in Sampler; 'linspace' has geometric σ from σ_max to σ_min on the VE path. Raises ValueError for
-    bad options.
+    score_sde_ve is this sampler on NoiseSchedule.variance_exploding(). Each step has
+    ``correct_steps`` Langevin steps, then one reverse diffusion step: correct_steps + 1
+    evaluations.
+
+    Args:
+        steps: The number of knots with a step.
+        snr: The signal-to-noise ratio of the Langevin steps.
+        correct_steps: The number of Langevin steps at each knot.
+        norm: How the norms of the corrector's step size are taken. 'image': for each image, as in
+            the paper. 'batch': their means over the batch, as in its code and ScoreSdeVeScheduler;
+            an image then depends on its batch.
+        grid: As in Sampler; 'linspace' has geometric σ from σ_max to σ_min on the VE path.
+
+    Raises:
+        ValueError: An option is invalid.
 
     >>> sampler = PredictorCorrector(NoiseSchedule.variance_exploding(), steps=10)
     >>> sampler(lambda x, sigma: -x / (1 + sigma.view(-1, 1) ** 2), (2, 3), seeds=0).shape
@@ -65,7 +73,7 @@ class PredictorCorrector(GridSampler):
         object.__setattr__(
             self, "correct_steps", whole_number("correct_steps", self.correct_steps, least=0)
         )
-        _ = self.knots  # bad input fails here, before any work
+        _ = self.knots  # invalid input fails here, before any work
 
     def advance(self, run: Run, knots: Sequence[Knot]) -> Iterator[Progress]:
         """Run from ``run.x`` at the first of ``knots``."""
@@ -87,7 +95,7 @@ class PredictorCorrector(GridSampler):
         z = run.noise().to(x.dtype)
         ratio = self.snr * self._norm(z) / self._norm(score)
         scale = (s.alpha / n.alpha) ** 2  # α_i of algorithm 5; 1 on the VE path
-        # line 4; no score, no step
+        # line 4; without a score there is no step
         epsilon = torch.where(ratio.isfinite(), 2 * scale * ratio**2, 0.0)
         return x + epsilon * score + (2 * epsilon).sqrt() * z  # line 5
 

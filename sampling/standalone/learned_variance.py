@@ -1,8 +1,8 @@
 """DDPM with a variance that the network learned (Nichol & Dhariwal 2102.09672).
 
-It is no table: the spread of the noise is not a number of the schedule but an output of the
-network, another for each pixel. The mean is linear, and is traced with the formula that the tables
-use.
+A table cannot express it: the standard deviation of the noise is an output of the network, with a
+value for each pixel, and not a number of the schedule. The mean is linear and is traced with the
+formula of the tables.
 """
 
 from __future__ import annotations
@@ -31,14 +31,20 @@ VARIANCE_TYPES = ("learned_range", "learned", "learned_log")
 @register_standalone("ddpm_learned_variance", order=1, source="2102.09672")
 @dataclass(frozen=True)
 class LearnedVariance(GridSampler):
-    """Draw samples with a network that puts out its prediction and a variance, in twice the
-    channels; called as a Sampler.
+    """Draw samples with a network that outputs its prediction and a variance.
 
-    ``variance_type``: 'learned_range' reads v in [-1, 1] as a place between the logarithms of the
-    posterior's variance and of β (eq. 15, with (v + 1) / 2 for its v); 'learned' is the variance
-    itself, positive, as in diffusers; 'learned_log' its logarithm, as in guided-diffusion. Guidance
-    is applied to the prediction; the variance is the conditional one. ``steps`` and ``grid`` as in
-    Sampler. Raises ValueError for an unknown type, and for an output without the second half.
+    The output has twice the channels of x. Called like a Sampler. Guidance is applied to the
+    prediction; the variance is that of the conditional half.
+
+    Args:
+        variance_type: The meaning of the second half. 'learned_range': v in [-1, 1] interpolates
+            between the logarithms of the posterior's variance and of β (eq. 15, with (v + 1) / 2
+            for its v). 'learned': the variance itself, positive, as in diffusers. 'learned_log':
+            its logarithm, as in guided-diffusion.
+        steps, grid: As in Sampler.
+
+    Raises:
+        ValueError: The type is unknown, or the output has no second half.
 
     >>> import torch
     >>> sampler = LearnedVariance(NoiseSchedule.linear(), steps=5)
@@ -54,7 +60,7 @@ class LearnedVariance(GridSampler):
 
     def __post_init__(self) -> None:
         one_of("variance_type", self.variance_type, VARIANCE_TYPES)
-        _ = self.knots  # bad input fails here, before any work
+        _ = self.knots  # invalid input fails here, before any work
 
     def advance(self, run: Run, knots: Sequence[Knot]) -> Iterator[Progress]:
         """Run from ``run.x`` at the first of ``knots``."""
@@ -71,8 +77,9 @@ class LearnedVariance(GridSampler):
             yield Progress(i + 1, len(knots) - 1, x, trace.denoised.row, basis)
 
     def spread(self, v: Tensor, s: Knot, n: Knot) -> Tensor:
-        """Return the standard deviation of x_n that the network's second half ``v`` means on the
-        step from s to n.
+        """Return the standard deviation of x_n on the step from s to n.
+
+        ``v`` is the second half of the network's output.
 
         >>> import torch
         >>> sampler = LearnedVariance(NoiseSchedule.linear())
@@ -84,7 +91,7 @@ class LearnedVariance(GridSampler):
             return v.sqrt()
         if self.variance_type == "learned_log":
             return (0.5 * v).exp()
-        # the forward chain's from n to s: 1 - α_s² / α_n² if VP
+        # variance of the forward chain from n to s: 1 - α_s² / α_n² if VP
         beta = s.sigma**2 - (s.alpha * n.sigma / n.alpha) ** 2
         log_small, log_large = 2 * math.log(posterior_std(s, n)), math.log(beta)
         return (0.5 * (log_small + 0.5 * (v + 1) * (log_large - log_small))).exp()  # eq. 15

@@ -1,9 +1,9 @@
-"""RePaint: inpainting with a network that was never trained for it (Lugmayr et al. 2201.09865).
+"""RePaint: inpainting with a network not trained for it (Lugmayr et al. 2201.09865).
 
-It is no table: a mask decides, number by number, whether x is what the network says or the known
-image with noise, and the run goes back up to more noise again and again (time travel), so that the
-two parts come to agree. The way down from one knot to the next is linear, and is traced with the
-formula that the tables use.
+A table cannot express it: a mask decides for each element whether x is the network's result or the
+known image with noise. The run also returns to higher noise many times (time travel), so that the
+two parts become consistent. A step down from one knot to the next is linear and is traced with the
+formula of the tables.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from .base import register_standalone
 def time_travel(
     steps: int, jump_length: int = 10, jump_n_sample: int = 10, resample_clean: bool = False
 ) -> tuple[int, ...]:
-    """Return the knots in the order of their visits, 0 being the first and ``steps`` the clean one.
+    """Return the order in which the knots are visited; 0 is the first, ``steps`` the clean one.
 
-    Whenever the run first comes down to a level ``jump_length`` · k above the last noisy knot, it
+    The first time that the run reaches a level ``jump_length`` · k above the last noisy knot, it
     goes up ``jump_length`` levels and down again, ``jump_n_sample`` - 1 times (the paper's r and
-    figure 9). ``resample_clean``: all this one level lower, the clean image included, as
-    RePaintScheduler does; algorithm 1, line 9, has it only for t > 1.
+    figure 9). ``resample_clean``: all of this is one level lower and includes the clean image, as
+    in RePaintScheduler; algorithm 1, line 9, does it only for t > 1.
 
     >>> time_travel(4, jump_length=1, jump_n_sample=2)
     (0, 1, 0, 1, 2, 1, 2, 3, 2, 3, 4)
@@ -67,14 +67,20 @@ def time_travel(
 )
 @dataclass(frozen=True)
 class RePaint:
-    """Fill in the unknown part of images: called as a Sampler, with ``known=`` and ``mask=``
-    besides.
+    """Fill in the unknown part of images.
 
-    ``steps`` and ``grid`` as in Sampler; ``jump_length``, ``jump_n_sample`` and ``resample_clean``:
-    see :func:`time_travel`, whose way down is what the network is called for. ``eta``: 1 is DDPM,
-    as in the paper; 0 DDIM, the default of RePaintScheduler. ``use_clipped_model_output``: as in
-    DDIM, False with the clipping of RePaintScheduler. Any schedule and prediction. Raises
-    ValueError for options out of range.
+    Called like a Sampler, with the additional arguments ``known=`` and ``mask=``. Works with any
+    schedule and prediction type.
+
+    Args:
+        steps, grid: As in Sampler.
+        jump_length, jump_n_sample, resample_clean: See :func:`time_travel`; the network is called
+            for each step down.
+        eta: 1 is DDPM, as in the paper; 0 is DDIM, the default of RePaintScheduler.
+        use_clipped_model_output: As in DDIM; False with the clipping of RePaintScheduler.
+
+    Raises:
+        ValueError: An option is out of range.
 
     >>> image, mask = torch.ones(2, 1, 4, 4), torch.zeros(2, 1, 4, 4)
     >>> mask[..., :2] = 1
@@ -104,7 +110,7 @@ class RePaint:
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
         object.__setattr__(self, "steps", whole_number("steps", self.steps))
         check_eta(self.eta)
-        _ = self.knots  # bad input fails here, before any work
+        _ = self.knots  # invalid input fails here, before any work
         if self.jump_n_sample > 1 and self.jump_length >= self.steps:
             raise ValueError(
                 f"jump_length must be less than the {self.steps} steps, got {self.jump_length}; "
@@ -118,7 +124,7 @@ class RePaint:
 
     @property
     def visits(self) -> tuple[Knot, ...]:
-        """The knots in the order of their visits; the network is called once for each step down."""
+        """The knots in visiting order; the network is called once for each step down."""
         knots = self.knots
         places = time_travel(self.steps, self.jump_length, self.jump_n_sample, self.resample_clean)
         return tuple(knots[place] for place in places)
@@ -132,8 +138,9 @@ class RePaint:
         mask: Tensor,
         **arguments: Any,
     ) -> Tensor:
-        """Return the images, shape (batch, ...), equal to ``known`` where ``mask`` is 1. Arguments
-        as in :meth:`iterate`.
+        """Return the images, shape (batch, ...), equal to ``known`` where ``mask`` is 1.
+
+        Arguments as in :meth:`iterate`.
         """
         return last(self.iterate(network, shape_or_noise, known=known, mask=mask, **arguments)).x
 
@@ -146,11 +153,15 @@ class RePaint:
         mask: Tensor,
         **arguments: Any,
     ) -> Iterator[Progress]:
-        """Sample, yielding after each step down or up. Arguments as in ``Sampler.iterate``, and:
+        """Sample and yield after each step down or up. Other arguments as in ``Sampler.iterate``.
 
-        ``known``: the images, in the shape of the samples. ``mask``: 1 where they are known, 0
-        where they are to be filled in (between: a blend); the shape of the samples, or with 1 in
-        place of some of its numbers. Raises ValueError else.
+        Args:
+            known: The images, in the shape of the samples.
+            mask: 1 where the images are known, 0 where they are filled in (between: a blend). It
+                has the shape of the samples, or 1 for some of its dimensions.
+
+        Raises:
+            ValueError: ``known`` or ``mask`` does not fit.
         """
         visits = self.visits
         integer = self.schedule.curve.is_discrete and all(
@@ -184,8 +195,9 @@ class RePaint:
     def _down(
         self, run: Run, x: Tensor, s: Knot, n: Knot, known: Tensor, mask: Tensor
     ) -> tuple[Tensor, Row, Sequence[Tensor]]:
-        """Return x_n (algorithm 1, lines 4 to 8), and what D is made of. The parts share their
-        noise: they do not overlap.
+        """Return x_n (algorithm 1, lines 4 to 8), and the row and basis of D.
+
+        The two parts share their noise, because they do not overlap.
         """
         z = run.noise().to(x.dtype) if n.sigma else torch.zeros_like(x)
         trace, state, noise = Trace(self.schedule, 2), Combination({0: 1.0}), Combination({1: 1.0})
@@ -206,9 +218,7 @@ class RePaint:
         )
 
     def _up(self, run: Run, x: Tensor, s: Knot, n: Knot) -> Tensor:
-        """Return x at the noisier knot n by the forward chain from s (line 10), all levels between
-        in one.
-        """
+        """Return x at the noisier knot n by the forward chain from s (line 10), in one step."""
         a = n.alpha / s.alpha
         return a * x + math.sqrt(max(n.sigma**2 - (a * s.sigma) ** 2, 0.0)) * run.noise().to(
             x.dtype
@@ -216,8 +226,9 @@ class RePaint:
 
 
 def checked_mask(mask: Tensor, x: Tensor) -> Tensor:
-    """Return the mask in the dtype and shape of x, or raise ValueError where it does not fit or
-    leaves 0 ... 1.
+    """Return the mask in the dtype and shape of x.
+
+    Raises ValueError if it does not fit or has values outside 0 ... 1.
 
     >>> checked_mask(torch.zeros(3, 1), torch.zeros(2, 1))
     Traceback (most recent call last):
@@ -231,7 +242,7 @@ def checked_mask(mask: Tensor, x: Tensor) -> Tensor:
             f"mask must have the shape of the samples, {tuple(x.shape)}, or 1 in place of some of "
             f"its numbers, got {tuple(mask.shape)}"
         )
-    # on a GPU a look at the values would make the host wait
+    # on a GPU this check would need a host sync
     if mask.device.type == "cpu" and not bool(((mask >= 0) & (mask <= 1)).all()):
         raise ValueError(
             "mask must be 1 where the image is known and 0 where it is not, got values from "

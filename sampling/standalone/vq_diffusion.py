@@ -1,15 +1,15 @@
 """VQ-Diffusion: diffusion of discrete tokens by masking and replacing (Gu et al. 2111.14822).
 
-It is no table: x holds tokens, no numbers to combine. There are K tokens and [MASK], the class with
-index K. In a step of the forward chain a token stays with probability α_t + β_t, becomes each other
-one with β_t and [MASK] with γ_t, and [MASK] stays (eq. 7). So from x_0 to x_t, with ᾱ_t = Π α_i,
-γ̄_t = 1 - Π (1 - γ_i) and β̄_t = (1 - ᾱ_t - γ̄_t) / K (eq. 8),
+A table cannot express it: x contains tokens, which have no linear combinations. There are K tokens
+and [MASK], the class with index K. In a step of the forward chain a token stays with probability
+α_t + β_t, becomes each other token with β_t and [MASK] with γ_t. [MASK] stays (eq. 7). So from x_0
+to x_t, with ᾱ_t = Π α_i, γ̄_t = 1 - Π (1 - γ_i) and β̄_t = (1 - ᾱ_t - γ̄_t) / K (eq. 8),
 
     q(x_t = j | x_0) = ᾱ_t [j = x_0] + β̄_t for a token j,    q(x_t = [MASK] | x_0) = γ̄_t.
 
-The chain from an earlier time n to s has the same form, with α = ᾱ_s / ᾱ_n, 1 - γ = (1 - γ̄_s) / (1
-- γ̄_n), so that steps may be left out (eq. 13). Everything is computed from logarithms. Times are 0
-... T - 1, as in diffusers; -1 is clean.
+The chain from an earlier time n to s has the same form, with α = ᾱ_s / ᾱ_n and 1 - γ = (1 - γ̄_s) /
+(1 - γ̄_n), so steps can be skipped (eq. 13). All computations use logarithms. Times are 0 ... T -
+1, as in diffusers; -1 is clean.
 """
 
 from __future__ import annotations
@@ -30,18 +30,16 @@ from ..inference import SeededNoise, checked_seeds, checked_shape, last, place, 
 from .base import register_standalone
 
 Levels = tuple[Tensor, Tensor, Tensor]
-"""log α, log β, log γ of a stretch of the chain, each with a shape that broadcasts against (batch,
-K, ...).
-"""
+"""log α, log β, log γ of a part of the chain; the shapes broadcast to (batch, K, ...)."""
 
 
 @dataclass(frozen=True)
 class TokenSchedule:
     """The forward chain over tokens: ᾱ falls and γ̄ rises evenly over ``num_train_timesteps``.
 
-    ``num_vec_classes`` counts the K tokens and [MASK], which is the last; the rest as
-    VQDiffusionScheduler. Raises ValueError unless the levels lie in (0, 1) and every step can
-    replace a token.
+    ``num_vec_classes`` counts the K tokens and [MASK], which is the last. The other arguments are
+    those of VQDiffusionScheduler. Raises ValueError unless the levels are in (0, 1) and every step
+    can replace a token.
 
     >>> schedule = TokenSchedule(num_vec_classes=5)
     >>> schedule.add_noise(
@@ -82,17 +80,18 @@ class TokenSchedule:
 
     @property
     def num_tokens(self) -> int:
-        """K, and so the index of [MASK]."""
+        """K, which is also the index of [MASK]."""
         return self.num_vec_classes - 1
 
     def cumulative(self, t: Tensor, like: Tensor) -> Levels:
-        """Return log ᾱ, log β̄, log γ̄ at times ``t`` of shape (batch,), in the dtype and for the
-        shape of ``like``.
+        """Return log ᾱ, log β̄, log γ̄ at times ``t`` of shape (batch,).
+
+        They have the dtype of ``like`` (at least float32) and broadcast to its shape.
         """
         return self._shaped(self._at(t).log(), like)
 
     def between(self, n: Tensor, s: Tensor, like: Tensor) -> Levels:
-        """Return log α, log β, log γ of the chain from the times ``n`` to the later ``s``."""
+        """Return log α, log β, log γ of the chain from times ``n`` to the later times ``s``."""
         early, late = self._at(n), self._at(s)
         alpha, unmasked = late[0] / early[0], (1 - late[2]) / (1 - early[2])
         beta = (unmasked - alpha) / self.num_tokens
@@ -108,11 +107,15 @@ class TokenSchedule:
         return a, b, c
 
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return x_t of q(x_t | x_0) (eq. 4 and 8) for ``noise`` uniform in [0, 1), float64, in the
-        shape of ``x0``.
+        """Return x_t of q(x_t | x_0) (eq. 4 and 8).
 
-        ``x0``: int64 tokens, (batch, ...); ``timesteps``: (batch,). Raises ValueError for a wrong
-        shape, dtype, token or time.
+        Args:
+            x0: int64 tokens, (batch, ...).
+            noise: Uniform in [0, 1), float64, in the shape of ``x0``.
+            timesteps: Shape (batch,).
+
+        Raises:
+            ValueError: A shape, dtype, token or time is invalid.
         """
         self._check(x0, x0, timesteps)
         require_same_shape("noise", noise, "x0", x0)
@@ -129,12 +132,19 @@ class TokenSchedule:
     def posterior(
         self, log_p_x0: Tensor, x_t: Tensor, timesteps: Tensor, to: Tensor | None = None
     ) -> Tensor:
-        """Return log p(x_n | x_t) = log Σ q(x_n | x_t, x_0) p(x_0), shape (batch, K + 1, ...) (eq.
-        5, 11 and 13).
+        """Return log p(x_n | x_t) = log Σ q(x_n | x_t, x_0) p(x_0) (eq. 5, 11 and 13).
 
-        ``log_p_x0``: (batch, K, ...), normalized; ``x_t``: int64, (batch, ...); ``timesteps`` and
-        ``to`` (the time n, by default the one before): (batch,). Raises ValueError where the shapes
-        do not fit.
+        Args:
+            log_p_x0: Normalized log probabilities, (batch, K, ...).
+            x_t: int64 tokens, (batch, ...).
+            timesteps: The times t, (batch,).
+            to: The times n, (batch,); by default t - 1.
+
+        Returns:
+            Log probabilities, shape (batch, K + 1, ...).
+
+        Raises:
+            ValueError: The shapes do not fit.
 
         >>> schedule = TokenSchedule(num_vec_classes=3)
         >>> known = torch.tensor([[[0.0], [-torch.inf]]])  # x_0 is token 0
@@ -167,12 +177,11 @@ class TokenSchedule:
         timesteps: Tensor,
         auxiliary_weight: float = 5e-4,
     ) -> Tensor:
-        """Return L_(t-1) + λ L_x0 of each sample, or L_0 at t = 0: nats a token, shape (batch,)
-        (eq. 9 and 12, algorithm 1).
+        """Return L_(t-1) + λ L_x0 of each sample, or L_0 at t = 0 (eq. 9 and 12, algorithm 1).
 
-        ``logits``: the network's, (batch, K, ...), for the input ``x_t`` of :meth:`add_noise`; λ is
-        ``auxiliary_weight``. With λ = 0, T times the mean over uniform times is the variational
-        bound on -log p(x_0), but for the constant L_T.
+        In nats per token, shape (batch,). ``logits``: the network's output, (batch, K, ...), for
+        the input ``x_t`` from :meth:`add_noise`. λ is ``auxiliary_weight``. With λ = 0, T times the
+        mean over uniform times is the variational bound on -log p(x_0), without the constant L_T.
 
         >>> schedule, x0 = TokenSchedule(num_vec_classes=3), torch.tensor([[0, 1]])
         >>> schedule.losses(
@@ -201,7 +210,7 @@ class TokenSchedule:
     def prior(self, noise: SeededNoise, shape: tuple[int, ...]) -> Tensor:
         """Return tokens of p(x_T), nearly all [MASK] (eq. 10)."""
         _, b, c = _cumulative(self)[:, -1].tolist()
-        # the product of a number just below 1 is rounded to num_tokens, which is [MASK]
+        # a number just below 1 gives num_tokens after rounding, which is [MASK]
         token = (noise.uniform(*shape[1:]) * self.num_tokens).long().clamp(max=self.num_tokens - 1)
         return torch.where(
             noise.uniform(*shape[1:]) < c / (c + self.num_tokens * b), self.num_tokens, token
@@ -240,7 +249,7 @@ class TokenSchedule:
 
 @lru_cache(maxsize=16)
 def _cumulative(schedule: TokenSchedule) -> Tensor:
-    """ᾱ, β̄, γ̄ at the times -1, 0, ..., T - 1, in float64."""
+    """Return ᾱ, β̄, γ̄ at the times -1, 0, ..., T - 1, in float64."""
     count = schedule.num_train_timesteps
     alpha = torch.linspace(
         schedule.alpha_cum_start, schedule.alpha_cum_end, count, dtype=torch.float64
@@ -262,8 +271,9 @@ def _is_token(x: Tensor, count: int) -> Tensor:
 
 
 class TokenProgress:
-    """Where a run over tokens stands: ``step`` of ``steps``, the tokens ``x`` there, and log p(x_0
-    | x_t), ``log_p_x0``.
+    """The state of a run over tokens: ``step`` of ``steps`` and the tokens ``x``.
+
+    ``log_p_x0`` is log p(x_0 | x_t).
     """
 
     def __init__(self, step: int, steps: int, x: Tensor, log_p_x0: Tensor) -> None:
@@ -271,7 +281,7 @@ class TokenProgress:
 
     @cached_property
     def denoised(self) -> Tensor:
-        """The likeliest clean tokens at this step."""
+        """The most probable clean tokens at this step."""
         return self.log_p_x0.argmax(1)
 
 
@@ -280,12 +290,12 @@ class TokenProgress:
 )
 @dataclass(frozen=True)
 class VQDiffusion:
-    """Draw tokens with a network that puts out logits of x_0; called as a Sampler, with token
-    indices for x.
+    """Draw tokens with a network that outputs logits of x_0.
 
-    ``network(x, timesteps)`` is given int64 tokens (batch, ...) and int64 times, and returns logits
-    or log probabilities (batch, K, ...). ``steps``: all T by default; fewer are spread evenly from
-    T - 1 on (eq. 13). Raises ValueError for steps out of range.
+    Called like a Sampler, with token indices for x. ``network(x, timesteps)`` takes int64 tokens
+    (batch, ...) and int64 times, and returns logits or log probabilities (batch, K, ...).
+    ``steps``: all T by default; fewer are spaced evenly from T - 1 on (eq. 13). Raises ValueError
+    for steps out of range.
 
     >>> sampler = VQDiffusion(TokenSchedule(num_vec_classes=4), steps=10)
     >>> sampler(lambda x, t: torch.tensor([0.0, 50.0, 0.0]).expand(2, 6, 3).mT, (2, 6), seeds=0)[
@@ -317,7 +327,7 @@ class VQDiffusion:
 
     @property
     def timesteps(self) -> list[int]:
-        """The times that the network is given, one for each step."""
+        """The times given to the network, one for each step."""
         count = self.schedule.num_train_timesteps
         steps = self.steps or count
         return [round(count - i * count / steps) - 1 for i in range(steps)]
@@ -331,11 +341,11 @@ class VQDiffusion:
     def iterate(
         self, network: Network, shape_or_tokens: Sequence[int] | Tensor, **arguments: Any
     ) -> Iterator[TokenProgress]:
-        """Sample, yielding after each step. Arguments as in ``Sampler.iterate``, but for what is
-        made for numbers.
+        """Sample and yield after each step.
 
-        ``shape_or_tokens``: the shape, to start from p(x_T), or the tokens x_T. Guidance mixes the
-        logits (2205.16007, §3.1). Raises ValueError where guidance_rescale or clip is asked for.
+        Arguments as in ``Sampler.iterate``, without ``guidance_rescale`` and ``clip``.
+        ``shape_or_tokens``: the shape, to start from p(x_T), or the tokens x_T. Guidance combines
+        the logits (2205.16007, §3.1). Raises ValueError if guidance_rescale or clip is set.
         """
         for name in ("guidance_rescale", "clip"):
             if arguments.get(name):
