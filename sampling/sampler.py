@@ -286,8 +286,9 @@ def make_sampler(
 def _make_standalone(
     entry: StandaloneEntry, schedule: Any, implied: Mapping[str, Any], given: dict[str, Any]
 ) -> Any:
-    """Return an object of the entry's class; ``steps`` is left out where it has no number of steps,
-    or none is given.
+    """Return an object of the entry's class.
+
+    ``steps`` is not passed if the class has no number of steps, or none is given.
     """
     steps = given.pop("steps", None)
     for option in given:

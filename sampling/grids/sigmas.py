@@ -332,7 +332,7 @@ def dpm_fast(points: int, low: float, high: float) -> Tensor:
     k-diffusion's sample_dpm_fast; 2206.00927, DPM-Solver-fast. The requested number n is the number
     of evaluations: there are n // 3 + 1 steps, and the last one or two use the remaining
     evaluations. The end is the least noise. A first step from α = 0 and a last one to σ = 0 have
-    one evaluation, see ``dpm_fast.block_orders``.
+    one evaluation, see ``dpm_singlestep.block_orders``.
 
     >>> from alphabar.sampling import make_knots
     >>> len(make_knots(NoiseSchedule.scaled_linear(), 20, "dpm_fast")) - 1

@@ -1,10 +1,9 @@
-"""diffusers' scheduler classes as data: the method, the grid and the options that a class with a
-config stands for (0.42).
+"""diffusers' scheduler classes as data (0.42): method, grid and options of each class.
 
-One entry of CLASSES says what a class reads and how it lays its grid; ``read_config`` turns a
-scheduler config into the terms of ``Sampler``, ``config_of_class`` writes one. Where a class leaves
-the grid that it names, ``Reading.lay`` follows it there, or ``Reading.slips`` says what cannot be
-followed. diffusers is not imported.
+An entry of CLASSES contains the config keys of a class and its grids. ``read_config`` converts a
+scheduler config to the arguments of ``Sampler``; ``config_of_class`` writes a config. If a class
+deviates from the grid that it names, ``Reading.lay`` reproduces the deviation, or ``Reading.slips``
+describes it in words. diffusers is not imported.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ FLAGS = {
     "beta": "use_beta_sigmas",
     "lu": "use_lu_lambdas",
 }
-"""The grids that a config knows by a flag."""
+"""The grids that a config selects by a flag."""
 
 Lays = Mapping[str, Mapping[str, Any]]
-"""The grids that a class has, with the options by which ours lie where its do."""
+"""The grids of a class, with the options that make our grids equal to its grids."""
 
 WHOLE: Lays = {"linspace": {"rounded": True}, "leading": {}, "trailing": {}}
 BETWEEN: Lays = {"linspace": {"interpolation": "sigma"}, "leading": {}, "trailing": {}}
@@ -52,27 +51,25 @@ PLAIN_SIGMAS: Lays = {"karras": {}, "exponential": {}, "beta": {}}
 
 @dataclass(frozen=True)
 class Key:
-    """A config key: the option of ours that it is, the class's default, and what its values are
-    called here.
-    """
+    """A config key: our option, the class's default, and our names for its values."""
 
     option: str
     default: Any
     values: Mapping[Any, Any] = field(default_factory=dict)
 
     def ours(self, value: Any) -> Any:
-        """Return our word for a value of the config."""
+        """Return our value for a value of the config."""
         value = tuple(value) if isinstance(value, list) else value
         return self.values.get(value, value)
 
     def theirs(self, value: Any) -> Any:
-        """Return the config's word for a value of ours; raises ValueError where it has none."""
+        """Return the config's value for a value of ours; raise ValueError if there is none."""
         if not self.values:
             return list(value) if isinstance(value, tuple) else value
         return next(theirs for theirs, ours in self.values.items() if ours == value)
 
     def has(self, value: Any) -> bool:
-        """Return whether the config has a word for this value."""
+        """Return whether the config can express this value."""
         return not self.values or value in self.values.values()
 
 
@@ -87,19 +84,28 @@ EPSILON_V = ("epsilon", "v_prediction")
 
 @dataclass(frozen=True)
 class SchedulerClass:
-    """What a class stands for.
+    """The method, grids and options of a scheduler class.
 
-    ``spacing`` is its default ``timestep_spacing``, or where ``spaced`` is False (it has no such
-    key) its only grid; ``lays`` the grids it has. ``keys`` are the config keys that are options of
-    ours, ``fixed`` the options it has no choice in, ``step`` those that are arguments of its
-    ``step()``, with their defaults there. ``switch`` (a key, its default and the method by its
-    value) chooses between methods.
-
-    ``ranged``: its σ-spaced grids span its timestep-spaced one. ``cut``: on those, but for
-    ``rounding="nearest"``, and on flows, its times are cut to whole ones after rounding errors.
-    ``strides``: it steps by T // N, whatever its grid. ``clamped``: at zero terminal SNR it puts ᾱ
-    = 2^-24. ``in_sigma``: its x is x / α, its start σ z (unless spacing is leading). ``off``: keys
-    that must say that nothing is clipped. ``written``: a config of ours may name it.
+    Args:
+        method: Our method.
+        lays: The grids of the class.
+        spacing: Its default ``timestep_spacing``, or its only grid if ``spaced`` is False.
+        spaced: Whether it has the key ``timestep_spacing``.
+        keys: The config keys that are options of ours.
+        fixed: The options that have a fixed value in the class.
+        step: The options that are arguments of its ``step()``, with their defaults there.
+        switch: A key, its default and the method for each of its values, if the key selects the
+            method.
+        predictions: The supported prediction types.
+        ranged: Its σ-spaced grids have the range of its timestep-spaced one.
+        cut: On σ-spaced grids, except with ``rounding="nearest"``, and on flows, its times are
+            truncated to integers after rounding errors.
+        strides: It steps by T // N on every grid.
+        clamped: At zero terminal SNR it sets ᾱ = 2^-24.
+        in_sigma: Its x is x / α, and its start σ z (unless spacing is leading).
+        flow: The key of FLOW_LAYS for its flow grid.
+        off: Keys that must be False, so that nothing is clipped.
+        written: Whether our configs may name it.
     """
 
     method: str
@@ -122,7 +128,7 @@ class SchedulerClass:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The methods that it can be."""
+        """The methods that the class can be."""
         return tuple(self.switch[2].values()) if self.switch else (self.method,)
 
 
@@ -327,15 +333,17 @@ CLASSES: Mapping[str, SchedulerClass] = {
         written=False,
     ),
 }
-"""Every class that a sampler of a fixed table is named after, but for those whose names say all
-(``Method.aliases``).
+"""All classes that correspond to a sampler with a fixed table.
+
+Classes that are determined by their name alone are in ``Method.aliases``.
 """
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A scheduler config in the terms of ``Sampler``: its arguments, and where the class leaves the
-    grid they name.
+    """A scheduler config as arguments of ``Sampler``.
+
+    It also knows how the class deviates from the grid that the arguments name.
     """
 
     kind: SchedulerClass
@@ -363,7 +371,7 @@ class Reading:
         }
 
     def lay(self, schedule: NoiseSchedule, steps: int) -> tuple[Knot, ...]:
-        """Return the knots at which the class stands, with the times that it gives the network."""
+        """Return the knots of the class, with the timesteps that it gives the network."""
         options = self.of_grid
         if self.flow and self.kind.flow == "early":
             options["start"] = 1 - 1 / schedule.num_train_timesteps
@@ -376,15 +384,15 @@ class Reading:
         return knots
 
     def start_scale(self, first: Knot) -> float:
-        """Return the spread of the x, in the coordinates of ours, that a pipeline starts from."""
+        """Return the standard deviation of a pipeline's start x, in our coordinates."""
         return first.sigma if self.init_noise == "sigma" else math.hypot(first.alpha, first.sigma)
 
     def end_scale(self, last: Knot) -> float:
-        """Return what a run's end is multiplied by, in a class that ends in x / α."""
+        """Return the factor of the result of a run, for a class that ends in x / α."""
         return 1 / last.alpha if self.kind.in_sigma else 1.0
 
     def fails(self, schedule: NoiseSchedule, steps: int) -> str | None:
-        """Return, in words, why the class does not finish so many steps, if it does not."""
+        """Return, in words, why the class cannot run this number of steps; None if it can."""
         name = schedule.prediction.name
         if name not in self.kind.predictions and not (self.flow and name == "flow_prediction"):
             return f"it does not know prediction_type {name!r}"
@@ -393,7 +401,7 @@ class Reading:
         )
 
     def slips(self, schedule: NoiseSchedule, steps: int) -> Iterator[str]:
-        """Yield, in words, where the class does in so many steps what the reading does not say."""
+        """Yield, in words, how the class deviates from the reading with this number of steps."""
         kind, options = self.kind, self.options
         discrete = isinstance(schedule.curve, Discrete)
         if (
@@ -421,7 +429,7 @@ class Reading:
             yield "it ends with the noise of fixed_large"
 
     def _rounds(self, schedule: NoiseSchedule) -> bool:
-        """Return whether the times are rounded to whole ones, as of Karras sigmas."""
+        """Return whether the times are rounded to integers, as for Karras sigmas."""
         cosine = getattr(schedule.curve, "beta_schedule", "") == "squaredcos_cap_v2"
         by_table = (
             cosine and self.method == "dpm_solver_multistep" and self.grid in ("karras", "lu")
@@ -437,10 +445,11 @@ class Reading:
 
 
 CLAMPED = 2.0**-12
-"""The α that stands for 0 at zero terminal SNR (ᾱ = 2^-24)."""
+"""The α that replaces 0 at zero terminal SNR (ᾱ = 2^-24)."""
 ROUNDED_FROM = 1000.0
-"""The σ / α from which on the classes that keep x / α in float32 are off by more than 1e-4
-(measured on the cosine betas).
+"""From this σ / α on, classes that store x / α in float32 have an error above 1e-4.
+
+Measured on the cosine betas.
 """
 
 
@@ -502,14 +511,13 @@ FAILURES: tuple[tuple[_Applies, str], ...] = (
         "it is not a number there",
     ),
 )
-"""What the classes cannot do, or do not finish: (a test of the reading, its options and steps; the
-words).
-"""
+"""Unsupported cases of the classes: (a test of the reading, its options and steps; the text)."""
 
 
 def read_config(config: Mapping[str, Any]) -> Reading:
-    """Return what a scheduler config says, keys left out at the class's own defaults; ValueError
-    for a class that is not known.
+    """Return the contents of a scheduler config.
+
+    Missing keys have the class's own defaults. Raises ValueError for an unknown class.
 
     >>> reading = read_config({"_class_name": "DEISMultistepScheduler"})
     >>> reading.method, reading.grid, reading.options["order"], reading.options["drop_last"]
@@ -534,7 +542,7 @@ def read_config(config: Mapping[str, Any]) -> Reading:
         **{key.option: key.ours(config.get(name, key.default)) for name, key in kind.keys.items()},
     }
     options |= {**kind.fixed, **(FLOW_LAYS[str(kind.flow)] if flow else kind.lays[grid])}
-    if method == "lcm" != kind.method:  # a class that only draws as LCM does
+    if method == "lcm" != kind.method:  # a class that only samples like LCM
         options |= _OWN_LCM
     if kind.spaced and kind.ranged and flagged:
         options["range_from"] = spacing
@@ -548,24 +556,25 @@ def read_config(config: Mapping[str, Any]) -> Reading:
 
 
 FLOW_LAYS: Lays = {"early": {"end": 0.0, "drop_last": True}, "top": {"drop_last": True}}
-"""How the solvers lay a flow: from a T-th below the noise (``Reading.lay`` knows T), UniPC from the
-noise itself.
+"""The flow grids of the solvers.
+
+"early" starts 1 / T below the noise (``Reading.lay`` knows T); "top", of UniPC, at the noise.
 """
 _OF_GRIDS = ("sigma_min", "sigma_max", "lambda_min", "original_steps", "steps_offset", "final")
 
 
 def _unread(option: str, value: Any, grid: str) -> bool:
-    """Return whether an option of some grids is of no effect on this one."""
+    """Return whether an option of some grids has no effect on this one."""
     return option in _OF_GRIDS and (option not in grid_options(grid) or value is None)
 
 
 def config_of_class(
     name: str, grid: str, options: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a config of a class on one of its grids with these options of ours, and the options
-    that it has no word for.
+    """Return a config of a class on one of its grids, and the options that it cannot express.
 
-    ``options`` may hold ``range_from``, which is the spacing of a flagged grid, and ``method``.
+    ``options`` are our options; they may contain ``range_from``, which is the spacing of a flagged
+    grid, and ``method``.
 
     >>> config_of_class("DDPMScheduler", "trailing", {"variance_type": "fixed_large", "eta": 0.5})[
     ...     0
@@ -601,7 +610,7 @@ def config_of_class(
             value = key.ours(key.default)
         config[key_name] = key.theirs(value)
     if not math.isfinite(config.get("lambda_min_clipped", 0.0)):
-        del config["lambda_min_clipped"]  # its default, which JSON has no number for
+        del config["lambda_min_clipped"]  # the default is infinite, which JSON cannot express
     if name == "DPMSolverSinglestepScheduler":
         config["lower_order_final"] = config["final_sigmas_type"] == "zero"
     return config | dict.fromkeys(kind.off, False), {name: options[name] for name in missing}
@@ -613,7 +622,7 @@ def _names() -> dict[str, str]:
 
 
 def class_named(name: object) -> str | None:
-    """Return the class that a name is or begins with (a grid may follow it), None for other names.
+    """Return the class that a name is or starts with (a grid may follow it), else None.
 
     >>> class_named("eulerdiscretescheduler karras"), class_named("Euler")
     ('EulerDiscreteScheduler', None)
@@ -623,8 +632,9 @@ def class_named(name: object) -> str | None:
 
 
 def settings_of_class(name: str, grid: str | None = None) -> dict[str, Any]:
-    """Return ``grid`` and the options that a class stands for with default options, on its own grid
-    or on this one of its.
+    """Return ``grid`` and the options of a class with its default options.
+
+    The grid is the class's own, or ``grid``.
 
     >>> settings_of_class("EulerDiscreteScheduler")
     {'grid': 'linspace', 'final': 'zero', 'interpolation': 'sigma', 'init_noise': 'sigma'}
@@ -639,7 +649,7 @@ def settings_of_class(name: str, grid: str | None = None) -> dict[str, Any]:
     options = dict(reading.options) | (
         {"init_noise": "sigma"} if reading.init_noise == "sigma" else {}
     )
-    # a grid that the class does not have: its method is left
+    # the class does not have this grid: keep only its method's options
     if grid is not None and reading.grid != grid:
         options = {**reading.of_method, **{k: v for k, v in options.items() if k == "init_noise"}}
     return {"grid": reading.grid if grid is None else grid, **options}

@@ -1,8 +1,8 @@
-"""Say a sampler as a diffusers scheduler config, or say why none is it.
+"""Convert a sampler to a diffusers scheduler config, or explain why no config is equal to it.
 
-A config is a candidate first: ``diffusers_classes`` reads it back, and the reading, laid in as many
-steps, must give the network the same times and levels, start and end alike, and carry a test
-network to the same samples. What differs is put in words.
+A config is first a candidate. ``diffusers_classes`` reads it back. With the sampler's number of
+steps, this reading must give the network the same timesteps and noise levels, including start and
+end, and must give the same samples for a test network. All differences are described in words.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .diffusers_classes import CLASSES, FLAGS, SPACINGS, Reading, config_of_clas
 
 
 class TableSampler(Protocol):
-    """What is read of a :class:`Sampler` here."""
+    """The part of :class:`Sampler` that this module uses."""
 
     @property
     def schedule(self) -> NoiseSchedule: ...
@@ -54,7 +54,7 @@ class TableSampler(Protocol):
 logger = logging.getLogger(__name__)
 
 LEVELS = 1e-5
-"""How far apart two noise levels may lie, relatively: their tables are in float32."""
+"""The largest relative difference of equal noise levels: their tables are in float32."""
 TIMES = 1e-2
 SAMPLES = 2e-5
 
@@ -78,7 +78,10 @@ SAME: Mapping[str, Sequence[tuple[str, Mapping[str, Any]]]] = {
     "euler_ancestral": [("ddpm", {}), ("ddim", {"eta": 0.0})],
     "dpm_solver_multistep": [("ddim", {}), ("euler", {})],
 }
-"""Methods that can be another one with the right options: those to try after the method itself."""
+"""Methods that can equal another method with the right options.
+
+These are tried after the method itself.
+"""
 
 NEAREST: Mapping[tuple[bool, bool], Sequence[tuple[str, Mapping[str, Any]]]] = {
     (False, False): [("dpm_solver_multistep", {"order": 1}), ("euler", {})],
@@ -90,15 +93,17 @@ NEAREST: Mapping[tuple[bool, bool], Sequence[tuple[str, Mapping[str, Any]]]] = {
         ("lcm", {}),
     ],
 }
-"""What stands in for a method that no class has, by whether it draws noise and whether it is of a
-higher order.
+"""Replacements for a method that no class has.
+
+The keys: whether it draws noise, and whether it is of a higher order.
 """
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A config of what a sampler adds to its schedule's, read back and laid, with the options that
-    it has no word for.
+    """A config for a sampler, read back, with its knots and the options that it cannot express.
+
+    The config does not contain the keys of the schedule.
     """
 
     config: dict[str, Any]
@@ -111,20 +116,20 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """The class that it names."""
+        """The class that the config names."""
         return str(self.config["_class_name"])
 
     def table(self, sampler: TableSampler) -> Table:
-        """Return the table of the class on its own knots; ValueError where it has none there."""
+        """Return the table of the class on its own knots; raise ValueError if there is none."""
         return compiled_reading(self.reading, sampler.schedule, self.knots, self.given)
 
 
 def sampler_config(
     sampler: TableSampler, nearest: bool = False, passed: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Return what scheduler_config.json says of a sampler; see :meth:`Sampler.to_diffusers`.
+    """Return the scheduler_config.json of a sampler; see :meth:`Sampler.to_diffusers`.
 
-    ``passed``: arguments of ``step()`` (eta) that whoever runs the scheduler passes on from the
+    ``passed``: arguments of ``step()`` (eta) that the user of the scheduler passes from the
     sampler's options.
     """
     config, differences = nearest_config(sampler, passed)
@@ -145,10 +150,10 @@ def sampler_config(
 def nearest_config(
     sampler: TableSampler, passed: Collection[str] = (), stand_ins: bool = True
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the config that is the sampler, or comes nearest, and in words what differs;
-    ValueError where none is near.
+    """Return the config that equals the sampler or is nearest, and the differences in words.
 
-    ``stand_ins``: where no class has the method, one of another method may stand for it.
+    ``stand_ins``: if no class has the method, a class of another method may replace it. Raises
+    ValueError if no class is near.
 
     >>> from alphabar.sampling import Sampler
     >>> nearest_config(Sampler(NoiseSchedule.scaled_linear(), "dpmpp_2m"))[1]
@@ -187,7 +192,7 @@ Relatives = Sequence[tuple[str, Mapping[str, Any]]]
 
 
 def _relatives(sampler: TableSampler) -> Relatives:
-    """Return the methods that may be the sampler's, with their options: itself first."""
+    """Return the methods that can equal the sampler's, with their options: its own method first."""
     own, options = sampler.method.name, sampler.method_options
     return [(own, options), *((name, {**options, **more}) for name, more in SAME.get(own, ()))]
 
@@ -211,7 +216,7 @@ def _candidates(
 
 @lru_cache(maxsize=256)
 def _holds(schedule: NoiseSchedule, name: str) -> bool:
-    """Return whether a config of this class says all of the schedule."""
+    """Return whether a config of this class can express the whole schedule."""
     return schedule.to_diffusers({"_class_name": name})["_class_name"] == name
 
 
@@ -223,12 +228,12 @@ def _laid(
     passed: Collection[str],
     rank: int,
 ) -> Iterator[Candidate]:
-    """Yield the candidate of a class on a grid, unless it has none in so many steps."""
+    """Yield the candidate of a class on a grid, if there is one with this number of steps."""
     schedule, steps = sampler.schedule, sampler.steps
     config, missing = config_of_class(name, grid, said)
     if schedule.curve.is_flow and CLASSES[name].predictions != ("flow_prediction",):
         if CLASSES[name].flow is None or grid in FLAGS:
-            return  # use_flow_sigmas is not read, or after the flag
+            return  # use_flow_sigmas is not read, or the flag has priority
         config["use_flow_sigmas"] = True
     reading = read_config(config)
     if reading.fails(schedule, steps):
@@ -243,7 +248,7 @@ def _laid(
 
 
 def _grids(sampler: TableSampler, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the grids of a class that may be the sampler's, with their options: its own first."""
+    """Yield the grids of a class that can equal the sampler's, with options: the sampler's first."""
     kind, options = CLASSES[name], dict(sampler.options)
     finals = {"final": options.get("final", grid_options(sampler.grid).get("final", "zero"))}
     named = {
@@ -274,8 +279,9 @@ def _offset(options: Mapping[str, Any], spacing: str) -> dict[str, Any]:
 
 
 def _differences(sampler: TableSampler, candidate: Candidate) -> tuple[str, ...]:
-    """Return in words what stands between a candidate and the sampler, without samples where the
-    knots differ already.
+    """Return the differences between a candidate and the sampler in words.
+
+    If the knots differ, samples are not compared.
     """
     custom = sampler.grid if sampler.grid in CUSTOM else "a grid of one's own"
     words = (
@@ -338,16 +344,17 @@ def _whose(option: str, method: str, step: Mapping[str, Any]) -> str:
 
 
 TRIED = 4
-"""How many candidates are run to find the nearest one."""
+"""The number of candidates that are run to find the nearest one."""
 
 
 def _nearest(
     sampler: TableSampler, candidates: Sequence[Candidate]
 ) -> tuple[dict[str, Any], tuple[str, ...]] | None:
-    """Return the nearest candidate: on the sampler's own grid before others, of its own method
-    before relatives, then by samples.
+    """Return the nearest candidate and its differences.
 
-    One that draws noise stands only for a sampler that does.
+    Candidates on the sampler's own grid come first, then those of its own method, then the order by
+    samples. A candidate that draws noise is only used for a sampler that draws noise, and the
+    reverse.
     """
 
     def kinship(candidate: Candidate) -> tuple[bool, int]:
@@ -374,7 +381,7 @@ def _nearest(
 
 
 def _way(ours: Sequence[Knot], theirs: Sequence[Knot]) -> float:
-    """Return how far apart the knots of two grids are."""
+    """Return the distance between the knots of two grids."""
     if len(ours) != len(theirs):
         return math.inf
     pairs = list(zip(ours, theirs, strict=True))
@@ -390,8 +397,9 @@ def compiled_reading(
     knots: Sequence[Knot],
     given: Mapping[str, Any] | None = None,
 ) -> Table:
-    """Return the table of a class on its own knots; ``given`` replaces options that are arguments
-    of its step.
+    """Return the table of a class on its own knots.
+
+    ``given`` replaces options that are arguments of its step.
     """
     method: Method = METHODS[reading.method]
     known = method.options
@@ -457,8 +465,9 @@ def _grid_of(reading: Reading) -> str:
 
 
 def sample_distance(ours: Table, theirs: Table) -> float:
-    """Return how far apart two tables carry the same start and draws through a nonlinear network,
-    relatively.
+    """Return the relative distance of the samples of two tables for a nonlinear test network.
+
+    Both have the same start and the same draws.
 
     >>> from alphabar.sampling import Sampler
     >>> schedule = NoiseSchedule.scaled_linear()
@@ -476,9 +485,7 @@ _CHANNELS, _HIDDEN = 8, 16
 
 
 def _fixed(rows: int, columns: int, phase: float) -> Tensor:
-    """Return numbers that look random, are the same on every machine and take nothing from a
-    generator.
-    """
+    """Return numbers that look random and are the same on every machine, without a generator."""
     index = torch.arange(rows * columns, dtype=torch.float64).view(rows, columns)
     return 1.7 * torch.sin(12.9898 * index + phase + torch.sin(78.233 * index))
 
@@ -503,7 +510,7 @@ def _samples(table: Table) -> Tensor:
         return _fixed(4, _CHANNELS, 4.0 + step + 0.37 * drawn)
 
     x = _fixed(4, _CHANNELS, 3.0)
-    # CFG++ takes another half than any class does
+    # no class uses the unconditional half of CFG++, so it must differ here
     beside: Beside = {Unconditional: lambda: 0.7 * out}
     for progress in run(table, x, network, noise, beside):
         x, step, drawn = progress.x, progress.step, 0

@@ -1,17 +1,16 @@
 """CFG++ in methods of higher order.
 
-DPM++ 2M and 2S a, RES, gradient estimation, and Euler with a history. The methods of Chung et al.
-2406.08070 (algorithm 2) go to the guided estimate D along ε̂_u, the noise of the unconditional
-estimate U. In σ̄ = σ/α and x̄ = x/α this is
+These are DPM++ 2M and 2S a, RES, gradient estimation, and Euler with a history. Chung et al.
+2406.08070 (algorithm 2) go to the guided estimate D along ε̂_u, the noise that belongs to the
+unconditional estimate U. In σ̄ = σ/α and x̄ = x/α this is
 
     x̄_n = D + σ̄_n ε̂_u = U + σ̄_n/σ̄_s (x̄ - U) + (D - U).
 
-So every method here takes its own step on the unconditional path and adds the guidance D - U once
-in each step, without a factor. The amount of guidance in a run therefore depends on its number of
-steps, so scales are 0 ... 2. At a scale of 1, D is the conditional estimate, and U is still the
-unconditional one if its input is given. Without this input U is D, and each method is the one
-without CFG++; the declared order is for this case. The last step goes to D, as in the first-order
-forms.
+So every method here takes its own step on the unconditional path and adds the full guidance D - U
+once in each step. The total guidance of a run therefore depends on its number of steps, and scales
+are 0 ... 2. At a scale of 1, D is the conditional estimate, and U is still the unconditional one if
+its input is given. Without this input U is D, and each method is the one without CFG++; the
+declared order is for this case. The last step goes to D, as in the first-order forms.
 """
 
 from __future__ import annotations

@@ -65,8 +65,9 @@ def dpm_solver_3(
 def _step(
     x: Combination, D: Combination | None, e: Combination, mean_e: Combination, s: Knot, n: Knot
 ) -> Combination:
-    """Return the step along ``mean_e``; with D of the same evaluation as ε̂ it loses fewer digits
-    near α = 0.
+    """Return the step along ``mean_e``.
+
+    With D from the same evaluation as ε̂ the step loses fewer digits near α = 0.
     """
     return (
         first_order_update_epsilon(x, mean_e, s, n) if D is None else along(x, D, e, mean_e, s, n)
@@ -102,8 +103,8 @@ def block_orders(nfe: int, from_noise: bool = False, to_clean: bool = False) -> 
 
     ``from_noise``: the first knot has no signal, and its step uses one evaluation. ``to_clean``:
     the last step goes to D, where σ = 0, and uses one evaluation too. The other steps are as in
-    :func:`fast_orders`, but before a last step of order 1 there is no other one of order 1 at the
-    end.
+    :func:`fast_orders`. But with ``to_clean``, a multiple of 3 is split into threes only, without
+    [2, 1] at the end.
 
     >>> (
     ...     block_orders(20),
@@ -141,11 +142,11 @@ def dpm_fast(
 ) -> list[Combination]:
     """DPM fast: DPM-Solver-3 steps with a step of order 2 or 1 at the end.
 
-    Source: 2206.00927, §3.4; k-diffusion's sample_dpm_fast. ``nfe`` is the number of evaluations,
-    which is also its number of steps. On a grid of ``nfe`` steps, each step of the method covers as
-    many grid steps as it has evaluations, and its intermediate points are at thirds of its λ. On
-    the grid ``dpm_fast``, as in k-diffusion, the steps are even in λ. Without ``nfe`` every step
-    has order 3, except those from α = 0 and into σ = 0.
+    Source: 2206.00927, §3.4; k-diffusion's sample_dpm_fast. ``nfe`` is the number of evaluations;
+    the sampler's ``steps`` is this number. On a grid of ``nfe`` steps, each step of the method
+    covers as many grid steps as it has evaluations, and its intermediate points are at thirds of
+    its λ. On the grid ``dpm_fast``, as in k-diffusion, the steps are even in λ. Without ``nfe``
+    every step has order 3, except those from α = 0 and into σ = 0.
     """
     s, n, steps = knots[i], knots[i + 1], len(knots) - 1
     ends = knots[0].alpha == 0, knots[-1].sigma == 0

@@ -3,8 +3,8 @@
 Source: Lu et al. 2206.00927, 2211.01095. With λ = log(α / σ), h = λ_n - λ_s and the data prediction
 D(λ), the solution of the reverse SDE of strength η (0: the ODE) is
 
-    x_n = σ_n/σ_s e^(-ηh) x + α_n ∫_0^h (1 + η) e^(-(1+η)(h-u)) D(λ_s + u) du + σ_n sqrt(1 -
-    e^(-2ηh)) z.
+    x_n = σ_n/σ_s e^(-ηh) x + α_n ∫_0^h (1 + η) e^(-(1+η)(h-u)) D(λ_s + u) du
+          + σ_n sqrt(1 - e^(-2ηh)) z.
 
 So each formula is an estimate E of the weighted mean of D over the step, followed by
 ``first_order_update``. With H = (1 + η) h, and D1 = h D' and D2 = h² D'' / 2 from past values, E =

@@ -27,8 +27,9 @@ def ddim(
     eta: float = 0.0,
     use_clipped_model_output: bool = True,
 ) -> list[Combination]:
-    """DDIM: down to the next knot along ε̂, with η of the posterior's noise (2010.02502, eq. 12, 16).
+    """DDIM: down to the next knot along ε̂ (2010.02502, eq. 12, 16).
 
+    The step renews noise of η times the posterior's standard deviation.
     ``use_clipped_model_output``: if x_0 is clipped, use the ε̂ of x and the clipped x_0 (True), or
     the network's own ε̂ (False, the default of diffusers' DDIMScheduler.step).
     """

@@ -1,4 +1,7 @@
-"""Heun's method, Heun++ with weighted slopes in σ/α, and exponential Heun in the data prediction."""
+"""Heun's method, Heun++ with weighted slopes in σ/α, and exponential Heun.
+
+Exponential Heun uses the data prediction.
+"""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def sde_std(s: Knot, n: Knot, eta: float) -> float:
 def first_order(
     trace: Trace, s: Knot, n: Knot, x: Combination, eta: float = 0.0, s_noise: float = 1.0
 ) -> tuple[Combination, Combination]:
-    """Return (x_n, D) of the step from s to n with fresh noise of η times the posterior's."""
+    """Return (x_n, D) of the step from s to n; r is η times the posterior's standard deviation."""
     D = trace.denoise(x, s)
     r = eta * posterior_std(s, n)
     return first_order_update(x, D, s, n, r, fresh_noise(trace, s, n, r, s_noise)), D

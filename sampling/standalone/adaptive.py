@@ -80,7 +80,7 @@ class PIDController:
     inverse_errors: list[float] = field(default_factory=list)
 
     def accepts(self, error: float) -> bool:
-        """Return whether a step with this error is accepted, and set the size of the next attempt."""
+        """Return whether a step with this error is accepted; set the size of the next attempt."""
         now = 1 / (error + 1e-8)
         if not self.inverse_errors:
             self.inverse_errors = [now, now]
