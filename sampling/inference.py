@@ -251,7 +251,8 @@ def place(
 ) -> tuple[torch.device, torch.dtype | None]:
     """Return the device and dtype of the network's input.
 
-    Explicit values first, then those of the network's parameters, then the device of ``start``.
+    The order is: explicit values, then those of the network's parameters, then the device of
+    ``start``.
 
     >>> place(nn.Linear(2, 2).double(), (1, 2), None, None)
     (device(type='cpu'), torch.float64)

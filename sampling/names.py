@@ -77,7 +77,10 @@ Known = tuple[Method | StandaloneEntry, dict[str, Any]]
 def resolve(name: str | Method | StandaloneEntry) -> Known:
     """Return the entry of a name, method or standalone sampler, and its implied options.
 
-    The options include ``grid``. Raises ValueError for an unknown name, with the nearest names.
+    The options include ``grid``.
+
+    Raises:
+        ValueError: The name is unknown; the error lists the nearest names.
 
     >>> entry, implied = resolve("DPM++ 2M SDE Karras")
     >>> entry.name, implied
@@ -133,8 +136,10 @@ def resolve_settings(
     """Resolve arguments: explicit value, then the name's implied value, then the method's default.
 
     ``steps`` is None if neither the arguments nor the name set it. If the grid is replaced, the
-    implied options that the new grid also has are kept. Raises ValueError for unknown names and
-    options.
+    implied options that the new grid also has are kept.
+
+    Raises:
+        ValueError: A name or an option is unknown.
 
     >>> settings = resolve_settings("DPM++ 2M Karras", 20, options={"rho": 5.0})
     >>> settings.grid, settings.options

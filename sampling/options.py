@@ -43,7 +43,10 @@ def check_option(parameter: Parameter, value: Any) -> Any:
     """Return an option's value as Python's bool, int, float, str or tuple.
 
     Numbers may come from numpy or as 0-dimensional tensors; a bool is not a number. For other types
-    any value is accepted. Raises ValueError if the value has another type.
+    any value is accepted.
+
+    Raises:
+        ValueError: The value has another type.
 
     >>> check_option(Parameter("rho", Parameter.KEYWORD_ONLY, annotation=float | None), 7)
     7.0

@@ -273,7 +273,10 @@ def make_sampler(
     """Return the sampler of a name, typed for every kind of sampler.
 
     Equal to ``Sampler(schedule, name, steps, **options)``. ``schedule`` is a NoiseSchedule (VQ
-    diffusion: a TokenSchedule). Raises ValueError for unknown names and options.
+    diffusion: a TokenSchedule).
+
+    Raises:
+        ValueError: A name or an option is unknown.
 
     >>> make_sampler(NoiseSchedule.linear(), "DPM adaptive", steps=20).order
     3

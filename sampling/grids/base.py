@@ -226,8 +226,10 @@ def knots_at_levels(
     """Return the knots at noise levels, shape (steps,), in the unit of :func:`level_at`.
 
     inf is the terminal time. ``rounding`` ("nearest" or "down") gives the network of a discrete
-    schedule an integer timestep and does not change the level, as in diffusers. Raises ValueError
-    for levels more than 1 % outside the training range of the schedule.
+    schedule an integer timestep and does not change the level, as in diffusers.
+
+    Raises:
+        ValueError: A level is more than 1 % outside the training range of the schedule.
 
     >>> levels = torch.tensor([14.615, 1.0], dtype=torch.float64)
     >>> [

@@ -83,8 +83,10 @@ CUSTOM = {"timesteps": at_timesteps, "sigmas": at_sigmas}
 def given_points(name: str, values: Any, ascending: bool = False) -> tuple[float, ...]:
     """Return given points as floats, checked to be finite numbers that fall at every step.
 
-    If ``ascending``, they must rise. The first sigma (if rising, the last) may be infinite. Raises
-    ValueError otherwise.
+    If ``ascending``, they must rise. The first sigma (if rising, the last) may be infinite.
+
+    Raises:
+        ValueError: The points do not meet these conditions.
 
     >>> given_points("timesteps", [999, 400, 500])
     Traceback (most recent call last):

@@ -15,8 +15,8 @@ as the Euler, Heun, LMS and KDPM2 classes of diffusers; "flow": as its FlowMatch
 ``drop_last``: compute one point more and remove the lowest ("discard next-to-last sigma" in A1111).
 
 ``final``: the end of sampling. "zero": the clean sample. "sigma_min": ``sigma_min``, or else the
-least noise of training; if the grid itself contains this level, it is computed with one point more,
-and its last point is the end. "stay": the least noise of training; if the grid itself contains this
+least noise of training; if the grid itself reaches this level, it is computed with one point more,
+and its last point is the end. "stay": the least noise of training; if the grid itself reaches this
 level, the last step does not move, as diffusers appends its sigma_min to any grid.
 
 With zero terminal SNR σ / α is infinite at the terminal time. Then the first knot is exactly that

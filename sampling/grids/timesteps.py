@@ -7,8 +7,8 @@ Every grid here has these options in addition to its own:
 ``drop_last``: compute one point more and remove the lowest, as the DPM-Solver classes.
 
 ``final``: the end of sampling. "zero": the clean sample. "sigma_min": the least noise of training;
-if the grid itself contains this level, it is computed with one point more, and its last point is
-the end. "stay": as "sigma_min", but if the grid itself contains this level, the last step does not
+if the grid itself reaches this level, it is computed with one point more, and its last point is
+the end. "stay": as "sigma_min", but if the grid itself reaches this level, the last step does not
 move, as diffusers appends its sigma_min to any grid.
 
 ``interpolation``: see ``knots_at_indices``.
@@ -215,8 +215,8 @@ def simple(schedule: NoiseSchedule, points: int) -> Tensor:
 def normal(schedule: NoiseSchedule, points: int) -> Tensor:
     """The name of ComfyUI and A1111 for :func:`linspace`.
 
-    On a flow path ComfyUI and A1111 shift the lower end twice; ``flow(end=shift / (T + shift -
-    1))`` gives that.
+    On a flow path ComfyUI and A1111 shift the lower end twice; to get this, use
+    ``flow(end=shift / (T + shift - 1))``.
 
     >>> from alphabar.sampling import make_knots
     >>> [k.timestep for k in make_knots(NoiseSchedule.linear(), 3, "normal")]
@@ -297,8 +297,8 @@ def flow(
         shift_terminal: The last σ; σ is stretched to reach it (LTX-Video).
         start, end: Time runs from ``start`` to ``end``, by default 1 / T.
         end_shifted: End at the shifted 1 / T and shift it again, as FlowMatchEuler and
-            FlowMatchHeun of diffusers with a static shift; equal to ``end=shift / (T + shift -
-            1)``.
+            FlowMatchHeun of diffusers with a static shift. Equal to
+            ``end=shift / (T + shift - 1)``.
 
     Other classes of diffusers: UniPC is ``drop_last=True``. The other DPM-Solver classes are
     ``start=1 - 1 / T, end=0.0, drop_last=True``.
@@ -387,8 +387,8 @@ def lcm(schedule: NoiseSchedule, points: int, *, original_steps: int = 50) -> Te
 def sine_squared(schedule: NoiseSchedule, points: int) -> Tensor:
     """Set σ = sin²(π u / 2) with even u on a variance preserving path.
 
-    v-diffusion; IPNDMScheduler in diffusers. It is made for the cosine schedule, where σ = sin(π t
-    / 2); on others the fraction t of the time is the same.
+    v-diffusion; IPNDMScheduler in diffusers. It is made for the cosine schedule, with σ = sin(π t /
+    2). On others the fraction t of the time is the same.
 
     >>> from alphabar.sampling import make_knots
     >>> [round(k.sigma, 4) for k in make_knots(NoiseSchedule.cosine(), 3, "sine_squared")]

@@ -343,7 +343,7 @@ Classes that are determined by their name alone are in ``Method.aliases``.
 class Reading:
     """A scheduler config as arguments of ``Sampler``.
 
-    It also knows how the class deviates from the grid that the arguments name.
+    The class may deviate from the grid that the arguments name; see ``lay`` and ``slips``.
     """
 
     kind: SchedulerClass
@@ -515,9 +515,10 @@ FAILURES: tuple[tuple[_Applies, str], ...] = (
 
 
 def read_config(config: Mapping[str, Any]) -> Reading:
-    """Return the contents of a scheduler config.
+    """Return the contents of a scheduler config; missing keys have the class's own defaults.
 
-    Missing keys have the class's own defaults. Raises ValueError for an unknown class.
+    Raises:
+        ValueError: The class is unknown.
 
     >>> reading = read_config({"_class_name": "DEISMultistepScheduler"})
     >>> reading.method, reading.grid, reading.options["order"], reading.options["drop_last"]

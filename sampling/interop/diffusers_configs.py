@@ -152,8 +152,10 @@ def nearest_config(
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return the config that equals the sampler or is nearest, and the differences in words.
 
-    ``stand_ins``: if no class has the method, a class of another method may replace it. Raises
-    ValueError if no class is near.
+    ``stand_ins``: if no class has the method, a class of another method may replace it.
+
+    Raises:
+        ValueError: No class is near.
 
     >>> from alphabar.sampling import Sampler
     >>> nearest_config(Sampler(NoiseSchedule.scaled_linear(), "dpmpp_2m"))[1]
@@ -248,7 +250,10 @@ def _laid(
 
 
 def _grids(sampler: TableSampler, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the grids of a class that can equal the sampler's, with options: the sampler's first."""
+    """Yield the grids of a class that can equal the sampler's, with options.
+
+    The sampler's own grid is first.
+    """
     kind, options = CLASSES[name], dict(sampler.options)
     finals = {"final": options.get("final", grid_options(sampler.grid).get("final", "zero"))}
     named = {

@@ -61,8 +61,9 @@ def dpm_solver_23(
 class PIDController:
     """The step size in λ, from the errors of the last three steps.
 
-    k-diffusion's PIDStepSizeController. The factor of the next size is 1 + atan(E_1^-b1 E_2^-b2
-    E_3^-b3 - 1), which is between 0.2 and 2.6.
+    k-diffusion's PIDStepSizeController. The factor of the next size is between 0.2 and 2.6:
+
+        1 + atan(E_1^-b1 E_2^-b2 E_3^-b3 - 1).
 
     >>> controller = PIDController(
     ...     0.05, pcoeff=0.0, icoeff=1.0, dcoeff=0.0, order=3.0, accept_safety=0.81

@@ -7,9 +7,12 @@ to x_t, with ᾱ_t = Π α_i, γ̄_t = 1 - Π (1 - γ_i) and β̄_t = (1 - ᾱ_t
 
     q(x_t = j | x_0) = ᾱ_t [j = x_0] + β̄_t for a token j,    q(x_t = [MASK] | x_0) = γ̄_t.
 
-The chain from an earlier time n to s has the same form, with α = ᾱ_s / ᾱ_n and 1 - γ = (1 - γ̄_s) /
-(1 - γ̄_n), so steps can be skipped (eq. 13). All computations use logarithms. Times are 0 ... T -
-1, as in diffusers; -1 is clean.
+The chain from an earlier time n to s has the same form, with α = ᾱ_s / ᾱ_n and
+
+    1 - γ = (1 - γ̄_s) / (1 - γ̄_n),
+
+so steps can be skipped (eq. 13). All computations use logarithms. Times are 0 ... T - 1, as in
+diffusers; -1 is clean.
 """
 
 from __future__ import annotations
@@ -38,8 +41,10 @@ class TokenSchedule:
     """The forward chain over tokens: ᾱ falls and γ̄ rises evenly over ``num_train_timesteps``.
 
     ``num_vec_classes`` counts the K tokens and [MASK], which is the last. The other arguments are
-    those of VQDiffusionScheduler. Raises ValueError unless the levels are in (0, 1) and every step
-    can replace a token.
+    those of VQDiffusionScheduler.
+
+    Raises:
+        ValueError: The levels are not in (0, 1), or a step cannot replace a token.
 
     >>> schedule = TokenSchedule(num_vec_classes=5)
     >>> schedule.add_noise(
@@ -294,8 +299,13 @@ class VQDiffusion:
 
     Called like a Sampler, with token indices for x. ``network(x, timesteps)`` takes int64 tokens
     (batch, ...) and int64 times, and returns logits or log probabilities (batch, K, ...).
-    ``steps``: all T by default; fewer are spaced evenly from T - 1 on (eq. 13). Raises ValueError
-    for steps out of range.
+
+    Args:
+        schedule: The forward chain over tokens.
+        steps: All T by default; fewer are spaced evenly from T - 1 on (eq. 13).
+
+    Raises:
+        ValueError: ``steps`` is out of range.
 
     >>> sampler = VQDiffusion(TokenSchedule(num_vec_classes=4), steps=10)
     >>> sampler(lambda x, t: torch.tensor([0.0, 50.0, 0.0]).expand(2, 6, 3).mT, (2, 6), seeds=0)[
@@ -343,9 +353,14 @@ class VQDiffusion:
     ) -> Iterator[TokenProgress]:
         """Sample and yield after each step.
 
-        Arguments as in ``Sampler.iterate``, without ``guidance_rescale`` and ``clip``.
-        ``shape_or_tokens``: the shape, to start from p(x_T), or the tokens x_T. Guidance combines
-        the logits (2205.16007, §3.1). Raises ValueError if guidance_rescale or clip is set.
+        Arguments as in ``Sampler.iterate``, without ``guidance_rescale`` and ``clip``. Guidance
+        combines the logits (2205.16007, §3.1).
+
+        Args:
+            shape_or_tokens: The shape, to start from p(x_T), or the tokens x_T.
+
+        Raises:
+            ValueError: ``guidance_rescale`` or ``clip`` is set.
         """
         for name in ("guidance_rescale", "clip"):
             if arguments.get(name):
