@@ -31,7 +31,7 @@ ALIASES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "uni_pc": ("unipc", {"order": 3, "solver_type": "bh1"}),
     "uni_pc_bh2": ("unipc", {"order": 3}),
     "res_multistep_ancestral": ("res_multistep", {"eta": 1.0}),
-    # diffusers: the same class for other models
+    # diffusers: classes equal to another class, for other models
     "DDIMParallelScheduler": ("ddim", {}),
     "CogVideoXDDIMScheduler": ("ddim", {}),
     "CogVideoXDPMScheduler": ("dpmpp_2m_sde", {}),
@@ -42,7 +42,7 @@ ALIASES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "FlowMatchHeunDiscreteScheduler": ("flow_heun", {}),
     "FlowMatchLCMScheduler": ("lcm", {}),
 }
-"""Other names that are not in a method's ``called`` list: the method and the implied options.
+"""Other names that are not in a method's ``aliases``: the method and the implied options.
 
 The options of diffusers classes are in ``diffusers_classes``.
 """
