@@ -21,6 +21,7 @@ from alphabar.callbacks.previews.batches import Plan, require_rows, take_rows
 from alphabar.callbacks.previews.conditioning import Conditions
 from alphabar.callbacks.previews.render import Drawing
 from alphabar.callbacks.previews.triggers import Triggers, is_last_epoch
+from alphabar.callbacks.support import collectives
 from alphabar.callbacks.support.collectives import errors_of_all_ranks
 from alphabar.callbacks.support.isolation import evaluating, randomness_restored
 from alphabar.callbacks.support.loggers import log_image
@@ -315,3 +316,29 @@ def test_a_process_is_ended_only_where_that_is_asked_for() -> None:
         ValueError, match="exit_after_error must be seconds, at least 0, or None, got -1"
     ):
         ValidationSampling(exit_after_error=-1)
+
+
+# Errors that all ranks raise
+
+
+def test_what_fails_is_raised() -> None:
+    with pytest.raises(ZeroDivisionError):
+        collectives.call_on_all_ranks(lambda: 1 // 0)
+    with pytest.raises(collectives.AgreedError, match="ValueError: no such colour"):
+        collectives.raise_on_all_ranks(ValueError("no such colour"))
+
+
+@pytest.mark.parametrize(("is_os_error", "kind"), [(True, OSError), (False, ValueError)])
+def test_the_other_ranks_raise_the_kind_of_rank_0(
+    is_os_error: bool, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collectives, "_from_rank_zero", lambda *_: (is_os_error, "no space left"))
+    trainer = cast(Any, SimpleNamespace(is_global_zero=False))
+    with pytest.raises(kind, match="no space left"):
+        collectives.on_rank_zero(trainer, lambda: None)
+
+
+def test_a_rank_without_an_error_raises_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collectives, "errors_of_all_ranks", lambda *_: "rank 1: OSError: gone")
+    with pytest.raises(collectives.AgreedError, match="rank 1: OSError: gone"):
+        collectives.call_on_all_ranks(lambda: 3)
