@@ -381,10 +381,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("module.training = training", "module.training = True"),
         ("            module.training = False\n", "            pass\n"),
     ],
-    (
-        "callbacks/support/collectives.py",
-        "tests/test_callbacks_parts.py tests/test_callbacks_two_ranks.py",
-    ): [
+    ("callbacks/support/collectives.py", "tests/test_callbacks_parts.py"): [
         ("raise error if error is not None else AgreedError(words)", "return result"),
         ("(OSError if is_os_error else ValueError)(text)", "ValueError(text)"),
         ("raise AgreedError(words) from error", "return"),
