@@ -1,5 +1,4 @@
-"""The smallest whole use of alphabar: a plain PyTorch loop, its preview, and the schedule that
-diffusers loads.
+"""The smallest whole use of alphabar: a plain PyTorch loop, a preview, a saved schedule.
 
 python examples/plain_loop.py --steps 400 --out runs/plain
 """
