@@ -52,7 +52,10 @@ class Constructors:
         >>> NoiseSchedule.linear().curve.beta_end
         0.02
         """
-        return cls(Discrete("linear", beta_start, beta_end, num_train_timesteps), prediction)
+        return cls(
+            Discrete("linear", beta_start, beta_end, num_train_timesteps=num_train_timesteps),
+            prediction,
+        )
 
     @classmethod
     def scaled_linear(
@@ -69,7 +72,12 @@ class Constructors:
         >>> round(NoiseSchedule.scaled_linear().sigma_ve(torch.tensor(999)).item(), 4)
         14.6146
         """
-        return cls(Discrete("scaled_linear", beta_start, beta_end, num_train_timesteps), prediction)
+        return cls(
+            Discrete(
+                "scaled_linear", beta_start, beta_end, num_train_timesteps=num_train_timesteps
+            ),
+            prediction,
+        )
 
     @classmethod
     def squaredcos_cap_v2(
@@ -82,7 +90,10 @@ class Constructors:
         >>> NoiseSchedule.squaredcos_cap_v2().snr(torch.tensor(499)).item() < 1.1
         True
         """
-        return cls(Discrete("squaredcos_cap_v2", 0.0001, 0.02, num_train_timesteps), prediction)
+        return cls(
+            Discrete("squaredcos_cap_v2", 0.0001, 0.02, num_train_timesteps=num_train_timesteps),
+            prediction,
+        )
 
     @classmethod
     def sigmoid(
@@ -98,7 +109,10 @@ class Constructors:
         >>> round(NoiseSchedule.sigmoid().alphas_cumprod[-1].item(), 7)
         3.97e-05
         """
-        return cls(Discrete("sigmoid", beta_start, beta_end, num_train_timesteps), prediction)
+        return cls(
+            Discrete("sigmoid", beta_start, beta_end, num_train_timesteps=num_train_timesteps),
+            prediction,
+        )
 
     @classmethod
     def laplace(
@@ -116,7 +130,9 @@ class Constructors:
         >>> [round(schedule.log_snr(torch.tensor(t)).item(), 3) for t in (249, 499, 749)]
         [0.347, -0.0, -0.347]
         """
-        return cls(Discrete("laplace", 0.0001, 0.02, num_train_timesteps), prediction)
+        return cls(
+            Discrete("laplace", 0.0001, 0.02, num_train_timesteps=num_train_timesteps), prediction
+        )
 
     @classmethod
     def exp(
@@ -128,7 +144,9 @@ class Constructors:
         >>> round(NoiseSchedule.exp().alphas_cumprod[499].log().item(), 6)
         -6.0
         """
-        return cls(Discrete("exp", 0.0001, 0.02, num_train_timesteps), prediction)
+        return cls(
+            Discrete("exp", 0.0001, 0.02, num_train_timesteps=num_train_timesteps), prediction
+        )
 
     @classmethod
     def from_betas(

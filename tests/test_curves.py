@@ -343,7 +343,7 @@ def test_rescaling_is_that_of_diffusers(curve: Discrete) -> None:
     position=st.floats(0, 1),
 )
 def test_any_betas(name: str, start: float, factor: float, count: int, position: float) -> None:
-    curve = Discrete(name, start, min(start * factor, 0.3), count)
+    curve = Discrete(name, start, min(start * factor, 0.3), num_train_timesteps=count)
     end = torch.tensor(curve.t_max, dtype=torch.float64)
     assume(float(curve.alpha(end)) > 1e-12)
     for c in (curve, curve.zero_terminal_snr()):

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, cast
 
 import torch
@@ -54,7 +54,7 @@ class Curve(ABC):
     kind: ClassVar[str]
     is_discrete: ClassVar[bool] = False
     is_flow: ClassVar[bool] = False  # a straight path, α + σ = 1, whose noise level is σ itself
-    num_train_timesteps: int = 1000
+    num_train_timesteps: int = field(default=1000, kw_only=True)
 
     @property
     def t_min(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -54,65 +55,50 @@ class Discrete(Curve):
 
     kind: ClassVar[str] = "discrete"
     is_discrete: ClassVar[bool] = True
-    # declared in the argument order of __init__
     beta_schedule: str = "scaled_linear"
     beta_start: float = 0.00085
     beta_end: float = 0.012
-    num_train_timesteps: int = 1000
-    trained_betas: tuple[float, ...] | None = None
+    trained_betas: Sequence[float] | None = None
     rescale_betas_zero_snr: bool = False
     snr_shift_scale: float = 1.0
     rescaled_snr_shift_scale: float = 1.0
     # an instance attribute, not a field
     _tables: ClassVar[dict[tuple[str, int | None, torch.dtype], _Table]]
 
-    def __init__(
-        self,
-        beta_schedule: str = "scaled_linear",
-        beta_start: float = 0.00085,
-        beta_end: float = 0.012,
-        num_train_timesteps: int = 1000,
-        trained_betas: Any = None,
-        rescale_betas_zero_snr: bool = False,
-        snr_shift_scale: float = 1.0,
-        rescaled_snr_shift_scale: float = 1.0,
-    ) -> None:
-        if trained_betas is not None:
-            if len(trained_betas) > MAX_TIMESTEPS:
-                raise ValueError(
-                    f"trained_betas must be at most {MAX_TIMESTEPS}, got {len(trained_betas)}"
-                )
-            trained_betas = tuple(float(b) for b in trained_betas)
-            beta_schedule, num_train_timesteps = TRAINED, len(trained_betas)
-            beta_start, beta_end = (
-                (trained_betas[0], trained_betas[-1]) if trained_betas else (0.0, 0.0)
-            )
+    def __post_init__(self) -> None:
+        betas = self.trained_betas
+        if betas is None:
+            lookup("beta schedule", self.beta_schedule, BETA_SCHEDULES)
         else:
-            lookup("beta schedule", beta_schedule, BETA_SCHEDULES)
-        values = {
-            "beta_schedule": beta_schedule,
-            "beta_start": float(beta_start),
-            "beta_end": float(beta_end),
-            "num_train_timesteps": require_count(num_train_timesteps, least=2),
-            "trained_betas": trained_betas,
-            "rescale_betas_zero_snr": bool(rescale_betas_zero_snr),
-            "snr_shift_scale": require_factor(
-                "snr_shift_scale", snr_shift_scale, "1 is no shift, CogVideoX-2b uses 3"
+            if len(betas) > MAX_TIMESTEPS:
+                raise ValueError(f"trained_betas must be at most {MAX_TIMESTEPS}, got {len(betas)}")
+            betas = tuple(float(b) for b in betas)
+            start, end = (betas[0], betas[-1]) if betas else (0.0, 0.0)
+            self._set(beta_schedule=TRAINED, beta_start=start, beta_end=end)
+            self._set(trained_betas=betas, num_train_timesteps=len(betas))
+        usual = "1 is no shift, CogVideoX-2b uses 3"
+        self._set(
+            beta_start=float(self.beta_start),
+            beta_end=float(self.beta_end),
+            num_train_timesteps=require_count(self.num_train_timesteps, least=2),
+            rescale_betas_zero_snr=bool(self.rescale_betas_zero_snr),
+            snr_shift_scale=require_factor("snr_shift_scale", self.snr_shift_scale, usual),
+            rescaled_snr_shift_scale=require_factor(
+                "rescaled_snr_shift_scale", self.rescaled_snr_shift_scale
             ),
-            "rescaled_snr_shift_scale": require_factor(
-                "rescaled_snr_shift_scale", rescaled_snr_shift_scale
-            ),
-        }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+        )
         for name, value in (("beta_start", self.beta_start), ("beta_end", self.beta_end)):
             # scaled_linear takes the square root
-            if not 0 <= value <= 1 and trained_betas is None:
+            if not 0 <= value <= 1 and betas is None:
                 raise ValueError(
                     f"betas must lie in (0, 1], got {value} as {name}; 0.0001 to 0.02 is usual"
                 )
         _require_betas(self.betas())
         self._tabulate()
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     def _tabulate(self) -> None:
         # kept on the curve, by device and dtype: torch.compile then treats tables as inputs. With

@@ -116,4 +116,4 @@ def _of_ddpm_flags(args: argparse.Namespace) -> NoiseSchedule | None:
         return None
     if name not in BETA_SCHEDULES:
         raise ValueError(f"--ddpm_beta_schedule {name} is not known here; {_MEND}")
-    return NoiseSchedule(Discrete(name, 0.0001, 0.02, count))
+    return NoiseSchedule(Discrete(name, 0.0001, 0.02, num_train_timesteps=count))
