@@ -11,9 +11,8 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, cast, get_type_hints
 
 from ..curves.base import MAX_TIMESTEPS
 from .registry import lookup, shown
@@ -179,14 +178,14 @@ def numbers(what: str, value: Any) -> tuple[float, ...] | None:
     )
 
 
-KINDS: Mapping[str, Callable[[str, Any], Any]] = {
-    "int": whole,
-    "float": number,
-    "bool": flag,
-    "str": word,
-    "tuple[float, ...] | None": numbers,
+KINDS: Mapping[Any, Callable[[str, Any], Any]] = {
+    int: whole,
+    float: number,
+    bool: flag,
+    str: word,
+    Sequence[float] | None: numbers,
 }
-"""The reader of a value, by the annotation of its field."""
+"""The reader of a value, by the type of its field."""
 
 
 def settings(
@@ -201,10 +200,10 @@ def settings(
     Traceback (most recent call last):
     ValueError: shift of a flow curve must be a finite number, got '3'
     """
-    types = {field.name: str(field.type) for field in fields(kind)}
+    types = get_type_hints(kind)
     read = {}
     for name, value in values.items():
         lookup(f"setting of {what}", name, known)
-        reader = KINDS.get(types.get(name, ""))
+        reader = KINDS.get(types.get(name))
         read[name] = reader(f"{name} of {what}", value) if reader is not None else value
     return read
