@@ -4,6 +4,16 @@ from .ema import EMA
 from .ema_weights import ema_weights
 from .loss_by_snr import LossBySNR
 from .previews.callback import ValidationSampling
+from .previews.groups import PreviewConditions
+from .previews.triggers import Triggers
 from .schedule_checkpoint import ScheduleCheckpoint
 
-__all__ = ["EMA", "LossBySNR", "ScheduleCheckpoint", "ValidationSampling", "ema_weights"]
+__all__ = [
+    "EMA",
+    "LossBySNR",
+    "PreviewConditions",
+    "ScheduleCheckpoint",
+    "Triggers",
+    "ValidationSampling",
+    "ema_weights",
+]

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from PIL import Image
 from torch import nn
 
-from alphabar.callbacks import ValidationSampling
+from alphabar.callbacks import PreviewConditions, ValidationSampling
 from alphabar.callbacks.previews.batches import Plan, require_rows, take_rows
 from alphabar.callbacks.previews.conditioning import Conditions
 from alphabar.callbacks.previews.render import Drawing
@@ -342,3 +342,40 @@ def test_a_rank_without_an_error_raises_too(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(collectives, "errors_of_all_ranks", lambda *_: "rank 1: OSError: gone")
     with pytest.raises(collectives.AgreedError, match="rank 1: OSError: gone"):
         collectives.call_on_all_ranks(lambda: 3)
+
+
+# Groups of arguments
+
+
+def test_groups_are_the_same_as_keywords() -> None:
+    when = {"every_n_train_steps": 3, "extra_steps": (0, 1), "at_end": True}
+    what = {"classes": (1, 2), "null_class": 9, "guidance_scale": 2.0}
+    by_name = ValidationSampling("euler", steps=2, **cast(Any, when | what))
+    by_group = ValidationSampling(
+        "euler",
+        steps=2,
+        triggers=Triggers(**cast(Any, when)),
+        conditions=PreviewConditions(**cast(Any, what)),
+    )
+    assert by_name.triggers == by_group.triggers and by_name.state_key == by_group.state_key
+    assert by_name.recipe.conditions == by_group.recipe.conditions
+    assert by_name.recipe.guidance == by_group.recipe.guidance
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"triggers": Triggers(), "at_end": True},
+            "^triggers= and at_end= are given; pass at_end in triggers$",
+        ),
+        (
+            {"conditions": PreviewConditions(), "prompts": ["a"], "guidance_scale": 2.0},
+            "^conditions= and prompts=, guidance_scale= are given; pass prompts, guidance_scale in conditions$",
+        ),
+        ({"triggers": 5}, r"^triggers must be Triggers\(\.\.\.\), got int$"),
+    ],
+)
+def test_a_group_and_its_keywords_are_refused_together(arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ValidationSampling("euler", **arguments)

@@ -49,6 +49,7 @@ from ..support.module_api import (
 )
 from ..support.strategies import ForwardMode, forward_mode_of
 from .conditioning import Conditions
+from .groups import PreviewConditions, grouped
 from .preview import WEIGHTS, Previewer, Recipe
 from .publish import Preview, publish, try_out
 from .render import Drawing
@@ -139,6 +140,10 @@ class ValidationSampling(Callback):
         exit_after_error: seconds between an error inside a forward of a sharded model and the end
             of that rank's process (``os._exit``), even if the program handles the error. By default
             the process does not end.
+        triggers: a :class:`Triggers`, instead of the five arguments from ``every_n_train_steps`` to
+            ``at_end``.
+        conditions: a :class:`PreviewConditions`, instead of the ten arguments from ``prompts`` to
+            ``guidance_rescale``.
 
     Raises:
         ValueError: invalid names, numbers or conditioning. Raised at once, or before training
@@ -187,36 +192,52 @@ class ValidationSampling(Callback):
         predict: Callable[..., Any] | None = None,
         on_error: Literal["warn", "raise"] = "warn",
         exit_after_error: float | None = None,
+        triggers: Triggers | None = None,
+        conditions: PreviewConditions | None = None,
     ) -> None:
         super().__init__()
         self.sampler, self.steps = sampler, require_steps(sampler, steps)
-        self.triggers = Triggers(
-            every_n_train_steps,
-            every_n_epochs,
-            train_time_interval,
-            tuple(extra_steps),
-            bool(at_end),
-        )
+        when = {
+            "every_n_train_steps": every_n_train_steps,
+            "every_n_epochs": every_n_epochs,
+            "train_time_interval": train_time_interval,
+            "extra_steps": tuple(extra_steps),
+            "at_end": bool(at_end),
+        }
+        self.triggers = grouped("triggers", triggers, Triggers, when)
+        what = {
+            "prompts": prompts,
+            "negative_prompt": negative_prompt,
+            "encode": encode,
+            "classes": classes,
+            "class_key": class_key,
+            "null_class": null_class,
+            "conditioning": conditioning,
+            "unconditional": unconditional,
+            "guidance_scale": guidance_scale,
+            "guidance_rescale": guidance_rescale,
+        }
+        given = grouped("conditions", conditions, PreviewConditions, what)
         seeds = () if seeds is None else tuple(int(s) for s in seeds)
         if num_images is None:
-            num_images = len(seeds or prompts or classes) or DEFAULT_IMAGES
+            num_images = len(seeds or given.prompts or given.classes) or DEFAULT_IMAGES
         num_images = at_least_one("num_images", num_images)
         self.recipe = Recipe(
             drawing=Drawing(num_images, int(seed), seeds=seeds),
             conditions=Conditions(
                 num_images,
-                tuple(prompts),
-                negative_prompt,
-                encode,
-                tuple(classes),
-                class_key,
-                null_class,
-                dict(conditioning or {}),
-                unconditional,
+                tuple(given.prompts),
+                given.negative_prompt,
+                given.encode,
+                tuple(given.classes),
+                given.class_key,
+                given.null_class,
+                dict(given.conditioning or {}),
+                given.unconditional,
             ),
             guidance={
-                "guidance_scale": float(guidance_scale),
-                "guidance_rescale": float(guidance_rescale),
+                "guidance_scale": float(given.guidance_scale),
+                "guidance_rescale": float(given.guidance_rescale),
             },
             batch_size=min(at_least_one("batch_size", batch_size), num_images),
             predict=predict,
