@@ -343,7 +343,6 @@ class Noising(nn.Module):
         *,
         step: int,
         total: int,
-        pin_memory: bool = False,
         device: torch.device | str = "cpu",
     ) -> NoiseDraw:
         """Return times and noise of the samples with these global indices at this step.
@@ -357,8 +356,6 @@ class Noising(nn.Module):
             total: number of samples in the whole optimizer step, over which stratified times are
                 spread. Each group of ``total`` consecutive indices is stratified separately, so
                 there may be more indices than ``total``.
-            pin_memory: on the CPU, put the noise in pinned memory, so that a copy to the GPU does
-                not block the host.
             device: where the noise is made; the values are the same on every device.
 
         >>> drawn = Noising(NoiseSchedule.flow(), noise="offset", seed=1).draw(
@@ -371,9 +368,7 @@ class Noising(nn.Module):
         index = torch.as_tensor(index, dtype=torch.int64)
         draws = Draws(self.seed, index, step=step, stream=Stream.TRAINING_NOISE, device=device)
         # explicit float32: in a Lightning step in half precision the default dtype is the network's
-        out = torch.empty(
-            len(listed), *shape, dtype=torch.float32, device=device, pin_memory=pin_memory
-        )
+        out = torch.empty(len(listed), *shape, dtype=torch.float32, device=device)
         noise = draws.normal(*shape, out=out)
         parts = draw_kinds(self.noise.kinds, shape, self.seed, index, step=step, device=device)
         index = index.cpu()
@@ -392,7 +387,7 @@ class Noising(nn.Module):
         return NoiseDraw(
             _float32_inside(t, self.schedule.curve) if t.is_floating_point() else t,
             noise,
-            tuple(part.pin_memory() if pin_memory else part for part in parts),
+            parts,
             importance,
         )
 

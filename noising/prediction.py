@@ -18,14 +18,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from inspect import signature
-from typing import Any, ClassVar, TypeVar
-
-import torch
+from typing import Any, ClassVar
 
 from .utils.config_reading import mapping, settings
 from .utils.registry import lookup
-
-Number = TypeVar("Number", float, torch.Tensor)
 
 
 @dataclass(frozen=True)
