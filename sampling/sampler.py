@@ -15,7 +15,7 @@ from ..noising import NoiseSchedule
 from ..noising.utils.identity import exact
 from ..noising.utils.registry import lookup
 from .clipping import Change
-from .grids import Grid, counts_evaluations, grid_options, make_knots
+from .grids import Grid, counts_evaluations, make_knots, split_options
 from .guidance import Network
 from .inference import SeededNoise, last, prepare_run, without_gradients
 from .interop.diffusers_configs import sampler_config
@@ -169,8 +169,8 @@ class Sampler:
     @property
     def method_options(self) -> dict[str, Any]:
         """The options of the method, defaults included."""
-        said = {name: value for name, value in self.options if name in self.method.options}
-        return self.method.options | said
+        _, others = split_options(self.grid, dict(self.options))
+        return self.method.options | {k: v for k, v in others.items() if k not in RUN_OPTIONS}
 
     def __call__(
         self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any
@@ -322,11 +322,8 @@ NOISE_SOURCES: Mapping[
 
 @lru_cache(maxsize=128)
 def _compile(sampler: Sampler) -> Table:
-    options = dict(sampler.options)
-    of_grid = {k: v for k, v in options.items() if k in grid_options(sampler.grid)}
-    of_method = dict(sampler.method.defaults) | {
-        k: v for k, v in options.items() if k not in of_grid and k not in RUN_OPTIONS
-    }
+    of_grid, _ = split_options(sampler.grid, dict(sampler.options))
+    of_method = sampler.method_options
     if sampler.method.steps_option:
         of_method[sampler.method.steps_option] = sampler.steps
     knots = make_knots(

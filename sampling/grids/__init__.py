@@ -43,6 +43,7 @@ __all__ = [
     "register_grid",
     "register_sigma_grid",
     "register_timestep_grid",
+    "split_options",
 ]
 
 DEFAULT_GRID = "trailing"
@@ -137,6 +138,19 @@ def grid_options(grid: str | Grid) -> dict[str, Any]:
     7.0
     """
     return {name: p.default for name, p in grid_parameters(grid).items()}
+
+
+def split_options(
+    grid: str | Grid, options: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of a grid, and the others.
+
+    >>> split_options("karras", {"rho": 5.0, "eta": 0.5})
+    ({'rho': 5.0}, {'eta': 0.5})
+    """
+    known = grid_parameters(grid)
+    own = {name: value for name, value in options.items() if name in known}
+    return own, {name: value for name, value in options.items() if name not in known}
 
 
 def grid_parameters(grid: str | Grid) -> dict[str, Parameter]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from ...noising import Discrete, NoiseSchedule
 from ...noising.utils.registry import lookup
-from ..grids import grid_options, make_knots
+from ..grids import grid_options, make_knots, split_options
 from ..knots import Knot
 
 SPACINGS = ("linspace", "leading", "trailing")
@@ -357,18 +357,12 @@ class Reading:
     @property
     def of_grid(self) -> dict[str, Any]:
         """The options that belong to the grid."""
-        return {
-            name: value for name, value in self.options.items() if name in grid_options(self.grid)
-        }
+        return split_options(self.grid, self.options)[0]
 
     @property
     def of_method(self) -> dict[str, Any]:
         """The options that belong to the method."""
-        return {
-            name: value
-            for name, value in self.options.items()
-            if name not in grid_options(self.grid)
-        }
+        return split_options(self.grid, self.options)[1]
 
     def lay(self, schedule: NoiseSchedule, steps: int) -> tuple[Knot, ...]:
         """Return the knots of the class, with the timesteps that it gives the network."""
