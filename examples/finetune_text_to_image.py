@@ -281,12 +281,7 @@ def require_unused(args: argparse.Namespace, output: Path) -> None:
 
 RESULTS = ("model_index.json", LORA_NAME)
 # what tells that a folder holds a run
-WRITTEN = (
-    "checkpoint-*.pt",
-    "losses.jsonl",
-    "previews/step_*.png",
-    *RESULTS,
-)
+WRITTEN = ("checkpoint-*.pt", "losses.jsonl", "previews/step_*.png", *RESULTS)
 
 
 def begin_anew(output: Path) -> None:

@@ -313,10 +313,7 @@ def _brownian(drawn: SeededNoise, knots: Sequence[Knot]) -> Callable[[float, flo
 
 NOISE_SOURCES: Mapping[
     str, Callable[[SeededNoise, Sequence[Knot]], Callable[[float, float], Tensor]]
-] = {
-    "independent": _independent,
-    "brownian": _brownian,
-}
+] = {"independent": _independent, "brownian": _brownian}
 """The noise sources of stochastic steps, by name."""
 
 

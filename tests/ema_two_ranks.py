@@ -167,11 +167,7 @@ def strategy(kind: str) -> Any:
     if kind.startswith("fsdp1"):
         state: Any = "sharded" if kind.endswith("sharded") else "full"
         policy = ModuleWrapPolicy({nn.Sequential})
-        return OnCPU(
-            auto_wrap_policy=policy,
-            state_dict_type=state,
-            process_group_backend="gloo",
-        )
+        return OnCPU(auto_wrap_policy=policy, state_dict_type=state, process_group_backend="gloo")
     return ModelParallelStrategy(
         2, 1, save_distributed_checkpoint=kind.endswith("sharded"), process_group_backend="gloo"
     )

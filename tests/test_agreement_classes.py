@@ -821,10 +821,7 @@ OF_CLASSES: dict[str, dict[str, str]] = {
         "variance_type": "test_fixed_large_log_is_fixed_large",
         "beta_schedule": "test_unclip",
     },
-    "DEISMultistepScheduler": {
-        "algorithm_type": "has one value",
-        "solver_type": "has one value",
-    },
+    "DEISMultistepScheduler": {"algorithm_type": "has one value", "solver_type": "has one value"},
     "DPMSolverMultistepInverseScheduler": {
         **dict.fromkeys(SIGMAS.values(), "test_inversion_on_sigmas"),
         **dict.fromkeys(

@@ -324,13 +324,7 @@ DDIM = [
     for eta in (0.0, 0.5, 1.0)
     for case in spaced(
         Case(
-            peers.DDIMScheduler,
-            "ddim",
-            None,
-            NO_CLIP,
-            {"eta": eta},
-            {"eta": eta},
-            before=true_gaps,
+            peers.DDIMScheduler, "ddim", None, NO_CLIP, {"eta": eta}, {"eta": eta}, before=true_gaps
         ),
         WHOLE,
     )

@@ -70,7 +70,7 @@ HARMLESS = [
         "units_nan",
         "units_late",
         "units_other_clock",
-    ),
+    )
 ]
 
 

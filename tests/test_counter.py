@@ -56,10 +56,7 @@ def in_torch(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_known_answers(words: Any, key: Any, expected: Any, xp: ModuleType) -> None:
     block, index, step = (array(xp, [[word]]) for word in words[:3])
     # of one seed, and of a seed for each sample
-    keys = (
-        key,
-        tuple(array(xp, [[word]]) for word in key),
-    )
+    keys = (key, tuple(array(xp, [[word]]) for word in key))
     for each in keys:
         assert (
             tuple(int(w[0, 0]) & WORD for w in counter._words(each, block, index, step, words[3]))

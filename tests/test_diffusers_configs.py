@@ -254,9 +254,7 @@ def test_a_sampler_by_class_name_is_written_as_that_class(
 
 # which need other schedules or other loops: in test_agreement_classes and the files of their
 # samplers
-OF_THEIR_OWN = {
-    *("CMStochasticIterativeScheduler", "CogVideoXDPMScheduler", "UnCLIPScheduler"),
-}
+OF_THEIR_OWN = {*("CMStochasticIterativeScheduler", "CogVideoXDPMScheduler", "UnCLIPScheduler")}
 
 
 def default_pair(name: str, prediction: str) -> tuple[NoiseSchedule, Any]:

@@ -87,10 +87,7 @@ def test_sigma_rel_is_the_standard_deviation_of_the_density() -> None:
         assert math.sqrt(square - mean**2) == pytest.approx(sigma_rel, rel=1e-6)
         assert sigma_rel_of_gamma(gamma) == pytest.approx(sigma_rel, rel=1e-12)
     # as the paper states them
-    assert [round(gamma_of_sigma_rel(s), 2) for s in (0.05, 0.1)] == [
-        16.97,
-        6.94,
-    ]
+    assert [round(gamma_of_sigma_rel(s), 2) for s in (0.05, 0.1)] == [16.97, 6.94]
 
 
 def test_half_life() -> None:

@@ -195,10 +195,7 @@ def test_what_is_no_integer(value: Any) -> None:
 
 @pytest.mark.parametrize("value", [*BOOLS, "0.5", b"1", [0.5], 1j, torch.ones(2)], ids=repr)
 def test_what_is_no_number(value: Any) -> None:
-    for make in (
-        lambda: real_number("eta", value),
-        lambda: Sampler(SCALED, "ddim", 4, eta=value),
-    ):
+    for make in (lambda: real_number("eta", value), lambda: Sampler(SCALED, "ddim", 4, eta=value)):
         with pytest.raises(ValueError, match=r"^eta must be a number, got "):
             make()
 

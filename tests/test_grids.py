@@ -187,12 +187,7 @@ def test_sigma_min_ends_a_grid_where_its_own_lowest_point_is(grid: str) -> None:
 def test_linspace_with_drop_last_goes_on_to_sigma_min() -> None:
     assert [
         k.timestep for k in make_knots(SCALED, 3, "linspace", drop_last=True, final="sigma_min")
-    ] == [
-        999,
-        666,
-        333,
-        0,
-    ]
+    ] == [999, 666, 333, 0]
     assert make_knots(SCALED, 3, "linspace", final="sigma_min") == make_knots(
         SCALED, 3, "linspace", drop_last=True, final="sigma_min"
     )
@@ -293,10 +288,7 @@ def test_zero_terminal_snr_starts_at_the_terminal_step_and_goes_on_as_from_termi
         formula for name, options, formula in CLOSED_FORMS if name == grid and not options
     )
     # the latter: diffusers
-    for options, terminal_sigma in (
-        ({}, TERMINAL_SIGMA),
-        ({"terminal_sigma": 4096.0}, 4096.0),
-    ):
+    for options, terminal_sigma in (({}, TERMINAL_SIGMA), ({"terminal_sigma": 4096.0}, 4096.0)):
         knots = make_knots(ZTSNR, 10, grid, **options)
         assert (knots[0].timestep, knots[0].alpha, knots[0].sigma) == (999.0, 0.0, 1.0)
         assert ratios(knots)[1:-1] == pytest.approx(

@@ -383,11 +383,7 @@ def test_gaussian_noise_is_standard_normal() -> None:
     noise = Noising(ZTSNR)(torch.zeros(2000, 3), step=0).noise.double().flatten()
     n = noise.numel()
     # sd of z, z², z⁴
-    for power, moment, spread in (
-        (1, 0.0, 1.0),
-        (2, 1.0, math.sqrt(2)),
-        (4, 3.0, math.sqrt(96)),
-    ):
+    for power, moment, spread in ((1, 0.0, 1.0), (2, 1.0, math.sqrt(2)), (4, 3.0, math.sqrt(96))):
         assert abs(float((noise**power).mean()) - moment) < 4 * spread / math.sqrt(n)
 
 

@@ -698,10 +698,7 @@ def test_the_kernel_runs_a_table_alone() -> None:
     *_, last = run(table, torch.zeros(SHAPE), lambda x, knot: 0 * x, noise)
     sigmas = [knot.sigma_ve for knot in table.knots]
     # and no draw into the clean end
-    assert intervals == [
-        (sigmas[0], sigmas[1]),
-        (sigmas[1], sigmas[2]),
-    ]
+    assert intervals == [(sigmas[0], sigmas[1]), (sigmas[1], sigmas[2])]
     assert last.step == 3
 
 

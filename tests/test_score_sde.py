@@ -188,10 +188,7 @@ def test_from_zero_snr_the_predictor_takes_the_posterior() -> None:
     knots = [Knot(999.0, 0.0, 1.0), Knot(500.0, 0.6, 0.8)]
     (x_n,) = score_sde_vp(trace, knots, 0, x)
     # α_n D + σ_n z, nothing of x
-    assert x_n.row == (
-        (1, pytest.approx(0.6)),
-        (2, pytest.approx(0.8)),
-    )
+    assert x_n.row == ((1, pytest.approx(0.6)), (2, pytest.approx(0.8)))
 
 
 # predictor and corrector

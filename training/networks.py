@@ -149,10 +149,7 @@ def _no_larger_than(weights: Mapping[str, Tensor]) -> Generator[None, None, None
     """
     whole = sum(value.numel() for value in weights.values())
     # some parameters are created and then replaced
-    left = {
-        "parameters": 2 * len(weights) + 16,
-        "numbers": 2 * whole + 16,
-    }
+    left = {"parameters": 2 * len(weights) + 16, "numbers": 2 * whole + 16}
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is None:
@@ -173,10 +170,7 @@ def _try_without_memory(make: Any, values: dict[str, Any]) -> None:
     try:
         with torch.device("meta"):
             make(values)
-    except (
-        NotImplementedError,
-        RuntimeError,
-    ):  # the constructor computes with its weights
+    except (NotImplementedError, RuntimeError):  # the constructor computes with its weights
         return
 
 

@@ -104,11 +104,7 @@ _BEFORE_FLOW_SIGMAS = (
     "use_lu_lambdas",
 )
 # beta schedules that every class knows by name
-_KNOWN_TO_ALL = (
-    "linear",
-    "scaled_linear",
-    "squaredcos_cap_v2",
-)
+_KNOWN_TO_ALL = ("linear", "scaled_linear", "squaredcos_cap_v2")
 _OTHER_NAMES = {"laplace": "laplace_diffusers"}  # name in diffusers -> name here
 _DDIM_LIKE = {
     *_READ_SNR_SHIFT,

@@ -303,8 +303,7 @@ CLASSES: Mapping[str, SchedulerClass] = {
     ),
     "FlowMatchLCMScheduler": replace(_FLOWS, method="lcm", fixed=_OWN_LCM),
     "FlowMatchEulerDiscreteScheduler": replace(
-        _FLOWS,
-        switch=("stochastic_sampling", False, {False: "euler", True: "lcm"}),
+        _FLOWS, switch=("stochastic_sampling", False, {False: "euler", True: "lcm"})
     ),
     "FlowMatchHeunDiscreteScheduler": replace(
         _FLOWS, method="flow_heun", lays={"flow": {"end_shifted": True}}

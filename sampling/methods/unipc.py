@@ -56,9 +56,7 @@ def unipc(
     value = D if predict_x0 else e
 
     # the order of the predictor at step j; the corrector of a step has the same order
-    def used(
-        j: int,
-    ) -> int:
+    def used(j: int) -> int:
         history = j if knots[0].alpha > 0 else max(j - 1, 0)
         return min(order, steps - j, history + 1) if lower_order_final else min(order, history + 1)
 

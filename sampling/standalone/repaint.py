@@ -211,11 +211,7 @@ class RePaint:
         perform(trace.ops, basis, run.evaluate, lambda start, end: z, run.beside)
         unknown = combine(row, basis)  # line 7
         # lines 5 and 8
-        return (
-            torch.lerp(unknown, n.alpha * known + n.sigma * z, mask),
-            trace.denoised.row,
-            basis,
-        )
+        return (torch.lerp(unknown, n.alpha * known + n.sigma * z, mask), trace.denoised.row, basis)
 
     def _up(self, run: Run, x: Tensor, s: Knot, n: Knot) -> Tensor:
         """Return x at the noisier knot n by the forward chain from s (line 10), in one step."""

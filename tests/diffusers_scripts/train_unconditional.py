@@ -47,10 +47,7 @@ def main(args):
     )
 
     # Initialize the optimizer
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=1e-4,
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     torch.manual_seed(0)
     rows = [
         {"input": x}

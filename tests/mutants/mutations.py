@@ -41,7 +41,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ),
     ],
     ("noising/curves/discrete.py", "tests/test_timesteps.py"): [
-        (".ceil()\n            .long()", ".floor()\n            .long()"),
+        (".ceil()\n            .long()", ".floor()\n            .long()")
     ],
     ("noising/curves/discrete.py", SHIFTS): [
         ('require_factor("factor", factor) ** 2', 'require_factor("factor", factor)'),
@@ -78,9 +78,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
     (
         "noising/curves/continuous.py",
         "tests/test_timesteps.py tests/test_noising.py tests/test_curves.py",
-    ): [
-        ("((low + u * (high - low)) ** self.rho)", "((low + u * high) ** self.rho)"),
-    ],
+    ): [("((low + u * (high - low)) ** self.rho)", "((low + u * high) ** self.rho)")],
     ("noising/curves/shifts.py", SHIFTS): [
         ("mu = base_shift + (tokens - base_tokens)", "mu = base_shift + tokens"),
         ("return sides[0] * sides[1]", "return sides[0] ** 2"),
@@ -171,7 +169,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ),
     ],
     ("sampling/methods/steps.py", f"{PEERS} -k dpmpp_2m_sde"): [
-        ("math.expm1(-2 * eta *", "math.expm1(-eta *"),
+        ("math.expm1(-2 * eta *", "math.expm1(-eta *")
     ],
     ("sampling/methods/euler.py", f"{PEERS} -k DDPM or DDIM or zero_terminal"): [
         ("beta = 1 - (s.alpha / n.alpha) ** 2", "beta = 1 - s.alpha / n.alpha"),
@@ -181,7 +179,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         (
             "r = eta * posterior_std(s, n)\n    return",
             "r = eta**2 * posterior_std(s, n)\n    return",
-        ),
+        )
     ],
     ("sampling/methods/dpm_solver.py", f"{METHODS} -k third_order_blocks"): [
         (
@@ -191,7 +189,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("D2 = 2.0 * (slope[1] - slope[0]) / (r2 - r1)", "D2 = (slope[1] - slope[0]) / (r2 - r1)"),
     ],
     ("sampling/methods/dpm_solver.py", "tests/test_agreement_classes.py -k end_of_an_inversion"): [
-        ("1 if euler_at_final and i == steps - 1 else order", "order"),
+        ("1 if euler_at_final and i == steps - 1 else order", "order")
     ],
     ("sampling/methods/dpm_solver.py", f"{PEERS} -k DPMSolver"): [
         ("return min(order, steps - i) if lower_order_final", "return order if lower_order_final"),
@@ -211,11 +209,9 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
             'return m[0] + (0.5 if solver_type == "heun"',
         ),
     ],
-    ("sampling/methods/heun.py", of("heun")): [
-        ("0.5 * (e + e_n)", "0.4 * e + 0.6 * e_n"),
-    ],
+    ("sampling/methods/heun.py", of("heun")): [("0.5 * (e + e_n)", "0.4 * e + 0.6 * e_n")],
     ("sampling/methods/heun.py", f"{METHODS} -k straight_path"): [
-        ("(0.5 * whole_n * gone)", "(0.5 * whole * gone)"),
+        ("(0.5 * whole_n * gone)", "(0.5 * whole * gone)")
     ],
     ("sampling/methods/churn.py", f"{PEERS} -k churn or karras_ve"): [
         ("math.sqrt(2) - 1)", "math.sqrt(2))"),
@@ -231,7 +227,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         (
             "r = check_eta(eta) * posterior_std(s, n)\n    d = ancestral",
             "r = posterior_std(s, n)\n    d = ancestral",
-        ),
+        )
     ],
     ("sampling/methods/adams.py", of("deis", "gradient", "plms", "pndm")): [
         ("-n.half_log_snr, rate=1.0)", "-n.half_log_snr, rate=0.9)"),
@@ -288,13 +284,13 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("x_n = n.alpha * D + n.sigma * e_u", "x_n = n.alpha * D + n.sigma * s.sigma * e_u"),
     ],
     ("sampling/methods/adams.py", "tests/test_comfyui_methods.py"): [
-        ("(gamma - 1) * (e - past[0])", "(gamma - 1) * (past[0] - e)"),
+        ("(gamma - 1) * (e - past[0])", "(gamma - 1) * (past[0] - e)")
     ],
     ("sampling/methods/exponential.py", "tests/test_comfyui_methods.py"): [
-        ("H = 1 + eta\n        weights", "H = 1 - eta\n        weights"),
+        ("H = 1 + eta\n        weights", "H = 1 - eta\n        weights")
     ],
     ("sampling/kernel.py", "tests/test_comfyui_methods.py tests/test_sampler.py"): [
-        ("new = beside[type(op)]() if type(op) in beside else None", "new = None"),
+        ("new = beside[type(op)]() if type(op) in beside else None", "new = None")
     ],
     # sampling: grids
     ("sampling/grids/sigmas.py", "tests/test_grids_diffusers.py"): [

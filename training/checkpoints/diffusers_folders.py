@@ -19,10 +19,7 @@ from ...noising.utils.registry import shown, unknown
 
 INDEX_NAME = "model_index.json"
 # a pipeline's parts must be from these libraries; others would be code from the folder
-LIBRARIES = (
-    "diffusers",
-    "transformers",
-)
+LIBRARIES = ("diffusers", "transformers")
 
 Encoded = tuple[dict[str, Any], dict[str, Any] | None]
 """Conditioning, and unconditional conditioning for guidance; one row per text."""

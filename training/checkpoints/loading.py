@@ -26,11 +26,7 @@ from .sidecars import sidecar_folder
 PREFIX = "network."  # DiffusionModule's key prefix for its network
 LARGEST_SAMPLE = 1 << 24  # numbers in one sample: 4096 x 4096
 # dimensions of one sample, by the prefix of a class name
-DIMENSIONS: Mapping[str, int] = {
-    "UNet1D": 2,
-    "UNet2D": 3,
-    "UNet3D": 4,
-}
+DIMENSIONS: Mapping[str, int] = {"UNet1D": 2, "UNet2D": 3, "UNet3D": 4}
 LARGEST_SIDES = 8  # times the side that a network was built for
 WEIGHTS: Mapping[str, str] = {"raw": "current_model_state", "ema": "state_dict"}
 

@@ -128,16 +128,7 @@ def _missing(make: Callable[..., Any]) -> bool:
 
 
 # more lines would hide each other
-USUAL_WEIGHTINGS = (
-    "uniform",
-    "snr",
-    "v",
-    "min_snr",
-    "soft_min_snr",
-    "p2",
-    "debiased",
-    "edm",
-)
+USUAL_WEIGHTINGS = ("uniform", "snr", "v", "min_snr", "soft_min_snr", "p2", "debiased", "edm")
 
 
 def _weight_arguments(parser: argparse.ArgumentParser) -> None:

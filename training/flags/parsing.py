@@ -84,13 +84,7 @@ _SCHEMES = {
     "mode": ("uniform", "x0", "mode"),
 }
 # choices of kohya's --timestep_sampling
-_SAMPLINGS = (
-    "sigma",
-    "uniform",
-    "sigmoid",
-    "shift",
-    "flux_shift",
-)
+_SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "flux_shift")
 TRAINING_OPTIONS = (
     Option(
         ("--weighting_scheme",),
