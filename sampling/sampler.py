@@ -18,7 +18,7 @@ from .clipping import Change
 from .grids import Grid, counts_evaluations, make_knots, split_options
 from .guidance import Network
 from .inference import SeededNoise, last, prepare_run, without_gradients
-from .interop.diffusers_configs import sampler_config
+from .interop.diffusers_configs import nearest_config, sampler_config
 from .kernel import Progress, run
 from .knots import Knot
 from .methods.base import Method
@@ -266,6 +266,40 @@ class Sampler:
         """
         return sampler_config(self, nearest)
 
+    def as_scheduler(self) -> Any:
+        """Return a scheduler object of diffusers that runs this sampler in a pipeline.
+
+        ``pipeline.scheduler = sampler.as_scheduler()``. Needs diffusers.
+
+        Raises:
+            ValueError: for methods that a pipeline cannot run, see :class:`TableScheduler`.
+
+        >>> scheduler = Sampler(NoiseSchedule.linear(), "heun", steps=3).as_scheduler()
+        >>> scheduler.timesteps.tolist()
+        [999, 666, 666, 332, 332]
+        """
+        from .interop.scheduler import TableScheduler
+
+        return TableScheduler(self)
+
+    def nearest_config(self) -> dict[str, Any]:
+        """Return the config of the scheduler class of diffusers that is nearest to this sampler.
+
+        Raises ValueError where none is near. See :meth:`to_diffusers`.
+
+        >>> Sampler(NoiseSchedule.linear(), "res_multistep").nearest_config()["_class_name"]
+        'DPMSolverMultistepScheduler'
+        """
+        return nearest_config(self)[0]
+
+    def table_from(self, step: int) -> Table:
+        """Return the table that starts at a later step, with nothing remembered.
+
+        >>> len(Sampler(NoiseSchedule.linear(), "dpmpp_2m", steps=5).table_from(2).steps)
+        3
+        """
+        return _table(self, self.knots[step:])
+
 
 def make_sampler(
     schedule: Any, name: str = "dpmpp_2m", steps: int | None = None, **options: Any
@@ -320,14 +354,18 @@ NOISE_SOURCES: Mapping[
 @lru_cache(maxsize=128)
 def _compile(sampler: Sampler) -> Table:
     of_grid, _ = split_options(sampler.grid, dict(sampler.options))
-    of_method = sampler.method_options
-    if sampler.method.steps_option:
-        of_method[sampler.method.steps_option] = sampler.steps
     knots = make_knots(
         sampler.schedule, sampler.steps, sampler.grid, ascending=sampler.method.inverse, **of_grid
     )
     if not counts_evaluations(sampler.grid):
         knots = sampler.method.boundaries(knots)
+    return _table(sampler, knots)
+
+
+def _table(sampler: Sampler, knots: Sequence[Knot]) -> Table:
+    of_method = sampler.method_options
+    if sampler.method.steps_option:
+        of_method[sampler.method.steps_option] = sampler.steps
 
     def formula(*arguments: Any) -> Any:
         return sampler.method.formula(*arguments, **of_method)
