@@ -245,3 +245,125 @@ def test_image_to_image_and_inpainting(name: str, folder: Path) -> None:
                 **more,
             ).images
             assert np.isfinite(out).all() and scheduler.step_index == len(scheduler.timesteps)
+
+
+def test_ddpm_and_dit() -> None:
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )
+    schedule = NoiseSchedule.linear()
+    pixels: Any = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
+    transformer = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        sample_size=8,
+        num_embeds_ada_norm=1000,
+        patch_size=2,
+    )
+    classes: Any = diffusers.DiTPipeline(transformer, vae(4), diffusers.DDIMScheduler())
+    for pipeline, more in ((pixels, {}), (classes, {"class_labels": [1]})):
+        pipeline.set_progress_bar_config(disable=True)
+        for name in ("dpmpp_2m", "euler_ancestral", "heun"):
+            pipeline.scheduler = Sampler(schedule, name, 5).as_scheduler()
+            images = pipeline(
+                num_inference_steps=5,
+                output_type="np",
+                generator=torch.Generator().manual_seed(0),
+                **more,
+            ).images
+            assert np.isfinite(images).all()
+
+
+def vae(channels: int) -> Any:
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8,),
+        latent_channels=channels,
+        norm_num_groups=4,
+        sample_size=16,
+        shift_factor=0.06,
+        scaling_factor=1.3,
+    )
+
+
+def sd3() -> tuple[Any, dict[str, Any], NoiseSchedule, str]:
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pooled_projection_dim=64,
+        out_channels=4,
+    )
+    none = [f"{part}{i}" for part in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")]
+    make: Any = diffusers.StableDiffusion3Pipeline
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipeline = make(transformer=transformer, scheduler=scheduler, vae=vae(4), **dict.fromkeys(none))
+    given = {
+        "prompt_embeds": torch.randn(1, 5, 32),
+        "negative_prompt_embeds": torch.randn(1, 5, 32),
+        "pooled_prompt_embeds": torch.randn(1, 64),
+        "negative_pooled_prompt_embeds": torch.randn(1, 64),
+        "height": 8,
+        "width": 8,
+    }
+    return pipeline, given, NoiseSchedule.flow(3.0), "FlowMatchEulerDiscreteScheduler"
+
+
+def flux() -> tuple[Any, dict[str, Any], NoiseSchedule, str]:
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+    )
+    none = [f"{part}{i}" for part in ("text_encoder", "tokenizer") for i in ("", "_2")]
+    make: Any = diffusers.FluxPipeline
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    pipeline = make(transformer=transformer, scheduler=scheduler, vae=vae(1), **dict.fromkeys(none))
+    given = {
+        "prompt_embeds": torch.randn(1, 5, 32),
+        "pooled_prompt_embeds": torch.randn(1, 32),
+        "height": 16,
+        "width": 16,
+    }
+    return pipeline, given, NoiseSchedule.flow(), "euler"
+
+
+@pytest.mark.parametrize("make", [sd3, flux])
+def test_flow_pipelines_draw_the_images_of_their_own_scheduler(make: Any) -> None:
+    torch.manual_seed(0)
+    pipeline, given, schedule, name = make()
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw() -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return pipeline(
+            num_inference_steps=4, output_type="latent", generator=generator, **given
+        ).images
+
+    theirs = draw()
+    pipeline.scheduler = Sampler(schedule, name, 4).as_scheduler()
+    assert torch.allclose(draw(), theirs, atol=1e-5 * float(theirs.abs().max()))
+    for other in ("dpmpp_2m", "heun", "unipc"):
+        pipeline.scheduler = Sampler(schedule, other, 4).as_scheduler()
+        assert bool(draw().isfinite().all())
