@@ -95,20 +95,17 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if timesteps is not None and sigmas is not None:
             raise ValueError("give timesteps or sigmas, not both")
         own = self.sampler
-        options = dict(own.options)
-        if mu is not None and sigmas is None:
-            options["mu"] = float(mu)
         made: Any = type(own)
+        if timesteps is None and sigmas is None:
+            steps = own.steps if num_inference_steps is None else num_inference_steps
+            sampler = made(own.schedule, own.method, steps, own.grid, **dict(own.options))
+            sigmas = sampler.sigmas if mu is not None else None
+        of_method = {k: v for k, v in own.options if k in own.method.options}
         if sigmas is not None:
             levels = _shifted([float(s) for s in sigmas], mu)
-            kept = {k: v for k, v in options.items() if k in own.method.options}
-            sampler = made(own.schedule, own.method, sigmas=levels, **kept)
+            sampler = made(own.schedule, own.method, sigmas=levels, **of_method)
         elif timesteps is not None:
-            kept = {k: v for k, v in options.items() if k in own.method.options}
-            sampler = made(own.schedule, own.method, timesteps=list(timesteps), **kept)
-        else:
-            steps = own.steps if num_inference_steps is None else num_inference_steps
-            sampler = made(own.schedule, own.method, steps, own.grid, **options)
+            sampler = made(own.schedule, own.method, timesteps=list(timesteps), **of_method)
         self.num_inference_steps = sampler.steps
         self._place(sampler, device)
 
