@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -96,16 +97,18 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("give timesteps or sigmas, not both")
         own = self.sampler
         made: Any = type(own)
-        if timesteps is None and sigmas is None:
-            steps = own.steps if num_inference_steps is None else num_inference_steps
-            sampler = made(own.schedule, own.method, steps, own.grid, **dict(own.options))
-            sigmas = sampler.sigmas if mu is not None else None
+        steps = own.steps if num_inference_steps is None else num_inference_steps
+        on_grid = partial(made, own.schedule, own.method, steps, own.grid, **dict(own.options))
+        if sigmas is None and timesteps is None and mu is not None:
+            sigmas = on_grid().sigmas
         of_method = {k: v for k, v in own.options if k in own.method.options}
         if sigmas is not None:
             levels = _shifted([float(s) for s in sigmas], mu)
             sampler = made(own.schedule, own.method, sigmas=levels, **of_method)
         elif timesteps is not None:
             sampler = made(own.schedule, own.method, timesteps=list(timesteps), **of_method)
+        else:
+            sampler = on_grid()
         self.num_inference_steps = sampler.steps
         self._place(sampler, device)
 
