@@ -247,6 +247,22 @@ def test_image_to_image_and_inpainting(name: str, folder: Path) -> None:
             assert np.isfinite(out).all() and scheduler.step_index == len(scheduler.timesteps)
 
 
+@pytest.mark.parametrize("name", ["euler", "heun", "dpm_2"])
+def test_a_strength_counts_steps_and_not_network_calls(name: str, folder: Path) -> None:
+    plain: Any = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    sampler = Sampler(NoiseSchedule.from_pretrained(folder, "scheduler"), name, 6)
+    scheduler = sampler.as_scheduler()
+    assert scheduler.order == METHODS[name].evaluations
+    make: Any = diffusers.StableDiffusionImg2ImgPipeline
+    pipeline = make(**{**plain.components, "scheduler": scheduler})
+    pipeline.set_progress_bar_config(disable=True)
+    times: list[float] = []
+    pipeline.unet.register_forward_pre_hook(lambda _, given: times.append(float(given[1])))
+    image = Image.fromarray(np.full((16, 16, 3), 90, dtype=np.uint8))
+    pipeline("a red square", image=image, strength=0.5, num_inference_steps=6, output_type="np")
+    assert times[0] == pytest.approx(sampler.timesteps[3], abs=1e-3)
+
+
 def test_ddpm_and_dit() -> None:
     torch.manual_seed(0)
     unet = diffusers.UNet2DModel(

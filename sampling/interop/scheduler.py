@@ -118,6 +118,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         _require_steppable(table)
         found = [(i, op.knot) for i, step in enumerate(table.steps) for op in _evaluations(step)]
         self._first_of_step = [i for i, (step, _) in enumerate(found) if _is_first(found, i)]
+        self.order = _order(self._first_of_step)
         times = [knot.timestep for _, knot in found]
         whole = self.schedule.curve.is_discrete and all(t.is_integer() for t in times)
         self.timesteps = torch.tensor(times, dtype=torch.int64 if whole else torch.float32)
@@ -285,6 +286,13 @@ def _evaluations(step: Step) -> list[Evaluation]:
 
 def _is_first(found: Sequence[tuple[int, Knot]], i: int) -> bool:
     return i == 0 or found[i][0] != found[i - 1][0]
+
+
+def _order(first_of_step: Sequence[int]) -> int:
+    """Return the network calls of a step, by which pipelines count steps; 1 where steps differ."""
+    order = first_of_step[1] if len(first_of_step) > 1 else 1
+    same = all(first == order * i for i, first in enumerate(first_of_step))
+    return order if same else 1
 
 
 def _require_steppable(table: Table) -> None:
