@@ -18,6 +18,7 @@ from .clipping import Change
 from .grids import Grid, counts_evaluations, make_knots, split_options
 from .guidance import Network
 from .inference import SeededNoise, last, prepare_run, without_gradients
+from .interop.diffusers_classes import FLAGS, read_config
 from .interop.diffusers_configs import nearest_config, sampler_config
 from .kernel import Progress, run
 from .knots import Knot
@@ -265,6 +266,40 @@ class Sampler:
         ValueError: no scheduler class of diffusers is this sampler (res_multistep, 20 steps on ...
         """
         return sampler_config(self, nearest)
+
+    @classmethod
+    def from_diffusers(
+        cls, config: Any, steps: int | None = None, tokens: int | None = None
+    ) -> Any:
+        """Return the sampler of a scheduler of diffusers, or of its config.
+
+        Keys that the config leaves out have the defaults of its class. The number of steps is not
+        in a config.
+
+        Args:
+            config: a scheduler object, or the content of scheduler_config.json with
+                ``_class_name``.
+            steps: sampling steps, 20 by default.
+            tokens: number of image tokens, for a shift that depends on it.
+
+        Raises:
+            ValueError: for a class that is not known, and for a config that is damaged.
+
+        >>> config = {"_class_name": "UniPCMultistepScheduler", "use_karras_sigmas": True}
+        >>> sampler = Sampler.from_diffusers(config, steps=10)
+        >>> sampler.method.name, sampler.grid, sampler.steps
+        ('unipc', 'karras', 10)
+        """
+        if not isinstance(config, Mapping):
+            config = {**config.config, "_class_name": type(config).__name__}
+        schedule = NoiseSchedule.from_diffusers(config, tokens)
+        reading = read_config(config)
+        if reading.method.endswith("_inverse") and reading.grid in FLAGS:
+            raise ValueError(
+                f"{config['_class_name']} on {reading.grid} noise levels is no sampler here; "
+                "use its timestep spacing"
+            )
+        return cls(schedule, reading.method, steps, reading.grid, **reading.arguments(schedule))
 
     def as_scheduler(self) -> Any:
         """Return a scheduler object of diffusers that runs this sampler in a pipeline.

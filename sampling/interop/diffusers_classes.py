@@ -363,6 +363,15 @@ class Reading:
         """The options that belong to the method."""
         return split_options(self.grid, self.options)[1]
 
+    def arguments(self, schedule: NoiseSchedule) -> dict[str, Any]:
+        """Return the options of ``Sampler`` that are this reading on a schedule."""
+        options = dict(self.options)
+        if self.flow and self.kind.flow == "early":
+            options["start"] = 1 - 1 / schedule.num_train_timesteps
+        if self.init_noise != "marginal":
+            options["init_noise"] = self.init_noise
+        return options
+
     def lay(self, schedule: NoiseSchedule, steps: int) -> tuple[Knot, ...]:
         """Return the knots of the class, with the timesteps that it gives the network."""
         options = self.of_grid

@@ -1,0 +1,101 @@
+"""Schedulers and configs of diffusers as samplers: the same samples as the class, and the same config again."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import diffusers
+import pytest
+
+import test_agreement_diffusers as agreement
+from alphabar.noising import NoiseSchedule
+from alphabar.sampling import Sampler
+from alphabar.sampling.interop.diffusers_classes import CLASSES
+from test_diffusers_configs import as_a_pipeline, distance, from_its_start
+
+STABLE_DIFFUSION = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "karras": {"use_karras_sigmas": True},
+    "exponential": {"use_exponential_sigmas": True},
+    "trailing": {"timestep_spacing": "trailing"},
+    "zero SNR": {
+        "rescale_betas_zero_snr": True,
+        "prediction_type": "v_prediction",
+        "timestep_spacing": "trailing",
+    },
+    "Stable Diffusion": STABLE_DIFFUSION,
+}
+NOT_RUN = {
+    "CogVideoXDPMScheduler": "its step wants the timestep before",
+    "UnCLIPScheduler": "without its clipping it diverges in float32",
+    "EDMEulerScheduler": "its config does not say its noise schedule",
+    "EDMDPMSolverMultistepScheduler": "its config does not say its noise schedule",
+    "CMStochasticIterativeScheduler": "its config does not say its noise schedule",
+}
+
+
+@pytest.fixture(autouse=True)
+def our_brownian_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = "diffusers.schedulers.scheduling_dpmsolver_sde.BrownianTreeNoiseSampler"
+    monkeypatch.setattr(path, lambda *_, **__: agreement.Path())
+    diffusers.logging.set_verbosity_error()
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("name", [name for name in CLASSES if name not in NOT_RUN])
+def test_a_scheduler_is_read_as_its_sampler(
+    name: str, config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = getattr(diffusers, name)
+    known = inspect.signature(kind).parameters
+    if not set(CONFIGS[config]) <= set(known):
+        return
+    off = {key: False for key in ("clip_sample", "thresholding") if key in known}
+    scheduler = kind(**CONFIGS[config], **off)
+    try:
+        sampler = Sampler.from_diffusers(scheduler, 10)
+    except ValueError as error:
+        assert "is no grid here" in str(error) or "is no sampler here" in str(error)
+        return
+    if sampler.knots[0].alpha == 0 and CLASSES[name].clamped:
+        return  # the class starts at ᾱ = 2^-24 instead
+    theirs = as_a_pipeline(scheduler, 10, monkeypatch)
+    assert distance(from_its_start(sampler, monkeypatch), theirs) < 5e-5
+
+
+@pytest.mark.parametrize("name", NOT_RUN)
+def test_the_others_are_read_or_refused_in_words(name: str) -> None:
+    scheduler = getattr(diffusers, name)()
+    if "config" in NOT_RUN[name]:
+        with pytest.raises(ValueError, match="does not say its noise schedule"):
+            Sampler.from_diffusers(scheduler)
+    else:
+        assert Sampler.from_diffusers(scheduler, 10).steps == 10
+
+
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler", "DDPMScheduler"]
+)
+def test_what_is_written_is_read_again(name: str) -> None:
+    schedule = NoiseSchedule.scaled_linear()
+    sampler = Sampler(schedule, name, 10)
+    written = schedule.to_diffusers(sampler.to_diffusers())
+    again = Sampler.from_diffusers(written, 10)
+    assert again.schedule.fingerprint == schedule.fingerprint
+    assert again.table == sampler.table and again.init_noise_scale == sampler.init_noise_scale
+    assert schedule.to_diffusers(again.to_diffusers()) == written
+
+
+def test_bad_configs_are_refused_in_words() -> None:
+    with pytest.raises(ValueError, match="unknown scheduler class 'DDIMSheduler'; did you mean"):
+        Sampler.from_diffusers({"_class_name": "DDIMSheduler", "beta_schedule": "linear"})
+    with pytest.raises(ValueError, match="not a diffusers scheduler config"):
+        Sampler.from_diffusers({"steps": 5})
