@@ -294,10 +294,10 @@ class Sampler:
             config = {**config.config, "_class_name": type(config).__name__}
         schedule = NoiseSchedule.from_diffusers(config, tokens)
         reading = read_config(config)
-        if reading.method.endswith("_inverse") and reading.grid in FLAGS:
+        flags = [flag for flag in FLAGS.values() if config.get(flag)]
+        if reading.method.endswith("_inverse") and flags:
             raise ValueError(
-                f"{config['_class_name']} on {reading.grid} noise levels is no sampler here; "
-                "use its timestep spacing"
+                f"{config['_class_name']} with {flags[0]} is no sampler here; leave {flags[0]} out"
             )
         return cls(schedule, reading.method, steps, reading.grid, **reading.arguments(schedule))
 
