@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..noising import NoiseSchedule
 from ..noising.utils.identity import exact
-from ..noising.utils.registry import lookup
+from ..noising.utils.registry import lookup, shown
 from .clipping import Change
 from .grids import Grid, counts_evaluations, make_knots, split_options
 from .guidance import Network
@@ -274,7 +275,7 @@ class Sampler:
         """Return the sampler of a scheduler of diffusers, or of its config.
 
         Keys that the config leaves out have the defaults of its class. The number of steps is not
-        in a config.
+        in a config. What the class does and the sampler does not, clipping above all, is a warning.
 
         Args:
             config: a scheduler object, or the content of scheduler_config.json with
@@ -291,6 +292,10 @@ class Sampler:
         ('unipc', 'karras', 10)
         """
         if not isinstance(config, Mapping):
+            if not isinstance(getattr(config, "config", None), Mapping):
+                raise ValueError(
+                    f"a scheduler of diffusers or its config is needed, got {shown(config)}"
+                )
             config = {**config.config, "_class_name": type(config).__name__}
         schedule = NoiseSchedule.from_diffusers(config, tokens)
         reading = read_config(config)
@@ -299,7 +304,10 @@ class Sampler:
             raise ValueError(
                 f"{config['_class_name']} with {flags[0]} is no sampler here; leave {flags[0]} out"
             )
-        return cls(schedule, reading.method, steps, reading.grid, **reading.arguments(schedule))
+        sampler = cls(schedule, reading.method, steps, reading.grid, **reading.arguments(schedule))
+        for words in reading.left_out(config, schedule, sampler.steps):
+            warnings.warn(f"{config['_class_name']}: {words}", stacklevel=2)
+        return sampler
 
     def as_scheduler(self) -> Any:
         """Return a scheduler object of diffusers that runs this sampler in a pipeline.

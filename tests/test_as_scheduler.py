@@ -147,6 +147,14 @@ def test_given_timesteps_and_sigmas() -> None:
         scheduler.set_timesteps(timesteps=[1], sigmas=[1])
 
 
+def test_given_noise_levels_keep_the_start_of_the_sampler() -> None:
+    sampler = Sampler(SCHEDULES["epsilon"], "EulerDiscreteScheduler", 5)
+    scheduler = sampler.as_scheduler()
+    assert scheduler.init_noise_sigma == sampler.knots[0].sigma < 1
+    scheduler.set_timesteps(sigmas=sampler.sigmas)
+    assert scheduler.init_noise_sigma == pytest.approx(sampler.init_noise_scale, rel=1e-12)
+
+
 def test_flux_shifts_by_the_image() -> None:
     flux = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
     sigmas = np.linspace(1.0, 1 / 6, 6)

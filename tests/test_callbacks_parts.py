@@ -19,13 +19,14 @@ from torch import nn
 from alphabar.callbacks import PreviewConditions, ValidationSampling
 from alphabar.callbacks.previews.batches import Plan, require_rows, take_rows
 from alphabar.callbacks.previews.conditioning import Conditions
+from alphabar.callbacks.previews.preview import require_equal_work
 from alphabar.callbacks.previews.render import Drawing
 from alphabar.callbacks.previews.triggers import Triggers, is_last_epoch
 from alphabar.callbacks.support import collectives
 from alphabar.callbacks.support.collectives import errors_of_all_ranks
 from alphabar.callbacks.support.isolation import evaluating, randomness_restored
 from alphabar.callbacks.support.loggers import log_image
-from alphabar.callbacks.support.strategies import forward_mode_of
+from alphabar.callbacks.support.strategies import ForwardMode, forward_mode_of
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Sampler
 from alphabar.training.images import image_grid, png_bytes, to_pixels
@@ -379,3 +380,14 @@ def test_groups_are_the_same_as_keywords() -> None:
 def test_a_group_and_its_keywords_are_refused_together(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ValidationSampling("euler", **arguments)
+
+
+def test_a_sharded_model_wants_equal_work_on_all_ranks() -> None:
+    schedule = NoiseSchedule.flow()
+    adaptive = Sampler(schedule, "DPM adaptive")
+    require_equal_work(adaptive, ForwardMode())
+    require_equal_work(Sampler(schedule, "score_sde_ve", 3), ForwardMode(sharded=True))
+    with pytest.raises(
+        ValueError, match=r"^dpm_adaptive chooses its number of steps on every rank"
+    ):
+        require_equal_work(adaptive, ForwardMode(sharded=True, wrapped=True))

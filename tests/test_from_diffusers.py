@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import diffusers
@@ -11,7 +12,7 @@ import pytest
 import test_agreement_diffusers as agreement
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Sampler
-from alphabar.sampling.interop.diffusers_classes import CLASSES
+from alphabar.sampling.interop.diffusers_classes import CLASSES, CLIPPED
 from test_diffusers_configs import as_a_pipeline, distance, from_its_start
 
 STABLE_DIFFUSION = {
@@ -49,26 +50,62 @@ def our_brownian_path(monkeypatch: pytest.MonkeyPatch) -> None:
     diffusers.logging.set_verbosity_error()
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("name", [name for name in CLASSES if name not in NOT_RUN])
+INVERSE = "DPMSolverMultistepInverseScheduler"
+
+
+def keys_of(name: str) -> set[str]:
+    return set(inspect.signature(getattr(diffusers, name)).parameters)
+
+
+def made(name: str, config: str) -> Any:
+    off = {key: False for key in ("clip_sample", "thresholding") if key in keys_of(name)}
+    return getattr(diffusers, name)(**CONFIGS[config], **off)
+
+
+READ = [
+    (name, config)
+    for name in CLASSES
+    for config, values in CONFIGS.items()
+    if name not in NOT_RUN and set(values) <= keys_of(name)
+]
+REFUSED = [(name, config) for name, config in READ if name == INVERSE and config != "defaults"]
+
+
+@pytest.mark.parametrize(("name", "config"), [pair for pair in READ if pair not in REFUSED])
 def test_a_scheduler_is_read_as_its_sampler(
     name: str, config: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kind = getattr(diffusers, name)
-    known = inspect.signature(kind).parameters
-    if not set(CONFIGS[config]) <= set(known):
+    scheduler = made(name, config)
+    if config == "zero SNR" and CLASSES[name].clamped:
+        with pytest.warns(UserWarning, match="it starts at alpha = 0.00024, and the sampler at 0"):
+            Sampler.from_diffusers(scheduler, 10)
         return
-    off = {key: False for key in ("clip_sample", "thresholding") if key in known}
-    scheduler = kind(**CONFIGS[config], **off)
-    try:
-        sampler = Sampler.from_diffusers(scheduler, 10)
-    except ValueError as error:
-        assert "is no grid here" in str(error) or "is no sampler here" in str(error)
-        return
-    if sampler.knots[0].alpha == 0 and CLASSES[name].clamped:
-        return  # the class starts at ᾱ = 2^-24 instead
+    sampler = Sampler.from_diffusers(scheduler, 10)
     theirs = as_a_pipeline(scheduler, 10, monkeypatch)
     assert distance(from_its_start(sampler, monkeypatch), theirs) < 5e-5
+
+
+@pytest.mark.parametrize(("name", "config"), REFUSED)
+def test_what_no_sampler_is_is_refused(name: str, config: str) -> None:
+    with pytest.raises(ValueError, match=r"is no (grid|sampler) here"):
+        Sampler.from_diffusers(made(name, config), 10)
+
+
+@pytest.mark.parametrize("name", sorted(CLIPPED))
+def test_clipping_is_told(name: str) -> None:
+    assert inspect.signature(getattr(diffusers, name)).parameters["clip_sample"].default is True
+    config = {"_class_name": name, "beta_schedule": "scaled_linear"}
+    with pytest.warns(UserWarning, match=f"{name}: it clips the clean sample; .* clip=1.0 to"):
+        Sampler.from_diffusers(config, 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Sampler.from_diffusers({**config, "clip_sample": False}, 10)
+
+
+def test_no_other_class_clips_by_default() -> None:
+    for name in CLASSES.keys() - CLIPPED - {"CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"}:
+        parameter = inspect.signature(getattr(diffusers, name)).parameters.get("clip_sample")
+        assert parameter is None or parameter.default is False, name
 
 
 @pytest.mark.parametrize("name", NOT_RUN)
@@ -97,5 +134,9 @@ def test_what_is_written_is_read_again(name: str) -> None:
 def test_bad_configs_are_refused_in_words() -> None:
     with pytest.raises(ValueError, match="unknown scheduler class 'DDIMSheduler'; did you mean"):
         Sampler.from_diffusers({"_class_name": "DDIMSheduler", "beta_schedule": "linear"})
+    with pytest.raises(
+        ValueError, match="a scheduler of diffusers or its config is needed, got 'a/"
+    ):
+        Sampler.from_diffusers("a/folder")
     with pytest.raises(ValueError, match="not a diffusers scheduler config"):
         Sampler.from_diffusers({"steps": 5})

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -115,7 +114,7 @@ class Previewer:
         Errors of the user's functions are raised unchanged.
         """
         pipeline = None
-        _require_equal_work(sampler, trainer)
+        require_equal_work(sampler, forward_mode)
         if recipe.pipeline is not None:
             if not isinstance(sampler, Sampler):
                 raise ValueError(
@@ -374,14 +373,16 @@ def _in_order(trainer: Trainer, plan: Plan, share: int, own: Tensor) -> Tensor:
     return plan.in_order(gathered)
 
 
-def _require_equal_work(sampler: Any, trainer: Trainer) -> None:
-    """Reject a sampler with an adaptive number of steps if every forward needs all ranks."""
-    sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
-    if sampler.steps is None and sharded and trainer.world_size > 1:
+def require_equal_work(sampler: Any, forward_mode: ForwardMode) -> None:
+    """Reject a sampler with an adaptive number of steps if every forward needs all ranks.
+
+    >>> from alphabar.noising import NoiseSchedule
+    >>> require_equal_work(Sampler(NoiseSchedule.flow(), "euler"), ForwardMode(sharded=True))
+    """
+    if sampler.steps is None and forward_mode.sharded:
         raise ValueError(
             f"{sampler.name} chooses its number of steps on every rank by itself, and a sharded "
-            "model needs all ranks in "
-            "every forward; take a sampler with a number of steps"
+            "model needs all ranks in every forward; take a sampler with a number of steps"
         )
 
 

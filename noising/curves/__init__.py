@@ -44,7 +44,8 @@ def curve_from_config(config: Mapping[str, Any]) -> Curve:
     Flow(num_train_timesteps=1000, shift=3.0)
     """
     values = mapping("the curve", config)
-    kind = lookup("curve", values.pop("kind", None), {**CURVES, Truncated.kind: Truncated})
+    name = values.pop("kind", None)
+    kind = Truncated if name == Truncated.kind else lookup("curve", name, CURVES)
     known = signature(kind).parameters
     values = settings(f"a {kind.kind} curve", kind, values, known)
     missing = [

@@ -18,6 +18,7 @@ from .base import (
     require_factor,
     require_range,
 )
+from .shifts import shift_noise_level
 
 
 @CURVES.register
@@ -48,7 +49,7 @@ class Flow(Curve):
     def sigma(self, t: Tensor) -> Tensor:
         check_times(self, t)
         t = t.to(evaluation_dtype(t))
-        return self.shift * t / (1 + (self.shift - 1) * t)
+        return shift_noise_level(t, self.shift)
 
     def time(self, log_snr: Tensor) -> Tensor:
         return self.time_at_noise_level(torch.sigmoid(-0.5 * log_snr.to(evaluation_dtype(log_snr))))

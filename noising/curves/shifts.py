@@ -15,10 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import cast
+from typing import TypeVar, cast
+
+from torch import Tensor
 
 from ..utils.validation import whole_number
 from .base import require_factor
+
+Level = TypeVar("Level", float, Tensor)
 
 
 def resolution_shift(size: int | tuple[int, ...], base_size: int | tuple[int, ...]) -> float:
@@ -45,6 +49,17 @@ def _pixels(name: str, size: int | tuple[int, ...]) -> int:
             "1344)"
         )
     return sides[0] * sides[1]
+
+
+def shift_noise_level(sigma: Level, shift: float) -> Level:
+    """Return the noise level of a flow path after a shift, σ' = s σ / (1 + (s - 1) σ).
+
+    Source: Esser et al. 2403.03206, eq. 23. A float or a tensor.
+
+    >>> shift_noise_level(0.5, 3.0)
+    0.75
+    """
+    return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def token_shift(

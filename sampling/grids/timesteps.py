@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...noising import NoiseSchedule
+from ...noising import NoiseSchedule, token_shift
+from ...noising.curves.shifts import shift_noise_level
 from ...noising.timesteps.densities import beta_quantile
 from ..knots import Knot
 from .base import F, final_knot, knots_at_indices, register_grid, standing_still
@@ -313,7 +314,7 @@ def flow(
         raise ValueError(f"end_shifted stands for an end of its own; leave out end={end:g}")
     last = s / (count + s - 1) if end_shifted else 1 / count if end is None else end
     t = torch.linspace(start, last, points, dtype=torch.float64)
-    sigma = s * t / (1 + (s - 1) * t)
+    sigma = shift_noise_level(t, s)
     if shift_terminal is not None:
         if not 0 < shift_terminal < 1:
             raise ValueError(
@@ -322,9 +323,6 @@ def flow(
         sigma = 1 - (1 - sigma) * (1 - shift_terminal) / (1 - sigma[-1]) if points > 1 else sigma
     time = curve.time_at_noise_level(sigma) if curve.kind == "flow" else sigma
     return count * time - 1
-
-
-SEQ_LENS, MUS = (256, 4096), (0.5, 1.15)
 
 
 def shift_of(
@@ -348,9 +346,7 @@ def shift_of(
     if len(given) > 1:
         raise ValueError(f"give one of shift, mu and image_seq_len, got {' and '.join(given)}")
     if image_seq_len is not None:
-        mu = MUS[0] + (image_seq_len - SEQ_LENS[0]) * (MUS[1] - MUS[0]) / (
-            SEQ_LENS[1] - SEQ_LENS[0]
-        )
+        return token_shift(image_seq_len)
     if mu is not None:
         return math.exp(mu)
     s = float(getattr(schedule.curve, "shift", 1.0)) if shift is None else float(shift)

@@ -338,6 +338,13 @@ Classes that are determined by their name alone are in ``Method.aliases``.
 """
 
 
+CLIPPED = {
+    *("DDIMScheduler", "DDIMParallelScheduler", "DDIMInverseScheduler"),
+    *("DDPMScheduler", "DDPMParallelScheduler", "UnCLIPScheduler"),
+}
+"""The classes whose ``clip_sample`` is True where a config does not say it."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """A scheduler config as arguments of ``Sampler``.
@@ -371,6 +378,19 @@ class Reading:
         if self.init_noise != "marginal":
             options["init_noise"] = self.init_noise
         return options
+
+    def left_out(
+        self, config: Mapping[str, Any], schedule: NoiseSchedule, steps: int
+    ) -> Iterator[str]:
+        """Yield, in words, what the class does with a config that ``arguments`` do not say."""
+        if config.get("clip_sample", config.get("_class_name") in CLIPPED):
+            limit = config.get("clip_sample_range", 1.0)
+            yield f"it clips the clean sample; for the same give clip={limit} to the sampler's call"
+        if config.get("thresholding"):
+            yield "it clips dynamically; for the same give clip=DynamicThreshold(...) to the call"
+        if self.kind.clamped and schedule.has_zero_terminal_snr:
+            yield "it starts at alpha = 0.00024, and the sampler at 0"
+        yield from self.slips(schedule, steps)
 
     def lay(self, schedule: NoiseSchedule, steps: int) -> tuple[Knot, ...]:
         """Return the knots of the class, with the timesteps that it gives the network."""

@@ -7,9 +7,11 @@ of the table up to its next evaluation. The latents are those of the variance pr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +21,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ...noising import NoiseSchedule
+from ...noising.curves.shifts import shift_noise_level
+from ..grids import split_options
 from ..grids.given import time_at_timestep
 from ..kernel import combine
 from ..knots import Knot
@@ -101,12 +105,12 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         on_grid = partial(made, own.schedule, own.method, steps, own.grid, **dict(own.options))
         if sigmas is None and timesteps is None and mu is not None:
             sigmas = on_grid().sigmas
-        of_method = {k: v for k, v in own.options if k in own.method.options}
+        _, kept = split_options(own.grid, dict(own.options))
         if sigmas is not None:
             levels = _shifted([float(s) for s in sigmas], mu)
-            sampler = made(own.schedule, own.method, sigmas=levels, **of_method)
+            sampler = made(own.schedule, own.method, sigmas=levels, **kept)
         elif timesteps is not None:
-            sampler = made(own.schedule, own.method, timesteps=list(timesteps), **of_method)
+            sampler = made(own.schedule, own.method, timesteps=list(timesteps), **kept)
         else:
             sampler = on_grid()
         self.num_inference_steps = sampler.steps
@@ -116,16 +120,16 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         self._placed = sampler
         table: Table = sampler.table
         _require_steppable(table)
-        found = [(i, op.knot) for i, step in enumerate(table.steps) for op in _evaluations(step)]
-        self._first_of_step = [i for i, (step, _) in enumerate(found) if _is_first(found, i)]
+        knots = [_evaluated(step) for step in table.steps]
+        self._first_of_step = list(accumulate(map(len, knots), initial=0))[:-1]
         self.order = _order(self._first_of_step)
-        times = [knot.timestep for _, knot in found]
+        times = [knot.timestep for of_step in knots for knot in of_step]
         whole = self.schedule.curve.is_discrete and all(t.is_integer() for t in times)
         self.timesteps = torch.tensor(times, dtype=torch.int64 if whole else torch.float32)
         if device is not None:
             self.timesteps = self.timesteps.to(device)
         self.sigmas = torch.tensor(sampler.sigmas, dtype=torch.float32)
-        self._scales = [knot.input_scale for _, knot in found]
+        self._scales = [knot.input_scale for of_step in knots for knot in of_step]
         self._times = times
         self._begin_index: int | None = None
         self._forget()
@@ -280,12 +284,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         return time_at_timestep(curve, timesteps.double())
 
 
-def _evaluations(step: Step) -> list[Evaluation]:
-    return [op for op in step.ops if isinstance(op, Evaluation)]
-
-
-def _is_first(found: Sequence[tuple[int, Knot]], i: int) -> bool:
-    return i == 0 or found[i][0] != found[i - 1][0]
+def _evaluated(step: Step) -> list[Knot]:
+    return [op.knot for op in step.ops if isinstance(op, Evaluation)]
 
 
 def _order(first_of_step: Sequence[int]) -> int:
@@ -311,11 +311,11 @@ def _require_steppable(table: Table) -> None:
 
 
 def _shifted(sigmas: list[float], mu: float | None) -> list[float]:
-    """Return σ' = s σ / (1 + (s - 1) σ) with s = e^μ (Esser et al. 2403.03206, eq. 23)."""
+    """Return the noise levels after a shift of e^μ."""
     if mu is None:
         return sigmas
-    s = float(torch.tensor(mu, dtype=torch.float64).exp())
-    return [s * sigma / (1 + (s - 1) * sigma) for sigma in sigmas]
+    s = math.exp(mu)
+    return [shift_noise_level(sigma, s) for sigma in sigmas]
 
 
 def _config_of(sampler: Any) -> dict[str, Any]:

@@ -79,6 +79,9 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         "noising/curves/continuous.py",
         "tests/test_timesteps.py tests/test_noising.py tests/test_curves.py",
     ): [("((low + u * (high - low)) ** self.rho)", "((low + u * high) ** self.rho)")],
+    ("noising/curves/shifts.py", "tests/test_grids.py tests/test_curves.py"): [
+        ("shift * sigma / (1 + (shift - 1) * sigma)", "shift * sigma / (1 + shift * sigma)")
+    ],
     ("noising/curves/shifts.py", SHIFTS): [
         ("mu = base_shift + (tokens - base_tokens)", "mu = base_shift + tokens"),
         ("return sides[0] * sides[1]", "return sides[0] ** 2"),
@@ -319,7 +322,6 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ),
         ("return values.round() if rounded", "return values.floor() if rounded"),
         ("(position.round() if schedule.curve.is_discrete else position) - 1", "position - 1"),
-        ("sigma = s * t / (1 + (s - 1) * t)", "sigma = s * t / (1 + s * t)"),
         ("(1 - shift_terminal) / (1 - sigma[-1])", "shift_terminal / (1 - sigma[-1])"),
         ("1 / count if end is None", "0.0 if end is None"),
         ("torch.sin(0.5 * math.pi * u) ** 2)", "torch.sin(0.5 * math.pi * u))"),
