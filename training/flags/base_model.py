@@ -8,7 +8,7 @@ from typing import Any
 
 from ...noising import BETA_SCHEDULES, Discrete, NoiseSchedule
 
-_MEND = (
+_ADVICE = (
     "pass base=... to noising_from_arguments, or give the schedule, "
     "e.g. --noise_schedule scaled_linear"
 )
@@ -88,7 +88,7 @@ def schedule_of_base_model(args: argparse.Namespace) -> NoiseSchedule | None:
     except Exception as error:  # any error of the hub's client has the same fix
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
-            f"no schedule is known of --pretrained_model_name_or_path {source} ({reason}); {_MEND}"
+            f"no schedule is known of --pretrained_model_name_or_path {source} ({reason}); {_ADVICE}"
         ) from error
 
 
@@ -115,5 +115,5 @@ def _of_ddpm_flags(args: argparse.Namespace) -> NoiseSchedule | None:
     if name is None or count is None:
         return None
     if name not in BETA_SCHEDULES:
-        raise ValueError(f"--ddpm_beta_schedule {name} is not known here; {_MEND}")
+        raise ValueError(f"--ddpm_beta_schedule {name} is not known here; {_ADVICE}")
     return NoiseSchedule(Discrete(name, 0.0001, 0.02, num_train_timesteps=count))

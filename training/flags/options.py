@@ -15,9 +15,12 @@ import argparse
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 ADOPTED = "noising_options_of_the_script"
+
+SAYING_THE_SAME = "and {} say the same option differently"
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -221,6 +224,22 @@ class Said:
         name, value = self.names.get(key, f"--{key}"), self.value(key)
         return name if value is True or value is None else f"{name} {value}"
 
+    def made(self, key: str, make: Callable[[], Made]) -> Made:
+        """Return ``make()``; a ValueError of it names the flag."""
+        try:
+            return make()
+        except ValueError as error:
+            raise ValueError(f"{self.written(key)}: {error}") from error
+
+
+def contradiction(one: str, other: str, how: str = "contradicts {}") -> ValueError:
+    """Return the error for two flags that cannot both be given.
+
+    >>> contradiction("--v_parameterization", "--prediction_type epsilon")
+    ValueError('--v_parameterization contradicts --prediction_type epsilon; give one of the two')
+    """
+    return ValueError(f"{one} {how.format(other)}; give one of the two")
+
 
 def read_options(args: argparse.Namespace, options: Sequence[Option]) -> Said:
     """Return the options in a namespace.
@@ -248,11 +267,8 @@ def read_options(args: argparse.Namespace, options: Sequence[Option]) -> Said:
                 weak.setdefault(option.key, value)
                 continue
             if given.get(option.key, value) != value:
-                raise ValueError(
-                    f"{names[option.key]} {given[option.key]} and {name} {value} say the same "
-                    "option differently; "
-                    "give one of the two"
-                )
+                first = f"{names[option.key]} {given[option.key]}"
+                raise contradiction(first, f"{name} {value}", SAYING_THE_SAME)
             names.setdefault(option.key, name)
             given.setdefault(option.key, value)
     return Said(given, weak, names)

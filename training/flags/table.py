@@ -10,7 +10,7 @@ from typing import Any, cast
 from ...noising import LOSSES, NOISES, TIMESTEPS, WEIGHTINGS
 from ...noising.utils.items import make_named, parse_item
 from ...noising.utils.registry import Registry
-from .options import Option, Said
+from .options import Option, Said, contradiction
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,8 @@ class Named:
             ValueError: the option is already set to another value.
         """
         if field in self.options and self.options[field] != value:
-            raise ValueError(
-                f"{written} and {self.words[field]} say the same option, {field} of {self.name}, "
-                "differently; give one of the two"
-            )
+            what = f"and {{}} say the same option, {field} of {self.name}, differently"
+            raise contradiction(written, self.words[field], what)
         self.options.setdefault(field, value)
         self.words.setdefault(field, written)
 
@@ -204,16 +202,12 @@ class Kind:
         if scheme is None:
             refused = next((other for other in schemes if other.name == flag.instead_of), None)
             if refused is not None:
-                raise ValueError(
-                    f"{written} makes another {refused.name} noise beside {refused.said}; give one "
-                    "of the two"
-                )
+                what = f"makes another {refused.name} noise beside {{}}"
+                raise contradiction(written, refused.said, what)
             # the default scheme cannot be combined
             if schemes and (not self.several or schemes[0].name == self.default):
-                raise ValueError(
-                    f"{written} is an option of {flag.scheme(prediction)} and contradicts "
-                    f"{schemes[0].said}; give one of the two"
-                )
+                what = f"is an option of {flag.scheme(prediction)} and contradicts {{}}"
+                raise contradiction(written, schemes[0].said, what)
             if flag.needs is not None and said.value(flag.needs.lstrip("-")) is None:
                 raise ValueError(
                     f"{written} is an option of {flag.needs} and says nothing alone; give "
