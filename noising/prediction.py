@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 from .utils.config_reading import mapping, settings
 from .utils.registry import lookup
+from .utils.validation import require
 
 
 @dataclass(frozen=True)
@@ -205,10 +206,8 @@ class Consistency(Prediction):
 
 
 def _require_positive(name: str, value: float, advice: str) -> None:
-    if not 1e-12 <= value <= 1e12:  # float32 holds the squares of these
-        raise ValueError(
-            f"{name} must be positive, got {value}; {advice}, and float32 holds 1e-12 to 1e12"
-        )
+    fits = 1e-12 <= value <= 1e12  # float32 holds the squares of these
+    require(fits, name, "be positive", value, f"{advice}, and float32 holds 1e-12 to 1e12")
 
 
 PREDICTIONS: Mapping[str, type[Prediction]] = {

@@ -638,12 +638,12 @@ def _no_curve(given: Any) -> str:
             f"curve must be a Curve, got {type(given).__name__}; e.g. NoiseSchedule.scaled_linear()"
         )
     near = get_close_matches(given, made, n=1)
-    mend = (
+    advice = (
         f"write NoiseSchedule.{near[0]}()"
         if near
         else f"the schedules are NoiseSchedule.{', '.join(sorted(made))}"
     )
-    return f"a NoiseSchedule is made by name as a call, not from {given!r}; {mend}"
+    return f"a NoiseSchedule is made by name as a call, not from {given!r}; {advice}"
 
 
 def _shown(value: Any) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..noising import Prediction
+from ..noising.utils.validation import require
 from .kernel import Evaluate
 from .knots import Knot
 
@@ -39,11 +40,8 @@ class Clip:
     limit: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.limit > 0:
-            raise ValueError(
-                f"clip must be a positive limit of |x_0|, got {self.limit}; images in [-1, 1] have "
-                "1.0"
-            )
+        what, advice = "be a positive limit of |x_0|", "images in [-1, 1] have 1.0"
+        require(self.limit > 0, "clip", what, self.limit, advice)
 
     def __call__(self, x0: Tensor) -> Tensor:
         return x0.clamp(-self.limit, self.limit)
@@ -71,15 +69,10 @@ class DynamicThreshold:
     max_value: float = float("inf")
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio <= 1:
-            raise ValueError(
-                f"the ratio of a dynamic threshold must be in (0, 1], got {self.ratio}; Imagen "
-                "uses 0.995"
-            )
-        if not self.max_value >= 1:
-            raise ValueError(
-                f"max_value must be at least 1, the range of the data, got {self.max_value}"
-            )
+        what = "the ratio of a dynamic threshold"
+        require(0 < self.ratio <= 1, what, "be in (0, 1]", self.ratio, "Imagen uses 0.995")
+        what = "be at least 1, the range of the data"
+        require(self.max_value >= 1, "max_value", what, self.max_value)
 
     def __call__(self, x0: Tensor) -> Tensor:
         s = x0.flatten(1).abs().quantile(self.ratio, dim=1).clamp(1.0, self.max_value)

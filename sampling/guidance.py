@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..noising.noising import prediction_tensor
+from ..noising.utils.validation import require
 
 Network = Callable[..., Any]
 
@@ -128,10 +129,8 @@ def guided_network(
             "empty prompt "
             f"(keys {sorted(conditioning)}); or use guidance_scale=1"
         )
-    if not 0 <= guidance_rescale <= 1:
-        raise ValueError(
-            f"guidance_rescale must be between 0 and 1, got {guidance_rescale}; the paper uses 0.7"
-        )
+    fits, advice = 0 <= guidance_rescale <= 1, "the paper uses 0.7"
+    require(fits, "guidance_rescale", "be between 0 and 1", guidance_rescale, advice)
     return Guided(network, conditioning, unconditional, guidance_scale, guidance_rescale, batch)
 
 

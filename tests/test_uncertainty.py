@@ -68,7 +68,7 @@ def test_the_optimum_is_the_expected_weighted_error(schedule: NoiseSchedule, of:
     """e^u = E[w error] at every noise level, where SNR is 0 too; the loss there is 1 + log E[w
     error].
     """
-    noising = Noising(schedule, LearnedUncertainty(of=of)).double()
+    noising = Noising(schedule, LearnedUncertainty(weighting=of)).double()
     each = 4  # samples at each level, of different error
     t = LEVELS.repeat_interleave(each)
     x0 = batch_of(len(t))
@@ -85,7 +85,7 @@ def test_the_static_weight_cancels_at_the_optimum() -> None:
     """So the gradient of the network is the same whatever scheme the uncertainty is made of."""
     gradients = []
     for of in ("edm", "uniform"):
-        noising = Noising(ZTSNR, LearnedUncertainty(of=of)).double()
+        noising = Noising(ZTSNR, LearnedUncertainty(weighting=of)).double()
         x0, error = batch_of(len(LEVELS)), 0.1 * batch_of(len(LEVELS))
         learn(noising, x0, error, LEVELS)
         noised = noising(x0, step=0, timesteps=LEVELS, index=range(len(x0)))
@@ -158,7 +158,7 @@ def test_what_is_masked_teaches_nothing(over: Any) -> None:
     """The optimum of u under a mask is the error of the masked area, whichever mean is taken; an
     empty mask moves nothing.
     """
-    noising = Noising(FLOW, LearnedUncertainty(of=Uniform())).double()
+    noising = Noising(FLOW, LearnedUncertainty(weighting=Uniform())).double()
     noised = noising(batch_of(2), step=0, timesteps=torch.tensor([0.5, 0.5]))
     mask = torch.zeros(2, 1, 4)
     mask[0, :, 0] = 1
@@ -183,8 +183,8 @@ def test_what_weighs_nothing_teaches_nothing() -> None:
     with pytest.warns(
         UserWarning, match=r"^weighting 'learned_uncertainty' is 0 at t = 999, where SNR is 0"
     ):
-        noising = Noising(ZTSNR, LearnedUncertainty(of="snr")).double()
-    ranges = Noising(ZTSNR, LearnedUncertainty(of=PerRange(((0.0, 0.5, 0.0),)))).double()
+        noising = Noising(ZTSNR, LearnedUncertainty(weighting="snr")).double()
+    ranges = Noising(ZTSNR, LearnedUncertainty(weighting=PerRange(((0.0, 0.5, 0.0),)))).double()
     for each, counted in ((noising, [1.0, 1.0, 0.0]), (ranges, [0.0, 1.0, 1.0])):
         module = module_of(each)
         with torch.no_grad():

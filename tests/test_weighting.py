@@ -57,7 +57,7 @@ OTHERS: Sequence[Weighting] = [  # beside the defaults
         VLike(strength=0.3),
         PerRange(((0.0, 0.3, 2.0), (0.6, 0.8, 0.0)), "min_snr", 0.5),
     ),
-    LearnedUncertainty(of="snr"),
+    LearnedUncertainty(weighting="snr"),
 ]
 SCHEMES = [scheme() for scheme in WEIGHTINGS.values()] + list(OTHERS)
 # PerRange() is of uniform
@@ -569,10 +569,10 @@ def test_ranges_multiply_the_weights_of_a_scheme() -> None:
     schedule = SCHEDULES["ztsnr"]
     alpha, sigma = levels(schedule)
     fraction = schedule.curve.fraction(times(schedule))
-    weight = PerRange(((0.0, 0.5, 3.0),), of=Debiased())(alpha, sigma, 1.0, fraction)
+    weight = PerRange(((0.0, 0.5, 3.0),), weighting=Debiased())(alpha, sigma, 1.0, fraction)
     expected = Debiased()(alpha, sigma, 1.0) * torch.where(fraction < 0.5, 3.0, 1.0)
     assert torch.equal(weight, expected)
-    assert PerRange(of="debiased") == PerRange(of=Debiased())
+    assert PerRange(weighting="debiased") == PerRange(weighting=Debiased())
     floored = PerRange(((0.5, 1.0, 0.0),), floor=0.25)(alpha, sigma, 1.0, fraction)
     assert torch.equal(floored, torch.where(fraction < 0.5, 1.0, 0.25))
 
@@ -636,7 +636,7 @@ def test_bad_weight_elsewhere_and_missing_time() -> None:
         match=r"^weighting 'per_range' needs the fraction of training time; give fraction=",
     ):
         PerRange()(one, one, one)
-    for make in (lambda of: PerRange(of=of), lambda of: LearnedUncertainty(of=of)):
+    for make in (lambda of: PerRange(weighting=of), lambda of: LearnedUncertainty(weighting=of)):
         with pytest.raises(
             ValueError,
             match=r"cannot be made of 'learned_uncertainty', which is learned; give it a closed form$",

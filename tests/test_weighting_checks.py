@@ -116,7 +116,7 @@ def test_the_warning() -> None:
         warned(schedule=FLOW.with_prediction("sample"), weighting="v", timesteps="logit_normal")
         == []
     )
-    bounded = PerRange(of="sigma_sqrt"), LearnedUncertainty(of="sigma_sqrt")
+    bounded = PerRange(weighting="sigma_sqrt"), LearnedUncertainty(weighting="sigma_sqrt")
     for weighting in ("min_snr:floor=0.1", "uniform", "cosmap", "sigma_sqrt", *bounded):
         assert warned(schedule=FLOW, weighting=weighting) == []
     # the bound taken away
@@ -148,8 +148,8 @@ def test_sigma_sqrt_is_bounded_as_the_peer_s(shift: float) -> None:
 
 
 def test_the_bound_reaches_the_scheme_inside_of_another() -> None:
-    for weighting in (PerRange(of="sigma_sqrt"), LearnedUncertainty(of="sigma_sqrt")):
-        inner = Noising(FLOW, weighting=weighting).weighting.of
+    for weighting in (PerRange(weighting="sigma_sqrt"), LearnedUncertainty(weighting="sigma_sqrt")):
+        inner = Noising(FLOW, weighting=weighting).weighting.weighting
         assert inner == SigmaSqrt(sigma_min=0.001)
     assert Noising(FLOW, weighting=SigmaSqrt(sigma_min=0.05)).weighting == SigmaSqrt(sigma_min=0.05)
     assert Noising(NoiseSchedule.linear(), weighting="sigma_sqrt").weighting == SigmaSqrt()

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..utils.validation import require
 from .base import (
     CURVES,
     Curve,
@@ -250,8 +251,7 @@ class Karras(Curve):
         require_count(self.num_train_timesteps, least=2)
         require_range(self.sigma_min, self.sigma_max)
         require_factor("sigma_data", self.sigma_data, "EDM uses 0.5")
-        if not 0.5 <= self.rho <= 100:
-            raise ValueError(f"rho must lie between 0.5 and 100, got {self.rho}; EDM uses 7")
+        require(0.5 <= self.rho <= 100, "rho", "lie between 0.5 and 100", self.rho, "EDM uses 7")
 
     @property
     def t_min(self) -> float:
@@ -317,11 +317,8 @@ class Cosine(Curve):
 
     def __post_init__(self) -> None:
         require_count(self.num_train_timesteps)
-        if not abs(self.log_snr_shift) <= 60:
-            raise ValueError(
-                f"log_snr_shift must lie between -60 and 60, got {self.log_snr_shift}; 0 is none, "
-                "2 log(64 / d) is for d pixels"
-            )
+        shift, advice = self.log_snr_shift, "0 is none, 2 log(64 / d) is for d pixels"
+        require(abs(shift) <= 60, "log_snr_shift", "lie between -60 and 60", shift, advice)
 
     def alpha(self, t: Tensor) -> Tensor:
         return self._levels(t)[0]

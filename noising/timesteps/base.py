@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..curves.base import Curve
+from ..utils.bisection import bisect
 from ..utils.items import make_item
 from ..utils.registry import D, Registry
 
@@ -361,8 +362,8 @@ def require_time(what: str, t: float, curve: Curve) -> None:
 @lru_cache(maxsize=64)
 def _shares(density: Timesteps, curve: Curve, low: float, high: float) -> tuple[float, float]:
     """Return the shares of samples with time < ``low`` and with time <= ``high``."""
-    first = _largest(lambda u: float(density.times(u, curve)) < low)
-    last = _largest(lambda u: float(density.times(u, curve)) <= high)
+    first = _largest(lambda u: density.times(u, curve) < low)
+    last = _largest(lambda u: density.times(u, curve) <= high)
     if not first < last:
         raise ValueError(
             f"{density.name} timesteps have none within {low:g} ... {high:g}; widen the range"
@@ -370,14 +371,7 @@ def _shares(density: Timesteps, curve: Curve, low: float, high: float) -> tuple[
     return first, last
 
 
-def _largest(holds: Callable[[Tensor], bool]) -> float:
+def _largest(holds: Callable[[Tensor], Tensor]) -> float:
     """Return the largest u in [0, 1] for which a condition holds; once false, it stays false."""
-    low, high = 0.0, 1.0
-    if holds(torch.tensor(high, dtype=torch.float64)):
-        return high
-    for _ in range(64):
-        middle = 0.5 * (low + high)
-        low, high = (
-            (middle, high) if holds(torch.tensor(middle, dtype=torch.float64)) else (low, middle)
-        )
-    return low
+    one = torch.ones((), dtype=torch.float64)
+    return 1.0 if holds(one) else float(bisect(holds, torch.zeros_like(one), one)[0])

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..curves.base import Curve
-from ..utils.validation import whole_number
+from ..utils.validation import require, whole_number
 from .base import TIMESTEPS, LossHistory, Resampled, Timesteps
 from .densities import UniformTimesteps, bin_of
 
@@ -73,11 +73,8 @@ class LossSecondMoment(Timesteps):
         for name in ("bins", "history_per_term"):
             value = whole_number(f"{name} of {self.name} timesteps", getattr(self, name), least=1)
             object.__setattr__(self, name, value)
-        if not 0 < self.uniform_prob <= 1:
-            raise ValueError(
-                f"uniform_prob must lie in (0, 1], got {self.uniform_prob}; with 0 a bin of no "
-                "loss is never seen again"
-            )
+        p, advice = self.uniform_prob, "with 0 a bin of no loss is never seen again"
+        require(0 < p <= 1, "uniform_prob", "lie in (0, 1]", p, advice)
         if self.density.measures_losses:
             raise ValueError(
                 f"{self.name} timesteps do not go around {self.density.name}; give one of the two"

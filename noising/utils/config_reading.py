@@ -43,8 +43,8 @@ def read_json(path: Path) -> Any:
     try:
         return parse_json(path.read_bytes())
     except ValueError as error:
-        mend = "restore it from a checkpoint, or write it anew with save_pretrained"
-        raise ValueError(f"{str(path)!r} is not valid JSON ({error}); {mend}") from error
+        advice = "restore it from a checkpoint, or write it anew with save_pretrained"
+        raise ValueError(f"{str(path)!r} is not valid JSON ({error}); {advice}") from error
 
 
 def parse_json(

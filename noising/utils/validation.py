@@ -91,6 +91,17 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
 
 
+def require(fits: bool, name: str, what: str, value: Any, advice: str = "") -> None:
+    """Raise ValueError unless a value fits; the message says what it must do.
+
+    >>> require(0 < 0.0 <= 1, "r", "be in (0, 1]", 0.0, "k-diffusion uses 1/2")
+    Traceback (most recent call last):
+    ValueError: r must be in (0, 1], got 0.0; k-diffusion uses 1/2
+    """
+    if not fits:
+        raise ValueError(f"{name} must {what}, got {value}{f'; {advice}' if advice else ''}")
+
+
 def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
     """Return ``value``; raise a ValueError that lists the allowed values if it is not allowed.
 

@@ -18,8 +18,9 @@ has α² + σ² once, not squared.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from ..curves.base import Curve
 from ..utils.items import make_item
 from ..utils.registry import Registry
+from ..utils.validation import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +49,7 @@ class Weighting(ABC):
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.floor < float("inf"):
-            raise ValueError(f"floor must be at least 0, got {self.floor}")
+        require(0 <= self.floor < math.inf, "floor", "be at least 0", self.floor)
 
     @abstractmethod
     def on_target(
@@ -131,24 +132,31 @@ def require_positive(owner: str, **values: float) -> None:
     ValueError: k of weighting 'p2' must be positive and finite, got 0.0
     """
     for name, value in values.items():
-        if not 0 < value < float("inf"):
-            raise ValueError(
-                f"{name} of weighting {owner!r} must be positive and finite, got {value}"
-            )
+        name = f"{name} of weighting {owner!r}"
+        require(0 < value < math.inf, name, "be positive and finite", value)
 
 
-def closed_form(owner: str, weighting: str | Weighting) -> Weighting:
-    """Return the inner weighting of another one, for a name or an object.
+class Around(Weighting):
+    """A weighting that uses another one, given by its name or as an object; not a learned one.
 
-    Raises ValueError for a learned weighting.
+    A subclass is a dataclass with the field ``weighting``.
 
-    >>> closed_form("per_range", "snr")
+    >>> from alphabar.noising import PerRange
+    >>> PerRange(weighting="snr").weighting
     SNR(floor=0.0)
     """
-    resolved = resolve_weighting(weighting)
-    if type(resolved).log_variance is not Weighting.log_variance:
-        raise ValueError(
-            f"weighting {owner!r} cannot be made of {resolved.name!r}, which is learned; give it a "
-            "closed form"
-        )
-    return resolved
+
+    weighting: Weighting
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        inner = resolve_weighting(self.weighting)
+        if type(inner).log_variance is not Weighting.log_variance:
+            raise ValueError(
+                f"weighting {self.name!r} cannot be made of {inner.name!r}, which is learned; give "
+                "it a closed form"
+            )
+        object.__setattr__(self, "weighting", inner)
+
+    def on_curve(self, curve: Curve) -> Weighting:
+        return replace(self, weighting=self.weighting.on_curve(curve))

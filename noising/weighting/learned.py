@@ -9,15 +9,15 @@ is 0, u included.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..curves.base import Curve
 from ..utils.rng import Draws, Stream
-from .base import WEIGHTINGS, Weighting, closed_form
+from ..utils.validation import require
+from .base import WEIGHTINGS, Around, Weighting
 from .schemes import EDM
 
 # bound of |c_noise|, log(σ / α) = ±20: α = 0 and σ = 0 lie beyond any other float32 level, but at a
@@ -59,8 +59,8 @@ class LogVariance(nn.Module):
 
 @WEIGHTINGS.register
 @dataclass(frozen=True, kw_only=True)
-class LearnedUncertainty(Weighting):
-    """The weights of ``of`` divided by a learned variance of the loss: w / e^u · error + u.
+class LearnedUncertainty(Around):
+    """The weights of ``weighting`` divided by a learned variance of the loss: w / e^u · error + u.
 
     Source: Karras et al. 2312.02696, eq. 21. ``Noising`` makes the module that learns u, as its
     submodule ``log_variance``. Add ``noising.parameters()`` to the optimizer, without weight decay,
@@ -69,7 +69,7 @@ class LearnedUncertainty(Weighting):
     alone, average the gradients of these parameters too.
 
     Args:
-        of: the weighting to divide, in closed form, or its name.
+        weighting: the weighting to divide, in closed form, or its name.
         channels: number of Fourier features.
         seed: seed of the features.
 
@@ -80,25 +80,19 @@ class LearnedUncertainty(Weighting):
     """
 
     name: ClassVar[str] = "learned_uncertainty"
-    of: Weighting = field(default_factory=EDM)
+    weighting: Weighting = field(default_factory=EDM)
     channels: int = 128
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.channels < 1:
-            raise ValueError(
-                f"channels must be at least 1, got {self.channels}; the paper uses 128"
-            )
-        object.__setattr__(self, "of", closed_form(self.name, self.of))
-
-    def on_curve(self, curve: Curve) -> Weighting:
-        return replace(self, of=self.of.on_curve(curve))
+        count, advice = self.channels, "the paper uses 128"
+        require(count >= 1, "channels", "be at least 1", count, advice)
 
     def on_target(
         self, alpha: Tensor, sigma: Tensor, det: Tensor, fraction: Tensor | None
     ) -> Tensor:
-        return self.of(alpha, sigma, det, fraction)
+        return self.weighting(alpha, sigma, det, fraction)
 
     def log_variance(self) -> LogVariance:
         return LogVariance(self.channels, self.seed)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, minimum
 
 from ..curves.base import Curve
-from .base import WEIGHTINGS, Scheme, Weighting, closed_form, require_positive
+from ..utils.validation import require
+from .base import WEIGHTINGS, Around, Scheme, Weighting, require_positive
 
 
 def flow_determinant2(alpha2: Tensor, sigma2: Tensor) -> Tensor:
@@ -134,10 +135,8 @@ class MinSNR(Scheme):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.gamma < float("inf"):
-            raise ValueError(
-                f"snr gamma must be positive and finite, got {self.gamma}; the paper uses 5"
-            )
+        fits = 0 < self.gamma < math.inf
+        require(fits, "snr gamma", "be positive and finite", self.gamma, "the paper uses 5")
 
     def numerator(self, alpha2: Tensor, sigma2: Tensor, det2: Tensor) -> Tensor:
         return minimum(alpha2, self.gamma * sigma2)
@@ -184,11 +183,9 @@ class Sigmoid(Scheme):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not abs(self.bias) <= 80:  # beyond this, e^-b leaves the range of float32
-            raise ValueError(
-                f"bias of weighting 'sigmoid' must lie in -80 ... 80, got {self.bias}; it is a log "
-                "SNR"
-            )
+        fits = abs(self.bias) <= 80  # beyond this, e^-b leaves the range of float32
+        name = "bias of weighting 'sigmoid'"
+        require(fits, name, "lie in -80 ... 80", self.bias, "it is a log SNR")
 
     def numerator(self, alpha2: Tensor, sigma2: Tensor, det2: Tensor) -> Tensor:
         return alpha2 * sigma2 / (sigma2 + alpha2 * math.exp(-self.bias))
@@ -213,11 +210,7 @@ class P2(Scheme):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self.name, k=self.k)
-        if not 0 <= self.gamma < float("inf"):
-            raise ValueError(
-                f"gamma of weighting 'p2' must be at least 0 and finite, got {self.gamma}; the "
-                "paper uses 1"
-            )
+        require_weight("gamma of weighting 'p2'", self.gamma, "the paper uses 1")
 
     def numerator(self, alpha2: Tensor, sigma2: Tensor, det2: Tensor) -> Tensor:
         return alpha2 * (sigma2 / (self.k * sigma2 + alpha2)) ** self.gamma
@@ -311,11 +304,9 @@ class SigmaSqrt(Scheme):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sigma_min is not None and not 0 <= self.sigma_min <= 1:
-            raise ValueError(
-                f"sigma_min of weighting 'sigma_sqrt' must lie in 0 ... 1, got {self.sigma_min}; "
-                "it is a σ of the flow path"
-            )
+        fits = self.sigma_min is None or 0 <= self.sigma_min <= 1
+        name = "sigma_min of weighting 'sigma_sqrt'"
+        require(fits, name, "lie in 0 ... 1", self.sigma_min, "it is a σ of the flow path")
 
     def on_curve(self, curve: Curve) -> SigmaSqrt:
         if self.sigma_min is not None or curve.is_discrete:  # no time before its first
@@ -357,15 +348,15 @@ class VLike(Scheme):
 
 @WEIGHTINGS.register
 @dataclass(frozen=True)
-class PerRange(Weighting):
-    """A constant for each range of training time, times the weights of ``of``.
+class PerRange(Around):
+    """A constant for each range of training time, times the weights of ``weighting``.
 
     A time belongs to a range if min <= fraction < max, with the fraction ``curve.fraction(t)``: t /
     1000 for 1000 timesteps, σ on a flow path. 1 belongs to the range that ends there.
 
     Args:
         ranges: (min, max, weight) with 0 <= min < max <= 1 and weight >= 0.
-        of: a weighting, or its name.
+        weighting: a weighting, or its name.
         elsewhere: the constant outside all ranges.
 
     Raises:
@@ -382,12 +373,11 @@ class PerRange(Weighting):
 
     name: ClassVar[str] = "per_range"
     ranges: tuple[tuple[float, float, float], ...] = ((0.0, 1.0, 1.0),)
-    of: Weighting = field(default_factory=Uniform)
+    weighting: Weighting = field(default_factory=Uniform)
     elsewhere: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "of", closed_form(self.name, self.of))
         ranges = tuple(tuple(float(v) for v in entry) for entry in self.ranges)
         object.__setattr__(self, "ranges", ranges)  # lists (from YAML) would not hash
         for entry in ranges:
@@ -407,9 +397,6 @@ class PerRange(Weighting):
                     f"ranges overlap: {one} and {other}; end the first where the second begins"
                 )
 
-    def on_curve(self, curve: Curve) -> Weighting:
-        return replace(self, of=self.of.on_curve(curve))
-
     def on_target(
         self, alpha: Tensor, sigma: Tensor, det: Tensor, fraction: Tensor | None
     ) -> Tensor:
@@ -422,15 +409,14 @@ class PerRange(Weighting):
         for low, high, weight in self.ranges:  # numbers, not a tensor: no upload to a GPU
             inside = (fraction >= low) & ((fraction < high) if high < 1 else (fraction <= high))
             constant = constant.masked_fill(inside, weight)
-        return constant * self.of(alpha, sigma, det, fraction)
+        return constant * self.weighting(alpha, sigma, det, fraction)
 
 
-def require_weight(name: str, weight: float) -> None:
+def require_weight(name: str, weight: float, advice: str = "") -> None:
     """Raise ValueError unless a weight is at least 0 and finite.
 
     >>> require_weight("elsewhere", -1.0)
     Traceback (most recent call last):
     ValueError: elsewhere must be at least 0 and finite, got -1.0
     """
-    if not 0 <= weight < float("inf"):
-        raise ValueError(f"{name} must be at least 0 and finite, got {weight}")
+    require(0 <= weight < math.inf, name, "be at least 0 and finite", weight, advice)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...noising import NoiseSchedule
 from ...noising.curves.base import Curve
+from ...noising.utils.bisection import bisect
 from ...noising.utils.validation import real_number
 from ..knots import CLEAN, Knot, knots_at
 from .base import final_knot, knots_at_indices, knots_at_levels
@@ -131,19 +132,13 @@ def number_of_steps(name: str, points: Sequence[float]) -> int:
 def time_at_timestep(curve: Curve, timesteps: Tensor) -> Tensor:
     """Return the times at which a curve gives the network these timesteps.
 
-    Uses bisection, as the timestep rises with the time.
-
     >>> time_at_timestep(
     ...     NoiseSchedule.flow().curve, torch.tensor([250.0], dtype=torch.float64)
     ... ).item()
     0.25
     """
     low, high = torch.full_like(timesteps, curve.t_min), torch.full_like(timesteps, curve.t_max)
-    for _ in range(80):
-        middle = 0.5 * (low + high)
-        below = curve.timestep(middle) < timesteps
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    return high
+    return bisect(lambda t: curve.timestep(t) < timesteps, low, high)[1]
 
 
 def _network_times(curve: Curve) -> tuple[float, float]:

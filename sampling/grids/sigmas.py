@@ -40,6 +40,7 @@ from torch import Tensor
 from ...noising import NoiseSchedule
 from ...noising.timesteps.densities import beta_quantile
 from ...noising.utils.registry import lookup
+from ...noising.utils.validation import require
 from ..knots import Knot
 from ..methods.dpm_singlestep import block_orders
 from .base import (
@@ -165,7 +166,7 @@ def karras(points: int, low: float, high: float, *, rho: float = 7.0) -> Tensor:
     >>> [round(k.sigma_ve, 3) for k in make_knots(NoiseSchedule.scaled_linear(), 3, "karras")]
     [14.615, 1.274, 0.029, 0.0]
     """
-    _require_positive("rho", rho, "Karras et al. use 7")
+    require(rho > 0, "rho", "be positive", rho, "Karras et al. use 7")
     return (high ** (1 / rho) + _ramp(points) * (low ** (1 / rho) - high ** (1 / rho))) ** rho
 
 
@@ -193,7 +194,7 @@ def polyexponential(points: int, low: float, high: float, *, rho: float = 1.0) -
     ... ]
     [14.615, 2.366, 0.029, 0.0]
     """
-    _require_positive("rho", rho, "1 is the exponential grid")
+    require(rho > 0, "rho", "be positive", rho, "1 is the exponential grid")
     u = _ramp(points).flip(0) ** rho if points > 1 else torch.ones(1, dtype=torch.float64)
     return torch.exp(math.log(low) + u * math.log(high / low))
 
@@ -245,8 +246,7 @@ def vp(
     >>> [round(k.timestep) for k in make_knots(NoiseSchedule.variance_preserving(), 3, "vp")]
     [1000, 500, 1, -1]
     """
-    if not 0 < eps_s < 1:
-        raise ValueError(f"eps_s must be between 0 and 1, got {eps_s}; Karras et al. use 1e-3")
+    require(0 < eps_s < 1, "eps_s", "be between 0 and 1", eps_s, "Karras et al. use 1e-3")
     log_low, log_high = math.log1p(low**2), math.log1p(high**2)
     beta_d = 2 * (log_low / eps_s - log_high) / (eps_s - 1) if beta_d is None else beta_d
     beta_min = log_high - 0.5 * beta_d if beta_min is None else beta_min
@@ -339,8 +339,3 @@ def dpm_fast(points: int, low: float, high: float) -> Tensor:
     7
     """
     return _log_linear(points, low, high)
-
-
-def _require_positive(name: str, value: float, mend: str) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}; {mend}")

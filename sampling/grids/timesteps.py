@@ -28,6 +28,7 @@ from torch import Tensor
 from ...noising import NoiseSchedule, token_shift
 from ...noising.curves.shifts import shift_noise_level
 from ...noising.timesteps.densities import beta_quantile
+from ...noising.utils.validation import require
 from ..knots import Knot
 from .base import F, final_knot, knots_at_indices, register_grid, standing_still
 
@@ -170,8 +171,7 @@ def _strided(schedule: NoiseSchedule, points: int, stride: int, offset: int) -> 
             f"{last}; "
             "lower steps_offset or the number of steps, or use 'trailing'"
         )
-    if offset < 0:
-        raise ValueError(f"steps_offset must be at least 0, got {offset}")
+    require(offset >= 0, "steps_offset", "be at least 0", offset)
     return index
 
 
@@ -316,10 +316,8 @@ def flow(
     t = torch.linspace(start, last, points, dtype=torch.float64)
     sigma = shift_noise_level(t, s)
     if shift_terminal is not None:
-        if not 0 < shift_terminal < 1:
-            raise ValueError(
-                f"shift_terminal must be between 0 and 1, got {shift_terminal}; LTX-Video uses 0.1"
-            )
+        fits, advice = 0 < shift_terminal < 1, "LTX-Video uses 0.1"
+        require(fits, "shift_terminal", "be between 0 and 1", shift_terminal, advice)
         sigma = 1 - (1 - sigma) * (1 - shift_terminal) / (1 - sigma[-1]) if points > 1 else sigma
     time = curve.time_at_noise_level(sigma) if curve.kind == "flow" else sigma
     return count * time - 1
@@ -350,8 +348,7 @@ def shift_of(
     if mu is not None:
         return math.exp(mu)
     s = float(getattr(schedule.curve, "shift", 1.0)) if shift is None else float(shift)
-    if not s > 0:
-        raise ValueError(f"shift must be positive, got {s:g}; 1 is no shift, SD3 uses 3")
+    require(s > 0, "shift", "be positive", f"{s:g}", "1 is no shift, SD3 uses 3")
     return s
 
 

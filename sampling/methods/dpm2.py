@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ...noising.utils.validation import require
 from ..knots import Knot
 from ..tracing import Combination, Trace
 from .base import register_method
@@ -128,8 +129,7 @@ def dpmpp_sde(
     k-diffusion's sample_dpmpp_sde. Both noises are from one Brownian path: the second contains the
     first. Without this the method is not of weak order 2.
     """
-    if not 0 < r <= 1:
-        raise ValueError(f"r must be in (0, 1], got {r}; k-diffusion uses 1/2")
+    require(0 < r <= 1, "r", "be in (0, 1]", r, "k-diffusion uses 1/2")
     s, n = knots[i], knots[i + 1]
     check_eta(eta)
     D, _ = trace.evaluate(x, s)

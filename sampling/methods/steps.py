@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 
+from ...noising.utils.validation import require
 from ..knots import Knot
 from ..tracing import Combination, Trace
 
@@ -111,6 +112,5 @@ def fresh_noise(
 
 def check_eta(eta: float) -> float:
     """Return eta; raise ValueError outside 0 ... 1, where x_n would have another variance."""
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must be between 0 (deterministic) and 1 (ancestral), got {eta}")
+    require(0 <= eta <= 1, "eta", "be between 0 (deterministic) and 1 (ancestral)", eta)
     return eta

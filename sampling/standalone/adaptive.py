@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ...noising import NoiseSchedule
-from ...noising.utils.validation import one_of
+from ...noising.utils.validation import one_of, require
 from ..guidance import Network
 from ..inference import Run, last, prepare_run, without_gradients
 from ..kernel import Progress, combine, perform
@@ -199,8 +199,7 @@ class DPMAdaptive:
         one_of("final", self.final, ("zero", "sigma_min"))
         check_eta(self.eta)
         for name in ("rtol", "atol", "h_init", "accept_safety", "max_evaluations"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            require(getattr(self, name) > 0, name, "be positive", getattr(self, name))
         _ = self.ends  # invalid input fails here, before any work
 
     @property
@@ -210,8 +209,8 @@ class DPMAdaptive:
         index = torch.tensor([self.schedule.num_train_timesteps - 1, 0], dtype=torch.float64)
         first, end = knots_at(self.schedule, curve.time_at_index(index))
         for name, value in (("sigma_max", self.sigma_max), ("sigma_min", self.sigma_min)):
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite (it is σ / α), got {value}")
+            fits = value is None or 0 < value < math.inf
+            require(fits, name, "be positive and finite (it is σ / α)", value)
         if self.sigma_max is not None:
             first = knot_at_half_log_snr(self.schedule, -math.log(self.sigma_max))
         if self.sigma_min is not None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...noising import NoiseSchedule
-from ...noising.utils.validation import one_of, whole_number
+from ...noising.utils.validation import one_of, require, whole_number
 from ..grids import Grid
 from ..inference import Run
 from ..kernel import Progress, combine, perform
@@ -65,11 +65,8 @@ class PredictorCorrector(GridSampler):
 
     def __post_init__(self) -> None:
         one_of("norm", self.norm, ("image", "batch"))
-        if not self.snr > 0:
-            raise ValueError(
-                f"snr must be positive, got {self.snr}; the paper uses 0.16 for VE, 0.15 is "
-                "diffusers'"
-            )
+        advice = "the paper uses 0.16 for VE, 0.15 is diffusers'"
+        require(self.snr > 0, "snr", "be positive", self.snr, advice)
         object.__setattr__(
             self, "correct_steps", whole_number("correct_steps", self.correct_steps, least=0)
         )

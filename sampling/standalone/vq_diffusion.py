@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from ...noising.utils.validation import require_same_shape, whole_number
+from ...noising.utils.validation import require, require_same_shape, whole_number
 from ..guidance import Network, guided_network
 from ..inference import SeededNoise, checked_seeds, checked_shape, last, place, without_gradients
 from .base import register_standalone
@@ -64,8 +64,8 @@ class TokenSchedule:
 
     def __post_init__(self) -> None:
         for name, least in (("num_vec_classes", 2), ("num_train_timesteps", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            require(value >= least, name, f"be at least {least}", value)
         falls = 1 > self.alpha_cum_start > self.alpha_cum_end > 0
         rises = 0 < self.gamma_cum_start < self.gamma_cum_end < 1
         if not (falls and rises):

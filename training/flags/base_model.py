@@ -88,7 +88,8 @@ def schedule_of_base_model(args: argparse.Namespace) -> NoiseSchedule | None:
     except Exception as error:  # any error of the hub's client has the same fix
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
-            f"no schedule is known of --pretrained_model_name_or_path {source} ({reason}); {_ADVICE}"
+            f"no schedule is known of --pretrained_model_name_or_path {source} ({reason}); "
+            f"{_ADVICE}"
         ) from error
 
 

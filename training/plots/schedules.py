@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...noising import Karras, NoiseSchedule, Timesteps, Truncated, Weighting
 from ...noising.curves.base import Curve
+from ...noising.utils.bisection import bisect
 from .figure import COLOURS, dress, edges, mark_infinity, new_figure, title, written
 
 if TYPE_CHECKING:
@@ -269,16 +270,10 @@ def densities_of(
 
 
 def _share_until(density: Timesteps, curve: Curve, t: Tensor) -> Tensor:
-    """Return the share of samples at or before each time.
-
-    It is the largest u whose time is not later, found by bisection.
-    """
-    low, high = torch.zeros_like(t), torch.ones_like(t)
-    for _ in range(53):
-        middle = (low + high) / 2
-        before = density.times(middle, curve) <= t
-        low, high = torch.where(before, middle, low), torch.where(before, high, middle)
-    return low
+    """Return the share of samples at or before each time: the largest u whose time is not later."""
+    return bisect(lambda u: density.times(u, curve) <= t, torch.zeros_like(t), torch.ones_like(t))[
+        0
+    ]
 
 
 def _along(curve: Curve) -> tuple[Tensor, Tensor]:
