@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..noising import NoiseSchedule
+from .plots.figure import COLOURS, LOG_SNR, new_figure
 
 FURTHEST = 15.0  # largest |log SNR| of an edge: beyond it, float32 sees only noise or only data
 COUNT, ERROR, LOSS, WEIGHT = range(4)  # rows of the sums
@@ -246,16 +247,15 @@ def plot(buckets: Buckets, sums: Tensor, title: str) -> bytes:
     b'\\x89PNG'
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # not pyplot: the user owns its figures and backend
 
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    figure = new_figure(8, 6)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     x, ticks = _positions(buckets)
     table = sums.double().numpy()
     with np.errstate(divide="ignore", invalid="ignore"):
         mean = np.where(table[COUNT] > 0, table[[ERROR, LOSS]] / table[COUNT], np.nan)
-    above.plot(x, mean[0], "o-", color="#0072B2", label="error, unweighted")
-    above.plot(x, mean[1], "s--", color="#D55E00", label="loss, weighted")
+    above.plot(x, mean[0], "o-", color=COLOURS[0], label="error, unweighted")
+    above.plot(x, mean[1], "s--", color=COLOURS[1], label="loss, weighted")
     if np.nanmin(np.where(mean > 0, mean, np.inf), initial=np.inf) < math.inf:
         above.set_yscale("log")  # omits zeros
     above.set_title(title, loc="left")
@@ -263,7 +263,7 @@ def plot(buckets: Buckets, sums: Tensor, title: str) -> bytes:
     above.legend(frameon=False)
     _bars(below, x, _shares(sums[COUNT]).numpy(), _shares(sums[LOSS]).numpy())
     below.set_xticks(*ticks)
-    below.set_xlabel("log SNR   (noise → data)")
+    below.set_xlabel(LOG_SNR)
     file = io.BytesIO()
     FigureCanvasAgg(figure).print_png(file)
     return file.getvalue()
@@ -287,6 +287,6 @@ def _bars(
 ) -> None:
     width = 0.4 * (x[2] - x[1] if len(x) > 3 else x[1] - x[0])
     axes.bar(x - width / 2, samples, width, color="#999999", label="samples")
-    axes.bar(x + width / 2, np.nan_to_num(loss), width, color="#D55E00", label="loss")
+    axes.bar(x + width / 2, np.nan_to_num(loss), width, color=COLOURS[1], label="loss")
     axes.set_ylabel("share")
     axes.legend(frameon=False)

@@ -130,9 +130,7 @@ def seeds_2(
     D = trace.denoise(x, s)
     if n.sigma == 0 or s.alpha == 0:
         spread = sde_std(s, n, eta)
-        return [
-            first_order_update(x, D, s, n, spread, spread * trace.noise(s, n) if spread else None)
-        ]
+        return [first_order_update(x, D, s, n, spread, fresh_noise(trace, s, n, spread))]
     path = _Path(trace, s, eta)
     m = path.extend(r, n)
     D_m = trace.denoise(first_order_update(x, D, s, m, *path.noise_at(m)), m)
@@ -161,9 +159,7 @@ def seeds_3(
     D = trace.denoise(x, s)
     if n.sigma == 0 or s.alpha == 0:
         spread = sde_std(s, n, eta)
-        return [
-            first_order_update(x, D, s, n, spread, spread * trace.noise(s, n) if spread else None)
-        ]
+        return [first_order_update(x, D, s, n, spread, fresh_noise(trace, s, n, spread))]
     H = (1 + eta) * (n.half_log_snr - s.half_log_snr)
     path = _Path(trace, s, eta)
     m1 = path.extend(r_1, n)

@@ -123,16 +123,27 @@ class GridSampler(ABC):
     ) -> Iterator[Progress]:
         """Sample step by step. Arguments as in ``Sampler.iterate``."""
         knots = self.knots
-        integer = self.schedule.curve.is_discrete and all(
-            knot.timestep.is_integer() for knot in knots
-        )
-        run = prepare_run(
-            self.schedule,
-            knots[0],
-            network,
-            shape_or_noise,
-            integer_timesteps=integer,
-            output_multiple=self.output_multiple,
-            **arguments,
+        multiple = self.output_multiple
+        run = run_over(
+            self.schedule, knots, network, shape_or_noise, output_multiple=multiple, **arguments
         )
         return without_gradients(self.advance(run, knots))
+
+
+def run_over(
+    schedule: NoiseSchedule,
+    knots: Sequence[Knot],
+    network: Network,
+    shape_or_noise: Sequence[int] | Tensor,
+    **arguments: Any,
+) -> Run:
+    """Return the run that visits these knots; other arguments as in ``prepare_run``.
+
+    >>> knots = make_knots(NoiseSchedule.flow(), 2)
+    >>> run_over(NoiseSchedule.flow(), knots, lambda x, t: -x, (2, 3), seeds=0).x.shape
+    torch.Size([2, 3])
+    """
+    integer = schedule.curve.is_discrete and all(knot.timestep.is_integer() for knot in knots)
+    return prepare_run(
+        schedule, knots[0], network, shape_or_noise, integer_timesteps=integer, **arguments
+    )

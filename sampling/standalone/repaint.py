@@ -21,12 +21,12 @@ from ...noising import NoiseSchedule
 from ...noising.utils.validation import require_same_shape, whole_number
 from ..grids import Grid, make_knots
 from ..guidance import Network
-from ..inference import Run, last, prepare_run, without_gradients
+from ..inference import Run, last, without_gradients
 from ..kernel import Progress, combine, perform
 from ..knots import Knot
 from ..methods.steps import check_eta, first_order_update, posterior_std, toward
 from ..tracing import Combination, Row, Trace
-from .base import register_standalone
+from .base import register_standalone, run_over
 
 
 def time_travel(
@@ -164,17 +164,7 @@ class RePaint:
             ValueError: ``known`` or ``mask`` does not fit.
         """
         visits = self.visits
-        integer = self.schedule.curve.is_discrete and all(
-            knot.timestep.is_integer() for knot in visits
-        )
-        run = prepare_run(
-            self.schedule,
-            visits[0],
-            network,
-            shape_or_noise,
-            integer_timesteps=integer,
-            **arguments,
-        )
+        run = run_over(self.schedule, visits, network, shape_or_noise, **arguments)
         require_same_shape("known", known, "the samples", run.x)
         return without_gradients(
             self.advance(run, visits, known.detach().to(run.x), checked_mask(mask, run.x))

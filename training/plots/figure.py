@@ -20,6 +20,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 """Okabe and Ito's colours, which colour-blind people can distinguish."""
 MARKS = "osD^vPX<>*h"
 INK, FAINT = "#333333", "#DDDDDD"
+LOG_SNR = "log SNR   (noise → data)"
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -28,7 +29,7 @@ def new_figure(width: float, height: float) -> Figure:
     >>> new_figure(8, 4).get_size_inches().tolist()
     [8.0, 4.0]
     """
-    try:
+    try:  # not pyplot: the user owns its figures and backend
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(

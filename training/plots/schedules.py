@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...noising import Karras, NoiseSchedule, Timesteps, Truncated, Weighting
 from ...noising.curves.base import Curve
 from ...noising.utils.bisection import bisect
-from .figure import COLOURS, dress, edges, mark_infinity, new_figure, title, written
+from .figure import COLOURS, LOG_SNR, dress, edges, mark_infinity, new_figure, title, written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 POINTS = 600
 STYLES = ("-", (0, (5, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)))
 TIME = "share of training time   (data → noise)"
-LOG_SNR = "log SNR   (noise → data)"
 DECADES = 6  # of weights to show
 DENSEST = 8.0  # times the uniform density; higher values are cut off
 

@@ -22,6 +22,7 @@ from .figure import (
     COLOURS,
     FAINT,
     INK,
+    LOG_SNR,
     MARKS,
     dress,
     edges,
@@ -34,8 +35,6 @@ from .figure import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-LOG_SNR = "log SNR   (noise → data)"
 
 
 def plot_grids(
