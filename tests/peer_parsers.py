@@ -116,7 +116,31 @@ KOHYA: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "--discrete_flow_shift": {"type": float, "default": 3.0},
     },
 }
-PARSERS = {**DIFFUSERS, **KOHYA}
+MUSUBI: Mapping[str, Mapping[str, Mapping[str, Any]]] = {  # hv_train_network.setup_parser_common
+    "qwen_image_train_network.py": {
+        **_SD3,
+        "--seed": {"type": int, "default": None},
+        "--weighting_scheme": {"default": "none", "choices": [*_SCHEMES, "none"]},
+        "--timestep_sampling": {
+            "default": "sigma",
+            "choices": [
+                "sigma",
+                "uniform",
+                "sigmoid",
+                "shift",
+                "flux_shift",
+                "qwen_shift",
+                "logsnr",
+            ],
+        },
+        "--sigmoid_scale": {"type": float, "default": 1.0},
+        "--discrete_flow_shift": {"type": float, "default": 1.0},
+        "--min_timestep": {"type": int, "default": None},
+        "--max_timestep": {"type": int, "default": None},
+        "--preserve_distribution_shape": _SWITCH,
+    }
+}
+PARSERS = {**DIFFUSERS, **KOHYA, **MUSUBI}
 
 
 def parser_of(script: str) -> argparse.ArgumentParser:

@@ -148,6 +148,16 @@ def shifted(sigmas: Tensor, shift: float) -> Tensor:
     return sigmas * shift / (1 + (shift - 1) * sigmas)
 
 
+def shifted_by_tokens(sigmas: Tensor, tokens: int, x2: int = 4096, y2: float = 1.15) -> Tensor:
+    """get_lin_function and time_shift of flux_train_utils, musubi-tuner's train_utils the same."""
+    mu = (y2 - 0.5) / (x2 - 256) * (tokens - 256) + 0.5
+    return math.exp(mu) / (math.exp(mu) + (1 / sigmas - 1))
+
+
+def within(sigmas: Tensor, low: float, high: float) -> Tensor:
+    return sigmas[(sigmas >= low) & (sigmas <= high)]
+
+
 DENSITIES: dict[
     str, tuple[str, float, Density]
 ] = {  # flags, the base model's shift, sigmas as the peer draws them
@@ -183,6 +193,42 @@ DENSITIES: dict[
         3.0,
         lambda g: shifted((0.8 * normal(g)).sigmoid(), 2.5),
     ),
+    "kohya flux_shift": (
+        "--timestep_sampling flux_shift --sigmoid_scale 0.8 --image_tokens 1024",
+        3.0,
+        lambda g: shifted_by_tokens((0.8 * normal(g)).sigmoid(), (64 // 2) * (64 // 2)),
+    ),
+    "musubi flux2_shift": (
+        "--timestep_sampling flux2_shift --image_tokens 4096",
+        1.0,
+        lambda g: shifted_by_tokens(normal(g).sigmoid(), 64 * 64),
+    ),
+    "musubi qwen_shift": (
+        "--timestep_sampling qwen_shift --image_tokens 3600 --discrete_flow_shift 2.2",
+        1.0,
+        lambda g: shifted_by_tokens(normal(g).sigmoid(), 3600, 8192, 0.9),
+    ),
+    "musubi krea2_shift": (
+        "--timestep_sampling krea2_shift --image_tokens 6400",
+        1.0,
+        lambda g: shifted_by_tokens(normal(g).sigmoid(), 6400, 6400, 1.15),
+    ),
+    "musubi logsnr": (
+        "--timestep_sampling logsnr --logit_mean -6 --logit_std 2",
+        2.0,
+        lambda g: torch.sigmoid(-(2 * normal(g) - 6) / 2),
+    ),
+    "musubi range": (
+        "--timestep_sampling shift --flow_shift 2.5 --min_timestep 100 --max_timestep 700",
+        1.0,
+        lambda g: shifted(normal(g).sigmoid(), 2.5) * (0.7 - 0.1) + 0.1,
+    ),
+    "musubi range, shape preserved": (
+        "--timestep_sampling qwen_shift --image_tokens 3600 --min_timestep 100 "
+        "--max_timestep 700 --preserve_distribution_shape",
+        1.0,
+        lambda g: within(shifted_by_tokens(normal(g).sigmoid(), 3600, 8192, 0.9), 0.1, 0.7),
+    ),
     "kohya sd3": (
         "--weighting_scheme logit_normal --logit_mean 1 --training_shift 2 --min_timestep 100 "
         "--max_timestep 700",
@@ -210,6 +256,28 @@ def test_densities(name: str) -> None:
         )
         slack = 5 * math.sqrt(share * (1 - share) / N)
         assert below - slack <= share <= at_most + slack, (share, sigma)
+
+
+@pytest.mark.parametrize(
+    ("how", "resolution", "tokens"),
+    [
+        ({"type": str}, "1024,768", 64 * 48),
+        ({"type": str}, "512", 32 * 32),
+        ({"type": int}, "1000", 62 * 62),  # the latents have 125 rows, the last one is not packed
+    ],
+)
+def test_the_tokens_of_a_resolution(how: dict[str, Any], resolution: str, tokens: int) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--resolution", **how)
+    read = add_noising_arguments(parser).parse_args
+    flags = ["--timestep_sampling", "flux_shift", "--resolution", resolution]
+    flow = NoiseSchedule.flow()
+    density = noising_from_arguments(read(flags), flow).timesteps
+    said = "--timestep_sampling flux_shift --image_tokens"
+    assert density == ours(f"{said} {tokens}", flow).timesteps
+    assert noising_from_arguments(read([*flags, "--image_tokens", "9"]), flow).timesteps == (
+        ours(f"{said} 9", flow).timesteps
+    )
 
 
 def test_the_direction_of_logit_mean() -> None:
@@ -567,7 +635,11 @@ def test_options_that_differ_are_refused(name: str, how: dict[str, Any], words: 
         ("--weighting_scheme sigma_sqrt --snr_gamma 5", ["--weighting_scheme sigma_sqrt", "--snr_gamma"]),
         ("--weighting_scheme mode --timestep_sampling uniform --flow_shift 3", ["--weighting_scheme mode", "--timestep_sampling uniform"]),
         ("--timestep_sampling sigmoid", ["--timestep_sampling sigmoid", "discrete", "--timestep_density"]),
-        ("--timestep_sampling flux_shift --flow_shift 3", ["flux_shift", "--timestep_sampling shift"]),
+        ("--timestep_sampling flux_shift --flow_shift 3", ["--timestep_sampling flux_shift", "--image_tokens", "--resolution"]),
+        ("--timestep_sampling flux_shift --image_tokens 0 --flow_shift 3", ["tokens >= 1"]),
+        ("--image_tokens 4096", ["--image_tokens 4096", "--timestep_sampling flux_shift or flux2_shift"]),
+        ("--logit_mean 1 --timestep_sampling shift --flow_shift 3", ["--logit_mean 1.0", "--timestep_sampling logsnr"]),
+        ("--preserve_distribution_shape", ["--preserve_distribution_shape", "--timestep_sampling uniform"]),
         ("--reversed_timesteps --weighting_scheme mode", ["--reversed_timesteps", "--weighting_scheme mode"]),
         ("--reversed_timesteps --p_mean 0", ["--reversed_timesteps", "lognormal_sigma", "leave it out"]),
         ("--scale_v_pred_loss_like_noise_pred", ["--scale_v_pred_loss_like_noise_pred", "--prediction_type epsilon"]),

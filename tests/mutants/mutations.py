@@ -389,4 +389,15 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("Path(temporary).unlink(missing_ok=True)", "pass"),
         ("os.chmod(temporary, 0o666 & ~_umask())", "pass"),
     ],
+    # training
+    ("training/flags/flows.py", "tests/test_arguments_peers.py -k densities or tokens"): [
+        ('"max_tokens": 8192, "max_shift": 0.9', '"max_tokens": 8192'),
+        ('{"max_tokens": 6400}', "{}"),
+        ("mean=-mean / 2, std=std / 2", "mean=-mean / 2, std=std"),
+        ("(0.0, 1.0) if cut else share", "share"),
+        ("(sides[-1] // 16)", "(sides[0] // 16)"),
+    ],
+    ("noising/utils/bisection.py", "tests/test_timesteps.py tests/test_grids_given.py"): [
+        ("torch.where(below, high, middle)", "torch.where(below, middle, high)")
+    ],
 }

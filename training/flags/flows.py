@@ -7,8 +7,9 @@ levels.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ...noising import (
     Curve,
@@ -17,6 +18,7 @@ from ...noising import (
     NoiseLevelTimesteps,
     Timesteps,
     UniformTimesteps,
+    token_shift,
 )
 from .options import Option, Said, contradiction
 
@@ -37,14 +39,25 @@ _SCHEMES: Mapping[str, _Scheme] = {
     "logit_normal": _Scheme(density="logit_normal"),
     "mode": _Scheme(density="mode"),
 }
-_SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "flux_shift")
-_USED_BY: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    # option: the flag that uses it, and with which values; (): with each
-    "logit_mean": ("weighting_scheme", ("logit_normal",)),
-    "logit_std": ("weighting_scheme", ("logit_normal",)),
-    "mode_scale": ("weighting_scheme", ("mode",)),
-    "training_shift": ("weighting_scheme", ()),
-    "sigmoid_scale": ("timestep_sampling", ("sigmoid", "shift", "flux_shift")),
+# the line of log shift by image tokens, as options of token_shift
+_TOKEN_SHIFTS: Mapping[str, Mapping[str, Any]] = {
+    "flux_shift": {},
+    "flux2_shift": {},
+    "qwen_shift": {"max_tokens": 8192, "max_shift": 0.9},
+    "krea2_shift": {"max_tokens": 6400},
+}
+_SHIFTS = ("shift", *_TOKEN_SHIFTS)
+_SAMPLINGS = ("sigma", "uniform", "sigmoid", "logsnr", *_SHIFTS)
+_LOGIT = {"weighting_scheme": ("logit_normal",), "timestep_sampling": ("logsnr",)}
+_USED_BY: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    # option: the flags that use it, each with the values that do; (): all
+    "logit_mean": _LOGIT,
+    "logit_std": _LOGIT,
+    "mode_scale": {"weighting_scheme": ("mode",)},
+    "training_shift": {"weighting_scheme": ()},
+    "sigmoid_scale": {"timestep_sampling": ("sigmoid", *_SHIFTS)},
+    "image_tokens": {"timestep_sampling": tuple(_TOKEN_SHIFTS)},
+    "preserve_distribution_shape": {"timestep_sampling": _SAMPLINGS[1:]},
 }
 FLOW_OPTIONS = (
     Option(
@@ -73,13 +86,28 @@ FLOW_OPTIONS = (
     Option(
         ("--timestep_sampling",),
         choices=_SAMPLINGS,
-        help="as in kohya's Flux script: sigma (by --weighting_scheme), uniform (sigma uniform, "
-        "whatever the shift), sigmoid "
-        "(the same, sigmoid of a normal), shift (sigmoid, with the flow's shift); alphabar's own "
+        help="as in sd-scripts and musubi-tuner: sigma (by --weighting_scheme), uniform (sigma "
+        "uniform, whatever the shift), sigmoid (the same, sigmoid of a normal), shift (sigmoid, "
+        "with the flow's shift), flux_shift, qwen_shift, ... (sigmoid, with a shift by "
+        "--image_tokens), logsnr (log SNR normal, of --logit_mean and --logit_std); alphabar's own "
         "are --timestep_density",
     ),
     Option(
-        ("--sigmoid_scale",), float, "spread of the normal of --timestep_sampling sigmoid and shift"
+        ("--sigmoid_scale",),
+        float,
+        "spread of the normal of --timestep_sampling sigmoid and of the shifts",
+    ),
+    Option(
+        ("--image_tokens",),
+        int,
+        "image tokens of the network, of --timestep_sampling flux_shift and the like (default: "
+        "width / 16 times height / 16 of --resolution); images of other sizes get the same shift",
+    ),
+    Option(
+        ("--preserve_distribution_shape",),
+        bool,
+        "as in musubi-tuner: --min_timestep and --max_timestep cut the density of "
+        "--timestep_sampling to their range; without it, it is rescaled to the range",
     ),
     Option(
         ("--training_shift",),
@@ -122,12 +150,22 @@ def _one_of(said: Said, key: str, known: Collection[str], default: str) -> str:
 
 
 def density_of_trainer(
-    said: Said, curve: Curve, timestep_range: tuple[float, float]
-) -> Timesteps | None:
+    said: Said, curve: Curve, timestep_range: tuple[float, float], resolution: Any = None
+) -> tuple[Timesteps | None, bool]:
     """Return the density of --timestep_sampling or --weighting_scheme.
 
-    Return None if alphabar's own flags set the density. With --training_shift, the density covers
-    ``timestep_range``.
+    Args:
+        said: the options of the command line.
+        curve: the curve of the schedule.
+        timestep_range: first timestep that is trained, and the one before which training ends.
+        resolution: the script's --resolution, if it has one.
+
+    Returns:
+        The density, or None if alphabar's own flags set it, and whether it covers only
+        ``timestep_range``.
+
+    Raises:
+        ValueError: flags contradict each other, or one is missing.
     """
     own = [
         said.written(key) for key in ("timestep_density", "p_mean", "p_std") if key in said.given
@@ -146,20 +184,22 @@ def density_of_trainer(
         if by_sampling and theirs != ["weighting_scheme"]
         else "weighting_scheme"
     )
-    for key, (flag, values) in _USED_BY.items():
-        used = not own and by == flag and (not values or said.value(flag) in values)
+    for key, users in _USED_BY.items():
+        used = not own and by in users and (not users[by] or said.value(by) in users[by])
         if key in said.given and not used:
             raise _unused(said, key, own)
     if own:
-        return None
+        return None, False
+    count = curve.num_train_timesteps
+    share = (timestep_range[0] / count, timestep_range[1] / count)
     if by == "timestep_sampling":
-        return _of_sampling(said, sampling, curve)
-    return _of_scheme(said, scheme.density, curve, timestep_range)
+        return _of_sampling(said, sampling, curve, share, resolution)
+    return _of_scheme(said, scheme.density, curve, share)
 
 
 def _unused(said: Said, key: str, own: list[str]) -> ValueError:
-    flag, values = _USED_BY[key]
-    user = f"--{flag} {' or '.join(values)}".rstrip()
+    users = (f"--{flag} {' or '.join(values)}".rstrip() for flag, values in _USED_BY[key].items())
+    user = ", or ".join(users)
     instead = f"contradicts {own[0]}" if own else "says nothing alone"
     item = ""
     if key.startswith("logit"):
@@ -173,29 +213,55 @@ def _unused(said: Said, key: str, own: list[str]) -> ValueError:
     )
 
 
-def _of_sampling(said: Said, sampling: str, curve: Curve) -> Timesteps:
-    """Return the density of kohya's flux_train_utils.get_noisy_model_input_and_timesteps."""
+def _of_sampling(
+    said: Said, sampling: str, curve: Curve, share: tuple[float, float], resolution: Any
+) -> tuple[Timesteps, bool]:
+    """Return the density of σ of sd-scripts' and musubi-tuner's --timestep_sampling.
+
+    sd-scripts: flux_train_utils.get_noisy_model_input_and_timesteps. musubi-tuner's function of the
+    same name rescales σ to the range of timesteps.
+    """
     if not curve.is_flow:
         raise ValueError(
             f"--timestep_sampling {sampling} draws the sigmas of a flow, and this schedule is "
             f"{curve.kind}; give --timestep_density"
         )
-    if sampling == "flux_shift":
+    if sampling == "logsnr":  # of a flow, logit σ = -log SNR / 2
+        mean, std = (said.value(key, d) for key, d in (("logit_mean", 0.0), ("logit_std", 1.0)))
+        inner = said.made("logit_std", lambda: LogitNormalTimesteps(mean=-mean / 2, std=std / 2))
+    elif sampling == "uniform":
+        inner = UniformTimesteps()
+    else:
+        scale = said.value("sigmoid_scale", 1.0)
+        inner = said.made("sigmoid_scale", lambda: LogitNormalTimesteps(std=scale))
+    cut = "preserve_distribution_shape" in said.given
+    low, high = (0.0, 1.0) if cut else share
+    shift = 1.0
+    if sampling in _TOKEN_SHIFTS:
+        shift = token_shift(_tokens(said, resolution), **_TOKEN_SHIFTS[sampling])
+    elif sampling == "shift":
+        if (low, high) == (0.0, 1.0):
+            return inner, False  # the schedule has the shift
+        shift = float(getattr(curve, "shift", 1.0))
+    return NoiseLevelTimesteps(density=inner, shift=shift, low=low, high=high), not cut
+
+
+def _tokens(said: Said, resolution: Any) -> int:
+    """Return --image_tokens, or those of --resolution: one size, or width and height."""
+    tokens = said.value("image_tokens")
+    sides = [int(side) for side in re.findall(r"\d+", str(resolution or ""))]
+    if tokens is None and not 1 <= len(sides) <= 2:
         raise ValueError(
-            "--timestep_sampling flux_shift takes another shift for each size of image, and a "
-            "schedule has one; give --timestep_sampling shift --discrete_flow_shift 3.16, which "
-            "is that of 1024 x 1024 (1.88 of 512 x 512)"
+            f"{said.written('timestep_sampling')} shifts by the number of image tokens; give "
+            "--image_tokens, width / 16 times height / 16, e.g. 4096 for 1024 x 1024, or "
+            "--resolution"
         )
-    scale = said.value("sigmoid_scale", 1.0)
-    normal = said.made("sigmoid_scale", lambda: LogitNormalTimesteps(std=scale))
-    if sampling == "shift":
-        return normal  # the schedule has the shift
-    return NoiseLevelTimesteps(density=UniformTimesteps() if sampling == "uniform" else normal)
+    return (sides[0] // 16) * (sides[-1] // 16) if tokens is None else tokens
 
 
 def _of_scheme(
-    said: Said, name: str, curve: Curve, timestep_range: tuple[float, float]
-) -> Timesteps | None:
+    said: Said, name: str, curve: Curve, share: tuple[float, float]
+) -> tuple[Timesteps | None, bool]:
     """Return the density of diffusers' compute_density_for_timestep_sampling.
 
     There, u indexes timesteps in descending order. With --training_shift, it is the density of
@@ -211,15 +277,14 @@ def _of_scheme(
         scale = said.value("mode_scale", 1.29)
         density = said.made("mode_scale", lambda: ModeTimesteps(scale=scale))
     if shift is None:
-        return density
+        return density, False
     if not curve.is_flow:
         raise ValueError(
             f"{said.written('training_shift')} is for flows, and this schedule is {curve.kind}; "
             "leave it out"
         )
-    low, high = (timestep / curve.num_train_timesteps for timestep in timestep_range)
-    inner = density or UniformTimesteps()
+    (low, high), inner = share, density or UniformTimesteps()
     return said.made(
         "training_shift",
         lambda: NoiseLevelTimesteps(density=inner, shift=shift, low=low, high=high),
-    )
+    ), True

@@ -14,7 +14,6 @@ from ...noising import (
     Curve,
     ListedTimesteps,
     LossSecondMoment,
-    NoiseLevelTimesteps,
     NoiseSchedule,
     Noising,
     ReversedTimesteps,
@@ -140,7 +139,8 @@ def noising_from_arguments(args: argparse.Namespace, base: NoiseSchedule | None 
     said = read_options(args, OPTIONS)
     _refuse_what_is_not_here(args)
     schedule = read_schedule_flags(said, args, base)
-    weighting, timesteps = _weighting(said, schedule), _timesteps(said, schedule.curve)
+    weighting = _weighting(said, schedule)
+    timesteps = _timesteps(said, schedule.curve, getattr(args, "resolution", None))
     noises, (loss, *_) = NOISE.chosen(said), LOSS.chosen(said)
     seeds = (said.value("noise_seed"), getattr(args, "seed", None), 0)
     return Noising(
@@ -192,11 +192,11 @@ def _weighting(said: Said, schedule: NoiseSchedule) -> Any:
     return weighting
 
 
-def _timesteps(said: Said, curve: Curve) -> Timesteps:
+def _timesteps(said: Said, curve: Curve, resolution: Any) -> Timesteps:
     span = _range(said, float(curve.num_train_timesteps))
-    density = density_of_trainer(said, curve, span)
-    if isinstance(density, NoiseLevelTimesteps) and "training_shift" in {**said.given, **said.weak}:
-        return density  # it already has the timestep range
+    density, covers_range = density_of_trainer(said, curve, span, resolution)
+    if density is not None and covers_range:
+        return density
     density = density or TIMESTEP.chosen(said)[0]
     if isinstance(density, LossSecondMoment):  # must be outermost: limit its inner density
         return replace(density, density=_within(said, density.density, curve, span))
