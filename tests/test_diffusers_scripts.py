@@ -1,12 +1,14 @@
-"""Training scripts of diffusers with alphabar put in by examples/diffusers_scripts/edit.py: the diff is small, and right."""
+"""Training scripts of diffusers and kohya with alphabar put in by examples/diffusers_scripts/edit.py: the diff is small, and right."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +23,18 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 from diffusers.training_utils import compute_loss_weighting_for_sd3, compute_snr
+from safetensors import safe_open
 from torch import Tensor
 
-from alphabar.noising import Noised, NoiseSchedule, Noising
+from alphabar.noising import (
+    LogitNormalTimesteps,
+    Noised,
+    NoiseLevelTimesteps,
+    NoiseSchedule,
+    Noising,
+    token_shift,
+)
+from alphabar.training import inspect_path
 from tiny_pipeline import make_pipeline
 
 ROOT = Path(__file__).parent.parent
@@ -314,3 +325,124 @@ def test_sd3(
         FlowMatchEulerDiscreteScheduler.from_pretrained(out, subfolder="scheduler").config.shift
         == shift
     )
+
+
+# kohya's scripts
+
+KOHYA = ["train_network.py", "flux_train_network.py"]
+
+
+@pytest.fixture
+def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that scripts import each other from, with the edited train_network.py in it."""
+    monkeypatch.syspath_prepend(tmp_path)
+    patched("train_network.py", tmp_path)
+    yield tmp_path
+    sys.modules.pop("train_network", None)
+
+
+@pytest.mark.parametrize("name", KOHYA)
+def test_the_diff_of_kohyas_scripts(name: str, tmp_path: Path) -> None:
+    text = patched(name, tmp_path).read_text()
+    assert text == edits().edited((SCRIPTS / name).read_text(), edits().EDITS[name])
+    assert "self.noised(" in text and "add_noising_arguments(setup_parser())" in text
+    for gone in ("args, noise_scheduler, latents\n", "conditional_loss(noise_pred", "rand(bsz)"):
+        assert gone not in text
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--gradient_checkpointing"],
+        ["--v_parameterization", "--zero_terminal_snr", "--min_snr_gamma", "5"],
+        ["--prediction_type", "v_prediction", "--rescale_betas_zero_snr", "--noise_offset", "0.1"],
+        ["--debiased_estimation_loss", "--loss_type", "l1"],
+    ],
+    ids=["epsilon", "v, zero SNR, min-SNR", "alphabar's flags", "debiased L1"],
+)
+def test_kohyas_network(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches, losses, out = run("train_network.py", flags, tmp_path, monkeypatch)
+    assert_distinct(batches)
+    v = "--v_parameterization" in flags or "v_prediction" in flags
+    peer = DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear", rescale_betas_zero_snr=v)
+    *trained, validated = losses
+    assert validated.noised.t.tolist() == [400, 400]
+    for (x0, noised, _), (same, output, loss) in zip(batches, trained, strict=True):
+        assert same is noised
+        assert torch.allclose(
+            noised.x, peer.add_noise(x0, noised.noise, noised.timesteps), atol=2e-4
+        )
+        target = peer.get_velocity(x0, noised.noise, noised.timesteps) if v else noised.noise
+        error = (output - target).abs() if "l1" in flags else (output - target) ** 2
+        theirs, snr = error.mean((1, 2, 3)), compute_snr(peer, noised.timesteps)
+        if "--debiased_estimation_loss" in flags:
+            theirs = theirs / snr.clamp(max=1000).sqrt()
+        if "--min_snr_gamma" in flags:  # apply_snr_weight
+            theirs = theirs * snr.clamp(max=5) / (snr + 1)
+        assert torch.allclose(loss, theirs, rtol=2e-3, atol=1e-5)
+    expected = NoiseSchedule.scaled_linear(prediction="v_prediction" if v else "epsilon")
+    expected = expected.zero_terminal_snr() if v else expected
+    assert NoiseSchedule.from_pretrained(out / "last.scheduler") == expected
+    with safe_open(out / "last.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_v_parameterization"] == metadata["ss_zero_terminal_snr"] == str(v)
+    assert "alphabar.noise_schedule" in metadata
+    report = inspect_path(out / "last.safetensors")
+    assert report.schedule == expected, str(report)
+
+
+def test_kohyas_masks_and_weights_of_samples(tmp_path: Path) -> None:
+    """process_batch returns the mean of mask times error, each sample times its loss_weights."""
+    path = patched("train_network.py", tmp_path)
+    trainer = runpy.run_path(str(path), run_name="train_network")["NetworkTrainer"]()
+    noising = trainer.noising = Noising(NoiseSchedule.scaled_linear())
+    trainer.position = {"step": 0, "index": range(2)}
+    network = torch.nn.Conv2d(4, 4, 1)
+    batch = {
+        "latents": torch.randn(2, 4, 8, 8),
+        "loss_weights": torch.tensor([1.0, 3.0]),
+        "alpha_masks": torch.rand(2, 16, 16),
+    }
+    args = argparse.Namespace(gradient_checkpointing=False, masked_loss=True)
+    loss = trainer.process_batch(batch, lambda x, t: network(x), None, args)
+    noised = noising(batch["latents"], step=0, index=range(2))
+    mask = torch.nn.functional.avg_pool2d(batch["alpha_masks"], 2).unsqueeze(1)
+    errors = (mask * (network(noised.x) - noised.noise) ** 2).mean((1, 2, 3))
+    assert torch.allclose(loss, (errors * batch["loss_weights"]).mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("sampling", "shift"), [("sigmoid", 1.0), ("flux_shift", token_shift(1))])
+def test_kohyas_flux(
+    sampling: str, shift: float, beside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sigmas are those of the density, at the shift of the one token of --resolution 16."""
+    flags = ["--model_prediction_type", "raw", "--discrete_flow_shift", "2"]
+    flags += ["--timestep_sampling", sampling]
+    batches, losses, out = run("flux_train_network.py", flags, beside, monkeypatch)
+    assert_distinct(batches)
+    density = NoiseLevelTimesteps(density=LogitNormalTimesteps(), shift=shift)
+    drawn = Noising(NoiseSchedule.flow(2.0), timesteps=density).draw(
+        range(6), (4, 8, 8), step=0, total=6
+    )
+    assert torch.equal(torch.cat([batch.noised.t for batch in batches[:3]]), drawn.t)
+    *trained, validated = losses
+    assert validated.noised.timesteps.tolist() == pytest.approx([400, 400], abs=1e-3)
+    for (x0, noised, _), (_, output, loss) in zip(batches, trained, strict=True):
+        sigmas = (noised.timesteps / 1000).view(-1, 1, 1, 1)
+        assert torch.allclose(noised.x, (1 - sigmas) * x0 + sigmas * noised.noise, atol=1e-5)
+        theirs = ((output - (noised.noise - x0)) ** 2).mean((1, 2, 3))
+        assert torch.allclose(loss, theirs, rtol=1e-4)
+    assert NoiseSchedule.from_pretrained(out / "last.scheduler") == NoiseSchedule.flow(2.0)
+
+
+def test_a_script_of_kohya_that_is_not_edited_is_refused(
+    beside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = beside / "flux_train_network.py"
+    text = (SCRIPTS / script.name).read_text()
+    flags = edits().EDITS[script.name][:2]
+    script.write_text(edits().edited(text, flags))
+    raw = ["--model_prediction_type", "raw", "--output_dir", str(beside)]
+    monkeypatch.setattr("sys.argv", [script.name, *SHORT, *raw])
+    with pytest.raises(TypeError, match="FluxNetworkTrainer draws its own noise"):
+        runpy.run_path(str(script), run_name="__main__")

@@ -1,11 +1,12 @@
-"""Put alphabar into a training script of diffusers: print the diff, to be read and applied.
+"""Put alphabar into a training script of diffusers or kohya: print the diff, to be read and applied.
 
     python examples/diffusers_scripts/edit.py diffusers/examples/text_to_image/train_text_to_image.py > alphabar.diff
     patch diffusers/examples/text_to_image/train_text_to_image.py < alphabar.diff
 
-An edit finds its place by a few words of the script, not by line numbers, so that it holds over versions of diffusers; where a
-place is not found once, nothing is printed and the exit code is 1. Known: train_text_to_image.py, train_unconditional.py,
-train_dreambooth_sd3.py. Other scripts of diffusers have the same places: copy the edits of the nearest one.
+An edit finds its place by a few words of the script, not by line numbers, so that it holds over versions of the script; where a
+place is not found, nothing is printed and the exit code is 1. Known: train_text_to_image.py, train_unconditional.py,
+train_dreambooth_sd3.py of diffusers; train_network.py, sdxl_train_network.py, flux_train_network.py of sd-scripts, of which the last
+two need the first edited as well. Other scripts of diffusers have the same places: copy the edits of the nearest one.
 """
 
 from __future__ import annotations
@@ -23,14 +24,13 @@ from pathlib import Path
 class Edit:
     """Lines of ours before the first line that holds ``at``, or in the place of all from it to the one that holds ``until``.
 
-    ``instead``: the words that stand for ``at`` inside its line, which is kept. ``offset``: lines below ``at``.
+    ``instead``: the words that stand for ``at`` inside its line, which is kept.
     """
 
     at: str
     text: str = ""
     until: str | None = None
     instead: str | None = None
-    after: bool = False
 
 
 _IMPORT = Edit(
@@ -42,7 +42,110 @@ _PARSE = Edit(
     "args = parser.parse_args()", instead="args = add_noising_arguments(parser).parse_args()"
 )
 
+_PARSE_KOHYA = Edit(
+    "parser = setup_parser()", instead="parser = add_noising_arguments(setup_parser())"
+)
+_IMPORT_FLAGS = "from alphabar.training import add_noising_arguments\n\n\n"
+_RETURNED = "target, timesteps, noised"
+
 EDITS: dict[str, tuple[Edit, ...]] = {
+    "train_network.py": (
+        Edit(
+            "class NetworkTrainer:",
+            """\
+            from alphabar.noising import Noised, NoiseSchedule
+            from alphabar.training import add_noising_arguments, noising_from_arguments, write_markers
+
+
+            """,
+        ),
+        _PARSE_KOHYA,
+        Edit(
+            "tokenize_strategy = self.get_tokenize_strategy(args)",
+            """\
+            scheduler = self.get_noise_scheduler(args, torch.device("cpu"))
+            base = NoiseSchedule.from_diffusers({"_class_name": type(scheduler).__name__, **scheduler.config})
+            self.noising = noising_from_arguments(args, base)
+            schedule = self.noising.schedule  # the previews and the metadata of the file read these two
+            args.v_parameterization = schedule.prediction.name == "v_prediction"
+            args.zero_terminal_snr = schedule.curve.is_discrete and schedule.has_zero_terminal_snr
+
+            """,
+        ),
+        Edit(
+            "def get_noise_pred_and_target(",
+            """\
+            def noised(self, args, latents, is_train):
+                if is_train:
+                    return self.noising(latents, **self.position)
+                # validation, at a timestep of the script's, with noise of the generator that it seeds
+                curve = self.noising.schedule.curve
+                timesteps = torch.full(latents.shape[:1], int(args.max_timestep), device=latents.device)
+                if not curve.is_discrete:
+                    timesteps = curve.time_at_noise_level(timesteps.double() / curve.num_train_timesteps)
+                return self.noising.at(latents, timesteps, torch.randn_like(latents))
+
+            """,
+        ),
+        Edit(
+            "noise, noisy_latents, timesteps = train_util.get_noise_noisy_latents_and_timesteps(",
+            """\
+            noised = self.noised(args, latents, is_train)
+            noisy_latents, timesteps = noised.x, noised.timesteps
+
+            """,
+            until="# ensure the hidden state will require grad",
+        ),
+        Edit(
+            "if args.v_parameterization:",
+            "target = noised.target\n\n",
+            until="# differential output preservation",
+        ),
+        Edit("target, timesteps, None", instead=_RETURNED),
+        Edit(
+            "huber_c = train_util.get_huber_threshold_if_needed(",
+            """\
+            if not isinstance(weighting, Noised):
+                raise TypeError(f"{type(self).__name__} draws its own noise: put alphabar into its script as well")
+            mask = None
+            if args.masked_loss or batch.get("alpha_masks") is not None:
+                mask = apply_masked_loss(torch.ones_like(target), batch).clamp(0, 1)
+            loss = weighting.losses(noise_pred, mask) * batch["loss_weights"]
+
+            """,
+            until="return loss.mean()",
+        ),
+        Edit(
+            "loss = self.process_batch(",
+            # no number of the micro-batch: a run that skips to its first step counts from there
+            "self.position = dict(step=global_step, accumulate=args.gradient_accumulation_steps)\n",
+        ),
+        Edit(
+            "if args.huggingface_repo_id is not None:",
+            """\
+            self.noising.schedule.save_pretrained(os.path.splitext(ckpt_file)[0] + ".scheduler")
+            if ckpt_file.endswith(".safetensors"):
+                write_markers(ckpt_file, self.noising.schedule)
+            """,
+        ),
+    ),
+    "sdxl_train_network.py": (Edit("class SdxlNetworkTrainer(", _IMPORT_FLAGS), _PARSE_KOHYA),
+    "flux_train_network.py": (
+        Edit("class FluxNetworkTrainer(", _IMPORT_FLAGS),
+        _PARSE_KOHYA,
+        Edit(
+            "# Sample noise that we'll add to the latents",
+            """\
+            noised = self.noised(args, latents, is_train)
+            noisy_model_input, timesteps, sigmas = noised.x.to(weight_dtype), noised.timesteps, None
+            bsz = latents.shape[0]
+
+            """,
+            until="# pack latents and get img_ids",
+        ),
+        Edit("target = noise - latents", instead="target = noised.target"),
+        Edit("target, timesteps, weighting", instead=_RETURNED),
+    ),
     "train_text_to_image.py": (
         _IMPORT,
         _PARSE,
