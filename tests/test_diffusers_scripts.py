@@ -411,11 +411,13 @@ def test_kohyas_masks_and_weights_of_samples(tmp_path: Path) -> None:
     assert torch.allclose(loss, (errors * batch["loss_weights"]).mean(), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("sampling", "shift"), [("sigmoid", 1.0), ("flux_shift", token_shift(1))])
+@pytest.mark.parametrize(
+    ("sampling", "shift"), [("sigmoid", 1.0), ("flux_shift", token_shift(4 * 4))]
+)
 def test_kohyas_flux(
     sampling: str, shift: float, beside: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The sigmas are those of the density, at the shift of the one token of --resolution 16."""
+    """The sigmas are those of the density, at the shift of the 16 tokens of 8 x 8 latents."""
     flags = ["--model_prediction_type", "raw", "--discrete_flow_shift", "2"]
     flags += ["--timestep_sampling", sampling]
     batches, losses, out = run("flux_train_network.py", flags, beside, monkeypatch)

@@ -45,7 +45,6 @@ _PARSE = Edit(
 _PARSE_KOHYA = Edit(
     "parser = setup_parser()", instead="parser = add_noising_arguments(setup_parser())"
 )
-_IMPORT_FLAGS = "from alphabar.training import add_noising_arguments\n\n\n"
 _RETURNED = "target, timesteps, noised"
 
 EDITS: dict[str, tuple[Edit, ...]] = {
@@ -129,13 +128,32 @@ EDITS: dict[str, tuple[Edit, ...]] = {
             """,
         ),
     ),
-    "sdxl_train_network.py": (Edit("class SdxlNetworkTrainer(", _IMPORT_FLAGS), _PARSE_KOHYA),
+    "sdxl_train_network.py": (
+        Edit(
+            "class SdxlNetworkTrainer(", "from alphabar.training import add_noising_arguments\n\n\n"
+        ),
+        _PARSE_KOHYA,
+    ),
     "flux_train_network.py": (
-        Edit("class FluxNetworkTrainer(", _IMPORT_FLAGS),
+        Edit(
+            "class FluxNetworkTrainer(",
+            """\
+            from dataclasses import replace
+
+            from alphabar.noising import token_shift
+            from alphabar.training import add_noising_arguments
+
+
+            """,
+        ),
         _PARSE_KOHYA,
         Edit(
             "# Sample noise that we'll add to the latents",
             """\
+            if args.timestep_sampling == "flux_shift" and hasattr(self.noising.timesteps, "shift"):
+                # by the size of this batch, as in this script
+                shift = token_shift((latents.shape[2] // 2) * (latents.shape[3] // 2))
+                self.noising.timesteps = replace(self.noising.timesteps, shift=shift)
             noised = self.noised(args, latents, is_train)
             noisy_model_input, timesteps, sigmas = noised.x.to(weight_dtype), noised.timesteps, None
             bsz = latents.shape[0]
