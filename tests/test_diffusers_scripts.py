@@ -329,7 +329,7 @@ def test_sd3(
 
 # kohya's scripts
 
-KOHYA = ["train_network.py", "flux_train_network.py"]
+KOHYA = ["train_network.py", "sdxl_train_network.py", "flux_train_network.py"]
 
 
 @pytest.fixture
@@ -345,23 +345,47 @@ def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_the_diff_of_kohyas_scripts(name: str, tmp_path: Path) -> None:
     text = patched(name, tmp_path).read_text()
     assert text == edits().edited((SCRIPTS / name).read_text(), edits().EDITS[name])
-    assert "self.noised(" in text and "add_noising_arguments(setup_parser())" in text
+    assert "parser = add_noising_arguments(setup_parser())" in text
     for gone in ("args, noise_scheduler, latents\n", "conditional_loss(noise_pred", "rand(bsz)"):
         assert gone not in text
 
 
+@pytest.mark.skipif("ALPHABAR_SD_SCRIPTS" not in os.environ, reason="no checkout is named")
+@pytest.mark.parametrize("name", KOHYA)
+def test_the_edits_find_their_places_in_sd_scripts(name: str) -> None:
+    source = Path(os.environ["ALPHABAR_SD_SCRIPTS"], name).read_text(encoding="utf-8")
+    after = edits().edited(source, edits().EDITS[name])
+    compile(after, name, "exec")
+    for gone in ("conditional_loss(noise_pred", "_timesteps(args, noise_scheduler", "e - latents"):
+        assert gone not in after
+
+
 @pytest.mark.parametrize(
-    "flags",
+    ("name", "flags"),
     [
-        ["--gradient_checkpointing"],
-        ["--v_parameterization", "--zero_terminal_snr", "--min_snr_gamma", "5"],
-        ["--prediction_type", "v_prediction", "--rescale_betas_zero_snr", "--noise_offset", "0.1"],
-        ["--debiased_estimation_loss", "--loss_type", "l1"],
+        ("train_network.py", ["--gradient_checkpointing"]),
+        (
+            "sdxl_train_network.py",
+            ["--v_parameterization", "--zero_terminal_snr", "--min_snr_gamma", "5"],
+        ),
+        (
+            "train_network.py",
+            [
+                "--prediction_type",
+                "v_prediction",
+                "--rescale_betas_zero_snr",
+                "--noise_offset",
+                "0.1",
+            ],
+        ),
+        ("train_network.py", ["--debiased_estimation_loss", "--loss_type", "l1"]),
     ],
     ids=["epsilon", "v, zero SNR, min-SNR", "alphabar's flags", "debiased L1"],
 )
-def test_kohyas_network(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    batches, losses, out = run("train_network.py", flags, tmp_path, monkeypatch)
+def test_kohyas_network(
+    name: str, flags: list[str], beside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches, losses, out = run(name, flags, beside, monkeypatch)
     assert_distinct(batches)
     v = "--v_parameterization" in flags or "v_prediction" in flags
     peer = DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear", rescale_betas_zero_snr=v)
