@@ -415,7 +415,7 @@ def test_kohyas_network(
     assert report.schedule == expected, str(report)
 
 
-def test_kohyas_masks_and_weights_of_samples(tmp_path: Path) -> None:
+def test_kohyas_masks_weights_and_targets_of_samples(tmp_path: Path) -> None:
     """process_batch returns the mean of mask times error, each sample times its loss_weights."""
     path = patched("train_network.py", tmp_path)
     trainer = runpy.run_path(str(path), run_name="train_network")["NetworkTrainer"]()
@@ -433,6 +433,9 @@ def test_kohyas_masks_and_weights_of_samples(tmp_path: Path) -> None:
     mask = torch.nn.functional.avg_pool2d(batch["alpha_masks"], 2).unsqueeze(1)
     errors = (mask * (network(noised.x) - noised.noise) ** 2).mean((1, 2, 3))
     assert torch.allclose(loss, (errors * batch["loss_weights"]).mean(), rtol=1e-5)
+    batch["preserved"] = [1]  # the target of this sample is the network's own output
+    loss = trainer.process_batch(batch, lambda x, t: network(x), None, args)
+    assert torch.allclose(loss, errors[0] * batch["loss_weights"][0] / 2, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -65,9 +65,8 @@ EDITS: dict[str, tuple[Edit, ...]] = {
             scheduler = self.get_noise_scheduler(args, torch.device("cpu"))
             base = NoiseSchedule.from_diffusers({"_class_name": type(scheduler).__name__, **scheduler.config})
             self.noising = noising_from_arguments(args, base)
-            schedule = self.noising.schedule  # the previews and the metadata of the file read these two
-            args.v_parameterization = schedule.prediction.name == "v_prediction"
-            args.zero_terminal_snr = schedule.curve.is_discrete and schedule.has_zero_terminal_snr
+            # the previews and the metadata of the file read this one
+            args.v_parameterization = self.noising.schedule.prediction.name == "v_prediction"
 
             """,
         ),
