@@ -388,7 +388,7 @@ class Noising(nn.Module):
     ) -> tuple[Tensor, Resampled | None]:
         """Return times of the curve, and how importance sampling chose them."""
         # 1 - u lies in (0, 1]: this includes pure noise and excludes a clean sample
-        u = 1 - draws.of(Stream.TRAINING_TIME, "cpu").uniform(dtype=torch.float64)
+        u = 1 - draws.of(Stream.TRAINING_TIME, device="cpu").uniform(dtype=torch.float64)
         if self.timesteps.stratified:
             at = torch.tensor(index)
             for group in sorted({i // total for i in index}):

@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from copy import copy
 from enum import IntEnum
 from functools import lru_cache
 from types import ModuleType
@@ -36,22 +35,18 @@ _MASK = (1 << 64) - 1
 
 
 class Kind(NamedTuple):
-    """A kind of random number: the formula, the numbers of a block, and the dtype."""
+    """A kind of random number: the formula, the numbers of a block, and their dtype."""
 
     formula: Formula
     each: int
     dtype: torch.dtype
-
-    @property
-    def array_dtype(self) -> Any:
-        """The dtype in numpy."""
-        return str(self.dtype).removeprefix("torch.")
+    array_dtype: Any
 
 
-NORMAL = Kind(philox.normal, 4, torch.float32)
-UNIFORM32 = Kind(philox.uniform32, 4, torch.float32)
-UNIFORM64 = Kind(philox.uniform64, 2, torch.float64)
-BITS64 = Kind(philox.bits64, 2, torch.int64)
+NORMAL = Kind(philox.normal, 4, torch.float32, np.float32)
+UNIFORM32 = Kind(philox.uniform32, 4, torch.float32, np.float32)
+UNIFORM64 = Kind(philox.uniform64, 2, torch.float64, np.float64)
+BITS64 = Kind(philox.bits64, 2, torch.int64, np.int64)
 
 
 class Stream(IntEnum):
@@ -145,24 +140,28 @@ class Draws:
         ):
             if not 0 <= value <= WORD:
                 raise ValueError(f"{name} must lie in 0 ... 2^32 - 1, got {value}")
-        self._seeds = [
+        self._keys = [
             whole_seed(seed) & _MASK for seed in (seeds if isinstance(seeds, Sequence) else [seeds])
         ]
-        self._keys: tuple[Any, Any] | None = None
+        # of compiled.py: the low and the high words, made at the first draw
+        self._words: list[Any] = []
         self._block = 0
 
-    def of(self, stream: int, device: torch.device | str | None = None) -> Draws:
-        """Return the draws of the same samples at the same step in another stream.
+    def of(
+        self, stream: int, *, step: int | None = None, device: torch.device | str | None = None
+    ) -> Draws:
+        """Return the draws of the same samples in another stream, and at another step.
 
-        >>> Draws(7, [5], step=0, stream=1).of(2).uniform() == Draws(
-        ...     7, [5], step=0, stream=2
-        ... ).uniform()
+        >>> draws = Draws(7, [5], step=0, stream=1)
+        >>> draws.of(2).uniform() == Draws(7, [5], step=0, stream=2).uniform()
         tensor([True])
         """
-        draws = copy(self)
-        draws.stream, draws._block = int(stream), 0
-        if device is not None:
-            draws.device = torch.device(device)
+        draws = object.__new__(Draws)
+        draws.step = self.step if step is None else step
+        draws.stream = int(stream)
+        draws.device = self.device if device is None else torch.device(device)
+        draws._index, draws._keys, draws._words = self._index, self._keys, self._words
+        draws._block = 0
         return draws
 
     @property
@@ -255,10 +254,10 @@ class Draws:
 
     def _counters(self) -> tuple[Any, ...]:
         """Return the counter words of compiled.py, without the block."""
-        if self._keys is None:
-            low, high = [s & WORD for s in self._seeds], [s >> 32 for s in self._seeds]
-            self._keys = np.array(low, np.int64), np.array(high, np.int64)
-        return *self._keys, self._index, self.step, self.stream
+        if not self._words:
+            for words in ([key & WORD for key in self._keys], [key >> 32 for key in self._keys]):
+                self._words.append(np.array(words, np.int64))
+        return *self._words, self._index, self.step, self.stream
 
     def _fill(self, out: Tensor, formula: Formula, first: int) -> None:
         """Fill ``out``, shape (batch, blocks, 2, numbers of two words), from block ``first`` on."""
@@ -287,17 +286,13 @@ class Draws:
 
     def _key(self, rows: slice, xp: ModuleType) -> tuple[Any, Any]:
         """Return the key's words: two numbers, or two arrays (batch, 1) for one seed per sample."""
-        if len(self._seeds) == 1:
-            return self._seeds[0] & WORD, self._seeds[0] >> 32
-        low, high = (
-            [seed & WORD for seed in self._seeds[rows]],
-            [seed >> 32 for seed in self._seeds[rows]],
-        )
+        if len(self._keys) == 1:
+            return self._keys[0] & WORD, self._keys[0] >> 32
+        low = [key & WORD for key in self._keys[rows]]
+        high = [key >> 32 for key in self._keys[rows]]
         if xp is np:
             return np.array(low)[:, None], np.array(high)[:, None]
-        return torch.tensor(low, device=self.device)[:, None], torch.tensor(
-            high, device=self.device
-        )[:, None]
+        return tuple(torch.tensor(words, device=self.device)[:, None] for words in (low, high))
 
 
 def _index(index: Sequence[int] | Tensor) -> tuple[Any, tuple[int, int]]:
