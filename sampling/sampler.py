@@ -118,7 +118,7 @@ class Sampler:
 
     @cached_property
     def _identity(self) -> tuple[Any, ...]:
-        return self.schedule, exact(self.method), self.steps, exact(self.grid), exact(self.options)
+        return self.schedule, self.method, self.steps, exact(self.grid), exact(self.options)
 
     @property
     def name(self) -> str:
