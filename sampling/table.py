@@ -103,6 +103,9 @@ class Table:
         return "\n".join(lines)
 
 
+MAX_DIRECTIONS = 16
+"""The number of independent noises that the check of marginals keeps apart."""
+
 ROUNDINGS = 1000
 """The largest accepted rounding error of a coefficient, in rounding units.
 
@@ -168,6 +171,8 @@ def point_mass_defects(table: Table) -> Iterable[tuple[float, float]]:
                 bounds.append(bounds[-1])
         state = [_apply(row, basis) for row in step.carry]
         sizes = [_size(row, bounds) for row in step.sizes or step.carry]
+        if drawn > MAX_DIRECTIONS:
+            state, drawn = _compressed(state)
         x0 = state[0].get(0, 0.0)
         spread = math.sqrt(sum([c * c for k, c in state[0].items() if k]))
         norm = math.hypot(n.alpha, n.sigma)
@@ -175,6 +180,30 @@ def point_mass_defects(table: Table) -> Iterable[tuple[float, float]]:
             max(abs(x0 - n.alpha), abs(spread - n.sigma)) / norm,
             sys.float_info.epsilon * sizes[0] / norm,
         )
+
+
+def _compressed(state: Sequence[dict[int, float]]) -> tuple[list[dict[int, float]], int]:
+    """Return vectors with equal coefficients of x_0 and equal products of their noise.
+
+    The noise is over at most as many directions as there are vectors (Gram-Schmidt). Returns the
+    number of directions too.
+    """
+    directions: list[dict[int, float]] = []
+    vectors: list[dict[int, float]] = []
+    for vector in state:
+        rest = {k: c for k, c in vector.items() if k}
+        shares: list[float] = []
+        for direction in directions:
+            share = sum([rest.get(k, 0.0) * c for k, c in direction.items()])
+            shares.append(share)
+            for k, c in direction.items():
+                rest[k] = rest.get(k, 0.0) - share * c
+        norm = math.sqrt(sum([c * c for c in rest.values()]))
+        if norm:
+            directions.append({k: c / norm for k, c in rest.items()})
+            shares.append(norm)
+        vectors.append({0: vector.get(0, 0.0)} | dict(enumerate(shares, 1)))
+    return vectors, len(directions)
 
 
 def _apply(row: Row, basis: Sequence[dict[int, float]]) -> dict[int, float]:

@@ -29,7 +29,8 @@ _W0, _W1 = (np.uint32(word) for word in WEYL)
 _L0, _L1, _L2, _L3 = (np.float32(c) for c in LOG)
 _S0, _S1, _S2, _S3, _S4 = (np.float32(c) for c in SINE)
 _C0, _C1, _C2, _C3, _C4 = (np.float32(c) for c in COSINE)
-_NEARLY_ONE, _HALF, _TWO = np.float32(1 - 2.0**-24), np.float32(0.5), np.float32(2)
+_NEARLY_ONE, _HALF = np.float32(1 - 2.0**-24), np.float32(0.5)
+_ONE, _TWO = np.float32(1), np.float32(2)
 _2_LOG_2, _QUARTER_TURN = np.float32(2 * math.log(2)), np.float32(2.0**-31)
 _24_BITS = np.float32(2.0**-24)
 
@@ -205,3 +206,104 @@ def bits64(out: Any, low: Any, high: Any, index: Any, step: int, stream: int, fi
                 out[i, 2 * block + j] = int64(
                     uint64(four[2 * j]) << uint64(32) | uint64(four[2 * j + 1])
                 )
+
+
+@_inline
+def _squares(share: Any) -> Any:
+    """Return the variance of (1 - s) a + s b for independent a and b of variance 1."""
+    return (_ONE - share) * (_ONE - share) + share * share
+
+
+@_inline
+def _cells(places: Any, shares: Any, coarse: int, fine: int) -> None:
+    """Fill the two cells around each of ``fine`` points, and the share of the second one."""
+    scale = float32(coarse) * float32(1.0 / fine)
+    for k in range(fine):
+        at = max((float32(k) + _HALF) * scale - _HALF, float32(0))
+        below = min(int64(at), coarse - 1)
+        above = min(below + 1, coarse - 1)
+        places[0, k], places[1, k] = below, above
+        shares[k] = at - float32(below) if above > below else float32(0)
+
+
+@_jit
+def pyramid(
+    out: Any,
+    low: Any,
+    high: Any,
+    index: Any,
+    step: int,
+    stream: int,
+    iterations: int,
+    discount: float,
+    axes: int,
+) -> None:
+    """Fill ``out`` with the parts of pyramid noise; see :class:`noise.Pyramid`.
+
+    ``out``: shape (batch, channels + 1, depth, height, width), float32, whose first 3 - ``axes``
+    sizes after the channels are 1.
+    """
+    batch, channels = out.shape[0], out.shape[1] - 1
+    sizes = out.shape[2:]
+    words = np.empty((4, _BLOCKS), np.uint32)
+    numbers = np.empty((_BLOCKS, 4), np.float32)
+    flat = numbers.reshape(4 * _BLOCKS)
+    octave = np.empty(channels * sizes[0] * sizes[1] * sizes[2] + 4 * _BLOCKS, np.float32)
+    widest = max(sizes)
+    places = np.empty((3, 2, widest), np.int64)
+    shares = np.empty((3, widest), np.float32)
+    plane = np.empty((sizes[1], sizes[2]), np.float32)
+    line = np.empty(sizes[2], np.float32)
+    grid = np.empty(3, np.int64)
+    largest = np.empty(3, np.int64)
+    for b in range(batch):
+        k0, k1 = uint32(low[b % low.size]), uint32(high[b % high.size])
+        out[b, :channels] = 0
+        out[b, channels] = 1
+        block = 0
+        for i in range(iterations):
+            four = _words(block, index[b], step, stream, k0, k1)
+            r = _TWO + _TWO * (float32(four[0] >> uint32(8)) * _24_BITS)
+            power = float32(1)
+            for _ in range(i):
+                power = power * r
+            block += 1
+            last = False
+            for axis in range(3):
+                largest[axis] = max(1, sizes[axis] >> i)
+                grid[axis] = max(1, int64(float32(sizes[axis]) / power))
+                _cells(places[axis], shares[axis], grid[axis], sizes[axis])
+                last = last or (axis >= 3 - axes and grid[axis] == 1)
+            count = channels * largest[0] * largest[1] * largest[2]
+            for at in range(0, count, 4 * _BLOCKS):
+                _chunk(numbers, int64(block + at // 4), index[b], step, stream, k0, k1, words)
+                octave[at : at + 4 * _BLOCKS] = flat
+            block += (count + 3) // 4
+            cells = octave[:count].reshape((channels, largest[0], largest[1], largest[2]))
+            factor, square = float32(discount**i), float32(discount ** (2 * i))
+            for c in range(channels):
+                for z in range(sizes[0]):
+                    z0, z1, sz = places[0, 0, z], places[0, 1, z], shares[0, z]
+                    for y in range(grid[1]):
+                        for x in range(grid[2]):
+                            plane[y, x] = (_ONE - sz) * cells[c, z0, y, x] + sz * cells[c, z1, y, x]
+                    for y in range(sizes[1]):
+                        y0, y1, sy = places[1, 0, y], places[1, 1, y], shares[1, y]
+                        for x in range(grid[2]):
+                            line[x] = (_ONE - sy) * plane[y0, x] + sy * plane[y1, x]
+                        row = out[b, c, z, y]
+                        for x in range(sizes[2]):
+                            sx = shares[2, x]
+                            value = (_ONE - sx) * line[places[2, 0, x]] + sx * line[places[2, 1, x]]
+                            row[x] += factor * value
+            for z in range(sizes[0]):
+                for y in range(sizes[1]):
+                    spread = _squares(shares[0, z]) * _squares(shares[1, y])
+                    row = out[b, channels, z, y]
+                    for x in range(sizes[2]):
+                        row[x] += square * (spread * _squares(shares[2, x]))
+            if last:
+                break
+        row = out[b, channels].reshape(sizes[0] * sizes[1] * sizes[2])
+        for k in range(row.size):
+            row[k] = _ONE / np.sqrt(row[k])

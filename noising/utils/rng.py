@@ -216,6 +216,19 @@ class Draws:
         noise, x_t, target = (torch.from_numpy(a.reshape(x0.shape)) for a in (noise, x_t, target))
         return noise, x_t, target
 
+    def pyramid(self, shape: Sequence[int], iterations: int, discount: float) -> Tensor:
+        """Return the parts of pyramid noise, shape (batch, channels + 1, *axes), in one pass.
+
+        Needs :attr:`has_loops`, one to three axes after the channels, and may be called once.
+        """
+        compiled = self._loops()
+        assert compiled is not None
+        channels, *sizes = shape
+        padded = [1] * (3 - len(sizes)) + sizes
+        parts = np.empty((self.batch, channels + 1, *padded), np.float32)
+        compiled.pyramid(parts, *self._counters(), iterations, discount, len(sizes))
+        return torch.from_numpy(parts.reshape(self.batch, channels + 1, *sizes))
+
     def _filled(self, kind: Kind, shape: Sequence[int], out: Tensor | None = None) -> Tensor:
         """Return the next numbers of a kind, shape (batch, *shape)."""
         count = math.prod(shape)
