@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .curves.base import Curve, may_look_at
+from .curves.base import Curve, is_traced, may_look_at
 from .levels import THRESHOLD, WEIGHT, LevelTable
 from .losses import L2, Loss, Over, mean_of_samples, resolve_loss
 from .micro_batches import MicroBatches, Step
@@ -306,7 +306,8 @@ class Noising(nn.Module):
             require_same_shape("noise", noise, "x0", x0)
             noised = self._noised(x0, t, levels, noise, ())
         elif self._one_pass(x0, levels, draws):
-            noised = self._batch(x0, t, levels, *draws.noised(x0, levels))
+            exact = torch.float32 if self.schedule.curve.scales_input else x0.dtype
+            noised = self._batch(x0, t, levels, *draws.noised(x0, levels, exact))
         else:
             noised = self._noised(x0, t, levels, *self._draw_noise(draws, index, x0.shape[1:]))
         return self._with_importance(noised, importance, step, index)
@@ -463,15 +464,16 @@ class Noising(nn.Module):
         return self._batch(x0, t, levels, noise, x_t, target)
 
     def _one_pass(self, x0: Tensor, levels: Tensor, draws: Draws) -> bool:
-        """Return whether a compiled loop draws this noise, with the bits of :meth:`_noised`."""
+        """Return whether one loop or kernel makes this batch, with the bits of :meth:`_noised`."""
         return (
-            may_look_at(x0)
-            and type(x0) is Tensor
-            and x0.dtype == levels.dtype == torch.float32
+            type(x0) is Tensor
+            and not is_traced(x0)
+            and levels.dtype == torch.float32
+            and (x0.dtype == torch.float32 or x0.device.type != "cpu")
             and x0.is_contiguous()
             and not (x0.requires_grad and torch.is_grad_enabled())
             and all(isinstance(kind, Gaussian) for kind in self.noise.kinds)
-            and draws.has_loops
+            and draws.has_one_pass
         )
 
     def _batch(

@@ -10,7 +10,8 @@ Philox4x32-10 (see philox.py):
 No library draws these numbers on every device: torch's own Philox (``torch.func._random``) has no
 CPU kernel, numpy's is the 4x64 variant and draws for one key at a time, and torchrng and the
 bindings of Random123 are not packaged for every platform. On the CPU the loops of compiled.py draw
-them if numba is installed, else numpy; both give the same bits.
+them if numba is installed, else numpy; on a GPU the kernels of triton_kernels.py if triton is
+installed, else torch. All give the same bits.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from .philox import WORD, Formula
 
 _CELLS = 16384  # blocks per tile of numpy, so that their arrays stay in the cache
 _MASK = (1 << 64) - 1
+MAX_SAMPLES = 65535
+"""The samples that a GPU kernel draws for at once."""
 
 
 class Kind(NamedTuple):
@@ -195,25 +198,41 @@ class Draws:
 
     @property
     def has_loops(self) -> bool:
-        """Whether compiled loops draw these numbers, so that :meth:`noised` works."""
+        """Whether compiled loops draw these numbers on the CPU."""
         return self._loops() is not None
 
-    def noised(self, x0: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def has_one_pass(self) -> bool:
+        """Whether :meth:`noised` works: with compiled loops, or with kernels on a GPU."""
+        return self._loops() is not None or self._kernels() is not None
+
+    def noised(
+        self, x0: Tensor, coefficients: Tensor, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (ε, α x_0 + σ ε, c0 x_0 + c1 ε) in one pass; ε is that of :meth:`normal`.
 
-        Needs :attr:`has_loops`, and may be called once.
+        Needs :attr:`has_one_pass`, and may be called once.
 
         Args:
-            x0: clean batch, shape (batch, ...), float32, contiguous, on the CPU.
-            coefficients: α, σ, c0, c1 of each sample in the first four rows, columns contiguous.
+            x0: clean batch, shape (batch, ...), contiguous; float32 on the CPU, of any floating
+                dtype on a GPU.
+            coefficients: α, σ, c0, c1 of each sample in the first four rows, float32, contiguous.
+            dtype: of α x_0 + σ ε, on a GPU; the others are float32.
         """
-        compiled = self._loops()
-        assert compiled is not None
-        clean = x0.detach().numpy().reshape(self.batch, -1)
-        self._take(NORMAL, clean.shape[1])
-        noise, x_t, target = (np.empty(clean.shape, np.float32) for _ in range(3))
-        compiled.noised(clean, coefficients.numpy(), noise, x_t, target, *self._counters())
-        noise, x_t, target = (torch.from_numpy(a.reshape(x0.shape)) for a in (noise, x_t, target))
+        count = x0.numel() // self.batch
+        self._take(NORMAL, count)
+        compiled, kernels = self._loops(), self._kernels()
+        if compiled is not None:
+            clean, shape = x0.detach().numpy().reshape(self.batch, count), tuple(x0.shape)
+            made = tuple(np.empty(clean.shape, np.float32) for _ in range(3))
+            compiled.noised(clean, coefficients.numpy(), *made, *self._counters())
+            noise, x_t, target = (torch.from_numpy(array.reshape(shape)) for array in made)
+        else:
+            assert kernels is not None
+            noise, target = (torch.empty_like(x0, dtype=torch.float32) for _ in range(2))
+            x_t = torch.empty_like(x0, dtype=dtype)
+            flat = [one.view(self.batch, count) for one in (x0.detach(), noise, x_t, target)]
+            kernels.noised(flat[0], coefficients, *flat[1:], *self._device_counters())
         return noise, x_t, target
 
     def pyramid(self, shape: Sequence[int], iterations: int, discount: float) -> Tensor:
@@ -240,6 +259,11 @@ class Draws:
                 whole = out.numpy().reshape(self.batch, count)
             getattr(compiled, kind.formula.__name__)(whole, *self._counters(), first)
             return out if out is not None else torch.from_numpy(whole.reshape(self.batch, *shape))
+        kernels = self._kernels() if kind is NORMAL and count else None
+        if kernels is not None:
+            made = torch.empty((self.batch, *shape), device=self.device) if out is None else out
+            kernels.normal(made.view(self.batch, count), *self._device_counters(), first)
+            return made
         whole = out if out is not None and count == kind.each * blocks else None
         if whole is None:
             whole = torch.empty(
@@ -264,6 +288,21 @@ class Draws:
         if torch.compiler.is_compiling() or self.device.type != "cpu":
             return None
         return loops()
+
+    def _kernels(self) -> ModuleType | None:
+        if torch.compiler.is_compiling() or self.device.type != "cuda" or self.batch > MAX_SAMPLES:
+            return None
+        return kernels(self.device)
+
+    def _device_counters(self) -> tuple[Any, ...]:
+        """Return the counter words of triton_kernels.py, without the block."""
+        signed = [key - (1 << 64) if key >= 1 << 63 else key for key in self._keys]
+        if len(signed) == 1:  # made on the device: no copy
+            keys = torch.full((1,), signed[0], dtype=torch.int64, device=self.device)
+        else:
+            keys = torch.tensor(signed, dtype=torch.int64, device=self.device)
+        index = torch.as_tensor(self._index, device=self.device)
+        return keys, index, self.step, self.stream
 
     def _counters(self) -> tuple[Any, ...]:
         """Return the counter words of compiled.py, without the block."""
@@ -343,6 +382,24 @@ def loops() -> ModuleType | None:
         )
         return compiled if same else None
     except Exception:  # numba raises errors of many kinds on platforms that it does not support
+        return None
+
+
+@lru_cache(maxsize=64)
+def kernels(device: torch.device) -> ModuleType | None:
+    """Return the module of GPU kernels, or None.
+
+    None if triton is not installed, does not work on this GPU, or rounds differently than philox.py
+    on the CPU.
+    """
+    try:
+        from . import triton_kernels
+
+        index, made = torch.tensor([3, 4], device=device), torch.empty(2, 70, device=device)
+        triton_kernels.normal(made, torch.tensor([(9 << 32) + 7], device=device), index, 5, 6, 1)
+        exact = Draws((9 << 32) + 7, [3, 4], step=5, stream=6).normal(74)[:, 4:]
+        return triton_kernels if torch.equal(made.cpu(), exact) else None
+    except Exception:  # triton raises errors of many kinds on platforms that it does not support
         return None
 
 
