@@ -46,7 +46,10 @@ def _jit(loop: Callable[..., Any]) -> Any:
 _inline = numba.njit(inline="always", error_model="numpy")
 
 
-@intrinsic
+_intrinsic: Any = intrinsic
+
+
+@_intrinsic
 def _as_float(typing_context: Any, bits: Any) -> Any:
     """Return the float32 with these 32 bits."""
 
@@ -56,7 +59,7 @@ def _as_float(typing_context: Any, bits: Any) -> Any:
     return types.float32(types.uint32), code
 
 
-@intrinsic
+@_intrinsic
 def _as_bits(typing_context: Any, number: Any) -> Any:
     """Return the 32 bits of a float32."""
 
@@ -219,7 +222,7 @@ def _cells(places: Any, shares: Any, coarse: int, fine: int) -> None:
     """Fill the two cells around each of ``fine`` points, and the share of the second one."""
     scale = float32(coarse) * float32(1.0 / fine)
     for k in range(fine):
-        at = max((float32(k) + _HALF) * scale - _HALF, float32(0))
+        at: Any = max((float32(k) + _HALF) * scale - _HALF, float32(0))
         below = min(int64(at), coarse - 1)
         above = min(below + 1, coarse - 1)
         places[0, k], places[1, k] = below, above

@@ -344,7 +344,8 @@ class Draws:
         high = [key >> 32 for key in self._keys[rows]]
         if xp is np:
             return np.array(low)[:, None], np.array(high)[:, None]
-        return tuple(torch.tensor(words, device=self.device)[:, None] for words in (low, high))
+        low, high = (torch.tensor(words, device=self.device)[:, None] for words in (low, high))
+        return low, high
 
 
 def _index(index: Sequence[int] | Tensor) -> tuple[Any, tuple[int, int]]:

@@ -114,7 +114,7 @@ def normal(out: Tensor, keys: Tensor, index: Tensor, step: int, stream: int, fir
     batch, count = out.shape
     options: dict[str, Any] = {"ONE_KEY": keys.numel() == 1, "BLOCKS": _BLOCKS}
     with _on(out):
-        _normal[_grid(batch, count)](
+        _normal[_grid(batch, count)](  # pyright: ignore[reportIndexIssue]
             out, keys, index, step, stream, first, count, **options, enable_fp_fusion=False
         )
 
@@ -138,7 +138,7 @@ def noised(
     batch, count = x0.shape
     options: dict[str, Any] = {"ONE_KEY": keys.numel() == 1, "BLOCKS": _BLOCKS}
     with _on(x0):
-        _noised[_grid(batch, count)](
+        _noised[_grid(batch, count)](  # pyright: ignore[reportIndexIssue]
             x0,
             levels,
             noise,
