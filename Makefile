@@ -11,7 +11,7 @@ PACKAGES := noising sampling training callbacks
 SOURCES := $(PACKAGES) $(wildcard $(addsuffix /*.py,$(PACKAGES)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-random test-slow mutants lint clean
+.PHONY: help install demo test test-random test-slow test-kernels bench mutants lint clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,15 @@ test-random: $(VENV)/.installed  ## run the same tests in a random order; ARGS="
 
 test-slow: $(VENV)/.installed  ## run the slow tests
 	$(BIN)/pytest -m slow $(ARGS)
+
+test-kernels: $(VENV)/.installed  ## run the GPU kernels on the CPU, in triton's interpreter (installs triton, 1 GB)
+	$(BIN)/pip install --quiet triton==3.9.0
+	$(BIN)/pytest tests/test_gpu_kernels.py $(ARGS)
+
+bench: $(VENV)/.installed  ## measure speed and accuracy beside diffusers, write benchmarks/*.md; some minutes on idle cores
+	for name in noising schedulers; do $(BIN)/python benchmarks/$$name.py > benchmarks/$$name.md || exit 1; done
+	$(BIN)/python benchmarks/previews.py
+	$(BIN)/python benchmarks/accuracy.py
 
 mutants: $(VENV)/.installed  ## see whether the tests notice mistakes made on purpose; ARGS="unipc" for some files
 	$(BIN)/python tests/mutants/run.py $(ARGS)

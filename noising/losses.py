@@ -30,6 +30,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 from .curves.base import may_look_at
 from .utils.items import make_item
@@ -64,6 +65,10 @@ class Loss(ABC):
         ``threshold`` is the result of :meth:`threshold`.
         """
 
+    def between(self, out: Tensor, target: Tensor, threshold: Tensor | None) -> Tensor:
+        """Return the loss of each element of ``out``, the network's output."""
+        return self(out - target, threshold)
+
     def threshold(self, sigma_ve: Tensor, fraction: Tensor) -> Tensor | None:
         """Return the threshold at noise levels σ / α and fractions of training time.
 
@@ -89,6 +94,9 @@ class L2(Loss):
 
     def __call__(self, error: Tensor, threshold: Tensor | None) -> Tensor:
         return error**2
+
+    def between(self, out: Tensor, target: Tensor, threshold: Tensor | None) -> Tensor:
+        return mse_loss(out, target, reduction="none")  # one pass
 
 
 @LOSSES.register

@@ -31,10 +31,10 @@ class Place:
     """The global indices of a batch, and the number of samples that stratified times cover.
 
     >>> MicroBatches().take(2, Step(step=0, rank=1, world_size=2), counted=True)
-    Place(index=[1, 3], total=4)
+    Place(index=range(1, 5, 2), total=4)
     """
 
-    index: list[int]
+    index: Sequence[int]
     total: int
 
 
@@ -99,8 +99,8 @@ class MicroBatches:
     >>> counted = MicroBatches()
     >>> for batch in (3, 2):  # a smaller last batch
     ...     print(counted.take(batch, Step(step=7), counted=True).index)
-    [0, 1, 2]
-    [3, 4]
+    range(0, 3)
+    range(3, 5)
     """
 
     def __init__(self) -> None:
@@ -159,9 +159,9 @@ def _next(calls: int, step: Step) -> int:
 
 def _strided(start: int, batch: int, step: Step, size: int) -> Place:
     """Return the place of the samples after ``start``; a rank takes every world_size-th index."""
-    return Place(
-        [(start + k) * step.world_size + step.rank for k in range(batch)], _total(step, size)
-    )
+    count = step.world_size
+    index = range(start * count + step.rank, (start + batch) * count + step.rank, count)
+    return Place(index, _total(step, size))
 
 
 def _total(step: Step, size: int) -> int:

@@ -236,6 +236,8 @@ class Pyramid(Noise):
             raise ValueError(
                 f"pyramid noise needs samples with axes beside the channels, got shape {shape}"
             )
+        if draws.has_loops and len(shape) <= 4:
+            return draws.pyramid(shape, self.iterations, self.discount)
         batch, axes, device = draws.batch, len(shape) - 1, draws.device
         total = torch.zeros(batch, *shape, device=device, dtype=torch.float32)
         variance = torch.ones(batch, *shape[1:], device=device, dtype=torch.float32)

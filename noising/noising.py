@@ -6,18 +6,21 @@ loss = noised.loss(network(noised.x, noised.timesteps))
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .curves.base import Curve, may_look_at
+from .curves.base import Curve, is_traced, may_look_at
+from .levels import THRESHOLD, WEIGHT, LevelTable
 from .losses import L2, Loss, Over, mean_of_samples, resolve_loss
 from .micro_batches import MicroBatches, Step
-from .noise import Chain, Noise, apply_kinds, draw_kinds, resolve_noise
+from .noise import Chain, Gaussian, Noise, apply_kinds, draw_kinds, resolve_noise
 from .schedule import NoiseSchedule
 from .timesteps import resolve_timesteps
 from .timesteps.base import Resampled, Timesteps
@@ -99,7 +102,7 @@ class Noised:
         """
         out = prediction_tensor(prediction)
         require_same_shape("the network's output", out, "the target", self.target)
-        errors = self.criterion(out.to(self.target.dtype) - self.target, self.threshold)
+        errors = self.criterion.between(out.to(self.target.dtype), self.target, self.threshold)
         error, covered = mean_of_samples(errors, mask, over)
         for listener in self.listeners:
             listener(self, error.detach())
@@ -216,6 +219,7 @@ class Noising(nn.Module):
         self._looked_at_gpu_batch = False
         self._listeners: list[Callable[[Noised, Tensor], None]] = []
         self._micro_batches = MicroBatches()
+        self._level_table = LevelTable(schedule, self.weighting, self.loss)
         warn_of_weights(self.weighting, self.timesteps, schedule)
 
     def forward(
@@ -293,14 +297,20 @@ class Noising(nn.Module):
         index, total = taken.index, taken.total
         if self.loss_history is not None and self.training:
             self.loss_history.commit(step)
-        drawn = self.draw(index, tuple(x0.shape[1:]), step=step, total=total, device=x0.device)
+        draws = Draws(self.seed, index, step=step, stream=Stream.TRAINING_NOISE, device=x0.device)
+        t, importance = self._draw_times(draws, index, total)
+        if timesteps is not None:
+            t, importance = timesteps, None
+        levels, t = self._levels(x0, t, checked=timesteps is None)
         if noise is not None:
             require_same_shape("noise", noise, "x0", x0)
-            drawn = drawn._replace(noise=noise, parts=())
-        if timesteps is not None:
-            drawn = drawn._replace(t=timesteps, importance=None)
-        noised = self.at(x0, drawn.t, drawn.noise, drawn.parts)
-        return self._with_importance(noised, drawn.importance, step, index)
+            noised = self._noised(x0, t, levels, noise, ())
+        elif self._one_pass(x0, levels, draws):
+            exact = torch.float32 if self.schedule.curve.scales_input else x0.dtype
+            noised = self._batch(x0, t, levels, *draws.noised(x0, levels, exact))
+        else:
+            noised = self._noised(x0, t, levels, *self._draw_noise(draws, index, x0.shape[1:]))
+        return self._with_importance(noised, importance, step, index)
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -330,7 +340,12 @@ class Noising(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy (e.g. of an EMA) must not call these listeners, and has a counter of its own
-        return self.__dict__ | {"_listeners": [], "_micro_batches": MicroBatches()}
+        table = LevelTable(self.schedule, self.weighting, self.loss)
+        return self.__dict__ | {
+            "_listeners": [],
+            "_micro_batches": MicroBatches(),
+            "_level_table": table,
+        }
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -364,32 +379,38 @@ class Noising(nn.Module):
         >>> drawn.t.shape, drawn.noise.shape, [part.shape for part in drawn.parts]
         (torch.Size([2]), torch.Size([2, 3, 2]), [torch.Size([2, 3, 1])])
         """
-        listed = index.tolist() if isinstance(index, Tensor) else [*index]
-        index = torch.as_tensor(index, dtype=torch.int64)
         draws = Draws(self.seed, index, step=step, stream=Stream.TRAINING_NOISE, device=device)
-        # explicit float32: in a Lightning step in half precision the default dtype is the network's
-        out = torch.empty(len(listed), *shape, dtype=torch.float32, device=device)
-        noise = draws.normal(*shape, out=out)
-        parts = draw_kinds(self.noise.kinds, shape, self.seed, index, step=step, device=device)
-        index = index.cpu()
+        index = index.tolist() if isinstance(index, Tensor) else index
+        t, importance = self._draw_times(draws, index, total)
+        return NoiseDraw(t, *self._draw_noise(draws, index, shape), importance)
+
+    def _draw_times(
+        self, draws: Draws, index: Sequence[int], total: int
+    ) -> tuple[Tensor, Resampled | None]:
+        """Return times of the curve, and how importance sampling chose them."""
         # 1 - u lies in (0, 1]: this includes pure noise and excludes a clean sample
-        u = 1 - Draws(self.seed, index, step=step, stream=Stream.TRAINING_TIME).uniform(
-            dtype=torch.float64
-        )
+        u = 1 - draws.of(Stream.TRAINING_TIME, device="cpu").uniform(dtype=torch.float64)
         if self.timesteps.stratified:
-            for group in sorted({i // total for i in listed}):
+            at = torch.tensor(index)
+            for group in sorted({i // total for i in index}):
                 spread = self.timesteps.stratify(
-                    u, index, permutation(self.seed, total, step=step, group=group)
+                    u, at, permutation(self.seed, total, step=draws.step, group=group)
                 )
-                u = torch.where(index // total == group, spread, u)
+                u = torch.where(at // total == group, spread, u)
         importance = self.loss_history.resample(u) if self.loss_history is not None else None
         t = self.timesteps.times(u if importance is None else importance.u, self.schedule.curve)
-        return NoiseDraw(
-            _float32_inside(t, self.schedule.curve) if t.is_floating_point() else t,
-            noise,
-            parts,
-            importance,
+        if t.is_floating_point():
+            t = t.float().clamp(*_float32_range(self.schedule.curve))
+        return t, importance
+
+    def _draw_noise(
+        self, draws: Draws, index: Sequence[int], shape: Sequence[int]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the plain Gaussian noise and the parts of the kinds of noise."""
+        parts = draw_kinds(
+            self.noise.kinds, tuple(shape), self.seed, index, step=draws.step, device=draws.device
         )
+        return draws.normal(*shape), parts
 
     def at(self, x0: Tensor, t: Tensor, noise: Tensor, parts: Sequence[Tensor] = ()) -> Noised:
         """Return the noised batch for given times and noise.
@@ -405,50 +426,78 @@ class Noising(nn.Module):
             ValueError: for times that are not of shape (batch,), and for timesteps of a discrete
                 schedule in a dtype that cannot hold them.
         """
-        curve, prediction = self.schedule.curve, self.schedule.prediction
+        levels, t = self._levels(x0, t)
+        return self._noised(x0, t, levels, noise, parts)
+
+    def _levels(self, x0: Tensor, t: Tensor, checked: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the levels at times ``t``, and these times on the device of ``x0``."""
+        curve = self.schedule.curve
         if t.shape != x0.shape[:1]:
             raise ValueError(
                 f"timesteps must have shape ({x0.shape[0]},), one for each sample, got "
                 f"{tuple(t.shape)}"
             )
-        if (
-            t.is_floating_point()
-            and curve.is_discrete
-            and t.dtype not in (torch.float32, torch.float64)
-        ):
+        floating = t.is_floating_point()
+        if floating and curve.is_discrete and t.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"timesteps of dtype {t.dtype} cannot hold the integers up to {curve.t_max:g}; "
                 "give int64 or float32"
             )
-        alpha, sigma = self.schedule.alpha_sigma(t, x0)
-        clean, noise = x0.to(alpha.dtype), noise.to(x0.device, alpha.dtype, non_blocking=True)
-        kinds = self.noise.kinds if parts else ()
-        on_device = [part.to(x0.device, alpha.dtype, non_blocking=True) for part in parts]
-        noise, perturbed = apply_kinds(kinds, noise, on_device, clean)
-        det = prediction.determinant(alpha, sigma)
-        t = t.to(
-            x0.device, torch.promote_types(t.dtype, x0.dtype) if t.is_floating_point() else None
+        t = t.to(x0.device, torch.promote_types(t.dtype, x0.dtype) if floating else None)
+        table = self._level_table
+        if not table.is_of(self.schedule, self.weighting, self.loss):  # they were replaced
+            table = self._level_table = LevelTable(self.schedule, self.weighting, self.loss)
+        exact = torch.float64 in (x0.dtype, t.dtype)
+        return table.at(t, torch.float64 if exact else torch.float32, checked=checked), t
+
+    def _noised(
+        self, x0: Tensor, t: Tensor, levels: Tensor, noise: Tensor, parts: Sequence[Tensor]
+    ) -> Noised:
+        """Return the batch of :meth:`at`."""
+        alpha, sigma, c0, c1 = levels[:4].view(4, -1, *[1] * (x0.ndim - 1)).unbind()
+        clean = x0.to(levels.dtype)
+        noise, *on_device = (
+            one.to(x0.device, levels.dtype, non_blocking=True) for one in (noise, *parts)
         )
-        fraction = curve.fraction(t.to(alpha.dtype)).view_as(alpha)
-        x_t = alpha * clean + sigma * perturbed
-        x = self.schedule.scale_model_input(x_t, t).to(x0.dtype)
+        noise, perturbed = apply_kinds(self.noise.kinds if parts else (), noise, on_device, clean)
+        x_t, target = alpha * clean + sigma * perturbed, c0 * clean + c1 * noise
+        return self._batch(x0, t, levels, noise, x_t, target)
+
+    def _one_pass(self, x0: Tensor, levels: Tensor, draws: Draws) -> bool:
+        """Return whether one loop or kernel makes this batch, with the bits of :meth:`_noised`."""
+        return (
+            type(x0) is Tensor
+            and not is_traced(x0)
+            and levels.dtype == torch.float32
+            and (x0.dtype == torch.float32 or x0.device.type != "cpu")
+            and x0.is_contiguous()
+            and not (x0.requires_grad and torch.is_grad_enabled())
+            and all(isinstance(kind, Gaussian) for kind in self.noise.kinds)
+            and draws.has_one_pass
+        )
+
+    def _batch(
+        self, x0: Tensor, t: Tensor, levels: Tensor, noise: Tensor, x_t: Tensor, target: Tensor
+    ) -> Noised:
+        schedule = self.schedule
+        x = schedule.scale_model_input(x_t, t).to(x0.dtype)
+        threshold = (
+            levels[THRESHOLD].view(-1, *[1] * (x0.ndim - 1)) if len(levels) > THRESHOLD else None
+        )
+        learned = self.log_variance
         return Noised(
             x=x,
-            x_t=x_t.to(x0.dtype) if curve.scales_input else x,
-            timesteps=self.schedule.model_timesteps(
-                t, torch.promote_types(x0.dtype, torch.float32)
-            ),
-            target=prediction.combine(clean, noise, alpha, sigma),
-            weight=self.weighting(alpha, sigma, det, fraction).flatten(),
+            x_t=x_t.to(x0.dtype) if schedule.curve.scales_input else x,
+            timesteps=schedule.model_timesteps(t, torch.promote_types(x0.dtype, torch.float32)),
+            target=target,
+            weight=levels[WEIGHT],
             noise=noise,
             t=t,
-            schedule=self.schedule,
+            schedule=schedule,
             listeners=tuple(self._listeners),
             criterion=self.loss,
-            threshold=self.loss.threshold(sigma / alpha, fraction),
-            log_variance=None
-            if self.log_variance is None
-            else self.log_variance(alpha.flatten(), sigma.flatten()),
+            threshold=threshold,
+            log_variance=None if learned is None else learned(levels[0], levels[1]),
         )
 
     def _with_importance(
@@ -484,7 +533,10 @@ class Noising(nn.Module):
             self._looked_at_gpu_batch = True
         elif not may_look_at(x0):
             return
-        if not bool(x0.isfinite().all()):
+        # a finite sum has finite terms; only where it is not, each element is looked at
+        if not math.isfinite(float(x0.detach().sum(dtype=torch.float32))) and not bool(
+            x0.isfinite().all()
+        ):
             bad = (~x0.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
             raise ValueError(
                 f"x0 holds NaN or infinity in samples {bad}; look at the data or the encoder that "
@@ -518,19 +570,19 @@ def prediction_tensor(prediction: Any) -> Tensor:
     )
 
 
-def _float32_inside(t: Tensor, curve: Curve) -> Tensor:
-    """Return float64 times as float32, rounded into the range of the curve.
+@lru_cache(maxsize=64)
+def _float32_range(curve: Curve) -> tuple[float, float]:
+    """Return the least and the largest float32 inside the range of a curve.
 
-    float64 times would make the batch float64.
+    Drawn times are float32: float64 times would make the batch float64.
     """
-    exact, inward = (
-        torch.tensor([curve.t_min, curve.t_max], dtype=torch.float64),
-        torch.tensor([torch.inf, -torch.inf]),
-    )
-    ends = exact.float()
-    outside = (ends.double() - exact) * inward < 0
-    low, high = torch.where(outside, torch.nextafter(ends, inward), ends)
-    return t.float().clamp(low, high)
+    exact, inward = (curve.t_min, curve.t_max), (math.inf, -math.inf)
+    low, high = (np.float32(end) for end in exact)
+    if float(low) < exact[0]:
+        low = np.nextafter(low, np.float32(inward[0]))
+    if float(high) > exact[1]:
+        high = np.nextafter(high, np.float32(inward[1]))
+    return float(low), float(high)
 
 
 def _process() -> tuple[int, int]:

@@ -53,6 +53,7 @@ def prepare_run(
     shape_or_noise: Sequence[int] | Tensor,
     *,
     scale: float | None = None,
+    knots: Iterable[Knot] = (),
     integer_timesteps: bool = False,
     output_multiple: int = 1,
     halves: bool = False,
@@ -71,6 +72,8 @@ def prepare_run(
     from ``seeds`` on are common to the calls of all samplers; see ``Sampler.iterate``.
 
     Args:
+        knots: Where the network will be called, as far as it is known; their time tensors are made
+            before the run.
         integer_timesteps: Give the network integer timesteps.
         output_multiple: The output has this many times the channels of the input; the first part is
             the prediction.
@@ -90,7 +93,7 @@ def prepare_run(
     noise = SeededNoise(shape, checked_seeds(seeds), device)
     outputs = _Outputs(network, output_multiple)
     guided = guided_network(
-        outputs,
+        outputs if output_multiple > 1 else network,
         conditioning or {},
         unconditional,
         guidance_scale,
@@ -103,13 +106,17 @@ def prepare_run(
     x = start.to(torch.promote_types(start.dtype, torch.float32)) * spread
     time_dtype = torch.int64 if integer_timesteps else torch.promote_types(x.dtype, torch.float32)
 
+    dtype = x.dtype if dtype is None else dtype
+    times = _times(knots, shape[0], time_dtype, device)
+
     def evaluate(x: Tensor, knot: Knot) -> Tensor:
-        time = int(knot.timestep) if integer_timesteps else knot.timestep
-        out = guided(
-            x.to(dtype or x.dtype), torch.full(x.shape[:1], time, dtype=time_dtype, device=device)
-        )
+        t = times.get(knot.timestep)
+        if t is None:
+            t = torch.full(shape[:1], knot.timestep, dtype=time_dtype, device=device)
+        out = guided(x if x.dtype == dtype else x.to(dtype), t)
         # another shape would broadcast silently
-        require_same_shape("the network's output", out, "its input", x)
+        if out.shape != x.shape:
+            require_same_shape("the network's output", out, "its input", x)
         return out
 
     kept = Kept(evaluate)
@@ -120,6 +127,15 @@ def prepare_run(
         {Unconditional: lambda: guided.unconditional, Unclipped: lambda: kept.last},
         lambda k: outputs.parts[k][: shape[0]],  # of the conditional half
     )
+
+
+def _times(
+    knots: Iterable[Knot], batch: int, dtype: torch.dtype, device: torch.device
+) -> dict[float, Tensor]:
+    """Return the time input of the network at each knot, shape (batch,), in one upload."""
+    timesteps = list(dict.fromkeys(knot.timestep for knot in knots))
+    rows = torch.tensor(timesteps, dtype=dtype, device=device)[:, None].repeat(1, batch)
+    return dict(zip(timesteps, rows.unbind(), strict=True))
 
 
 class Kept:
@@ -185,6 +201,10 @@ class SeededNoise:
     ) -> None:
         self.seeds = _one_for_each(shape[0], seeds)
         self.shape, self.device, self.drawn = shape, device, 0
+        # index 0 for all: the noise depends on the seed, not on the position in the batch
+        self._draws = Draws(
+            self.seeds, [0] * shape[0], step=0, stream=Stream.SAMPLING_NOISE, device=device
+        )
 
     def __call__(self) -> Tensor:
         return self._next(Stream.SAMPLING_NOISE).normal(*self.shape[1:])
@@ -194,12 +214,8 @@ class SeededNoise:
         return self._next(Stream.SAMPLING_UNIFORM).uniform(*shape)
 
     def _next(self, stream: Stream) -> Draws:
-        # index 0 for all: the noise depends on the seed, not on the position in the batch
-        draws = Draws(
-            self.seeds, [0] * len(self.seeds), step=self.drawn, stream=stream, device=self.device
-        )
         self.drawn += 1
-        return draws
+        return self._draws.of(stream, step=self.drawn - 1)
 
 
 def _one_for_each(batch: int, seeds: int | Sequence[int] | None) -> list[int]:

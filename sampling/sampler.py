@@ -118,7 +118,7 @@ class Sampler:
 
     @cached_property
     def _identity(self) -> tuple[Any, ...]:
-        return self.schedule, exact(self.method), self.steps, exact(self.grid), exact(self.options)
+        return self.schedule, self.method, self.steps, exact(self.grid), exact(self.options)
 
     @property
     def name(self) -> str:
@@ -181,7 +181,8 @@ class Sampler:
 
         Arguments as in :meth:`iterate`.
         """
-        return last(self.iterate(network, shape_or_noise, **arguments)).x
+        with torch.no_grad():
+            return last(self._steps(network, shape_or_noise, **arguments)).x
 
     def iterate(
         self,
@@ -223,6 +224,27 @@ class Sampler:
             noise: 'independent' draws, or 'brownian', one path for each image that does not depend
                 on the number of steps (needs torchsde).
         """
+        arguments = {
+            "seeds": seeds,
+            "conditioning": conditioning,
+            "unconditional": unconditional,
+            "guidance_scale": guidance_scale,
+            "guidance_rescale": guidance_rescale,
+            "device": device,
+            "dtype": dtype,
+            "clip": clip,
+        }
+        return without_gradients(self._steps(network, shape_or_noise, noise=noise, **arguments))
+
+    def _steps(
+        self,
+        network: Network,
+        shape_or_noise: Sequence[int] | Tensor,
+        *,
+        noise: str = "independent",
+        **arguments: Any,
+    ) -> Iterator[Progress]:
+        """Return the steps of a run, which leave the gradient mode to the caller."""
         ops = [op for step in self.table.steps for op in step.ops]
         evaluations = [op.knot for op in ops if isinstance(op, Evaluation)]
         this = prepare_run(
@@ -231,20 +253,14 @@ class Sampler:
             network,
             shape_or_noise,
             scale=self.init_noise_scale,
+            knots=evaluations,
             integer_timesteps=self.schedule.curve.is_discrete
             and all(knot.timestep.is_integer() for knot in evaluations),
             halves=any(isinstance(op, Unconditional) for op in ops),
-            seeds=seeds,
-            conditioning=conditioning,
-            unconditional=unconditional,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            device=device,
-            dtype=dtype,
-            clip=clip,
+            **arguments,
         )
         source = lookup("noise", noise, NOISE_SOURCES)(this.noise, self.knots)
-        return without_gradients(run(self.table, this.x, this.evaluate, source, this.beside))
+        return run(self.table, this.x, this.evaluate, source, this.beside)
 
     def to_diffusers(self, nearest: bool = False) -> dict[str, Any]:
         """Return the scheduler_config.json of the sampler: its diffusers class and all its options.

@@ -103,6 +103,9 @@ class Table:
         return "\n".join(lines)
 
 
+MAX_DIRECTIONS = 16
+"""The number of independent noises that the check of marginals keeps apart."""
+
 ROUNDINGS = 1000
 """The largest accepted rounding error of a coefficient, in rounding units.
 
@@ -147,30 +150,31 @@ def point_mass_defects(table: Table) -> Iterable[tuple[float, float]]:
     """
     start = table.knots[0]
     # the state's coefficients of x_0, initial noise and draws; the magnitudes of their inputs
-    state, sizes = [Combination({0: start.alpha, 1: start.sigma})], [start.alpha + start.sigma]
+    state, sizes = [{0: start.alpha, 1: start.sigma}], [start.alpha + start.sigma]
     drawn = 1
     for step, n in zip(table.steps, table.knots[1:], strict=True):
         basis, bounds = list(state), list(sizes)
         for op in step.ops:
             if isinstance(op, Evaluation):  # D = p x + q out = x_0
-                x, scale = _apply(op.row, basis) / op.knot.input_scale, op.knot.input_scale
-                basis.append((Combination({0: 1.0}) - op.p * x) / op.q)
-                bounds.append(
-                    (1.0 + abs(op.p) * _size(op.sizes or op.row, bounds) / scale) / abs(op.q)
-                )
+                scale = -op.p / op.q / op.knot.input_scale
+                out = {k: scale * c for k, c in _apply(op.row, basis).items()}
+                out[0] = out.get(0, 0.0) + 1.0 / op.q
+                basis.append(out)
+                size = _size(op.sizes or op.row, bounds)
+                bounds.append(1.0 / abs(op.q) + abs(scale) * size)
             elif isinstance(op, Draw):
                 drawn += 1
-                basis.append(Combination({drawn: 1.0}))
+                basis.append({drawn: 1.0})
                 bounds.append(1.0)
             else:  # the unconditional or unclipped form of the last evaluation
                 basis.append(basis[-1])
                 bounds.append(bounds[-1])
         state = [_apply(row, basis) for row in step.carry]
         sizes = [_size(row, bounds) for row in step.sizes or step.carry]
-        x0, spread = (
-            state[0].terms.get(0, 0.0),
-            math.sqrt(sum(c * c for k, c in state[0].terms.items() if k)),
-        )
+        if drawn > MAX_DIRECTIONS:
+            state, drawn = _compressed(state)
+        x0 = state[0].get(0, 0.0)
+        spread = math.sqrt(sum([c * c for k, c in state[0].items() if k]))
         norm = math.hypot(n.alpha, n.sigma)
         yield (
             max(abs(x0 - n.alpha), abs(spread - n.sigma)) / norm,
@@ -178,16 +182,40 @@ def point_mass_defects(table: Table) -> Iterable[tuple[float, float]]:
         )
 
 
-def _apply(row: Row, basis: Sequence[Combination]) -> Combination:
+def _compressed(state: Sequence[dict[int, float]]) -> tuple[list[dict[int, float]], int]:
+    """Return vectors with equal coefficients of x_0 and equal products of their noise.
+
+    The noise is over at most as many directions as there are vectors (Gram-Schmidt). Returns the
+    number of directions too.
+    """
+    directions: list[dict[int, float]] = []
+    vectors: list[dict[int, float]] = []
+    for vector in state:
+        rest = {k: c for k, c in vector.items() if k}
+        shares: list[float] = []
+        for direction in directions:
+            share = sum([rest.get(k, 0.0) * c for k, c in direction.items()])
+            shares.append(share)
+            for k, c in direction.items():
+                rest[k] = rest.get(k, 0.0) - share * c
+        norm = math.sqrt(sum([c * c for c in rest.values()]))
+        if norm:
+            directions.append({k: c / norm for k, c in rest.items()})
+            shares.append(norm)
+        vectors.append({0: vector.get(0, 0.0)} | dict(enumerate(shares, 1)))
+    return vectors, len(directions)
+
+
+def _apply(row: Row, basis: Sequence[dict[int, float]]) -> dict[int, float]:
     total: dict[int, float] = {}
     for k, c in row:
-        for part, value in basis[k].terms.items():
+        for part, value in basis[k].items():
             total[part] = total.get(part, 0.0) + c * value
-    return Combination(total)
+    return total
 
 
 def _size(row: Row, bounds: Sequence[float]) -> float:
-    return sum(abs(c) * bounds[k] for k, c in row)
+    return sum([abs(c) * bounds[k] for k, c in row])
 
 
 def _operation(op: Operation, i: int, names: Sequence[str]) -> tuple[str, str]:

@@ -19,7 +19,6 @@ Row = tuple[tuple[int, float], ...]
 """A linear combination: pairs of a basis index and a coefficient, without zeros."""
 
 
-@dataclass(frozen=True)
 class Combination:
     """A linear combination of basis vectors: the values of a formula while it is traced.
 
@@ -33,27 +32,34 @@ class Combination:
     ((0, 5.0),)
     """
 
-    terms: dict[int, float]
-    sizes: dict[int, float] = field(default_factory=dict, compare=False, repr=False)
+    __slots__ = ("sizes", "terms")  # thousands are made for a table
 
-    def __post_init__(self) -> None:
-        if not self.sizes:
-            object.__setattr__(self, "sizes", {k: abs(c) for k, c in self.terms.items()})
+    def __init__(self, terms: dict[int, float], sizes: dict[int, float] | None = None) -> None:
+        self.terms = terms
+        self.sizes = {k: abs(c) for k, c in terms.items()} if sizes is None else sizes
+
+    def __repr__(self) -> str:
+        return f"Combination({self.terms})"
 
     def __add__(self, other: Combination) -> Combination:
-        terms, sizes = dict(self.terms), dict(self.sizes)
+        terms, sizes, more = self.terms.copy(), self.sizes.copy(), other.sizes
         for k, c in other.terms.items():
             terms[k] = terms.get(k, 0.0) + c
-            sizes[k] = sizes.get(k, 0.0) + other.sizes[k]
+            sizes[k] = sizes.get(k, 0.0) + more[k]
         return Combination(terms, sizes)
 
     def __sub__(self, other: Combination) -> Combination:
-        return self + -1.0 * other
+        terms, sizes, more = self.terms.copy(), self.sizes.copy(), other.sizes
+        for k, c in other.terms.items():
+            terms[k] = terms.get(k, 0.0) - c
+            sizes[k] = sizes.get(k, 0.0) + more[k]
+        return Combination(terms, sizes)
 
     def __mul__(self, factor: float) -> Combination:
+        size = abs(factor)
         return Combination(
             {k: factor * c for k, c in self.terms.items()},
-            {k: abs(factor) * c for k, c in self.sizes.items()},
+            {k: size * c for k, c in self.sizes.items()},
         )
 
     __rmul__ = __mul__

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from alphabar.noising import NoiseSchedule, Noising
+from alphabar.noising.utils import philox
 from alphabar.noising.utils import rng as counter
 from alphabar.noising.utils.rng import Draws, Stream, permutation, whole_seed
 
@@ -59,7 +60,7 @@ def test_known_answers(words: Any, key: Any, expected: Any, xp: ModuleType) -> N
     keys = (key, tuple(array(xp, [[word]]) for word in key))
     for each in keys:
         assert (
-            tuple(int(w[0, 0]) & WORD for w in counter._words(each, block, index, step, words[3]))
+            tuple(int(w[0, 0]) & WORD for w in philox.words(each, block, index, step, words[3]))
             == expected
         )
 
@@ -101,6 +102,38 @@ def test_numpy_and_torch_draw_the_same(shape: tuple[int, ...], seeds: Any, in_to
     *theirs, other = drawn()
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert torch.allclose(normal, other, rtol=2.5e-7, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5), (1,), (7,), (), (2, 4100)])
+@pytest.mark.parametrize("seeds", [2**64 - 3, list(range(50, 63))])
+def test_compiled_loops_draw_the_same_bits(
+    shape: tuple[int, ...], seeds: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert counter.loops() is not None  # the tests install numba
+
+    def drawn() -> list[Tensor]:
+        source = draws(range(4, 30, 2), seeds, step=9, stream=5)
+        out = source.normal(*shape, out=torch.empty(13, *shape))
+        uniform = [source.uniform(*shape), source.uniform(*shape, dtype=torch.float64)]
+        return [source.bits(*shape), *uniform, source.normal(*shape), out, source.of(6).normal(3)]
+
+    ours = drawn()
+    monkeypatch.setattr(counter, "loops", lambda: None)
+    assert all(torch.equal(a, b) for a, b in zip(ours, drawn(), strict=True))
+
+
+def test_loops_that_round_differently_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    from alphabar.noising.utils import compiled
+
+    exact = compiled.normal
+
+    def fused(out: np.ndarray, *counters: Any) -> None:
+        exact(out, *counters)
+        out[0, 0] = np.nextafter(out[0, 0], np.float32(9))
+
+    assert counter.loops.__wrapped__() is compiled
+    monkeypatch.setattr(compiled, "normal", fused)
+    assert counter.loops.__wrapped__() is None
 
 
 @pytest.mark.slow  # torch loads its shape functions
@@ -151,7 +184,7 @@ def test_normal_numbers_are_box_and_muller_s(xp: ModuleType) -> None:
     pairs = np.array([*itertools.product(ends, ends), *zip(*some, strict=True)], dtype=np.int64).T
     words = [array(xp, column[None].tolist()) for column in (*pairs, *pairs[::-1])]
     cosine, sine = (
-        np.asarray(part)[0, 0].astype(np.float64) for part in counter._normal(xp, tuple(words))
+        np.asarray(part)[0, 0].astype(np.float64) for part in philox.normal(xp, tuple(words))
     )
     expected = exact(*pairs)
     got = np.stack([cosine, sine])

@@ -15,6 +15,7 @@ import torch
 from alphabar.noising import NoiseSchedule, resolution_shift
 from alphabar.noising.utils.validation import real_number, whole_number
 from alphabar.sampling import CLEAN, METHODS, RePaint, Sampler, VQDiffusion, make_knots
+from alphabar.sampling import table as table_module
 from alphabar.sampling.standalone.vq_diffusion import TokenSchedule
 from alphabar.sampling.table import ROUNDINGS, point_mass_defects
 from oracles import Gaussian, moments
@@ -228,3 +229,13 @@ def test_bad_arguments_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         Sampler(SCALED, *arguments, **options)
+
+
+@pytest.mark.parametrize("name", [n for n, method in METHODS.items() if method.stochastic])
+def test_the_check_of_marginals_may_join_noises(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check is linear in the steps, since it keeps few independent noises apart."""
+    table = Sampler(NoiseSchedule.linear(), name, 30).table
+    kept = list(point_mass_defects(table))
+    monkeypatch.setattr(table_module, "MAX_DIRECTIONS", 1)
+    for (ours, rounding), (theirs, _) in zip(point_mass_defects(table), kept, strict=True):
+        assert abs(ours - theirs) <= 4 * rounding

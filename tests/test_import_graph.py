@@ -49,7 +49,11 @@ DIFFUSERS_MODULES = (
 
 
 # Modules that subclass what they may not import at the head; others import them inside functions only.
-LATER = {"sampling/interop/scheduler.py": {"diffusers"}}
+LATER = {
+    "sampling/interop/scheduler.py": {"diffusers"},
+    "noising/utils/compiled.py": {"numba"},
+    "noising/utils/triton_kernels.py": {"triton"},
+}
 
 
 def offence(path: str, item: Import) -> str | None:

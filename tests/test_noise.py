@@ -29,6 +29,7 @@ from alphabar.noising import (
     Pyramid,
 )
 from alphabar.noising.noise import draw_kinds
+from alphabar.noising.utils import rng
 from alphabar.noising.utils.rng import Draws, stream_of
 from oracles import SCHEDULES
 
@@ -236,6 +237,17 @@ def test_adaptive_offset_of_flat_samples() -> None:
     x0 = torch.tensor([[2.0, -4.0]])
     out = AdaptiveOffset(0.1, 0.5).apply(torch.zeros(1, 2), torch.ones(1, 2), x0)
     assert out.tolist() == [pytest.approx([1.1, 2.1])]
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 6), (4, 33, 40), (2, 5, 7, 9), (3, 17), (1, 1, 5)])
+def test_the_compiled_pyramid_has_the_same_bits(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = [Pyramid(), Pyramid(iterations=1, discount=0.5), Pyramid(iterations=8, discount=0.9)]
+    ours = [kind.draw(shape, draws_of(*range(9), step=2)) for kind in kinds]
+    monkeypatch.setattr(rng, "loops", lambda: None)
+    for kind, parts in zip(kinds, ours, strict=True):
+        assert torch.equal(parts, kind.draw(shape, draws_of(*range(9), step=2)))
 
 
 def reference_pyramid(shape: tuple[int, ...], kind: Pyramid, draws: Draws) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,9 @@ from alphabar.noising import (
     Offset,
     UniformTimesteps,
 )
+from alphabar.noising.utils import rng
 from alphabar.noising.utils.rng import Draws
+from counting import CountOperations
 from oracles import EVERY_SCHEDULE, SCHEDULES, allowed
 
 FLOW, ZTSNR = SCHEDULES["flow"], SCHEDULES["ztsnr"]
@@ -47,6 +49,57 @@ def equal(a: Noised, b: Noised) -> bool:
 
 
 # contents
+
+
+@pytest.mark.parametrize("size", [(3, 4, 5), (300,)], ids=str)
+@pytest.mark.parametrize(
+    "schedule",
+    [s for base in EVERY_SCHEDULE.values() for s in allowed(base)],
+    ids=lambda s: f"{s.curve.kind}-{s.prediction.name}",
+)
+def test_the_compiled_pass_gives_the_same_bits(
+    schedule: NoiseSchedule, size: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noising, x0 = Noising(schedule, weighting="min_snr").eval(), torch.randn(5, *size)
+    once = noising(x0, step=3)
+    monkeypatch.setattr(rng, "loops", lambda: None)
+    assert equal(once, noising(x0, step=3))
+
+
+def test_batches_that_the_compiled_pass_does_not_take() -> None:
+    noising, x0 = Noising(ZTSNR).eval(), batch_of(6)
+    expected = noising(x0, step=1)
+    strided = torch.stack([x0, x0], dim=-1)[..., 0]
+    assert equal(noising(strided, step=1), expected)
+    leaf = x0.clone().requires_grad_()
+    noised = noising(leaf, step=1)
+    assert equal(noised, expected)
+    noised.x.sum().backward()
+    assert leaf.grad is not None and bool((leaf.grad != 0).any())
+    half = noising(x0.bfloat16(), step=1)
+    assert half.x.dtype == torch.bfloat16 and torch.equal(half.noise, expected.noise)
+    exact = noising(x0.double(), step=1)
+    assert exact.target.dtype == torch.float64
+    assert torch.allclose(exact.target.float(), expected.target, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_a_step_of_few_operations(batch: int) -> None:
+    """diffusers takes 49 of them: noise, times, add_noise, get_velocity, compute_snr, the loss."""
+    noising, x0 = Noising(ZTSNR, weighting="min_snr").eval(), batch_of(batch)
+    noising(x0, step=0)  # tables of the curve
+    with CountOperations() as counted:
+        noised = noising(x0, step=1)
+        noised.loss(noised.x)
+    assert counted.operations <= 25
+
+
+def test_levels_follow_what_is_replaced() -> None:
+    noising, x0 = Noising(FLOW).eval(), batch_of(4)
+    noising(x0, step=0)
+    noising.weighting = MinSNR(gamma=2.0)
+    noising.schedule = ZTSNR
+    assert equal(noising(x0, step=0), Noising(ZTSNR, MinSNR(gamma=2.0))(x0, step=0))
 
 
 @pytest.mark.parametrize(

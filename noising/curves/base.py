@@ -215,9 +215,17 @@ def may_look_at(values: Tensor) -> bool:
     >>> may_look_at(torch.zeros(1)), may_look_at(torch.zeros(0))
     (True, False)
     """
-    if torch.compiler.is_compiling() or values.device.type != "cpu" or not values.numel():
-        return False
-    return not cast(Any, torch._C)._functorch.is_functorch_wrapped_tensor(values)
+    return values.device.type == "cpu" and bool(values.numel()) and not is_traced(values)
+
+
+def is_traced(values: Tensor) -> bool:
+    """Return whether torch.compile, torch.export or a transform of torch.func sees this tensor.
+
+    >>> is_traced(torch.zeros(1)), torch.vmap(lambda x: x + is_traced(x))(torch.zeros(1))
+    (False, tensor([1.]))
+    """
+    compiling = torch.compiler.is_compiling()
+    return compiling or cast(Any, torch._C)._functorch.is_functorch_wrapped_tensor(values)
 
 
 def require_range(sigma_min: float, sigma_max: float) -> None:
