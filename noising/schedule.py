@@ -26,6 +26,7 @@ from .curves.shifts import resolution_shift, token_shift
 from .curves.truncated import truncate
 from .io.diffusers import from_diffusers, to_diffusers
 from .io.files import CONFIG_NAME, EXACT_NAME, read_configs, write_configs
+from .io.hub import schedule_folder
 from .named_schedules import Constructors
 from .prediction import Prediction, resolve_prediction
 from .utils.config_reading import mapping, whole, word
@@ -499,21 +500,29 @@ class NoiseSchedule(Constructors):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike[str], subfolder: str | None = None, tokens: int | None = None
+        cls,
+        folder: str | os.PathLike[str],
+        subfolder: str | None = None,
+        tokens: int | None = None,
+        **hub_options: Any,
     ) -> "NoiseSchedule":
         """Read the files of :meth:`save_pretrained`, or those of a diffusers pipeline.
 
         Args:
-            folder: the folder that holds ``scheduler_config.json`` or ``noise_schedule.json``.
-            subfolder: a folder inside it.
+            folder: the folder that holds ``scheduler_config.json`` or ``noise_schedule.json``, or a
+                repository of the Hugging Face hub ('stabilityai/stable-diffusion-xl-base-1.0'), of
+                which only these files are downloaded.
+            subfolder: a folder inside it; by default the folder itself, else its 'scheduler'.
             tokens: the number of image tokens, for a pipeline whose shift depends on it (Flux; see
                 :func:`token_shift`).
+            hub_options: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and
+                ``force_download`` of the hub.
 
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: for a corrupt file, and for two files that contradict each other.
         """
-        place = Path(folder, subfolder) if subfolder else Path(folder)
+        place = schedule_folder(folder, subfolder, **hub_options)
         loaded: dict[str, NoiseSchedule] = {}
         for name, config in read_configs(place).items():
             try:

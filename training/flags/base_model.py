@@ -96,14 +96,7 @@ def _of_pipeline(source: str, revision: str | None) -> NoiseSchedule:
     path = Path(source)
     if path.is_file():
         raise ValueError("it is a single file, which holds no scheduler_config.json")
-    if path.is_dir():
-        return NoiseSchedule.from_pretrained(
-            path / "scheduler" if (path / "scheduler").is_dir() else path
-        )
-    from diffusers import DDPMScheduler
-
-    config: Any = DDPMScheduler.load_config(source, subfolder="scheduler", revision=revision)
-    return NoiseSchedule.from_diffusers(config[0] if isinstance(config, tuple) else config)
+    return NoiseSchedule.from_pretrained(source, revision=revision)
 
 
 def _of_ddpm_flags(args: argparse.Namespace) -> NoiseSchedule | None:
