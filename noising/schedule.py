@@ -554,15 +554,13 @@ class NoiseSchedule(Constructors):
         return to_diffusers(self.curve, self.prediction, sampling)
 
     @classmethod
-    def from_diffusers(
-        cls, config: Mapping[str, Any], tokens: int | None = None
-    ) -> "NoiseSchedule":
-        """Return the schedule of a diffusers scheduler config.
+    def from_diffusers(cls, config: Any, tokens: int | None = None) -> "NoiseSchedule":
+        """Return the schedule of a scheduler of diffusers, or of its config.
 
         Missing keys have the defaults of the config's class.
 
         Args:
-            config: the content of scheduler_config.json, or ``dict(scheduler.config)``.
+            config: a scheduler object, or the content of scheduler_config.json.
             tokens: as in :meth:`from_pretrained`.
 
         Raises:

@@ -240,12 +240,14 @@ def test_configs_of_other_schedules() -> None:
         assert NoiseSchedule.from_diffusers(ignored) == NoiseSchedule.from_diffusers(
             {"_class_name": "DDIMScheduler"}
         )
+    edm = {"_class_name": "EDMEulerScheduler", "sigma_max": 50.0, "prediction_type": "epsilon"}
+    assert NoiseSchedule.from_diffusers(edm) == NoiseSchedule.karras(sigma_max=50.0)
     with pytest.raises(
         ValueError,
-        match=r"^a config of EDMEulerScheduler does not say its noise schedule in a form that is known",
+        match=r"^a config of CosineDPMSolverMultistepScheduler does not say its noise schedule in a form that is known",
     ):
         NoiseSchedule.from_diffusers(
-            {"_class_name": "EDMEulerScheduler", "prediction_type": "epsilon"}
+            {"_class_name": "CosineDPMSolverMultistepScheduler", "prediction_type": "epsilon"}
         )
     with pytest.raises(ValueError, match=r"^invert_sigmas runs time from noise to data"):
         NoiseSchedule.from_diffusers(

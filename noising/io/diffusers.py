@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from ..curves.base import Curve
-from ..curves.continuous import Flow
+from ..curves.continuous import Flow, Karras
 from ..curves.discrete import Discrete
 from ..curves.shifts import token_shift
-from ..prediction import Prediction
-from .diffusers_keys import checked_config
+from ..prediction import KarrasF, Prediction
+from ..utils.registry import lookup
+from .diffusers_keys import checked_config, plain_config
 
 # defaults of diffusers' classes for missing keys (diffusers 0.42.1)
 _DISCRETE_DEFAULTS: dict[str, Any] = {
@@ -231,13 +232,55 @@ def _shifted_betas(curve: Discrete) -> Tensor:
     return -torch.expm1(log_alpha_bar.diff(prepend=torch.zeros(1, dtype=torch.float64)))
 
 
-def from_diffusers(config: Mapping[str, Any], tokens: int | None = None) -> tuple[Curve, str]:
+_EDM: dict[str, Any] = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0}
+_READ_EDM = {"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"}
+_EDM_SIGNS = {"epsilon": False, "v_prediction": True}
+
+
+def _edm_schedule(config: Mapping[str, Any]) -> tuple[Curve, Prediction] | None:
+    """Return EDM's curve and prediction, or None for a config of another schedule.
+
+    EulerDiscreteScheduler is EDM with σ_data = 1 where its times are 0.25 log σ (Stable Video
+    Diffusion); its betas then have no effect.
+    """
+    if config.get("_class_name") in _READ_EDM:
+        values = _EDM | {key: config[key] for key in _EDM if config.get(key) is not None}
+        count = config.get("num_train_timesteps", 1000)
+    elif (
+        continuous_times(config)
+        and config.get("use_karras_sigmas")
+        and None not in (config.get("sigma_min"), config.get("sigma_max"))
+    ):
+        values = {"sigma_min": config["sigma_min"], "sigma_max": config["sigma_max"]}
+        values, count = values | {"sigma_data": 1.0}, config.get("num_train_timesteps", 1000)
+    else:
+        return None
+    negative = lookup(
+        "prediction_type of an EDM network", config.get("prediction_type", "epsilon"), _EDM_SIGNS
+    )
+    return Karras(**values, num_train_timesteps=count), KarrasF(values["sigma_data"], negative)
+
+
+def continuous_times(config: Mapping[str, Any]) -> bool:
+    """Return whether EulerDiscreteScheduler gives its network 0.25 log σ as the time.
+
+    >>> continuous_times({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"})
+    False
+    """
+    return (
+        config.get("_class_name") == "EulerDiscreteScheduler"
+        and config.get("timestep_type") == "continuous"
+        and config.get("prediction_type") == "v_prediction"
+    )
+
+
+def from_diffusers(config: Any, tokens: int | None = None) -> tuple[Curve, str | Prediction]:
     """Return the curve and the prediction type of a diffusers scheduler config.
 
     Missing keys have the defaults of the config's class.
 
     Args:
-        config: the content of scheduler_config.json, or ``dict(scheduler.config)``.
+        config: a scheduler object, or the content of scheduler_config.json.
         tokens: the number of image tokens, for a config with ``use_dynamic_shifting`` (Flux), whose
             shift depends on the image.
 
@@ -256,9 +299,8 @@ def from_diffusers(config: Mapping[str, Any], tokens: int | None = None) -> tupl
     >>> round(from_diffusers(flux, tokens=4096)[0].shift, 4)
     3.1582
     """
-    if not isinstance(config, Mapping) or not (
-        {"_class_name", "beta_schedule", "trained_betas", "prediction_type"} & set(config)
-    ):
+    config = plain_config(config)
+    if not {"_class_name", "beta_schedule", "trained_betas", "prediction_type"} & set(config):
         raise ValueError(
             "not a diffusers scheduler config: missing all of _class_name, beta_schedule, "
             "prediction_type"
@@ -273,10 +315,14 @@ def from_diffusers(config: Mapping[str, Any], tokens: int | None = None) -> tupl
             shift=shift, num_train_timesteps=config.get("num_train_timesteps", 1000)
         ), prediction
     if tokens is not None:
+        unread = ", or its class does not read it here" if config.get(_DYNAMIC_KEY) else ""
         raise ValueError(
-            "tokens are for a config that says use_dynamic_shifting; this one of "
-            f"{name or 'no class'} does not"
+            f"tokens are for a config that says {_DYNAMIC_KEY}; this one of "
+            f"{name or 'no class'} does not{unread}; leave tokens out"
         )
+    edm = _edm_schedule(config)
+    if edm is not None:
+        return edm
     said = {key: value for key, value in config.items() if key in _DISCRETE_DEFAULTS}
     if (
         name
@@ -295,6 +341,7 @@ def from_diffusers(config: Mapping[str, Any], tokens: int | None = None) -> tupl
     return Discrete(**values), config.get("prediction_type", "epsilon")
 
 
+_DYNAMIC_KEY = "use_dynamic_shifting"
 _TOKEN_SHIFT_KEYS = {
     "base_image_seq_len": "base_tokens",
     "max_image_seq_len": "max_tokens",

@@ -9,7 +9,11 @@ Every grid here has these options in addition to its own:
 ``final``: the end of sampling. "zero": the clean sample. "sigma_min": the least noise of training;
 if the grid itself reaches this level, it is computed with one point more, and its last point is
 the end. "stay": as "sigma_min", but if the grid itself reaches this level, the last step does not
-move, as diffusers appends its sigma_min to any grid.
+move, as diffusers appends its sigma_min to any grid. "repeat": the last step does not move,
+wherever the grid ends.
+
+``rounding``: "nearest" or "down" gives the network integer timesteps and does not change the noise
+levels, as the DPM-Solver classes of diffusers on flows.
 
 ``interpolation``: see ``knots_at_indices``.
 
@@ -29,7 +33,7 @@ from ...noising import NoiseSchedule, token_shift
 from ...noising.curves.shifts import shift_noise_level
 from ...noising.timesteps.densities import beta_quantile
 from ..knots import Knot
-from .base import F, final_knot, knots_at_indices, register_grid, standing_still
+from .base import F, final_knot, knots_at_indices, register_grid, standing_still, with_rounded_times
 
 Indices = Callable[[NoiseSchedule, int], Tensor]
 
@@ -42,6 +46,7 @@ def place_timesteps(
     rounded: bool = False,
     drop_last: bool = False,
     interpolation: str = "log_snr",
+    rounding: str | None = None,
     final: str = "zero",
 ) -> tuple[Knot, ...]:
     def index(points: int) -> Tensor:
@@ -56,10 +61,10 @@ def place_timesteps(
                 "fewer"
             )
         laid = index(steps + 1)
-    if final == "stay" and float(laid[-1]) <= 0:
-        knots = knots_at_indices(schedule, laid, interpolation)
-        return (*knots, standing_still(knots[-1]))
-    return (*knots_at_indices(schedule, laid, interpolation), final_knot(schedule, final))
+    knots = knots_at_indices(schedule, laid, interpolation)
+    knots = with_rounded_times(schedule, knots, rounding)
+    stays = final == "repeat" or (final == "stay" and float(laid[-1]) <= 0)
+    return (*knots, standing_still(knots[-1]) if stays else final_knot(schedule, final))
 
 
 def register_timestep_grid(**defaults: Any) -> Callable[[F], F]:
@@ -302,7 +307,7 @@ def flow(
             ``end=shift / (T + shift - 1)``.
 
     Other classes of diffusers: UniPC is ``drop_last=True``. The other DPM-Solver classes are
-    ``start=1 - 1 / T, end=0.0, drop_last=True``.
+    ``start=1 - 1 / T, end=0.0, drop_last=True``, and their times are cut: ``rounding="down"``.
 
     >>> from alphabar.sampling import make_knots
     >>> [round(k.timestep, 1) for k in make_knots(NoiseSchedule.flow(shift=3.0), 4, "flow")]
