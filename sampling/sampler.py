@@ -335,10 +335,10 @@ class Sampler:
         steps = DEFAULT_STEPS if steps is None else steps
         try:
             made = sampler_arguments(configs[CONFIG_NAME], steps, tokens)
+            exact_one = schedule if EXACT_NAME in configs else made.schedule
+            return cls._of_arguments(replace(made, schedule=exact_one))
         except ValueError as error:
             raise ValueError(f"{str(place / CONFIG_NAME)!r}: {error}") from error
-        exact_one = schedule if EXACT_NAME in configs else made.schedule
-        return cls._of_arguments(replace(made, schedule=exact_one))
 
     @classmethod
     def _of_arguments(cls, made: SamplerArguments) -> Any:
