@@ -165,6 +165,46 @@ def to_diffusers(
     raise ValueError(f"diffusers has no scheduler config for a {curve.kind} curve")
 
 
+_OF_SCHEDULE = {  # config keys of the schedule; the others are sampling options
+    *("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas"),
+    *("rescale_betas_zero_snr", "prediction_type", "shift", "use_dynamic_shifting"),
+    *("use_flow_sigmas", "flow_shift", "snr_shift_scale"),
+}
+_SPACING = {"timestep_spacing", "steps_offset"}  # decide where sampling starts
+
+
+def updated_config(
+    curve: Curve, prediction: Prediction, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return a scheduler config with this schedule in the place of its own.
+
+    If its class supports the schedule, the class and its sampling options are kept. If the schedule
+    ends in pure noise, the options that decide where sampling starts are not kept, so that sampling
+    starts from pure noise.
+
+    Raises:
+        ValueError: diffusers has no config for the schedule.
+
+    >>> from alphabar.noising import NoiseSchedule
+    >>> zero = NoiseSchedule.linear(prediction="v_prediction").zero_terminal_snr()
+    >>> old = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
+    >>> updated_config(zero.curve, zero.prediction, old)["timestep_spacing"]
+    'trailing'
+    """
+    name = config.get("_class_name")
+    new = to_diffusers(curve, prediction, {"_class_name": name} if name else None)
+    if new["_class_name"] != name:
+        return new
+    t = torch.tensor(curve.t_max, dtype=torch.float64)
+    ends_in_noise = curve.is_discrete and float(curve.alpha(t)) == 0.0
+    written = _OF_SCHEDULE | (_SPACING if ends_in_noise else set())
+    return new | {
+        key: value
+        for key, value in config.items()
+        if key not in written and not key.startswith("_")
+    }
+
+
 def _flow_config(curve: Flow, prediction: str, sampling: dict[str, Any]) -> dict[str, Any]:
     if prediction != "flow_prediction":
         raise ValueError(

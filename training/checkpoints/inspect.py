@@ -21,7 +21,7 @@ from .claims import (
     statements_of_safetensors,
 )
 from .read import SHARDED_NAME
-from .safetensors import MARKERS, read_header
+from .safetensors import MARKERS, is_safetensors, read_header
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ _Read = tuple[str, list[Claim], _Notes]
 def _kind_of(path: Path) -> Callable[[Path], _Read]:
     if path.is_dir():
         return _checkpoint if (path / SHARDED_NAME).is_file() else _folder
-    return _safetensors if path.suffix in (".safetensors", ".sft") else _checkpoint
+    return _safetensors if is_safetensors(path) else _checkpoint
 
 
 def _safetensors(path: Path) -> _Read:

@@ -198,6 +198,26 @@ def write_markers(
     >>> sorted(load_file(write_markers(path, schedule)))
     ['model.diffusion_model.out.weight', 'v_pred', 'ztsnr']
     """
+    header = marked_header(path, schedule)
+    content = json.dumps(
+        {METADATA: header.metadata, **header.tensors}, separators=(",", ":")
+    ).encode()
+    content += b" " * (-len(content) % 8)  # the format aligns the weights to 8 bytes
+    _rewrite(
+        Path(path),
+        Path(out if out is not None else path),
+        struct.pack("<Q", len(content)) + content,
+        header.start,
+    )
+    return Path(out if out is not None else path)
+
+
+def marked_header(path: str | os.PathLike[str], schedule: NoiseSchedule) -> Header:
+    """Return the header that :func:`write_markers` writes; ``start`` is that of the old header.
+
+    Raises:
+        ValueError: as in :func:`write_markers`.
+    """
     header = read_header(path)
     wanted = _markers(schedule) if header.for_interfaces else ()
     tensors = dict(header.tensors)
@@ -214,17 +234,16 @@ def write_markers(
     empty = {"dtype": "F32", "shape": [0], "data_offsets": [end, end]}
     tensors = {**tensors, **{name: empty for name in wanted if name not in tensors}}
     kept = {key: value for key, value in header.metadata.items() if key not in METADATA_KEYS}
-    content = json.dumps(
-        {METADATA: {**kept, **_metadata(schedule)}, **tensors}, separators=(",", ":")
-    ).encode()
-    content += b" " * (-len(content) % 8)  # the format aligns the weights to 8 bytes
-    _rewrite(
-        Path(path),
-        Path(out if out is not None else path),
-        struct.pack("<Q", len(content)) + content,
-        header.start,
-    )
-    return Path(out if out is not None else path)
+    return Header(tensors, {**kept, **_metadata(schedule)}, header.start)
+
+
+def is_safetensors(path: Path) -> bool:
+    """Return whether a file is named as a safetensors file.
+
+    >>> is_safetensors(Path("a.safetensors")), is_safetensors(Path("a.ckpt"))
+    (True, False)
+    """
+    return path.suffix in (".safetensors", ".sft")
 
 
 MARKERS = ("v_pred", "ztsnr")

@@ -7,30 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ...noising import BETA_SCHEDULES, Discrete, NoiseSchedule
+from ...noising.io.diffusers import updated_config
 
 _MEND = (
     "pass base=... to noising_from_arguments, or give the schedule, "
     "e.g. --noise_schedule scaled_linear"
 )
-_OF_SCHEDULE = {  # config keys of the schedule; the others are sampling options
-    *(
-        "num_train_timesteps",
-        "beta_schedule",
-        "beta_start",
-        "beta_end",
-        "trained_betas",
-        "rescale_betas_zero_snr",
-    ),
-    *(
-        "prediction_type",
-        "shift",
-        "use_dynamic_shifting",
-        "use_flow_sigmas",
-        "flow_shift",
-        "snr_shift_scale",
-    ),
-}
-_SPACING = {"timestep_spacing", "steps_offset"}  # decide where sampling starts
 
 
 def diffusers_scheduler(schedule: NoiseSchedule, like: Any = None) -> Any:
@@ -53,15 +35,11 @@ def diffusers_scheduler(schedule: NoiseSchedule, like: Any = None) -> Any:
     """
     import diffusers
 
-    name = None if like is None else type(like).__name__
-    config = schedule.to_diffusers(None if name is None else {"_class_name": name})
-    if like is not None and config["_class_name"] == name:
-        written = _OF_SCHEDULE | (_SPACING if schedule.has_zero_terminal_snr else set())
-        config |= {
-            key: value
-            for key, value in like.config.items()
-            if key not in written and not key.startswith("_")
-        }
+    config = updated_config(
+        schedule.curve,
+        schedule.prediction,
+        {} if like is None else {**like.config, "_class_name": type(like).__name__},
+    )
     return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
