@@ -72,7 +72,7 @@ def test_what_is_not_there_is_said_with_what_was_tried(tmp_path: Path) -> None:
     ):
         Sampler.from_pretrained("someone/other", cache_dir=tmp_path)
     for name in ("nowhere", "a/b/c", "../a/b", "/no/folder"):
-        with pytest.raises(FileNotFoundError, match="it is no name of a hub repository"):
+        with pytest.raises(FileNotFoundError, match="neither a folder nor the name of a hub"):
             NoiseSchedule.from_pretrained(name)
     with pytest.raises(FileNotFoundError, match=r"no schedule in '.*' nor in '.*/scheduler'"):
         NoiseSchedule.from_pretrained(tmp_path)

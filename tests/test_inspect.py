@@ -4,10 +4,12 @@ in words.
 
 import json
 import os
+import re
 import struct
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from safetensors import safe_open
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from alphabar.noising import NoiseSchedule
 from alphabar.noising.io.files import CONFIG_NAME, EXACT_NAME
+from alphabar.noising.prediction import KarrasF
 from alphabar.training import inspect_path, schedule_from_checkpoint, write_markers
 from alphabar.training.checkpoints.safetensors import MARKERS, METADATA_KEYS, OWN_KEY, read_header
 from alphabar.training.cli import main
@@ -581,3 +584,59 @@ def test_folders_of_alphabar_and_of_a_run(tmp_path: Path) -> None:
     assert inspect_path(tmp_path / "run/a.ckpt").schedule == schedule_from_checkpoint(
         tmp_path / "run/a.ckpt"
     )
+
+
+# What to choose in other tools
+
+
+@pytest.mark.parametrize(
+    ("schedule", "comfyui", "a1111", "diffusers"),
+    [
+        (
+            EPSILON,
+            r"'eps', zsnr=False\); .* karras$",
+            "^Noise .* Default; ",
+            "'epsilon', .*trailing",
+        ),
+        (V, "'v_prediction', zsnr=False", "^the tensor v_pred, .* Default; ", "DDIMScheduler"),
+        (ZERO, "zsnr=True.* sgm_uniform$", "Zero Terminal SNR; .* SGM Uniform", "zero_snr=True"),
+        (
+            NoiseSchedule.from_betas(V.curve.betas(), "v_prediction"),
+            "zsnr=False",
+            "Default",
+            "DDIM",
+        ),
+        (NoiseSchedule.linear(), "^cannot reproduce these betas", "^cannot", "'linear'"),
+        (V.with_prediction("sample"), "'x0', zsnr=False", "^cannot .* type sample", "'sample'"),
+        (FLOW, r"^ModelSamplingSD3\(shift=3\)", "of SD3", r"FlowMatchEuler.*shift=3.0\)"),
+        (NoiseSchedule.flow(6.0), r"shift=6\)", "^cannot .* flow of shift 6", "shift=6.0"),
+        (V.shifted(2.0), "^cannot", "^cannot", "trained_betas=..."),
+        (NoiseSchedule.cosine(), "^cannot .* cosine curve", "^cannot", "^cannot reproduce it"),
+        (
+            NoiseSchedule.karras(0.002, 700.0, 1.0, KarrasF(1.0, negative=True)),
+            r"ContinuousEDM\(sampling='v_prediction', sigma_max=700, sigma_min=0.002\)",
+            "^cannot",
+            "^cannot",
+        ),
+    ],
+    ids=str,
+)
+def test_what_to_choose_elsewhere(
+    tmp_path: Path, schedule: NoiseSchedule, comfyui: str, a1111: str, diffusers: str
+) -> None:
+    path = write_markers(model(tmp_path / "a.safetensors"), schedule)
+    found = inspect_path(path)
+    for words, expected in zip(found.settings.values(), (comfyui, a1111, diffusers), strict=True):
+        assert re.search(expected, words), words
+        assert words in str(found)
+
+
+def test_nothing_is_chosen_where_the_schedule_is_not_known(tmp_path: Path) -> None:
+    assert inspect_path(model(tmp_path / "a.safetensors", "v_pred")).settings == {}
+    assert "sample with" not in str(inspect_path(model(tmp_path / "a.safetensors", "v_pred")))
+
+
+def test_the_diffusers_line_is_a_call(tmp_path: Path) -> None:
+    words = inspect_path(write_markers(model(tmp_path / "a.safetensors"), ZERO)).settings
+    scheduler: Any = eval(words["diffusers"], vars(diffusers.schedulers))
+    assert torch.allclose(scheduler.alphas_cumprod.double(), ZERO.alphas_cumprod, rtol=2e-4)

@@ -32,9 +32,9 @@ def schedule_folder(
         FileNotFoundError: there are no such files.
         ValueError: an option is unknown.
 
-    >>> schedule_folder("nowhere")
+    >>> schedule_folder("nowhere")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    FileNotFoundError: no folder 'nowhere', and it is no name of a hub repository (owner/name)
+    FileNotFoundError: no schedule in 'nowhere': neither a folder nor the name of a hub ...
     """
     for option in hub_options:
         lookup("option of the hub", option, dict.fromkeys(HUB_OPTIONS))
@@ -44,7 +44,8 @@ def schedule_folder(
     name = os.fspath(place)
     if not _REPOSITORY.fullmatch(name):
         raise FileNotFoundError(
-            f"no folder {shown(name)}, and it is no name of a hub repository (owner/name)"
+            f"no schedule in {shown(str(Path(place)))}: neither a folder nor the name of a hub "
+            "repository (owner/name)"
         )
     return _of_repository(name, folders, hub_options)
 

@@ -20,6 +20,7 @@ from .claims import (
     statements_of_folder,
     statements_of_safetensors,
 )
+from .interfaces import described, interface_settings
 from .read import SHARDED_NAME
 from .safetensors import MARKERS, is_safetensors, read_header
 
@@ -58,6 +59,11 @@ class Inspection:
         """Whether the discrete schedule ends in pure noise, or None as for :attr:`prediction`."""
         return _only(s.zero_terminal_snr for s in self.statements)
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """What to choose in each tool to sample as the model was trained; empty if not known."""
+        return {} if self.schedule is None else interface_settings(self.schedule)
+
     def __str__(self) -> str:
         width = max((len(s.source) for s in self.statements), default=0)
         lines = [f"{self.path}: {self.kind}", f"trained with: {self._conclusion()}"]
@@ -65,6 +71,7 @@ class Inspection:
             ("says", [f"{s.source:<{width}}  {s}" for s in self.statements]),
             ("missing", self.missing),
             ("contradicts", self.contradictions),
+            *([("sample with", [*described(self.settings)])] if self.settings else []),
         ):
             lines += (
                 [f"{title}:", *(f"  {item}" for item in items)] if items else [f"{title}: nothing"]
