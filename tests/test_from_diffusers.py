@@ -110,7 +110,7 @@ def test_no_other_class_clips_by_default() -> None:
 def test_the_others_are_read_or_refused_in_words(name: str) -> None:
     scheduler = getattr(diffusers, name)()
     if "config" in NOT_RUN[name]:
-        with pytest.raises(ValueError, match="CMStoch.* is not read as a sampler: its network"):
+        with pytest.raises(ValueError, match=r"CMStoch.* is not read as a sampler: its network"):
             Sampler.from_diffusers(scheduler)
     else:
         assert Sampler.from_diffusers(scheduler, 10).steps == 10
