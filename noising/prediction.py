@@ -236,7 +236,7 @@ def resolve_prediction(prediction: str | Mapping[str, Any] | Prediction) -> Pred
     >>> resolve_prediction("v_prediction")
     Velocity()
     >>> resolve_prediction({"name": "karras", "sigma_data": 1.0})
-    KarrasF(sigma_data=1.0)
+    KarrasF(sigma_data=1.0, negative=False)
     """
     if isinstance(prediction, Prediction):
         return prediction

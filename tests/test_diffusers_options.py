@@ -5,8 +5,10 @@ refused, or told; never in silence. The oracle is diffusers itself, run as a pip
 from __future__ import annotations
 
 import inspect
+import runpy
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -331,3 +333,10 @@ def test_wide_readings_are_told_once_and_in_words() -> None:
     )
     made = sampler_arguments({"_class_name": "LCMScheduler", "timestep_spacing": "trailing"}, 4)
     assert "without effect: timestep_spacing='trailing' (its times are" in made.remarks[0]
+
+
+def test_the_page_of_the_classes_is_up_to_date() -> None:
+    """``python docs/schedulers.py`` writes it."""
+    path = Path(__file__).parent.parent / "docs" / "schedulers.py"
+    found: dict[str, Any] = runpy.run_path(str(path))
+    assert found["PAGE"].read_text(encoding="utf-8") == found["page"]()
