@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from .curves import curve_from_config
 from .curves.base import LEAST_ALPHA, Curve
 from .curves.shifts import resolution_shift, token_shift
 from .curves.truncated import truncate
-from .io.diffusers import from_diffusers, to_diffusers
+from .io.diffusers import from_diffusers, scheduler_of, to_diffusers
 from .io.files import CONFIG_NAME, EXACT_NAME, read_configs, write_configs
 from .io.hub import schedule_folder
 from .named_schedules import Constructors
@@ -495,7 +495,7 @@ class NoiseSchedule(Constructors):
         """
         sampling = None if sampler is None else self._sampling_of(sampler, nearest)
         return write_configs(
-            folder, {CONFIG_NAME: self.to_diffusers(sampling), EXACT_NAME: self.to_config()}
+            folder, {CONFIG_NAME: self.scheduler_config(sampling), EXACT_NAME: self.to_config()}
         )
 
     @classmethod
@@ -542,16 +542,42 @@ class NoiseSchedule(Constructors):
             )
         return first
 
-    def to_diffusers(self, sampling: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def scheduler_config(self, sampling: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return the ``scheduler_config.json`` of diffusers as a dict of plain values.
 
         ``sampling``: the result of ``Sampler.to_diffusers``. Raises ValueError for a schedule that
         diffusers has no config for.
 
-        >>> NoiseSchedule.flow(3.0).to_diffusers()["shift"]
+        >>> NoiseSchedule.flow(3.0).scheduler_config()["shift"]
         3.0
         """
         return to_diffusers(self.curve, self.prediction, sampling)
+
+    @overload
+    def to_diffusers(self, like: Mapping[str, Any]) -> dict[str, Any]: ...
+    @overload
+    def to_diffusers(self, like: Any = None) -> Any: ...
+    def to_diffusers(self, like: Any = None) -> Any:
+        """Return a scheduler of diffusers with this schedule: ``pipeline.scheduler = ...``.
+
+        Its class is ``DDIMScheduler``, of a flow ``FlowMatchEulerDiscreteScheduler``. For the class
+        of a sampler see ``Sampler.save_pretrained``, for the methods of alphabar in a pipeline
+        ``Sampler.as_scheduler``.
+
+        Args:
+            like: a scheduler, whose class and sampling options are kept if it supports the
+                schedule. A mapping is passed to :meth:`scheduler_config`, whose dict is returned.
+
+        Raises:
+            ValueError: diffusers has no scheduler for the schedule.
+
+        >>> scheduler = NoiseSchedule.linear(prediction="v_prediction").to_diffusers()
+        >>> type(scheduler).__name__, scheduler.config["prediction_type"]
+        ('DDIMScheduler', 'v_prediction')
+        """
+        if isinstance(like, Mapping):
+            return self.scheduler_config(like)
+        return scheduler_of(self.curve, self.prediction, like)
 
     @classmethod
     def from_diffusers(cls, config: Any, tokens: int | None = None) -> "NoiseSchedule":

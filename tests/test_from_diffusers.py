@@ -122,11 +122,11 @@ def test_the_others_are_read_or_refused_in_words(name: str) -> None:
 def test_what_is_written_is_read_again(name: str) -> None:
     schedule = NoiseSchedule.scaled_linear()
     sampler = Sampler(schedule, name, 10)
-    written = schedule.to_diffusers(sampler.to_diffusers())
+    written = schedule.scheduler_config(sampler.to_diffusers())
     again = Sampler.from_diffusers(written, 10)
     assert again.schedule.fingerprint == schedule.fingerprint
     assert again.table == sampler.table and again.init_noise_scale == sampler.init_noise_scale
-    assert schedule.to_diffusers(again.to_diffusers()) == written
+    assert schedule.scheduler_config(again.to_diffusers()) == written
 
 
 def test_bad_configs_are_refused_in_words() -> None:

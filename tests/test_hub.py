@@ -55,7 +55,7 @@ def test_a_pipeline_of_the_hub(subfolder: str | None, tmp_path: Path) -> None:
 
 def test_revisions_and_files_at_the_root(tmp_path: Path) -> None:
     flow = NoiseSchedule.flow(3.0)
-    files = {EXACT_NAME: flow.to_config(), CONFIG_NAME: flow.to_diffusers()}
+    files = {EXACT_NAME: flow.to_config(), CONFIG_NAME: flow.scheduler_config()}
     cache = cached(tmp_path, "someone/model", files, revision="v2")
     hub = {"cache_dir": str(cache)}
     assert NoiseSchedule.from_pretrained("someone/model", revision="v2", **hub) == flow

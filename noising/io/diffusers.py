@@ -1,9 +1,9 @@
 """Convert between schedules and the scheduler_config.json of diffusers.
 
-diffusers is not imported: its config is a JSON file. Every key that describes the curve is written,
-because a missing key gets the default of whichever class reads the file. A class is named only if
-it reads everything in the schedule. Betas that a class does not know by name are written as
-numbers, in ``trained_betas``.
+diffusers is imported for a scheduler object only: its config is a JSON file. Every key that
+describes the curve is written, because a missing key gets the default of whichever class reads the
+file. A class is named only if it reads everything in the schedule. Betas that a class does not know
+by name are written as numbers, in ``trained_betas``.
 """
 
 from __future__ import annotations
@@ -203,6 +203,27 @@ def updated_config(
         for key, value in config.items()
         if key not in written and not key.startswith("_")
     }
+
+
+def scheduler_of(curve: Curve, prediction: Prediction, like: Any = None) -> Any:
+    """Return a scheduler object of diffusers with this schedule; see :func:`updated_config`.
+
+    Args:
+        curve, prediction: the schedule.
+        like: a scheduler whose class and options are kept, if its class supports the schedule.
+
+    Raises:
+        ValueError: diffusers has no config for the schedule, or ``like`` is no scheduler.
+
+    >>> from alphabar.noising import NoiseSchedule
+    >>> flow = NoiseSchedule.flow(3.0)
+    >>> scheduler_of(flow.curve, flow.prediction).shift
+    3.0
+    """
+    import diffusers
+
+    config = updated_config(curve, prediction, {} if like is None else plain_config(like))
+    return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
 def _flow_config(curve: Flow, prediction: str, sampling: dict[str, Any]) -> dict[str, Any]:

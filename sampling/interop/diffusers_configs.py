@@ -219,7 +219,7 @@ def _candidates(
 @lru_cache(maxsize=256)
 def _holds(schedule: NoiseSchedule, name: str) -> bool:
     """Return whether a config of this class can express the whole schedule."""
-    return schedule.to_diffusers({"_class_name": name})["_class_name"] == name
+    return schedule.scheduler_config({"_class_name": name})["_class_name"] == name
 
 
 def _laid(

@@ -104,7 +104,7 @@ def _a1111(schedule: NoiseSchedule) -> str:
 
 def _diffusers(schedule: NoiseSchedule) -> str:
     try:
-        config = schedule.to_diffusers()
+        config = schedule.scheduler_config()
     except ValueError as error:
         return f"cannot reproduce it: {error}"
     betas = "" if config.get("trained_betas") is None else ", trained_betas=..."

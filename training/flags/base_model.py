@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ...noising import BETA_SCHEDULES, Discrete, NoiseSchedule
-from ...noising.io.diffusers import updated_config
 
 _MEND = (
     "pass base=... to noising_from_arguments, or give the schedule, "
@@ -33,14 +32,7 @@ def diffusers_scheduler(schedule: NoiseSchedule, like: Any = None) -> Any:
     >>> type(scheduler).__name__, scheduler.config.clip_sample, float(scheduler.alphas_cumprod[-1])
     ('DDPMScheduler', False, 0.0)
     """
-    import diffusers
-
-    config = updated_config(
-        schedule.curve,
-        schedule.prediction,
-        {} if like is None else {**like.config, "_class_name": type(like).__name__},
-    )
-    return getattr(diffusers, config["_class_name"]).from_config(config)
+    return schedule.to_diffusers(like)
 
 
 def schedule_of_base_model(args: argparse.Namespace) -> NoiseSchedule | None:
