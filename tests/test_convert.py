@@ -160,7 +160,7 @@ def _killed(path: Path, out: Path | None, call: int) -> None:
 @pytest.mark.parametrize("kind", ["file", "folder", "both files"])
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_killed_run_leaves_one_schedule(kind: str, in_place: bool, tmp_path: Path) -> None:
-    context, done = multiprocessing.get_context("fork"), False
+    context, done, call = multiprocessing.get_context("fork"), False, 0
     for call in range(6):
         home = tmp_path / str(call)
         if kind == "file":

@@ -128,7 +128,10 @@ FLOAT32 = {
     ("DPMSolverMultistepInverseScheduler", "sample"): "it divides by the sigma of t = 0",
 }
 """Cases where the peer's own float32 is further from the exact numbers than ``SAME``."""
-SOLVERS = ("DEISMultistep", "DPMSolverSinglestep", "SASolver", "UniPCMultistep")
+SOLVERS = (
+    *("DEISMultistep", "DPMSolverMultistepScheduler", "DPMSolverSinglestep", "SASolver"),
+    "UniPCMultistep",
+)
 FAILING: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (
         SOLVERS,
@@ -183,7 +186,7 @@ def their_samples(
 
         def placed(steps: int) -> None:
             set_timesteps(steps, **setup)
-            if config.get("use_flow_sigmas") and not name.startswith("UniPC"):
+            if config.get("use_flow_sigmas"):
                 on_exact_levels(scheduler, sampler)
 
         scheduler.set_timesteps = placed
@@ -340,3 +343,28 @@ def test_the_page_of_the_classes_is_up_to_date() -> None:
     path = Path(__file__).parent.parent / "docs" / "schedulers.py"
     found: dict[str, Any] = runpy.run_path(str(path))
     assert found["PAGE"].read_text(encoding="utf-8") == found["page"]()
+
+
+WRITTEN = [
+    (name, config)
+    for name in READ
+    for config in BASES[:1] + BASES[3:4] + BASES[6:7]
+    if CLASSES.get(name, CLASSES["EDMEulerScheduler"]).written and set(config) <= set(keys_of(name))
+    if name not in SLOW
+]
+
+
+@pytest.mark.parametrize(("name", "config"), WRITTEN, ids=str)
+def test_what_is_read_is_written_and_read_again(name: str, config: dict[str, Any]) -> None:
+    off = {key: False for key in ("clip_sample", "thresholding") if key in keys_of(name)}
+    said = {"_class_name": name, **off, **config}
+    if "Inverse" in name and config:
+        with pytest.raises(ValueError, match="leave"):
+            Sampler.from_diffusers(said, STEPS)
+        return
+    sampler = Sampler.from_diffusers(said, STEPS)
+    written = sampler.schedule.scheduler_config(sampler.to_diffusers())
+    assert written["_class_name"] == name
+    again = Sampler.from_diffusers(written, STEPS)
+    assert again == sampler
+    assert again.schedule.scheduler_config(again.to_diffusers()) == written

@@ -46,7 +46,9 @@ def test_a_pipeline_of_the_hub(subfolder: str | None, tmp_path: Path) -> None:
     hub = {"cache_dir": cache, "local_files_only": True}
     assert NoiseSchedule.from_pretrained("someone/model", subfolder, **hub) == SD
     sampler = Sampler.from_pretrained("someone/model", subfolder, steps=10, **hub)
-    peer = diffusers.PNDMScheduler.from_pretrained("someone/model", subfolder="scheduler", **hub)
+    peer: Any = diffusers.PNDMScheduler.from_pretrained(
+        "someone/model", subfolder="scheduler", **hub
+    )
     peer.set_timesteps(10)
     assert sampler.method.name == "plms" and sampler.steps == 10
     # theirs shows the second time twice, in the place of a first step of higher order

@@ -289,6 +289,7 @@ def flow(
     start: float = 1.0,
     end: float | None = None,
     end_shifted: bool = False,
+    largest: float = 1.0,
 ) -> Tensor:
     """Space time evenly and shift it towards the noise: σ = s t / (1 + (s - 1) t).
 
@@ -305,9 +306,11 @@ def flow(
         end_shifted: End at the shifted 1 / T and shift it again, as FlowMatchEuler and
             FlowMatchHeun of diffusers with a static shift. Equal to
             ``end=shift / (T + shift - 1)``.
+        largest: The largest σ; α is not 0 below 1.
 
-    Other classes of diffusers: UniPC is ``drop_last=True``. The other DPM-Solver classes are
-    ``start=1 - 1 / T, end=0.0, drop_last=True``, and their times are cut: ``rounding="down"``.
+    Other classes of diffusers: UniPC is ``drop_last=True, largest=1 - 1e-6``. The other DPM-Solver
+    classes are ``start=1 - 1 / T, end=0.0, drop_last=True``, and their times are cut:
+    ``rounding="down"``.
 
     >>> from alphabar.sampling import make_knots
     >>> [round(k.timestep, 1) for k in make_knots(NoiseSchedule.flow(shift=3.0), 4, "flow")]
@@ -326,6 +329,7 @@ def flow(
                 f"shift_terminal must be between 0 and 1, got {shift_terminal}; LTX-Video uses 0.1"
             )
         sigma = 1 - (1 - sigma) * (1 - shift_terminal) / (1 - sigma[-1]) if points > 1 else sigma
+    sigma = sigma.clamp(max=largest)
     time = curve.time_at_noise_level(sigma) if curve.kind == "flow" else sigma
     return count * time - 1
 

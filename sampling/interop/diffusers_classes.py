@@ -402,7 +402,7 @@ class Reading:
                 "it clips dynamically; for the same give "
                 f"clip=DynamicThreshold({ratio}, {limit}) to the call"
             )
-        if self.kind.clamped and schedule.has_zero_terminal_snr:
+        if self.kind.clamped and not self.flow and schedule.has_zero_terminal_snr:
             yield "it starts at alpha = 0.00024, and the sampler at 0"
         yield from self.slips(schedule, steps)
 
@@ -413,7 +413,7 @@ class Reading:
             options["start"] = 1 - 1 / schedule.num_train_timesteps
         ascending = self.method.endswith("_inverse")
         knots = _knots(schedule, steps, self.grid, ascending, tuple(sorted(options.items())))
-        if knots[0].alpha == 0 and self.kind.clamped:
+        if knots[0].alpha == 0 and self.kind.clamped and not self.flow:
             knots = (Knot(knots[0].timestep, CLAMPED, math.sqrt(1 - CLAMPED**2)), *knots[1:])
         return knots
 
@@ -594,10 +594,10 @@ def read_config(config: Mapping[str, Any]) -> Reading:
 
 
 _CUT = {"drop_last": True, "rounding": "down"}
-FLOW_LAYS: Lays = {"early": {"end": 0.0, **_CUT}, "top": _CUT}
+FLOW_LAYS: Lays = {"early": {"end": 0.0, **_CUT}, "top": {"largest": 1 - 1e-6, **_CUT}}
 """The flow grids of the solvers.
 
-"early" starts 1 / T below the noise (``Reading.lay`` knows T); "top", of UniPC, at the noise.
+"early" starts 1 / T below the noise (``Reading.lay`` knows T); "top", of UniPC, just below it.
 """
 _OF_GRIDS = ("sigma_min", "sigma_max", "lambda_min", "original_steps", "steps_offset", "final")
 

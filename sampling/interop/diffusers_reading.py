@@ -21,6 +21,7 @@ from ...noising.io.diffusers import continuous_times
 from ...noising.io.diffusers_keys import KNOWN_TO_CLASS, OTHERS, plain_config
 from ...noising.utils.config_reading import flag, number, word
 from ...noising.utils.registry import shown, unknown
+from ..grids.timesteps import shift_of
 from .diffusers_classes import CLASSES, FAILURES, FLAGS, Reading, read_config
 
 
@@ -127,6 +128,7 @@ def _lowers_its_order(value: Any, config: Mapping[str, Any]) -> bool:
     return bool(value) and config.get("final_sigmas_type", "zero") != "zero"
 
 
+_FLOW_END = (_ends_at_betas, "on a flow it ends at the lowest noise level of its betas")
 REFUSED: Mapping[str, Mapping[str, _Refused]] = {
     "EulerDiscreteScheduler": {
         "interpolation_type": (
@@ -143,16 +145,15 @@ REFUSED: Mapping[str, Mapping[str, _Refused]] = {
         "tau_func": (_is_set, "a function is no setting; make the sampler with tau=...")
     },
     "FlowMatchLCMScheduler": {"scale_factors": (_is_set, "it resizes the image between the steps")},
+    "DPMSolverMultistepScheduler": {"final_sigmas_type": _FLOW_END},
     "DPMSolverSinglestepScheduler": {
-        "final_sigmas_type": (
-            _ends_at_betas,
-            "on a flow it ends at the lowest noise level of its betas",
-        ),
+        "final_sigmas_type": _FLOW_END,
         "lower_order_final": (_lowers_its_order, "it lowers its order before final sigma_min"),
     },
 }
 """Options with values that no sampler here does: (a test of the value and the config, why)."""
 
+_ENDS = ("sigma_min", "sigma_max")
 _SIGMAS = tuple(FLAGS[grid] for grid in ("karras", "exponential", "beta"))
 READ_HERE: Mapping[str, tuple[str, ...]] = {
     "EDMEulerScheduler": (),
@@ -290,7 +291,7 @@ def _require_values(name: str, config: Mapping[str, Any], known: Mapping[str, st
 
 def _schedule(name: str, config: Mapping[str, Any], tokens: int | None) -> NoiseSchedule:
     if name == "ScoreSdeVeScheduler":
-        given = {k: number(k, config[k]) for k in ("sigma_min", "sigma_max") if k in config}
+        given: dict[str, Any] = {k: number(k, config[k]) for k in _ENDS if k in config}
         return NoiseSchedule.variance_exploding(**given)
     return NoiseSchedule.from_diffusers(config, tokens)
 
@@ -391,15 +392,12 @@ def _flow_on_flagged(name: str, config: Mapping[str, Any], reading: Reading) -> 
             f"{FLAGS[reading.grid]} with use_flow_sigmas takes the noise levels of its betas, "
             "σ / α, for σ of the flow; leave one of the two out"
         )
-    ends = {key: config[key] for key in ("sigma_min", "sigma_max") if key in config}
+    ends = {key: config[key] for key in _ENDS if key in config}
     if len(ends) < 2:
-        betas = {k: config[k] for k in _BETAS if k in config}
-        curve = Discrete(**({"beta_start": 0.0001, "beta_end": 0.02} | betas))
+        betas: dict[str, Any] = {"beta_start": 0.0001, "beta_end": 0.02}
+        curve = Discrete(**(betas | {k: config[k] for k in _BETAS if k in config}))
         times = torch.tensor([0, curve.num_train_timesteps - 1], dtype=torch.float64)
-        ends = (
-            dict(zip(("sigma_min", "sigma_max"), curve.sigma_ve(times).tolist(), strict=True))
-            | ends
-        )
+        ends = dict(zip(_ENDS, curve.sigma_ve(times).tolist(), strict=True)) | ends
     final = "repeat" if config.get("final_sigmas_type") == "sigma_min" else "zero"
     laid = {"ratio": True, "rounding": "down", "final": final, **ends}
     return replace(reading, options={**reading.of_method, **laid})
@@ -467,21 +465,22 @@ def _flow(
             options["shift_terminal"] = terminal
         return replace(reading, options=options)
     del options["range_from"]
-    lowest = shift_noise_level(1 / schedule.num_train_timesteps, float(schedule.curve.shift))
-    lowest = lowest if dynamic else shift_noise_level(lowest, float(schedule.curve.shift))
+    shift = shift_of(schedule)
+    lowest = shift_noise_level(1 / schedule.num_train_timesteps, shift)
+    lowest = lowest if dynamic else shift_noise_level(lowest, shift)
     low = lowest if terminal is None else terminal
     return replace(reading, options={**options, "sigma_min": low, "sigma_max": 1.0})
 
 
 def _is_ranged(config: Mapping[str, Any], reading: Reading) -> bool:
     of_unipc = config["_class_name"] == "UniPCMultistepScheduler" and not reading.flow
-    return of_unipc and reading.grid in FLAGS and bool({"sigma_min", "sigma_max"} & set(config))
+    return of_unipc and reading.grid in FLAGS and bool({*_ENDS} & set(config))
 
 
 def _ranged(
     config: Mapping[str, Any], reading: Reading, schedule: NoiseSchedule, steps: int
 ) -> Reading:
-    ends = {key: config[key] for key in ("sigma_min", "sigma_max") if key in config}
+    ends = {key: config[key] for key in _ENDS if key in config}
     final = "repeat" if config.get("final_sigmas_type") == "sigma_min" else "zero"
     return replace(reading, options={**reading.options, "final": final, **ends})
 
