@@ -416,7 +416,7 @@ CASES: dict[str, tuple[Any, Any, list[str], list[str]]] = {
             modelspec__prediction_type="epsilon",
         ),
         ("epsilon", False),
-        ["schedule: nothing"],
+        [],  # its betas are fixed
         [],
     ),
     "a LoRA of sd-scripts for SDXL leaves it open": (
@@ -640,3 +640,32 @@ def test_the_diffusers_line_is_a_call(tmp_path: Path) -> None:
     words = inspect_path(write_markers(model(tmp_path / "a.safetensors"), ZERO)).settings
     scheduler: Any = eval(words["diffusers"], {"DDIMScheduler": diffusers.DDIMScheduler})
     assert torch.allclose(scheduler.alphas_cumprod.double(), ZERO.alphas_cumprod, rtol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "schedule"),
+    [
+        ({"ss_base_model_version": "sd_v1", "ss_zero_terminal_snr": "False"}, EPSILON),
+        ({"ss_base_model_version": "sd_v2_v", "ss_zero_terminal_snr": "True"}, ZERO),
+        (
+            {"ss_base_model_version": "sdxl_base_v1-0", "ss_zero_terminal_snr": "True"}
+            | {"modelspec__prediction_type": "v"},
+            ZERO,
+        ),
+        ({"ss_base_model_version": "sdxl_base_v1-0", "ss_zero_terminal_snr": "True"}, None),
+        ({"ss_base_model_version": "sd_v1", "ss_zero_terminal_snr": "True"}, None),
+        ({"ss_base_model_version": "sd_v2_v"}, None),
+        ({"ss_base_model_version": "flux1", "ss_zero_terminal_snr": "False"}, None),
+    ],
+    ids=str,
+)
+def test_sd_scripts_says_its_schedule_by_its_flags(
+    tmp_path: Path, metadata: dict[str, str], schedule: NoiseSchedule | None
+) -> None:
+    """Its betas are Stable Diffusion's for every model but the flows."""
+    path = model(tmp_path / "lora.safetensors", tensors=DIFFUSERS, **metadata)
+    found = inspect_path(path)
+    assert found.schedule == schedule and not found.contradictions
+    if schedule is not None:  # what is written beside it says the same
+        write_markers(path, schedule)
+        assert inspect_path(path).schedule == schedule
