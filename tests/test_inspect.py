@@ -15,10 +15,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from alphabar.noising import NoiseSchedule
+from alphabar.noising import LOSSES, NOISES, WEIGHTINGS, NoiseSchedule, Noising
 from alphabar.noising.io.files import CONFIG_NAME, EXACT_NAME
 from alphabar.noising.prediction import KarrasF
 from alphabar.training import inspect_path, schedule_from_checkpoint, write_markers
+from alphabar.training.checkpoints import sd_scripts
+from alphabar.training.checkpoints.claims import OF_TRAINING
 from alphabar.training.checkpoints.safetensors import MARKERS, METADATA_KEYS, OWN_KEY, read_header
 from alphabar.training.cli import main
 from callbacks_toy import files
@@ -669,3 +671,37 @@ def test_sd_scripts_says_its_schedule_by_its_flags(
     if schedule is not None:  # what is written beside it says the same
         write_markers(path, schedule)
         assert inspect_path(path).schedule == schedule
+
+
+def test_the_training_is_said_in_the_keys_of_sd_scripts(tmp_path: Path) -> None:
+    noising = Noising(
+        V, weighting="min_snr:gamma=3", noise=["adaptive_offset", "pyramid", "input_perturbation"]
+    )
+    path = model(tmp_path / "a.safetensors", ss_debiased_estimation="True", ss_v2="False")
+    write_markers(path, V, noising=noising)
+    said = read_header(path).metadata
+    assert "ss_debiased_estimation" not in said and said["ss_v2"] == "False"
+    adaptive, pyramid, perturbation = noising.noise.kinds
+    assert {key: said[key] for key in said if key.startswith("ss_")} == {
+        "ss_v2": "False",
+        "ss_zero_terminal_snr": "False",
+        "ss_min_snr_gamma": "3",
+        "ss_loss_type": "l2",
+        "ss_noise_offset": str(adaptive.strength),
+        "ss_noise_offset_random_strength": "False",
+        "ss_adaptive_noise_scale": str(adaptive.scale),
+        "ss_multires_noise_iterations": str(pyramid.iterations),
+        "ss_multires_noise_discount": str(pyramid.discount),
+        "ss_ip_noise_gamma": str(perturbation.strength),
+        "ss_ip_noise_gamma_random_strength": "False",
+    }
+    assert "metadata ss_min_snr_gamma" in str(inspect_path(path))
+    assert inspect_path(path).schedule == V
+
+
+def test_every_key_of_sd_scripts_that_is_written_is_shown() -> None:
+    assert {*OF_TRAINING} >= sd_scripts.KEYS
+    known = {"weighting": WEIGHTINGS, "noise": NOISES, "loss": LOSSES}
+    tables = (sd_scripts.WEIGHTINGS, sd_scripts.NOISES, sd_scripts.LOSSES)
+    for table, registry in zip(tables, known.values(), strict=True):
+        assert {*table} <= {*registry}

@@ -20,9 +20,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...noising import NoiseSchedule
+from ...noising import NoiseSchedule, Noising
 from ...noising.utils.config_reading import mapping, parse_json, whole, word
 from ...noising.utils.registry import shown
+from .sd_scripts import KEYS, training_metadata
 
 METADATA = "__metadata__"
 OWN_KEY = "alphabar.noise_schedule"  # metadata key: the schedule, as JSON
@@ -168,7 +169,10 @@ def _require_laid_out(tensors: Mapping[str, Any], size: int) -> None:
 
 
 def write_markers(
-    path: str | os.PathLike[str], schedule: NoiseSchedule, out: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    schedule: NoiseSchedule,
+    out: str | os.PathLike[str] | None = None,
+    noising: Noising | None = None,
 ) -> Path:
     """Write the schedule into a safetensors file so that other tools can read it; return the path.
 
@@ -184,6 +188,8 @@ def write_markers(
         path: the safetensors file.
         schedule: the schedule to write.
         out: another file to write instead of ``path``.
+        noising: the noising of the training; its weighting, noise and loss are written as the
+            ``ss_...`` metadata of sd-scripts, where it has a key for them.
 
     Raises:
         FileNotFoundError: ``path`` does not exist.
@@ -199,9 +205,11 @@ def write_markers(
     ['model.diffusion_model.out.weight', 'v_pred', 'ztsnr']
     """
     header = marked_header(path, schedule)
-    content = json.dumps(
-        {METADATA: header.metadata, **header.tensors}, separators=(",", ":")
-    ).encode()
+    metadata = dict(header.metadata)
+    if noising is not None:
+        kept = {key: value for key, value in metadata.items() if key not in KEYS}
+        metadata = {**kept, **training_metadata(noising)}
+    content = json.dumps({METADATA: metadata, **header.tensors}, separators=(",", ":")).encode()
     content += b" " * (-len(content) % 8)  # the format aligns the weights to 8 bytes
     _rewrite(
         Path(path),
