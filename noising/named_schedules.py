@@ -191,7 +191,7 @@ class Constructors:
 
         >>> from alphabar.noising import NoiseSchedule
         >>> NoiseSchedule.karras().prediction
-        KarrasF(sigma_data=0.5)
+        KarrasF(sigma_data=0.5, negative=False)
         """
         curve = Karras(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data)
         return cls(curve, KarrasF(sigma_data) if prediction is None else prediction)

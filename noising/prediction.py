@@ -160,10 +160,14 @@ class KarrasF(Prediction):
     ... )  # with σ_d = 1 on a variance preserving path F = -v
     >>> round(c0, 12), round(c1, 12)
     (0.8, -0.6)
+
+    ``negative``: the network outputs -F, as with prediction_type 'v_prediction' in diffusers' EDM
+    classes and in Stable Video Diffusion.
     """
 
     name: ClassVar[str] = "karras"
     sigma_data: float = 0.5
+    negative: bool = False
 
     def __post_init__(self) -> None:
         _require_positive("sigma_data", self.sigma_data, "EDM uses 0.5 for images in [-1, 1]")
@@ -171,9 +175,15 @@ class KarrasF(Prediction):
     def coefficients(self, alpha: Any, sigma: Any) -> tuple[Any, Any]:
         d = self.sigma_data
         norm = (sigma**2 + (alpha * d) ** 2) ** 0.5  # α sqrt(s² + σ_d²)
+        norm = -norm if self.negative else norm
         # F = ((1 - c_skip) x_0 - c_skip s ε) / c_out, c_skip = (α σ_d)² / norm², c_out = s σ_d α /
         # norm
         return sigma / (d * norm), -(alpha * d) / norm
+
+    def to_config(self) -> dict[str, Any]:
+        """Return the name and the parameters; ``negative`` only if it is set."""
+        config = {"name": self.name, "sigma_data": self.sigma_data}
+        return config | ({"negative": True} if self.negative else {})
 
 
 @dataclass(frozen=True)
@@ -225,7 +235,7 @@ def resolve_prediction(prediction: str | Mapping[str, Any] | Prediction) -> Pred
     >>> resolve_prediction("v_prediction")
     Velocity()
     >>> resolve_prediction({"name": "karras", "sigma_data": 1.0})
-    KarrasF(sigma_data=1.0)
+    KarrasF(sigma_data=1.0, negative=False)
     """
     if isinstance(prediction, Prediction):
         return prediction

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -24,8 +24,9 @@ from .curves import curve_from_config
 from .curves.base import LEAST_ALPHA, Curve
 from .curves.shifts import resolution_shift, token_shift
 from .curves.truncated import truncate
-from .io.diffusers import from_diffusers, to_diffusers
+from .io.diffusers import from_diffusers, scheduler_of, to_diffusers
 from .io.files import CONFIG_NAME, EXACT_NAME, read_configs, write_configs
+from .io.hub import schedule_folder
 from .named_schedules import Constructors
 from .prediction import Prediction, resolve_prediction
 from .utils.config_reading import mapping, whole, word
@@ -494,26 +495,34 @@ class NoiseSchedule(Constructors):
         """
         sampling = None if sampler is None else self._sampling_of(sampler, nearest)
         return write_configs(
-            folder, {CONFIG_NAME: self.to_diffusers(sampling), EXACT_NAME: self.to_config()}
+            folder, {CONFIG_NAME: self.scheduler_config(sampling), EXACT_NAME: self.to_config()}
         )
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike[str], subfolder: str | None = None, tokens: int | None = None
+        cls,
+        folder: str | os.PathLike[str],
+        subfolder: str | None = None,
+        tokens: int | None = None,
+        **hub_options: Any,
     ) -> "NoiseSchedule":
         """Read the files of :meth:`save_pretrained`, or those of a diffusers pipeline.
 
         Args:
-            folder: the folder that holds ``scheduler_config.json`` or ``noise_schedule.json``.
-            subfolder: a folder inside it.
+            folder: the folder that holds ``scheduler_config.json`` or ``noise_schedule.json``, or a
+                repository of the Hugging Face hub ('stabilityai/stable-diffusion-xl-base-1.0'), of
+                which only these files are downloaded.
+            subfolder: a folder inside it; by default the folder itself, else its 'scheduler'.
             tokens: the number of image tokens, for a pipeline whose shift depends on it (Flux; see
                 :func:`token_shift`).
+            hub_options: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and
+                ``force_download`` of the hub.
 
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: for a corrupt file, and for two files that contradict each other.
         """
-        place = Path(folder, subfolder) if subfolder else Path(folder)
+        place = schedule_folder(folder, subfolder, **hub_options)
         loaded: dict[str, NoiseSchedule] = {}
         for name, config in read_configs(place).items():
             try:
@@ -533,27 +542,51 @@ class NoiseSchedule(Constructors):
             )
         return first
 
-    def to_diffusers(self, sampling: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def scheduler_config(self, sampling: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return the ``scheduler_config.json`` of diffusers as a dict of plain values.
 
         ``sampling``: the result of ``Sampler.to_diffusers``. Raises ValueError for a schedule that
         diffusers has no config for.
 
-        >>> NoiseSchedule.flow(3.0).to_diffusers()["shift"]
+        >>> NoiseSchedule.flow(3.0).scheduler_config()["shift"]
         3.0
         """
         return to_diffusers(self.curve, self.prediction, sampling)
 
+    @overload
+    def to_diffusers(self, like: Mapping[str, Any]) -> dict[str, Any]: ...
+    @overload
+    def to_diffusers(self, like: Any = None) -> Any: ...
+    def to_diffusers(self, like: Any = None) -> Any:
+        """Return a scheduler of diffusers with this schedule: ``pipeline.scheduler = ...``.
+
+        Its class is ``DDIMScheduler``, of a flow ``FlowMatchEulerDiscreteScheduler``. For the class
+        of a sampler see ``Sampler.save_pretrained``, for the methods of alphabar in a pipeline
+        ``Sampler.as_scheduler``.
+
+        Args:
+            like: a scheduler, whose class and sampling options are kept if it supports the
+                schedule. A mapping is passed to :meth:`scheduler_config`, whose dict is returned.
+
+        Raises:
+            ValueError: diffusers has no scheduler for the schedule.
+
+        >>> scheduler = NoiseSchedule.linear(prediction="v_prediction").to_diffusers()
+        >>> type(scheduler).__name__, scheduler.config["prediction_type"]
+        ('DDIMScheduler', 'v_prediction')
+        """
+        if isinstance(like, Mapping):
+            return self.scheduler_config(like)
+        return scheduler_of(self.curve, self.prediction, like)
+
     @classmethod
-    def from_diffusers(
-        cls, config: Mapping[str, Any], tokens: int | None = None
-    ) -> "NoiseSchedule":
-        """Return the schedule of a diffusers scheduler config.
+    def from_diffusers(cls, config: Any, tokens: int | None = None) -> "NoiseSchedule":
+        """Return the schedule of a scheduler of diffusers, or of its config.
 
         Missing keys have the defaults of the config's class.
 
         Args:
-            config: the content of scheduler_config.json, or ``dict(scheduler.config)``.
+            config: a scheduler object, or the content of scheduler_config.json.
             tokens: as in :meth:`from_pretrained`.
 
         Raises:

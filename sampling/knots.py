@@ -70,3 +70,15 @@ def knot_at_half_log_snr(schedule: NoiseSchedule, half_log_snr: float) -> Knot:
     t = curve.time(log_snr)
     alpha, sigma = curve.alpha_sigma_at(log_snr)
     return Knot(curve.timestep(t).item(), alpha.item(), sigma.item(), curve.input_scale(t).item())
+
+
+def start_scale(first: Knot, init_noise: str) -> float:
+    """Return the factor of the standard normal noise at the first knot.
+
+    "marginal": sqrt(α² + σ²), for data of unit variance. "sigma": σ. "unit": 1.
+
+    >>> [start_scale(Knot(999.0, 0.6, 0.8), kind) for kind in ("marginal", "sigma", "unit")]
+    [1.0, 0.8, 1.0]
+    """
+    scales = {"sigma": first.sigma, "unit": 1.0}
+    return scales.get(init_noise, math.hypot(first.alpha, first.sigma))

@@ -47,7 +47,7 @@ ALIASES: Mapping[str, tuple[str, dict[str, Any]]] = {
 The options of diffusers classes are in ``diffusers_classes``.
 """
 
-INIT_NOISES = ("marginal", "sigma")
+INIT_NOISES = ("marginal", "sigma", "unit")
 RUN_OPTIONS = {
     "init_noise": Parameter(
         "init_noise", Parameter.KEYWORD_ONLY, default=INIT_NOISES[0], annotation=str

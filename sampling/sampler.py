@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..noising import NoiseSchedule
+from ..noising.io.files import CONFIG_NAME, EXACT_NAME, read_configs
+from ..noising.io.hub import schedule_folder
 from ..noising.utils.identity import exact
-from ..noising.utils.registry import lookup, shown
+from ..noising.utils.registry import lookup
 from .clipping import Change
 from .grids import Grid, counts_evaluations, make_knots, split_options
 from .guidance import Network
 from .inference import SeededNoise, last, prepare_run, without_gradients
-from .interop.diffusers_classes import FLAGS, read_config
 from .interop.diffusers_configs import nearest_config, sampler_config
+from .interop.diffusers_reading import SamplerArguments, sampler_arguments
 from .kernel import Progress, run
-from .knots import Knot
+from .knots import Knot, start_scale
 from .methods.base import Method
 from .names import RUN_OPTIONS, resolve, resolve_settings
 from .noise_sources import BrownianNoise
@@ -50,7 +53,8 @@ class Sampler:
         options: Options of the method (``eta``) or the grid (``rho``, ``final``).
             ``timesteps=[...]`` or ``sigmas=[...]`` replace steps and grid. ``init_noise="sigma"``
             starts from σ z instead of sqrt(α² + σ²) z, the standard deviation of the marginal;
-            k-diffusion and the Euler family of diffusers start from σ z.
+            k-diffusion and the Euler family of diffusers start from σ z. "unit" starts from z, as
+            the DPM-Solver classes of diffusers on flows.
 
     Raises:
         ValueError: A name or option is unknown, or steps are out of range.
@@ -159,14 +163,9 @@ class Sampler:
     def init_noise_scale(self) -> float:
         """The standard deviation of x at the first knot for data of unit variance, sqrt(α² + σ²).
 
-        It is 1 on variance preserving paths. With ``init_noise="sigma"`` it is σ.
+        It is 1 on variance preserving paths. With ``init_noise="sigma"`` it is σ, with "unit" 1.
         """
-        first = self.knots[0]
-        return (
-            first.sigma
-            if dict(self.options).get("init_noise") == "sigma"
-            else math.hypot(first.alpha, first.sigma)
-        )
+        return start_scale(self.knots[0], dict(self.options).get("init_noise", "marginal"))
 
     @property
     def method_options(self) -> dict[str, Any]:
@@ -307,23 +306,87 @@ class Sampler:
         >>> sampler.method.name, sampler.grid, sampler.steps
         ('unipc', 'karras', 10)
         """
-        if not isinstance(config, Mapping):
-            if not isinstance(getattr(config, "config", None), Mapping):
-                raise ValueError(
-                    f"a scheduler of diffusers or its config is needed, got {shown(config)}"
-                )
-            config = {**config.config, "_class_name": type(config).__name__}
-        schedule = NoiseSchedule.from_diffusers(config, tokens)
-        reading = read_config(config)
-        flags = [flag for flag in FLAGS.values() if config.get(flag)]
-        if reading.method.endswith("_inverse") and flags:
-            raise ValueError(
-                f"{config['_class_name']} with {flags[0]} is no sampler here; leave {flags[0]} out"
+        return cls._of_arguments(
+            sampler_arguments(config, DEFAULT_STEPS if steps is None else steps, tokens)
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo: str | os.PathLike[str],
+        subfolder: str | None = None,
+        steps: int | None = None,
+        tokens: int | None = None,
+        **hub_options: Any,
+    ) -> Any:
+        """Return the sampler of a diffusers pipeline, or of a folder of :meth:`save_pretrained`.
+
+        Args:
+            path_or_repo: a folder, or a repository of the Hugging Face hub ('owner/name').
+            subfolder: a folder inside it; by default the folder itself, else its 'scheduler'.
+            steps, tokens: as in :meth:`from_diffusers`.
+            hub_options: as in :meth:`NoiseSchedule.from_pretrained`.
+
+        Raises:
+            FileNotFoundError: there is no scheduler_config.json.
+            ValueError: as in :meth:`from_diffusers`, and for files that contradict each other.
+
+        >>> import tempfile
+        >>> folder = Sampler(NoiseSchedule.scaled_linear(), "dpmpp_2m").save_pretrained(
+        ...     tempfile.mkdtemp()
+        ... )
+        >>> Sampler.from_pretrained(folder, steps=8).steps
+        8
+        """
+        place = schedule_folder(path_or_repo, subfolder, **hub_options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the config leaves out is told below
+            schedule = NoiseSchedule.from_pretrained(place, tokens=tokens)
+        configs = read_configs(place)
+        if CONFIG_NAME not in configs:
+            raise FileNotFoundError(
+                f"no {CONFIG_NAME} in {str(place)!r}, only {EXACT_NAME}, which says a schedule and "
+                "no sampler; make it with Sampler(NoiseSchedule.from_pretrained(...), name)"
             )
-        sampler = cls(schedule, reading.method, steps, reading.grid, **reading.arguments(schedule))
-        for words in reading.left_out(config, schedule, sampler.steps):
-            warnings.warn(f"{config['_class_name']}: {words}", stacklevel=2)
+        steps = DEFAULT_STEPS if steps is None else steps
+        try:
+            made = sampler_arguments(configs[CONFIG_NAME], steps, tokens)
+            exact_one = schedule if EXACT_NAME in configs else made.schedule
+            return cls._of_arguments(replace(made, schedule=exact_one))
+        except ValueError as error:
+            raise ValueError(f"{str(place / CONFIG_NAME)!r}: {error}") from error
+
+    @classmethod
+    def _of_arguments(cls, made: SamplerArguments) -> Any:
+        sampler = cls(made.schedule, made.method, made.steps, made.grid, **made.options)
+        for words in made.remarks:
+            warnings.warn(words, stacklevel=3)
         return sampler
+
+    def save_pretrained(self, folder: str | os.PathLike[str], nearest: bool = False) -> Path:
+        """Write the schedule's two files, scheduler_config.json naming the sampler's class.
+
+        The class, loaded by diffusers and set to the same number of steps, gives the same samples.
+
+        Args:
+            folder: the folder to write to.
+            nearest: as in :meth:`to_diffusers`.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ValueError: no class gives the same samples; nothing is written.
+            OSError: the folder cannot be written.
+
+        >>> import tempfile
+        >>> Sampler(NoiseSchedule.linear(), "res_multistep").save_pretrained(
+        ...     tempfile.mkdtemp()
+        ... )  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: no scheduler class of diffusers is this sampler (res_multistep, 20 steps on ...
+        """
+        return self.schedule.save_pretrained(folder, sampler=self, nearest=nearest)
 
     def as_scheduler(self) -> Any:
         """Return a scheduler object of diffusers that runs this sampler in a pipeline.

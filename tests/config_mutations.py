@@ -62,10 +62,10 @@ def configs() -> list[tuple[bool, dict[str, Any]]]:
     found += [
         (True, {k: v for k, v in config.items() if k != "fingerprint"}) for _, config in list(found)
     ]
-    found += [(False, schedule.to_diffusers()) for schedule in EXACT[:4]]
-    found += [(False, NoiseSchedule.flow(3.0).to_diffusers())]
+    found += [(False, schedule.scheduler_config()) for schedule in EXACT[:4]]
+    found += [(False, NoiseSchedule.flow(3.0).scheduler_config())]
     found += [
-        (False, ZERO.to_diffusers() | {"_class_name": name, "shift": 2.0}) for name in CLASSES
+        (False, ZERO.scheduler_config() | {"_class_name": name, "shift": 2.0}) for name in CLASSES
     ]
     return found
 

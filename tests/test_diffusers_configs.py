@@ -81,7 +81,7 @@ def from_its_start(
 
 
 def loaded(schedule: NoiseSchedule, config: dict[str, Any]) -> Any:
-    whole = json.loads(json.dumps(schedule.to_diffusers(config)))
+    whole = json.loads(json.dumps(schedule.scheduler_config(config)))
     kind = getattr(diffusers, whole["_class_name"])
     unread = set(whole) - set(inspect.signature(kind).parameters) - {"_class_name"}
     assert not unread, f"{kind.__name__} does not read {unread}"

@@ -34,7 +34,7 @@ EAGER = {
     "callbacks": HEAVY,
 }
 LAZY = {
-    "noising": {"scipy"},
+    "noising": {"scipy", "diffusers", "huggingface_hub"},
     "sampling": {"diffusers", "torchsde"},
     "training": {"diffusers"} | EXTRAS,
     "callbacks": {"diffusers"} | EXTRAS,

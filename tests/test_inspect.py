@@ -4,18 +4,23 @@ in words.
 
 import json
 import os
+import re
 import struct
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from alphabar.noising import NoiseSchedule
+from alphabar.noising import LOSSES, NOISES, WEIGHTINGS, NoiseSchedule, Noising
 from alphabar.noising.io.files import CONFIG_NAME, EXACT_NAME
+from alphabar.noising.prediction import KarrasF
 from alphabar.training import inspect_path, schedule_from_checkpoint, write_markers
+from alphabar.training.checkpoints import sd_scripts
+from alphabar.training.checkpoints.claims import OF_TRAINING
 from alphabar.training.checkpoints.safetensors import MARKERS, METADATA_KEYS, OWN_KEY, read_header
 from alphabar.training.cli import main
 from callbacks_toy import files
@@ -413,7 +418,7 @@ CASES: dict[str, tuple[Any, Any, list[str], list[str]]] = {
             modelspec__prediction_type="epsilon",
         ),
         ("epsilon", False),
-        ["schedule: nothing"],
+        [],  # its betas are fixed
         [],
     ),
     "a LoRA of sd-scripts for SDXL leaves it open": (
@@ -581,3 +586,122 @@ def test_folders_of_alphabar_and_of_a_run(tmp_path: Path) -> None:
     assert inspect_path(tmp_path / "run/a.ckpt").schedule == schedule_from_checkpoint(
         tmp_path / "run/a.ckpt"
     )
+
+
+# What to choose in other tools
+
+
+@pytest.mark.parametrize(
+    ("schedule", "comfyui", "a1111", "diffusers"),
+    [
+        (
+            EPSILON,
+            r"'eps', zsnr=False\); .* karras$",
+            "^Noise .* Default; ",
+            "'epsilon', .*trailing",
+        ),
+        (V, "'v_prediction', zsnr=False", "^the tensor v_pred, .* Default; ", "DDIMScheduler"),
+        (ZERO, "zsnr=True.* sgm_uniform$", "Zero Terminal SNR; .* SGM Uniform", "zero_snr=True"),
+        (
+            NoiseSchedule.from_betas(V.curve.betas(), "v_prediction"),
+            "zsnr=False",
+            "Default",
+            "DDIM",
+        ),
+        (NoiseSchedule.linear(), "^cannot reproduce these betas", "^cannot", "'linear'"),
+        (V.with_prediction("sample"), "'x0', zsnr=False", "^cannot .* type sample", "'sample'"),
+        (FLOW, r"^ModelSamplingSD3\(shift=3\)", "of SD3", r"FlowMatchEuler.*shift=3.0\)"),
+        (NoiseSchedule.flow(6.0), r"shift=6\)", "^cannot .* flow of shift 6", "shift=6.0"),
+        (V.shifted(2.0), "^cannot", "^cannot", "trained_betas=..."),
+        (NoiseSchedule.cosine(), "^cannot .* cosine curve", "^cannot", "^cannot reproduce it"),
+        (
+            NoiseSchedule.karras(0.002, 700.0, 1.0, KarrasF(1.0, negative=True)),
+            r"ContinuousEDM\(sampling='v_prediction', sigma_max=700, sigma_min=0.002\)",
+            "^cannot",
+            "^cannot",
+        ),
+    ],
+    ids=str,
+)
+def test_what_to_choose_elsewhere(
+    tmp_path: Path, schedule: NoiseSchedule, comfyui: str, a1111: str, diffusers: str
+) -> None:
+    path = write_markers(model(tmp_path / "a.safetensors"), schedule)
+    found = inspect_path(path)
+    for words, expected in zip(found.settings.values(), (comfyui, a1111, diffusers), strict=True):
+        assert re.search(expected, words), words
+        assert words in str(found)
+
+
+def test_nothing_is_chosen_where_the_schedule_is_not_known(tmp_path: Path) -> None:
+    assert inspect_path(model(tmp_path / "a.safetensors", "v_pred")).settings == {}
+    assert "sample with" not in str(inspect_path(model(tmp_path / "a.safetensors", "v_pred")))
+
+
+def test_the_diffusers_line_is_a_call(tmp_path: Path) -> None:
+    words = inspect_path(write_markers(model(tmp_path / "a.safetensors"), ZERO)).settings
+    scheduler: Any = eval(words["diffusers"], {"DDIMScheduler": diffusers.DDIMScheduler})
+    assert torch.allclose(scheduler.alphas_cumprod.double(), ZERO.alphas_cumprod, rtol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "schedule"),
+    [
+        ({"ss_base_model_version": "sd_v1", "ss_zero_terminal_snr": "False"}, EPSILON),
+        ({"ss_base_model_version": "sd_v2_v", "ss_zero_terminal_snr": "True"}, ZERO),
+        (
+            {"ss_base_model_version": "sdxl_base_v1-0", "ss_zero_terminal_snr": "True"}
+            | {"modelspec__prediction_type": "v"},
+            ZERO,
+        ),
+        ({"ss_base_model_version": "sdxl_base_v1-0", "ss_zero_terminal_snr": "True"}, None),
+        ({"ss_base_model_version": "sd_v1", "ss_zero_terminal_snr": "True"}, None),
+        ({"ss_base_model_version": "sd_v2_v"}, None),
+        ({"ss_base_model_version": "flux1", "ss_zero_terminal_snr": "False"}, None),
+    ],
+    ids=str,
+)
+def test_sd_scripts_says_its_schedule_by_its_flags(
+    tmp_path: Path, metadata: dict[str, str], schedule: NoiseSchedule | None
+) -> None:
+    """Its betas are Stable Diffusion's for every model but the flows."""
+    path = model(tmp_path / "lora.safetensors", tensors=DIFFUSERS, **metadata)
+    found = inspect_path(path)
+    assert found.schedule == schedule and not found.contradictions
+    if schedule is not None:  # what is written beside it says the same
+        write_markers(path, schedule)
+        assert inspect_path(path).schedule == schedule
+
+
+def test_the_training_is_said_in_the_keys_of_sd_scripts(tmp_path: Path) -> None:
+    noising = Noising(
+        V, weighting="min_snr:gamma=3", noise=["adaptive_offset", "pyramid", "input_perturbation"]
+    )
+    path = model(tmp_path / "a.safetensors", ss_debiased_estimation="True", ss_v2="False")
+    write_markers(path, V, noising=noising)
+    said = read_header(path).metadata
+    assert "ss_debiased_estimation" not in said and said["ss_v2"] == "False"
+    adaptive, pyramid, perturbation = noising.noise.kinds
+    assert {key: said[key] for key in said if key.startswith("ss_")} == {
+        "ss_v2": "False",
+        "ss_zero_terminal_snr": "False",
+        "ss_min_snr_gamma": "3",
+        "ss_loss_type": "l2",
+        "ss_noise_offset": str(adaptive.strength),
+        "ss_noise_offset_random_strength": "False",
+        "ss_adaptive_noise_scale": str(adaptive.scale),
+        "ss_multires_noise_iterations": str(pyramid.iterations),
+        "ss_multires_noise_discount": str(pyramid.discount),
+        "ss_ip_noise_gamma": str(perturbation.strength),
+        "ss_ip_noise_gamma_random_strength": "False",
+    }
+    assert "metadata ss_min_snr_gamma" in str(inspect_path(path))
+    assert inspect_path(path).schedule == V
+
+
+def test_every_key_of_sd_scripts_that_is_written_is_shown() -> None:
+    assert {*OF_TRAINING} >= sd_scripts.KEYS
+    known = {"weighting": WEIGHTINGS, "noise": NOISES, "loss": LOSSES}
+    tables = (sd_scripts.WEIGHTINGS, sd_scripts.NOISES, sd_scripts.LOSSES)
+    for table, registry in zip(tables, known.values(), strict=True):
+        assert {*table} <= {*registry}

@@ -77,18 +77,18 @@ def test_diffusers_reads_the_same_schedule(name: str, kind: str, tmp_path: Path)
 def test_a_class_that_ignores_zero_terminal_snr_is_not_named() -> None:
     schedule = SCHEDULES["ztsnr"]
     assert (
-        schedule.to_diffusers({"_class_name": "HeunDiscreteScheduler"})["_class_name"]
+        schedule.scheduler_config({"_class_name": "HeunDiscreteScheduler"})["_class_name"]
         == "DDIMScheduler"
     )
     assert (
-        schedule.to_diffusers({"_class_name": "EulerDiscreteScheduler"})["_class_name"]
+        schedule.scheduler_config({"_class_name": "EulerDiscreteScheduler"})["_class_name"]
         == "EulerDiscreteScheduler"
     )
     with pytest.raises(ValueError, match="no scheduler class of diffusers is this sampler"):
         Sampler(schedule, "heun").to_diffusers()
     # DDIM has α = 0 itself, where EulerDiscrete has 2^-12
     euler = Sampler(schedule, "euler", 20).to_diffusers()
-    assert schedule.to_diffusers(euler)["_class_name"] == "DDIMScheduler"
+    assert schedule.scheduler_config(euler)["_class_name"] == "DDIMScheduler"
 
 
 NAMED = [
@@ -120,7 +120,7 @@ def test_the_class_that_is_named_reads_all_that_the_schedule_holds(
     schedule's numbers.
     """
     schedule = SCHEDULES[name]
-    config = schedule.to_diffusers({"_class_name": kind})
+    config = schedule.scheduler_config({"_class_name": kind})
     scheduler: Any = getattr(diffusers, config["_class_name"]).from_config(config)
     assert config["_class_name"] in (kind, "DDIMScheduler")
     theirs, ours = scheduler.alphas_cumprod.double(), schedule.alphas_cumprod
@@ -136,7 +136,7 @@ def test_cogvideox_keeps_its_shift_by_name() -> None:
     schedule = (
         NoiseSchedule.scaled_linear(prediction="v_prediction").shifted(3**0.5).zero_terminal_snr()
     )
-    config = schedule.to_diffusers({"_class_name": "CogVideoXDDIMScheduler"})
+    config = schedule.scheduler_config({"_class_name": "CogVideoXDDIMScheduler"})
     assert config["snr_shift_scale"] == pytest.approx(3.0, rel=1e-15)
     assert (config["beta_schedule"], config["trained_betas"], config["rescale_betas_zero_snr"]) == (
         "scaled_linear",
@@ -144,9 +144,9 @@ def test_cogvideox_keeps_its_shift_by_name() -> None:
         True,
     )
     assert NoiseSchedule.from_diffusers(config) == schedule
-    plain = NoiseSchedule.scaled_linear().to_diffusers({"_class_name": "CogVideoXDPMScheduler"})
+    plain = NoiseSchedule.scaled_linear().scheduler_config({"_class_name": "CogVideoXDPMScheduler"})
     assert plain["snr_shift_scale"] == 1.0  # the class's own default is 3
-    assert "snr_shift_scale" not in schedule.to_diffusers()
+    assert "snr_shift_scale" not in schedule.scheduler_config()
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_cogvideox_keeps_its_shift_by_name() -> None:
     ["DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep", "SASolver"],
 )
 def test_solvers_that_sample_a_flow(kind: str) -> None:
-    config = SCHEDULES["flow"].to_diffusers({"_class_name": f"{kind}Scheduler"})
+    config = SCHEDULES["flow"].scheduler_config({"_class_name": f"{kind}Scheduler"})
     scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
     assert type(scheduler).__name__ == f"{kind}Scheduler"
     scheduler.set_timesteps(10)
@@ -179,7 +179,7 @@ def test_solvers_that_sample_a_flow(kind: str) -> None:
     ],
 )
 def test_a_class_that_ignores_the_flow_is_not_named(sampling: dict[str, Any], named: str) -> None:
-    config = SCHEDULES["flow"].to_diffusers(sampling)
+    config = SCHEDULES["flow"].scheduler_config(sampling)
     scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
     assert config["_class_name"] == named
     assert scheduler.config["shift"] == 3.0
@@ -215,7 +215,7 @@ def test_dynamic_shifting_needs_the_tokens(tmp_path: Path) -> None:
     assert NoiseSchedule.from_pretrained(tmp_path, tokens=256).curve.shift == pytest.approx(
         math.exp(0.5)
     )
-    for config in (FLUX | {"use_dynamic_shifting": False}, SCHEDULES["sd"].to_diffusers()):
+    for config in (FLUX | {"use_dynamic_shifting": False}, SCHEDULES["sd"].scheduler_config()):
         with pytest.raises(
             ValueError, match="tokens are for a config that says use_dynamic_shifting"
         ):
@@ -240,12 +240,14 @@ def test_configs_of_other_schedules() -> None:
         assert NoiseSchedule.from_diffusers(ignored) == NoiseSchedule.from_diffusers(
             {"_class_name": "DDIMScheduler"}
         )
+    edm = {"_class_name": "EDMEulerScheduler", "sigma_max": 50.0, "prediction_type": "epsilon"}
+    assert NoiseSchedule.from_diffusers(edm) == NoiseSchedule.karras(sigma_max=50.0)
     with pytest.raises(
         ValueError,
-        match=r"^a config of EDMEulerScheduler does not say its noise schedule in a form that is known",
+        match=r"^a config of CosineDPMSolverMultistepScheduler does not say its noise schedule in a form that is known",
     ):
         NoiseSchedule.from_diffusers(
-            {"_class_name": "EDMEulerScheduler", "prediction_type": "epsilon"}
+            {"_class_name": "CosineDPMSolverMultistepScheduler", "prediction_type": "epsilon"}
         )
     with pytest.raises(ValueError, match=r"^invert_sigmas runs time from noise to data"):
         NoiseSchedule.from_diffusers(
@@ -284,7 +286,7 @@ def test_keys_left_out_mean_the_defaults_of_that_class(kind: str) -> None:
 
 def test_contradicting_files_are_named(tmp_path: Path) -> None:
     SCHEDULES["v"].save_pretrained(tmp_path)
-    (tmp_path / CONFIG_NAME).write_text(json.dumps(SCHEDULES["sd"].to_diffusers()))
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(SCHEDULES["sd"].scheduler_config()))
     with pytest.raises(
         ValueError, match=r"contradict each other.*v_prediction.*epsilon.*remove the wrong one"
     ):
@@ -296,7 +298,7 @@ def test_a_small_contradiction_is_one(name: str, tmp_path: Path) -> None:
     SCHEDULES[name].save_pretrained(tmp_path)
     other = NoiseSchedule.scaled_linear(beta_end=0.01200001)
     (tmp_path / CONFIG_NAME).write_text(
-        json.dumps((other if name == "sd" else other.shifted(1.7)).to_diffusers())
+        json.dumps((other if name == "sd" else other.shifted(1.7)).scheduler_config())
     )
     with pytest.raises(ValueError, match="contradict each other"):
         NoiseSchedule.from_pretrained(tmp_path)
@@ -304,7 +306,7 @@ def test_a_small_contradiction_is_one(name: str, tmp_path: Path) -> None:
 
 def test_the_betas_of_little_noise_are_exact() -> None:
     schedule = NoiseSchedule.scaled_linear().shifted(0.01)
-    config = schedule.to_diffusers()
+    config = schedule.scheduler_config()
     exact = schedule.sigma(torch.zeros(1, dtype=torch.float64)).item() ** 2
     assert config["trained_betas"][0] == pytest.approx(exact, rel=1e-13, abs=0)
 
@@ -367,7 +369,7 @@ def test_an_edited_value_is_noticed() -> None:
 )
 def test_what_diffusers_cannot_say_is_refused(schedule: NoiseSchedule) -> None:
     with pytest.raises(ValueError, match="diffusers"):
-        schedule.to_diffusers()
+        schedule.scheduler_config()
 
 
 def test_a_failed_write_leaves_the_old_file(
@@ -400,3 +402,20 @@ def test_files_are_as_readable_as_the_umask_says(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert path.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_is_a_scheduler_and_a_scheduler_a_schedule(name: str) -> None:
+    schedule = SCHEDULES[name]
+    scheduler = schedule.to_diffusers()
+    assert {**scheduler.config} == {**scheduler.config, **schedule.scheduler_config()} | {
+        key: value for key, value in scheduler.config.items() if key.startswith("_")
+    }
+    again = NoiseSchedule.from_diffusers(scheduler)
+    assert again.prediction == schedule.prediction
+    assert torch.allclose(again.alphas_cumprod, schedule.alphas_cumprod, rtol=1e-11, atol=0)
+    like = schedule.to_diffusers(like=diffusers.EulerDiscreteScheduler(use_karras_sigmas=True))
+    if name != "flow":
+        assert like.config["use_karras_sigmas"] is True
+    with pytest.raises(ValueError, match="a scheduler of diffusers or its config is needed"):
+        schedule.to_diffusers(like=3)

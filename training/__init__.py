@@ -5,6 +5,7 @@ The checkpoints contain all that sampling needs.
 
 from typing import TYPE_CHECKING, Any
 
+from .checkpoints.convert import convert_path
 from .checkpoints.inspect import inspect_path
 from .checkpoints.loading import load_checkpoint
 from .checkpoints.read import schedule_from_checkpoint
@@ -35,6 +36,7 @@ __all__ = [
     "PowerFunction",
     "Warmup",
     "add_noising_arguments",
+    "convert_path",
     "diffusers_scheduler",
     "inspect_path",
     "load_checkpoint",

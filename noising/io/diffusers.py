@@ -1,9 +1,9 @@
 """Convert between schedules and the scheduler_config.json of diffusers.
 
-diffusers is not imported: its config is a JSON file. Every key that describes the curve is written,
-because a missing key gets the default of whichever class reads the file. A class is named only if
-it reads everything in the schedule. Betas that a class does not know by name are written as
-numbers, in ``trained_betas``.
+diffusers is imported for a scheduler object only: its config is a JSON file. Every key that
+describes the curve is written, because a missing key gets the default of whichever class reads the
+file. A class is named only if it reads everything in the schedule. Betas that a class does not know
+by name are written as numbers, in ``trained_betas``.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from ..curves.base import Curve
-from ..curves.continuous import Flow
+from ..curves.continuous import Flow, Karras
 from ..curves.discrete import Discrete
 from ..curves.shifts import token_shift
-from ..prediction import Prediction
-from .diffusers_keys import checked_config
+from ..prediction import KarrasF, Prediction
+from ..utils.registry import lookup
+from .diffusers_keys import checked_config, plain_config
 
 # defaults of diffusers' classes for missing keys (diffusers 0.42.1)
 _DISCRETE_DEFAULTS: dict[str, Any] = {
@@ -164,6 +165,67 @@ def to_diffusers(
     raise ValueError(f"diffusers has no scheduler config for a {curve.kind} curve")
 
 
+_OF_SCHEDULE = {  # config keys of the schedule; the others are sampling options
+    *("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas"),
+    *("rescale_betas_zero_snr", "prediction_type", "shift", "use_dynamic_shifting"),
+    *("use_flow_sigmas", "flow_shift", "snr_shift_scale"),
+}
+_SPACING = {"timestep_spacing", "steps_offset"}  # decide where sampling starts
+
+
+def updated_config(
+    curve: Curve, prediction: Prediction, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return a scheduler config with this schedule in the place of its own.
+
+    If its class supports the schedule, the class and its sampling options are kept. If the schedule
+    ends in pure noise, the options that decide where sampling starts are not kept, so that sampling
+    starts from pure noise.
+
+    Raises:
+        ValueError: diffusers has no config for the schedule.
+
+    >>> from alphabar.noising import NoiseSchedule
+    >>> zero = NoiseSchedule.linear(prediction="v_prediction").zero_terminal_snr()
+    >>> old = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
+    >>> updated_config(zero.curve, zero.prediction, old)["timestep_spacing"]
+    'trailing'
+    """
+    name = config.get("_class_name")
+    new = to_diffusers(curve, prediction, {"_class_name": name} if name else None)
+    if new["_class_name"] != name:
+        return new
+    t = torch.tensor(curve.t_max, dtype=torch.float64)
+    ends_in_noise = curve.is_discrete and float(curve.alpha(t)) == 0.0
+    written = _OF_SCHEDULE | (_SPACING if ends_in_noise else set())
+    return new | {
+        key: value
+        for key, value in config.items()
+        if key not in written and not key.startswith("_")
+    }
+
+
+def scheduler_of(curve: Curve, prediction: Prediction, like: Any = None) -> Any:
+    """Return a scheduler object of diffusers with this schedule; see :func:`updated_config`.
+
+    Args:
+        curve, prediction: the schedule.
+        like: a scheduler whose class and options are kept, if its class supports the schedule.
+
+    Raises:
+        ValueError: diffusers has no config for the schedule, or ``like`` is no scheduler.
+
+    >>> from alphabar.noising import NoiseSchedule
+    >>> flow = NoiseSchedule.flow(3.0)
+    >>> scheduler_of(flow.curve, flow.prediction).shift
+    3.0
+    """
+    import diffusers
+
+    config = updated_config(curve, prediction, {} if like is None else plain_config(like))
+    return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
 def _flow_config(curve: Flow, prediction: str, sampling: dict[str, Any]) -> dict[str, Any]:
     if prediction != "flow_prediction":
         raise ValueError(
@@ -231,13 +293,55 @@ def _shifted_betas(curve: Discrete) -> Tensor:
     return -torch.expm1(log_alpha_bar.diff(prepend=torch.zeros(1, dtype=torch.float64)))
 
 
-def from_diffusers(config: Mapping[str, Any], tokens: int | None = None) -> tuple[Curve, str]:
+_EDM: dict[str, Any] = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0}
+_READ_EDM = {"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"}
+_EDM_SIGNS = {"epsilon": False, "v_prediction": True}
+
+
+def _edm_schedule(config: Mapping[str, Any]) -> tuple[Curve, Prediction] | None:
+    """Return EDM's curve and prediction, or None for a config of another schedule.
+
+    EulerDiscreteScheduler is EDM with σ_data = 1 where its times are 0.25 log σ (Stable Video
+    Diffusion); its betas then have no effect.
+    """
+    if config.get("_class_name") in _READ_EDM:
+        values = _EDM | {key: config[key] for key in _EDM if config.get(key) is not None}
+        count = config.get("num_train_timesteps", 1000)
+    elif (
+        continuous_times(config)
+        and config.get("use_karras_sigmas")
+        and None not in (config.get("sigma_min"), config.get("sigma_max"))
+    ):
+        values = {"sigma_min": config["sigma_min"], "sigma_max": config["sigma_max"]}
+        values, count = values | {"sigma_data": 1.0}, config.get("num_train_timesteps", 1000)
+    else:
+        return None
+    negative = lookup(
+        "prediction_type of an EDM network", config.get("prediction_type", "epsilon"), _EDM_SIGNS
+    )
+    return Karras(**values, num_train_timesteps=count), KarrasF(values["sigma_data"], negative)
+
+
+def continuous_times(config: Mapping[str, Any]) -> bool:
+    """Return whether EulerDiscreteScheduler gives its network 0.25 log σ as the time.
+
+    >>> continuous_times({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"})
+    False
+    """
+    return (
+        config.get("_class_name") == "EulerDiscreteScheduler"
+        and config.get("timestep_type") == "continuous"
+        and config.get("prediction_type") == "v_prediction"
+    )
+
+
+def from_diffusers(config: Any, tokens: int | None = None) -> tuple[Curve, str | Prediction]:
     """Return the curve and the prediction type of a diffusers scheduler config.
 
     Missing keys have the defaults of the config's class.
 
     Args:
-        config: the content of scheduler_config.json, or ``dict(scheduler.config)``.
+        config: a scheduler object, or the content of scheduler_config.json.
         tokens: the number of image tokens, for a config with ``use_dynamic_shifting`` (Flux), whose
             shift depends on the image.
 
@@ -256,9 +360,8 @@ def from_diffusers(config: Mapping[str, Any], tokens: int | None = None) -> tupl
     >>> round(from_diffusers(flux, tokens=4096)[0].shift, 4)
     3.1582
     """
-    if not isinstance(config, Mapping) or not (
-        {"_class_name", "beta_schedule", "trained_betas", "prediction_type"} & set(config)
-    ):
+    config = plain_config(config)
+    if not {"_class_name", "beta_schedule", "trained_betas", "prediction_type"} & set(config):
         raise ValueError(
             "not a diffusers scheduler config: missing all of _class_name, beta_schedule, "
             "prediction_type"
@@ -273,10 +376,14 @@ def from_diffusers(config: Mapping[str, Any], tokens: int | None = None) -> tupl
             shift=shift, num_train_timesteps=config.get("num_train_timesteps", 1000)
         ), prediction
     if tokens is not None:
+        unread = ", or its class does not read it here" if config.get(_DYNAMIC_KEY) else ""
         raise ValueError(
-            "tokens are for a config that says use_dynamic_shifting; this one of "
-            f"{name or 'no class'} does not"
+            f"tokens are for a config that says {_DYNAMIC_KEY}; this one of "
+            f"{name or 'no class'} does not{unread}; leave tokens out"
         )
+    edm = _edm_schedule(config)
+    if edm is not None:
+        return edm
     said = {key: value for key, value in config.items() if key in _DISCRETE_DEFAULTS}
     if (
         name
@@ -295,6 +402,7 @@ def from_diffusers(config: Mapping[str, Any], tokens: int | None = None) -> tupl
     return Discrete(**values), config.get("prediction_type", "epsilon")
 
 
+_DYNAMIC_KEY = "use_dynamic_shifting"
 _TOKEN_SHIFT_KEYS = {
     "base_image_seq_len": "base_tokens",
     "max_image_seq_len": "max_tokens",

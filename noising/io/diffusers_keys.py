@@ -36,6 +36,12 @@ READERS: Mapping[str, Callable[[str, Any], Any]] = {
     "base_shift": number,
     "max_shift": number,
     "time_shift_type": word,
+    "timestep_type": word,
+    "sigma_schedule": word,
+    "sigma_min": number,
+    "sigma_max": number,
+    "sigma_data": number,
+    "rho": number,
 }
 """The reader of each key that describes a schedule."""
 
@@ -46,6 +52,8 @@ MAY_BE_NULL = (
     "max_shift",
     "time_shift_type",
     "timestep_spacing",
+    "sigma_min",
+    "sigma_max",
 )
 
 _BETAS = frozenset(
@@ -70,6 +78,8 @@ _TOKENS = _DYNAMIC | {
     "invert_sigmas",
 }
 _COUNT = frozenset({"num_train_timesteps"})
+_RANGE = frozenset({"sigma_min", "sigma_max"})
+_EDM = _COUNT | _RANGE | {"sigma_data", "sigma_schedule", "rho", "prediction_type"}
 
 KNOWN_TO_CLASS: Mapping[str, frozenset[str]] = {
     "CogVideoXDDIMScheduler": _ZERO | {"snr_shift_scale"},
@@ -85,7 +95,7 @@ KNOWN_TO_CLASS: Mapping[str, frozenset[str]] = {
     "DPMSolverSDEScheduler": _BETAS,
     "DPMSolverSinglestepScheduler": _BETAS | _FLOW | _DYNAMIC,
     "EulerAncestralDiscreteScheduler": _ZERO,
-    "EulerDiscreteScheduler": _ZERO,
+    "EulerDiscreteScheduler": _ZERO | _RANGE | {"timestep_type"},
     "FlowMatchEulerDiscreteScheduler": _SHIFT | _TOKENS,
     "FlowMatchHeunDiscreteScheduler": _SHIFT,
     "FlowMatchLCMScheduler": _SHIFT | _TOKENS,
@@ -99,16 +109,16 @@ KNOWN_TO_CLASS: Mapping[str, frozenset[str]] = {
     "SASolverScheduler": _BETAS | _FLOW,
     "TCDScheduler": _ZERO,
     "UnCLIPScheduler": _COUNT | {"beta_schedule", "prediction_type"},
-    "UniPCMultistepScheduler": _ZERO | _FLOW | _DYNAMIC,
+    "UniPCMultistepScheduler": _ZERO | _FLOW | _DYNAMIC | _RANGE,
     # classes whose schedule is neither betas nor a flow: they do not read betas
-    "CMStochasticIterativeScheduler": _COUNT,
-    "CosineDPMSolverMultistepScheduler": _COUNT | {"prediction_type"},
-    "EDMDPMSolverMultistepScheduler": _COUNT | {"prediction_type"},
-    "EDMEulerScheduler": _COUNT | {"prediction_type"},
+    "CMStochasticIterativeScheduler": _COUNT | _RANGE | {"sigma_data", "rho"},
+    "CosineDPMSolverMultistepScheduler": _EDM,
+    "EDMDPMSolverMultistepScheduler": _EDM,
+    "EDMEulerScheduler": _EDM,
     "IPNDMScheduler": _COUNT | {"trained_betas"},
-    "KarrasVeScheduler": frozenset(),
-    "SCMScheduler": _COUNT | {"prediction_type"},
-    "ScoreSdeVeScheduler": _COUNT,
+    "KarrasVeScheduler": _RANGE,
+    "SCMScheduler": _COUNT | {"prediction_type", "sigma_data"},
+    "ScoreSdeVeScheduler": _COUNT | _RANGE,
 }
 """The keys of ``READERS`` that a class of diffusers reads (diffusers 0.42.1).
 
@@ -148,7 +158,6 @@ OTHERS = frozenset(
         "original_inference_steps",
         "predict_x0",
         "predictor_order",
-        "rho",
         "s_churn",
         "s_max",
         "s_min",
@@ -158,10 +167,6 @@ OTHERS = frozenset(
         "scale_factors",
         "set_alpha_to_one",
         "shift_terminal",
-        "sigma_data",
-        "sigma_max",
-        "sigma_min",
-        "sigma_schedule",
         "skip_prk_steps",
         "snr",
         "solver_order",
@@ -175,7 +180,6 @@ OTHERS = frozenset(
         "tensor_format",
         "thresholding",
         "timestep_scaling",
-        "timestep_type",
         "upscale_mode",
         "use_beta_sigmas",
         "use_exponential_sigmas",
@@ -191,7 +195,27 @@ _NEUTRAL = {
     "snr_shift_scale": (1,),
     "shift": (1,),
     "flow_shift": (1,),
+    "timestep_type": ("discrete",),
+    "sigma_schedule": ("karras",),
+    "time_shift_type": ("exponential",),
 }
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """Return a scheduler config as a dict: of a mapping, or of a scheduler object of diffusers.
+
+    >>> plain_config({"_class_name": "DDIMScheduler"})
+    {'_class_name': 'DDIMScheduler'}
+    """
+    if not isinstance(config, Mapping):
+        own = getattr(config, "config", None)
+        if not isinstance(own, Mapping):
+            raise ValueError(
+                "not a diffusers scheduler config: a scheduler of diffusers or its config is "
+                f"needed, got {shown(config)}"
+            )
+        config = {**own, "_class_name": type(config).__name__}
+    return mapping("a scheduler config", config)
 
 
 def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:

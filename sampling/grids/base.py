@@ -115,7 +115,7 @@ def parameters_of(grid: Grid) -> dict[str, Parameter]:
     return grid.parameters if isinstance(grid, NamedGrid) else keyword_parameters(grid)
 
 
-FINALS = ("zero", "sigma_min", "stay")
+FINALS = ("zero", "sigma_min", "stay", "repeat")
 STANDSTILL = 1e-9
 """Relative fall of σ in a step that does not move; the noise of knots must fall."""
 INTERPOLATIONS = ("log_snr", "sigma")
@@ -150,7 +150,7 @@ def lowest_time(curve: Curve) -> float:
 def final_knot(schedule: NoiseSchedule, final: str) -> Knot:
     """Return the end of sampling: the clean sample, or the least noise of training.
 
-    "zero" is the clean sample; "sigma_min" and "stay" are the least noise.
+    "zero" is the clean sample; the others are the least noise, or the last point of a grid.
 
     >>> final_knot(NoiseSchedule.scaled_linear(), "sigma_min").timestep
     0.0
@@ -208,6 +208,26 @@ def _at_ratio(knot: Knot, ratio: float) -> Knot:
     return replace(knot, alpha=1 / norm, sigma=ratio / norm)
 
 
+def with_rounded_times(
+    schedule: NoiseSchedule, knots: tuple[Knot, ...], rounding: str | None
+) -> tuple[Knot, ...]:
+    """Return the knots with integer timesteps for the network, at the same noise levels.
+
+    >>> knots = knots_at(NoiseSchedule.linear(), [7.6])
+    >>> with_rounded_times(NoiseSchedule.linear(), knots, "down")[0].timestep
+    7.0
+    """
+    one_of("rounding", rounding, tuple(ROUNDINGS))
+    if not rounding:
+        return knots
+    if not (schedule.curve.is_discrete or schedule.curve.is_flow):
+        raise ValueError(
+            f"rounding={rounding!r} is for discrete schedules; a {schedule.curve.kind} network "
+            "takes any time"
+        )
+    return tuple(replace(k, timestep=ROUNDINGS[rounding](k.timestep)) for k in knots)
+
+
 def level_at(curve: Curve, t: float, ratio: bool) -> float:
     """Return the noise level at a time: σ / α, or σ on a flow path unless ``ratio``.
 
@@ -225,8 +245,8 @@ def knots_at_levels(
 ) -> tuple[Knot, ...]:
     """Return the knots at noise levels, shape (steps,), in the unit of :func:`level_at`.
 
-    inf is the terminal time. ``rounding`` ("nearest" or "down") gives the network of a discrete
-    schedule an integer timestep and does not change the level, as in diffusers.
+    inf is the terminal time. ``rounding`` ("nearest" or "down") gives the network an integer
+    timestep and does not change the level, as in diffusers.
 
     Raises:
         ValueError: A level is more than 1 % outside the training range of the schedule.
@@ -252,14 +272,4 @@ def knots_at_levels(
     if curve.is_discrete:  # the inverse of a table level is its index, up to rounding
         times = torch.where((times - times.round()).abs() < 1e-9, times.round(), times)
     knots = knots_at(schedule, torch.where(levels >= high, curve.t_max, times))
-    one_of("rounding", rounding, tuple(ROUNDINGS))
-    if rounding and not curve.is_discrete:
-        raise ValueError(
-            f"rounding={rounding!r} is for discrete schedules; a {curve.kind} network takes any "
-            "time"
-        )
-    return (
-        tuple(replace(k, timestep=ROUNDINGS[rounding](k.timestep)) for k in knots)
-        if rounding
-        else knots
-    )
+    return with_rounded_times(schedule, knots, rounding)

@@ -17,7 +17,8 @@ as the Euler, Heun, LMS and KDPM2 classes of diffusers; "flow": as its FlowMatch
 ``final``: the end of sampling. "zero": the clean sample. "sigma_min": ``sigma_min``, or else the
 least noise of training; if the grid itself reaches this level, it is computed with one point more,
 and its last point is the end. "stay": the least noise of training; if the grid itself reaches this
-level, the last step does not move, as diffusers appends its sigma_min to any grid.
+level, the last step does not move, as diffusers appends its sigma_min to any grid. "repeat": the
+last step does not move, wherever the grid ends.
 
 With zero terminal SNR σ / α is infinite at the terminal time. Then the first knot is exactly that
 terminal step, and the others are spaced as if it were at ``terminal_sigma``, by default 200.
@@ -108,7 +109,7 @@ def place_sigmas(
         ]
     laid = knots_at_levels(schedule, levels(steps + drop_last), ratio, rounding)
     there = bool(end.sigma) and not laid[-1].sigma_ve > end.sigma_ve * (1 + 1e-9)
-    if there and final == "stay":
+    if final == "repeat" or (there and final == "stay"):
         return (*laid, standing_still(laid[-1]))
     if there:
         laid = knots_at_levels(schedule, levels(steps + 1), ratio, rounding)

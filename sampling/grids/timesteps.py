@@ -9,7 +9,11 @@ Every grid here has these options in addition to its own:
 ``final``: the end of sampling. "zero": the clean sample. "sigma_min": the least noise of training;
 if the grid itself reaches this level, it is computed with one point more, and its last point is
 the end. "stay": as "sigma_min", but if the grid itself reaches this level, the last step does not
-move, as diffusers appends its sigma_min to any grid.
+move, as diffusers appends its sigma_min to any grid. "repeat": the last step does not move,
+wherever the grid ends.
+
+``rounding``: "nearest" or "down" gives the network integer timesteps and does not change the noise
+levels, as the DPM-Solver classes of diffusers on flows.
 
 ``interpolation``: see ``knots_at_indices``.
 
@@ -30,7 +34,7 @@ from ...noising.curves.shifts import shift_noise_level
 from ...noising.timesteps.densities import beta_quantile
 from ...noising.utils.validation import require
 from ..knots import Knot
-from .base import F, final_knot, knots_at_indices, register_grid, standing_still
+from .base import F, final_knot, knots_at_indices, register_grid, standing_still, with_rounded_times
 
 Indices = Callable[[NoiseSchedule, int], Tensor]
 
@@ -43,6 +47,7 @@ def place_timesteps(
     rounded: bool = False,
     drop_last: bool = False,
     interpolation: str = "log_snr",
+    rounding: str | None = None,
     final: str = "zero",
 ) -> tuple[Knot, ...]:
     def index(points: int) -> Tensor:
@@ -57,10 +62,10 @@ def place_timesteps(
                 "fewer"
             )
         laid = index(steps + 1)
-    if final == "stay" and float(laid[-1]) <= 0:
-        knots = knots_at_indices(schedule, laid, interpolation)
-        return (*knots, standing_still(knots[-1]))
-    return (*knots_at_indices(schedule, laid, interpolation), final_knot(schedule, final))
+    knots = knots_at_indices(schedule, laid, interpolation)
+    knots = with_rounded_times(schedule, knots, rounding)
+    stays = final == "repeat" or (final == "stay" and float(laid[-1]) <= 0)
+    return (*knots, standing_still(knots[-1]) if stays else final_knot(schedule, final))
 
 
 def register_timestep_grid(**defaults: Any) -> Callable[[F], F]:
@@ -284,6 +289,7 @@ def flow(
     start: float = 1.0,
     end: float | None = None,
     end_shifted: bool = False,
+    largest: float = 1.0,
 ) -> Tensor:
     """Space time evenly and shift it towards the noise: σ = s t / (1 + (s - 1) t).
 
@@ -300,9 +306,11 @@ def flow(
         end_shifted: End at the shifted 1 / T and shift it again, as FlowMatchEuler and
             FlowMatchHeun of diffusers with a static shift. Equal to
             ``end=shift / (T + shift - 1)``.
+        largest: The largest σ; α is not 0 below 1.
 
-    Other classes of diffusers: UniPC is ``drop_last=True``. The other DPM-Solver classes are
-    ``start=1 - 1 / T, end=0.0, drop_last=True``.
+    Other classes of diffusers: UniPC is ``drop_last=True, largest=1 - 1e-6``. The other DPM-Solver
+    classes are ``start=1 - 1 / T, end=0.0, drop_last=True``, and their times are cut:
+    ``rounding="down"``.
 
     >>> from alphabar.sampling import make_knots
     >>> [round(k.timestep, 1) for k in make_knots(NoiseSchedule.flow(shift=3.0), 4, "flow")]
@@ -319,6 +327,7 @@ def flow(
         fits, advice = 0 < shift_terminal < 1, "LTX-Video uses 0.1"
         require(fits, "shift_terminal", "be between 0 and 1", shift_terminal, advice)
         sigma = 1 - (1 - sigma) * (1 - shift_terminal) / (1 - sigma[-1]) if points > 1 else sigma
+    sigma = sigma.clamp(max=largest)
     time = curve.time_at_noise_level(sigma) if curve.kind == "flow" else sigma
     return count * time - 1
 

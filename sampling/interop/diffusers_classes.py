@@ -20,7 +20,7 @@ import numpy as np
 from ...noising import Discrete, NoiseSchedule
 from ...noising.utils.registry import lookup
 from ..grids import grid_options, make_knots, split_options
-from ..knots import Knot
+from ..knots import Knot, start_scale
 
 SPACINGS = ("linspace", "leading", "trailing")
 FLAGS = {
@@ -51,15 +51,20 @@ PLAIN_SIGMAS: Lays = {"karras": {}, "exponential": {}, "beta": {}}
 
 @dataclass(frozen=True)
 class Key:
-    """A config key: our option, the class's default, and our names for its values."""
+    """A config key: our option, the class's default, and our names for its values.
+
+    ``replaced``: values of another class's config, and what the class takes in their place.
+    """
 
     option: str
     default: Any
     values: Mapping[Any, Any] = field(default_factory=dict)
+    replaced: Mapping[Any, Any] = field(default_factory=dict)
 
     def ours(self, value: Any) -> Any:
         """Return our value for a value of the config."""
         value = tuple(value) if isinstance(value, list) else value
+        value = self.replaced.get(value, value)
         return self.values.get(value, value)
 
     def theirs(self, value: Any) -> Any:
@@ -157,7 +162,9 @@ _SOLVERS = SchedulerClass("", {**DROPPED, **ROUNDED_SIGMAS}, cut=True, off=_THRE
 _DPM: dict[str, Key] = {
     "solver_order": Key("order", 2),
     "algorithm_type": Key("algorithm", "dpmsolver++"),
-    "solver_type": Key("solver_type", "midpoint"),
+    "solver_type": Key(
+        "solver_type", "midpoint", replaced=dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint")
+    ),
 }
 _LAMBDA = {"lambda_min_clipped": Key("lambda_min", -math.inf)}
 _DPM_MULTISTEP = {
@@ -269,7 +276,9 @@ CLASSES: Mapping[str, SchedulerClass] = {
         method="unipc",
         keys={
             "solver_order": Key("order", 2),
-            "solver_type": Key("solver_type", "bh2"),
+            "solver_type": Key(
+                "solver_type", "bh2", replaced=dict.fromkeys(("midpoint", "heun", "logrho"), "bh2")
+            ),
             "predict_x0": Key("predict_x0", True),
             "lower_order_final": LOWER,
             "disable_corrector": Key("disable_corrector", ()),
@@ -387,8 +396,13 @@ class Reading:
             limit = config.get("clip_sample_range", 1.0)
             yield f"it clips the clean sample; for the same give clip={limit} to the sampler's call"
         if config.get("thresholding"):
-            yield "it clips dynamically; for the same give clip=DynamicThreshold(...) to the call"
-        if self.kind.clamped and schedule.has_zero_terminal_snr:
+            ratio = config.get("dynamic_thresholding_ratio", 0.995)
+            limit = config.get("sample_max_value", 1.0)
+            yield (
+                "it clips dynamically; for the same give "
+                f"clip=DynamicThreshold({ratio}, {limit}) to the call"
+            )
+        if self.kind.clamped and not self.flow and schedule.has_zero_terminal_snr:
             yield "it starts at alpha = 0.00024, and the sampler at 0"
         yield from self.slips(schedule, steps)
 
@@ -399,15 +413,13 @@ class Reading:
             options["start"] = 1 - 1 / schedule.num_train_timesteps
         ascending = self.method.endswith("_inverse")
         knots = _knots(schedule, steps, self.grid, ascending, tuple(sorted(options.items())))
-        if self.flow:
-            knots = tuple(replace(k, timestep=float(int(k.timestep))) for k in knots)
-        if knots[0].alpha == 0 and self.kind.clamped:
+        if knots[0].alpha == 0 and self.kind.clamped and not self.flow:
             knots = (Knot(knots[0].timestep, CLAMPED, math.sqrt(1 - CLAMPED**2)), *knots[1:])
         return knots
 
     def start_scale(self, first: Knot) -> float:
         """Return the standard deviation of a pipeline's start x, in our coordinates."""
-        return first.sigma if self.init_noise == "sigma" else math.hypot(first.alpha, first.sigma)
+        return start_scale(first, self.init_noise)
 
     def end_scale(self, last: Knot) -> float:
         """Return the factor of the result of a run, for a class that ends in x / α."""
@@ -571,17 +583,21 @@ def read_config(config: Mapping[str, Any]) -> Reading:
         options["range_from"] = spacing
     if kind.spaced and spacing == "leading":
         options["steps_offset"] = int(config.get("steps_offset", 0))
-    if options.get("final") == "stay" and method.endswith("_inverse"):
-        options["final"] = "sigma_min"
+    if options.get("final") == "stay":
+        options["final"] = (
+            "sigma_min" if method.endswith("_inverse") else "repeat" if flow else "stay"
+        )
     options = {name: value for name, value in options.items() if not _unread(name, value, grid)}
     init_noise = "sigma" if kind.in_sigma and spacing != "leading" else "marginal"
+    init_noise = "unit" if flow else init_noise
     return Reading(kind, spacing, method, grid, options, init_noise, flow)
 
 
-FLOW_LAYS: Lays = {"early": {"end": 0.0, "drop_last": True}, "top": {"drop_last": True}}
+_CUT = {"drop_last": True, "rounding": "down"}
+FLOW_LAYS: Lays = {"early": {"end": 0.0, **_CUT}, "top": {"largest": 1 - 1e-6, **_CUT}}
 """The flow grids of the solvers.
 
-"early" starts 1 / T below the noise (``Reading.lay`` knows T); "top", of UniPC, at the noise.
+"early" starts 1 / T below the noise (``Reading.lay`` knows T); "top", of UniPC, just below it.
 """
 _OF_GRIDS = ("sigma_min", "sigma_max", "lambda_min", "original_steps", "steps_offset", "final")
 
@@ -627,7 +643,7 @@ def config_of_class(
     }
     for key_name, key in kind.keys.items():
         value = options.get(key.option, key.ours(key.default))
-        value = "stay" if key.option == "final" and value == "sigma_min" else value
+        value = "stay" if key.option == "final" and value in ("sigma_min", "repeat") else value
         if not key.has(value):
             missing[key.option] = value
             value = key.ours(key.default)
@@ -670,7 +686,7 @@ def settings_of_class(name: str, grid: str | None = None) -> dict[str, Any]:
         config["timestep_spacing"] = grid
     reading = read_config(config)
     options = dict(reading.options) | (
-        {"init_noise": "sigma"} if reading.init_noise == "sigma" else {}
+        {"init_noise": reading.init_noise} if reading.init_noise != "marginal" else {}
     )
     # the class does not have this grid: keep only its method's options
     if grid is not None and reading.grid != grid:

@@ -219,7 +219,7 @@ def _candidates(
 @lru_cache(maxsize=256)
 def _holds(schedule: NoiseSchedule, name: str) -> bool:
     """Return whether a config of this class can express the whole schedule."""
-    return schedule.to_diffusers({"_class_name": name})["_class_name"] == name
+    return schedule.scheduler_config({"_class_name": name})["_class_name"] == name
 
 
 def _laid(
@@ -444,8 +444,8 @@ def _between(sampler: TableSampler, candidate: Candidate) -> Iterator[str]:
     start = reading.start_scale(theirs[0]) / sampler.init_noise_scale
     if not math.isclose(start, 1.0, rel_tol=LEVELS):
         mend = (
-            " (init_noise='sigma' does so too)"
-            if reading.init_noise == "sigma" and not apart
+            f" (init_noise={reading.init_noise!r} does so too)"
+            if reading.init_noise != "marginal" and not apart
             else ""
         )
         yield f"a pipeline starts it from {start:.5f} of the noise{mend}"

@@ -237,12 +237,38 @@ def statements_of_safetensors(header: Header) -> list[Claim]:
         said = [
             _open(s) if s.prediction == "epsilon" and "modelspec." in s.source else s for s in said
         ]
+    if OWN_KEY not in given:
+        said += _of_sd_scripts(given, _marked(header.tensors) + said)
     shown_too = [key for key in OF_TRAINING if given.get(key, "").lower() not in SAYS_NOTHING]
     return [
         *_marked(header.tensors),
         *said,
         *(_as_it_is(f"metadata {key}", given[key]) for key in shown_too),
     ]
+
+
+BETAS_OF_SD_SCRIPTS = ("sd_v1", "sd_v2", "sdxl_")
+"""The base models that sd-scripts trains on Stable Diffusion's betas, whatever its flags."""
+
+
+def _of_sd_scripts(given: Mapping[str, str], said: Iterable[Claim]) -> list[Claim]:
+    """Return the schedule that sd-scripts trained on, if its metadata define it.
+
+    Its betas are fixed; ``--zero_terminal_snr`` rescales them. The prediction type of SDXL is in
+    another key or a marker.
+    """
+    version, zero = given.get("ss_base_model_version", ""), given.get("ss_zero_terminal_snr")
+    predictions = {claim.prediction for claim in said if claim.prediction}
+    if not version.lower().startswith(BETAS_OF_SD_SCRIPTS) or zero is None or len(predictions) != 1:
+        return []
+    schedule = NoiseSchedule.scaled_linear(prediction=predictions.pop())
+    if zero.lower() not in ("true", "1"):
+        return [_schedule("metadata of sd-scripts", lambda: schedule)]
+    try:
+        rescaled = schedule.zero_terminal_snr()
+    except ValueError:  # trained on epsilon, which does not define x_0 at the last timestep
+        return []
+    return [_schedule("metadata of sd-scripts", lambda: rescaled)]
 
 
 def _open(statement: Claim) -> Claim:

@@ -20,8 +20,9 @@ from .claims import (
     statements_of_folder,
     statements_of_safetensors,
 )
+from .interfaces import described, interface_settings
 from .read import SHARDED_NAME
-from .safetensors import MARKERS, read_header
+from .safetensors import MARKERS, is_safetensors, read_header
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class Inspection:
         """Whether the discrete schedule ends in pure noise, or None as for :attr:`prediction`."""
         return _only(s.zero_terminal_snr for s in self.statements)
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """What to choose in each tool to sample as the model was trained; empty if not known."""
+        return {} if self.schedule is None else interface_settings(self.schedule)
+
     def __str__(self) -> str:
         width = max((len(s.source) for s in self.statements), default=0)
         lines = [f"{self.path}: {self.kind}", f"trained with: {self._conclusion()}"]
@@ -65,6 +71,7 @@ class Inspection:
             ("says", [f"{s.source:<{width}}  {s}" for s in self.statements]),
             ("missing", self.missing),
             ("contradicts", self.contradictions),
+            *([("sample with", [*described(self.settings)])] if self.settings else []),
         ):
             lines += (
                 [f"{title}:", *(f"  {item}" for item in items)] if items else [f"{title}: nothing"]
@@ -127,7 +134,7 @@ _Read = tuple[str, list[Claim], _Notes]
 def _kind_of(path: Path) -> Callable[[Path], _Read]:
     if path.is_dir():
         return _checkpoint if (path / SHARDED_NAME).is_file() else _folder
-    return _safetensors if path.suffix in (".safetensors", ".sft") else _checkpoint
+    return _safetensors if is_safetensors(path) else _checkpoint
 
 
 def _safetensors(path: Path) -> _Read:

@@ -20,9 +20,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...noising import NoiseSchedule
+from ...noising import NoiseSchedule, Noising
 from ...noising.utils.config_reading import mapping, parse_json, whole, word
 from ...noising.utils.registry import shown
+from .sd_scripts import KEYS, training_metadata
 
 METADATA = "__metadata__"
 OWN_KEY = "alphabar.noise_schedule"  # metadata key: the schedule, as JSON
@@ -168,7 +169,10 @@ def _require_laid_out(tensors: Mapping[str, Any], size: int) -> None:
 
 
 def write_markers(
-    path: str | os.PathLike[str], schedule: NoiseSchedule, out: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    schedule: NoiseSchedule,
+    out: str | os.PathLike[str] | None = None,
+    noising: Noising | None = None,
 ) -> Path:
     """Write the schedule into a safetensors file so that other tools can read it; return the path.
 
@@ -184,6 +188,8 @@ def write_markers(
         path: the safetensors file.
         schedule: the schedule to write.
         out: another file to write instead of ``path``.
+        noising: the noising of the training; its weighting, noise and loss are written as the
+            ``ss_...`` metadata of sd-scripts, where it has a key for them.
 
     Raises:
         FileNotFoundError: ``path`` does not exist.
@@ -197,6 +203,28 @@ def write_markers(
     >>> schedule = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
     >>> sorted(load_file(write_markers(path, schedule)))
     ['model.diffusion_model.out.weight', 'v_pred', 'ztsnr']
+    """
+    header = marked_header(path, schedule)
+    metadata = dict(header.metadata)
+    if noising is not None:
+        kept = {key: value for key, value in metadata.items() if key not in KEYS}
+        metadata = {**kept, **training_metadata(noising)}
+    content = json.dumps({METADATA: metadata, **header.tensors}, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)  # the format aligns the weights to 8 bytes
+    _rewrite(
+        Path(path),
+        Path(out if out is not None else path),
+        struct.pack("<Q", len(content)) + content,
+        header.start,
+    )
+    return Path(out if out is not None else path)
+
+
+def marked_header(path: str | os.PathLike[str], schedule: NoiseSchedule) -> Header:
+    """Return the header that :func:`write_markers` writes; ``start`` is that of the old header.
+
+    Raises:
+        ValueError: as in :func:`write_markers`.
     """
     header = read_header(path)
     wanted = _markers(schedule) if header.for_interfaces else ()
@@ -214,17 +242,16 @@ def write_markers(
     empty = {"dtype": "F32", "shape": [0], "data_offsets": [end, end]}
     tensors = {**tensors, **{name: empty for name in wanted if name not in tensors}}
     kept = {key: value for key, value in header.metadata.items() if key not in METADATA_KEYS}
-    content = json.dumps(
-        {METADATA: {**kept, **_metadata(schedule)}, **tensors}, separators=(",", ":")
-    ).encode()
-    content += b" " * (-len(content) % 8)  # the format aligns the weights to 8 bytes
-    _rewrite(
-        Path(path),
-        Path(out if out is not None else path),
-        struct.pack("<Q", len(content)) + content,
-        header.start,
-    )
-    return Path(out if out is not None else path)
+    return Header(tensors, {**kept, **_metadata(schedule)}, header.start)
+
+
+def is_safetensors(path: Path) -> bool:
+    """Return whether a file is named as a safetensors file.
+
+    >>> is_safetensors(Path("a.safetensors")), is_safetensors(Path("a.ckpt"))
+    (True, False)
+    """
+    return path.suffix in (".safetensors", ".sft")
 
 
 MARKERS = ("v_pred", "ztsnr")

@@ -97,7 +97,7 @@ def write_sidecar(schedule: NoiseSchedule, folder: Folder) -> NoiseSchedule | No
         before = None
     same = before is not None and before.fingerprint == schedule.fingerprint
     try:
-        config = schedule.to_diffusers()
+        config = schedule.scheduler_config()
     except ValueError:  # e.g. prediction type "score"
         config = None
     if same and folder.has(EXACT_NAME) and folder.has(CONFIG_NAME) == (config is not None):

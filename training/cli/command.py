@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from . import ema, inspect, plot, sample, samplers
+from . import convert, ema, inspect, plot, sample, samplers
 
 COMMANDS: Mapping[str, ModuleType] = {
     "sample": sample,
@@ -18,6 +18,7 @@ COMMANDS: Mapping[str, ModuleType] = {
     "plot": plot,
     "ema": ema,
     "inspect": inspect,
+    "convert": convert,
 }
 """Every subcommand: a module with a docstring, ``add_arguments(parser)`` and ``run(args)``."""
 

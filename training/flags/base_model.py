@@ -12,25 +12,6 @@ _ADVICE = (
     "pass base=... to noising_from_arguments, or give the schedule, "
     "e.g. --noise_schedule scaled_linear"
 )
-_OF_SCHEDULE = {  # config keys of the schedule; the others are sampling options
-    *(
-        "num_train_timesteps",
-        "beta_schedule",
-        "beta_start",
-        "beta_end",
-        "trained_betas",
-        "rescale_betas_zero_snr",
-    ),
-    *(
-        "prediction_type",
-        "shift",
-        "use_dynamic_shifting",
-        "use_flow_sigmas",
-        "flow_shift",
-        "snr_shift_scale",
-    ),
-}
-_SPACING = {"timestep_spacing", "steps_offset"}  # decide where sampling starts
 
 
 def diffusers_scheduler(schedule: NoiseSchedule, like: Any = None) -> Any:
@@ -51,18 +32,7 @@ def diffusers_scheduler(schedule: NoiseSchedule, like: Any = None) -> Any:
     >>> type(scheduler).__name__, scheduler.config.clip_sample, float(scheduler.alphas_cumprod[-1])
     ('DDPMScheduler', False, 0.0)
     """
-    import diffusers
-
-    name = None if like is None else type(like).__name__
-    config = schedule.to_diffusers(None if name is None else {"_class_name": name})
-    if like is not None and config["_class_name"] == name:
-        written = _OF_SCHEDULE | (_SPACING if schedule.has_zero_terminal_snr else set())
-        config |= {
-            key: value
-            for key, value in like.config.items()
-            if key not in written and not key.startswith("_")
-        }
-    return getattr(diffusers, config["_class_name"]).from_config(config)
+    return schedule.to_diffusers(like)
 
 
 def schedule_of_base_model(args: argparse.Namespace) -> NoiseSchedule | None:
@@ -97,14 +67,7 @@ def _of_pipeline(source: str, revision: str | None) -> NoiseSchedule:
     path = Path(source)
     if path.is_file():
         raise ValueError("it is a single file, which holds no scheduler_config.json")
-    if path.is_dir():
-        return NoiseSchedule.from_pretrained(
-            path / "scheduler" if (path / "scheduler").is_dir() else path
-        )
-    from diffusers import DDPMScheduler
-
-    config: Any = DDPMScheduler.load_config(source, subfolder="scheduler", revision=revision)
-    return NoiseSchedule.from_diffusers(config[0] if isinstance(config, tuple) else config)
+    return NoiseSchedule.from_pretrained(source, revision=revision)
 
 
 def _of_ddpm_flags(args: argparse.Namespace) -> NoiseSchedule | None:
