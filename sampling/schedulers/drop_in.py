@@ -20,7 +20,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ...noising import NoiseSchedule
+from ...noising import Discrete, NoiseSchedule
 from ...noising.io.diffusers_keys import KNOWN_TO_CLASS
 from ...noising.utils.registry import shown, unknown
 from ..clipping import Change, Clip, DynamicThreshold
@@ -113,6 +113,25 @@ class DropIn(TableScheduler):
         self._begin_index: int | None = None
         self._index: int | None = None
         self._plans: dict[tuple[Wanted, float], Plan] = {}
+        self._seen: tuple[Any, int] | None = None
+        vars(self).pop("_plan", None)
+
+    def _follow_table(self) -> None:
+        """Take the noise levels from ``alphas_cumprod`` where a script has replaced its values."""
+        table = vars(self).get("alphas_cumprod")
+        version = getattr(table, "_version", 0)
+        if not isinstance(self.schedule.curve, Discrete):
+            return
+        if self._seen is not None and self._seen[0] is table and self._seen[1] == version:
+            return
+        self._seen = table, version
+        given = torch.as_tensor(table).detach().double().cpu()
+        if torch.allclose(given, self.schedule.alphas_cumprod, rtol=1e-4, atol=1e-7):
+            return
+        betas = 1 - given / torch.cat([torch.ones(1, dtype=given.dtype), given[:-1]])
+        curve = Discrete(trained_betas=tuple(betas.tolist()), num_train_timesteps=len(betas))
+        self.schedule = NoiseSchedule(curve, self.schedule.prediction)
+        self._plans.clear()
         vars(self).pop("_plan", None)
 
     # -- timesteps -------------------------------------------------------------------------------
@@ -125,6 +144,7 @@ class DropIn(TableScheduler):
         **others: Any,
     ) -> None:
         self._require_well_posed()
+        self._follow_table()
         shift = getattr(self, "_shift", self.config.get("shift", 1.0))
         given = {key: _numbers(key, value) for key, value in others.items()}
         wanted = Wanted(steps=num_inference_steps, **given)
@@ -167,9 +187,10 @@ class DropIn(TableScheduler):
         return torch.float32 if floating else torch.int64
 
     def _shown_sigmas(self) -> list[float]:
+        if not self._kind.method.startswith(("dpm_2", "dpmpp_sde")):
+            return super()._shown_sigmas()
+        # those of the steps, although the network is also called between them
         sigmas = self._plan.run.sigmas
-        if self.order == 1:
-            return sigmas
         ends = 3 if self._kind.method.startswith("dpm_2") else 1
         return [sigmas[0], *(s for s in sigmas[1:-1] for _ in "12"), *sigmas[-1:] * ends]
 
@@ -189,6 +210,10 @@ class DropIn(TableScheduler):
                     f"nearest is {times[index]:g}; set_timesteps says which there are"
                 )
         return index
+
+    def _levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        self._follow_table()
+        return super()._levels(timesteps, like)
 
     def _require_placed(self) -> None:
         """Run through every training timestep where ``set_timesteps`` was not called."""
