@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alphabar.sampling import schedulers
-from alphabar.sampling.schedulers.drop_in import LEFT_OUT, NAMES
+from alphabar.sampling.schedulers import LEFT_OUT, NAMES
 
 SHAPE = (2, 4, 4, 4)
 START = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))

@@ -30,20 +30,6 @@ from ..kernel import combine
 from ..tracing import Draw
 from .placing import ReadRun, Wanted, place, training_run
 
-NO_SCHEDULE = "its config does not say its noise schedule; make a sampler of NoiseSchedule.karras()"
-LEFT_OUT: Mapping[str, str] = {
-    "CogVideoXDPMScheduler": "its step is given the outputs of earlier steps; take "
-    "CogVideoXDDIMScheduler, or the sampler 'dpmpp_2m_sde'",
-    **dict.fromkeys(
-        ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CMStochasticIterativeScheduler"),
-        f"{NO_SCHEDULE} and take its as_scheduler()",
-    ),
-}
-"""The classes of ``CLASSES`` without a drop-in, and why."""
-
-NAMES = tuple(name for name in CLASSES if name not in LEFT_OUT)
-"""The names of the drop-ins."""
-
 DRAWS_IN_EVERY_STEP = {
     *("EulerAncestralDiscreteScheduler", "SASolverScheduler", "FlowMatchLCMScheduler")
 }
