@@ -262,3 +262,16 @@ def test_a_sampler_of_ours_draws_the_images_of_our_loop(
         x = replayed(table, kept, exact=make is not inpainting)  # which changes the sample
         final = kept.scheduler._given
         assert make is inpainting or same(x, final), name
+
+
+def test_a_config_that_a_pipeline_replaces_is_followed(request: pytest.FixtureRequest) -> None:
+    """Stable Diffusion turns clipping off and steps_offset on without telling the scheduler."""
+    parts = request.getfixturevalue("parts")
+    make: Any = diffusers.StableDiffusionPipeline
+    drawn = []
+    for home in (diffusers, schedulers):
+        with pytest.warns(FutureWarning):
+            pipeline = make(**{**parts, "scheduler": home.DDIMScheduler()})
+        assert not pipeline.scheduler.config.clip_sample
+        drawn.append(draw(pipeline, pipeline.scheduler, {**WORDS, **LATENT}))
+    assert same(*drawn)

@@ -165,6 +165,7 @@ class Plan:
     def __init__(self, run: Any, in_sigma: bool = False, clips: bool = False) -> None:
         require_steppable(run.table)
         self.run, self.form = run, (in_sigma, clips)
+        self.variants: dict[tuple[str, Any], Plan] = {}
         self.calls = calls_of(run.table, *self.form)
         self.times = [call.knot.timestep for call in self.calls]
         self.index_of_time = {t: i for i, t in reversed(list(enumerate(self.times)))}
@@ -262,6 +263,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     """The factor of the initial standard normal noise."""
 
     _in_sigma: ClassVar[bool] = False
+    _stateless: ClassVar[bool] = False
     _clip: Change | None = None
 
     def __init__(self, sampler: Any) -> None:
@@ -397,7 +399,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """Return the network's input: ``sample``, times c_in on EDM's path and α for x / α."""
         i = self._index
-        if i is None or (self._plan.memoryless and self._begin_index is None):
+        if i is None or self._finds_each_call():
             i = self._first_index(timestep)
         scale = self._plan.calls[min(i, len(self._plan.calls) - 1)].scale
         return sample if scale == 1.0 else sample * scale
@@ -435,7 +437,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         estimated: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the sample of the next call and, if ``estimated``, the clean estimate."""
-        if self._index is None or (self._plan.memoryless and self._begin_index is None):
+        if self._index is None or self._finds_each_call():
             self._start(timestep)
         assert self._index is not None
         self._last = call = self._calls[self._index - self._offset]
@@ -476,8 +478,14 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         x = self._basis[0]
         return randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
+    def _finds_each_call(self) -> bool:
+        """Return whether the timestep of every call says which call it is."""
+        return self._plan.memoryless and (self._stateless or self._begin_index is None)
+
     def _first_index(self, timestep: Any) -> int:
-        return self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
+        if self._begin_index is not None and not self._finds_each_call():
+            return self._begin_index
+        return self.index_for_timestep(timestep)
 
     def _start(self, timestep: Any) -> None:
         self._index = self._first_index(timestep)

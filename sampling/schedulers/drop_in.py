@@ -100,10 +100,15 @@ class DropIn(TableScheduler):
         self._index: int | None = None
         self._plans: dict[tuple[Wanted, float], Plan] = {}
         self._seen: tuple[Any, int] | None = None
+        self._as_read = self._internal_dict
         vars(self).pop("_plan", None)
 
-    def _follow_table(self) -> None:
-        """Take the noise levels from ``alphas_cumprod`` where a script has replaced its values."""
+    def _follow_changes(self) -> None:
+        """Read the config again where a pipeline has replaced it, and take the noise levels from
+        ``alphas_cumprod`` where a script has replaced its values.
+        """
+        if self._internal_dict is not self._as_read:
+            self._read()
         table = vars(self).get("alphas_cumprod")
         version = getattr(table, "_version", 0)
         if not isinstance(self.schedule.curve, Discrete):
@@ -129,8 +134,8 @@ class DropIn(TableScheduler):
         num_train_timesteps: int | None = None,
         **others: Any,
     ) -> None:
+        self._follow_changes()
         self._require_well_posed()
-        self._follow_table()
         shift = getattr(self, "_shift", self.config.get("shift", 1.0))
         given = {key: _numbers(key, value) for key, value in others.items()}
         wanted = Wanted(steps=num_inference_steps, **given)
@@ -165,7 +170,6 @@ class DropIn(TableScheduler):
     def _place(self, plan: Plan, device: Any) -> None:
         super()._place(plan, device)
         self.order = getattr(self._peer, "order", 1)
-        self._variants = {plan.run.given: plan}
         self._path = None
 
     def _dtype_of_times(self) -> torch.dtype:
@@ -198,7 +202,7 @@ class DropIn(TableScheduler):
         return index
 
     def _levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        self._follow_table()
+        self._follow_changes()
         return super()._levels(timesteps, like)
 
     def _require_placed(self) -> None:
@@ -280,18 +284,23 @@ class DropIn(TableScheduler):
                 f"{type(self).__name__}.step: {shown(given)} is not what the run started with; "
                 "call set_timesteps first"
             )
-        if wanted not in self._variants:
-            self._variants[wanted] = self._plan_of(replace(run, given=wanted))
-        self._plan = self._variants[wanted]
+        self._plan = self._variant("given", wanted)
         self._calls = self._plan.calls
+
+    def _variant(self, field: str, value: Any) -> Plan:
+        """Return the plan with another value of a field of its run."""
+        known = self._plan.variants
+        if (field, value) not in known:
+            plan = self._plan_of(replace(self._plan.run, **{field: value}))
+            plan.variants = known
+            known[field, value] = plan
+        return known[field, value]
 
     def _go_to(self, end: Any, timestep: Any) -> None:
         """Choose the end of a step: the next timestep, or, where none is given, one below."""
         index = self.index_for_timestep(timestep)
         if end is None and index < len(self._plan.calls) - 1:
-            if "one below" not in self._variants:
-                self._variants["one below"] = self._plan_of(replace(self._plan.run, stride=1))
-            self._calls = self._variants["one below"].calls
+            self._calls = self._variant("stride", 1).calls
             return
         if end is not None and self.index_for_timestep(end) != index + 1:
             raise ValueError(
@@ -429,6 +438,7 @@ def drop_in(name: str) -> type[Any]:
         "_second": fields[0] if fields else None,
         "_in_sigma": CLASSES[name].in_sigma,
         "_defaults_of_step": {key: p.default for key, p in list(of_step.items())[4:]},
+        "_stateless": not hasattr(peer, "set_begin_index"),
         "order": getattr(peer, "order", 1),
     }
     return type(name, (DropIn, peer), namespace)
