@@ -396,18 +396,16 @@ def test_a_step_needs_no_set_timesteps() -> None:
 def test_eta_and_the_other_arguments_of_step() -> None:
     for eta in (0.0, 0.7):
         pair = []
+        states = []
         for home in (diffusers, schedulers):
             scheduler = home.DDIMScheduler(clip_sample=True)
             scheduler.set_timesteps(8)
-            pair.append(
-                in_a_pipeline(
-                    scheduler,
-                    torch.Generator().manual_seed(4),
-                    eta=eta,
-                    use_clipped_model_output=True,
-                )
-            )
+            generator = torch.Generator().manual_seed(4)
+            states.append(generator.get_state)
+            more = {"eta": eta, "use_clipped_model_output": True}
+            pair.append(in_a_pipeline(scheduler, generator, **more))
         assert same(pair[1][-2], pair[0][-2], LIMIT), eta
+        assert torch.equal(states[0](), states[1]())
     scheduler = schedulers.EulerDiscreteScheduler()
     scheduler.set_timesteps(3)
     with pytest.raises(ValueError, match=r"s_churn=1\.0 is not possible here; leave it at 0\.0"):

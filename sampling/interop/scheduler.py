@@ -503,7 +503,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         alpha, sigma = self._levels(timesteps, original_samples)
         if self._in_sigma:
             alpha, sigma = torch.ones_like(alpha), sigma / alpha
-        return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
+        return torch.addcmul(alpha * original_samples, sigma, noise).to(original_samples.dtype)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """Return :meth:`add_noise` with the arguments of diffusers' flow schedulers."""
@@ -512,11 +512,11 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return v = α ε - σ x_0 at the network's times ``timesteps``."""
         alpha, sigma = self._levels(timesteps, sample)
-        return (alpha * noise - sigma * sample).to(sample.dtype)
+        return torch.addcmul(alpha * noise, sigma, sample, value=-1).to(sample.dtype)
 
     def _levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return α and σ at the network's times; those of the knot where one is meant."""
-        times = torch.atleast_1d(timesteps).to(like.device)
+        times = (timesteps if timesteps.ndim else timesteps[None]).to(like.device)
         alpha, sigma = schedule_levels(self.schedule, times, like)
         table = self._level_table(like.device, times.is_floating_point())
         if table is None:

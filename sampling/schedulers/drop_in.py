@@ -243,7 +243,7 @@ class DropIn(TableScheduler):
         following, second = self._advance(
             model_output, timestep, sample, generator, self._second is not None
         )
-        if self._may_draw_unused:
+        if self._may_draw_unused or (self._kind.method == "ddim" and options.get("eta")):
             self._draw_unused(model_output, generator)
         if second is None:
             return self._result(following) if return_dict else (following,)
