@@ -414,6 +414,35 @@ def test_eta_and_the_other_arguments_of_step() -> None:
         scheduler.step(START, scheduler.timesteps[0], START, s_chrn=1.0)
 
 
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("DDPMScheduler", "learned_range"),
+        ("DDPMScheduler", "learned"),
+        ("UnCLIPScheduler", "learned_range"),
+        ("DPMSolverMultistepScheduler", "learned_range"),
+    ],
+)
+def test_a_learned_variance(
+    name: str, kind: str, clip: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def doubled(x: Tensor, t: Any) -> Tensor:
+        return torch.cat([network_before(x, t), torch.sigmoid(x)], dim=1)
+
+    network_before = network
+    monkeypatch.setitem(globals(), "network", doubled)
+    pair = []
+    for home in (diffusers, schedulers):
+        key = "thresholding" if name.startswith("DPM") else "clip_sample"
+        scheduler = getattr(home, name)(variance_type=kind, **{key: clip})
+        scheduler.set_timesteps(8)
+        x = START[:, :3]  # the solvers of diffusers take the first three channels
+        pair.append(in_a_pipeline(scheduler, torch.Generator().manual_seed(4), x=x))
+    limit = LIMITS.get(name, LIMIT)
+    assert all(same(a, b, limit) for a, b in zip(pair[1], pair[0], strict=True))
+
+
 GIVEN: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("DDPMScheduler", {}, {"timesteps": [900, 500, 100, 3]}),
     ("DPMSolverMultistepScheduler", {}, {"timesteps": [900, 500, 100, 3]}),
@@ -481,8 +510,6 @@ def test_bad_input_is_refused_in_words(tmp_path: Path) -> None:
     with pytest.raises(AttributeError, match="did you mean 'DDPMScheduler'"):
         _ = schedulers.DDPMSheduler
     assert set(LEFT_OUT) | set(NAMES) <= set(dir(diffusers))
-    with pytest.raises(ValueError, match="learned variances are no table"):
-        schedulers.DDPMScheduler(variance_type="learned_range")
     with pytest.raises(ValueError, match="timestep_type='continuous' is not supported"):
         schedulers.EulerDiscreteScheduler(timestep_type="continuous")
     with pytest.raises(ValueError, match="does not know prediction_type 'flow_prediction'"):
@@ -495,13 +522,17 @@ def test_bad_input_is_refused_in_words(tmp_path: Path) -> None:
         schedulers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
     with pytest.raises(ValueError, match="betas"):
         schedulers.DDPMScheduler(trained_betas=[0.1, float("nan"), 0.2])
+    with pytest.raises(ValueError, match="beta_end"):
+        schedulers.EulerDiscreteScheduler(beta_end=float("nan"))
+    with pytest.raises(ValueError, match="'epsilon' is ill-posed"):
+        schedulers.DDPMScheduler(rescale_betas_zero_snr=True).set_timesteps(5)
     scheduler = schedulers.DDIMScheduler()
     scheduler.set_timesteps(5)
     with pytest.raises(ValueError, match="timestep 431 is none of this scheduler's 5 timesteps"):
         scheduler.step(START, 431, START)
     (tmp_path / "scheduler_config.json").write_text("[1]")
     before = (tmp_path / "scheduler_config.json").read_bytes()
-    with pytest.raises(Exception, match=r"config|list|dict"):
+    with pytest.raises(ValueError, match=r"config of DDPMScheduler must be a mapping .* got \[1\]"):
         schedulers.DDPMScheduler.from_pretrained(tmp_path)
     assert (tmp_path / "scheduler_config.json").read_bytes() == before
 

@@ -6,8 +6,8 @@ the device, and ``add_noise`` and ``get_velocity`` are right at every training t
 
 Differences, each an error or a warning:
 
-- A config that no table is (learned variances, ``invert_sigmas``, ``timestep_type="continuous"``,
-  ``use_flow_sigmas`` in classes that end in noise) is an error of the constructor.
+- A config that no table is (``invert_sigmas``, ``timestep_type="continuous"``, ``use_flow_sigmas``
+  in classes that end in noise) is an error of the constructor.
 - Zero terminal SNR with epsilon prediction noises, but is an error in ``set_timesteps``.
 - PNDM on a grid whose gaps are not T // N takes its own grid, with a warning, and LMS that starts
   in the middle begins with order 1.

@@ -66,11 +66,26 @@ class DropIn(TableScheduler):
     _defaults_of_step: ClassVar[Mapping[str, Any]]
     _noise_given: Tensor | None = None
     _path: Any = None
+    _predicted: Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.config["num_train_timesteps"])
 
     # -- config ----------------------------------------------------------------------------------
+
+    @classmethod
+    def from_config(cls, config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Return a scheduler of a config, as the class of diffusers does.
+
+        Raises:
+            ValueError: for a config that is no mapping.
+        """
+        if config is not None and not isinstance(config, Mapping):
+            raise ValueError(
+                f"the config of {cls.__name__} must be a mapping of its arguments, the object in "
+                f"scheduler_config.json, got {shown(config)}"
+            )
+        return super().from_config(config, *args, **kwargs)
 
     def register_to_config(self, **values: Any) -> None:
         """Register values in the config; what is sampled or noised from now on follows them."""
@@ -84,11 +99,13 @@ class DropIn(TableScheduler):
         config = {**self.config, "_class_name": name}
         _require_honoured(name, config, self._peer)
         reading = read_config(config)
+        self._splits = str(config.get("variance_type")).startswith("learned")
+        if self._splits and "variance_type" in reading.options:
+            reading = replace(reading, options={**reading.options, "variance_type": "fixed_small"})
         schedule, self._ill_posed = _schedule_of(config)
         for words in _refusals(name, config, reading, schedule):
             raise ValueError(f"{name}: {words}")
         self._reading, self.schedule, self._clip = reading, schedule, _clip_of(name, config)
-        self._splits = str(config.get("variance_type")).startswith("learned")
         self._may_draw_unused = (
             name in DRAWS_IN_EVERY_STEP
             or reading.method == "ddpm"
@@ -238,8 +255,9 @@ class DropIn(TableScheduler):
         self._noise_given = None
         if options:
             self._choose(options)
+        self._predicted = None
         if self._splits and model_output.shape[1] == 2 * sample.shape[1]:
-            model_output = model_output[:, : sample.shape[1]]
+            model_output, self._predicted = model_output.split(sample.shape[1], dim=1)
         following, second = self._advance(
             model_output, timestep, sample, generator, self._second is not None
         )
@@ -315,7 +333,25 @@ class DropIn(TableScheduler):
         if self._kind.method == "dpmpp_sde" and op is not None:
             return self._brownian(op, like).to(dtype)
         noise = randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+        if self._predicted is not None and self._kind.method == "ddpm" and op is not None:
+            return noise.to(dtype) * self._learned_ratio(self._predicted.to(dtype))
         return noise.to(dtype)
+
+    def _learned_ratio(self, predicted: Tensor) -> Tensor:
+        """Return the learned standard deviation of the step over that of its table (fixed_small).
+
+        Source: Nichol and Dhariwal 2102.09672, eq. 15.
+        """
+        call = self._last
+        std = dict(call.row)[len(self._basis)]
+        if self.config["variance_type"] == "learned":
+            return predicted.sqrt() / std
+        if self._calls is not self._plan.calls:
+            raise ValueError("a learned variance needs the next timestep: give prev_timestep")
+        end = self._plan.calls[self._calls.index(call) + 1].knot
+        high = math.log(1 - (call.knot.alpha / end.alpha) ** 2)
+        low = 2 * math.log(std)
+        return ((predicted + 1) * ((high - low) / 4)).exp()
 
     def _brownian(self, op: Draw, like: Tensor) -> Tensor:
         """Return the increment of the Brownian path that the class makes for a run."""
@@ -374,8 +410,6 @@ def _refusals(
     words = reading.fails(schedule, 20)
     if words is not None:
         yield words
-    if reading.method == "ddpm" and str(config.get("variance_type")).startswith("learned"):
-        yield "learned variances are no table; take alphabar.sampling.LearnedVariance"
     if reading.flow and reading.options.get("final") == "stay":
         yield "with use_flow_sigmas it ends before the clean sample; take UniPCMultistepScheduler"
     flags = [flag for flag in FLAGS.values() if config.get(flag)]
