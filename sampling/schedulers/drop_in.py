@@ -80,7 +80,7 @@ class DropIn(TableScheduler):
         Raises:
             ValueError: for a config that is no mapping.
         """
-        if not isinstance(config, dict | None):
+        if not isinstance(config, dict):
             raise ValueError(
                 f"the config of {cls.__name__} must be a mapping of its arguments, the object in "
                 f"scheduler_config.json, got {shown(config)}"
