@@ -116,15 +116,16 @@ def compile_table(
     knots: Sequence[Knot],
     schedule: NoiseSchedule,
     point_mass: bool = True,
+    start: int = 0,
 ) -> Table:
-    """Trace a method over the knots of a grid.
+    """Trace a method over the knots of a grid, from the knot ``start`` with nothing remembered.
 
     From a knot with α = 0 every method takes its first-order step and keeps no memory: see
     ``first_order``.
     """
     steps: list[Step] = []
     memory = 0
-    for i in range(len(knots) - 1):
+    for i in range(start, len(knots) - 1):
         state = [Combination({k: 1.0}) for k in range(1 + memory)]
         trace = Trace(schedule, len(state))
         carry = method(trace, knots, i, *state)
@@ -134,7 +135,7 @@ def compile_table(
         memory = len(carry) - 1
         rows, sizes = tuple(c.row for c in carry), tuple(c.size_row for c in carry)
         steps.append(Step(tuple(trace.ops), rows, trace.denoised.row, sizes))
-    return Table(name, tuple(knots), tuple(steps), schedule.prediction, point_mass)
+    return Table(name, tuple(knots[start:]), tuple(steps), schedule.prediction, point_mass)
 
 
 def point_mass_defects(table: Table) -> Iterable[tuple[float, float]]:

@@ -401,8 +401,9 @@ def compiled_reading(
     schedule: NoiseSchedule,
     knots: Sequence[Knot],
     given: Mapping[str, Any] | None = None,
+    start: int = 0,
 ) -> Table:
-    """Return the table of a class on its own knots.
+    """Return the table of a class on its own knots, from the knot ``start``.
 
     ``given`` replaces options that are arguments of its step.
     """
@@ -413,7 +414,7 @@ def compiled_reading(
     def formula(*arguments: Any) -> Any:
         return method.formula(*arguments, **{**method.defaults, **options})
 
-    return compile_table(method.name, formula, knots, schedule, point_mass=False)
+    return compile_table(method.name, formula, knots, schedule, point_mass=False, start=start)
 
 
 def _apart(a: Knot, b: Knot) -> bool:

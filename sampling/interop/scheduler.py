@@ -2,7 +2,8 @@
 
 A pipeline calls the network itself and gives the output to ``step``, which performs the operations
 of the table up to its next evaluation. The latents are those of the variance preserving path, x_t =
-α x_0 + σ ε, whatever the method, so ``scale_model_input`` is 1 but for EDM's c_in.
+α x_0 + σ ε, whatever the method, so ``scale_model_input`` is 1 but for EDM's c_in. Only faces of
+classes that have x / α there (``in_sigma``) differ.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -22,20 +22,112 @@ from torch import Tensor
 
 from ...noising import NoiseSchedule
 from ...noising.curves.shifts import shift_noise_level
+from ..clipping import Change
 from ..grids import split_options
 from ..grids.given import time_at_timestep
 from ..kernel import combine
 from ..knots import Knot
 from ..table import Table
-from ..tracing import Draw, Evaluation, Step, Unconditional
+from ..tracing import Draw, Evaluation, Operation, Row, Unconditional
 
 
 @dataclass
 class TableSchedulerOutput(SchedulerOutput):
-    """The next sample, and the clean estimate of the step where it is known."""
+    """The next sample, and the clean estimate of the network call."""
 
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
+
+
+class Run(Protocol):
+    """The part of :class:`Sampler` that a scheduler object uses."""
+
+    @property
+    def table(self) -> Table: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def sigmas(self) -> list[float]: ...
+    @property
+    def init_noise_scale(self) -> float: ...
+    def table_from(self, step: int, /) -> Table: ...
+
+
+@dataclass(frozen=True)
+class Call:
+    """One network call of a table, and what follows it up to the next one.
+
+    Rows are over the basis of the step, with the pipeline's sample at 0.
+
+    Args:
+        step: the step of the table.
+        opens: whether the step starts with this call.
+        knot: where the network is called.
+        scale: the network's input is the sample times this.
+        p, q: the clean estimate is p sample + q output.
+        appended: the operations after the call.
+        row: the sample of the next call, or the result.
+        memory: what later steps use; None inside a step.
+    """
+
+    step: int
+    opens: bool
+    knot: Knot
+    scale: float
+    p: float
+    q: float
+    appended: tuple[type[Operation], ...]
+    row: Row
+    memory: tuple[Row, ...] | None
+
+
+def calls_of(table: Table, in_sigma: bool = False) -> tuple[Call, ...]:
+    """Return the network calls of a table; with ``in_sigma`` the pipeline's sample is x / α.
+
+    >>> from alphabar.sampling import Sampler
+    >>> calls = calls_of(Sampler(NoiseSchedule.linear(), "heun", 2).table)
+    >>> [(call.step, call.opens, call.knot.timestep) for call in calls]
+    [(0, True, 999.0), (0, False, 499.0), (1, True, 499.0)]
+    """
+
+    def unit(knot: Knot) -> float:
+        return knot.alpha if in_sigma else 1.0
+
+    calls: list[Call] = []
+    for i, step in enumerate(table.steps):
+        places = [j for j, op in enumerate(step.ops) if isinstance(op, Evaluation)]
+        evaluations = [op for op in step.ops if isinstance(op, Evaluation)]
+        first = unit(evaluations[0].knot)
+        memory = tuple(_in_units(row, first, 1.0) for row in step.carry[1:])
+        for n, (op, start) in enumerate(zip(evaluations, places, strict=True)):
+            inside = n + 1 < len(places)
+            stop = places[n + 1] if inside else len(step.ops)
+            if inside:
+                row, after = evaluations[n + 1].row, evaluations[n + 1].knot
+                out = unit(after) * after.input_scale
+            else:
+                row, after = step.carry[0], table.knots[-1]
+                following = table.steps[i + 1].ops[0] if i + 1 < len(table.steps) else None
+                out = unit(following.knot if isinstance(following, Evaluation) else after)
+            calls.append(
+                Call(
+                    step=i,
+                    opens=n == 0,
+                    knot=op.knot,
+                    scale=unit(op.knot) * op.knot.input_scale,
+                    p=op.p * unit(op.knot),
+                    q=op.q,
+                    appended=tuple(type(o) for o in step.ops[start + 1 : stop]),
+                    row=_in_units(row, first, out),
+                    memory=None if inside else memory,
+                )
+            )
+    return tuple(calls)
+
+
+def _in_units(row: Row, first: float, out: float) -> Row:
+    """Return a row whose sample is in units of ``first`` and its result in units of ``out``."""
+    return tuple((k, (c * first if k == 0 else c) / out) for k, c in row)
 
 
 class TableScheduler(SchedulerMixin, ConfigMixin):
@@ -62,6 +154,11 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     config_name = "scheduler_config.json"
     _compatibles: ClassVar[list[str]] = []
     order = 1
+    init_noise_sigma: float = 1.0
+    """The factor of the initial standard normal noise."""
+
+    _in_sigma: ClassVar[bool] = False
+    _clip: Change | None = None
 
     def __init__(self, sampler: Any) -> None:
         self.sampler = sampler
@@ -116,36 +213,43 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = sampler.steps
         self._place(sampler, device)
 
-    def _place(self, sampler: Any, device: Any) -> None:
-        self._placed = sampler
-        table: Table = sampler.table
-        _require_steppable(table)
-        knots = [_evaluated(step) for step in table.steps]
-        self._first_of_step = list(accumulate(map(len, knots), initial=0))[:-1]
+    def _place(self, run: Run, device: Any) -> None:
+        require_steppable(run.table)
+        self._placed = run
+        calls = calls_of(run.table, self._in_sigma)
+        self._first_of_step = [i for i, call in enumerate(calls) if call.opens]
         self.order = _order(self._first_of_step)
-        times = [knot.timestep for of_step in knots for knot in of_step]
-        whole = self.schedule.curve.is_discrete and all(t.is_integer() for t in times)
-        self.timesteps = torch.tensor(times, dtype=torch.int64 if whole else torch.float32)
+        self._times = [call.knot.timestep for call in calls]
+        self._index_of_time = {t: i for i, t in reversed(list(enumerate(self._times)))}
+        self._whole = calls
+        self._is_memoryless = all(call.opens and not call.memory for call in calls)
+        self._off_schedule = self._deviates(calls)
+        self._level_tables: dict[torch.device, Tensor] = {}
+        self.init_noise_sigma = run.init_noise_scale
+        self.timesteps = torch.tensor(self._times, dtype=self._dtype_of_times())
         if device is not None:
             self.timesteps = self.timesteps.to(device)
-        self.sigmas = torch.tensor(sampler.sigmas, dtype=torch.float32)
-        self._scales = [knot.input_scale for of_step in knots for knot in of_step]
-        self._times = times
+        self._own_timesteps = self.timesteps
+        self._own_storage = self.timesteps.untyped_storage().data_ptr()
+        self.sigmas = torch.tensor(self._shown_sigmas(run), dtype=torch.float32)
         self._begin_index: int | None = None
         self._forget()
 
+    def _dtype_of_times(self) -> torch.dtype:
+        whole = self.schedule.curve.is_discrete and all(t.is_integer() for t in self._times)
+        return torch.int64 if whole else torch.float32
+
+    def _shown_sigmas(self, run: Run) -> list[float]:
+        return run.sigmas
+
     def _forget(self) -> None:
         self._index: int | None = None
-        self._table: Table = self._placed.table
-        self._state: list[Tensor] = []
+        self._calls: Sequence[Call] = self._whole
+        self._offset = 0
         self._basis: list[Tensor] = []
-        self._at = 0, 0
+        self._memory: list[Tensor] = []
         self._given: Tensor | None = None
-
-    @property
-    def init_noise_sigma(self) -> float:
-        """The factor of the initial standard normal noise."""
-        return self._placed.init_noise_scale
+        self._exact: Tensor | None = None
 
     @property
     def begin_index(self) -> int | None:
@@ -165,19 +269,40 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         self._forget()
         self._begin_index = begin_index
 
-    def index_for_timestep(self, timestep: Any) -> int:
-        """Return the index of the nearest of ``timesteps``, the first of equal ones."""
+    def index_for_timestep(self, timestep: Any, schedule_timesteps: Any = None) -> int:
+        """Return the index of the nearest of ``timesteps``, the first of equal ones.
+
+        One of the scheduler's own ``timesteps`` is known by its memory, so its value is not read
+        from the device.
+        """
+        own = self._index_in_memory(timestep)
+        if own is not None:
+            return own
         t = float(timestep)
+        exact = self._index_of_time.get(t)
+        if exact is not None:
+            return exact
         return min(range(len(self._times)), key=lambda i: abs(self._times[i] - t))
+
+    def _index_in_memory(self, timestep: Any) -> int | None:
+        """Return the index of a view of the scheduler's own ``timesteps``, else None."""
+        if (
+            isinstance(timestep, Tensor)
+            and self.timesteps is self._own_timesteps
+            and timestep.device == self._own_timesteps.device
+            and timestep.untyped_storage().data_ptr() == self._own_storage
+        ):
+            return int(timestep.storage_offset() - self._own_timesteps.storage_offset())
+        return None
 
     # -- running ---------------------------------------------------------------------------------
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """Return the network's input: ``sample``, times c_in on EDM's path."""
+        """Return the network's input: ``sample``, times c_in on EDM's path and α for x / α."""
         i = self._index
-        if i is None:
-            i = self._begin_index if self._begin_index is not None else 0
-        scale = self._scales[min(i, len(self._scales) - 1)]
+        if i is None or (self._is_memoryless and timestep is not None):
+            i = self._first_index(timestep)
+        scale = self._whole[min(i, len(self._whole) - 1)].scale
         return sample if scale == 1.0 else sample * scale
 
     def step(
@@ -189,80 +314,91 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         return_dict: bool = True,
         **unused: Any,
     ) -> Any:
-        """Return the sample for the next network call.
+        """Return the sample for the next network call, and the clean estimate.
 
         Args:
             model_output: the network's output at ``timestep``, after guidance.
-            timestep: used to find the place of the first call, where no ``begin_index`` is set.
+            timestep: used to find the place of the first call, where no ``begin_index`` is set, and
+                of every call of a method without memory.
             sample: the current sample. A pipeline may change it between steps (inpainting).
             generator: torch generator, or one for each image.
             return_dict: return an object instead of a tuple.
         """
-        if self._index is None:
+        following, estimate = self._advance(model_output, timestep, sample, generator)
+        if not return_dict:
+            return (following, estimate)
+        return TableSchedulerOutput(prev_sample=following, pred_original_sample=estimate)
+
+    def _advance(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any
+    ) -> tuple[Tensor, Tensor]:
+        if self._index is None or self._is_memoryless:
             self._start(timestep)
         assert self._index is not None
-        i, j = self._at
-        step = self._table.steps[i]
-        dtype = torch.promote_types(sample.dtype, torch.float32)
-        if j == 0:
-            x = self._state[0] if self._state and sample is self._given else sample.to(dtype)
-            self._basis = [x, *self._state[1:]]
-        self._basis.append(model_output.to(dtype))
-        estimate = None
-        j = self._perform(step, j + 1, generator)
-        if j == len(step.ops):
-            estimate = combine(step.denoised, self._basis)
-            self._state = [combine(row, self._basis) for row in step.carry]
-            i, j = i + 1, 0
-            following = self._state[0]
+        call = self._calls[self._index - self._offset]
+        given = sample if sample.dtype == torch.float64 else sample.float()
+        out = model_output.to(given.dtype)
+        if call.opens:
+            exact = self._exact if sample is self._given and self._exact is not None else given
+            self._basis = [exact, *self._memory]
+        estimate = given * call.p
+        estimate.add_(out, alpha=call.q)
+        if self._clip is not None and call.q:
+            clipped = self._clip(estimate)
+            self._basis.append(out + (clipped - estimate) / call.q)
+            estimate = clipped
         else:
-            op = step.ops[j]
-            assert isinstance(op, Evaluation)
-            following = combine(op.row, self._basis) / op.knot.input_scale
-        self._at = i, j
+            self._basis.append(out)
+        for kind in call.appended:
+            self._basis.append(self._draw(model_output, generator) if kind is Draw else out)
+        exact = combine(call.row, self._basis)
+        if call.memory is not None:
+            self._memory = [combine(row, self._basis) for row in call.memory]
         self._index += 1
-        self._given = following.to(sample.dtype)
-        if not return_dict:
-            return (self._given,)
-        return TableSchedulerOutput(
-            prev_sample=self._given,
-            pred_original_sample=None if estimate is None else estimate.to(sample.dtype),
-        )
+        self._exact, self._given = exact, exact.to(sample.dtype)
+        return self._given, estimate.to(sample.dtype)
+
+    def _draw(self, like: Tensor, generator: Any) -> Tensor:
+        x = self._basis[0]
+        return randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+
+    def _first_index(self, timestep: Any) -> int:
+        if self._is_memoryless:
+            own = self._index_in_memory(timestep)
+            if own is not None:
+                return own
+        if self._index is not None and self._begin_index is not None:
+            return self._index
+        return self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
 
     def _start(self, timestep: Any) -> None:
-        first = self._begin_index
-        first = self.index_for_timestep(timestep) if first is None else first
+        first = self._first_index(timestep)
+        self._index = first
+        if self._is_memoryless:
+            return
         place = sum(start <= first for start in self._first_of_step) - 1
         if place > 0:
             # later steps of a multistep method need outputs that were never computed
-            self._table = self._placed.table_from(place)
+            table = self._placed.table_from(place)
             left = len(self._times) - self._first_of_step[place]
-            if self._table.evaluations != left:
+            if table.evaluations != left:
                 raise ValueError(
-                    f"{self._table.name} starts with steps of more network calls and cannot start "
+                    f"{table.name} starts with steps of more network calls and cannot start "
                     f"at timestep {self._times[first]:g}; take a method without them, e.g. 'ipndm'"
                 )
-        self._index = first
-        self._at = 0, 0
-
-    def _perform(self, step: Step, j: int, generator: Any) -> int:
-        """Perform operations up to the next evaluation; return its place, or that of the end."""
-        output = self._basis[-1]
-        while j < len(step.ops) and not isinstance(step.ops[j], Evaluation):
-            if isinstance(step.ops[j], Draw):
-                x = self._basis[0]
-                noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-                self._basis.append(noise)
-            else:
-                self._basis.append(output)
-            j += 1
-        return j
+            self._calls, self._offset = calls_of(table, self._in_sigma), first
 
     # -- training --------------------------------------------------------------------------------
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return α x_0 + σ ε at the network's times ``timesteps``, of training or of sampling."""
-        return self.schedule.add_noise(original_samples, noise, self._curve_times(timesteps))
+        """Return α x_0 + σ ε at the network's times ``timesteps``, of training or of sampling.
+
+        The face of a class that has x / α returns x_0 + (σ / α) ε.
+        """
+        alpha, sigma = self._levels(timesteps, original_samples)
+        if self._in_sigma:
+            alpha, sigma = torch.ones_like(alpha), sigma / alpha
+        return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """Return :meth:`add_noise` with the arguments of diffusers' flow schedulers."""
@@ -270,22 +406,55 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return v = α ε - σ x_0 at the network's times ``timesteps``."""
-        return (
-            self.schedule.with_prediction("v_prediction")
-            .target(sample, noise, self._curve_times(timesteps))
-            .to(sample.dtype)
-        )
+        alpha, sigma = self._levels(timesteps, sample)
+        return (alpha * noise - sigma * sample).to(sample.dtype)
+
+    def _levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return α and σ at the network's times; those of the knot where one is meant."""
+        times = torch.atleast_1d(timesteps).to(like.device)
+        alpha, sigma = self.schedule.alpha_sigma(self._curve_times(times), like)
+        table = self._level_table(like.device, times.is_floating_point())
+        if table is None:
+            return alpha, sigma
+        hits = times[:, None] == table[0]
+        place, hit = hits.int().argmax(dim=1), hits.any(dim=1).view(alpha.shape)
+        knots = table[1:, place].to(alpha.dtype).view(2, *alpha.shape)
+        return torch.where(hit, knots[0], alpha), torch.where(hit, knots[1], sigma)
+
+    def _level_table(self, device: torch.device, floating: bool) -> Tensor | None:
+        """Return the times, α and σ of the knots that ``add_noise`` may mean, else None.
+
+        A fraction is a time of sampling. A whole number may be a time of training, so it means a
+        knot only where a run is at this knot: some grids give the network rounded times.
+        """
+        run = self._index if self._index is not None else self._begin_index
+        in_run = self._begin_index is not None and run is not None and run < len(self._times)
+        if not self._off_schedule or not (floating or in_run):
+            return None
+        if device not in self._level_tables:
+            knots = [call.knot for call in self._whole]
+            columns = [
+                [k.timestep for k in knots],
+                [k.alpha for k in knots],
+                [k.sigma for k in knots],
+            ]
+            self._level_tables[device] = torch.tensor(columns, dtype=torch.float32).to(device)
+        table = self._level_tables[device]
+        return table if floating or run is None else table[:, run : run + 1]
+
+    def _deviates(self, calls: Sequence[Call]) -> bool:
+        """Return whether a knot has other noise levels than the schedule has at its time."""
+        times = torch.tensor([c.knot.timestep for c in calls], dtype=torch.float64)
+        like = torch.zeros(len(calls), 1, dtype=torch.float64)
+        alpha, sigma = self.schedule.alpha_sigma(self._curve_times(times), like)
+        knots = torch.tensor([[c.knot.alpha, c.knot.sigma] for c in calls], dtype=torch.float64)
+        return bool(((torch.cat([alpha, sigma], 1) - knots).abs() > 1e-7).any())
 
     def _curve_times(self, timesteps: Tensor) -> Tensor:
-        timesteps = torch.atleast_1d(timesteps)
         curve = self.schedule.curve
         if curve.is_discrete:
             return timesteps
         return time_at_timestep(curve, timesteps.double())
-
-
-def _evaluated(step: Step) -> list[Knot]:
-    return [op.knot for op in step.ops if isinstance(op, Evaluation)]
 
 
 def _order(first_of_step: Sequence[int]) -> int:
@@ -295,7 +464,7 @@ def _order(first_of_step: Sequence[int]) -> int:
     return order if same else 1
 
 
-def _require_steppable(table: Table) -> None:
+def require_steppable(table: Table) -> None:
     """Refuse what a pipeline cannot run: it calls the network on the sample as it is."""
     for step in table.steps:
         if not isinstance(step.ops[0], Evaluation) or step.ops[0].row[0][0] != 0:
