@@ -3,7 +3,7 @@
     python run_example.py PLAN.json RESULT.json
 
 The plan is a list of {"mode", "script", "arguments"}. The modes: ``diffusers`` runs the script as it is;
-``alphabar`` puts alphabar's DDPMScheduler in the place of diffusers.DDPMScheduler; ``edited`` runs a script
+``alphabar`` puts alphabar's scheduler classes in the place of those of diffusers; ``edited`` runs a script
 with alphabar's Noising, which then gets the noise and the timesteps that the script draws by itself.
 """
 
@@ -27,13 +27,13 @@ import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
-from diffusers import DDPMScheduler
 from torch.utils.tensorboard import SummaryWriter
 
 from alphabar.noising import Noising
 from alphabar.noising.noise import Chain
 from alphabar.sampling import schedulers as drop_ins
 
+CLASSES = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")  # of training and of the previews
 _own_at = Noising.at
 
 
@@ -62,7 +62,10 @@ def run(mode, script, arguments):
     """Run a script; return what it logs, and how often the scheduler or Noising of the mode noises."""
     result = {"losses": [], "images": [], "noised": 0, "error": None}
     log, add_images = Accelerator.log, SummaryWriter.add_images
-    scheduler = drop_ins.DDPMScheduler if mode == "alphabar" else DDPMScheduler
+    classes = {
+        name: getattr(drop_ins if mode == "alphabar" else diffusers, name) for name in CLASSES
+    }
+    scheduler = classes["DDPMScheduler"]
     owner, name = (Noising, "at") if mode == "edited" else (scheduler, "add_noise")
     noise = at_the_draws_of_the_script if mode == "edited" else scheduler.add_noise
 
@@ -83,7 +86,7 @@ def run(mode, script, arguments):
     with (
         patch.object(Accelerator, "log", seen),
         patch.object(SummaryWriter, "add_images", looked_at),
-        patch.object(diffusers, "DDPMScheduler", scheduler),
+        patch.multiple(diffusers, **classes),
         patch.object(owner, name, counted),
         patch.object(sys, "argv", [script, *arguments]),
     ):
