@@ -33,10 +33,14 @@ def combine(row: Row, basis: Sequence[Tensor]) -> Tensor:
     """
     if not row:
         return torch.zeros_like(basis[0])
-    (k, c), *rest = row
-    if c == 1.0 and not rest:
-        return basis[k]
-    total = basis[k] * c
+    k, c = row[0]
+    if len(row) == 1:
+        return basis[k] if c == 1.0 else basis[k] * c
+    if c == 1.0:  # the same number in one operation
+        total = torch.add(basis[k], basis[row[1][0]], alpha=row[1][1])
+        rest = row[2:]
+    else:
+        total, rest = basis[k] * c, row[1:]
     for k, c in rest:
         total.add_(basis[k], alpha=c)
     return total

@@ -76,7 +76,7 @@ class Call:
     scale: float
     p: float
     q: float
-    appended: tuple[type[Operation], ...]
+    appended: tuple[Operation, ...]
     row: Row
     memory: tuple[Row, ...] | None
 
@@ -117,7 +117,7 @@ def calls_of(table: Table, in_sigma: bool = False) -> tuple[Call, ...]:
                     scale=unit(op.knot) * op.knot.input_scale,
                     p=op.p * unit(op.knot),
                     q=op.q,
-                    appended=tuple(type(o) for o in step.ops[start + 1 : stop]),
+                    appended=step.ops[start + 1 : stop],
                     row=_in_units(row, first, out),
                     memory=None if inside else memory,
                 )
@@ -215,7 +215,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
     def _place(self, run: Run, device: Any) -> None:
         require_steppable(run.table)
-        self._placed = run
+        self._placed: Any = run
         calls = calls_of(run.table, self._in_sigma)
         self._first_of_step = [i for i, call in enumerate(calls) if call.opens]
         self.order = _order(self._first_of_step)
@@ -330,35 +330,48 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         return TableSchedulerOutput(prev_sample=following, pred_original_sample=estimate)
 
     def _advance(
-        self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any
-    ) -> tuple[Tensor, Tensor]:
-        if self._index is None or self._is_memoryless:
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: Any,
+        estimated: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the sample of the next call and, if ``estimated``, the clean estimate."""
+        if self._index is None or (self._is_memoryless and self._begin_index is None):
             self._start(timestep)
         assert self._index is not None
-        call = self._calls[self._index - self._offset]
+        self._last = call = self._calls[self._index - self._offset]
         given = sample if sample.dtype == torch.float64 else sample.float()
         out = model_output.to(given.dtype)
         if call.opens:
             exact = self._exact if sample is self._given and self._exact is not None else given
-            self._basis = [exact, *self._memory]
-        estimate = given * call.p
-        estimate.add_(out, alpha=call.q)
-        if self._clip is not None and call.q:
-            clipped = self._clip(estimate)
-            self._basis.append(out + (clipped - estimate) / call.q)
-            estimate = clipped
+            self._basis = basis = [exact, *self._memory]
         else:
-            self._basis.append(out)
-        for kind in call.appended:
-            self._basis.append(self._draw(model_output, generator) if kind is Draw else out)
-        exact = combine(call.row, self._basis)
+            basis = self._basis
+        estimate = None
+        if estimated or self._clip is not None:
+            estimate = (given * call.p).add_(out, alpha=call.q)
+        raw = out
+        if self._clip is not None and estimate is not None:
+            clipped = self._clip(estimate)
+            if call.q:
+                out = out + (clipped - estimate) / call.q
+            else:  # the sample is clean, and the output has no part in the estimate
+                basis[0] = clipped / call.p
+            estimate = clipped
+        basis.append(out)
+        for op in call.appended:
+            drawn = isinstance(op, Draw)
+            basis.append(self._draw(op, model_output, generator) if drawn else raw)
+        exact = combine(call.row, basis)
         if call.memory is not None:
-            self._memory = [combine(row, self._basis) for row in call.memory]
+            self._memory = [combine(row, basis) for row in call.memory]
         self._index += 1
         self._exact, self._given = exact, exact.to(sample.dtype)
-        return self._given, estimate.to(sample.dtype)
+        return self._given, estimate.to(sample.dtype) if estimated and estimate is not None else None
 
-    def _draw(self, like: Tensor, generator: Any) -> Tensor:
+    def _draw(self, op: Draw, like: Tensor, generator: Any) -> Tensor:
         x = self._basis[0]
         return randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 

@@ -8,9 +8,11 @@ or noises is that of :class:`TableScheduler`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property, wraps
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache, wraps
 from typing import Any, ClassVar
 
 import diffusers
@@ -20,29 +22,44 @@ from torch import Tensor
 
 from ...noising import NoiseSchedule
 from ...noising.io.diffusers_keys import KNOWN_TO_CLASS
-from ...noising.utils.registry import shown
+from ...noising.utils.registry import shown, unknown
 from ..clipping import Change, Clip, DynamicThreshold
-from ..grids.given import at_sigmas, at_timesteps, given_points
 from ..interop.diffusers_classes import CLASSES, FLAGS, Reading, SchedulerClass, read_config
-from ..interop.diffusers_configs import compiled_reading
-from ..interop.scheduler import TableScheduler, calls_of
-from ..knots import Knot
-from ..table import Table
+from ..interop.scheduler import Call, Run, TableScheduler, calls_of
+from ..kernel import combine
+from ..tracing import Draw
+from .placing import ReadRun, Wanted, place, training_run
 
+NO_SCHEDULE = "its config does not say its noise schedule; make a sampler of NoiseSchedule.karras()"
 LEFT_OUT: Mapping[str, str] = {
-    "CogVideoXDPMScheduler": "its caller keeps the outputs of earlier steps; take the sampler "
-    "'dpmpp_2m_sde' (as_scheduler) with a pipeline that calls step() as others do",
-    "EDMEulerScheduler": "its config does not say its noise schedule; take "
-    "Sampler(NoiseSchedule.karras(), 'euler').as_scheduler()",
-    "EDMDPMSolverMultistepScheduler": "its config does not say its noise schedule; take "
-    "Sampler(NoiseSchedule.karras(), 'dpmpp_2m').as_scheduler()",
-    "CMStochasticIterativeScheduler": "its config does not say its noise schedule; take "
-    "Sampler(NoiseSchedule.karras(), 'consistency').as_scheduler()",
+    "CogVideoXDPMScheduler": "its step is given the outputs of earlier steps; take "
+    "CogVideoXDDIMScheduler, or the sampler 'dpmpp_2m_sde'",
+    **dict.fromkeys(
+        ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CMStochasticIterativeScheduler"),
+        f"{NO_SCHEDULE} and take its as_scheduler()",
+    ),
 }
 """The classes of ``CLASSES`` without a drop-in, and why."""
 
 NAMES = tuple(name for name in CLASSES if name not in LEFT_OUT)
 """The names of the drop-ins."""
+
+DRAWS_IN_EVERY_STEP = {
+    *("EulerAncestralDiscreteScheduler", "SASolverScheduler", "FlowMatchLCMScheduler")
+}
+"""The classes that take noise from the generator where they do not use it, in the last step too."""
+
+NEVER_CLIPS = {"TCDScheduler", "CogVideoXDDIMScheduler"}
+"""The classes that do not read their keys for clipping."""
+
+UNUSED: Mapping[str, tuple[str, ...]] = {
+    "LCMScheduler": ("set_alpha_to_one",),
+    "TCDScheduler": ("set_alpha_to_one",),
+    "DPMSolverSDEScheduler": ("noise_sampler_seed",),
+    "FlowMatchEulerDiscreteScheduler": ("shift_terminal",),
+    "FlowMatchLCMScheduler": ("shift_terminal",),
+}
+"""Keys that a drop-in takes beside those in ``CLASSES``: read elsewhere, or read by nothing."""
 
 _CLIPPING = {
     *("clip_sample", "clip_sample_range", "thresholding"),
@@ -50,53 +67,17 @@ _CLIPPING = {
 }
 
 
-@dataclass(frozen=True)
-class ReadRun:
-    """The table of a class on its knots, with the arguments of its step that are options."""
-
-    reading: Reading
-    schedule: NoiseSchedule
-    knots: tuple[Knot, ...]
-    given: tuple[tuple[str, Any], ...] = ()
-
-    @cached_property
-    def table(self) -> Table:
-        """The table of the whole run."""
-        return self.table_from(0)
-
-    def table_from(self, step: int, /) -> Table:
-        """Return the table from a later step on, with nothing remembered."""
-        return compiled_reading(self.reading, self.schedule, self.knots, dict(self.given), step)
-
-    @property
-    def steps(self) -> int:
-        """The number of steps."""
-        return len(self.knots) - 1
-
-    @property
-    def sigmas(self) -> list[float]:
-        """The noise level at every knot: σ / α, or σ on a flow path."""
-        alpha, sigma = (
-            torch.tensor([getattr(k, n) for k in self.knots], dtype=torch.float64)
-            for n in ("alpha", "sigma")
-        )
-        return self.schedule.curve.grid_coordinate(alpha, sigma).tolist()
-
-    @property
-    def init_noise_scale(self) -> float:
-        """The factor of the first noise, in the units of the class."""
-        first = self.knots[0]
-        scale = self.reading.start_scale(first)
-        return scale / first.alpha if self.reading.kind.in_sigma else scale
-
-
 class DropIn(TableScheduler):
-    """What the drop-ins share: the table of a config, and the signatures of diffusers."""
+    """What the drop-ins share: the table of a config, and the results of diffusers' steps."""
 
     _kind: ClassVar[SchedulerClass]
     _peer: ClassVar[Any]
     _result: ClassVar[type[Any]]
     _second: ClassVar[str | None]
+    _defaults_of_step: ClassVar[Mapping[str, Any]]
+    _noise_given: Tensor | None = None
+    _path: Any = None
+    _by_one: Sequence[Call] | None = None
 
     def __len__(self) -> int:
         return int(self.config["num_train_timesteps"])
@@ -116,15 +97,20 @@ class DropIn(TableScheduler):
         _require_honoured(name, config, self._peer)
         reading = read_config(config)
         schedule = NoiseSchedule.from_diffusers(_without_dynamic_shift(config))
-        words = reading.fails(schedule, 20)
-        if words is not None:
+        for words in _refusals(name, config, reading, schedule):
             raise ValueError(f"{name}: {words}")
-        self._reading, self.schedule, self._clip = reading, schedule, _clip_of(config)
+        self._reading, self.schedule, self._clip = reading, schedule, _clip_of(name, config)
+        self._splits = str(config.get("variance_type")).startswith("learned")
+        self._may_draw_unused = (
+            name in DRAWS_IN_EVERY_STEP
+            or reading.method == "ddpm"
+            or str(config.get("algorithm_type", "")).startswith("sde")
+            or bool(config.get("stochastic_sampling"))
+        )
         self.num_inference_steps: int | None = None
         self._begin_index: int | None = None
         self._index: int | None = None
         self._off_schedule = False
-        self._variants: dict[tuple[tuple[str, Any], ...], ReadRun] = {}
         vars(self).pop("_whole", None)
 
     # -- timesteps -------------------------------------------------------------------------------
@@ -133,43 +119,66 @@ class DropIn(TableScheduler):
         self,
         num_inference_steps: int | None = None,
         device: Any = None,
-        timesteps: Any = None,
-        sigmas: Any = None,
-        mu: float | None = None,
+        num_train_timesteps: int | None = None,
         **others: Any,
     ) -> None:
-        if timesteps is not None and sigmas is not None:
-            raise ValueError("give timesteps or sigmas, not both")
-        custom = timesteps if timesteps is not None else sigmas
-        if (num_inference_steps is None) == (custom is None):
-            raise ValueError("give num_inference_steps, or timesteps or sigmas of your own")
-        final = self._reading.options.get("final", "zero")
-        if timesteps is not None:
-            points = given_points("timesteps", timesteps)
-            knots = at_timesteps(self.schedule, len(points), timesteps=points, final=final)
-        elif sigmas is not None:
-            points = given_points("sigmas", sigmas)
-            knots = at_sigmas(self.schedule, len(points), sigmas=points, final=final)
-        else:
-            assert num_inference_steps is not None
-            knots = self._reading.lay(self.schedule, num_inference_steps)
-        self._place(ReadRun(self._reading, self.schedule, knots), device)
-        self.num_inference_steps = len(knots) - 1
+        config = {**self.config, "shift": getattr(self, "_shift", self.config.get("shift", 1.0))}
+        wanted = Wanted(steps=num_inference_steps, **others)
+        run = place(self._reading, self.schedule, config, wanted)
+        for words in self._slips(run, wanted):
+            warnings.warn(f"{type(self).__name__} of diffusers: {words}", stacklevel=3)
+        self._place(run, device)
+        self.num_inference_steps = run.steps
 
-    def _place(self, run: Any, device: Any) -> None:
+    def _slips(self, run: ReadRun, wanted: Wanted) -> Iterator[str]:
+        """Yield what diffusers does with these steps and the drop-in does not."""
+        if wanted.steps is None or self.schedule.curve.is_flow:
+            return
+        for words in self._reading.slips(self.schedule, run.steps):
+            harmless = ("its x / alpha", "it ends with the noise", "its times are cut")
+            if not (run.stride and "T // N" in words) and not words.startswith(harmless):
+                yield words
+
+    def _place(self, run: Run, device: Any) -> None:
         super()._place(run, device)
         self.order = getattr(self._peer, "order", 1)
-        self._variants = {run.given: run}
+        self._variants = {getattr(run, "given", ()): run}
+        self._path = self._by_one = None
 
     def _dtype_of_times(self) -> torch.dtype:
-        floating = self._kind.in_sigma or not self.schedule.curve.is_discrete
+        floating = self._kind.in_sigma or self._kind.predictions == ("flow_prediction",)
         return torch.float32 if floating else torch.int64
 
-    def _place_training_grid(self) -> None:
-        """Place a run through every training timestep, for a step without ``set_timesteps``."""
-        times = range(self.schedule.num_train_timesteps - 1, -1, -1)
-        knots = at_timesteps(self.schedule, len(times), timesteps=tuple(times))
-        self._place(ReadRun(self._reading, self.schedule, knots), self.timesteps.device)
+    def _shown_sigmas(self, run: Run) -> list[float]:
+        sigmas = run.sigmas
+        if self.order == 1:
+            return sigmas
+        ends = 3 if self._kind.method.startswith("dpm_2") else 1
+        return [sigmas[0], *(s for s in sigmas[1:-1] for _ in "12"), *sigmas[-1:] * ends]
+
+    def index_for_timestep(self, timestep: Any, schedule_timesteps: Any = None) -> int:
+        """Return the index of one of ``timesteps``, the first of equal ones.
+
+        Raises:
+            ValueError: for another timestep.
+        """
+        index = super().index_for_timestep(timestep)
+        if self._index_in_memory(timestep) is None:
+            t = float(timestep)
+            if abs(t - self._times[index]) > 0.5:
+                raise ValueError(
+                    f"timestep {t:g} is none of this scheduler's {len(self._times)} timesteps, the "
+                    f"nearest is {self._times[index]:g}; set_timesteps says which there are"
+                )
+        return index
+
+    def _require_placed(self) -> None:
+        if "_whole" not in vars(self):
+            shown_before = self.timesteps, vars(self).get("sigmas")
+            self._place(training_run(self._reading, self.schedule), self.timesteps.device)
+            self.timesteps = shown_before[0]
+            if shown_before[1] is not None:
+                self.sigmas = shown_before[1]
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -177,8 +186,7 @@ class DropIn(TableScheduler):
         """Return the network's input: ``sample``, or α times it where the sample is x / α."""
         if not self._in_sigma:
             return sample
-        if "_whole" not in vars(self):
-            self._place_training_grid()
+        self._require_placed()
         return super().scale_model_input(sample, timestep)
 
     def _step(
@@ -187,33 +195,54 @@ class DropIn(TableScheduler):
         timestep: Any,
         sample: Tensor,
         generator: Any = None,
-        variance_noise: Tensor | None = None,
         return_dict: bool = True,
         **options: Any,
     ) -> Any:
-        if "_whole" not in vars(self):
-            self._place_training_grid()
+        self._require_placed()
+        if "prev_timestep" in self._defaults_of_step:
+            self._go_to(options.pop("prev_timestep", None), timestep)
+        self._noise_given = None
         if options:
             self._choose(options)
-        self._noise_given = variance_noise
-        following, estimate = self._advance(model_output, timestep, sample, generator)
-        values = (following,) if self._second is None else (following, estimate)
-        return self._result(*values) if return_dict else values
+        if self._splits and model_output.shape[1] == 2 * sample.shape[1]:
+            model_output = model_output[:, : sample.shape[1]]
+        following, second = self._advance(
+            model_output, timestep, sample, generator, self._second is not None
+        )
+        if self._may_draw_unused:
+            self._draw_unused(model_output, generator)
+        if second is None:
+            return self._result(following) if return_dict else (following,)
+        if self._kind.method in ("lcm", "tcd"):
+            second = _before_noise(self._last, self._basis).to(sample.dtype)
+        return self._result(following, second) if return_dict else (following, second)
 
-    def _choose(self, options: Mapping[str, Any]) -> None:
+    def _draw_unused(self, like: Tensor, generator: Any) -> None:
+        """Take noise from the generator where the class takes it and does not use it."""
+        call = self._last
+        if not any(isinstance(op, Draw) for op in call.appended) and (
+            self._kind.method != "ddpm" or call.knot.timestep > 0
+        ):
+            self._draw(None, like, generator)
+
+    def _choose(self, options: dict[str, Any]) -> None:
         """Switch to the table of these arguments of step."""
-        run: ReadRun = self._placed
+        self._noise_given = options.pop("variance_noise", None)
         given = {}
         for name, value in options.items():
+            if name not in self._defaults_of_step:
+                raise TypeError(unknown("argument of step", name, self._defaults_of_step))
             default = self._defaults_of_step[name]
-            if name in run.reading.options:
+            if name in self._reading.options:
                 given[name] = value
             elif value is not None and value != default:
                 raise ValueError(
                     f"{type(self).__name__}.step: {name}={shown(value)} is not possible here; "
                     f"leave it at {default!r}"
                 )
-        wanted = tuple(sorted((k, v) for k, v in given.items() if v != run.reading.options[k]))
+        run: Any = self._placed
+        own = self._reading.options
+        wanted = tuple(sorted((k, v) for k, v in given.items() if v != own[k]))
         if wanted == run.given:
             return
         if self._index is not None and not self._is_memoryless:
@@ -222,18 +251,53 @@ class DropIn(TableScheduler):
                 "call set_timesteps first"
             )
         if wanted not in self._variants:
-            self._variants[wanted] = ReadRun(run.reading, run.schedule, run.knots, wanted)
+            self._variants[wanted] = replace(run, given=wanted)
         self._placed = self._variants[wanted]
         self._whole = self._calls = calls_of(self._placed.table, self._in_sigma)
 
-    def _draw(self, like: Tensor, generator: Any) -> Tensor:
-        if self._noise_given is not None:
-            return self._noise_given.to(self._basis[0].dtype)
-        noise = randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)
-        return noise.to(self._basis[0].dtype)
+    def _go_to(self, end: Any, timestep: Any) -> None:
+        """Choose the end of a step: the next timestep, or, where none is given, one below."""
+        if end is None:
+            if self._by_one is None:
+                whole = replace(self._placed, stride=1)
+                self._by_one = calls_of(whole.table)
+            self._calls = self._by_one
+            return
+        if self.index_for_timestep(end) != self.index_for_timestep(timestep) + 1:
+            raise ValueError(
+                f"{type(self).__name__}.step: prev_timestep must be the next of timesteps, or None"
+            )
+        self._calls = self._whole
 
-    _noise_given: Tensor | None = None
-    _defaults_of_step: ClassVar[Mapping[str, Any]]
+    def _draw(self, op: Draw | None, like: Tensor, generator: Any) -> Tensor:
+        dtype = self._basis[0].dtype
+        if self._noise_given is not None:
+            return self._noise_given.to(dtype)
+        if self._kind.method == "dpmpp_sde" and op is not None:
+            return self._brownian(op, like).to(dtype)
+        noise = randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+        return noise.to(dtype)
+
+    def _brownian(self, op: Draw, like: Tensor) -> Tensor:
+        """Return the increment of the Brownian path that the class makes for a run."""
+        if self._path is None:
+            make = inspect.getmodule(self._peer).BrownianTreeNoiseSampler  # pyright: ignore[reportOptionalMemberAccess]
+            sigmas = [knot.sigma_ve for knot in self._placed.knots if knot.sigma > 0]
+            seed = self.config["noise_sampler_seed"]
+            self._path = make(like, min(sigmas), max(sigmas), seed)
+        return self._path(torch.tensor(op.start), torch.tensor(op.end))
+
+
+def _before_noise(call: Call, basis: Sequence[Tensor]) -> Tensor:
+    """Return the estimate that a consistency step adds noise to."""
+    first = len(basis) - len(call.appended)
+    draws = [first + i for i, op in enumerate(call.appended) if isinstance(op, Draw)]
+    c = sum(value for k, value in call.row if k in draws)
+    kept = tuple((k, v / math.sqrt(1 - c * c)) for k, v in call.row if k not in draws)
+    return combine(kept, basis)
+
+
+# -- what is honoured ------------------------------------------------------------------------------
 
 
 def _require_honoured(name: str, config: Mapping[str, Any], peer: Any) -> None:
@@ -244,25 +308,33 @@ def _require_honoured(name: str, config: Mapping[str, Any], peer: Any) -> None:
         *kind.keys,
         *(FLAGS[grid] for grid in kind.lays if grid in FLAGS),
         *_CLIPPING,
-        *("timestep_spacing", "steps_offset"),
+        *("self", "timestep_spacing", "steps_offset", "variance_type"),
         *([kind.switch[0]] if kind.switch else []),
-        *_ALSO.get(name, ()),
+        *UNUSED.get(name, ()),
     }
     for key, parameter in inspect.signature(peer.__init__).parameters.items():
         value = config.get(key, parameter.default)
-        if key not in honoured and key != "self" and not _same(value, parameter.default):
+        if key not in honoured and value != parameter.default:
             raise ValueError(
                 f"{name}: {key}={shown(value)} is not supported here; leave it at "
                 f"{parameter.default!r}, or take the class of diffusers"
             )
 
 
-_ALSO: Mapping[str, tuple[str, ...]] = {}
-"""Further keys of a class that its drop-in honours."""
-
-
-def _same(value: Any, default: Any) -> bool:
-    return value is default or value == default
+def _refusals(
+    name: str, config: Mapping[str, Any], reading: Reading, schedule: NoiseSchedule
+) -> Iterator[str]:
+    """Yield, in words, what a config says that no table of the class is."""
+    words = reading.fails(schedule, 20)
+    if words is not None:
+        yield words
+    if reading.method == "ddpm" and str(config.get("variance_type")).startswith("learned"):
+        yield "learned variances are no table; take alphabar.sampling.LearnedVariance"
+    if reading.flow and reading.options.get("final") == "stay":
+        yield "with use_flow_sigmas it ends before the clean sample; take UniPCMultistepScheduler"
+    flags = [flag for flag in FLAGS.values() if config.get(flag)]
+    if flags and (reading.flow or reading.method.endswith("_inverse")):
+        yield f"{flags[0]} is not supported here with use_flow_sigmas or for an inverse"
 
 
 def _without_dynamic_shift(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -272,7 +344,9 @@ def _without_dynamic_shift(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "use_dynamic_shifting": False, "shift": 1.0, "flow_shift": 1.0}
 
 
-def _clip_of(config: Mapping[str, Any]) -> Change | None:
+def _clip_of(name: str, config: Mapping[str, Any]) -> Change | None:
+    if name in NEVER_CLIPS:
+        return None
     if config.get("thresholding"):
         return DynamicThreshold(config["dynamic_thresholding_ratio"], config["sample_max_value"])
     if config.get("clip_sample"):
@@ -296,21 +370,18 @@ def drop_in(name: str) -> type[Any]:
     of_step = inspect.signature(peer.step).parameters
     namespace = {
         "__module__": __package__,
-        "__doc__": f"``diffusers.{name}`` over tables of alphabar; same arguments, same config.",
+        "__doc__": f"``diffusers.{name}`` over tables of alphabar: same arguments, same config.",
         "__init__": _constructor(peer),
-        "set_timesteps": _with_signature(peer.set_timesteps, _setter(peer)),
-        "step": _with_signature(peer.step, _stepper(list(of_step)[4:])),
+        "set_timesteps": _setter(peer),
+        "step": _stepper(peer),
         "_compatibles": peer._compatibles,
         "_kind": CLASSES[name],
         "_peer": peer,
         "_result": result,
         "_second": fields[0] if fields else None,
         "_in_sigma": CLASSES[name].in_sigma,
-        "_defaults_of_step": {key: p.default for key, p in of_step.items()},
+        "_defaults_of_step": {key: p.default for key, p in list(of_step.items())[4:]},
         "order": getattr(peer, "order", 1),
-        "init_noise_sigma": 1.0,
-        "begin_index": TableScheduler.begin_index,
-        "step_index": TableScheduler.step_index,
     }
     return type(name, (DropIn, peer), namespace)
 
@@ -332,16 +403,20 @@ def _constructor(peer: Any) -> Callable[..., None]:
 def _setter(peer: Any) -> Callable[..., None]:
     names = list(inspect.signature(peer.set_timesteps).parameters)[1:]
 
+    @wraps(peer.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
-        if "_reading" not in vars(self):  # the constructor of the class
+        if "_reading" in vars(self):
+            self._set_timesteps(**dict(zip(names, args, strict=False)), **kwargs)
+        else:  # the constructor of the class
             peer.set_timesteps(self, *args, **kwargs)
-            return
-        self._set_timesteps(**dict(zip(names, args, strict=False)), **kwargs)
 
     return set_timesteps
 
 
-def _stepper(names: Sequence[str]) -> Callable[..., Any]:
+def _stepper(peer: Any) -> Callable[..., Any]:
+    names = list(inspect.signature(peer.step).parameters)[4:]
+
+    @wraps(peer.step)
     def step(
         self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
@@ -352,16 +427,8 @@ def _stepper(names: Sequence[str]) -> Callable[..., Any]:
     return step
 
 
-def _with_signature(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
-    return wraps(theirs)(ours)
-
-
 def _result_class(peer: Any) -> type[Any]:
     """Return the class of the result of a scheduler's step."""
     words = str(inspect.signature(peer.step).return_annotation)
-    module = inspect.getmodule(peer)
-    return next(
-        kind
-        for name, kind in vars(module).items()
-        if name.endswith("SchedulerOutput") and f"{name}" in words
-    )
+    kinds = vars(inspect.getmodule(peer)).items()
+    return next(kind for name, kind in kinds if name.endswith("SchedulerOutput") and name in words)
