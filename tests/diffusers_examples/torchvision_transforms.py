@@ -58,8 +58,9 @@ class CenterCrop:
 
 class RandomCrop(CenterCrop):
     def corner(self, width, height):
-        free = width - self.size, height - self.size
-        return tuple(int(torch.randint(0, room + 1, ())) for room in free)
+        left = torch.randint(0, width - self.size + 1, ())
+        top = torch.randint(0, height - self.size + 1, ())
+        return int(left), int(top)
 
 
 class RandomHorizontalFlip:
