@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -20,7 +20,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ...noising import NoiseSchedule
+from ...noising import Flow, NoiseSchedule
 from ...noising.curves.shifts import shift_noise_level
 from ..clipping import Change
 from ..grids import split_options
@@ -68,6 +68,7 @@ class Call:
         appended: the operations after the call.
         row: the sample of the next call, or the result.
         memory: what later steps use; None inside a step.
+        over_estimate: whether the rows have the clean estimate in the place of the output.
     """
 
     step: int
@@ -79,10 +80,17 @@ class Call:
     appended: tuple[Operation, ...]
     row: Row
     memory: tuple[Row, ...] | None
+    over_estimate: bool = False
 
 
-def calls_of(table: Table, in_sigma: bool = False) -> tuple[Call, ...]:
-    """Return the network calls of a table; with ``in_sigma`` the pipeline's sample is x / α.
+def calls_of(table: Table, in_sigma: bool = False, clips: bool = False) -> tuple[Call, ...]:
+    """Return the network calls of a table.
+
+    Args:
+        table: the table.
+        in_sigma: whether the pipeline's sample is x / α.
+        clips: whether the clean estimate is clipped. Rows are then over the estimate in the place
+            of the output, where the step has one call: to convert it back would lose digits.
 
     >>> from alphabar.sampling import Sampler
     >>> calls = calls_of(Sampler(NoiseSchedule.linear(), "heun", 2).table)
@@ -94,6 +102,7 @@ def calls_of(table: Table, in_sigma: bool = False) -> tuple[Call, ...]:
         return knot.alpha if in_sigma else 1.0
 
     calls: list[Call] = []
+    states = 1
     for i, step in enumerate(table.steps):
         places = [j for j, op in enumerate(step.ops) if isinstance(op, Evaluation)]
         evaluations = [op for op in step.ops if isinstance(op, Evaluation)]
@@ -122,7 +131,95 @@ def calls_of(table: Table, in_sigma: bool = False) -> tuple[Call, ...]:
                     memory=None if inside else memory,
                 )
             )
+        if clips and len(places) == 1 and calls[-1].q:
+            calls[-1] = _over_estimate(calls[-1], states)
+        states = len(step.carry)
     return tuple(calls)
+
+
+def _over_estimate(call: Call, place: int) -> Call:
+    """Return a call whose rows have the clean estimate in the place of the network's output."""
+
+    def converted(row: Row) -> Row:
+        terms = dict(row)
+        c = terms.pop(place, 0.0) / call.q
+        terms[0] = terms.get(0, 0.0) - c * call.p
+        return tuple(sorted((k, v) for k, v in {**terms, place: c}.items() if v))
+
+    memory = None if call.memory is None else tuple(map(converted, call.memory))
+    return replace(call, row=converted(call.row), memory=memory, over_estimate=True)
+
+
+class Plan:
+    """A run as a scheduler object performs it: its network calls, and what is known of them.
+
+    Args:
+        run: a sampler, or the reading of a class.
+        in_sigma, clips: as in :func:`calls_of`.
+
+    >>> from alphabar.sampling import Sampler
+    >>> Plan(Sampler(NoiseSchedule.linear(), "heun", 3)).order
+    2
+    """
+
+    def __init__(self, run: Any, in_sigma: bool = False, clips: bool = False) -> None:
+        require_steppable(run.table)
+        self.run, self.form = run, (in_sigma, clips)
+        self.calls = calls_of(run.table, *self.form)
+        self.times = [call.knot.timestep for call in self.calls]
+        self.index_of_time = {t: i for i, t in reversed(list(enumerate(self.times)))}
+        self.first_of_step = [i for i, call in enumerate(self.calls) if call.opens]
+        self.memoryless = all(call.opens and not call.memory for call in self.calls)
+
+    @property
+    def order(self) -> int:
+        """The network calls of a step, by which pipelines count steps; 1 where steps differ."""
+        first = self.first_of_step
+        order = first[1] if len(first) > 1 else 1
+        return order if all(i == order * n for n, i in enumerate(first)) else 1
+
+    @cached_property
+    def off_schedule(self) -> bool:
+        """Whether a knot has other noise levels than the schedule has at its time."""
+        knots = torch.tensor(self.levels, dtype=torch.float64)
+        like = torch.zeros(len(self.calls), 1, dtype=torch.float64)
+        levels = schedule_levels(self.run.schedule, knots[0], like)
+        return bool(((torch.cat(levels, 1).T - knots[1:]).abs() > 1e-7).any())
+
+    @property
+    def levels(self) -> list[list[float]]:
+        """The network's times, α and σ of the calls."""
+        knots = [call.knot for call in self.calls]
+        return [[getattr(k, name) for k in knots] for name in ("timestep", "alpha", "sigma")]
+
+    def calls_from(self, index: int) -> tuple[Call, ...]:
+        """Return the calls of a run that starts at a later call, with nothing remembered.
+
+        Raises:
+            ValueError: for a method whose first steps have more calls.
+        """
+        place = sum(start <= index for start in self.first_of_step) - 1
+        if place == 0:
+            return self.calls
+        table = self.run.table_from(place)
+        if table.evaluations != len(self.calls) - self.first_of_step[place]:
+            raise ValueError(
+                f"{table.name} starts with steps of more network calls and cannot start "
+                f"at timestep {self.times[index]:g}; take a method without them, e.g. 'ipndm'"
+            )
+        return calls_of(table, *self.form)
+
+
+def schedule_levels(schedule: NoiseSchedule, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return α and σ of a schedule at the network's times, in a shape that broadcasts."""
+    curve = schedule.curve
+    if curve.is_discrete:
+        return schedule.alpha_sigma(times, like)
+    if isinstance(curve, Flow):
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        sigma = times.to(dtype).view(-1, *[1] * (like.ndim - 1)) / curve.num_train_timesteps
+        return 1 - sigma, sigma
+    return schedule.alpha_sigma(time_at_timestep(curve, times.double()), like)
 
 
 def _in_units(row: Row, first: float, out: float) -> Row:
@@ -165,7 +262,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         self.schedule: NoiseSchedule = sampler.schedule
         self.num_inference_steps: int | None = None
         self.register_to_config(**_config_of(sampler))
-        self._place(sampler, "cpu")
+        self._place(Plan(sampler), "cpu")
 
     def __len__(self) -> int:
         return self.schedule.num_train_timesteps
@@ -211,40 +308,32 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         else:
             sampler = on_grid()
         self.num_inference_steps = sampler.steps
-        self._place(sampler, device)
+        self._place(Plan(sampler), device)
 
-    def _place(self, run: Run, device: Any) -> None:
-        require_steppable(run.table)
-        self._placed: Any = run
-        calls = calls_of(run.table, self._in_sigma)
-        self._first_of_step = [i for i, call in enumerate(calls) if call.opens]
-        self.order = _order(self._first_of_step)
-        self._times = [call.knot.timestep for call in calls]
-        self._index_of_time = {t: i for i, t in reversed(list(enumerate(self._times)))}
-        self._whole = calls
-        self._is_memoryless = all(call.opens and not call.memory for call in calls)
-        self._off_schedule = self._deviates(calls)
+    def _place(self, plan: Plan, device: Any) -> None:
+        self._plan = plan
         self._level_tables: dict[torch.device, Tensor] = {}
-        self.init_noise_sigma = run.init_noise_scale
-        self.timesteps = torch.tensor(self._times, dtype=self._dtype_of_times())
+        self.order = plan.order
+        self.init_noise_sigma = plan.run.init_noise_scale
+        self.timesteps = torch.tensor(plan.times, dtype=self._dtype_of_times())
         if device is not None:
             self.timesteps = self.timesteps.to(device)
         self._own_timesteps = self.timesteps
-        self._own_storage = self.timesteps.untyped_storage().data_ptr()
-        self.sigmas = torch.tensor(self._shown_sigmas(run), dtype=torch.float32)
+        self.sigmas = torch.tensor(self._shown_sigmas(), dtype=torch.float32)
         self._begin_index: int | None = None
         self._forget()
 
     def _dtype_of_times(self) -> torch.dtype:
-        whole = self.schedule.curve.is_discrete and all(t.is_integer() for t in self._times)
+        discrete = self.schedule.curve.is_discrete
+        whole = discrete and all(t.is_integer() for t in self._plan.times)
         return torch.int64 if whole else torch.float32
 
-    def _shown_sigmas(self, run: Run) -> list[float]:
-        return run.sigmas
+    def _shown_sigmas(self) -> list[float]:
+        return self._plan.run.sigmas
 
     def _forget(self) -> None:
         self._index: int | None = None
-        self._calls: Sequence[Call] = self._whole
+        self._calls: Sequence[Call] = self._plan.calls
         self._offset = 0
         self._basis: list[Tensor] = []
         self._memory: list[Tensor] = []
@@ -279,20 +368,21 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if own is not None:
             return own
         t = float(timestep)
-        exact = self._index_of_time.get(t)
+        times, exact = self._plan.times, self._plan.index_of_time.get(t)
         if exact is not None:
             return exact
-        return min(range(len(self._times)), key=lambda i: abs(self._times[i] - t))
+        return min(range(len(times)), key=lambda i: abs(times[i] - t))
 
     def _index_in_memory(self, timestep: Any) -> int | None:
         """Return the index of a view of the scheduler's own ``timesteps``, else None."""
+        own = self._own_timesteps
         if (
             isinstance(timestep, Tensor)
-            and self.timesteps is self._own_timesteps
-            and timestep.device == self._own_timesteps.device
-            and timestep.untyped_storage().data_ptr() == self._own_storage
+            and own is self.timesteps
+            and timestep.device == own.device
+            and timestep.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
         ):
-            return int(timestep.storage_offset() - self._own_timesteps.storage_offset())
+            return int(timestep.storage_offset() - own.storage_offset())
         return None
 
     # -- running ---------------------------------------------------------------------------------
@@ -300,9 +390,9 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """Return the network's input: ``sample``, times c_in on EDM's path and α for x / α."""
         i = self._index
-        if i is None or (self._is_memoryless and timestep is not None):
+        if i is None or (self._plan.memoryless and self._begin_index is None):
             i = self._first_index(timestep)
-        scale = self._whole[min(i, len(self._whole) - 1)].scale
+        scale = self._plan.calls[min(i, len(self._plan.calls) - 1)].scale
         return sample if scale == 1.0 else sample * scale
 
     def step(
@@ -338,7 +428,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         estimated: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the sample of the next call and, if ``estimated``, the clean estimate."""
-        if self._index is None or (self._is_memoryless and self._begin_index is None):
+        if self._index is None or (self._plan.memoryless and self._begin_index is None):
             self._start(timestep)
         assert self._index is not None
         self._last = call = self._calls[self._index - self._offset]
@@ -355,7 +445,9 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         raw = out
         if self._clip is not None and estimate is not None:
             clipped = self._clip(estimate)
-            if call.q:
+            if call.over_estimate:
+                out = clipped
+            elif call.q:
                 out = out + (clipped - estimate) / call.q
             else:  # the sample is clean, and the output has no part in the estimate
                 basis[0] = clipped / call.p
@@ -369,37 +461,22 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             self._memory = [combine(row, basis) for row in call.memory]
         self._index += 1
         self._exact, self._given = exact, exact.to(sample.dtype)
-        return self._given, estimate.to(sample.dtype) if estimated and estimate is not None else None
+        return self._given, estimate.to(
+            sample.dtype
+        ) if estimated and estimate is not None else None
 
     def _draw(self, op: Draw, like: Tensor, generator: Any) -> Tensor:
         x = self._basis[0]
         return randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
     def _first_index(self, timestep: Any) -> int:
-        if self._is_memoryless:
-            own = self._index_in_memory(timestep)
-            if own is not None:
-                return own
-        if self._index is not None and self._begin_index is not None:
-            return self._index
         return self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
 
     def _start(self, timestep: Any) -> None:
-        first = self._first_index(timestep)
-        self._index = first
-        if self._is_memoryless:
-            return
-        place = sum(start <= first for start in self._first_of_step) - 1
-        if place > 0:
-            # later steps of a multistep method need outputs that were never computed
-            table = self._placed.table_from(place)
-            left = len(self._times) - self._first_of_step[place]
-            if table.evaluations != left:
-                raise ValueError(
-                    f"{table.name} starts with steps of more network calls and cannot start "
-                    f"at timestep {self._times[first]:g}; take a method without them, e.g. 'ipndm'"
-                )
-            self._calls, self._offset = calls_of(table, self._in_sigma), first
+        self._index = self._first_index(timestep)
+        if not self._plan.memoryless and self._index > 0:
+            self._calls = self._plan.calls_from(self._index)
+            self._offset = self._index if self._calls is not self._plan.calls else 0
 
     # -- training --------------------------------------------------------------------------------
 
@@ -425,7 +502,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     def _levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return α and σ at the network's times; those of the knot where one is meant."""
         times = torch.atleast_1d(timesteps).to(like.device)
-        alpha, sigma = self.schedule.alpha_sigma(self._curve_times(times), like)
+        alpha, sigma = schedule_levels(self.schedule, times, like)
         table = self._level_table(like.device, times.is_floating_point())
         if table is None:
             return alpha, sigma
@@ -441,40 +518,16 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         knot only where a run is at this knot: some grids give the network rounded times.
         """
         run = self._index if self._index is not None else self._begin_index
-        in_run = self._begin_index is not None and run is not None and run < len(self._times)
-        if not self._off_schedule or not (floating or in_run):
+        plan: Plan | None = vars(self).get("_plan")
+        if plan is None or not plan.off_schedule:
+            return None
+        in_run = self._begin_index is not None and run is not None and run < len(plan.times)
+        if not (floating or in_run):
             return None
         if device not in self._level_tables:
-            knots = [call.knot for call in self._whole]
-            columns = [
-                [k.timestep for k in knots],
-                [k.alpha for k in knots],
-                [k.sigma for k in knots],
-            ]
-            self._level_tables[device] = torch.tensor(columns, dtype=torch.float32).to(device)
+            self._level_tables[device] = torch.tensor(plan.levels).to(device)
         table = self._level_tables[device]
         return table if floating or run is None else table[:, run : run + 1]
-
-    def _deviates(self, calls: Sequence[Call]) -> bool:
-        """Return whether a knot has other noise levels than the schedule has at its time."""
-        times = torch.tensor([c.knot.timestep for c in calls], dtype=torch.float64)
-        like = torch.zeros(len(calls), 1, dtype=torch.float64)
-        alpha, sigma = self.schedule.alpha_sigma(self._curve_times(times), like)
-        knots = torch.tensor([[c.knot.alpha, c.knot.sigma] for c in calls], dtype=torch.float64)
-        return bool(((torch.cat([alpha, sigma], 1) - knots).abs() > 1e-7).any())
-
-    def _curve_times(self, timesteps: Tensor) -> Tensor:
-        curve = self.schedule.curve
-        if curve.is_discrete:
-            return timesteps
-        return time_at_timestep(curve, timesteps.double())
-
-
-def _order(first_of_step: Sequence[int]) -> int:
-    """Return the network calls of a step, by which pipelines count steps; 1 where steps differ."""
-    order = first_of_step[1] if len(first_of_step) > 1 else 1
-    same = all(first == order * i for i, first in enumerate(first_of_step))
-    return order if same else 1
 
 
 def require_steppable(table: Table) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...noising.utils.registry import unknown
+
 
 def __getattr__(name: str) -> Any:
     from .drop_in import LEFT_OUT, NAMES, drop_in
@@ -17,4 +19,4 @@ def __getattr__(name: str) -> Any:
         return drop_in(name)
     if name in LEFT_OUT:
         raise AttributeError(f"{name} has no drop-in here: {LEFT_OUT[name]}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise AttributeError(unknown("scheduler class", name, NAMES))

@@ -25,7 +25,7 @@ from ...noising.io.diffusers_keys import KNOWN_TO_CLASS
 from ...noising.utils.registry import shown, unknown
 from ..clipping import Change, Clip, DynamicThreshold
 from ..interop.diffusers_classes import CLASSES, FLAGS, Reading, SchedulerClass, read_config
-from ..interop.scheduler import Call, Run, TableScheduler, calls_of
+from ..interop.scheduler import Call, Plan, TableScheduler
 from ..kernel import combine
 from ..tracing import Draw
 from .placing import ReadRun, Wanted, place, training_run
@@ -61,6 +61,9 @@ UNUSED: Mapping[str, tuple[str, ...]] = {
 }
 """Keys that a drop-in takes beside those in ``CLASSES``: read elsewhere, or read by nothing."""
 
+KEPT_PLANS = 16
+"""The number of tables that a scheduler keeps, so that the next image does not compile its own."""
+
 _CLIPPING = {
     *("clip_sample", "clip_sample_range", "thresholding"),
     *("dynamic_thresholding_ratio", "sample_max_value"),
@@ -77,7 +80,6 @@ class DropIn(TableScheduler):
     _defaults_of_step: ClassVar[Mapping[str, Any]]
     _noise_given: Tensor | None = None
     _path: Any = None
-    _by_one: Sequence[Call] | None = None
 
     def __len__(self) -> int:
         return int(self.config["num_train_timesteps"])
@@ -96,7 +98,7 @@ class DropIn(TableScheduler):
         config = {**self.config, "_class_name": name}
         _require_honoured(name, config, self._peer)
         reading = read_config(config)
-        schedule = NoiseSchedule.from_diffusers(_without_dynamic_shift(config))
+        schedule, self._ill_posed = _schedule_of(config)
         for words in _refusals(name, config, reading, schedule):
             raise ValueError(f"{name}: {words}")
         self._reading, self.schedule, self._clip = reading, schedule, _clip_of(name, config)
@@ -110,8 +112,8 @@ class DropIn(TableScheduler):
         self.num_inference_steps: int | None = None
         self._begin_index: int | None = None
         self._index: int | None = None
-        self._off_schedule = False
-        vars(self).pop("_whole", None)
+        self._plans: dict[tuple[Wanted, float], Plan] = {}
+        vars(self).pop("_plan", None)
 
     # -- timesteps -------------------------------------------------------------------------------
 
@@ -122,13 +124,28 @@ class DropIn(TableScheduler):
         num_train_timesteps: int | None = None,
         **others: Any,
     ) -> None:
-        config = {**self.config, "shift": getattr(self, "_shift", self.config.get("shift", 1.0))}
-        wanted = Wanted(steps=num_inference_steps, **others)
-        run = place(self._reading, self.schedule, config, wanted)
-        for words in self._slips(run, wanted):
-            warnings.warn(f"{type(self).__name__} of diffusers: {words}", stacklevel=3)
-        self._place(run, device)
-        self.num_inference_steps = run.steps
+        self._require_well_posed()
+        shift = getattr(self, "_shift", self.config.get("shift", 1.0))
+        given = {key: _numbers(key, value) for key, value in others.items()}
+        wanted = Wanted(steps=num_inference_steps, **given)
+        plan = self._plans.get((wanted, shift))
+        if plan is None:
+            config = {**self.config, "shift": shift}
+            run = place(self._reading, self.schedule, config, wanted)
+            for words in self._slips(run, wanted):
+                warnings.warn(f"{type(self).__name__} of diffusers: {words}", stacklevel=3)
+            if len(self._plans) == KEPT_PLANS:
+                self._plans.clear()
+            plan = self._plans[wanted, shift] = self._plan_of(run)
+        self._place(plan, device)
+        self.num_inference_steps = plan.run.steps
+
+    def _plan_of(self, run: ReadRun) -> Plan:
+        return Plan(run, self._in_sigma, self._clip is not None)
+
+    def _require_well_posed(self) -> None:
+        if self._ill_posed is not None:
+            raise ValueError(self._ill_posed)
 
     def _slips(self, run: ReadRun, wanted: Wanted) -> Iterator[str]:
         """Yield what diffusers does with these steps and the drop-in does not."""
@@ -139,18 +156,18 @@ class DropIn(TableScheduler):
             if not (run.stride and "T // N" in words) and not words.startswith(harmless):
                 yield words
 
-    def _place(self, run: Run, device: Any) -> None:
-        super()._place(run, device)
+    def _place(self, plan: Plan, device: Any) -> None:
+        super()._place(plan, device)
         self.order = getattr(self._peer, "order", 1)
-        self._variants = {getattr(run, "given", ()): run}
-        self._path = self._by_one = None
+        self._variants = {plan.run.given: plan}
+        self._path = None
 
     def _dtype_of_times(self) -> torch.dtype:
         floating = self._kind.in_sigma or self._kind.predictions == ("flow_prediction",)
         return torch.float32 if floating else torch.int64
 
-    def _shown_sigmas(self, run: Run) -> list[float]:
-        sigmas = run.sigmas
+    def _shown_sigmas(self) -> list[float]:
+        sigmas = self._plan.run.sigmas
         if self.order == 1:
             return sigmas
         ends = 3 if self._kind.method.startswith("dpm_2") else 1
@@ -165,20 +182,22 @@ class DropIn(TableScheduler):
         index = super().index_for_timestep(timestep)
         if self._index_in_memory(timestep) is None:
             t = float(timestep)
-            if abs(t - self._times[index]) > 0.5:
+            times = self._plan.times
+            if abs(t - times[index]) > 0.5:
                 raise ValueError(
-                    f"timestep {t:g} is none of this scheduler's {len(self._times)} timesteps, the "
-                    f"nearest is {self._times[index]:g}; set_timesteps says which there are"
+                    f"timestep {t:g} is none of this scheduler's {len(times)} timesteps, the "
+                    f"nearest is {times[index]:g}; set_timesteps says which there are"
                 )
         return index
 
     def _require_placed(self) -> None:
-        if "_whole" not in vars(self):
-            shown_before = self.timesteps, vars(self).get("sigmas")
-            self._place(training_run(self._reading, self.schedule), self.timesteps.device)
-            self.timesteps = shown_before[0]
-            if shown_before[1] is not None:
-                self.sigmas = shown_before[1]
+        """Run through every training timestep where ``set_timesteps`` was not called."""
+        if "_plan" not in vars(self):
+            self._require_well_posed()
+            shown_before = {k: v for k, v in vars(self).items() if k in ("timesteps", "sigmas")}
+            plan = self._plan_of(training_run(self._reading, self.schedule))
+            self._place(plan, self.timesteps.device)
+            vars(self).update(shown_before)
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -240,34 +259,34 @@ class DropIn(TableScheduler):
                     f"{type(self).__name__}.step: {name}={shown(value)} is not possible here; "
                     f"leave it at {default!r}"
                 )
-        run: Any = self._placed
         own = self._reading.options
         wanted = tuple(sorted((k, v) for k, v in given.items() if v != own[k]))
+        run = self._plan.run
         if wanted == run.given:
             return
-        if self._index is not None and not self._is_memoryless:
+        if self._index is not None and not self._plan.memoryless:
             raise ValueError(
                 f"{type(self).__name__}.step: {shown(given)} is not what the run started with; "
                 "call set_timesteps first"
             )
         if wanted not in self._variants:
-            self._variants[wanted] = replace(run, given=wanted)
-        self._placed = self._variants[wanted]
-        self._whole = self._calls = calls_of(self._placed.table, self._in_sigma)
+            self._variants[wanted] = self._plan_of(replace(run, given=wanted))
+        self._plan = self._variants[wanted]
+        self._calls = self._plan.calls
 
     def _go_to(self, end: Any, timestep: Any) -> None:
         """Choose the end of a step: the next timestep, or, where none is given, one below."""
-        if end is None:
-            if self._by_one is None:
-                whole = replace(self._placed, stride=1)
-                self._by_one = calls_of(whole.table)
-            self._calls = self._by_one
+        index = self.index_for_timestep(timestep)
+        if end is None and index < len(self._plan.calls) - 1:
+            if "one below" not in self._variants:
+                self._variants["one below"] = self._plan_of(replace(self._plan.run, stride=1))
+            self._calls = self._variants["one below"].calls
             return
-        if self.index_for_timestep(end) != self.index_for_timestep(timestep) + 1:
+        if end is not None and self.index_for_timestep(end) != index + 1:
             raise ValueError(
                 f"{type(self).__name__}.step: prev_timestep must be the next of timesteps, or None"
             )
-        self._calls = self._whole
+        self._calls = self._plan.calls
 
     def _draw(self, op: Draw | None, like: Tensor, generator: Any) -> Tensor:
         dtype = self._basis[0].dtype
@@ -282,10 +301,17 @@ class DropIn(TableScheduler):
         """Return the increment of the Brownian path that the class makes for a run."""
         if self._path is None:
             make = inspect.getmodule(self._peer).BrownianTreeNoiseSampler  # pyright: ignore[reportOptionalMemberAccess]
-            sigmas = [knot.sigma_ve for knot in self._placed.knots if knot.sigma > 0]
+            sigmas = [knot.sigma_ve for knot in self._plan.run.knots if knot.sigma > 0]
             seed = self.config["noise_sampler_seed"]
             self._path = make(like, min(sigmas), max(sigmas), seed)
         return self._path(torch.tensor(op.start), torch.tensor(op.end))
+
+
+def _numbers(name: str, value: Any) -> Any:
+    """Return a list, an array or a tensor as a tuple of floats, other values as they are."""
+    if name not in ("timesteps", "sigmas") or value is None:
+        return value
+    return tuple(float(v) for v in value)
 
 
 def _before_noise(call: Call, basis: Sequence[Tensor]) -> Tensor:
@@ -337,11 +363,22 @@ def _refusals(
         yield f"{flags[0]} is not supported here with use_flow_sigmas or for an inverse"
 
 
-def _without_dynamic_shift(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config without the shift that ``set_timesteps(mu=...)`` gives."""
-    if not config.get("use_dynamic_shifting"):
-        return dict(config)
-    return {**config, "use_dynamic_shifting": False, "shift": 1.0, "flow_shift": 1.0}
+def _schedule_of(config: dict[str, Any]) -> tuple[NoiseSchedule, str | None]:
+    """Return the schedule of a config, and why it cannot be sampled, where it cannot.
+
+    Scripts register the prediction type after the constructor, so the noise of a config that cannot
+    be sampled must be there. The shift of ``set_timesteps(mu=...)`` is left out.
+    """
+    if config.get("use_dynamic_shifting"):
+        config = {**config, "use_dynamic_shifting": False, "shift": 1.0, "flow_shift": 1.0}
+    try:
+        return NoiseSchedule.from_diffusers(config), None
+    except ValueError as error:
+        if not (config.get("rescale_betas_zero_snr") and config["prediction_type"] == "epsilon"):
+            raise
+        return NoiseSchedule.from_diffusers({**config, "prediction_type": "v_prediction"}), str(
+            error
+        )
 
 
 def _clip_of(name: str, config: Mapping[str, Any]) -> Change | None:

@@ -40,8 +40,8 @@ class Wanted:
     """The arguments of ``set_timesteps``."""
 
     steps: int | None = None
-    timesteps: Sequence[float] | None = None
-    sigmas: Sequence[float] | None = None
+    timesteps: tuple[float, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
     mu: float | None = None
     original_inference_steps: int | None = None
     strength: float = 1.0
@@ -130,7 +130,8 @@ def place(
     if reading.flow and config.get("use_dynamic_shifting"):
         if wanted.mu is None:
             raise ValueError("the config says use_dynamic_shifting: give mu to set_timesteps")
-        curve = Flow(math.exp(wanted.mu), schedule.num_train_timesteps)
+        count = schedule.num_train_timesteps
+        curve = Flow(shift=math.exp(wanted.mu), num_train_timesteps=count)
         schedule = NoiseSchedule(curve, schedule.prediction)
     final = reading.options.get("final", "zero")
     if wanted.timesteps is not None:
