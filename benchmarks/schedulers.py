@@ -17,6 +17,7 @@ from typing import Any
 
 import diffusers
 import torch
+
 from alphabar.sampling import schedulers
 
 NAMES = (

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alphabar.sampling import schedulers
-from alphabar.sampling.schedulers.drop_in import LEFT_OUT, NAMES
+from alphabar.sampling.schedulers import LEFT_OUT, NAMES
 
 SHAPE = (2, 4, 4, 4)
 START = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
@@ -365,6 +365,17 @@ def test_a_training_loop_has_the_same_losses_and_saves_the_same_pipeline(
     assert again.schedule.has_zero_terminal_snr is rescale
 
 
+def test_a_table_that_a_script_replaces_is_followed() -> None:
+    x0, noise = (torch.randn(1000, 3, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+    pair = []
+    for home in (diffusers, schedulers):
+        scheduler = home.DDPMScheduler(prediction_type="v_prediction")
+        scheduler.add_noise(x0, noise, torch.arange(1000))
+        scheduler.alphas_cumprod = home.DDPMScheduler(rescale_betas_zero_snr=True).alphas_cumprod
+        pair.append(scheduler.add_noise(x0, noise, torch.arange(1000)))
+    assert torch.allclose(*pair, atol=1e-5)
+
+
 def test_a_step_needs_no_set_timesteps() -> None:
     """Scripts estimate the clean sample at a timestep of training."""
     out = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
@@ -399,7 +410,7 @@ def test_eta_and_the_other_arguments_of_step() -> None:
         assert same(pair[1][-2], pair[0][-2], LIMIT), eta
     scheduler = schedulers.EulerDiscreteScheduler()
     scheduler.set_timesteps(3)
-    with pytest.raises(ValueError, match="s_churn=1.0 is not possible here; leave it at 0.0"):
+    with pytest.raises(ValueError, match=r"s_churn=1\.0 is not possible here; leave it at 0\.0"):
         scheduler.step(START, scheduler.timesteps[0], START, s_churn=1.0)
     with pytest.raises(TypeError, match="unknown argument of step 's_chrn'"):
         scheduler.step(START, scheduler.timesteps[0], START, s_chrn=1.0)

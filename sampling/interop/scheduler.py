@@ -192,6 +192,13 @@ class Plan:
         knots = [call.knot for call in self.calls]
         return [[getattr(k, name) for k in knots] for name in ("timestep", "alpha", "sigma")]
 
+    @cached_property
+    def sigmas(self) -> list[float]:
+        """The noise level at each call and at the end: σ / α, or σ on a flow path."""
+        _, alpha, sigma = torch.tensor(self.levels, dtype=torch.float64)
+        at_calls = self.run.schedule.curve.grid_coordinate(alpha, sigma).tolist()
+        return [*at_calls, self.run.sigmas[-1]]
+
     def calls_from(self, index: int) -> tuple[Call, ...]:
         """Return the calls of a run that starts at a later call, with nothing remembered.
 
@@ -329,7 +336,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         return torch.int64 if whole else torch.float32
 
     def _shown_sigmas(self) -> list[float]:
-        return self._plan.run.sigmas
+        return self._plan.sigmas
 
     def _forget(self) -> None:
         self._index: int | None = None

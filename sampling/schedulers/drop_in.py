@@ -20,7 +20,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ...noising import NoiseSchedule
+from ...noising import Discrete, NoiseSchedule
 from ...noising.io.diffusers_keys import KNOWN_TO_CLASS
 from ...noising.utils.registry import shown, unknown
 from ..clipping import Change, Clip, DynamicThreshold
@@ -29,20 +29,6 @@ from ..interop.scheduler import Call, Plan, TableScheduler
 from ..kernel import combine
 from ..tracing import Draw
 from .placing import ReadRun, Wanted, place, training_run
-
-NO_SCHEDULE = "its config does not say its noise schedule; make a sampler of NoiseSchedule.karras()"
-LEFT_OUT: Mapping[str, str] = {
-    "CogVideoXDPMScheduler": "its step is given the outputs of earlier steps; take "
-    "CogVideoXDDIMScheduler, or the sampler 'dpmpp_2m_sde'",
-    **dict.fromkeys(
-        ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CMStochasticIterativeScheduler"),
-        f"{NO_SCHEDULE} and take its as_scheduler()",
-    ),
-}
-"""The classes of ``CLASSES`` without a drop-in, and why."""
-
-NAMES = tuple(name for name in CLASSES if name not in LEFT_OUT)
-"""The names of the drop-ins."""
 
 DRAWS_IN_EVERY_STEP = {
     *("EulerAncestralDiscreteScheduler", "SASolverScheduler", "FlowMatchLCMScheduler")
@@ -113,6 +99,25 @@ class DropIn(TableScheduler):
         self._begin_index: int | None = None
         self._index: int | None = None
         self._plans: dict[tuple[Wanted, float], Plan] = {}
+        self._seen: tuple[Any, int] | None = None
+        vars(self).pop("_plan", None)
+
+    def _follow_table(self) -> None:
+        """Take the noise levels from ``alphas_cumprod`` where a script has replaced its values."""
+        table = vars(self).get("alphas_cumprod")
+        version = getattr(table, "_version", 0)
+        if not isinstance(self.schedule.curve, Discrete):
+            return
+        if self._seen is not None and self._seen[0] is table and self._seen[1] == version:
+            return
+        self._seen = table, version
+        given = torch.as_tensor(table).detach().double().cpu()
+        if torch.allclose(given, self.schedule.alphas_cumprod, rtol=1e-4, atol=1e-7):
+            return
+        betas = 1 - given / torch.cat([torch.ones(1, dtype=given.dtype), given[:-1]])
+        curve = Discrete(trained_betas=tuple(betas.tolist()), num_train_timesteps=len(betas))
+        self.schedule = NoiseSchedule(curve, self.schedule.prediction)
+        self._plans.clear()
         vars(self).pop("_plan", None)
 
     # -- timesteps -------------------------------------------------------------------------------
@@ -125,6 +130,7 @@ class DropIn(TableScheduler):
         **others: Any,
     ) -> None:
         self._require_well_posed()
+        self._follow_table()
         shift = getattr(self, "_shift", self.config.get("shift", 1.0))
         given = {key: _numbers(key, value) for key, value in others.items()}
         wanted = Wanted(steps=num_inference_steps, **given)
@@ -167,9 +173,10 @@ class DropIn(TableScheduler):
         return torch.float32 if floating else torch.int64
 
     def _shown_sigmas(self) -> list[float]:
+        if not self._kind.method.startswith(("dpm_2", "dpmpp_sde")):
+            return super()._shown_sigmas()
+        # those of the steps, although the network is also called between them
         sigmas = self._plan.run.sigmas
-        if self.order == 1:
-            return sigmas
         ends = 3 if self._kind.method.startswith("dpm_2") else 1
         return [sigmas[0], *(s for s in sigmas[1:-1] for _ in "12"), *sigmas[-1:] * ends]
 
@@ -189,6 +196,10 @@ class DropIn(TableScheduler):
                     f"nearest is {times[index]:g}; set_timesteps says which there are"
                 )
         return index
+
+    def _levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        self._follow_table()
+        return super()._levels(timesteps, like)
 
     def _require_placed(self) -> None:
         """Run through every training timestep where ``set_timesteps`` was not called."""

@@ -229,7 +229,7 @@ def _flow_knots(
         steps = _checked_steps(wanted.steps, schedule)
         low = 1 / count if dynamic else shift_noise_level(1 / count, shift)
         levels = np.linspace(1.0, low, steps)
-    levels = shift_noise_level(levels, shift)
+    levels = np.array([shift_noise_level(float(level), shift) for level in levels])
     if config.get("shift_terminal"):
         levels = 1 - (1 - levels) * (1 - config["shift_terminal"]) / (1 - levels[-1])
     for key, formula in FORMULAS.items():
