@@ -40,6 +40,7 @@ from tiny_pipeline import make_pipeline
 ROOT = Path(__file__).parent.parent
 SCRIPTS = Path(__file__).parent / "diffusers_scripts"
 EDIT = ROOT / "examples" / "diffusers_scripts" / "edit.py"
+NAMES = sorted(path.name for path in SCRIPTS.glob("train_*.py"))
 SHORT = ["--resolution", "16", "--train_batch_size", "2", "--gradient_accumulation_steps", "3"]
 
 
@@ -50,6 +51,12 @@ def edits() -> Any:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def script_of_diffusers(name: str) -> Path:
+    examples = Path(os.environ["ALPHABAR_DIFFUSERS_EXAMPLES"])
+    (path,) = (p for p in examples.rglob(name) if "research_projects" not in p.parts)
+    return path
 
 
 class Batch(NamedTuple):
@@ -162,9 +169,7 @@ def stable_diffusion_3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "name", ["train_text_to_image.py", "train_unconditional.py", "train_dreambooth_sd3.py"]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_diff_is_at_most_8_edits_and_runs_through_patch(name: str, tmp_path: Path) -> None:
     module = edits()
     assert len(module.EDITS[name]) <= 8
@@ -180,12 +185,10 @@ def test_the_diff_is_at_most_8_edits_and_runs_through_patch(name: str, tmp_path:
 @pytest.mark.skipif(
     "ALPHABAR_DIFFUSERS_EXAMPLES" not in os.environ, reason="no checkout of diffusers is named"
 )
-@pytest.mark.parametrize(
-    "name", ["train_text_to_image.py", "train_unconditional.py", "train_dreambooth_sd3.py"]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_edits_find_their_places_in_diffusers(name: str) -> None:
     module = edits()
-    (path,) = Path(os.environ["ALPHABAR_DIFFUSERS_EXAMPLES"]).rglob(name)
+    path = script_of_diffusers(name)
     after = module.edited(path.read_text(encoding="utf-8"), module.EDITS[name])
     compile(after, name, "exec")
     for gone in ("add_noise(", "compute_density_for_timestep_sampling(\n", "F.mse_loss("):
@@ -261,6 +264,27 @@ def test_text_to_image(
     pipeline = DiffusionPipeline.from_pretrained(out, safety_checker=None)
     assert type(pipeline.scheduler).__name__ == ("DDIMScheduler" if zero else "PNDMScheduler")
     assert pipeline.scheduler.config.get("timestep_spacing") == ("trailing" if zero else "leading")
+
+
+def test_text_to_image_lora(
+    stable_diffusion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [
+        *("--pretrained_model_name_or_path", str(stable_diffusion), "--noise_offset", "0.1"),
+        *("--prediction_type", "v_prediction", "--rescale_betas_zero_snr"),
+        *("--validation_prompt", "a red square"),
+    ]
+    batches, losses, out = run("train_text_to_image_lora.py", flags, tmp_path, monkeypatch)
+    assert_distinct(batches)
+    peer = DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear", rescale_betas_zero_snr=True)
+    for (x0, noised, _), (_, output, loss) in zip(batches, losses, strict=True):
+        target = peer.get_velocity(x0, noised.noise, noised.timesteps)
+        assert torch.allclose(loss, ((output - target) ** 2).mean((1, 2, 3)), rtol=2e-3)
+    expected = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
+    assert NoiseSchedule.from_pretrained(out, subfolder="scheduler") == expected
+    assert (out / "pytorch_lora_weights.safetensors").is_file()
+    scheduler = diffusers.DDIMScheduler.from_pretrained(out, subfolder="scheduler")
+    assert scheduler.config.prediction_type == "v_prediction" and scheduler.alphas_cumprod[-1] == 0
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample"])

@@ -4,8 +4,8 @@
     patch diffusers/examples/text_to_image/train_text_to_image.py < alphabar.diff
 
 An edit finds its place by a few words of the script, not by line numbers, so that it holds over versions of the script; where a
-place is not found, nothing is printed and the exit code is 1. Known: train_text_to_image.py, train_unconditional.py,
-train_dreambooth_sd3.py of diffusers; train_network.py, sdxl_train_network.py, flux_train_network.py of sd-scripts, of which the last
+place is not found, nothing is printed and the exit code is 1. Known: train_text_to_image.py,
+train_text_to_image_lora.py, train_unconditional.py, train_dreambooth_sd3.py of diffusers; train_network.py, sdxl_train_network.py, flux_train_network.py of sd-scripts, of which the last
 two need the first edited as well. Other scripts of diffusers have the same places: copy the edits of the nearest one.
 """
 
@@ -24,22 +24,52 @@ from pathlib import Path
 class Edit:
     """Lines of ours before the first line that holds ``at``, or in the place of all from it to the one that holds ``until``.
 
-    ``instead``: the words that stand for ``at`` inside its line, which is kept.
+    ``instead``: the words that stand for ``at`` inside its line, which is kept. ``after``: below that line, not before it.
     """
 
     at: str
     text: str = ""
     until: str | None = None
     instead: str | None = None
+    after: bool = False
 
 
 _IMPORT = Edit(
     "check_min_version(",
-    "from alphabar.training import add_noising_arguments, diffusers_scheduler, noising_from_arguments\n\n",
+    "\nfrom alphabar.training import add_noising_arguments, diffusers_scheduler, noising_from_arguments\n",
+    after=True,
 )
 _STEP = "step=global_step, micro_batch=step % args.gradient_accumulation_steps, accumulate=args.gradient_accumulation_steps"
 _PARSE = Edit(
     "args = parser.parse_args()", instead="args = add_noising_arguments(parser).parse_args()"
+)
+
+_PREVIEW = Edit(
+    "pipeline = pipeline.to(accelerator.device)",
+    "pipeline.scheduler = diffusers_scheduler(noising_from_arguments(args).schedule, like=pipeline.scheduler)\n",
+)
+_TEXT_TO_IMAGE = (
+    _IMPORT,
+    _PARSE,
+    Edit(
+        "noise_scheduler = DDPMScheduler.from_pretrained(",
+        "noising = noising_from_arguments(args)\n",
+    ),
+    _PREVIEW,
+    Edit(
+        "# Sample noise that we'll add",
+        f"noised = noising(latents, {_STEP})\n\n",
+        until="# Get the text embedding",
+    ),
+    Edit(
+        "# Get the target for loss depending",
+        "loss = noised.loss(unet(noised.x, noised.timesteps, encoder_hidden_states))\n\n",
+        until="# Gather the losses across all processes",
+    ),
+)
+_SAVED_PIPELINE = Edit(
+    "pipeline.save_pretrained(args.output_dir)",
+    "pipeline.scheduler = diffusers_scheduler(noising.schedule, like=pipeline.scheduler)\n",
 )
 
 _PARSE_KOHYA = Edit(
@@ -163,30 +193,16 @@ EDITS: dict[str, tuple[Edit, ...]] = {
         Edit("target = noise - latents", instead="target = noised.target"),
         Edit("target, timesteps, weighting", instead=_RETURNED),
     ),
-    "train_text_to_image.py": (
-        _IMPORT,
-        _PARSE,
+    "train_text_to_image.py": (*_TEXT_TO_IMAGE, _SAVED_PIPELINE),
+    "train_text_to_image_lora.py": (
+        *_TEXT_TO_IMAGE,
         Edit(
-            "noise_scheduler = DDPMScheduler.from_pretrained(",
-            "noising = noising_from_arguments(args)\n",
-        ),
-        Edit(
-            "pipeline = pipeline.to(accelerator.device)",
-            "pipeline.scheduler = diffusers_scheduler(noising_from_arguments(args).schedule, like=pipeline.scheduler)\n",
-        ),
-        Edit(
-            "# Sample noise that we'll add",
-            f"noised = noising(latents, {_STEP})\n\n",
-            until="# Get the text embedding",
-        ),
-        Edit(
-            "# Get the target for loss depending",
-            "loss = noised.loss(unet(noised.x, noised.timesteps, encoder_hidden_states))\n\n",
-            until="# Gather the losses across all processes",
-        ),
-        Edit(
-            "pipeline.save_pretrained(args.output_dir)",
-            "pipeline.scheduler = diffusers_scheduler(noising.schedule, like=pipeline.scheduler)\n",
+            "# Final inference",
+            """\
+            # a LoRA is saved without its pipeline: the schedule of the training lies beside it
+            noising.schedule.save_pretrained(os.path.join(args.output_dir, "scheduler"))
+
+            """,
         ),
     ),
     "train_unconditional.py": (
@@ -215,10 +231,7 @@ EDITS: dict[str, tuple[Edit, ...]] = {
     "train_dreambooth_sd3.py": (
         _IMPORT,
         Edit("if input_args is not None:", "add_noising_arguments(parser)\n"),
-        Edit(
-            "pipeline = pipeline.to(accelerator.device)",
-            "pipeline.scheduler = diffusers_scheduler(noising_from_arguments(args).schedule, like=pipeline.scheduler)\n",
-        ),
+        _PREVIEW,
         Edit(
             "noise_scheduler_copy = copy.deepcopy(noise_scheduler)",
             "noising = noising_from_arguments(args)\n",
@@ -244,10 +257,7 @@ EDITS: dict[str, tuple[Edit, ...]] = {
             """,
             until="accelerator.backward(loss)",
         ),
-        Edit(
-            "pipeline.save_pretrained(args.output_dir)",
-            "pipeline.scheduler = diffusers_scheduler(noising.schedule, like=pipeline.scheduler)\n",
-        ),
+        _SAVED_PIPELINE,
     ),
 }
 
@@ -264,8 +274,9 @@ def _with(lines: list[str], edit: Edit) -> list[str]:
     first = _find(lines, edit.at, 0)
     if edit.instead is not None:
         return [*lines[:first], lines[first].replace(edit.at, edit.instead), *lines[first + 1 :]]
-    last = first if edit.until is None else _find(lines, edit.until, first + 1)
     indent = lines[first][: len(lines[first]) - len(lines[first].lstrip())]
+    first += edit.after
+    last = first if edit.until is None else _find(lines, edit.until, first + 1)
     ours = textwrap.indent(textwrap.dedent(edit.text), indent)
     return [*lines[:first], *ours.splitlines(keepends=True), *lines[last:]]
 
