@@ -4,9 +4,10 @@
     patch diffusers/examples/text_to_image/train_text_to_image.py < alphabar.diff
 
 An edit finds its place by a few words of the script, not by line numbers, so that it holds over versions of the script; where a
-place is not found, nothing is printed and the exit code is 1. Known: train_text_to_image.py,
-train_text_to_image_lora.py, train_unconditional.py, train_dreambooth_sd3.py of diffusers; train_network.py, sdxl_train_network.py, flux_train_network.py of sd-scripts, of which the last
-two need the first edited as well. Other scripts of diffusers have the same places: copy the edits of the nearest one.
+place is not found, nothing is printed and the exit code is 1. Known: train_text_to_image.py, train_text_to_image_lora.py,
+train_unconditional.py, train_dreambooth_sd3.py of diffusers; train_network.py, sdxl_train_network.py, flux_train_network.py of
+sd-scripts, of which the last two need the first edited as well. Other scripts of diffusers have the same places: copy the edits of the
+nearest one.
 """
 
 from __future__ import annotations
