@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from counting import CountOperations
 from torch import Tensor
 
 from alphabar.noising import (
@@ -32,7 +33,6 @@ from alphabar.noising import (
 )
 from alphabar.noising.utils import rng
 from alphabar.noising.utils.rng import Draws
-from counting import CountOperations
 from oracles import EVERY_SCHEDULE, SCHEDULES, allowed
 
 FLOW, ZTSNR = SCHEDULES["flow"], SCHEDULES["ztsnr"]
