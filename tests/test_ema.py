@@ -322,7 +322,8 @@ def test_checkpoints_go_from_lightning_and_to_it(tmp_path: Path) -> None:
         torch.equal(p, saved["current_model_state"][name]) for name, p in parameters(module).items()
     )
     assert all(
-        torch.equal(p, saved["state_dict"][name]) for name, p in ema._averages.each[0].weights.items()
+        torch.equal(p, saved["state_dict"][name])
+        for name, p in ema._averages.each[0].weights.items()
     )
     assert ema._averages.each[0].updates == 6
     ours = EMA(Constant(decay=0.7))
