@@ -5,11 +5,13 @@ The checkpoints contain all that sampling needs.
 
 from typing import TYPE_CHECKING, Any
 
+from .checkpoints.accelerate_states import save_schedule_with
 from .checkpoints.convert import convert_path
 from .checkpoints.inspect import inspect_path
 from .checkpoints.loading import load_checkpoint
 from .checkpoints.read import schedule_from_checkpoint
 from .checkpoints.safetensors import write_markers
+from .ema.model import ModelEMA
 from .ema.posthoc import posthoc_ema, save_snapshot
 from .ema.profiles import (
     EMA_PROFILES,
@@ -22,6 +24,9 @@ from .ema.profiles import (
 )
 from .flags.base_model import diffusers_scheduler
 from .flags.parsing import add_noising_arguments, noising_from_arguments, schedule_from_arguments
+from .previews.groups import PreviewConditions
+from .previews.previews import Previews
+from .publishing.settings import read_settings, sampler_from_settings
 
 if TYPE_CHECKING:
     from .module import DiffusionModule
@@ -33,7 +38,10 @@ __all__ = [
     "EMAProfile",
     "HalfLife",
     "InverseGamma",
+    "ModelEMA",
     "PowerFunction",
+    "PreviewConditions",
+    "Previews",
     "Warmup",
     "add_noising_arguments",
     "convert_path",
@@ -42,6 +50,9 @@ __all__ = [
     "load_checkpoint",
     "noising_from_arguments",
     "posthoc_ema",
+    "read_settings",
+    "sampler_from_settings",
+    "save_schedule_with",
     "save_snapshot",
     "schedule_from_arguments",
     "schedule_from_checkpoint",

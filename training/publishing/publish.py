@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from ...training.checkpoints.storage import Folder
-from ...training.images import image_grid, png_bytes
-from ..support.complaints import Failure
-from ..support.loggers import log_image, takes_images
+from ..checkpoints.storage import Folder
+from ..images import image_grid, png_bytes
+from ..loops.complaints import Failure, warn_on_rank_zero
 from .html import PAGE_NAME, RECORDS_NAME, read_records, render
+from .loggers import log_image, takes_images
+from .settings import png_texts
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Preview:
 
     Args:
         step: optimizer step.
-        epoch: training epoch.
+        epoch: training epoch, None if it is not known.
         weights: 'raw' or 'ema'.
         images: uint8 (n, channels, height, width), with one or three channels.
         seeds: one seed for each image.
@@ -43,6 +43,7 @@ class Preview:
         fingerprint: fingerprint of the noise schedule.
         seconds: duration of the preview.
         note: additional information, or ''.
+        settings: what reproduces the images, without their seeds and prompts, as JSON values.
 
     Raises:
         ValueError: the numbers of images, seeds and captions differ.
@@ -57,7 +58,7 @@ class Preview:
     """
 
     step: int
-    epoch: int
+    epoch: int | None
     weights: str
     images: Tensor
     seeds: tuple[int, ...]
@@ -68,6 +69,7 @@ class Preview:
     fingerprint: str
     seconds: float
     note: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not len(self.images) == len(self.seeds) == len(self.captions):
@@ -95,6 +97,18 @@ class Preview:
         """The suffix of names: '' for raw weights, '_ema' for EMA weights."""
         return "" if self.weights == "raw" else f"_{self.weights}"
 
+    def settings_of(self, index: int | None) -> dict[str, Any]:
+        """Return the settings of one image, or of the grid for None; empty if they are not known.
+
+        The grid has the seed and the prompt of its first image too, as in A1111.
+        """
+        if not self.settings or not self.seeds:
+            return {}
+        shared = {**self.settings, "step": self.step, "weights": self.weights}
+        one = {"seed": self.seeds[index or 0], "prompt": self.captions[index or 0]}
+        every = {"seeds": list(self.seeds), "prompts": list(self.captions)} if index is None else {}
+        return shared | one | every
+
     def records(self) -> list[dict[str, Any]]:
         """Return a record for each image as JSON values; NaN and infinity become None."""
         shared = {
@@ -111,7 +125,9 @@ class Preview:
         }
         each = zip(self.image_names, self.seeds, self.captions, strict=True)
         return [
-            {"image": image, "index": index, "seed": seed, "prompt": caption} | shared
+            {"image": image, "index": index, "seed": seed, "prompt": caption}
+            | shared
+            | ({"settings": self.settings_of(index)} if self.settings else {})
             for index, (image, seed, caption) in enumerate(each)
         ]
 
@@ -125,7 +141,7 @@ def publish(preview: Preview, folder: str, loggers: Sequence[Any], told: set[str
     Args:
         preview: the preview.
         folder: a path, or any URL that fsspec supports.
-        loggers: Lightning loggers.
+        loggers: loggers of Lightning, trackers of accelerate, or SummaryWriters.
         told: names of the loggers for which the warning "takes no images" was given. It is updated.
 
     >>> import tempfile, torch
@@ -149,7 +165,8 @@ def publish(preview: Preview, folder: str, loggers: Sequence[Any], told: set[str
             found = Failure(folder, error)
             failed.extend([found] if str(found) not in map(str, failed) else [])
 
-    attempt(lambda: place.write(preview.grid_name, png_bytes(grid)))
+    texts = png_texts(preview.settings_of(None), grid)
+    attempt(lambda: place.write(preview.grid_name, png_bytes(grid, texts)))
     attempt(lambda: _write_images(place, preview, singles))
     attempt(
         lambda: place.append(
@@ -172,7 +189,7 @@ def publish(preview: Preview, folder: str, loggers: Sequence[Any], told: set[str
                 and name not in told
             ):
                 told.add(name)
-                rank_zero_warn(f"{name} takes no images; previews are in {folder!r} alone")
+                warn_on_rank_zero(f"{name} takes no images; previews are in {folder!r} alone")
         except Exception as error:
             failed.append(Failure(name, error))
     return failed
@@ -197,15 +214,15 @@ def try_out(folder: str, loggers: Sequence[Any], told: set[str]) -> list[Failure
         try:
             if not takes_images(logger) and name not in told:
                 told.add(name)
-                rank_zero_warn(f"{name} takes no images; previews are in {folder!r} alone")
+                warn_on_rank_zero(f"{name} takes no images; previews are in {folder!r} alone")
         except Exception as error:
             failed.append(Failure(name, error))
     return failed
 
 
 def _write_images(place: Folder, preview: Preview, singles: Sequence[Tensor]) -> None:
-    for name, image in zip(preview.image_names, singles, strict=True):
-        place.write(name, png_bytes(image))
+    for index, (name, image) in enumerate(zip(preview.image_names, singles, strict=True)):
+        place.write(name, png_bytes(image, png_texts(preview.settings_of(index), image)))
 
 
 def _captions(preview: Preview) -> list[str]:
