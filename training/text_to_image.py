@@ -1,0 +1,163 @@
+"""Text-to-image pipelines of diffusers by family: texts to conditioning, images to latents.
+
+A new family is one entry of ``FAMILIES``. Training, previews and ``alphabar sample`` read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..noising.utils.registry import unknown
+
+
+@dataclass(frozen=True)
+class Family:
+    """The network of a pipeline, and how the text enters it.
+
+    Args:
+        network: the pipeline's part that predicts.
+        inputs: the network's names for its noisy input and for the time.
+        encoders: the text encoders that the pipeline must have.
+        conditioning: makes the network's other arguments from the text's tokens, its pooled
+            embedding and the sizes of the images.
+        lora_layers: the attention layers that a LoRA changes.
+        flags: noising flags of the family's own training.
+    """
+
+    network: str
+    inputs: tuple[str, str]
+    encoders: tuple[str, ...]
+    conditioning: Callable[[Tensor, Any, Tensor], dict[str, Any]]
+    lora_layers: tuple[str, ...] = ("to_k", "to_q", "to_v", "to_out.0")
+    flags: tuple[tuple[str, str], ...] = ()
+
+
+_UNET = ("unet", ("sample", "timestep"))
+_MMDIT_LAYERS = ("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj")
+FAMILIES: Mapping[str, Family] = {
+    "StableDiffusionPipeline": Family(
+        *_UNET, ("text_encoder",), lambda text, *_: {"encoder_hidden_states": text}
+    ),
+    "StableDiffusionXLPipeline": Family(
+        *_UNET,
+        ("text_encoder_2",),
+        lambda text, pooled, sizes: {
+            "encoder_hidden_states": text,
+            "added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes.to(text.dtype)},
+        },
+    ),
+    "StableDiffusion3Pipeline": Family(
+        "transformer",
+        ("hidden_states", "timestep"),
+        ("text_encoder", "text_encoder_2"),  # the third, T5, may be missing
+        lambda text, pooled, _: {"encoder_hidden_states": text, "pooled_projections": pooled},
+        tuple(f"attn.{layer}" for layer in (*_MMDIT_LAYERS, "to_add_out")),
+        (("timestep_density", "logit_normal"),),  # 2403.03206, section 3.1
+    ),
+}
+"""The families by the class of their pipeline."""
+
+
+def family_of(pipeline: str) -> Family:
+    """Return the family of a pipeline's class.
+
+    Raises:
+        ValueError: the class is not in ``FAMILIES``.
+
+    >>> family_of("StableDiffusion3Pipeline").network
+    'transformer'
+    """
+    if pipeline not in FAMILIES:
+        raise ValueError(unknown("text-to-image pipeline", pipeline, FAMILIES))
+    return FAMILIES[pipeline]
+
+
+class Denoiser(nn.Module):
+    """The network of a pipeline, called as ``denoiser(x, timesteps, **conditioning)``.
+
+    Args:
+        network: the network.
+        inputs: its names for the noisy input and for the time.
+
+    >>> class Net(nn.Module):
+    ...     def forward(self, hidden_states, text=None, timestep=None):
+    ...         return hidden_states * timestep
+    >>> Denoiser(Net(), ("hidden_states", "timestep"))(torch.ones(1), torch.tensor([3])).item()
+    3.0
+    """
+
+    def __init__(self, network: nn.Module, inputs: tuple[str, str]) -> None:
+        super().__init__()
+        self.network, self.inputs = network, inputs
+
+    def forward(self, x: Tensor, timesteps: Tensor, **conditioning: Any) -> Any:
+        return self.network(**dict(zip(self.inputs, (x, timesteps), strict=True)), **conditioning)
+
+
+@torch.no_grad()
+def encode_texts(
+    pipeline: Any, texts: Sequence[str], sizes: Tensor, zero_empty: bool = False
+) -> dict[str, Any]:
+    """Return the network's conditioning of texts, a row for each, by the pipeline's own encoders.
+
+    Args:
+        pipeline: the pipeline.
+        texts: the texts.
+        sizes: (height, width, top, left, height, width) of each image: of the original, of the
+            crop's corner and of the target, shape (texts, 6). Only SDXL uses it.
+        zero_empty: encode an empty text to zeros where the pipeline samples with zeros for "no
+            text" (``force_zeros_for_empty_prompt``, SDXL).
+    """
+    family = family_of(type(pipeline).__name__)
+    more = [f"prompt_{n}" for n in (2, 3) if hasattr(pipeline, f"tokenizer_{n}")]
+    text, _, *rest = pipeline.encode_prompt(
+        prompt=list(texts),
+        **dict.fromkeys(more),
+        device=pipeline.device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=False,
+    )
+    pooled = rest[0] if rest else None
+    if zero_empty and pipeline.config.get("force_zeros_for_empty_prompt"):
+        kept = torch.tensor([one != "" for one in texts], device=text.device)[:, None]
+        text, pooled = text * kept[..., None], None if pooled is None else pooled * kept
+    return family.conditioning(text, pooled, sizes.to(text.device))
+
+
+def encode_images(vae: Any, pixels: Tensor, noise: Callable[..., Tensor]) -> Tensor:
+    """Return latents of images in [-1, 1], drawn from the VAE's posterior, scaled for the network.
+
+    Args:
+        vae: the VAE.
+        pixels: the images, (batch, channels, height, width).
+        noise: ``noise(*shape)`` returns the posterior's noise, (batch, *shape).
+    """
+    with torch.no_grad():
+        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        mean, scale = _scaling(vae)
+        latents = posterior.mean + posterior.std * noise(*posterior.mean.shape[1:])
+        return (latents.float() - mean) * scale
+
+
+def decode_images(vae: Any, latents: Tensor) -> Tensor:
+    """Decode latents to images in [-1, 1], in the VAE's own precision."""
+    mean, scale = _scaling(vae)
+    with torch.no_grad(), torch.autocast(vae.device.type, enabled=False):
+        z = latents.to(vae.device) / scale + mean
+        return vae.decode(z.to(vae.dtype)).sample.float()
+
+
+def _scaling(vae: Any) -> tuple[Tensor | float, Tensor | float]:
+    """Return mean and scale of the VAE's latents z: the network sees (z - mean) · scale."""
+    config = vae.config
+    scale, values = getattr(config, "scaling_factor", 1.0), []
+    for name in ("latents_mean", "latents_std"):
+        if getattr(config, name, None) is None:
+            return getattr(config, "shift_factor", None) or 0.0, scale
+        values.append(torch.tensor(getattr(config, name), device=vae.device).view(1, -1, 1, 1))
+    return values[0], scale / values[1]
