@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from alphabar.callbacks import ValidationSampling
-from alphabar.callbacks.previews import callback as validation_sampling
 from alphabar.noising import NoiseSchedule, Noising
+from alphabar.training.publishing import publisher
 
 BAR = 0.6
 SHAPE = (3, 32, 32)
@@ -79,7 +79,7 @@ def rank_main(arguments: argparse.Namespace) -> None:
     """
     torch.set_num_threads(1)
     seed_everything(0, verbose=False)
-    validation_sampling.publish = lambda preview, *_: IMAGES.append(preview.images) or []
+    publisher.publish = lambda preview, *_: IMAGES.append(preview.images) or []
     previews = Timed(
         "euler",
         arguments.steps,

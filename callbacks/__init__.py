@@ -1,10 +1,10 @@
 """Lightning callbacks: previews, EMA weights, loss by noise level, schedule next to checkpoints."""
 
+from ..training.previews.groups import PreviewConditions
 from .ema import EMA
 from .ema_weights import ema_weights
 from .loss_by_snr import LossBySNR
 from .previews.callback import ValidationSampling
-from .previews.groups import PreviewConditions
 from .previews.triggers import Triggers
 from .schedule_checkpoint import ScheduleCheckpoint
 

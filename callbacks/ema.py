@@ -33,21 +33,27 @@ from ..noising.utils.registry import lookup
 from ..noising.utils.validation import whole_number
 from ..training.ema.posthoc import SNAPSHOT_DTYPES, save_snapshot
 from ..training.ema.profiles import EMAProfile, PowerFunction, resolve_ema_profile
-from .ema_weights import Pairs
-from .support.background import AFTER_AN_ERROR, AT_THE_END, BEFORE_A_CHECKPOINT, Background, finish
-from .support.collectives import on_rank_zero
-from .support.complaints import Complaints, Failure
-from .support.module_api import is_fast_dev_run
-from .support.sharding import (
+from ..training.loops.background import (
+    AFTER_AN_ERROR,
+    AT_THE_END,
+    BEFORE_A_CHECKPOINT,
+    Background,
+    finish,
+)
+from ..training.loops.collectives import on_rank_zero
+from ..training.loops.complaints import Complaints, Failure
+from ..training.loops.sharding import (
     Layout,
     clean_name,
     is_sharded_state,
     local,
     require_parameters,
     reshard,
-    root_of,
     values_swapped,
 )
+from .ema_weights import Pairs
+from .support.module_api import is_fast_dev_run
+from .support.strategies import root_of
 
 # a top-level key: the averages are tensors, and callback states should not contain tensors
 STATE_KEY = "ema"

@@ -15,7 +15,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from .support.sharding import reshard, root_of, values_swapped
+from ..training.loops.sharding import reshard, values_swapped
+from .support.strategies import root_of
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 """Pairs (live parameter or buffer, this rank's part of its average)."""

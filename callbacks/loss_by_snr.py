@@ -23,11 +23,11 @@ from ..noising import Noising
 from ..noising.noising import Noised
 from ..noising.utils.atomic import require_writable, write_atomically
 from ..noising.utils.validation import whole_number
+from ..training.loops.background import AFTER_AN_ERROR, AT_THE_END, finish, pictures_of
+from ..training.loops.collectives import on_rank_zero
+from ..training.loops.complaints import Complaints, Failure
+from ..training.publishing.loggers import log_image
 from ..training.snr_buckets import COUNT, Buckets, findings, means, plot
-from .support.background import AFTER_AN_ERROR, AT_THE_END, finish, pictures_of
-from .support.collectives import on_rank_zero
-from .support.complaints import Complaints, Failure
-from .support.loggers import log_image
 from .support.module_api import is_fast_dev_run
 
 

@@ -29,9 +29,9 @@ from ..training.checkpoints.sidecars import (
     write_sidecar,
 )
 from ..training.checkpoints.storage import Folder
+from ..training.loops.collectives import on_rank_zero
+from ..training.loops.complaints import Complaints, Failure
 from .checkpoint_hooks import SavesFollowed
-from .support.collectives import on_rank_zero
-from .support.complaints import Complaints, Failure
 from .support.module_api import is_fast_dev_run, schedule_of_module
 
 

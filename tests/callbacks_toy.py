@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
-from alphabar.callbacks.support.sharding import local, reshard, root_of
+from alphabar.callbacks.support.strategies import root_of
 from alphabar.noising import NoiseSchedule, Noising
+from alphabar.training.loops.sharding import local, reshard
 
 SHAPE = (3, 8, 8)
 SCHEDULE = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()

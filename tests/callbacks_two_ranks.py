@@ -20,9 +20,9 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
 from alphabar.callbacks import ScheduleCheckpoint, ValidationSampling
-from alphabar.callbacks.previews import callback as validation_sampling
-from alphabar.callbacks.previews import loop as rounds
 from alphabar.noising import NoiseSchedule
+from alphabar.training.previews import rounds
+from alphabar.training.publishing import publisher
 from callbacks_toy import Averages, Held, Toy, Units, fresh, strategy, train, weights
 
 RANK = int(os.environ["LOCAL_RANK"]) + int(os.environ["NODE_RANK"])
@@ -65,7 +65,7 @@ def publish(preview: Any, *arguments: Any) -> list[Any]:
     return PUBLISH(preview, *arguments)
 
 
-PUBLISH, validation_sampling.publish = validation_sampling.publish, publish
+PUBLISH, publisher.publish = publisher.publish, publish
 
 
 def previews(**settings: Any) -> ValidationSampling:

@@ -26,8 +26,9 @@ from torch.distributed.fsdp import (
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from alphabar.callbacks import EMA, LossBySNR, ema_weights
-from alphabar.callbacks.support.sharding import clean_name, local, reshard, root_of
+from alphabar.callbacks.support.strategies import root_of
 from alphabar.training import Constant, PowerFunction
+from alphabar.training.loops.sharding import clean_name, local, reshard
 from callbacks_toy import SCHEDULE, Toy, fresh, loader, train
 
 ROOT = Path(sys.argv[1])

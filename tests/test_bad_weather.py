@@ -22,14 +22,14 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 
 from alphabar.callbacks import EMA, LossBySNR, ScheduleCheckpoint, ValidationSampling
-from alphabar.callbacks.support import background
-from alphabar.callbacks.support.background import Background
-from alphabar.callbacks.support.isolation import buffers_restored
 from alphabar.noising import NoiseSchedule
 from alphabar.noising.utils import atomic as files
 from alphabar.training import PowerFunction
 from alphabar.training.checkpoints import storage
 from alphabar.training.ema import posthoc
+from alphabar.training.loops import background
+from alphabar.training.loops.background import Background
+from alphabar.training.loops.isolation import buffers_restored
 from callbacks_toy import SHAPE, Toy, fresh, grids, one_thread, train, weights
 from tiny_pipeline import make_pipeline
 from two_processes import last_words, run_two_ranks
@@ -215,9 +215,10 @@ def test_a_logger_that_hangs_costs_what_does_not_fit_and_says_so(
     for name in ("AT_THE_END", "FOR_ROOM"):
         monkeypatch.setattr(background, name, 0.5)
     monkeypatch.setattr("alphabar.callbacks.previews.callback.AT_THE_END", 0.5)
+    monkeypatch.setattr("alphabar.training.publishing.publisher.AT_THE_END", 0.5)
     monkeypatch.setattr(Background.wait_for_room, "__defaults__", (0.5, lambda: False))
     lane = Background(room=2)
-    monkeypatch.setattr("alphabar.callbacks.previews.callback.pictures_of", lambda trainer: lane)
+    monkeypatch.setattr("alphabar.training.publishing.publisher.pictures_of", lambda owner: lane)
     start = time.monotonic()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

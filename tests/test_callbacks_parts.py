@@ -17,19 +17,20 @@ from PIL import Image
 from torch import nn
 
 from alphabar.callbacks import PreviewConditions, ValidationSampling
-from alphabar.callbacks.previews.batches import Plan, require_rows, take_rows
-from alphabar.callbacks.previews.conditioning import Conditions
-from alphabar.callbacks.previews.preview import require_equal_work
-from alphabar.callbacks.previews.render import Drawing
 from alphabar.callbacks.previews.triggers import Triggers, is_last_epoch
-from alphabar.callbacks.support import collectives
-from alphabar.callbacks.support.collectives import errors_of_all_ranks
-from alphabar.callbacks.support.isolation import evaluating, randomness_restored
-from alphabar.callbacks.support.loggers import log_image
-from alphabar.callbacks.support.strategies import ForwardMode, forward_mode_of
+from alphabar.callbacks.support.strategies import forward_mode_of
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Sampler
 from alphabar.training.images import image_grid, png_bytes, to_pixels
+from alphabar.training.loops import collectives
+from alphabar.training.loops.collectives import errors_of_all_ranks
+from alphabar.training.loops.forward import ForwardMode
+from alphabar.training.loops.isolation import evaluating, randomness_restored
+from alphabar.training.previews.batches import Plan, require_rows, take_rows
+from alphabar.training.previews.conditioning import Conditions
+from alphabar.training.previews.preview import require_equal_work
+from alphabar.training.previews.render import Drawing
+from alphabar.training.publishing.loggers import log_image
 
 # Plans
 

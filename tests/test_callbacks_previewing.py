@@ -24,15 +24,16 @@ from torch.optim.swa_utils import get_ema_avg_fn
 
 from alphabar.callbacks import ValidationSampling
 from alphabar.callbacks.previews import callback as validation_sampling
-from alphabar.callbacks.previews import loop as rounds
-from alphabar.callbacks.previews import preview as previewing
-from alphabar.callbacks.previews.diffusers_pipelines import pipeline_steps, scheduler_of
-from alphabar.callbacks.previews.loop import Rounds
-from alphabar.callbacks.previews.render import in_slices
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Sampler
 from alphabar.sampling.inference import SeededNoise
 from alphabar.training.images import to_pixels
+from alphabar.training.previews import preview as previewing
+from alphabar.training.previews import rounds
+from alphabar.training.previews.diffusers_pipelines import pipeline_steps, scheduler_of
+from alphabar.training.previews.render import Drawing, in_slices
+from alphabar.training.previews.rounds import Rounds
+from alphabar.training.publishing import publisher
 from callbacks_toy import (
     SCHEDULE,
     SHAPE,
@@ -65,13 +66,13 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 def published(monkeypatch: Any) -> list[Any]:
     """Every preview that is published."""
     seen: list[Any] = []
-    publish = validation_sampling.publish
+    publish = publisher.publish
 
     def record(preview: Any, *arguments: Any) -> list[Any]:
         seen.append(preview)
         return publish(preview, *arguments)
 
-    monkeypatch.setattr(validation_sampling, "publish", record)
+    monkeypatch.setattr(publisher, "publish", record)
     return seen
 
 
@@ -439,7 +440,7 @@ def test_a_pipeline_takes_conditioning_and_guidance() -> None:
             assert dict(self.scheduler.config)["prediction_type"] == "v_prediction"
             return SimpleNamespace(images=np.full((2, 4, 4, 3), 0.25))
 
-    drawing = previewing.Drawing(
+    drawing = Drawing(
         4, seed=3, conditioning={"size": torch.arange(4)}, unconditional={"size": torch.zeros(1)}
     )
     arguments: Any = {"prompts": ("a", "b", "c"), "negative_prompt": "n", "guidance_scale": 5.0}
@@ -533,7 +534,7 @@ def test_exhausted_memory_is_free_before_the_next_try() -> None:
         yield previewing_paint()
 
     def previewing_paint() -> Any:
-        from alphabar.callbacks.previews.render import paint
+        from alphabar.training.previews.render import paint
 
         return paint(torch.zeros(1, 1, 4, 4))
 

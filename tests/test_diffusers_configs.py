@@ -23,12 +23,12 @@ from diffusers import schedulers as peers
 from torch import Tensor
 
 import test_agreement_diffusers as agreement
-from alphabar.callbacks.previews.diffusers_pipelines import differences_of
 from alphabar.noising import NoiseSchedule
 from alphabar.noising.io.files import CONFIG_NAME
 from alphabar.sampling import GRIDS, METHODS, Sampler
 from alphabar.sampling.interop.diffusers_classes import CLASSES, FLAGS, class_named, read_config
 from alphabar.sampling.names import all_names
+from alphabar.training.previews.diffusers_pipelines import differences_of
 from test_agreement_diffusers import BETAS, DRAWS, RELATIVE, START, Network, network, ours
 
 SAME = 1e-4

@@ -209,7 +209,10 @@ def test_importing_alphabar_loads_nothing_heavy() -> None:
 import sys
 import alphabar.noising, alphabar.sampling
 assert not {"lightning", "diffusers"} & sys.modules.keys()
-import alphabar.training, alphabar.callbacks
+import alphabar.training
+from alphabar.training import Previews
+assert not {"lightning", "diffusers"} & sys.modules.keys()
+import alphabar.callbacks
 assert not {"diffusers", "datasets", "accelerate"} & sys.modules.keys()
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -17,8 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from alphabar.callbacks.previews.html import render
-from alphabar.callbacks.previews.publish import Preview, publish
+from alphabar.training.publishing.html import render
+from alphabar.training.publishing.publish import Preview, publish
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -314,8 +314,9 @@ def test_package_data_is_declared() -> None:
     text = (root / "pyproject.toml").read_text(encoding="utf-8")
     lying = {
         path.relative_to(root).as_posix()
-        for path in (root / "callbacks").rglob("*")
+        for package in ("noising", "sampling", "training", "callbacks")
+        for path in (root / package).rglob("*")
         if path.suffix == ".html"
     }
-    assert lying == {"callbacks/previews/page.html"}
-    assert '"alphabar.callbacks.previews" = ["page.html"]' in text
+    assert lying == {"training/publishing/page.html"}
+    assert '"alphabar.training.publishing" = ["page.html"]' in text

@@ -16,11 +16,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 
-from alphabar.callbacks.previews.html import read_records
-from alphabar.callbacks.previews.publish import Preview, publish
-from alphabar.callbacks.support.loggers import LOGGERS
 from alphabar.training.checkpoints.storage import Folder
 from alphabar.training.images import image_grid, png_bytes
+from alphabar.training.publishing.html import read_records
+from alphabar.training.publishing.loggers import LOGGERS
+from alphabar.training.publishing.publish import Preview, publish
 from callbacks_toy import files
 
 GENERATOR = torch.Generator().manual_seed(0)

@@ -30,12 +30,13 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from alphabar.callbacks import ScheduleCheckpoint, ValidationSampling
-from alphabar.callbacks.previews import render as drawing
-from alphabar.callbacks.support.strategies import ForwardMode, forward_mode_of
+from alphabar.callbacks.support.strategies import forward_mode_of
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Sampler
 from alphabar.sampling.inference import SeededNoise
 from alphabar.training.images import image_grid, to_pixels
+from alphabar.training.loops.forward import ForwardMode
+from alphabar.training.previews import render as drawing
 from callbacks_toy import (
     SCHEDULE,
     SHAPE,
@@ -458,13 +459,13 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import torch
 from test_validation_sampling import _resumable, ValidationSampling
-from alphabar.callbacks.support.background import pictures_of
+from alphabar.training.loops.background import pictures_of
 
 torch.set_num_threads(1)
 
 class Killed(ValidationSampling):
-    def _publish(self, trainer, previews):
-        super()._publish(trainer, previews)
+    def _preview(self, trainer, module):
+        super()._preview(trainer, module)
         if trainer.global_step == 9:
             assert pictures_of(trainer).wait(60)
             os.kill(os.getpid(), signal.SIGKILL)

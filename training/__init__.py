@@ -21,6 +21,8 @@ from .ema.profiles import (
 )
 from .flags.base_model import diffusers_scheduler
 from .flags.parsing import add_noising_arguments, noising_from_arguments, schedule_from_arguments
+from .previews.groups import PreviewConditions
+from .previews.previews import Previews
 
 if TYPE_CHECKING:
     from .module import DiffusionModule
@@ -33,6 +35,8 @@ __all__ = [
     "HalfLife",
     "InverseGamma",
     "PowerFunction",
+    "PreviewConditions",
+    "Previews",
     "Warmup",
     "add_noising_arguments",
     "diffusers_scheduler",

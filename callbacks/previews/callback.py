@@ -17,45 +17,35 @@ from functools import partial
 from typing import Any, Literal, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from ...noising.utils.registry import lookup
 from ...sampling import Method, Sampler
-from ..support.background import (
-    AFTER_AN_ERROR,
-    AT_THE_END,
-    BEFORE_A_CHECKPOINT,
-    finish,
-    pictures_of,
-)
-from ..support.collectives import (
-    AgreedError,
-    any_rank,
-    call_on_all_ranks,
-    on_rank_zero,
-    raise_on_all_ranks,
-)
-from ..support.complaints import Complaints, Failure
-from ..support.isolation import sigterm_deferred
-from ..support.module_api import (
-    is_fast_dev_run,
+from ...training.loops.background import AFTER_AN_ERROR, AT_THE_END, BEFORE_A_CHECKPOINT
+from ...training.loops.collectives import call_on_all_ranks
+from ...training.loops.forward import ForwardMode
+from ...training.loops.loop import LiveModel
+from ...training.previews.groups import PreviewConditions, grouped
+from ...training.previews.preview import Moment, Previewer
+from ...training.previews.recipe import recipe_of
+from ...training.previews.run import PreviewRun
+from ...training.previews.samplers import (
     name_of_sampler,
-    predict_of_module,
     require_drawable,
     require_steps,
     sampler_for,
+)
+from ...training.publishing.publisher import Publisher
+from ..support.live import live_module, loop_of_trainer
+from ..support.module_api import (
+    is_fast_dev_run,
+    predict_of_module,
     schedule_of_module,
     shape_of_module,
 )
-from ..support.strategies import ForwardMode, forward_mode_of
-from .conditioning import Conditions
-from .groups import PreviewConditions, grouped
-from .preview import WEIGHTS, Previewer, Recipe
-from .publish import Preview, publish, try_out
-from .render import Drawing
-from .triggers import Triggers, at_least_one, is_last_epoch
-
-DEFAULT_IMAGES = 16
+from ..support.signals import terminate_together
+from ..support.strategies import forward_mode_of
+from .triggers import Triggers, is_last_epoch
 
 
 class ValidationSampling(Callback):
@@ -218,36 +208,19 @@ class ValidationSampling(Callback):
             "guidance_rescale": guidance_rescale,
         }
         given = grouped("conditions", conditions, PreviewConditions, what)
-        seeds = () if seeds is None else tuple(int(s) for s in seeds)
-        if num_images is None:
-            num_images = len(seeds or given.prompts or given.classes) or DEFAULT_IMAGES
-        num_images = at_least_one("num_images", num_images)
-        self.recipe = Recipe(
-            drawing=Drawing(num_images, int(seed), seeds=seeds),
-            conditions=Conditions(
-                num_images,
-                tuple(given.prompts),
-                given.negative_prompt,
-                given.encode,
-                tuple(given.classes),
-                given.class_key,
-                given.null_class,
-                dict(given.conditioning or {}),
-                given.unconditional,
-            ),
-            guidance={
-                "guidance_scale": float(given.guidance_scale),
-                "guidance_rescale": float(given.guidance_rescale),
-            },
-            batch_size=min(at_least_one("batch_size", batch_size), num_images),
+        self.recipe = recipe_of(
+            given,
+            num_images=num_images,
+            seed=seed,
+            seeds=seeds,
+            batch_size=batch_size,
+            weights=weights,
             predict=predict,
             decode=decode,
-            decode_batch_size=at_least_one("decode_batch_size", decode_batch_size),
+            decode_batch_size=decode_batch_size,
             pipeline=pipeline,
             max_seconds=max_seconds,
-            weights=lookup("weights", weights, {kind: kind for kind in WEIGHTS}),
         )
-        _require_fit(self.recipe)
         self.shape = tuple(shape) if shape is not None else None
         if self.shape is not None:
             require_drawable(self.shape, decode)
@@ -261,12 +234,8 @@ class ValidationSampling(Callback):
         self._last_step = 0
         self._last_time = 0.0
         self._forward_mode: ForwardMode | None = None
-        self._previewer: Previewer | None = None
-        self._folder: str | None = None
-        self._loggers_told: set[str] = set()
-        # filled by the publishing thread: (step, failure)
-        self._failed: list[tuple[int, Failure]] = []
-        self._complaints = Complaints("ValidationSampling")
+        self._publisher: Publisher | None = None
+        self._run: PreviewRun | None = None
         self._untried = self._over = False
 
     # -- state: at most one preview per step, also with gradient accumulation and after a resume ---
@@ -291,11 +260,11 @@ class ValidationSampling(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             # values of an earlier run; a resume restores its own step after this
-            self._last_step, self._folder = 0, None
+            self._last_step, self._publisher = 0, None
             self._untried = self._over = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._previewer = None
+        self._run = None
         if trainer.barebones:
             rank_zero_info(
                 "no previews: Trainer(barebones=True) leaves out what could slow training down"
@@ -318,11 +287,10 @@ class ValidationSampling(Callback):
             if shape is not None:
                 require_drawable(shape, self.recipe.decode)
         if not is_fast_dev_run(trainer):
-            folder = self._folder = self._choose_folder(trainer)
-            on_rank_zero(
-                trainer, lambda: self._note(0, try_out(folder, trainer.loggers, self._loggers_told))
+            self._publisher = Publisher(
+                self._choose_folder(trainer), loop_of_trainer(trainer), "ValidationSampling"
             )
-            self._complain("showing previews")
+            self._publisher.try_out()
 
     def _sample_shape(self, module: LightningModule) -> tuple[int, ...] | None:
         if self.shape is not None or self.recipe.pipeline is not None:  # a pipeline knows its shape
@@ -338,7 +306,8 @@ class ValidationSampling(Callback):
         folder = (
             self.folder if self.folder is not None else f"{os.fspath(log_dir).rstrip('/')}/{name}"
         )
-        if _name(folder) in [_name(c._folder) for c in instances if c._folder is not None]:
+        taken = [_name(c._publisher.folder) for c in instances if c._publisher is not None]
+        if _name(folder) in taken:
             raise ValueError(
                 f"two ValidationSampling callbacks have folders named {_name(folder)!r}, which "
                 "also names the picture in "
@@ -352,19 +321,27 @@ class ValidationSampling(Callback):
         self._last_time = time.monotonic()
         if trainer.barebones:
             return
-        forward_mode = self._forward_mode
-        assert forward_mode is not None  # since on_fit_start
         sampler = sampler_for(schedule_of_module(pl_module), self.sampler, self.steps)
-        self._previewer = call_on_all_ranks(
-            lambda: Previewer.prepare(self.recipe, sampler, forward_mode, trainer, pl_module),
-            trainer.world_size,
+        loop, model = loop_of_trainer(trainer), self._live(trainer, pl_module)
+        previewer = call_on_all_ranks(
+            lambda: Previewer.prepare(self.recipe, sampler, loop, model), trainer.world_size
         )
+        together = partial(terminate_together, trainer) if trainer.world_size > 1 else None
+        self._run = PreviewRun(previewer, self._publisher, self.on_error, together)
         if is_fast_dev_run(trainer):  # it is a trial itself
             return
         at_once = trainer.global_step == 0 and self.triggers.at_step(0)
         self._try(trainer, pl_module, required=at_once)
         if at_once:
             self._preview(trainer, pl_module)
+
+    def _live(self, trainer: Trainer, module: LightningModule) -> LiveModel:
+        forward_mode = self._forward_mode
+        assert forward_mode is not None  # since on_fit_start
+        predict = self.recipe.predict
+        if predict is None and self.recipe.pipeline is None:
+            predict = predict_of_module(module)
+        return live_module(trainer, module, forward_mode, predict)
 
     def _try(self, trainer: Trainer, module: LightningModule, required: bool = False) -> None:
         """Draw a trial image that is not shown, so that errors appear before a long run.
@@ -385,27 +362,17 @@ class ValidationSampling(Callback):
             return
         if shape is not None and self.recipe.pipeline is None:
             require_drawable(shape, self.recipe.decode)
-        assert self._previewer is not None  # since on_train_start
-        failure: AgreedError | None = None
-        with sigterm_deferred(trainer) as termination:
-            try:
-                self._previewer.trial(trainer, module, shape, termination)
-            except AgreedError as error:
-                failure = error
-        if failure is not None:
-            raise RuntimeError(
-                f"previews cannot be drawn; one image was tried, at step {trainer.global_step}: "
-                f"{failure}"
-            ) from failure
+        assert self._run is not None  # since on_train_start
+        self._run.trial(self._live(trainer, module), shape, trainer.global_step)
 
     # -- triggers ----------------------------------------------------------------------------------
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._previewer is None or is_fast_dev_run(trainer):
+        if self._run is None or self._publisher is None:
             return
-        self._complain()
+        self._publisher.complain()
         if self._untried:
             self._try(trainer, pl_module)
             # a module that still does not know its shape gets the error at its first preview
@@ -429,83 +396,21 @@ class ValidationSampling(Callback):
     # -- drawing and publishing --------------------------------------------------------------------
 
     def _preview(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._previewer is None:
+        if self._run is None:
             return
         before, self._last_step = self._last_step, trainer.global_step
-        failure: AgreedError | None = None
-        with sigterm_deferred(trainer) as termination:
-            try:
-                # ranks may have different shapes (bucketed data), and gather needs equal shapes
-                shape = trainer.strategy.broadcast(self._sample_shape(module))
-                shown: list[Preview] = []
-                for weights in self.recipe.kinds:
-                    drawn = self._previewer.preview(trainer, module, weights, shape, termination)
-                    shown += [drawn] if drawn is not None else []
-                    if termination.agreed:
-                        break
-                else:
-                    self._publish(trainer, shown)
-                    if self.on_error == "raise":
-                        self._require_published(trainer)
-            except AgreedError as error:
-                failure = error
-            # includes a signal during publishing, so that all ranks stop at the same place
-            (termination.agreed,) = any_rank(
-                [termination.arrived], trainer.world_size, trainer.strategy.root_device
+        moment = Moment(trainer.global_step, trainer.current_epoch, is_fast_dev_run(trainer))
+        try:
+            # ranks may have different shapes (bucketed data), and gather needs equal shapes
+            done = self._run.preview(
+                self._live(trainer, module),
+                moment,
+                lambda: trainer.strategy.broadcast(self._sample_shape(module)),
             )
-        self._last_time = time.monotonic()
-        if termination.agreed:
+        finally:
+            self._last_time = time.monotonic()
+        if not done:
             self._last_step = before  # so that a resumed run draws this preview
-        if failure is not None:
-            self._react(f"the preview at step {trainer.global_step} failed: {failure}", failure)
-
-    def _publish(self, trainer: Trainer, previews: Sequence[Preview]) -> None:
-        """Queue previews for publishing by rank 0 in the background.
-
-        If one place fails, the callback warns and still publishes to the other places.
-        """
-        if not is_fast_dev_run(trainer):
-            on_rank_zero(trainer, lambda: self._hand_over(trainer, previews))
-
-    def _hand_over(self, trainer: Trainer, previews: Sequence[Preview]) -> None:
-        lane, loggers = pictures_of(trainer), list(trainer.loggers)
-        for preview in previews:
-            if lane.wait_for_room():
-                lane.submit(
-                    partial(self._show, preview, loggers), partial(self._lost, preview.step)
-                )
-            else:
-                words = (
-                    f"{lane.pending} others are still being published, "
-                    "and none was finished for long"
-                )
-                self._lost(preview.step, TimeoutError(words))
-
-    def _show(self, preview: Preview, loggers: Sequence[Any]) -> None:
-        assert self._folder is not None  # since on_fit_start
-        self._note(preview.step, publish(preview, self._folder, loggers, self._loggers_told))
-
-    def _lost(self, step: int, error: Exception) -> None:
-        self._note(step, [Failure("its publication", error)])
-
-    def _note(self, step: int, failures: Sequence[Failure]) -> None:
-        self._failed += [(step, failure) for failure in failures]
-
-    def _complain(self, what: str | None = None) -> None:
-        """Warn about background failures, on the training thread."""
-        while self._failed:
-            step, failure = self._failed.pop(0)
-            self._complaints.tell(
-                f"{what or f'publishing the preview at step {step}'} failed: {failure}",
-                failure.kind,
-            )
-
-    def _require_published(self, trainer: Trainer) -> None:
-        """Raise AgreedError on every rank if rank 0 could not publish. Every rank must call it."""
-        finish(trainer, pictures_of(trainer), AT_THE_END)
-        failed, self._failed = self._failed, []
-        error = RuntimeError("; ".join(str(failure) for _, failure in failed)) if failed else None
-        raise_on_all_ranks(error, trainer.world_size)
 
     # -- pending previews --------------------------------------------------------------------------
 
@@ -513,55 +418,23 @@ class ValidationSampling(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if not self._over:  # a run that resumes from this checkpoint does not draw them again
-            self._finish(trainer, BEFORE_A_CHECKPOINT)
+            self._finish(BEFORE_A_CHECKPOINT)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._finish(trainer, AT_THE_END)
-        self._complaints.sum_up()
+        self._finish(AT_THE_END)
+        if self._publisher is not None:
+            self._publisher.sum_up()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self._over = True  # this rank has failed, others may not have: no collectives from here on
-        pictures_of(trainer).wait(AFTER_AN_ERROR)
-        self._complain()
+        if self._publisher is not None:
+            self._publisher.abandon(AFTER_AN_ERROR)
 
-    def _finish(self, trainer: Trainer, seconds: float) -> None:
-        if self._previewer is None or is_fast_dev_run(trainer):
-            return
-        lane = pictures_of(trainer)
-        finish(trainer, lane, seconds)
-        self._complain()
-        if lane.pending:
-            rank_zero_warn(
-                f"{lane.pending} previews are still being published after {seconds:g} seconds; "
-                "going on meanwhile"
-            )
-
-    def _react(self, message: str, error: AgreedError) -> None:
-        if self.on_error == "raise":
-            raise RuntimeError(message) from error
-        rank_zero_warn(f"{message}; training goes on as if there had been none")
-
-
-def _require_fit(recipe: Recipe) -> None:
-    """Raise ValueError for contradicting arguments that are known before prompts are encoded."""
-    encode, pipeline = recipe.conditions.encode, recipe.pipeline
-    if recipe.conditions.prompts and encode is None and pipeline is None:
-        raise ValueError(
-            "prompts need encode=, a function from a list of texts to arguments of the network"
-        )
-    if pipeline is not None and (recipe.predict is not None or recipe.decode is not None):
-        raise ValueError(
-            "a pipeline brings its own network and decoder; leave predict and decode out, or "
-            "pipeline"
-        )
-    if recipe.max_seconds is not None and not recipe.max_seconds > 0:
-        raise ValueError(
-            f"max_seconds must be above 0, got {recipe.max_seconds}; leave it out for no limit"
-        )
-    if encode is None:
-        recipe.conditioned()
+    def _finish(self, seconds: float) -> None:
+        if self._run is not None and self._publisher is not None:
+            self._publisher.finish(seconds)
 
 
 def _name(folder: str) -> str:

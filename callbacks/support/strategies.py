@@ -4,21 +4,13 @@
 - FSDP1, ZeRO-3: call through the wrapper. Only its forward gathers the parameters of the outermost
   unit.
 - FSDP2: call the module, because the hooks are in the modules themselves.
-
-If the model is sharded, every forward is a collective, so all ranks must make the same number of
-forwards. If a forward fails on one rank, the ranks cannot vote on it, because the other ranks wait
-in that forward.
 """
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -30,30 +22,9 @@ from lightning.pytorch.strategies import (
     Strategy,
     XLAStrategy,
 )
+from torch import nn
 
-
-class ShardedForwardError(RuntimeError):
-    """A forward of a sharded model failed.
-
-    It ends training on every rank, because the ranks can no longer exchange errors.
-    """
-
-
-@dataclass(frozen=True)
-class ForwardMode:
-    """How to call the model outside ``training_step``.
-
-    Args:
-        sharded: a forward is a collective.
-        wrapped: a forward must go through the strategy's wrapper.
-        exit_after: seconds between an error in a sharded forward and the end of the process. None:
-            the process does not end.
-    """
-
-    sharded: bool = False
-    wrapped: bool = False
-    exit_after: float | None = None
-
+from ...training.loops.forward import ForwardMode, guarded
 
 # the first match counts: some of these classes inherit from others
 _KINDS: tuple[tuple[type[Strategy], ForwardMode | None], ...] = (
@@ -104,6 +75,15 @@ def share_of(strategy: Strategy, world_size: int, rank: int) -> tuple[int, int]:
     return world_size, rank
 
 
+def root_of(trainer: Trainer, module: LightningModule) -> nn.Module:
+    """Return the outermost module, such as FSDP's wrapper around the LightningModule.
+
+    The LightningModule has no reference to its wrapper.
+    """
+    root = trainer.strategy.model
+    return root if isinstance(root, nn.Module) else module
+
+
 def wrap_forward(
     trainer: Trainer,
     module: LightningModule,
@@ -112,30 +92,13 @@ def wrap_forward(
 ) -> Callable[..., Any]:
     """Wrap ``function``, which uses ``module`` or parts of it, for calls between training steps.
 
-    If the model is sharded, an error inside ``function`` is raised as ShardedForwardError. The
-    other ranks wait in that forward until this process ends or the process group's timeout has
-    passed. With ``forward_mode.exit_after`` this process ends in any case.
+    See :func:`~alphabar.training.loops.forward.guarded` for errors inside a sharded model.
     """
-    if not forward_mode.sharded:
-        return function
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            if forward_mode.wrapped:
-                return _through_wrapper(
-                    trainer.strategy.model, module, lambda: function(*args, **kwargs)
-                )
-            return function(*args, **kwargs)
-        except Exception as error:
-            if forward_mode.exit_after is not None:
-                _end_soon(forward_mode.exit_after)
-            raise ShardedForwardError(
-                f"{type(error).__name__}: {error} (inside a forward of the sharded model: training "
-                "ends on all ranks; "
-                "where this speaks of a lost connection, another rank failed first)"
-            ) from error
+    def through_wrapper(*args: Any, **kwargs: Any) -> Any:
+        return _through_wrapper(trainer.strategy.model, module, lambda: function(*args, **kwargs))
 
-    return call
+    return guarded(through_wrapper if forward_mode.wrapped else function, forward_mode)
 
 
 def _through_wrapper(wrapper: Any, module: LightningModule, call: Callable[[], Any]) -> Any:
@@ -161,14 +124,3 @@ def _through_wrapper(wrapper: Any, module: LightningModule, call: Callable[[], A
         return wrapper(0)
     finally:
         restore()
-
-
-def _end_soon(seconds: float) -> None:
-    """End this process after ``seconds``, so that loggers can finish in this time.
-
-    Aborting the process group instead would not reach the other ranks.
-    """
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        timer = threading.Timer(seconds, os._exit, [1])
-        timer.daemon = True  # does not delay a normal exit
-        timer.start()

@@ -1,8 +1,8 @@
-"""Log an image to any logger that supports images; Lightning's ``Logger`` has no such method.
+"""Log an image to any logger that supports images: of Lightning, accelerate, or a SummaryWriter.
 
 A logger is identified by the name of its class or of a base class, so no logger package is
 imported. For other loggers, ``log_image`` (the Weights & Biases signature) is tried first, then
-``experiment.add_image`` (the TensorBoard signature).
+``add_image`` of the logger or of its ``experiment`` (the TensorBoard signature).
 
 Thread safety: a background thread logs images, one at a time. The training thread logs numbers, as
 Lightning does. TensorBoard and Weights & Biases put both into their own locked queues. The clients
@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...training.images import to_pil
+from ..images import to_pil
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ def log_image(
     captions: Sequence[str] = (),
     path: str | os.PathLike[str] | None = None,
 ) -> bool:
-    """Log an image to a Lightning logger; return False if the logger takes no images.
+    """Log an image to a logger; return False if the logger takes no images.
 
     Each logger gets the arguments that it supports. Errors of the logger are raised unchanged.
 
     Args:
-        logger: a Lightning logger.
+        logger: a logger of Lightning, a tracker of accelerate, or a SummaryWriter.
         tag: name of the image in the logger.
         image: uint8 (height, width, 1 or 3).
         step: optimizer step.
@@ -86,8 +86,9 @@ def log_image(
             return LOGGERS[kind.__name__](logger, picture)
     if callable(getattr(logger, "log_image", None)):
         return _album(logger, picture)
-    if callable(getattr(getattr(logger, "experiment", None), "add_image", None)):
-        return _tensorboard(logger, picture)
+    for writer in (logger, getattr(logger, "experiment", None)):
+        if callable(getattr(writer, "add_image", None)):
+            return _writer(writer, picture)
     return False
 
 
@@ -102,12 +103,9 @@ def takes_images(logger: Any) -> bool:
     kind = next((kind.__name__ for kind in type(logger).__mro__ if kind.__name__ in LOGGERS), None)
     if LOGGERS.get(kind or "") is _none:
         return False
-    experiment = (
-        getattr(logger, "experiment", None) if kind or not hasattr(logger, "log_image") else None
-    )
-    return kind is not None or callable(
-        getattr(logger, "log_image", None) or getattr(experiment, "add_image", None)
-    )
+    own = getattr(logger, "log_image", None) or getattr(logger, "add_image", None)
+    experiment = getattr(logger, "experiment", None) if kind or own is None else None
+    return kind is not None or callable(own or getattr(experiment, "add_image", None))
 
 
 def _wandb(logger: Any, picture: Picture) -> bool:
@@ -125,10 +123,46 @@ def _album(logger: Any, picture: Picture) -> bool:
     return True
 
 
+def _writer(writer: Any, picture: Picture) -> bool:
+    writer.add_image(picture.tag, picture.grid.cpu().numpy(), picture.step, dataformats="HWC")
+    return True
+
+
 def _tensorboard(logger: Any, picture: Picture) -> bool:
-    logger.experiment.add_image(
-        picture.tag, picture.grid.cpu().numpy(), picture.step, dataformats="HWC"
-    )
+    return _writer(logger.experiment, picture)
+
+
+def _tensorboard_tracker(tracker: Any, picture: Picture) -> bool:
+    return _writer(tracker.writer, picture)
+
+
+def _wandb_tracker(tracker: Any, picture: Picture) -> bool:
+    images = [to_pil(image) for image in picture.images or [picture.grid]]
+    # without the step: the training has logged later steps meanwhile, and Weights & Biases drops
+    # what goes back; so the images join the row that the training logs next
+    tracker.log_images({picture.tag: images}, commit=False)
+    return True
+
+
+def _comet_tracker(tracker: Any, picture: Picture) -> bool:
+    tracker.writer.log_image(to_pil(picture.grid), name=picture.tag, step=picture.step)
+    return True
+
+
+def _aim_tracker(tracker: Any, picture: Picture) -> bool:
+    tracker.log_images({picture.tag: to_pil(picture.grid)}, step=picture.step)
+    return True
+
+
+def _clearml_tracker(tracker: Any, picture: Picture) -> bool:
+    tracker.log_images({picture.tag: picture.grid.cpu().numpy()}, step=picture.step)
+    return True
+
+
+def _mlflow_tracker(tracker: Any, picture: Picture) -> bool:
+    if picture.path is None:
+        return False
+    tracker.log_artifact(picture.path, picture.tag)
     return True
 
 
@@ -162,5 +196,14 @@ LOGGERS: Mapping[str, Callable[[Any, Picture], bool]] = {
     "CometLogger": _comet,
     "LitLogger": _file,
     "CSVLogger": _none,
+    "TensorBoardTracker": _tensorboard_tracker,
+    "WandBTracker": _wandb_tracker,
+    "CometMLTracker": _comet_tracker,
+    "AimTracker": _aim_tracker,
+    "ClearMLTracker": _clearml_tracker,
+    "MLflowTracker": _mlflow_tracker,
 }
-"""Image function of each Lightning logger. To add a logger, add a function and an entry here."""
+"""Image function of each logger of Lightning and each tracker of accelerate.
+
+To add a logger, add a function and an entry here.
+"""

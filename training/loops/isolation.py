@@ -9,14 +9,13 @@ from __future__ import annotations
 import random
 import signal
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Trainer
 from torch import nn
 
 LARGEST_BUFFER = 1 << 24  # bytes
@@ -135,15 +134,18 @@ class Termination:
 
 
 @contextmanager
-def sigterm_deferred(trainer: Trainer) -> Generator[Termination, None, None]:
-    """Defer SIGTERM to the end of the block; if ``agreed`` is set, every rank acts on it.
+def sigterm_deferred(
+    together: Callable[[], object] | None = None,
+) -> Generator[Termination, None, None]:
+    """Defer SIGTERM to the end of the block.
 
-    Lightning's handler broadcasts at once, at any point of the program. That broadcast could pair
-    with a gather of another rank.
+    A handler may call a collective, which could pair with a gather of another rank.
 
-    >>> with sigterm_deferred(
-    ...     Trainer(logger=False, accelerator="cpu", barebones=True)
-    ... ) as termination:
+    Args:
+        together: acts on the signal if ``agreed`` is set. Every rank calls it at the same place.
+            By default only the processes that received the signal act on it.
+
+    >>> with sigterm_deferred() as termination:
     ...     termination.arrived
     False
     """
@@ -161,21 +163,7 @@ def sigterm_deferred(trainer: Trainer) -> Generator[Termination, None, None]:
         yield termination
     finally:
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
-        if termination.agreed and trainer.world_size > 1:
-            _terminate_together(trainer)
-        elif termination.arrived or termination.agreed:
+        if termination.agreed and together is not None:
+            together()
+        elif termination.arrived:
             signal.raise_signal(signal.SIGTERM)
-
-
-def _terminate_together(trainer: Trainer) -> None:
-    """Run the SIGTERM handlers on every rank once, and ignore SIGTERM afterwards.
-
-    The broadcasts in Lightning's handlers pair up only if all ranks run them together.
-    """
-    connector = getattr(trainer, "_signal_connector", None)
-    if connector is not None:
-        # otherwise rank 0 would send the signal again to processes that already have it
-        connector.received_sigterm = True
-    signal.raise_signal(signal.SIGTERM)
-    # ignore further signals until fit ends, at the next batch
-    signal.signal(signal.SIGTERM, lambda *_: None)

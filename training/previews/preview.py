@@ -5,27 +5,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...sampling import Sampler
-from ..ema_weights import ema_weights
-from ..support.collectives import gather, raise_on_all_ranks
-from ..support.isolation import Termination
-from ..support.module_api import is_fast_dev_run, predict_of_module
-from ..support.sharding import reshard, root_of
-from ..support.strategies import ForwardMode, share_of, wrap_forward
+from ..loops.collectives import gather, raise_on_all_ranks
+from ..loops.complaints import warn_on_rank_zero
+from ..loops.forward import ForwardMode
+from ..loops.isolation import Termination
+from ..loops.loop import LiveModel, Loop
+from ..loops.sharding import reshard
+from ..publishing.publish import Preview
 from .batches import Plan
-from .conditioning import Conditions
 from .diffusers_pipelines import (
     components,
     differences_of,
@@ -33,12 +29,11 @@ from .diffusers_pipelines import (
     pipeline_steps,
     scheduler_of,
 )
-from .loop import Rounds, Start
-from .publish import Preview
+from .recipe import Recipe
 from .render import Drawing, in_slices, without_a_trace
+from .rounds import Rounds, Start
 
 REHEARSAL_STEPS = 2  # sampling steps of the one image that fast_dev_run draws
-WEIGHTS: dict[str, tuple[str, ...]] = {"raw": ("raw",), "ema": ("ema",), "both": ("raw", "ema")}
 BAR_AFTER = 3.0  # seconds until the progress bar appears
 
 
@@ -47,47 +42,23 @@ USUAL_STEPS = 20
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """The arguments of ValidationSampling that say what to draw and how, without the model."""
+class Moment:
+    """The place of a preview in the training.
 
-    drawing: Drawing
-    conditions: Conditions
-    guidance: dict[str, float]
-    batch_size: int
-    predict: Callable[..., Any] | None = None
-    decode: Any = None
-    decode_batch_size: int = 1
-    pipeline: Any = None
-    max_seconds: float | None = None
-    weights: str = "raw"
+    Args:
+        step: optimizer step.
+        epoch: training epoch, None if it is not known.
+        rehearsal: draw one image in two steps.
+    """
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds of weights to draw with, in order."""
-        return WEIGHTS[self.weights]
-
-    @property
-    def seconds(self) -> float | None:
-        """The time limit for each kind of weights, in seconds."""
-        return None if self.max_seconds is None else self.max_seconds / len(self.kinds)
-
-    def conditioned(self) -> Drawing:
-        """Return the drawing with encoded conditions.
-
-        Raises:
-            ValueError: the conditions contradict each other or the guidance.
-        """
-        conditioning, unconditional = self.conditions.encoded()
-        # a pipeline applies guidance itself
-        guidance: dict[str, Any] = {} if self.pipeline is not None else self.guidance
-        return replace(
-            self.drawing, conditioning=conditioning, unconditional=unconditional, **guidance
-        )
+    step: int
+    epoch: int | None = None
+    rehearsal: bool = False
 
 
 @dataclass
 class Previewer:
-    """A recipe for one model during one fit.
+    """A recipe for one model during one training run.
 
     ``batch_size`` is the size that fits in memory, as far as known: it is reduced after an
     out-of-memory error.
@@ -95,65 +66,75 @@ class Previewer:
 
     recipe: Recipe
     sampler: Any
-    forward_mode: ForwardMode
+    loop: Loop
     drawing: Drawing
-    pipeline: Any
     batch_size: int
+    pipeline: Any = None
 
     @classmethod
     def prepare(
-        cls,
-        recipe: Recipe,
-        sampler: Any,
-        forward_mode: ForwardMode,
-        trainer: Trainer,
-        module: LightningModule,
+        cls, recipe: Recipe, sampler: Any, loop: Loop, model: LiveModel | None = None
     ) -> Previewer:
-        """Encode the prompts and make the pipeline.
+        """Encode the prompts; with a model, also make the pipeline.
 
         Errors of the user's functions are raised unchanged.
         """
-        pipeline = None
-        require_equal_work(sampler, forward_mode)
-        if recipe.pipeline is not None:
-            if not isinstance(sampler, Sampler):
-                raise ValueError(
-                    f"no scheduler of diffusers is {sampler.name}, which a pipeline would need; "
-                    "take another sampler"
-                )
-            pipeline = pipeline_of(recipe.pipeline, module)
-            name, differences = (
-                type(scheduler_of(sampler, pipeline)).__name__,
-                differences_of(sampler, pipeline),
+        if recipe.pipeline is not None and not isinstance(sampler, Sampler):
+            raise ValueError(
+                f"no scheduler of diffusers is {sampler.name}, which a pipeline would need; "
+                "take another sampler"
             )
-            if differences:
-                rank_zero_warn(
-                    f"the pipeline draws with {name}, which is not the sampler: "
-                    f"{'; '.join(differences)}"
-                )
-        encode = recipe.conditions.encode
+        previewer = cls(recipe, sampler, loop, recipe.drawing, recipe.batch_size)
+        if model is not None:
+            previewer.connect(model)
+        previewer.drawing = previewer._conditioned(model)
+        return previewer
+
+    def connect(self, model: LiveModel) -> None:
+        """Make the pipeline for this model, and check that the model allows the sampler.
+
+        Raises:
+            ValueError: the model cannot be drawn like this.
+            TypeError: ``pipeline`` is no pipeline.
+        """
+        require_equal_work(self.sampler, model.forward_mode)
+        if self.recipe.pipeline is None or self.pipeline is not None:
+            return
+        if model.forward_mode.sharded:
+            raise ValueError(
+                "a pipeline calls its networks by itself, which a sharded model does not allow; "
+                "draw with predict= and decode=, or train with a whole copy on every rank (DDP)"
+            )
+        self.pipeline = pipeline_of(self.recipe.pipeline, model.module)
+        differences = differences_of(self.sampler, self.pipeline)
+        if differences:
+            name = type(scheduler_of(self.sampler, self.pipeline)).__name__
+            warn_on_rank_zero(
+                f"the pipeline draws with {name}, which is not the sampler: "
+                f"{'; '.join(differences)}"
+            )
+
+    def _conditioned(self, model: LiveModel | None) -> Drawing:
+        recipe, encode = self.recipe, self.recipe.conditions.encode
         if encode is None:
-            return cls(
-                recipe, sampler, forward_mode, recipe.conditioned(), pipeline, recipe.batch_size
-            )
-        entering = (
-            wrap_forward(trainer, module, forward_mode, encode)
-            if may_use(module, encode)
-            else encode
-        )
+            return recipe.conditioned()
+        modules = modules_of(encode) + ([model.module] if model is not None else [])
+        if model is not None and may_use(model.module, encode):
+            encode = model.call(encode)
+        device = model.device if model is not None else self.loop.device or default_device()
         try:
-            with without_a_trace(trainer.strategy.root_device, modules_of(module, encode)):
-                drawing = replace(
-                    recipe, conditions=replace(recipe.conditions, encode=entering)
+            with without_a_trace(device, modules):
+                return replace(
+                    recipe, conditions=replace(recipe.conditions, encode=encode)
                 ).conditioned()
         finally:
-            reshard(root_of(trainer, module))
-        return cls(recipe, sampler, forward_mode, drawing, pipeline, recipe.batch_size)
+            if model is not None:
+                reshard(model.root)
 
     def preview(
         self,
-        trainer: Trainer,
-        module: LightningModule,
+        model: LiveModel,
+        moment: Moment,
         weights: str,
         shape: tuple[int, ...] | None,
         termination: Termination,
@@ -164,8 +145,8 @@ class Previewer:
         stop.
 
         Args:
-            trainer: the Trainer.
-            module: the live module.
+            model: the live model.
+            moment: the place of the preview in the training.
             weights: 'raw' or 'ema'.
             shape: shape of one sample.
             termination: state of a deferred SIGTERM.
@@ -173,30 +154,30 @@ class Previewer:
         Raises:
             AgreedError: on every rank, if any rank has an error.
         """
-        started, rehearsal = time.monotonic(), is_fast_dev_run(trainer)
-        size, share = share_of(trainer.strategy, trainer.world_size, trainer.global_rank)
+        started, loop = time.monotonic(), self.loop
+        size, share = loop.share_of_rank
         plan = (
             Plan(1, 1, size)
-            if rehearsal
+            if moment.rehearsal
             else Plan(self.drawing.num_images, self.recipe.batch_size, size)
         )
-        stop = REHEARSAL_STEPS if rehearsal else None
+        stop = REHEARSAL_STEPS if moment.rehearsal else None
         rounds = Rounds(
             min(self.batch_size, plan.batch_size),
-            trainer.world_size,
-            trainer.global_rank,
-            trainer.strategy.root_device,
+            loop.world_size,
+            loop.rank,
+            model.device,
             started + (self.recipe.seconds or math.inf),
             lambda: termination.arrived,
         )
         with ExitStack() as stack:
             # otherwise the next training step would use the preview's values in the outermost unit
-            stack.callback(reshard, root_of(trainer, module))
-            start, averaged = self._ready(trainer, module, weights == "ema", shape, stop, stack)
+            stack.callback(reshard, model.root)
+            start, averaged = self._ready(model, weights == "ema", shape, stop, stack)
             if weights == "ema" and not averaged and self.recipe.weights == "both":
                 return None  # the raw weights have their own preview
             bar = _bar(
-                trainer,
+                loop,
                 weights,
                 plan.rounds
                 * -(-plan.batch_size // rounds.batch_size)
@@ -211,14 +192,14 @@ class Previewer:
         if drawn.pixels.numel() == 0:
             mend = "raise it, or draw fewer images or steps"
             limit = f"in max_seconds={self.recipe.max_seconds}"
-            rank_zero_warn(
-                f"the preview at step {trainer.global_step} finished no image {limit}; {mend}"
+            warn_on_rank_zero(
+                f"the preview at step {moment.step} finished no image {limit}; {mend}"
             )
             return None
         notes = []
         if weights == "ema" and not averaged:
             notes.append("there are no EMA weights yet: drawn with the raw ones")
-        pixels, nan = (_in_order(trainer, plan, share, part) for part in drawn)
+        pixels, nan = (self._in_order(model, plan, part) for part in drawn)
         if rounds.stopped:
             notes.append(
                 f"{len(pixels)} of {plan.num_images} images: max_seconds={self.recipe.max_seconds} "
@@ -230,10 +211,10 @@ class Previewer:
                 "the pixels"
             )
             mend = "chequered in the picture; look at the loss and at the dtype that is sampled in"
-            rank_zero_warn(f"the preview at step {trainer.global_step} has {notes[-1]} ({mend})")
+            warn_on_rank_zero(f"the preview at step {moment.step} has {notes[-1]} ({mend})")
         return Preview(
-            step=trainer.global_step,
-            epoch=trainer.current_epoch,
+            step=moment.step,
+            epoch=moment.epoch,
             weights="ema" if averaged else "raw",
             images=pixels,
             seeds=tuple(self.drawing.seeds_of(range(len(pixels)))),
@@ -249,11 +230,7 @@ class Previewer:
         )
 
     def trial(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        shape: tuple[int, ...] | None,
-        termination: Termination,
+        self, model: LiveModel, shape: tuple[int, ...] | None, termination: Termination
     ) -> None:
         """Draw one image in one step (a pipeline: two steps) on every rank, decode it, discard it.
 
@@ -263,30 +240,34 @@ class Previewer:
         Raises:
             AgreedError: on every rank, if any rank has an error.
         """
-        size, share = share_of(trainer.strategy, trainer.world_size, trainer.global_rank)
-        plan, device = Plan(1, 1, size), trainer.strategy.root_device
-        stop = REHEARSAL_STEPS if self.pipeline is not None else 1
+        loop = self.loop
+        size, share = loop.share_of_rank
+        plan = Plan(1, 1, size)
+        stop = REHEARSAL_STEPS if self.recipe.pipeline is not None else 1
         rounds = Rounds(
-            1,
-            trainer.world_size,
-            trainer.global_rank,
-            device,
-            interrupted=lambda: termination.arrived,
+            1, loop.world_size, loop.rank, model.device, interrupted=lambda: termination.arrived
         )
         with ExitStack() as stack:
-            stack.callback(reshard, root_of(trainer, module))
-            start, _ = self._ready(
-                trainer, module, self.recipe.weights != "raw", shape, stop, stack
-            )
+            stack.callback(reshard, model.root)
+            start, _ = self._ready(model, self.recipe.weights != "raw", shape, stop, stack)
             drawn = rounds.draw(plan.batches(share), start)
         termination.agreed = rounds.stopped == "signal"
         if not termination.agreed:
-            _in_order(trainer, plan, share, drawn.pixels)
+            self._in_order(model, plan, drawn.pixels)
+
+    def _in_order(self, model: LiveModel, plan: Plan, own: Tensor) -> Tensor:
+        """Gather (rounds, batch, ...) of all ranks as (num_images, ...) on the CPU."""
+        world_size = self.loop.world_size
+        gathered = gather(own.to(model.device), world_size).cpu()
+        if plan.world_size < world_size:  # ranks of a tensor-parallel group draw the same share
+            share = torch.tensor([self.loop.share_of_rank[1]], device=model.device)
+            shares = gather(share, world_size).flatten().tolist()
+            gathered = gathered[[shares.index(k) for k in range(plan.world_size)]]
+        return plan.in_order(gathered)
 
     def _ready(
         self,
-        trainer: Trainer,
-        module: LightningModule,
+        model: LiveModel,
         average: bool,
         shape: tuple[int, ...] | None,
         stop: int | None,
@@ -298,25 +279,21 @@ class Previewer:
         """
         error, start, averaged = None, None, False
         try:
-            start = self._start(trainer, module, shape, stop)
-            averaged = average and stack.enter_context(ema_weights(trainer, module))
+            self.connect(model)
+            start = self._start(model, shape, stop)
+            # a context that yields nothing has an average; one that yields False has none yet
+            averaged = average and stack.enter_context(model.average()) is not False
         except Exception as raised:
             error = raised
-        raise_on_all_ranks(error, trainer.world_size)
+        raise_on_all_ranks(error, self.loop.world_size)
         assert start is not None  # otherwise an error was raised above
         modules = modules_of(
-            module, self.recipe.predict, self.recipe.decode, pipeline=self.pipeline
+            model.module, self.recipe.predict, self.recipe.decode, pipeline=self.pipeline
         )
-        stack.enter_context(without_a_trace(trainer.strategy.root_device, modules))
+        stack.enter_context(without_a_trace(model.device, modules))
         return start, averaged
 
-    def _start(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        shape: tuple[int, ...] | None,
-        stop: int | None,
-    ) -> Start:
+    def _start(self, model: LiveModel, shape: tuple[int, ...] | None, stop: int | None) -> Start:
         recipe = self.recipe
         if self.pipeline is not None:
             return lambda images: pipeline_steps(
@@ -328,49 +305,46 @@ class Previewer:
                 negative_prompt=recipe.conditions.negative_prompt,
                 shape=shape,
                 stop=stop,
-                context=partial(pipeline_context, trainer),
+                context=model.pipeline_context,
                 **recipe.guidance,
             )
         if shape is None:
             raise ValueError(
                 "the shape of a sample is not known; set the module's sample_shape, or give shape="
             )
-        predict = recipe.predict if recipe.predict is not None else predict_of_module(module)
-        network = network_of(trainer, module, self.forward_mode, predict)
-        decode = decoder_of(
-            trainer, module, self.forward_mode, recipe.decode, recipe.decode_batch_size
-        )
-        device = trainer.strategy.root_device
+        network = network_of(model)
+        decode = decoder_of(model, recipe.decode, recipe.decode_batch_size)
         return lambda images: self.drawing.steps(
-            network, self.sampler, shape, images, device, decode=decode, stop=stop
+            network, self.sampler, shape, images, model.device, decode=decode, stop=stop
         )
 
     def _remember(self, rounds: Rounds) -> None:
         if rounds.out_of_memory:
             self.batch_size = rounds.batch_size
-            rank_zero_warn(
+            warn_on_rank_zero(
                 f"a preview ran out of memory; it is drawn {self.batch_size} at a time from now "
                 "on, and "
                 f"batch_size={self.batch_size} would do so at once"
             )
 
 
-def _bar(trainer: Trainer, weights: str, total: int) -> Any:
-    """Return a progress bar that appears for a long preview, if the trainer shows progress bars."""
-    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+def _bar(loop: Loop, weights: str, total: int) -> Any:
+    """Return a progress bar that appears for a long preview, if the loop shows progress bars."""
+    shown = loop.is_global_zero and loop.shows_progress
     return tqdm(
         total=total, desc=f"preview ({weights})", delay=BAR_AFTER, leave=False, disable=not shown
     )
 
 
-def _in_order(trainer: Trainer, plan: Plan, share: int, own: Tensor) -> Tensor:
-    """Gather (rounds, batch, ...) of all ranks as (num_images, ...) on the CPU."""
-    device = trainer.strategy.root_device
-    gathered = gather(own.to(device), trainer.world_size).cpu()
-    if plan.world_size < trainer.world_size:  # ranks of a tensor-parallel group draw the same share
-        shares = gather(torch.tensor([share], device=device), trainer.world_size).flatten().tolist()
-        gathered = gathered[[shares.index(k) for k in range(plan.world_size)]]
-    return plan.in_order(gathered)
+def default_device() -> torch.device:
+    """Return the current accelerator of this process, or the CPU.
+
+    >>> default_device().type in ("cpu", "cuda", "mps", "xpu")
+    True
+    """
+    return (
+        torch.accelerator.is_available() and torch.accelerator.current_accelerator()
+    ) or torch.device("cpu")
 
 
 def require_equal_work(sampler: Any, forward_mode: ForwardMode) -> None:
@@ -386,33 +360,23 @@ def require_equal_work(sampler: Any, forward_mode: ForwardMode) -> None:
         )
 
 
-def network_of(
-    trainer: Trainer,
-    module: LightningModule,
-    forward_mode: ForwardMode,
-    predict: Callable[..., Any],
-) -> Callable[..., Any]:
-    """Wrap ``predict`` so that a sampler can call it between training steps.
+def network_of(model: LiveModel) -> Callable[..., Any]:
+    """Return the model's ``predict`` as a sampler calls it between training steps.
 
     It runs in the precision of training.
     """
-    precision = trainer.precision_plugin
-    predict = wrap_forward(trainer, module, forward_mode, predict)
+    predict = model.call(model.predict)
 
     def network(x: Tensor, timesteps: Tensor, **conditioning: Any) -> Any:
         # as in training: convert inputs but not timesteps. Not around the whole loop, because half
         # precision changes the default dtype, which would change the dtype of the noise
-        with precision.forward_context():
-            return predict(
-                precision.convert_input(x), timesteps, **precision.convert_input(conditioning)
-            )
+        with model.forward_context():
+            return predict(model.convert_input(x), timesteps, **model.convert_input(conditioning))
 
     return network
 
 
-def decoder_of(
-    trainer: Trainer, module: LightningModule, forward_mode: ForwardMode, decode: Any, size: int
-) -> Callable[[Tensor], Tensor] | None:
+def decoder_of(model: LiveModel, decode: Any, size: int) -> Callable[[Tensor], Tensor] | None:
     """Return ``decode`` in slices of ``size``, or None if ``decode`` is None.
 
     It is called like a part of the model, unless it is a separate network.
@@ -420,9 +384,7 @@ def decoder_of(
     if decode is None:
         return None
     sliced = in_slices(decode, size)
-    return (
-        wrap_forward(trainer, module, forward_mode, sliced) if may_use(module, decode) else sliced
-    )
+    return model.call(sliced) if may_use(model.module, decode) else sliced
 
 
 def may_use(module: nn.Module, function: object) -> bool:
@@ -436,16 +398,6 @@ def may_use(module: nn.Module, function: object) -> bool:
     """
     owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
     return owner in list(module.modules()) if isinstance(owner, nn.Module) else True
-
-
-def pipeline_context(trainer: Trainer) -> AbstractContextManager[Any]:
-    """Return the autocast context of training, or a null context if training has none.
-
-    True half precision is not applied: it changes the default dtype and so the tables of
-    schedulers.
-    """
-    plugin = trainer.precision_plugin
-    return plugin.forward_context() if isinstance(plugin, MixedPrecision) else nullcontext()
 
 
 def modules_of(*parts: Any, pipeline: Any = None) -> list[nn.Module]:

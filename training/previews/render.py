@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ...noising.noising import prediction_tensor
 from ...sampling import Sampler
 from ...sampling.guidance import guided_network
-from ...training.images import to_pixels
-from ..support.isolation import buffers_restored, evaluating, randomness_restored
+from ..images import to_pixels
+from ..loops.isolation import buffers_restored, evaluating, randomness_restored
 from .batches import require_rows, take_rows
 
 NAN_SQUARE = 4  # size in pixels; NaN is shown as a checkerboard, which no real image looks like

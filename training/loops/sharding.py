@@ -14,21 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-
-
-def root_of(trainer: Trainer, module: LightningModule) -> nn.Module:
-    """Return the outermost module, such as FSDP's wrapper around the LightningModule.
-
-    The LightningModule has no reference to its wrapper.
-    """
-    root = trainer.strategy.model
-    return root if isinstance(root, nn.Module) else module
 
 
 def reshard(root: nn.Module) -> None:

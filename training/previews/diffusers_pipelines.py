@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Generator as Random
 from torch import Tensor, nn
 
@@ -23,7 +22,7 @@ from ...sampling.interop.diffusers_configs import nearest_config
 from .render import Drawing, Painted, paint
 
 
-def pipeline_of(given: Any, module: LightningModule) -> Any:
+def pipeline_of(given: Any, module: nn.Module) -> Any:
     """Return the pipeline ``given``, or ``given(module)`` if ``given`` is a function.
 
     Raises:

@@ -19,9 +19,7 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from lightning.pytorch import Trainer
-
-from .collectives import on_rank_zero
+from .collectives import Ranks, on_rank_zero
 
 AT_THE_END = 300.0  # seconds to wait for pending tasks at the end of fit
 BEFORE_A_CHECKPOINT = 60.0
@@ -135,20 +133,20 @@ class Background:
                 self._changed.notify_all()
 
 
-_PICTURES: WeakKeyDictionary[Trainer, Background] = WeakKeyDictionary()
+_PICTURES: WeakKeyDictionary[object, Background] = WeakKeyDictionary()
 
 
-def pictures_of(trainer: Trainer) -> Background:
-    """Return the publishing queue of this trainer.
+def pictures_of(owner: object) -> Background:
+    """Return the publishing queue of a Trainer, or of another object that holds the loggers.
 
     All callbacks share it, so that no two threads call the same logger.
     """
-    return _PICTURES.setdefault(trainer, Background())
+    return _PICTURES.setdefault(owner, Background())
 
 
-def finish(trainer: Trainer, lane: Background, seconds: float) -> None:
+def finish(ranks: Ranks, lane: Background, seconds: float) -> None:
     """Wait on every rank until the queue of rank 0 is empty or ``seconds`` have passed.
 
     Every rank must call it. The ranks wait in ``patient_group``, not in the group of the training.
     """
-    on_rank_zero(trainer, lambda: lane.wait(seconds))
+    on_rank_zero(ranks, lambda: lane.wait(seconds))

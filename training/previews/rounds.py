@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..support.collectives import any_rank, raise_on_all_ranks
-from ..support.strategies import ShardedForwardError
+from ..loops.collectives import any_rank, raise_on_all_ranks
+from ..loops.forward import ShardedForwardError
 from .render import Painted
 
 Start = Callable[[Sequence[int]], Iterator["Painted | None"]]
@@ -35,7 +35,7 @@ class Rounds:
         interrupted: returns whether to stop at once.
         tick: called after each step.
 
-    >>> from alphabar.callbacks.previews.render import paint
+    >>> from alphabar.training.previews.render import paint
     >>> rounds = Rounds(batch_size=2)
     >>> drawn = rounds.draw(
     ...     [[0, 1], [2, 2]], lambda images: iter([None, paint(torch.zeros(len(images), 1, 4, 4))])

@@ -1,4 +1,4 @@
-"""Groups of ValidationSampling's arguments that can be passed as one object."""
+"""Groups of arguments that can be passed as one object."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ G = TypeVar("G")
 class PreviewConditions:
     """What the images of a preview are conditioned on, and the guidance.
 
-    Several callbacks can share one object. The fields are the arguments of
-    :class:`ValidationSampling` with these names.
+    Several previews can share one object. The fields are the arguments of
+    :class:`~alphabar.training.Previews` and ``ValidationSampling`` with these names.
 
-    >>> from alphabar.callbacks import ValidationSampling
-    >>> digits = PreviewConditions(classes=range(10), null_class=10, guidance_scale=3.0)
-    >>> ValidationSampling("euler", steps=4, conditions=digits).recipe.conditions.num_images
-    10
+    >>> PreviewConditions(classes=range(10), null_class=10, guidance_scale=3.0).class_key
+    'class_labels'
     """
 
     prompts: Sequence[str] = ()

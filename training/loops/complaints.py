@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import errno
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+import torch.distributed as dist
+
+
+def warn_on_rank_zero(message: str) -> None:
+    """Warn, if this process is rank 0 or the only one.
+
+    >>> import warnings
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warn_on_rank_zero("the preview at step 5 finished no image")
+    >>> str(caught[0].message)
+    'the preview at step 5 finished no image'
+    """
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        warnings.warn(message, stacklevel=3)
 
 
 @dataclass(frozen=True)
@@ -58,7 +72,7 @@ class Complaints:
         """Count this kind of failure, and warn the first time."""
         self._counts[kind] += 1
         if self._counts[kind] == 1:
-            rank_zero_warn(
+            warn_on_rank_zero(
                 f"{message}; training goes on (more of this kind is counted, and told at the end)"
             )
 
@@ -66,7 +80,7 @@ class Complaints:
         """Warn with the count of each kind that occurred more than once, and reset the counts."""
         for (place, cause), count in self._counts.items():
             if count > 1:
-                rank_zero_warn(f"{self.who}: {count} times in this run at {place}: {cause}")
+                warn_on_rank_zero(f"{self.who}: {count} times in this run at {place}: {cause}")
         self._counts.clear()
 
 

@@ -16,14 +16,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from ...training.checkpoints.storage import Folder
-from ...training.images import image_grid, png_bytes
-from ..support.complaints import Failure
-from ..support.loggers import log_image, takes_images
+from ..checkpoints.storage import Folder
+from ..images import image_grid, png_bytes
+from ..loops.complaints import Failure, warn_on_rank_zero
 from .html import PAGE_NAME, RECORDS_NAME, read_records, render
+from .loggers import log_image, takes_images
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Preview:
 
     Args:
         step: optimizer step.
-        epoch: training epoch.
+        epoch: training epoch, None if it is not known.
         weights: 'raw' or 'ema'.
         images: uint8 (n, channels, height, width), with one or three channels.
         seeds: one seed for each image.
@@ -57,7 +56,7 @@ class Preview:
     """
 
     step: int
-    epoch: int
+    epoch: int | None
     weights: str
     images: Tensor
     seeds: tuple[int, ...]
@@ -125,7 +124,7 @@ def publish(preview: Preview, folder: str, loggers: Sequence[Any], told: set[str
     Args:
         preview: the preview.
         folder: a path, or any URL that fsspec supports.
-        loggers: Lightning loggers.
+        loggers: loggers of Lightning, trackers of accelerate, or SummaryWriters.
         told: names of the loggers for which the warning "takes no images" was given. It is updated.
 
     >>> import tempfile, torch
@@ -172,7 +171,7 @@ def publish(preview: Preview, folder: str, loggers: Sequence[Any], told: set[str
                 and name not in told
             ):
                 told.add(name)
-                rank_zero_warn(f"{name} takes no images; previews are in {folder!r} alone")
+                warn_on_rank_zero(f"{name} takes no images; previews are in {folder!r} alone")
         except Exception as error:
             failed.append(Failure(name, error))
     return failed
@@ -197,7 +196,7 @@ def try_out(folder: str, loggers: Sequence[Any], told: set[str]) -> list[Failure
         try:
             if not takes_images(logger) and name not in told:
                 told.add(name)
-                rank_zero_warn(f"{name} takes no images; previews are in {folder!r} alone")
+                warn_on_rank_zero(f"{name} takes no images; previews are in {folder!r} alone")
         except Exception as error:
             failed.append(Failure(name, error))
     return failed

@@ -14,11 +14,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer
 from torch import Tensor
 
 T = TypeVar("T")
@@ -27,6 +26,16 @@ T = TypeVar("T")
 PATIENCE = timedelta(hours=6)
 # at most one entry: (current world group, its patient group)
 _patient: list[tuple[Any, Any]] = []
+
+
+class Ranks(Protocol):
+    """The ranks of a run: a :class:`~alphabar.training.loops.loop.Loop`, or a Trainer."""
+
+    @property
+    def is_global_zero(self) -> bool: ...
+
+    @property
+    def world_size(self) -> int: ...
 
 
 class AgreedError(RuntimeError):
@@ -138,20 +147,20 @@ def gather(own: Tensor, world_size: int = 1) -> Tensor:
     return torch.stack(parts)
 
 
-def on_rank_zero(trainer: Trainer, act: Callable[[], object]) -> None:
+def on_rank_zero(ranks: Ranks, act: Callable[[], object]) -> None:
     """Call ``act`` on rank 0 only; if it raises, every rank raises. Every rank must call it.
 
     Rank 0 raises the original error. The other ranks raise OSError for an OSError and ValueError
     for any other error.
     """
     error: Exception | None = None
-    if trainer.is_global_zero:
+    if ranks.is_global_zero:
         try:
             act()
         except Exception as raised:
             error = raised
     told = _from_rank_zero(
-        trainer, (isinstance(error, OSError), str(error)) if error is not None else None
+        ranks, (isinstance(error, OSError), str(error)) if error is not None else None
     )
     if error is not None:
         raise error
@@ -160,11 +169,11 @@ def on_rank_zero(trainer: Trainer, act: Callable[[], object]) -> None:
         raise (OSError if is_os_error else ValueError)(text)
 
 
-def _from_rank_zero(trainer: Trainer, value: T) -> T:
-    if trainer.world_size == 1:
+def _from_rank_zero(ranks: Ranks, value: T) -> T:
+    if ranks.world_size == 1:
         return value
-    if not dist.is_initialized():  # the strategy does not use torch.distributed
-        return trainer.strategy.broadcast(value)
+    if not dist.is_initialized():  # a Trainer whose strategy does not use torch.distributed
+        return cast(Any, ranks).strategy.broadcast(value)
     held: list[Any] = [value]
     dist.broadcast_object_list(held, src=0, group=patient_group())
     return held[0]

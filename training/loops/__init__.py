@@ -1,0 +1,1 @@
+"""Parts of a training loop that previews and averages meet: ranks, wrappers, state, background."""
