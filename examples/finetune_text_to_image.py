@@ -31,16 +31,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets
-import diffusers
 import huggingface_hub
-import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel, cast_training_params
-from PIL import Image
-from torch import Tensor, nn
+from diffusers.training_utils import EMAModel
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
@@ -48,28 +45,22 @@ from alphabar.noising import NoiseSchedule, Noising
 from alphabar.noising.utils.atomic import require_writable, write_atomically
 from alphabar.noising.utils.rng import Draws, mix, stream_of
 from alphabar.sampling import Sampler
-from alphabar.training import Previews, add_noising_arguments, noising_from_arguments, write_markers
+from alphabar.training import Previews, add_noising_arguments, noising_from_arguments
+from alphabar.training.images import cropped
+from alphabar.training.loops.objective import Objective
+from alphabar.training.loops.positions import Positions, Shuffled, at_positions
+from alphabar.training.loops.run_folder import RunFolder
 from alphabar.training.model_card import loading_code, model_card
-from alphabar.training.positions import Positions, Shuffled, at_positions
-from alphabar.training.run_folder import RunFolder
-from alphabar.training.text_to_image import (
-    Denoiser,
-    Family,
-    decode_images,
-    encode_images,
-    encode_texts,
-    family_of,
-)
+from alphabar.training.text_to_image import LORA_NAME, TextToImage, family_of_source
 
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-LORA_NAME = "pytorch_lora_weights.safetensors"  # diffusers' own
+PROJECT = "finetune_text_to_image"  # in the trackers
 
 FLAGS: dict[str, list[tuple[str, Any, Any, str]]] = {
     "model": [
         ("pretrained_model_name_or_path", str, ..., "a pipeline: a folder or a name on the hub"),
         ("revision", str, None, "revision of the pipeline on the hub"),
         ("variant", str, None, "variant of its files, e.g. fp16"),
-        ("cache_dir", str, None, "folder of downloaded models and data"),
         ("rank", int, 0, "train LoRA matrices of this rank; 0: the whole network"),
         ("lora_alpha", float, None, "scale of the LoRA is alpha / rank; none: the rank"),
         ("lora_dropout", float, 0.0, "dropout in the LoRA's layers"),
@@ -104,8 +95,6 @@ FLAGS: dict[str, list[tuple[str, Any, Any, str]]] = {
         ("scale_lr", bool, False, "multiply it by the number of images in a step"),
         ("lr_scheduler", str, "constant_with_warmup", "a name of diffusers.optimization"),
         ("lr_warmup_steps", int, 100, "optimizer steps of warm-up"),
-        ("lr_num_cycles", int, 1, "restarts of cosine_with_restarts"),
-        ("lr_power", float, 1.0, "exponent of polynomial"),
         ("use_8bit_adam", bool, False, "AdamW of bitsandbytes, with states of 8 bits"),
         ("adam_beta1", float, 0.9, "decay of AdamW's mean"),
         ("adam_beta2", float, 0.999, "decay of AdamW's mean square"),
@@ -146,14 +135,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
         for name, kind, default, words in flags:
-            options: dict[str, Any] = {"type": kind} if kind in (str, int, float) else {}
-            if isinstance(kind, list):
-                options = {"choices": kind}
-            elif kind is not bool:
-                options |= {"nargs": "*"} if kind is list else {}
-            options |= {"action": "store_true"} if kind is bool else {"default": default}
-            required = {"required": True, "default": None} if default is ... else {}
-            group.add_argument(f"--{name}", help=words, **options | required)
+            options: dict[str, Any] = {"type": kind, "default": default}
+            if kind is bool:
+                options = {"action": "store_true"}
+            elif kind is list:
+                options = {"nargs": "*", "default": default}
+            elif isinstance(kind, list):
+                options = {"choices": kind, "default": default}
+            if default is ...:
+                options |= {"required": True, "default": None}
+            group.add_argument(f"--{name}", help=words, **options)
     return add_noising_arguments(parser).parse_args(arguments)
 
 
@@ -165,7 +156,6 @@ class Plan:
     """What a run is, settled before any model is loaded."""
 
     args: argparse.Namespace
-    family: Family
     noising: Noising
     sampler: Sampler
     folder: RunFolder
@@ -184,43 +174,29 @@ def settle(args: argparse.Namespace) -> Plan:
     for name in (*sizes, "num_train_epochs", "max_train_samples", "checkpointing_steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    output, lora = Path(args.output_dir), (args.lora_alpha, args.lora_layers, args.lora_dropout)
-    for wrong, words in (
-        (
-            not 0 <= args.proportion_empty_prompts <= 1,
-            f"--proportion_empty_prompts must lie in 0 ... 1, got {args.proportion_empty_prompts}",
+    source, output = args.pretrained_model_name_or_path, Path(args.output_dir)
+    lora = (args.lora_alpha, args.lora_layers, args.lora_dropout)
+    refused = {  # what is wrong, and whether it is
+        "--proportion_empty_prompts must lie in 0 ... 1": not 0
+        <= args.proportion_empty_prompts
+        <= 1,
+        "give one of --train_data_dir and --dataset_name": (
+            (args.train_data_dir is None) == (args.dataset_name is None)
         ),
-        (
-            (args.train_data_dir is None) == (args.dataset_name is None),
-            "give one of --train_data_dir and --dataset_name",
+        "--streaming needs --max_train_steps: a stream does not say its length": args.streaming
+        and args.max_train_steps is None,
+        "--streaming reads one stream: give --dataloader_num_workers 0 or 1": args.streaming
+        and args.dataloader_num_workers > 1,
+        "--lora_alpha, --lora_layers and --lora_dropout need --rank": any(lora) and not args.rank,
+        f"--output_dir {args.output_dir!r} is the pipeline that is trained from; give another": (
+            output.resolve() == Path(source).resolve()
         ),
-        (
-            args.streaming and args.max_train_steps is None,
-            "--streaming needs --max_train_steps: a stream does not say its length",
-        ),
-        (
-            args.streaming and args.dataloader_num_workers > 1,
-            "--streaming reads one stream: give --dataloader_num_workers 0 or 1",
-        ),
-        (
-            any(lora) and not args.rank,
-            "--lora_alpha, --lora_layers and --lora_dropout are of a LoRA; give --rank too",
-        ),
-        (
-            output.resolve() == Path(args.pretrained_model_name_or_path).resolve(),
-            f"--output_dir {str(output)!r} is the pipeline that is trained from; give another "
-            "folder",
-        ),
-    ):
-        if wrong:
-            raise ValueError(words)
+    }
+    for words in (words for words, wrong in refused.items() if wrong):
+        raise ValueError(words)
     folder = RunFolder(output, ("model_index.json", LORA_NAME), ("previews/step_*.png",))
     folder.require_unused(args.resume_from_checkpoint, args.overwrite_output_dir)
-    family = family_of(
-        diffusers.DiffusionPipeline.load_config(
-            args.pretrained_model_name_or_path, revision=args.revision, cache_dir=args.cache_dir
-        )["_class_name"]
-    )
+    family = family_of_source(source, revision=args.revision)
     if all(getattr(args, name) is None for name in _TIMES):
         vars(args).update(family.flags)
     noising = noising_from_arguments(args)
@@ -229,7 +205,7 @@ def settle(args: argparse.Namespace) -> Plan:
     sampler = Sampler(noising.schedule, args.validation_sampler, steps=args.num_inference_steps)
     optimizer = optimizer_class(args.use_8bit_adam)
     require_writable(output)
-    return Plan(args, family, noising, sampler, folder, optimizer)
+    return Plan(args, noising, sampler, folder, optimizer)
 
 
 def optimizer_class(of_8_bits: bool) -> Any:
@@ -252,9 +228,7 @@ class Captioned(Dataset[dict[str, Any]]):
         source: dict[str, Any] = {"path": args.dataset_name, "name": args.dataset_config_name}
         if args.train_data_dir:
             source = {"path": "imagefolder", "data_dir": args.train_data_dir}
-        rows: Any = datasets.load_dataset(
-            **source, split="train", streaming=args.streaming, cache_dir=args.cache_dir
-        )
+        rows: Any = datasets.load_dataset(**source, split="train", streaming=args.streaming)
         names = rows.column_names or list(next(iter(rows)))
         for column in (args.image_column, args.caption_column):
             if column not in names:
@@ -283,30 +257,15 @@ class Captioned(Dataset[dict[str, Any]]):
         if isinstance(image, dict):  # of a stream, which does not decode what it passes over
             image = datasets.Image().decode_example(cast(Any, image))
         draws = Draws(args.seed, [position], step=0, stream=stream_of("data"))
-        *place, empty, which = draws.uniform(5)[0].tolist()
+        left, top, flip, empty, which = draws.uniform(5)[0].tolist()
         if isinstance(captions, list):
             captions = captions[int(which * len(captions))]
+        place = {} if args.center_crop else {"left": left, "top": top}
+        flipped = args.random_flip and flip < 0.5
+        pixels, sizes = cropped(cast(Any, image), args.resolution, **place, flip=flipped)
         caption = "" if empty < args.proportion_empty_prompts else str(captions)
-        return {"position": position, "caption": caption, **self._pixels(image, *place)}
-
-    def _pixels(self, image: Image.Image, left: float, top: float, flip: float) -> dict[str, Any]:
-        """Return pixels in [-1, 1], and the sizes of the image as SDXL takes them."""
-        size, original = self.args.resolution, (image.height, image.width)
-        scale = size / min(image.size)
-        image = image.convert("RGB").resize(
-            (max(size, round(image.width * scale)), max(size, round(image.height * scale))),
-            Image.Resampling.LANCZOS,
-        )
-        if self.args.center_crop:
-            left = top = 0.5
-        x, y = round(left * (image.width - size)), round(top * (image.height - size))
-        pixels = np.array(image.crop((x, y, x + size, y + size)), dtype=np.float32)
-        if self.args.random_flip and flip < 0.5:
-            pixels, x = pixels[:, ::-1], image.width - size - x
-        return {
-            "pixels": torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1),
-            "sizes": torch.tensor([*original, y, x, size, size]),
-        }
+        shown = {"pixels": pixels, "sizes": torch.tensor(sizes), "caption": caption}
+        return {"position": position, **shown}
 
 
 class Stream(IterableDataset[dict[str, Any]]):
@@ -322,91 +281,6 @@ class Stream(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for position, row in at_positions(self._rows, self.wanted):
             yield self.data.prepared(position, row)
-
-
-# -- models ----------------------------------------------------------------------------------------
-
-
-class Objective(nn.Module):
-    """The network with its noising: one module, so that weights that a noising learns are averaged
-    over processes as well.
-    """
-
-    def __init__(self, denoiser: Denoiser, noising: Noising) -> None:
-        super().__init__()
-        self.denoiser, self.noising = denoiser, noising
-
-    def forward(self, latents: Tensor, conditioning: dict[str, Any], **place: Any) -> Tensor:
-        noised = self.noising(latents, **place)
-        return noised.loss(self.denoiser(noised.x, noised.timesteps, **conditioning))
-
-    def trained_state(self) -> dict[str, Tensor]:
-        """Return what is trained, and what the noising remembers (loss history)."""
-        learned = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        state = self.state_dict()
-        return {n: x for n, x in state.items() if n in learned or n.startswith("noising.")}
-
-
-def load_pipeline(args: argparse.Namespace, **parts: Any) -> Any:
-    options = {name: getattr(args, name) for name in ("revision", "variant", "cache_dir")}
-    return diffusers.DiffusionPipeline.from_pretrained(
-        args.pretrained_model_name_or_path, **options, **parts
-    )
-
-
-class Models:
-    """The pipeline's frozen encoders and the network that is trained."""
-
-    def __init__(self, plan: Plan, device: torch.device) -> None:
-        args, family = plan.args, plan.family
-        self.args, dtype = args, _DTYPES[args.mixed_precision]
-        # weights that are trained stay in float32, and the VAE: SDXL's overflows in fp16
-        of_network = dtype if args.rank else torch.float32
-        dtypes = {family.network: of_network, "vae": torch.float32, "default": dtype}
-        self.pipeline = load_pipeline(args, torch_dtype=dtypes)
-        parts = self.pipeline.components
-        lacking = [n for n in (family.network, "vae", *family.encoders) if parts.get(n) is None]
-        if lacking:
-            raise ValueError(f"the pipeline cannot be trained here: it lacks {', '.join(lacking)}")
-        for name, part in parts.items():
-            if name in (family.network, "vae") or name.startswith("text_encoder"):
-                _ = part is None or part.requires_grad_(False).eval().to(device)
-        self.vae, self.network = parts["vae"], parts[family.network]
-        if self.network.config.in_channels != self.vae.config.latent_channels:
-            raise ValueError("the network takes more than noisy latents, e.g. a mask of inpainting")
-        self.network.train().requires_grad_(not args.rank)
-        if args.rank:
-            from peft import LoraConfig
-
-            layers = args.lora_layers.split(",") if args.lora_layers else family.lora_layers
-            config = LoraConfig(
-                r=args.rank,
-                lora_alpha=args.lora_alpha or args.rank,
-                lora_dropout=args.lora_dropout,
-                init_lora_weights="gaussian",
-                target_modules=[layer.strip() for layer in layers],
-            )
-            self.network.add_adapter(config)
-            cast_training_params(self.network, torch.float32)
-        if args.gradient_checkpointing:
-            self.network.enable_gradient_checkpointing()
-        self.denoiser = Denoiser(self.network, family.inputs)
-
-    def latents(self, pixels: Tensor, position: Tensor) -> Tensor:
-        options = {"step": 0, "stream": stream_of("vae"), "device": self.vae.device}
-        return encode_images(self.vae, pixels, Draws(self.args.seed, position, **options).normal)
-
-    def conditioning(self, texts: Sequence[str], sizes: Tensor | None = None) -> dict[str, Any]:
-        """Return the conditioning of texts; without sizes, that of images that were not cropped."""
-        side = self.args.resolution
-        whole = torch.tensor([[side, side, 0, 0, side, side]] * len(texts))
-        given = whole if sizes is None else sizes
-        return encode_texts(self.pipeline, texts, given, zero_empty=True)
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        side = self.args.resolution // self.pipeline.vae_scale_factor
-        return self.vae.config.latent_channels, side, side
 
 
 # -- the run ---------------------------------------------------------------------------------------
@@ -428,14 +302,25 @@ class Run:
         self.step, self.steps = 0, args.max_train_steps
         if self.steps is None:
             self.steps = math.ceil(args.num_train_epochs * self.data.order.samples / total)
-        self.models = Models(plan, accelerator.device)
-        objective = Objective(self.models.denoiser, plan.noising)
-        self.learned = [p for p in objective.parameters() if p.requires_grad]
-        statistics = list(plan.noising.parameters())  # of the loss: decay would bias them
-        weights = [p for p in self.learned if all(p is not other for other in statistics)]
-        groups = [{"params": weights}, {"params": statistics, "weight_decay": 0.0}]
+        lora = {"r": args.rank, "lora_alpha": args.lora_alpha or args.rank}
+        lora["lora_dropout"] = args.lora_dropout
+        if args.lora_layers:
+            lora["target_modules"] = args.lora_layers.split(",")
+        self.model = TextToImage(
+            args.pretrained_model_name_or_path,
+            args.resolution,
+            accelerator.device,
+            _DTYPES[args.mixed_precision],
+            lora=lora if args.rank else None,
+            revision=args.revision,
+            variant=args.variant,
+        )
+        if args.gradient_checkpointing:
+            self.model.network.enable_gradient_checkpointing()
+        objective = Objective(self.model.denoiser, plan.noising)
+        self.learned = objective.learned()
         optimizer = plan.optimizer(
-            [group for group in groups if group["params"]],
+            objective.parameter_groups(),
             lr=args.learning_rate * (total if args.scale_lr else 1),
             betas=(args.adam_beta1, args.adam_beta2),
             weight_decay=args.adam_weight_decay,
@@ -447,8 +332,6 @@ class Run:
             self.optimizer,
             num_warmup_steps=args.lr_warmup_steps,
             num_training_steps=self.steps,
-            num_cycles=args.lr_num_cycles,
-            power=args.lr_power,
         )
         self.ema = EMAModel(self.learned, use_ema_warmup=True) if args.use_ema else None
         if self.ema is not None:
@@ -509,7 +392,7 @@ class Run:
             if aside:
                 print("later checkpoints are set aside:", ", ".join(path.name for path in aside))
         if self.previews is not None and self.step < self.steps:
-            self.previews.try_out(self.models.denoiser, ema=self._average)
+            self.previews.try_out(self.model.denoiser, ema=self._average)
         quiet, losses = not self.accelerator.is_main_process, []
         with tqdm(total=self.steps, initial=self.step, disable=quiet) as bar:
             for batch in self._loader():
@@ -524,8 +407,11 @@ class Run:
         index = (position - self.step * total).tolist()
         if self.args.lora_dropout:  # dropout draws from torch's own generator
             torch.manual_seed(mix(self.args.seed, int(position[0])))
-        latents = self.models.latents(batch["pixels"], position)
-        conditioning = self.models.conditioning(batch["caption"], batch["sizes"])
+        options = {"step": 0, "stream": stream_of("vae"), "device": self.accelerator.device}
+        latents = self.model.latents(
+            batch["pixels"], Draws(self.args.seed, position, **options).normal
+        )
+        conditioning = self.model.conditioning(batch["caption"], batch["sizes"])
         loss = self.objective(latents, conditioning, step=self.step, index=index, total=total)
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
@@ -550,7 +436,7 @@ class Run:
         if self.step % self.args.checkpointing_steps == 0 or last:
             self.save()
         if self.previews is not None and (self.step % self.args.validation_steps == 0 or last):
-            self.previews(self.models.denoiser, step=self.step, ema=self._average)
+            self.previews(self.model.denoiser, step=self.step, ema=self._average)
 
     # -- previews and the result -------------------------------------------------------------------
 
@@ -578,12 +464,12 @@ class Run:
         return Previews(
             self.plan.sampler,
             schedule=self.plan.noising,
-            shape=self.models.latent_shape,
+            shape=self.model.latent_shape,
             loop=self.accelerator,
             prompts=args.validation_prompts,
             num_images=args.num_validation_images,
-            encode=self.models.conditioning,
-            decode=lambda latents: decode_images(self.models.vae, latents),
+            encode=self.model.conditioning,
+            decode=self.model.decode,
             guidance_scale=args.guidance_scale,
             guidance_rescale=args.guidance_rescale,
             seed=args.seed,
@@ -592,91 +478,65 @@ class Run:
 
     def facts(self) -> dict[str, str]:
         """Return what is trained on what, for the first lines and for the model card."""
-        args, positions = self.args, self.positions
-        learned = sum(p.numel() for p in self.learned)
-        what = f"a LoRA of rank {args.rank}" if args.rank else f"the {self.plan.family.network}"
-        epochs = ""
-        if not args.streaming:
-            images = self.data.order.samples
-            epochs = f", {self.steps * positions.total / images:.3g} epochs of {images} images"
+        args, positions, noising = self.args, self.positions, self.plan.noising
+        learned = sum(parameter.numel() for parameter in self.learned)
+        what = f"a LoRA of rank {args.rank} in" if args.rank else "all of"
+        images = None if args.streaming else self.data.order.samples
+        passes = images and f", {self.steps * positions.total / images:.3g} epochs"
         return {
             "base model": args.pretrained_model_name_or_path,
-            "trained": f"{what}, {learned:,} parameters",
-            "data": args.dataset_name or args.train_data_dir,
-            "images in a step": f"{positions.total} ({positions.batch} x {positions.accumulate} "
-            f"accumulated x {positions.world_size} processes)",
-            "steps": f"{self.steps}{epochs}",
-            "timesteps and weights": f"{self.plan.noising.timesteps}, {self.plan.noising.weighting}",
+            "trained": f"{what} the {self.model.family.network}, {learned:,} parameters",
+            "data": f"{args.dataset_name or args.train_data_dir}, {images or 'a stream of'} images",
+            "batch": f"{positions.total} images: {positions.batch} on each of "
+            f"{positions.world_size} processes, accumulated {positions.accumulate} times",
+            "steps": f"{self.steps}{passes or ''}",
+            "noising": f"{noising.timesteps}, {noising.weighting}",
         }
 
     def announce(self) -> None:
-        args, what = self.args, LORA_NAME if self.args.rank else "the pipeline"
-        shown = self.facts() | {
-            "schedule": str(self.plan.schedule),
-            "begins at step": str(self.step),
-            "previews": f"every {args.validation_steps} steps" if self.previews else "none",
-            "trackers": args.report_to or "none",
-            "output": f"{self.plan.folder.path}: a checkpoint every {args.checkpointing_steps} "
-            f"steps, at the end {what} and its scheduler",
-        }
+        args, result = self.args, LORA_NAME if self.args.rank else "the pipeline"
+        previews = f"previews every {args.validation_steps}" if self.previews else "no previews"
+        plans = (
+            f"a checkpoint every {args.checkpointing_steps} steps, {previews}, {result} at the end"
+        )
+        shown = self.facts() | {"schedule": str(self.plan.schedule)}
+        shown |= {"output": f"{self.plan.folder.path}: {plans}", "trackers": str(args.report_to)}
         for name, value in shown.items():
-            self.accelerator.print(f"{name:<22} {value}")
+            self.accelerator.print(f"{name:<10} {value}")
 
     def save_result(self) -> None:
-        """Write what diffusers loads, the pipeline or the LoRA with its scheduler, and the card."""
-        plan, args, output = self.plan, self.args, self.plan.folder.path
-        part, network = plan.family.network, self.models.network
-        scheduler = plan.schedule.save_pretrained(output / "scheduler")
+        """Write what diffusers loads, and a model card; upload them."""
+        args, output, schedule = self.args, self.plan.folder.path, self.plan.schedule
         with self.averaged():
-            if args.rank:
-                from peft.utils import get_peft_model_state_dict
-
-                layers = {f"{part}_lora_layers": get_peft_model_state_dict(network)}
-                config = {f"{part}_lora_adapter_metadata": network.peft_config["default"].to_dict()}
-                self.models.pipeline.save_lora_weights(output, **layers, **config)
-                write_markers(output / LORA_NAME, plan.schedule)
-            else:
-                kind = getattr(diffusers, plan.schedule.to_diffusers()["_class_name"])
-                parts = {part: network, "scheduler": kind.from_pretrained(scheduler)}
-                # the frozen parts are written as they came, not in the precision of this training
-                load_pipeline(args, **parts).save_pretrained(output)
-        base = args.pretrained_model_name_or_path
-        source = args.hub_model_id if args.push_to_hub else str(output)
-        drawn = [path.name for path in sorted(output.glob("previews/step_*.png"))]
+            result = self.model.save(output, schedule)
+        base, pushed = args.pretrained_model_name_or_path, args.push_to_hub
+        of_lora = base if args.rank else None
+        source = args.hub_model_id if pushed else str(output)
         card = model_card(
-            plan.schedule,
+            schedule,
             Path(source).name,
-            loading_code(plan.schedule, source, base if args.rank else None),
+            loading_code(schedule, source, of_lora),
             base_model=None if Path(base).exists() else base,
             tags=["lora"] if args.rank else [],
             facts=self.facts(),
-            images=[f"previews/{name}" for name in drawn[-1:]],
+            images=[f"previews/{x.name}" for x in sorted(output.glob("previews/step_*.png"))[-1:]],
         )
         write_atomically(output / "README.md", card)
-        if args.push_to_hub:
+        if pushed:
             huggingface_hub.upload_folder(
                 repo_id=source,
                 folder_path=output,
                 commit_message=f"Trained to step {self.step}",
-                ignore_patterns=["checkpoint-*", "replaced-*", "finetune_text_to_image/*"],
+                ignore_patterns=["checkpoint-*", "replaced-*", f"{PROJECT}/*"],
                 token=args.hub_token,
             )
-
-    def say_what_was_saved(self) -> None:
-        args, output = self.args, self.plan.folder.path
-        kept = ", ".join(path.name for path in self.plan.folder.checkpoints)
-        saved = {
-            LORA_NAME if args.rank else "model_index.json": "the result; README.md is its card",
-            "scheduler/": str(self.plan.schedule),
-            kept: "to go on from, with --resume_from_checkpoint latest",
-            "losses.jsonl": "the loss of each step",
-        }
-        saved |= {"previews/": "images, and a page index.html"} if self.previews else {}
-        saved |= {f"https://huggingface.co/{args.hub_model_id}": ""} if args.push_to_hub else {}
-        print(f"\nsaved in {output}:", *(f"{k}: {v}" for k, v in saved.items()), sep="\n  ")
-        base = args.pretrained_model_name_or_path if args.rank else None
-        need = "The LoRA needs the scheduler beside it.\n" if args.rank else ""
-        print(f"\n{need}{loading_code(self.plan.schedule, output, base)}")
+        kept = [path.name for path in self.plan.folder.checkpoints]
+        saved = [result.name, "scheduler/", "README.md", "losses.jsonl", *kept]
+        saved += ["previews/index.html"] if self.previews else []
+        print(f"\nsaved in {output}: {', '.join(saved)}")
+        print(f"uploaded to https://huggingface.co/{source}" if pushed else "")
+        print("The LoRA needs the scheduler beside it.\n" if args.rank else "")
+        print(loading_code(schedule, output, of_lora))
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -703,7 +563,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         ).repo_id
     set_seed(args.seed)  # of the LoRA's first weights; training draws from counters
     plain = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)}
-    accelerator.init_trackers("finetune_text_to_image", plain | {"hub_token": ""})
+    accelerator.init_trackers(PROJECT, plain | {"hub_token": ""})
     if args.overwrite_output_dir and main:
         plan.folder.clear()
     run = Run(plan, accelerator)
@@ -716,12 +576,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     run.train()
     if run.previews is not None:
         run.previews.close()
-    accelerator.wait_for_everyone()
-    if main:
-        run.save_result()
     accelerator.end_training()
     if main:
-        run.say_what_was_saved()
+        run.save_result()
     return plan.folder.path
 
 

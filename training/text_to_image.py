@@ -5,14 +5,22 @@ A new family is one entry of ``FAMILIES``. Training, previews and ``alphabar sam
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..noising import NoiseSchedule
 from ..noising.utils.registry import unknown
+from .checkpoints.safetensors import write_markers
+
+LORA_NAME = "pytorch_lora_weights.safetensors"
+"""File of a LoRA in diffusers."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,14 @@ def family_of(pipeline: str) -> Family:
     if pipeline not in FAMILIES:
         raise ValueError(unknown("text-to-image pipeline", pipeline, FAMILIES))
     return FAMILIES[pipeline]
+
+
+def family_of_source(source: str, variant: str | None = None, **options: Any) -> Family:
+    """Return the family of a pipeline in a folder or on the hub; only its index is read."""
+    import diffusers
+
+    config: Any = diffusers.DiffusionPipeline.load_config(source, **options)
+    return family_of(config["_class_name"])
 
 
 class Denoiser(nn.Module):
@@ -161,3 +177,123 @@ def _scaling(vae: Any) -> tuple[Tensor | float, Tensor | float]:
             return getattr(config, "shift_factor", None) or 0.0, scale
         values.append(torch.tensor(getattr(config, name), device=vae.device).view(1, -1, 1, 1))
     return values[0], scale / values[1]
+
+
+class TextToImage:
+    """A text-to-image pipeline for training: frozen encoders and VAE, and the network that learns.
+
+    The network's weights that are trained stay in float32, and so does the VAE, since SDXL's
+    overflows in float16. The other parts are in ``dtype``.
+
+    Args:
+        source: a diffusers pipeline: a folder or a name on the hub.
+        resolution: height and width of the images.
+        device: where the parts are.
+        dtype: precision of the frozen parts.
+        lora: the settings of a ``peft.LoraConfig``, e.g. ``{"r": 16}``; the default layers are the
+            family's attention. Without it the whole network is trained.
+        options: options of ``DiffusionPipeline.from_pretrained``, e.g. ``revision``.
+
+    Raises:
+        ValueError: the pipeline is of no family, or lacks a part.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        resolution: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        lora: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        self.source, self.resolution, self.options = source, resolution, options
+        self.family = family_of_source(source, **options)
+        name = self.family.network
+        trained = dtype if lora else torch.float32
+        dtypes = {name: trained, "vae": torch.float32, "default": dtype}
+        self.pipeline: Any = self._load(torch_dtype=dtypes)
+        # it warns of every batch with a caption that is too long
+        logging.getLogger(type(self.pipeline).__module__).setLevel(logging.ERROR)
+        parts = self.pipeline.components
+        lacking = [part for part in (name, "vae", *self.family.encoders) if parts.get(part) is None]
+        if lacking:
+            raise ValueError(f"{source!r} cannot be trained: it lacks {', '.join(lacking)}")
+        self.vae, self.network = parts["vae"], parts[name]
+        if self.network.config.in_channels != self.vae.config.latent_channels:
+            raise ValueError(
+                f"the network of {source!r} takes more than noisy latents, e.g. a mask of "
+                "inpainting; take a pipeline for text to image"
+            )
+        for key, part in parts.items():
+            if key in (name, "vae") or (key.startswith("text_encoder") and part is not None):
+                part.requires_grad_(False).eval().to(device)
+        self.network.train().requires_grad_(not lora)
+        self.lora = bool(lora)
+        if lora:
+            self._add_lora(lora)
+        self.denoiser = Denoiser(self.network, self.family.inputs)
+
+    def _load(self, **parts: Any) -> Any:
+        import diffusers
+
+        return diffusers.DiffusionPipeline.from_pretrained(self.source, **self.options, **parts)
+
+    def _add_lora(self, settings: Mapping[str, Any]) -> None:
+        from diffusers.training_utils import cast_training_params
+        from peft import LoraConfig
+
+        usual = {"lora_alpha": settings["r"], "init_lora_weights": "gaussian"}
+        usual["target_modules"] = list(self.family.lora_layers)
+        self.network.add_adapter(LoraConfig(**{**usual, **settings}))
+        cast_training_params(self.network, torch.float32)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape of the latents of one image."""
+        side = self.resolution // self.pipeline.vae_scale_factor
+        return self.vae.config.latent_channels, side, side
+
+    def conditioning(self, texts: Sequence[str], sizes: Tensor | None = None) -> dict[str, Any]:
+        """Return the conditioning of texts; see :func:`encode_texts`.
+
+        Without ``sizes``, that of images which are not cropped.
+        """
+        side = self.resolution
+        whole = torch.tensor([[side, side, 0, 0, side, side]] * len(texts))
+        return encode_texts(self.pipeline, texts, whole if sizes is None else sizes, True)
+
+    def latents(self, pixels: Tensor, noise: Callable[..., Tensor]) -> Tensor:
+        """Return the latents of images; see :func:`encode_images`."""
+        return encode_images(self.vae, pixels, noise)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the images of latents, in [-1, 1]."""
+        return decode_images(self.vae, latents)
+
+    def save(self, folder: str | os.PathLike[str], schedule: NoiseSchedule) -> Path:
+        """Write what diffusers loads, and return its main file: the pipeline, or the LoRA.
+
+        The scheduler is part of the pipeline, and in ``scheduler/`` beside a LoRA. The file of a
+        LoRA says its schedule. The frozen parts are written as they came, not in the precision of
+        the training.
+        """
+        import diffusers
+
+        folder, name = Path(folder), self.family.network
+        scheduler = schedule.save_pretrained(folder / "scheduler")
+        if not self.lora:
+            kind = getattr(diffusers, schedule.to_diffusers()["_class_name"])
+            parts = {name: self.network, "scheduler": kind.from_pretrained(scheduler)}
+            self._load(**parts).save_pretrained(folder)
+            return folder / "model_index.json"
+        from peft.utils import get_peft_model_state_dict
+
+        self.pipeline.save_lora_weights(
+            folder,
+            **{
+                f"{name}_lora_layers": get_peft_model_state_dict(self.network),
+                f"{name}_lora_adapter_metadata": self.network.peft_config["default"].to_dict(),
+            },
+        )
+        return write_markers(folder / LORA_NAME, schedule)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..noising.utils.rng import permutation, stream_of
+from ...noising.utils.rng import permutation, stream_of
 
 
 @dataclass(frozen=True)

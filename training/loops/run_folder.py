@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ..noising import NoiseSchedule
-from ..noising.utils.atomic import write_atomically
-from .checkpoints.read import SCHEDULE_KEY, schedule_of
+from ...noising import NoiseSchedule
+from ...noising.utils.atomic import write_atomically
+from ..checkpoints.read import SCHEDULE_KEY, schedule_of
 
 CHECKPOINTS = "checkpoint-*.pt"
 LOG = "losses.jsonl"
