@@ -51,7 +51,7 @@ from alphabar.training.loops.objective import Objective
 from alphabar.training.loops.positions import Positions, Shuffled, at_positions
 from alphabar.training.loops.run_folder import RunFolder
 from alphabar.training.model_card import loading_code, model_card
-from alphabar.training.text_to_image import LORA_NAME, TextToImage, family_of_source
+from alphabar.training.text_to_image import LORA_NAME, TextToImage, family_of, index_of
 
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PROJECT = "finetune_text_to_image"  # in the trackers
@@ -196,7 +196,7 @@ def settle(args: argparse.Namespace) -> Plan:
         raise ValueError(words)
     folder = RunFolder(output, ("model_index.json", LORA_NAME), ("previews/step_*.png",))
     folder.require_unused(args.resume_from_checkpoint, args.overwrite_output_dir)
-    family = family_of_source(source, revision=args.revision)
+    family = family_of(index_of(source, revision=args.revision)["_class_name"])
     if all(getattr(args, name) is None for name in _TIMES):
         vars(args).update(family.flags)
     noising = noising_from_arguments(args)

@@ -31,6 +31,7 @@ class Family:
         network: the pipeline's part that predicts.
         inputs: the network's names for its noisy input and for the time.
         encoders: the text encoders that the pipeline must have.
+        optional: parts that may be missing, but which diffusers asks for.
         conditioning: makes the network's other arguments from the text's tokens, its pooled
             embedding and the sizes of the images.
         lora_layers: the attention layers that a LoRA changes.
@@ -43,6 +44,15 @@ class Family:
     conditioning: Callable[[Tensor, Any, Tensor], dict[str, Any]]
     lora_layers: tuple[str, ...] = ("to_k", "to_q", "to_v", "to_out.0")
     flags: tuple[tuple[str, str], ...] = ()
+    optional: tuple[str, ...] = ()
+
+    def absent(self, index: Mapping[str, Any]) -> dict[str, None]:
+        """Return None for each optional part that is not in a model_index.json.
+
+        >>> family_of("StableDiffusion3Pipeline").absent({"tokenizer_3": [None, None]})
+        {'text_encoder_3': None, 'tokenizer_3': None}
+        """
+        return {name: None for name in self.optional if not any(index.get(name) or ())}
 
 
 _UNET = ("unet", ("sample", "timestep"))
@@ -62,10 +72,11 @@ FAMILIES: Mapping[str, Family] = {
     "StableDiffusion3Pipeline": Family(
         "transformer",
         ("hidden_states", "timestep"),
-        ("text_encoder", "text_encoder_2"),  # the third, T5, may be missing
+        ("text_encoder", "text_encoder_2"),
         lambda text, pooled, _: {"encoder_hidden_states": text, "pooled_projections": pooled},
         tuple(f"attn.{layer}" for layer in (*_MMDIT_LAYERS, "to_add_out")),
         (("timestep_density", "logit_normal"),),  # 2403.03206, section 3.1
+        ("text_encoder_3", "tokenizer_3"),  # T5
     ),
 }
 """The families by the class of their pipeline."""
@@ -85,12 +96,12 @@ def family_of(pipeline: str) -> Family:
     return FAMILIES[pipeline]
 
 
-def family_of_source(source: str, variant: str | None = None, **options: Any) -> Family:
-    """Return the family of a pipeline in a folder or on the hub; only its index is read."""
+def index_of(source: str, variant: str | None = None, **options: Any) -> dict[str, Any]:
+    """Return the model_index.json of a pipeline in a folder or on the hub."""
     import diffusers
 
     config: Any = diffusers.DiffusionPipeline.load_config(source, **options)
-    return family_of(config["_class_name"])
+    return dict(config)
 
 
 class Denoiser(nn.Module):
@@ -140,8 +151,9 @@ def encode_texts(
     )
     pooled = rest[0] if rest else None
     if zero_empty and pipeline.config.get("force_zeros_for_empty_prompt"):
-        kept = torch.tensor([one != "" for one in texts], device=text.device)[:, None]
-        text, pooled = text * kept[..., None], None if pooled is None else pooled * kept
+        empty = torch.tensor([one == "" for one in texts], device=text.device)[:, None]
+        text = text.masked_fill(empty[..., None], 0)
+        pooled = None if pooled is None else pooled.masked_fill(empty, 0)
     return family.conditioning(text, pooled, sizes.to(text.device))
 
 
@@ -208,7 +220,9 @@ class TextToImage:
         **options: Any,
     ) -> None:
         self.source, self.resolution, self.options = source, resolution, options
-        self.family = family_of_source(source, **options)
+        index = index_of(source, **options)
+        self.family = family_of(index["_class_name"])
+        self._absent = self.family.absent(index)
         name = self.family.network
         trained = dtype if lora else torch.float32
         dtypes = {name: trained, "vae": torch.float32, "default": dtype}
@@ -237,7 +251,8 @@ class TextToImage:
     def _load(self, **parts: Any) -> Any:
         import diffusers
 
-        return diffusers.DiffusionPipeline.from_pretrained(self.source, **self.options, **parts)
+        options = {**self.options, **self._absent, **parts}
+        return diffusers.DiffusionPipeline.from_pretrained(self.source, **options)
 
     def _add_lora(self, settings: Mapping[str, Any]) -> None:
         from diffusers.training_utils import cast_training_params

@@ -121,7 +121,9 @@ def _pipeline(folder: Path, index: Mapping[str, Any]) -> Any:
     import diffusers
 
     left_out = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    options = left_out if "safety_checker" in index else {}
+    options: dict[str, Any] = left_out if "safety_checker" in index else {}
+    if index["_class_name"] in FAMILIES:
+        options |= FAMILIES[index["_class_name"]].absent(index)
     try:
         return getattr(diffusers, index["_class_name"]).from_pretrained(
             folder, local_files_only=True, **options
