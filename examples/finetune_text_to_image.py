@@ -515,7 +515,7 @@ class Run:
         card = model_card(
             schedule,
             Path(source).name,
-            loading_code(schedule, source, of_lora),
+            loading_code(schedule, source, of_lora, self.model.absent),
             base_model=None if Path(base).exists() else base,
             tags=["lora"] if args.rank else [],
             facts=self.facts(),
@@ -536,7 +536,7 @@ class Run:
         print(f"\nsaved in {output}: {', '.join(saved)}")
         print(f"uploaded to https://huggingface.co/{source}" if pushed else "")
         print("The LoRA needs the scheduler beside it.\n" if args.rank else "")
-        print(loading_code(schedule, output, of_lora))
+        print(loading_code(schedule, output, of_lora, self.model.absent))
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:

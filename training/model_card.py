@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ..noising import NoiseSchedule
 from ..noising.curves.continuous import Flow
@@ -17,7 +17,10 @@ _SAMPLINGS = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"} 
 
 
 def loading_code(
-    schedule: NoiseSchedule, source: str | os.PathLike[str], base_model: str | None = None
+    schedule: NoiseSchedule,
+    source: str | os.PathLike[str],
+    base_model: str | None = None,
+    absent: Iterable[str] = (),
 ) -> str:
     """Return the Python code that loads a pipeline, or a LoRA with its scheduler.
 
@@ -25,6 +28,8 @@ def loading_code(
         schedule: the schedule of the training.
         source: the folder or hub repository of the pipeline or of the LoRA.
         base_model: of a LoRA: the pipeline that it was trained on.
+        absent: parts that the pipeline does without, e.g. the T5 of Stable Diffusion 3, and that
+            diffusers must be told of.
 
     >>> print(loading_code(NoiseSchedule.flow(shift=3.0), "me/lora", "me/base"))
     from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -34,16 +39,17 @@ def loading_code(
     pipeline.load_lora_weights("me/lora")
     """
     name, folder = schedule.to_diffusers()["_class_name"], json.dumps(os.fspath(source))
+    without = "".join(f", {part}=None" for part in absent)
     if base_model is None:
         return (
             "from diffusers import DiffusionPipeline\n\n"
-            f"pipeline = DiffusionPipeline.from_pretrained({folder})"
+            f"pipeline = DiffusionPipeline.from_pretrained({folder}{without})"
         )
     return (
         f"from diffusers import DiffusionPipeline, {name}\n\n"
         f'scheduler = {name}.from_pretrained({folder}, subfolder="scheduler")\n'
         f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(base_model)}, "
-        "scheduler=scheduler)\n"
+        f"scheduler=scheduler{without})\n"
         f"pipeline.load_lora_weights({folder})"
     )
 

@@ -222,7 +222,7 @@ class TextToImage:
         self.source, self.resolution, self.options = source, resolution, options
         index = index_of(source, **options)
         self.family = family_of(index["_class_name"])
-        self._absent = self.family.absent(index)
+        self.absent = self.family.absent(index)
         name = self.family.network
         trained = dtype if lora else torch.float32
         dtypes = {name: trained, "vae": torch.float32, "default": dtype}
@@ -251,7 +251,7 @@ class TextToImage:
     def _load(self, **parts: Any) -> Any:
         import diffusers
 
-        options = {**self.options, **self._absent, **parts}
+        options = {**self.options, **self.absent, **parts}
         return diffusers.DiffusionPipeline.from_pretrained(self.source, **options)
 
     def _add_lora(self, settings: Mapping[str, Any]) -> None:
