@@ -41,17 +41,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
-from alphabar.noising import NoiseSchedule, Noising
+from alphabar.noising import Noising
 from alphabar.noising.utils.atomic import require_writable, write_atomically
 from alphabar.noising.utils.rng import Draws, mix, stream_of
 from alphabar.sampling import Sampler
 from alphabar.training import Previews, add_noising_arguments, noising_from_arguments
+from alphabar.training.diffusers_text_to_image import LORA_NAME, TextToImage, family_of, index_of
 from alphabar.training.images import cropped
 from alphabar.training.loops.objective import Objective
 from alphabar.training.loops.positions import Positions, Shuffled, at_positions
 from alphabar.training.loops.run_folder import RunFolder
 from alphabar.training.model_card import loading_code, model_card
-from alphabar.training.text_to_image import LORA_NAME, TextToImage, family_of, index_of
 
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PROJECT = "finetune_text_to_image"  # in the trackers
@@ -161,39 +161,30 @@ class Plan:
     folder: RunFolder
     optimizer: Any
 
-    @property
-    def schedule(self) -> NoiseSchedule:
-        return self.noising.schedule
-
 
 _TIMES = ("timestep_density", "weighting_scheme", "timestep_sampling")
 
 
 def settle(args: argparse.Namespace) -> Plan:
-    sizes = ("resolution", "train_batch_size", "gradient_accumulation_steps", "max_train_steps")
-    for name in (*sizes, "num_train_epochs", "max_train_samples", "checkpointing_steps"):
+    sizes = ("resolution", "train_batch_size", "gradient_accumulation_steps", "validation_steps")
+    lengths = ("max_train_steps", "num_train_epochs", "max_train_samples", "checkpointing_steps")
+    for name in (*sizes, *lengths):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
     source, output = args.pretrained_model_name_or_path, Path(args.output_dir)
     lora = (args.lora_alpha, args.lora_layers, args.lora_dropout)
-    refused = {  # what is wrong, and whether it is
-        "--proportion_empty_prompts must lie in 0 ... 1": not 0
-        <= args.proportion_empty_prompts
-        <= 1,
-        "give one of --train_data_dir and --dataset_name": (
-            (args.train_data_dir is None) == (args.dataset_name is None)
-        ),
-        "--streaming needs --max_train_steps: a stream does not say its length": args.streaming
-        and args.max_train_steps is None,
-        "--streaming reads one stream: give --dataloader_num_workers 0 or 1": args.streaming
-        and args.dataloader_num_workers > 1,
-        "--lora_alpha, --lora_layers and --lora_dropout need --rank": any(lora) and not args.rank,
-        f"--output_dir {args.output_dir!r} is the pipeline that is trained from; give another": (
-            output.resolve() == Path(source).resolve()
-        ),
-    }
-    for words in (words for words, wrong in refused.items() if wrong):
-        raise ValueError(words)
+    if not 0 <= args.proportion_empty_prompts <= 1:
+        raise ValueError("--proportion_empty_prompts must lie in 0 ... 1")
+    if (args.train_data_dir is None) == (args.dataset_name is None):
+        raise ValueError("give one of --train_data_dir and --dataset_name")
+    if args.streaming and args.max_train_steps is None:
+        raise ValueError("--streaming needs --max_train_steps: a stream does not say its length")
+    if args.streaming and args.dataloader_num_workers > 1:
+        raise ValueError("--streaming reads one stream: give --dataloader_num_workers 0 or 1")
+    if any(lora) and not args.rank:
+        raise ValueError("--lora_alpha, --lora_layers and --lora_dropout need --rank")
+    if output.resolve() == Path(source).resolve():
+        raise ValueError(f"--output_dir {args.output_dir!r} is the pipeline that is trained from")
     folder = RunFolder(output, ("model_index.json", LORA_NAME), ("previews/step_*.png",))
     folder.require_unused(args.resume_from_checkpoint, args.overwrite_output_dir)
     family = family_of(index_of(source, revision=args.revision)["_class_name"])
@@ -358,13 +349,13 @@ class Run:
             self.plan.folder.save(
                 self.step,
                 {"objective": objective, "state": parts, **self._same()},
-                self.plan.schedule,
+                self.plan.noising.schedule,
                 keep=self.args.checkpoints_total_limit,
             )
         self.accelerator.wait_for_everyone()
 
     def load(self, path: Path) -> None:
-        parts = self.plan.folder.load(path, self.plan.schedule, **self._same())
+        parts = self.plan.folder.load(path, self.plan.noising.schedule, **self._same())
         objective = self.accelerator.unwrap_model(self.objective)
         objective.load_state_dict(parts["objective"], strict=False)
         for name, part in self._stateful().items():
@@ -421,7 +412,7 @@ class Run:
         return loss
 
     def _after_step(self, loss: Tensor, bar: tqdm[Any]) -> None:
-        rate = self.rates.get_last_lr()[0]  # of the step that is done
+        rate = float(self.rates.get_last_lr()[0])  # of the step that is done
         self.rates.step()
         if self.ema is not None:
             self.ema.step(self.learned)
@@ -499,14 +490,14 @@ class Run:
         plans = (
             f"a checkpoint every {args.checkpointing_steps} steps, {previews}, {result} at the end"
         )
-        shown = self.facts() | {"schedule": str(self.plan.schedule)}
+        shown = self.facts() | {"schedule": str(self.plan.noising.schedule)}
         shown |= {"output": f"{self.plan.folder.path}: {plans}", "trackers": str(args.report_to)}
         for name, value in shown.items():
             self.accelerator.print(f"{name:<10} {value}")
 
     def save_result(self) -> None:
         """Write what diffusers loads, and a model card; upload them."""
-        args, output, schedule = self.args, self.plan.folder.path, self.plan.schedule
+        args, output, schedule = self.args, self.plan.folder.path, self.plan.noising.schedule
         with self.averaged():
             result = self.model.save(output, schedule)
         base, pushed = args.pretrained_model_name_or_path, args.push_to_hub

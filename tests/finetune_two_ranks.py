@@ -6,11 +6,10 @@ import os
 import sys
 from pathlib import Path
 
+from test_examples import load
+
 if __name__ == "__main__":
     rank = os.environ["LOCAL_RANK"]
     os.environ |= {"RANK": rank, "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
     root, *flags = sys.argv[1:]
-    sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-    from finetune_text_to_image import main
-
-    main([*flags, "--output_dir", str(Path(root) / "two")])
+    load("finetune_text_to_image").main([*flags, "--output_dir", str(Path(root) / "two")])

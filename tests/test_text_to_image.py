@@ -14,8 +14,8 @@ from alphabar.noising import NoiseSchedule, Noising
 from alphabar.sampling import Sampler
 from alphabar.training import DiffusionModule
 from alphabar.training.cli import main
+from alphabar.training.diffusers_text_to_image import FAMILIES, TextToImage, family_of
 from alphabar.training.images import cropped, to_pixels
-from alphabar.training.text_to_image import FAMILIES, TextToImage, family_of
 from tiny_pipeline import make_pipeline, make_pipeline_sd3, make_pipeline_xl
 
 MAKERS: dict[str, Callable[[Path], Path]] = {

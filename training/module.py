@@ -66,6 +66,8 @@ class DiffusionModule(LightningModule):
     -1.0
     """
 
+    encode: Callable[[Any], Any] | None
+
     def __init__(
         self,
         network: nn.Module,

@@ -16,7 +16,7 @@ from torch import nn
 from ...noising import NoiseSchedule
 from ...noising.utils.config_reading import mapping, read_json
 from ...noising.utils.registry import shown, unknown
-from ..text_to_image import FAMILIES, Denoiser, encode_texts
+from ..diffusers_text_to_image import FAMILIES, Denoiser, encode_texts
 
 INDEX_NAME = "model_index.json"
 # a pipeline's parts must be from these libraries; others would be code from the folder

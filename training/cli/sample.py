@@ -26,7 +26,7 @@ from ..checkpoints.diffusers_folders import (
     load_vae,
 )
 from ..checkpoints.loading import WEIGHTS, load_checkpoint, sample_shape
-from ..text_to_image import decode_images
+from ..diffusers_text_to_image import decode_images
 
 GUIDANCE_OF_PROMPTS = 7.5  # default of diffusers' Stable Diffusion
 
