@@ -14,11 +14,9 @@ weights. Each class reads the checkpoints of the other.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
-from numbers import Real
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,8 +29,9 @@ from torch import Tensor
 from ..noising.utils.atomic import require_writable
 from ..noising.utils.registry import lookup
 from ..noising.utils.validation import whole_number
+from ..training.ema.averages import Averages, Pairs, Profiles
 from ..training.ema.posthoc import SNAPSHOT_DTYPES, save_snapshot
-from ..training.ema.profiles import EMAProfile, PowerFunction, resolve_ema_profile
+from ..training.ema.profiles import EMAProfile, PowerFunction
 from ..training.loops.background import (
     AFTER_AN_ERROR,
     AT_THE_END,
@@ -51,43 +50,11 @@ from ..training.loops.sharding import (
     reshard,
     values_swapped,
 )
-from .ema_weights import Pairs
 from .support.module_api import is_fast_dev_run
 from .support.strategies import root_of
 
 # a top-level key: the averages are tensors, and callback states should not contain tensors
 STATE_KEY = "ema"
-
-
-@dataclass
-class Average:
-    """One running average of the weights on this rank.
-
-    Args:
-        profile: the EMA profile.
-        weights: this rank's part of each averaged parameter, by parameter name.
-        updates: number of updates so far.
-    """
-
-    profile: EMAProfile
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    updates: int = 0
-
-    @torch.no_grad()
-    def update(self, current: Mapping[str, Tensor], keep: float) -> None:
-        """Set the average to ``keep * average + (1 - keep) * current``."""
-        known = [name for name in current if name in self.weights] if self.updates else []
-        for name in known:
-            # a resume loads the averages before the model moves to its device
-            self.weights[name] = self.weights[name].to(current[name].device)
-        old = [self.weights[name] for name in known]
-        new = [current[name].to(average.dtype) for name, average in zip(known, old, strict=True)]
-        if old:
-            torch._foreach_lerp_(old, new, 1 - keep)
-        # first update: all parameters; later: parameters that started to train since
-        for name in current.keys() - set(known):
-            self.weights[name] = current[name].to(_average_dtype(current[name]), copy=True)
-        self.updates += 1
 
 
 class EMA(Callback):
@@ -142,13 +109,7 @@ class EMA(Callback):
 
     def __init__(
         self,
-        profiles: (
-            str
-            | float
-            | Mapping[str, Any]
-            | EMAProfile
-            | Sequence[str | float | Mapping[str, Any] | EMAProfile]
-        ) = "power_function",
+        profiles: Profiles = "power_function",
         *,
         every_n_steps: int = 1,
         start_step: int = 0,
@@ -158,23 +119,16 @@ class EMA(Callback):
         snapshot_dtype: str = "float32",
     ) -> None:
         super().__init__()
-        alone = isinstance(profiles, str | float | int | Real | Mapping | EMAProfile)
-        several: list[Any] = [profiles] if alone else list(cast(Iterable[Any], profiles))
-        self.profiles = tuple(resolve_ema_profile(profile) for profile in several)
-        labels = [profile.label for profile in self.profiles]
-        if not labels or len(set(labels)) < len(labels):
-            raise ValueError(
-                f"profiles must be one or more different ones, got {', '.join(labels) or 'none'}"
-            )
-        self.every_n_steps = _at_least("every_n_steps", every_n_steps, 1)
-        self.start_step = _at_least("start_step", start_step, 0)
+        self._averages = Averages(profiles, every_n_steps, start_step)
+        self.profiles = self._averages.profiles
+        self.every_n_steps, self.start_step = every_n_steps, start_step
         self.validate = validate
         self.snapshot_every_n_steps = snapshot_every_n_steps
         if snapshot_every_n_steps is not None:
             _require_snapshots(
                 _at_least("snapshot_every_n_steps", snapshot_every_n_steps, 1),
                 every_n_steps,
-                labels,
+                [profile.label for profile in self.profiles],
             )
         self.folder = Path(folder) if folder is not None else None
         self.snapshot_dtype = snapshot_dtype
@@ -188,18 +142,14 @@ class EMA(Callback):
         self._failed: list[tuple[int, Failure]] = []  # filled by the thread: (step, failure)
         self._complaints = Complaints("EMA")
         self._over = False
-        self._reset()
-
-    def _reset(self) -> None:
-        self._averages = [Average(profile) for profile in self.profiles]
-        self._step = self.start_step  # optimizer step of the last update
 
     # -- before training ---------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._over = False
-        if stage == "fit" and trainer.global_step != self._step:
-            self._reset()  # a new run; a second fit of the same Trainer continues the averages
+        if stage == "fit" and trainer.global_step != self._averages.step:
+            # a new run; a second fit of the same Trainer continues the averages
+            self._averages.reset()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         require_parameters(root_of(trainer, pl_module))
@@ -232,42 +182,24 @@ class EMA(Callback):
 
         Other callbacks may trigger this before ``on_train_batch_end`` of this callback.
         """
-        before, step = self._step, trainer.global_step
-        if step - before < self.every_n_steps or self._validating is not None:
+        before, step = self._averages.step, trainer.global_step
+        if self._validating is not None:
             return
-        reshard(root_of(trainer, module))
-        current = {name: local(weight) for name, weight in self._tracked(module)}
-        for average in self._averages:
-            average.update(current, average.profile(step - self.start_step, step - before))
-        self._step = step
+        updated = self._averages.update(root_of(trainer, module), module, step)
         n = self.snapshot_every_n_steps
-        if n is not None and (step - self.start_step) // n > (before - self.start_step) // n:
-            self._snapshot(trainer, module)
-
-    def _tracked(self, module: LightningModule) -> Iterable[tuple[str, Tensor]]:
-        """Return the averaged parameters: those that train now or trained before."""
-        known = self._averages[0].weights
-        for name, weight in module.named_parameters():
-            name = clean_name(name)
-            if weight.is_floating_point() and (weight.requires_grad or name in known):
-                yield name, weight
-
-    def _whole(
-        self, trainer: Trainer, module: LightningModule, average: Average
-    ) -> dict[str, Tensor]:
-        layout = Layout(root_of(trainer, module))
-        tracked = [
-            (name, weight) for name, weight in self._tracked(module) if name in average.weights
-        ]
-        return {name: layout.assemble(weight, average.weights[name]) for name, weight in tracked}
+        if updated and n is not None:
+            start = self.start_step
+            if (step - start) // n > (before - start) // n:
+                self._snapshot(trainer, module)
 
     def _snapshot(self, trainer: Trainer, module: LightningModule) -> None:
         if is_fast_dev_run(trainer):
             return
         folder = self._snapshot_folder(trainer)
-        for average in self._averages:
+        for average in self._averages.each:
             if isinstance(average.profile, PowerFunction):
-                whole = self._whole(trainer, module, average)  # on all ranks
+                # on all ranks
+                whole = self._averages.whole(root_of(trainer, module), module, average)
                 on_rank_zero(trainer, partial(self._hand_over, folder, whole, average.profile))
 
     def _hand_over(
@@ -277,7 +209,7 @@ class EMA(Callback):
 
         A failure is recorded and not raised, because the other snapshots are useful without it.
         """
-        step = self._step
+        step = self._averages.step
         try:
             if not self._lane.wait_for_room():
                 raise TimeoutError("the snapshot before it is still being written")
@@ -332,9 +264,7 @@ class EMA(Callback):
         Empty before the first update.
         """
         self._catch_up(trainer, module)
-        average = self._averages[0]
-        known = average.weights
-        return [(weight, known[name]) for name, weight in self._tracked(module) if name in known]
+        return self._averages.pairs(module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.validate and trainer.state.fn == TrainerFn.FITTING:
@@ -385,21 +315,12 @@ class EMA(Callback):
                 k: v.clone() if isinstance(v, Tensor) else v for k, v in own.items()
             }
             self._swap_in(trainer, pl_module)
-        saved = [(average, self._whole(trainer, pl_module, average)) for average in self._averages]
-        checkpoint[STATE_KEY] = {
-            "step": self._step,
-            "averages": [
-                {
-                    "profile": average.profile.to_config(),
-                    "updates": average.updates,
-                    "weights": whole,
-                }
-                for average, whole in saved
-            ],
-        }
+        root = root_of(trainer, pl_module)
+        checkpoint[STATE_KEY] = saved = self._averages.state_dict(root, pl_module)
         state = checkpoint["state_dict"]
-        first, whole = saved[0]
-        if first.updates and not is_sharded_state(state):
+        first = saved["averages"][0]
+        whole = first["weights"]
+        if first["updates"] and not is_sharded_state(state):
             names = _names(pl_module)
             checkpoint["current_model_state"] = state
             # shares tensors with the entry above; torch.save writes shared tensors once
@@ -407,45 +328,24 @@ class EMA(Callback):
                 key: whole.get(names.get(clean_name(key), ""), v) for key, v in state.items()
             }
             # the key that Lightning uses
-            checkpoint["averaging_state"] = {"n_averaged": torch.tensor(first.updates)}
+            checkpoint["averaging_state"] = {"n_averaged": torch.tensor(first["updates"])}
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return  # validation, test and prediction use the average, which is in state_dict
-        self._reset()
-        layout = Layout(root_of(trainer, pl_module))
-        weights = {clean_name(name): weight for name, weight in pl_module.named_parameters()}
-        saved = checkpoint.get(STATE_KEY) or _of_lightning(
-            checkpoint, self.profiles[0], list(weights)
-        )
+        self._averages.reset()
+        root = root_of(trainer, pl_module)
+        weights = [clean_name(name) for name, _ in pl_module.named_parameters()]
+        saved = checkpoint.get(STATE_KEY) or _of_lightning(checkpoint, self.profiles[0], weights)
         if saved is None:
             rank_zero_info("the checkpoint holds no averages of the weights; they begin anew")
             return
-        self._step = int(saved["step"])
-        for average in self._averages:
-            found = [
-                entry
-                for entry in saved["averages"]
-                if entry["profile"] == average.profile.to_config()
-            ]
-            if not found:
-                rank_zero_warn(
-                    f"the checkpoint has no average {average.profile.label}; that one begins anew"
-                )
-            for entry in found:
-                average.updates = int(entry["updates"])
-                parts = {
-                    n: layout.part(weights[n], whole)
-                    for n, whole in entry["weights"].items()
-                    if n in weights
-                }
-                average.weights = {
-                    n: part.to(_average_dtype(part), copy=True) for n, part in parts.items()
-                }
+        for label in self._averages.load_state_dict(saved, root, pl_module):
+            rank_zero_warn(f"the checkpoint has no average {label}; that one begins anew")
         if "current_model_state" in checkpoint:
-            _load_own(trainer, pl_module, layout, checkpoint["current_model_state"])
+            _load_own(trainer, pl_module, Layout(root), checkpoint["current_model_state"])
 
 
 @torch.no_grad()
@@ -485,10 +385,6 @@ def _names(module: LightningModule) -> dict[str, str]:
         clean_name(n): first[id(weight)]
         for n, weight in module.named_parameters(remove_duplicate=False)
     }
-
-
-def _average_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _at_least(name: str, value: Any, least: int) -> int:

@@ -15,11 +15,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from ..training.ema.averages import Pairs
 from ..training.loops.sharding import reshard, values_swapped
 from .support.strategies import root_of
-
-Pairs = Sequence[tuple[Tensor, Tensor]]
-"""Pairs (live parameter or buffer, this rank's part of its average)."""
 
 
 @runtime_checkable

@@ -217,7 +217,7 @@ def scenario(kind: str, precision: str) -> dict[str, Any]:
         enable_checkpointing=True,
         ckpt_path=str(ROOT / name / "2.ckpt"),
     )
-    pairs = list(zip(ema._averages, again._averages, strict=True))
+    pairs = list(zip(ema._averages.each, again._averages.each, strict=True))
     return {
         "losses": [plain.losses, averaged.losses, resumed.losses],
         "metrics": log.metrics,
@@ -227,15 +227,15 @@ def scenario(kind: str, precision: str) -> dict[str, Any]:
         "worst": spy.worst,
         "error": max(
             [
-                float((ema._averages[0].weights[clean_name(n)].double() - p).abs().max())
+                float((ema._averages.each[0].weights[clean_name(n)].double() - p).abs().max())
                 for n, p in spy.average.items()
                 if p.numel()
             ]
         ),
         "dtypes": sorted(
-            {str(p.dtype) for average in ema._averages for p in average.weights.values()}
+            {str(p.dtype) for average in ema._averages.each for p in average.weights.values()}
         ),
-        "numel": sum(p.numel() for p in ema._averages[0].weights.values()),
+        "numel": sum(p.numel() for p in ema._averages.each[0].weights.values()),
         "resumed": all(
             one.updates == two.updates
             and one.weights.keys() == two.weights.keys()

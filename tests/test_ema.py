@@ -86,7 +86,7 @@ def test_averages_of_optimizer_steps(
     module = train(tmp_path, record, ema, accumulate_grad_batches=accumulate)
     assert len(record.steps) == 12 // accumulate
     every, start = settings.get("every_n_steps", 1), settings.get("start_step", 0)
-    for average in ema._averages:
+    for average in ema._averages.each:
         assert_near(average.weights, expected(record, average.profile, every, start))
         assert average.updates == (12 // accumulate - start) // every
     assert weights(module) == weights(train(tmp_path, accumulate_grad_batches=accumulate))
@@ -185,7 +185,7 @@ def test_resume_is_bit_identical(tmp_path: Path, accumulate: int, step: int) -> 
     assert (
         resumed.losses == uncut.losses[len(uncut.losses) - len(resumed.losses) :] and resumed.losses
     )
-    for one, other in zip(whole._averages, again._averages, strict=True):
+    for one, other in zip(whole._averages.each, again._averages.each, strict=True):
         assert one.updates == other.updates and one.weights.keys() == other.weights.keys()
         assert all(torch.equal(value, other.weights[name]) for name, value in one.weights.items())
 
@@ -285,7 +285,7 @@ def test_bfloat16_models_have_float32_averages(tmp_path: Path) -> None:
     )
     assert module.first.weight.dtype == torch.bfloat16
     right = expected(record, Constant(decay=0.9))
-    (average,) = ema._averages
+    (average,) = ema._averages.each
     for name, value in right.items():
         assert average.weights[name].dtype == torch.float32
         torch.testing.assert_close(average.weights[name].double(), value, rtol=1e-5, atol=1e-6)
@@ -298,7 +298,7 @@ def test_bfloat16_models_have_float32_averages(tmp_path: Path) -> None:
     path = tmp_path / "12.ckpt"
     train(tmp_path, again, module=other, precision="bf16-true", ckpt_path=path, max_epochs=2)
     assert all(
-        torch.equal(again._averages[0].weights[name], value)
+        torch.equal(again._averages.each[0].weights[name], value)
         for name, value in average.weights.items()
     )
     assert weights(other) == weights(module)
@@ -322,9 +322,9 @@ def test_checkpoints_go_from_lightning_and_to_it(tmp_path: Path) -> None:
         torch.equal(p, saved["current_model_state"][name]) for name, p in parameters(module).items()
     )
     assert all(
-        torch.equal(p, saved["state_dict"][name]) for name, p in ema._averages[0].weights.items()
+        torch.equal(p, saved["state_dict"][name]) for name, p in ema._averages.each[0].weights.items()
     )
-    assert ema._averages[0].updates == 6
+    assert ema._averages.each[0].updates == 6
     ours = EMA(Constant(decay=0.7))
     record = Record()
     train(tmp_path, record, ours, kept(tmp_path / "ours"), max_epochs=1, enable_checkpointing=True)
@@ -333,8 +333,8 @@ def test_checkpoints_go_from_lightning_and_to_it(tmp_path: Path) -> None:
     average: Any = back._average_model
     assert int(average.n_averaged) == 6
     for name, p in average.module.named_parameters():
-        if name in ours._averages[0].weights:
-            assert torch.equal(p, ours._averages[0].weights[name])
+        if name in ours._averages.each[0].weights:
+            assert torch.equal(p, ours._averages.each[0].weights[name])
 
 
 @pytest.mark.filterwarnings("always")
@@ -345,12 +345,12 @@ def test_other_profiles_after_a_resume(tmp_path: Path) -> None:
         UserWarning, match=r"the checkpoint has no average constant_0.999; that one begins anew"
     ):
         train(tmp_path, other, ckpt_path=tmp_path / "6.ckpt")
-    assert [average.updates for average in other._averages] == [6, 12]
+    assert [average.updates for average in other._averages.each] == [6, 12]
     plain = tmp_path / "plain"
     train(tmp_path, kept(plain), max_epochs=1, enable_checkpointing=True)
     new = EMA("warmup")
     train(tmp_path, new, ckpt_path=plain / "6.ckpt")
-    assert new._averages[0].updates == 6
+    assert new._averages.each[0].updates == 6
 
 
 class Draw(Callback):
@@ -404,7 +404,7 @@ def test_tied_and_compiled_parts(tmp_path: Path) -> None:
         tmp_path, ema, kept(tmp_path), module=fresh(Tied), enable_checkpointing=True, max_epochs=1
     )
     state = torch.load(tmp_path / "6.ckpt", weights_only=True)
-    average = ema._averages[0].weights
+    average = ema._averages.each[0].weights
     assert {name for name in average if "frozen" not in name} == {
         "first.weight",
         "first.bias",
@@ -416,7 +416,7 @@ def test_tied_and_compiled_parts(tmp_path: Path) -> None:
         assert not torch.equal(state["current_model_state"][key], average["last.weight"])
     again = EMA(Constant(decay=0.7))
     train(tmp_path, again, module=fresh(Tied), ckpt_path=tmp_path / "6.ckpt", max_epochs=1)
-    assert all(torch.equal(again._averages[0].weights[name], p) for name, p in average.items())
+    assert all(torch.equal(again._averages.each[0].weights[name], p) for name, p in average.items())
 
 
 class Thawing(Toy):
@@ -427,7 +427,7 @@ class Thawing(Toy):
 def test_parts_that_begin_to_train_later_join(tmp_path: Path) -> None:
     ema, record = EMA(Constant(decay=0.7)), Record()
     train(tmp_path, record, ema, module=fresh(Thawing))
-    assert_near(ema._averages[0].weights, expected(record, Constant(decay=0.7)))
+    assert_near(ema._averages.each[0].weights, expected(record, Constant(decay=0.7)))
     assert "last.weight" not in record.steps[6]
 
 
@@ -506,5 +506,5 @@ def test_a_callback_begins_anew_with_another_trainer(tmp_path: Path) -> None:
     ema, record = EMA(Constant(decay=0.7)), Record()
     train(tmp_path, ema)
     train(tmp_path, record, ema, logger=DummyLogger())
-    assert_near(ema._averages[0].weights, expected(record, Constant(decay=0.7)))
-    assert ema._averages[0].updates == 12
+    assert_near(ema._averages.each[0].weights, expected(record, Constant(decay=0.7)))
+    assert ema._averages.each[0].updates == 12

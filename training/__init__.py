@@ -5,10 +5,12 @@ The checkpoints contain all that sampling needs.
 
 from typing import TYPE_CHECKING, Any
 
+from .checkpoints.accelerate_states import save_schedule_with
 from .checkpoints.inspect import inspect_path
 from .checkpoints.loading import load_checkpoint
 from .checkpoints.read import schedule_from_checkpoint
 from .checkpoints.safetensors import write_markers
+from .ema.model import ModelEMA
 from .ema.posthoc import posthoc_ema, save_snapshot
 from .ema.profiles import (
     EMA_PROFILES,
@@ -23,6 +25,7 @@ from .flags.base_model import diffusers_scheduler
 from .flags.parsing import add_noising_arguments, noising_from_arguments, schedule_from_arguments
 from .previews.groups import PreviewConditions
 from .previews.previews import Previews
+from .publishing.settings import read_settings, sampler_from_settings
 
 if TYPE_CHECKING:
     from .module import DiffusionModule
@@ -34,6 +37,7 @@ __all__ = [
     "EMAProfile",
     "HalfLife",
     "InverseGamma",
+    "ModelEMA",
     "PowerFunction",
     "PreviewConditions",
     "Previews",
@@ -44,6 +48,9 @@ __all__ = [
     "load_checkpoint",
     "noising_from_arguments",
     "posthoc_ema",
+    "read_settings",
+    "sampler_from_settings",
+    "save_schedule_with",
     "save_snapshot",
     "schedule_from_arguments",
     "schedule_from_checkpoint",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import math
 import os
+from collections.abc import Mapping
 from numbers import Integral
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ..noising.utils.atomic import write_atomically
@@ -125,14 +127,19 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
 
 
-def png_bytes(image: Tensor) -> bytes:
+def png_bytes(image: Tensor, texts: Mapping[str, str] | None = None) -> bytes:
     """Return the content of a PNG file for a uint8 image (height, width, 1 or 3).
+
+    ``texts`` are stored in the file by their keywords.
 
     >>> png_bytes(torch.zeros(2, 2, 3, dtype=torch.uint8))[:4]
     b'\\x89PNG'
     """
-    buffer = io.BytesIO()
-    to_pil(image).save(buffer, format="PNG")
+    buffer, info = io.BytesIO(), PngInfo()
+    for key, text in (texts or {}).items():
+        # half a surrogate pair, which truncated text may end with, has no encoding
+        info.add_text(key, text.encode(errors="replace").decode())
+    to_pil(image).save(buffer, format="PNG", pnginfo=info)
     return buffer.getvalue()
 
 

@@ -31,7 +31,8 @@ def schedule_from_checkpoint(
     Weights on a local disk are memory-mapped, not read. No code of the file is run.
 
     Args:
-        path: a file, the folder of a sharded checkpoint, a link, or a URL that fsspec supports.
+        path: a file, the folder of a sharded checkpoint or of a state of accelerate, a link, or a
+            URL that fsspec supports.
         subfolder: name of the folders beside files without an embedded schedule (weights-only
             files). The checkpoint's own folder is read first, then the shared one.
 
@@ -45,7 +46,16 @@ def schedule_from_checkpoint(
     >>> schedule_from_checkpoint(path) == NoiseSchedule.flow(3.0)
     True
     """
+    own = own_sidecar(path, subfolder)
+    if _is_state(path) and holds_schedule(own):
+        return read_sidecar(own)
     return schedule_of(read_checkpoint(path), path, subfolder)
+
+
+def _is_state(path: str | os.PathLike[str]) -> bool:
+    """Return whether ``path`` is a local folder, and not that of a sharded checkpoint."""
+    local = Folder.of(path).local
+    return local is not None and local.is_dir() and not (local / SHARDED_NAME).is_file()
 
 
 def schedule_of(

@@ -21,6 +21,7 @@ from ..loops.isolation import Termination
 from ..loops.loop import LiveModel, Loop
 from ..loops.sharding import reshard
 from ..publishing.publish import Preview
+from ..publishing.settings import settings_of_sampler
 from .batches import Plan
 from .diffusers_pipelines import (
     components,
@@ -227,7 +228,24 @@ class Previewer:
             fingerprint=self.sampler.schedule.fingerprint,
             seconds=time.monotonic() - started,
             note="; ".join(notes),
+            settings=self._settings(shape),
         )
+
+    def _settings(self, shape: tuple[int, ...] | None) -> dict[str, Any]:
+        """Return what reproduces the images, without seeds and prompts, as JSON values."""
+        settings = settings_of_sampler(self.sampler) | self.recipe.guidance
+        settings |= {
+            "negative_prompt": self.recipe.conditions.negative_prompt,
+            "shape": None if shape is None else list(shape),
+            "batch_size": self.recipe.batch_size,
+        }
+        if self.pipeline is not None:
+            scheduler = scheduler_of(self.sampler, self.pipeline)
+            settings |= {
+                "pipeline": type(self.pipeline).__name__,
+                "scheduler": type(scheduler).__name__,
+            }
+        return settings
 
     def trial(
         self, model: LiveModel, shape: tuple[int, ...] | None, termination: Termination

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from ...noising import NoiseSchedule
@@ -217,7 +218,8 @@ class Previews:
         """
         model = self._live(network, ema)
         self._publisher.complain()
-        return self._run.preview(model, Moment(int(step), epoch), lambda: self.shape)
+        with _no_autocast(model):
+            return self._run.preview(model, Moment(int(step), epoch), lambda: self.shape)
 
     def try_out(self, network: nn.Module, *, ema: Average | None = None) -> None:
         """Draw a trial image that is not shown, so that errors appear before a long run.
@@ -228,7 +230,9 @@ class Previews:
         Raises:
             RuntimeError: on every rank, if any rank failed, also with ``on_error='warn'``.
         """
-        self._run.trial(self._live(network, ema), self.shape, 0)
+        model = self._live(network, ema)
+        with _no_autocast(model):
+            self._run.trial(model, self.shape, 0)
 
     def _live(self, network: nn.Module, ema: Average | None) -> LiveModel:
         weights = self.weights or ("ema" if ema is not None else "raw")
@@ -256,6 +260,11 @@ class Previews:
             self.close()
         else:  # other ranks may not have failed: no collectives
             self._publisher.abandon(AFTER_AN_ERROR)
+
+
+def _no_autocast(model: LiveModel) -> AbstractContextManager[Any]:
+    """Return a context without the autocast around a call: it is for forwards, not for samplers."""
+    return torch.autocast(model.device.type, enabled=False)
 
 
 def _schedule_of(sampler: Any, given: Any) -> NoiseSchedule:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +23,7 @@ from ..images import image_grid, png_bytes
 from ..loops.complaints import Failure, warn_on_rank_zero
 from .html import PAGE_NAME, RECORDS_NAME, read_records, render
 from .loggers import log_image, takes_images
+from .settings import png_texts
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Preview:
         fingerprint: fingerprint of the noise schedule.
         seconds: duration of the preview.
         note: additional information, or ''.
+        settings: what reproduces the images, without their seeds and prompts, as JSON values.
 
     Raises:
         ValueError: the numbers of images, seeds and captions differ.
@@ -67,6 +69,7 @@ class Preview:
     fingerprint: str
     seconds: float
     note: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not len(self.images) == len(self.seeds) == len(self.captions):
@@ -94,6 +97,18 @@ class Preview:
         """The suffix of names: '' for raw weights, '_ema' for EMA weights."""
         return "" if self.weights == "raw" else f"_{self.weights}"
 
+    def settings_of(self, index: int | None) -> dict[str, Any]:
+        """Return the settings of one image, or of the grid for None; empty if they are not known.
+
+        The grid has the seed and the prompt of its first image too, as in A1111.
+        """
+        if not self.settings or not self.seeds:
+            return {}
+        shared = {**self.settings, "step": self.step, "weights": self.weights}
+        one = {"seed": self.seeds[index or 0], "prompt": self.captions[index or 0]}
+        every = {"seeds": list(self.seeds), "prompts": list(self.captions)} if index is None else {}
+        return shared | one | every
+
     def records(self) -> list[dict[str, Any]]:
         """Return a record for each image as JSON values; NaN and infinity become None."""
         shared = {
@@ -110,7 +125,9 @@ class Preview:
         }
         each = zip(self.image_names, self.seeds, self.captions, strict=True)
         return [
-            {"image": image, "index": index, "seed": seed, "prompt": caption} | shared
+            {"image": image, "index": index, "seed": seed, "prompt": caption}
+            | shared
+            | ({"settings": self.settings_of(index)} if self.settings else {})
             for index, (image, seed, caption) in enumerate(each)
         ]
 
@@ -148,7 +165,8 @@ def publish(preview: Preview, folder: str, loggers: Sequence[Any], told: set[str
             found = Failure(folder, error)
             failed.extend([found] if str(found) not in map(str, failed) else [])
 
-    attempt(lambda: place.write(preview.grid_name, png_bytes(grid)))
+    texts = png_texts(preview.settings_of(None), grid)
+    attempt(lambda: place.write(preview.grid_name, png_bytes(grid, texts)))
     attempt(lambda: _write_images(place, preview, singles))
     attempt(
         lambda: place.append(
@@ -203,8 +221,8 @@ def try_out(folder: str, loggers: Sequence[Any], told: set[str]) -> list[Failure
 
 
 def _write_images(place: Folder, preview: Preview, singles: Sequence[Tensor]) -> None:
-    for name, image in zip(preview.image_names, singles, strict=True):
-        place.write(name, png_bytes(image))
+    for index, (name, image) in enumerate(zip(preview.image_names, singles, strict=True)):
+        place.write(name, png_bytes(image, png_texts(preview.settings_of(index), image)))
 
 
 def _captions(preview: Preview) -> list[str]:

@@ -1,0 +1,88 @@
+"""A training loop without a Trainer, for every kind of loop: plain torch, accelerate, Fabric."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alphabar.noising import NoiseSchedule, Noising
+from alphabar.training import ModelEMA, Previews
+
+SHAPE = (3, 8, 8)
+SCHEDULE = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
+STEPS = 6
+
+
+class Net(nn.Module):
+    """Dropout makes losses depend on the global generator and on train flags; parts are frozen in
+    eval mode; the same first weights every time.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+        self.norm, self.dropout = nn.BatchNorm2d(8).eval(), nn.Dropout(0.3)
+        self.frozen = nn.Dropout(0.5).eval()
+        self.dtypes: set[torch.dtype] = set()
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        time = torch.sin(timesteps / 200).view(-1, 1, 1, 1).to(x.dtype)
+        h = self.first(x)
+        self.dtypes.add(h.dtype)
+        return self.last(self.frozen(self.dropout(self.norm(torch.tanh(h + time)))))
+
+
+def prepared(loop: Any, net: nn.Module, optimizer: Any) -> tuple[Any, Any, Callable[[Tensor], Any]]:
+    """The network as a loop wraps it, the optimizer, and the call for the backward pass."""
+    if loop is None:
+        if torch.distributed.is_initialized():
+            net = nn.parallel.DistributedDataParallel(net)
+        return net, optimizer, lambda loss: loss.backward()
+    wrap = loop.setup if hasattr(loop, "setup") else loop.prepare
+    return *wrap(net, optimizer), loop.backward
+
+
+def train(
+    net: nn.Module,
+    loop: Any = None,
+    rank: int = 0,
+    draw: Callable[[Any, int, ModelEMA], object] | None = None,
+    rate: float = 0.05,
+) -> list[float]:
+    """Train for six steps, and call ``draw(network, step, ema)`` before the first and after each."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=rate, momentum=0.9)
+    network, optimizer, backward = prepared(loop, net, optimizer)
+    noising, ema = Noising(SCHEDULE, seed=3), ModelEMA(network, 0.5)
+    data = torch.randn(STEPS, 2, 4, *SHAPE, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(rank)
+    losses = []
+    if draw is not None:
+        draw(network, 0, ema)
+    for step in range(1, STEPS + 1):
+        noised = noising(data[step - 1, rank], step=step)
+        loss = noised.loss(network(noised.x, noised.timesteps))
+        backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(step)
+        losses.append(loss.item())
+        if draw is not None:
+            draw(network, step, ema)
+    return losses
+
+
+def previews(folder: Path, loop: Any = None, **settings: Any) -> Previews:
+    common: dict[str, Any] = {"steps": 2, "num_images": 3, "batch_size": 2, "loop": loop}
+    common |= {"schedule": SCHEDULE, "shape": SHAPE, "folder": folder}
+    return Previews("euler_ancestral", **{**common, **settings})
+
+
+def weights(net: nn.Module) -> str:
+    """A hash of every parameter's and buffer's bits."""
+    parts = [t.detach().contiguous().numpy().tobytes() for t in net.state_dict().values()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
