@@ -25,7 +25,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -36,7 +36,6 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
@@ -45,7 +44,7 @@ from alphabar.noising import Noising
 from alphabar.noising.utils.atomic import require_writable, write_atomically
 from alphabar.noising.utils.rng import Draws, mix, stream_of
 from alphabar.sampling import Sampler
-from alphabar.training import Previews, add_noising_arguments, noising_from_arguments
+from alphabar.training import ModelEMA, Previews, add_noising_arguments, noising_from_arguments
 from alphabar.training.diffusers_text_to_image import LORA_NAME, TextToImage, family_of, index_of
 from alphabar.training.images import cropped
 from alphabar.training.loops.objective import Objective
@@ -324,9 +323,8 @@ class Run:
             num_warmup_steps=args.lr_warmup_steps,
             num_training_steps=self.steps,
         )
-        self.ema = EMAModel(self.learned, use_ema_warmup=True) if args.use_ema else None
-        if self.ema is not None:
-            self.ema.to(accelerator.device)
+        self.ema = ModelEMA(self.objective, "inverse_gamma") if args.use_ema else None
+        self.average = self.ema.average if self.ema is not None else None
         self.previews = self._previews() if args.validation_prompts else None
 
     def _stateful(self) -> dict[str, Any]:
@@ -360,8 +358,6 @@ class Run:
         objective.load_state_dict(parts["objective"], strict=False)
         for name, part in self._stateful().items():
             part.load_state_dict(parts["state"][name])
-        if self.ema is not None:
-            self.ema.to(self.accelerator.device)
         self.step = parts["step"]
         self.accelerator.print(f"going on from {str(path)!r} at step {self.step}")
 
@@ -383,7 +379,7 @@ class Run:
             if aside:
                 print("later checkpoints are set aside:", ", ".join(path.name for path in aside))
         if self.previews is not None and self.step < self.steps:
-            self.previews.try_out(self.model.denoiser, ema=self._average)
+            self.previews.try_out(self.model.denoiser, ema=self.average)
         quiet, losses = not self.accelerator.is_main_process, []
         with tqdm(total=self.steps, initial=self.step, disable=quiet) as bar:
             for batch in self._loader():
@@ -414,9 +410,9 @@ class Run:
     def _after_step(self, loss: Tensor, bar: tqdm[Any]) -> None:
         rate = float(self.rates.get_last_lr()[0])  # of the step that is done
         self.rates.step()
-        if self.ema is not None:
-            self.ema.step(self.learned)
         self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.step)
         value = float(cast(Tensor, self.accelerator.reduce(loss, "mean")))
         self.accelerator.log({"train_loss": value, "lr": rate}, step=self.step)
         bar.update()
@@ -427,28 +423,9 @@ class Run:
         if self.step % self.args.checkpointing_steps == 0 or last:
             self.save()
         if self.previews is not None and (self.step % self.args.validation_steps == 0 or last):
-            self.previews(self.model.denoiser, step=self.step, ema=self._average)
+            self.previews(self.model.denoiser, step=self.step, ema=self.average)
 
     # -- previews and the result -------------------------------------------------------------------
-
-    @contextmanager
-    def averaged(self) -> Iterator[bool]:
-        """Put the average in the place of the weights, if there is one, and restore them whatever
-        happens.
-        """
-        if self.ema is None:
-            yield False
-            return
-        self.ema.store(self.learned)
-        self.ema.copy_to(self.learned)
-        try:
-            yield True
-        finally:
-            self.ema.restore(self.learned)
-
-    @property
-    def _average(self) -> Any:
-        return self.averaged if self.ema is not None else None
 
     def _previews(self) -> Previews:
         args = self.args
@@ -498,7 +475,7 @@ class Run:
     def save_result(self) -> None:
         """Write what diffusers loads, and a model card; upload them."""
         args, output, schedule = self.args, self.plan.folder.path, self.plan.noising.schedule
-        with self.averaged():
+        with nullcontext() if self.average is None else self.average():
             result = self.model.save(output, schedule)
         base, pushed = args.pretrained_model_name_or_path, args.push_to_hub
         of_lora = base if args.rank else None

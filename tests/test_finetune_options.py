@@ -54,6 +54,7 @@ def printed_pipeline(out: str) -> Any:
 
 def test_xl_from_epsilon_to_v(given: dict[str, list[str]], tmp_path: Path, capsys: Any) -> None:
     flags = ["--max_train_steps", "2", "--train_batch_size", "2", "--gradient_checkpointing"]
+    flags += ["--use_ema"]
     run(*given["xl"], *V_ZERO_SNR, *flags, "--output_dir", tmp_path)
     pipeline = printed_pipeline(capsys.readouterr().out)
     assert isinstance(pipeline, diffusers.StableDiffusionXLPipeline)
@@ -63,9 +64,16 @@ def test_xl_from_epsilon_to_v(given: dict[str, list[str]], tmp_path: Path, capsy
     # the text's time embedding too: the sizes and the pooled text reach the loss
     name = "add_embedding.linear_1.weight"
     assert not torch.equal(now[name], before.state_dict()[name])
+    # the average is what is saved
+    saved = torch.load(tmp_path / "checkpoint-0000002.pt", weights_only=True)
+    name = "denoiser.network.conv_out.weight"
+    assert torch.equal(
+        now["conv_out.weight"], saved["state"]["average"]["averages"][0]["weights"][name]
+    )
+    assert not torch.equal(now["conv_out.weight"], saved["objective"][name])
     card = (tmp_path / "README.md").read_text()
     assert "| prediction type | v_prediction |" in card and "zsnr=true" in card
-    assert "prediction type | v_prediction" in card and "DDIMScheduler" in card
+    assert "| scheduler in diffusers | DDIMScheduler |" in card
 
 
 def test_lora_of_a_flow_with_pictures_in_tensorboard_and_the_hub(
