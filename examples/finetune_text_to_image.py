@@ -511,7 +511,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     args = parse(arguments)
     plan = settle(args)
     checkpoint = plan.folder.find(args.resume_from_checkpoint)
-    torch.backends.cuda.matmul.allow_tf32 |= args.allow_tf32
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,

@@ -137,6 +137,22 @@ def test_a_resumed_stream_goes_on_to_the_same_losses(
     assert losses(half) == losses(whole) and len(losses(whole)) == 5
 
 
+def test_accumulated_batches_train_as_one(given: dict[str, list[str]], tmp_path: Path) -> None:
+    flags = [
+        *given["sd"],
+        "--rank",
+        "1",
+        "--max_train_steps",
+        "2",
+        "--timestep_density",
+        "stratified",
+    ]
+    one = run(*flags, "--train_batch_size", "4", "--output_dir", tmp_path / "one")
+    more = ["--train_batch_size", "2", "--gradient_accumulation_steps", "2"]
+    accumulated = run(*flags, *more, "--output_dir", tmp_path / "more")
+    assert losses(accumulated) == pytest.approx(losses(one), rel=1e-4)
+
+
 def test_every_image_is_seen_once_an_epoch_and_samples_are_limited(
     given: dict[str, list[str]], tmp_path: Path
 ) -> None:

@@ -97,7 +97,14 @@ def family_of(pipeline: str) -> Family:
 
 
 def index_of(source: str, variant: str | None = None, **options: Any) -> dict[str, Any]:
-    """Return the model_index.json of a pipeline in a folder or on the hub."""
+    """Return the model_index.json of a pipeline in a folder or on the hub.
+
+    >>> import json, tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    >>> index_of(str(folder))["_class_name"]
+    'FluxPipeline'
+    """
     import diffusers
 
     config: Any = diffusers.DiffusionPipeline.load_config(source, **options)
@@ -139,6 +146,15 @@ def encode_texts(
             crop's corner and of the target, shape (texts, 6). Only SDXL uses it.
         zero_empty: encode an empty text to zeros where the pipeline samples with zeros for "no
             text" (``force_zeros_for_empty_prompt``, SDXL).
+
+    >>> class StableDiffusionPipeline:  # what of a pipeline is called
+    ...     device, config = "cpu", {}
+    ...
+    ...     def encode_prompt(self, prompt, **options):
+    ...         return torch.ones(len(prompt), 2, 3), None
+    >>> conditioning = encode_texts(StableDiffusionPipeline(), ["a", "b"], torch.zeros(2, 6))
+    >>> {name: value.shape for name, value in conditioning.items()}
+    {'encoder_hidden_states': torch.Size([2, 2, 3])}
     """
     family = family_of(type(pipeline).__name__)
     more = [f"prompt_{n}" for n in (2, 3) if hasattr(pipeline, f"tokenizer_{n}")]
@@ -164,6 +180,11 @@ def encode_images(vae: Any, pixels: Tensor, noise: Callable[..., Tensor]) -> Ten
         vae: the VAE.
         pixels: the images, (batch, channels, height, width).
         noise: ``noise(*shape)`` returns the posterior's noise, (batch, *shape).
+
+    >>> from diffusers import AutoencoderKL
+    >>> pixels = torch.zeros(1, 3, 8, 8)
+    >>> encode_images(AutoencoderKL(), pixels, lambda *shape: torch.zeros(1, *shape)).shape
+    torch.Size([1, 4, 8, 8])
     """
     with torch.no_grad():
         posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
@@ -173,7 +194,12 @@ def encode_images(vae: Any, pixels: Tensor, noise: Callable[..., Tensor]) -> Ten
 
 
 def decode_images(vae: Any, latents: Tensor) -> Tensor:
-    """Decode latents to images in [-1, 1], in the VAE's own precision."""
+    """Decode latents to images in [-1, 1], in the VAE's own precision.
+
+    >>> from diffusers import AutoencoderKL
+    >>> decode_images(AutoencoderKL(), torch.zeros(1, 4, 8, 8)).shape
+    torch.Size([1, 3, 8, 8])
+    """
     mean, scale = _scaling(vae)
     with torch.no_grad(), torch.autocast(vae.device.type, enabled=False):
         z = latents.to(vae.device) / scale + mean
