@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from alphabar.noising import NoiseSchedule, Noising
 from alphabar.training import ModelEMA, Previews
@@ -14,6 +16,10 @@ from alphabar.training import ModelEMA, Previews
 SHAPE = (3, 8, 8)
 SCHEDULE = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
 STEPS = 6
+
+
+class First(nn.Conv2d):
+    """What FSDP splits off as a unit of its own."""
 
 
 class Net(nn.Module):
@@ -25,7 +31,7 @@ class Net(nn.Module):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+            self.first, self.last = First(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
         self.norm, self.dropout = nn.BatchNorm2d(8).eval(), nn.Dropout(0.3)
         self.frozen = nn.Dropout(0.5).eval()
         self.dtypes: set[torch.dtype] = set()
@@ -39,12 +45,25 @@ class Net(nn.Module):
 
 def prepared(loop: Any, net: nn.Module, optimizer: Any) -> tuple[Any, Any, Callable[[Tensor], Any]]:
     """The network as a loop wraps it, the optimizer, and the call for the backward pass."""
+    if loop in ("fsdp1", "fsdp2"):
+        return sharded(loop, net), optimizer, lambda loss: loss.backward()
     if loop is None:
         if torch.distributed.is_initialized():
             net = nn.parallel.DistributedDataParallel(net)
         return net, optimizer, lambda loss: loss.backward()
     wrap = loop.setup if hasattr(loop, "setup") else loop.prepare
     return *wrap(net, optimizer), loop.backward
+
+
+def sharded(kind: str, net: Any) -> Any:
+    """In two units, of which the outer has weights of its own."""
+    if kind == "fsdp1":
+        device = torch.device("cpu")
+        return FullyShardedDataParallel(
+            net, device_id=device, use_orig_params=True, auto_wrap_policy=ModuleWrapPolicy({First})
+        )
+    fully_shard(net.first)
+    return fully_shard(net)
 
 
 def train(
@@ -55,8 +74,12 @@ def train(
     rate: float = 0.05,
 ) -> list[float]:
     """Train for six steps, and call ``draw(network, step, ema)`` before the first and after each."""
-    optimizer = torch.optim.SGD(net.parameters(), lr=rate, momentum=0.9)
-    network, optimizer, backward = prepared(loop, net, optimizer)
+    if loop in ("fsdp1", "fsdp2"):  # the optimizer updates shards
+        network, _, backward = prepared(loop, net, None)
+        optimizer: Any = torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9)
+    else:
+        optimizer = torch.optim.SGD(net.parameters(), lr=rate, momentum=0.9)
+        network, optimizer, backward = prepared(loop, net, optimizer)
     noising, ema = Noising(SCHEDULE, seed=3), ModelEMA(network, 0.5)
     data = torch.randn(STEPS, 2, 4, *SHAPE, generator=torch.Generator().manual_seed(1))
     torch.manual_seed(rank)

@@ -10,7 +10,7 @@ from __future__ import annotations
 CURVES, SHIFTS = "tests/test_curves.py", "tests/test_shifts.py"
 WEIGHTING, METHODS = "tests/test_weighting.py", "tests/test_methods_order.py"
 GRIDS, PEERS = "tests/test_grids.py", "tests/test_agreement_diffusers.py"
-SAMPLER = "tests/test_sampler.py"
+SAMPLER, LOOPS = "tests/test_sampler.py", "tests/test_previews_in_loops.py"
 
 
 def of(*methods: str) -> str:
@@ -361,6 +361,43 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("if defect > ROUNDINGS * rounding", "if defect > 1e9"),
         ("if not all(math.isfinite(c)", "if not any(math.isfinite(c)"),
     ],
+    # training loops
+    ("training/loops/loop.py", f"{LOOPS} -k precision or half or autocast or fabric"): [
+        ("own = None if mixed or mode.sharded else single_dtype(inner)", "own = None"),
+        ("self.autocast or ambient_autocast(device)", "self.autocast or nullcontext"),
+        ("autocast=accelerator.autocast,", ""),
+        ("convert_input=strategy.precision.convert_input,", "convert_input=lambda value: value,"),
+    ],
+    ("training/loops/wrappers.py", f"{LOOPS} -k pipeline or precision"): [
+        ("return unwrapped(inner.module)", "return network")
+    ],
+    ("training/previews/previews.py", f"{LOOPS} -k autocast or averages"): [
+        ("return torch.autocast(model.device.type, enabled=False)", "return torch.enable_grad()"),
+        ('self.weights or ("ema" if ema is not None else "raw")', 'self.weights or "raw"'),
+    ],
+    ("training/publishing/settings.py", f"{LOOPS} -k settings or picture or json or infotext"): [
+        ('if settings["schedule"] != schedule.fingerprint:', "if False:"),
+        ("            unsaved.append(name)", "            pass"),
+        ('settings["steps"], settings["grid"], **', 'settings["steps"], None, **'),
+        ("return json.dumps(text) if any", "return text if any"),
+    ],
+    ("training/ema/averages.py", "tests/test_model_ema.py"): [
+        ("torch._foreach_lerp_(old, new, 1 - keep)", "torch._foreach_lerp_(old, new, keep)"),
+        ("if step - before < self.every_n_steps:", "if step - before < 1:"),
+        ("average.profile(step - self.start_step, step - before)", "average.profile(step, 1)"),
+        ('self.step = int(state["step"])', "pass"),
+        ("weight.requires_grad or name in known", "True"),
+    ],
+    ("training/ema/model.py", "tests/test_model_ema.py"): [
+        ("        if lacking:", "        if False:"),
+        ("        if not pairs:", "        if False:"),
+    ],
+    ("training/checkpoints/accelerate_states.py", "tests/test_model_ema.py"): [
+        ("if found.fingerprint == own.fingerprint:", "if False:"),
+        ('if on_mismatch == "error":', "if False:"),
+        ('if on_mismatch != "ignore":', "if True:"),
+        ("except Exception as error:  #", "except KeyError as error:  #"),
+    ],
     # callbacks: policy
     ("callbacks/previews/triggers.py", "tests/test_callbacks_previewing.py"): [
         ("step > 0 and step % n == 0", "step % n == 0"),
@@ -372,14 +409,14 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("(epoch + 1) % n == 0", "epoch % n == 0"),
         ("trainer.global_step >= trainer.max_steps", "trainer.global_step > trainer.max_steps"),
     ],
-    ("callbacks/support/isolation.py", "tests/test_callbacks_parts.py"): [
+    ("training/loops/isolation.py", "tests/test_callbacks_parts.py"): [
         ("torch.set_rng_state(states[2])", "pass"),
         ("np.random.set_state(states[1])", "pass"),
         ("random.setstate(states[0])", "pass"),
         ("module.training = training", "module.training = True"),
         ("            module.training = False\n", "            pass\n"),
     ],
-    ("callbacks/support/collectives.py", "tests/test_callbacks_parts.py"): [
+    ("training/loops/collectives.py", "tests/test_callbacks_parts.py"): [
         ("raise error if error is not None else AgreedError(words)", "return result"),
         ("(OSError if is_os_error else ValueError)(text)", "ValueError(text)"),
         ("raise AgreedError(words) from error", "return"),

@@ -196,9 +196,9 @@ def _of_accelerator(accelerator: Any) -> Loop:
 def _of_fabric(fabric: Any) -> Loop:
     strategy = fabric.strategy
     share = None
-    if hasattr(strategy, "device_mesh"):  # ranks of a tensor-parallel group draw the same share
-        dealt = strategy.distributed_sampler_kwargs
-        share = dealt["num_replicas"], dealt["rank"]
+    if fabric.world_size > 1:  # ranks of a tensor-parallel group draw the same share
+        dealt = getattr(strategy, "distributed_sampler_kwargs", None)
+        share = (dealt["num_replicas"], dealt["rank"]) if dealt else None
     return Loop(
         fabric.global_rank,
         fabric.world_size,
