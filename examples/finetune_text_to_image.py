@@ -233,7 +233,8 @@ class Captioned(Dataset[dict[str, Any]]):
             if args.shuffle_buffer_size:
                 rows = rows.shuffle(args.seed, buffer_size=args.shuffle_buffer_size)
         else:
-            rows = rows if limit is None else rows.shuffle(args.seed).select(range(limit))
+            if limit is not None and limit < len(rows):
+                rows = rows.shuffle(args.seed).select(range(limit))
             self.order = Shuffled(len(rows), args.seed)
         self.args, self.rows = args, rows
 
@@ -337,7 +338,10 @@ class Run:
         return {name: part for name, part in parts.items() if part is not None}
 
     def _same(self) -> dict[str, Any]:
-        return {"images in a step": self.positions.total, "average": self.ema is not None}
+        # a stream is shuffled otherwise in a worker
+        workers = self.args.dataloader_num_workers if self.args.streaming else 0
+        average = self.ema is not None
+        return {"images in a step": self.positions.total, "average": average, "workers": workers}
 
     def save(self) -> None:
         """Write where we are as one file on one process; every process calls it."""
@@ -452,7 +456,7 @@ class Run:
         images = None if args.streaming else self.data.order.samples
         passes = images and f", {self.steps * positions.total / images:.3g} epochs"
         return {
-            "base model": args.pretrained_model_name_or_path,
+            "base model": f"{self.model.source} ({type(self.model.pipeline).__name__})",
             "trained": f"{what} the {self.model.family.network}, {learned:,} parameters",
             "data": f"{args.dataset_name or args.train_data_dir}, {images or 'a stream of'} images",
             "batch": f"{positions.total} images: {positions.batch} on each of "
@@ -495,7 +499,7 @@ class Run:
                 repo_id=source,
                 folder_path=output,
                 commit_message=f"Trained to step {self.step}",
-                ignore_patterns=["checkpoint-*", "replaced-*", f"{PROJECT}/*"],
+                ignore_patterns=["checkpoint-*", "replaced-*", "*.partial", f"{PROJECT}/*"],
                 token=args.hub_token,
             )
         kept = [path.name for path in self.plan.folder.checkpoints]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import count
 from typing import Any
 
@@ -70,14 +69,15 @@ class Shuffled:
 
     def __init__(self, samples: int, seed: int) -> None:
         self.samples, self.seed = samples, seed
-        self._permutation = lru_cache(maxsize=2)(self._permuted)  # a batch may lie in two epochs
+        self._kept: dict[int, Tensor] = {}
 
     def __getitem__(self, position: int) -> tuple[int, int]:
         epoch, place = divmod(position, self.samples)
-        return epoch, int(self._permutation(epoch)[place])
-
-    def _permuted(self, epoch: int) -> Tensor:
-        return permutation(self.seed, self.samples, step=epoch, group=stream_of("data order"))
+        if epoch not in self._kept:
+            order = permutation(self.seed, self.samples, step=epoch, group=stream_of("data order"))
+            # of two epochs, since a batch may lie in both
+            self._kept = {**dict([*self._kept.items()][-1:]), epoch: order}
+        return epoch, int(self._kept[epoch][place])
 
 
 def at_positions(
