@@ -102,7 +102,26 @@ def train(
 def previews(folder: Path, loop: Any = None, **settings: Any) -> Previews:
     common: dict[str, Any] = {"steps": 2, "num_images": 3, "batch_size": 2, "loop": loop}
     common |= {"schedule": SCHEDULE, "shape": SHAPE, "folder": folder}
-    return Previews("euler_ancestral", **{**common, **settings})
+    return Previews(**{"sampler": "euler_ancestral", **common, **settings})
+
+
+def uneven(x: Tensor, timesteps: Tensor, label: Tensor) -> Tensor:
+    """A network for which some labels need more steps of an adaptive sampler than others."""
+    return torch.tanh(x * (1 + 9 * label.view(-1, 1, 1, 1)))
+
+
+ADAPTIVE: dict[str, Any] = {
+    "sampler": "DPM adaptive",
+    "steps": None,
+    "classes": (0, 3),
+    "class_key": "label",
+    "predict": uneven,
+    "num_images": 5,
+    "batch_size": 1,
+    # at a zero terminal SNR the sampler would begin at an infinite noise level
+    "schedule": NoiseSchedule.scaled_linear(),
+}
+"""Settings with which two ranks make different numbers of steps."""
 
 
 def weights(net: nn.Module) -> str:

@@ -1,6 +1,7 @@
 """The averages of a network in a loop of one's own, and its schedule beside its checkpoints."""
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,9 @@ def test_a_state_of_another_schedule_is_refused_or_told(
             accelerator.load_state(str(tmp_path / "state"))
     accelerator._load_model_state_pre_hook.clear()
     save_schedule_with(accelerator, NoiseSchedule.flow(), on_mismatch="ignore")
-    accelerator.load_state(str(tmp_path / "state"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*noise schedule")
+        accelerator.load_state(str(tmp_path / "state"))
 
 
 def test_a_state_without_a_schedule_is_told(tmp_path: Path, accelerator: Accelerator) -> None:

@@ -30,7 +30,7 @@ from alphabar.training import (
 from alphabar.training.images import to_pixels
 from alphabar.training.publishing.settings import settings_of_sampler
 from callbacks_toy import files, one_thread
-from loops_toy import SCHEDULE, SHAPE, STEPS, Net, previews, train
+from loops_toy import ADAPTIVE, SCHEDULE, SHAPE, STEPS, Net, previews, train
 from two_processes import last_words, run_two_ranks
 
 SCRIPT = Path(__file__).parent / "loops_two_ranks.py"
@@ -191,6 +191,27 @@ def test_a_rank_out_of_memory_halves_the_batch_of_all(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_ranks_wait_for_one_that_makes_more_steps(
+    root: Path, ranks: list[dict[str, Any]], kind: str, tmp_path: Path
+) -> None:
+    assert [report[kind]["adaptive"]["error"] for report in ranks] == [None, None]
+    with previews(tmp_path, **ADAPTIVE) as made:
+        for step in (2, 4, 6):
+            made(Net(), step=step)
+    assert pictures(root / kind / "adaptive") == pictures(tmp_path)
+    assert len(pictures(tmp_path)) == 3
+
+
+def test_the_time_of_a_rank_that_has_finished_counts(
+    root: Path, ranks: list[dict[str, Any]]
+) -> None:
+    assert [report["torch"]["late"]["error"] for report in ranks] == [None, None]
+    lines = (root / "torch" / "late" / "previews.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])
+    assert first["step"] == 2 and "of 5 images: max_seconds=1000.0 had passed" in first["note"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_unwritable_folder_stops_both_before_training(
     ranks: list[dict[str, Any]], kind: str
 ) -> None:
@@ -253,6 +274,10 @@ def test_precision_is_that_of_training(tmp_path: Path) -> None:
     half = {torch.bfloat16}
     with accelerator(tmp_path, mixed_precision="bf16") as loop:
         assert dtypes(tmp_path, loop, Net()) == (half, half)
+        part = Net()  # of a prepared network, such as the network in a module with the loss
+        with previews(tmp_path, loop, on_error="raise") as made:
+            made(part, step=7)
+        assert part.dtypes == half
     for precision in ("bf16-mixed", "bf16-true"):
         fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
         assert dtypes(tmp_path, fabric, Net()) == (half, half)

@@ -368,7 +368,12 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("autocast=accelerator.autocast,", ""),
         ("convert_input=strategy.precision.convert_input,", "convert_input=lambda value: value,"),
     ],
-    ("training/loops/wrappers.py", f"{LOOPS} -k pipeline or precision"): [
+    ("training/previews/rounds.py", f"{LOOPS} -k steps or time"): [
+        ("while busy and not self.stopped:", "while False:"),
+        ("            watching = True\n", "            pass\n"),
+        ("return [*lacking, True].index(True)", "return drawn"),
+    ],
+    ("training/loops/wrappers.py", "tests/test_model_ema.py"): [
         ("return unwrapped(inner.module)", "return network")
     ],
     ("training/previews/previews.py", f"{LOOPS} -k autocast or averages"): [
@@ -379,7 +384,6 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ('if settings["schedule"] != schedule.fingerprint:', "if False:"),
         ("            unsaved.append(name)", "            pass"),
         ('settings["steps"], settings["grid"], **', 'settings["steps"], None, **'),
-        ("return json.dumps(text) if any", "return text if any"),
     ],
     ("training/ema/averages.py", "tests/test_model_ema.py"): [
         ("torch._foreach_lerp_(old, new, 1 - keep)", "torch._foreach_lerp_(old, new, keep)"),

@@ -67,6 +67,9 @@ class Rounds:
             done = self._batch(batches[len(drawn)], start)
             if done is not None:
                 drawn.append(done)
+        self._wait_for_others()
+        if self.stopped == "time":
+            del drawn[self._drawn_everywhere(len(drawn), len(batches)) :]
         if not drawn:
             return Painted(torch.empty(0, dtype=torch.uint8), torch.empty(0))
         return Painted(
@@ -99,33 +102,65 @@ class Rounds:
                 error = raised.with_traceback(None)  # its frames would keep the memory in use
             except Exception as raised:
                 error = raised
-            if self._to_be_broken_off(error, finished=part is not None):
+            if self._vote(error, finished=part is not None)[0]:
                 return None
             self.tick()
         return part
 
-    def _to_be_broken_off(self, error: Exception | None, finished: bool) -> bool:
-        """Exchange flags with all ranks; return whether to stop the current part.
+    def _wait_for_others(self) -> None:
+        """Vote until every rank has drawn its batches.
+
+        A sampler with an adaptive number of steps needs more votes on one rank than on another.
+        """
+        busy, watching = True, False
+        while busy and not self.stopped:
+            _, busy = self._vote(None, finished=False, busy=False, watching=watching)
+            watching = True
+
+    def _drawn_everywhere(self, drawn: int, batches: int) -> int:
+        """Return the number of batches that every rank has finished."""
+        lacking = any_rank([drawn <= k for k in range(batches)], self.world_size, self.device)
+        return [*lacking, True].index(True)
+
+    def _vote(
+        self, error: Exception | None, finished: bool, busy: bool = True, watching: bool = True
+    ) -> tuple[bool, bool]:
+        """Exchange flags with all ranks.
 
         Halves ``batch_size`` if any rank ran out of memory.
+
+        Args:
+            error: error of this rank.
+            finished: the current part is finished, so the time limit does not stop it.
+            busy: this rank has not drawn all of its batches.
+            watching: look at the clock.
+
+        Returns:
+            Whether to stop the current part, and whether any rank is busy.
 
         Raises:
             AgreedError: any rank failed, or ran out of memory with ``batch_size`` 1.
         """
         out_of_memory = isinstance(error, torch.OutOfMemoryError)
-        limited = self.rank == 0 and self.deadline < math.inf
+        limited = self.rank == 0 and watching and self.deadline < math.inf
         late = limited and time.monotonic() > self.deadline and not finished
-        flags = [error is not None and not out_of_memory, out_of_memory, self.interrupted(), late]
-        failed, out_of_memory, signal, late = any_rank(flags, self.world_size, self.device)
+        flags = [
+            error is not None and not out_of_memory,
+            out_of_memory,
+            self.interrupted(),
+            late,
+            busy,
+        ]
+        failed, out_of_memory, signal, late, busy = any_rank(flags, self.world_size, self.device)
         if failed or (out_of_memory and self.batch_size == 1):
             raise_on_all_ranks(error, self.world_size)
         if signal or late:
             self.stopped = "signal" if signal else "time"
-            return True
+            return True, busy
         if out_of_memory:
             self.batch_size, self.out_of_memory = math.ceil(self.batch_size / 2), True
             _free(torch.device(self.device))
-        return out_of_memory
+        return out_of_memory, busy
 
 
 def _free(device: torch.device) -> None:

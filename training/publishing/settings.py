@@ -126,7 +126,7 @@ def infotext(settings: Mapping[str, Any], width: int, height: int) -> str:
         "Training step": settings.get("step"),
         "Weights": settings.get("weights"),
     }
-    line = ", ".join(f"{name}: {_quoted(v)}" for name, v in values.items() if v is not None)
+    line = ", ".join(f"{name}: {v}" for name, v in values.items() if v is not None)
     negative = settings.get("negative_prompt")
     lines = [settings.get("prompt"), f"Negative prompt: {negative}" if negative else None, line]
     return "\n".join(text for text in lines if text)
@@ -186,11 +186,6 @@ def _name_of_a1111(name: Any) -> Any:
     """Return the name that UIs show for a method of ours, if there is one."""
     aliases = getattr(METHODS.get(name), "aliases", {}) if isinstance(name, str) else {}
     return next((alias for alias, implied in aliases.items() if not implied), name)
-
-
-def _quoted(value: Any) -> str:
-    text = str(value)
-    return json.dumps(text) if any(c in text for c in ",:\n") else text
 
 
 def _plain(value: Any) -> Any:
