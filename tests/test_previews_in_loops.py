@@ -338,6 +338,7 @@ def test_a_network_of_fabric_needs_its_fabric(tmp_path: Path) -> None:
         ({"weights": "emma"}, ValueError, "unknown weights 'emma'; did you mean 'ema'"),
         ({"on_error": "rise"}, ValueError, "unknown on_error 'rise'; did you mean 'raise'"),
         ({"prompts": ["a"]}, ValueError, "^prompts need encode="),
+        ({"exit_after_error": -1}, ValueError, "^exit_after_error must be seconds"),
         ({"max_seconds": 0}, ValueError, "^max_seconds must be above 0"),
     ],
 )

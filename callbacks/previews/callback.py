@@ -23,7 +23,7 @@ from ...noising.utils.registry import lookup
 from ...sampling import Method, Sampler
 from ...training.loops.background import AFTER_AN_ERROR, AT_THE_END, BEFORE_A_CHECKPOINT
 from ...training.loops.collectives import call_on_all_ranks
-from ...training.loops.forward import ForwardMode
+from ...training.loops.forward import ForwardMode, require_exit_after
 from ...training.loops.loop import LiveModel
 from ...training.previews.groups import PreviewConditions, grouped
 from ...training.previews.preview import Moment, Previewer
@@ -225,11 +225,7 @@ class ValidationSampling(Callback):
         if self.shape is not None:
             require_drawable(self.shape, decode)
         self.folder = os.fspath(folder) if folder is not None else None
-        if exit_after_error is not None and not exit_after_error >= 0:
-            raise ValueError(
-                f"exit_after_error must be seconds, at least 0, or None, got {exit_after_error}"
-            )
-        self.exit_after_error = exit_after_error
+        self.exit_after_error = require_exit_after(exit_after_error)
         self.on_error = lookup("on_error", on_error, {mode: mode for mode in ("warn", "raise")})
         self._last_step = 0
         self._last_time = 0.0

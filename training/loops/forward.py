@@ -69,6 +69,18 @@ def guarded(function: Callable[..., Any], mode: ForwardMode) -> Callable[..., An
     return call
 
 
+def require_exit_after(seconds: float | None) -> float | None:
+    """Return ``exit_after_error``, or raise ValueError unless it is a number of seconds or None.
+
+    >>> require_exit_after(-1.0)
+    Traceback (most recent call last):
+    ValueError: exit_after_error must be seconds, at least 0, or None, got -1.0
+    """
+    if seconds is not None and not seconds >= 0:
+        raise ValueError(f"exit_after_error must be seconds, at least 0, or None, got {seconds}")
+    return seconds
+
+
 def _end_soon(seconds: float) -> None:
     """End this process after ``seconds``, so that loggers can finish in this time.
 

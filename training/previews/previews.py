@@ -16,6 +16,7 @@ from ...noising.utils.registry import lookup
 from ...sampling import Method, Sampler
 from ..loops.background import AFTER_AN_ERROR, AT_THE_END
 from ..loops.collectives import call_on_all_ranks
+from ..loops.forward import require_exit_after
 from ..loops.loop import LiveModel, loop_of
 from ..publishing.publisher import Publisher
 from .groups import PreviewConditions, grouped
@@ -185,7 +186,7 @@ class Previews:
         if self.shape is not None and pipeline is None:
             require_drawable(self.shape, decode)
         lookup("on_error", on_error, {mode: mode for mode in ("warn", "raise")})
-        self.weights, self.exit_after_error = weights, exit_after_error
+        self.weights, self.exit_after_error = weights, require_exit_after(exit_after_error)
         self.loop = loop_of(loop)
         if trackers is not None:
             given = list(trackers)
