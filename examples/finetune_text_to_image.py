@@ -1,5 +1,5 @@
 """Fine-tune a text-to-image pipeline of diffusers on any schedule and prediction type, with
-accelerate.
+accelerate: Stable Diffusion 1.x, 2.x, XL and 3.x, the whole network or a LoRA.
 
     accelerate launch examples/finetune_text_to_image.py \
         --pretrained_model_name_or_path path/or/hub-id --train_data_dir folder/with/metadata.jsonl \
@@ -8,201 +8,142 @@ accelerate.
 The schedule starts from the pipeline's own scheduler_config.json; what the flags say replaces it.
 It is the same object in the loss, in the previews and in the saved pipeline, which
 ``DiffusionPipeline.from_pretrained`` loads with that scheduler. ``--rank N`` trains LoRA matrices
-of that rank instead of the whole U-Net; the file says its schedule, and the call that loads it with
-its scheduler is printed. A folder that holds a run is gone on with (``--resume_from_checkpoint
-latest``), or replaced (``--overwrite_output_dir``), and never taken for an empty one. All
-randomness (order of the data, crops, flips, encoder, noise, timesteps) is a function of the seed
-and of counters, so a run that was killed goes on to the same losses. Pipelines with one text
-encoder and a conditional U-Net (Stable Diffusion 1.x and 2.x and their relatives).
+of that rank; the file says its schedule, and the call that loads it with its scheduler is printed.
+A folder that holds a run is gone on with (``--resume_from_checkpoint latest``), or replaced
+(``--overwrite_output_dir``), and never taken for an empty one.
+
+All randomness (order of the data, crops, flips, empty captions, encoder, noise, timesteps) is a
+function of the seed and of the position of an image in the run. So a run that was killed goes on to
+the same losses, on any number of processes with the same number of images in a step. A stream
+(``--streaming``) has no index: a resumed run reads it again up to its position, without decoding.
+The flags have the names of diffusers' scripts. ``--num_train_epochs`` counts passes over the data;
+an optimizer step may hold images of two of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import datasets
-import diffusers
-import numpy as np
+import huggingface_hub
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel, cast_training_params
-from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
-from alphabar.noising import NoiseSchedule, Noising
-from alphabar.noising.io.files import CONFIG_NAME
+from alphabar.noising import Noising
 from alphabar.noising.utils.atomic import require_writable, write_atomically
-from alphabar.noising.utils.rng import seeded
+from alphabar.noising.utils.rng import Draws, mix, stream_of
 from alphabar.sampling import Sampler
-from alphabar.training import add_noising_arguments, noising_from_arguments, write_markers
-from alphabar.training.checkpoints.read import SCHEDULE_KEY, schedule_of
-from alphabar.training.images import image_grid, png_bytes, to_pixels
+from alphabar.training import ModelEMA, Previews, add_noising_arguments, noising_from_arguments
+from alphabar.training.diffusers_text_to_image import LORA_NAME, TextToImage, family_of, index_of
+from alphabar.training.images import cropped
+from alphabar.training.loops.objective import Objective
+from alphabar.training.loops.positions import Positions, Shuffled, at_positions
+from alphabar.training.loops.run_folder import RunFolder
+from alphabar.training.model_card import loading_code, model_card
 
-_AUGMENT, _ENCODE, _CAPTION = 101, 102, 103  # streams of the seed, beside those of the noising
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-LORA_NAME = "pytorch_lora_weights.safetensors"  # diffusers' own
-_LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
+PROJECT = "finetune_text_to_image"  # in the trackers
+
+FLAGS: dict[str, list[tuple[str, Any, Any, str]]] = {
+    "model": [
+        ("pretrained_model_name_or_path", str, ..., "a pipeline: a folder or a name on the hub"),
+        ("revision", str, None, "revision of the pipeline on the hub"),
+        ("variant", str, None, "variant of its files, e.g. fp16"),
+        ("rank", int, 0, "train LoRA matrices of this rank; 0: the whole network"),
+        ("lora_alpha", float, None, "scale of the LoRA is alpha / rank; none: the rank"),
+        ("lora_dropout", float, 0.0, "dropout in the LoRA's layers"),
+        ("lora_layers", str, None, "layers of the LoRA, with commas; none: the attention"),
+        ("use_ema", bool, False, "keep an average of the weights, preview and save it"),
+        ("gradient_checkpointing", bool, False, "save memory by computing activations again"),
+        ("mixed_precision", sorted(_DTYPES), "no", "precision of the network's operations"),
+        ("allow_tf32", bool, False, "allow TF32 in the matrix products of a GPU"),
+    ],
+    "data": [
+        ("train_data_dir", str, None, "a folder of images, captions in its metadata.jsonl"),
+        ("dataset_name", str, None, "a dataset of the hub, or what datasets.load_dataset reads"),
+        ("dataset_config_name", str, None, "configuration of that dataset"),
+        ("streaming", bool, False, "read the data as it comes, without a download"),
+        ("shuffle_buffer_size", int, 1000, "images among which a stream is shuffled; 0: not"),
+        ("image_column", str, "image", "column of the images"),
+        ("caption_column", str, "text", "column of the captions (a list: one is drawn)"),
+        ("max_train_samples", int, None, "train on this many of the images"),
+        ("proportion_empty_prompts", float, 0.0, "share of captions left empty, for guidance"),
+        ("resolution", int, 512, "size of the training images"),
+        ("center_crop", bool, False, "crop the centre instead of a random place"),
+        ("random_flip", bool, False, "flip half of the images"),
+        ("dataloader_num_workers", int, 0, "processes that read images"),
+    ],
+    "training": [
+        ("seed", int, 0, "seed of the data's order, crops, noise"),
+        ("train_batch_size", int, 4, "images on each process"),
+        ("gradient_accumulation_steps", int, 1, "batches in one optimizer step"),
+        ("num_train_epochs", int, 100, "passes over the data"),
+        ("max_train_steps", int, None, "optimizer steps, in place of --num_train_epochs"),
+        ("learning_rate", float, 1e-5, "of AdamW"),
+        ("scale_lr", bool, False, "multiply it by the number of images in a step"),
+        ("lr_scheduler", str, "constant_with_warmup", "a name of diffusers.optimization"),
+        ("lr_warmup_steps", int, 100, "optimizer steps of warm-up"),
+        ("use_8bit_adam", bool, False, "AdamW of bitsandbytes, with states of 8 bits"),
+        ("adam_beta1", float, 0.9, "decay of AdamW's mean"),
+        ("adam_beta2", float, 0.999, "decay of AdamW's mean square"),
+        ("adam_weight_decay", float, 1e-2, "weight decay of AdamW"),
+        ("adam_epsilon", float, 1e-8, "epsilon of AdamW"),
+        ("max_grad_norm", float, 1.0, "gradients are clipped to this norm"),
+    ],
+    "previews": [
+        ("validation_prompts", list, [], "prompts that are previewed"),
+        ("num_validation_images", int, None, "images of a preview; none: one for each prompt"),
+        ("validation_steps", int, 500, "optimizer steps between previews"),
+        ("validation_sampler", str, "DPM++ 2M", "sampler of the previews"),
+        ("num_inference_steps", int, 25, "its steps"),
+        ("guidance_scale", float, 7.5, "of the previews"),
+        ("guidance_rescale", float, 0.7, "of the previews, 2305.08891 eq. 16"),
+    ],
+    "output": [
+        ("output_dir", str, "runs/finetune", "where everything is written"),
+        ("overwrite_output_dir", bool, False, "begin anew where it holds another run"),
+        ("checkpointing_steps", int, 500, "optimizer steps between checkpoints"),
+        ("checkpoints_total_limit", int, 2, "checkpoints that are kept; 0: all"),
+        ("resume_from_checkpoint", str, None, "'latest', or a checkpoint of this run"),
+        ("report_to", str, None, "trackers of accelerate: tensorboard, wandb, all"),
+        ("push_to_hub", bool, False, "upload the result, with a model card"),
+        ("hub_model_id", str, None, "repository on the hub; none: the name of --output_dir"),
+        ("hub_token", str, None, "token of the hub; none: that of huggingface-cli login"),
+        ("hub_private_repo", bool, False, "make the repository private"),
+    ],
+}
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Prose as it stands, and the default of each flag."""
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add(
-        "--pretrained_model_name_or_path",
-        required=True,
-        help="a diffusers pipeline: a folder or a name on the hub",
-    )
-    add("--revision", default=None, help="revision of the pipeline on the hub")
-    add(
-        "--train_data_dir",
-        default=None,
-        help="a folder of images with a metadata.jsonl that holds their captions",
-    )
-    add(
-        "--dataset_name",
-        default=None,
-        help="a dataset of the hub, or a folder that datasets.load_dataset reads",
-    )
-    add("--image_column", default="image", help="column of the images (default: %(default)s)")
-    add("--caption_column", default="text", help="column of the captions (default: %(default)s)")
-    add(
-        "--proportion_empty_prompts",
-        type=float,
-        default=0.0,
-        help="share of captions left empty, for guidance",
-    )
-    add(
-        "--resolution",
-        type=int,
-        default=512,
-        help="size of the training images (default: %(default)s)",
-    )
-    add("--center_crop", action="store_true", help="crop the centre instead of a random place")
-    add("--random_flip", action="store_true", help="flip half of the images")
-    add(
-        "--output_dir",
-        default="runs/finetune",
-        help="where everything is written (default: %(default)s)",
-    )
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        help="seed of the data's order, crops, noise (default: %(default)s)",
-    )
-    add(
-        "--train_batch_size",
-        type=int,
-        default=4,
-        help="images on each process (default: %(default)s)",
-    )
-    add(
-        "--gradient_accumulation_steps",
-        type=int,
-        default=1,
-        help="batches in one optimizer step (default: 1)",
-    )
-    add("--max_train_steps", type=int, default=1000, help="optimizer steps (default: %(default)s)")
-    add("--learning_rate", type=float, default=1e-5, help="of AdamW (default: %(default)s)")
-    add(
-        "--lr_scheduler",
-        default="constant_with_warmup",
-        help="a name of diffusers.optimization (default: %(default)s)",
-    )
-    add(
-        "--lr_warmup_steps",
-        type=int,
-        default=100,
-        help="optimizer steps of warm-up (default: %(default)s)",
-    )
-    add(
-        "--max_grad_norm",
-        type=float,
-        default=1.0,
-        help="gradients are clipped to this norm (default: %(default)s)",
-    )
-    add(
-        "--rank",
-        type=int,
-        default=0,
-        help="train LoRA matrices of this rank (default: 0, the whole U-Net)",
-    )
-    add(
-        "--use_ema", action="store_true", help="keep an average of the weights, preview and save it"
-    )
-    add(
-        "--gradient_checkpointing",
-        action="store_true",
-        help="save memory by computing activations again",
-    )
-    add("--mixed_precision", default="no", choices=sorted(_DTYPES), help="(default: %(default)s)")
-    add(
-        "--checkpointing_steps",
-        type=int,
-        default=500,
-        help="optimizer steps between checkpoints (default: 500)",
-    )
-    add(
-        "--checkpoints_total_limit",
-        type=int,
-        default=2,
-        help="checkpoints that are kept (default: %(default)s)",
-    )
-    add(
-        "--resume_from_checkpoint",
-        default=None,
-        help="'latest', or the path of a checkpoint of this run",
-    )
-    add(
-        "--overwrite_output_dir",
-        action="store_true",
-        help="begin anew where --output_dir holds another run",
-    )
-    add(
-        "--dataloader_num_workers",
-        type=int,
-        default=0,
-        help="processes that read images (default: %(default)s)",
-    )
-    add("--validation_prompts", nargs="*", default=[], help="prompts that are previewed")
-    add(
-        "--validation_steps",
-        type=int,
-        default=500,
-        help="optimizer steps between previews (default: %(default)s)",
-    )
-    add(
-        "--validation_sampler",
-        default="DPM++ 2M",
-        help="sampler of the previews (default: %(default)s)",
-    )
-    add("--num_inference_steps", type=int, default=25, help="its steps (default: %(default)s)")
-    add("--guidance_scale", type=float, default=7.5, help="of the previews (default: %(default)s)")
-    add(
-        "--guidance_rescale",
-        type=float,
-        default=0.7,
-        help="of the previews, 2305.08891 eq. 16 (default: 0.7)",
-    )
-    add(
-        "--report_to",
-        default=None,
-        help="trackers of accelerate, e.g. tensorboard or wandb (default: none)",
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Help)
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for name, kind, default, words in flags:
+            options: dict[str, Any] = {"type": kind, "default": default}
+            if kind is bool:
+                options = {"action": "store_true"}
+            elif kind is list:
+                options = {"nargs": "*", "default": default}
+            elif isinstance(kind, list):
+                options = {"choices": kind, "default": default}
+            if default is ...:
+                options |= {"required": True, "default": None}
+            group.add_argument(f"--{name}", help=words, **options)
     return add_noising_arguments(parser).parse_args(arguments)
 
 
@@ -216,302 +157,121 @@ class Plan:
     args: argparse.Namespace
     noising: Noising
     sampler: Sampler
-    output: Path
+    folder: RunFolder
+    optimizer: Any
 
-    @property
-    def schedule(self) -> NoiseSchedule:
-        return self.noising.schedule
+
+_TIMES = ("timestep_density", "weighting_scheme", "timestep_sampling")
 
 
 def settle(args: argparse.Namespace) -> Plan:
-    for name in (
-        "resolution",
-        "train_batch_size",
-        "gradient_accumulation_steps",
-        "max_train_steps",
-        "checkpointing_steps",
-    ):
-        if getattr(args, name) < 1:
+    sizes = ("resolution", "train_batch_size", "gradient_accumulation_steps", "validation_steps")
+    lengths = ("max_train_steps", "num_train_epochs", "max_train_samples", "checkpointing_steps")
+    for name in (*sizes, *lengths):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    source, output = args.pretrained_model_name_or_path, Path(args.output_dir)
+    lora = (args.lora_alpha, args.lora_layers, args.lora_dropout)
     if not 0 <= args.proportion_empty_prompts <= 1:
-        raise ValueError(
-            f"--proportion_empty_prompts must lie in 0 ... 1, got {args.proportion_empty_prompts}"
-        )
+        raise ValueError("--proportion_empty_prompts must lie in 0 ... 1")
     if (args.train_data_dir is None) == (args.dataset_name is None):
         raise ValueError("give one of --train_data_dir and --dataset_name")
-    noising = noising_from_arguments(args, schedule_of_pipeline(args))
+    if args.streaming and args.max_train_steps is None:
+        raise ValueError("--streaming needs --max_train_steps: a stream does not say its length")
+    if args.streaming and args.dataloader_num_workers > 1:
+        raise ValueError("--streaming reads one stream: give --dataloader_num_workers 0 or 1")
+    if any(lora) and not args.rank:
+        raise ValueError("--lora_alpha, --lora_layers and --lora_dropout need --rank")
+    if output.resolve() == Path(source).resolve():
+        raise ValueError(f"--output_dir {args.output_dir!r} is the pipeline that is trained from")
+    folder = RunFolder(output, ("model_index.json", LORA_NAME), ("previews/step_*.png",))
+    folder.require_unused(args.resume_from_checkpoint, args.overwrite_output_dir)
+    family = family_of(index_of(source, revision=args.revision)["_class_name"])
+    if all(getattr(args, name) is None for name in _TIMES):
+        vars(args).update(family.flags)
+    noising = noising_from_arguments(args)
     # a schedule that the saved pipeline could not hold is refused here
     noising.schedule.to_diffusers()
     sampler = Sampler(noising.schedule, args.validation_sampler, steps=args.num_inference_steps)
-    output = Path(args.output_dir)
-    require_unused(args, output)
+    optimizer = optimizer_class(args.use_8bit_adam)
     require_writable(output)
-    return Plan(args, noising, sampler, output)
+    return Plan(args, noising, sampler, folder, optimizer)
 
 
-def require_unused(args: argparse.Namespace, output: Path) -> None:
-    """Refuse a folder that holds a run, unless that run is gone on with or is to be replaced."""
-    if output.resolve() == Path(args.pretrained_model_name_or_path).resolve():
-        raise ValueError(
-            f"--output_dir {str(output)!r} is the pipeline that is trained from; give another "
-            "folder"
-        )
-    if args.resume_from_checkpoint and args.overwrite_output_dir:
-        raise ValueError(
-            "--resume_from_checkpoint goes on with a run, --overwrite_output_dir begins anew; give "
-            "one of them"
-        )
-    found = [path.name for pattern in WRITTEN for path in sorted(output.glob(pattern))]
-    if not found or args.overwrite_output_dir:
-        return
-    resumed = args.resume_from_checkpoint
-    if resumed == "latest" and (
-        checkpoints(output) or not any((output / name).exists() for name in RESULTS)
-    ):
-        return
-    if resumed not in (None, "latest") and Path(resumed).resolve().parent == output.resolve():
-        return
-    raise ValueError(
-        f"--output_dir {str(output)!r} holds a run already ({', '.join(found[:4])}); go on with it "
-        "by "
-        "--resume_from_checkpoint latest, give another folder, or replace it by "
-        "--overwrite_output_dir"
-    )
-
-
-RESULTS = ("model_index.json", LORA_NAME)
-# what tells that a folder holds a run
-WRITTEN = ("checkpoint-*.pt", "losses.jsonl", "previews/step_*.png", *RESULTS)
-
-
-def begin_anew(output: Path) -> None:
-    """Remove what an earlier run left that this one would take for its own."""
-    for pattern in ("checkpoint-*.pt", "losses.jsonl", "previews/step_*.png"):
-        for path in output.glob(pattern):
-            path.unlink()
-
-
-def schedule_of_pipeline(args: argparse.Namespace) -> NoiseSchedule:
-    source = args.pretrained_model_name_or_path
-    if Path(source).is_dir():
-        return NoiseSchedule.from_pretrained(source, subfolder="scheduler")
-    config = diffusers.DDPMScheduler.load_config(
-        source, subfolder="scheduler", revision=args.revision
-    )
-    return NoiseSchedule.from_diffusers(config[0] if isinstance(config, tuple) else config)
+def optimizer_class(of_8_bits: bool) -> Any:
+    if not of_8_bits:
+        return torch.optim.AdamW
+    try:
+        import bitsandbytes  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes") from error
+    return bitsandbytes.optim.AdamW8bit
 
 
 # -- data ------------------------------------------------------------------------------------------
 
 
 class Captioned(Dataset[dict[str, Any]]):
-    """Images and captions of a dataset; the crop and the flip of an image depend on the seed, the
-    epoch and its index alone.
-    """
+    """Images and captions: item i is what the run sees at position i."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        folder = {"path": "imagefolder", "data_dir": args.train_data_dir}
-        self.rows = datasets.load_dataset(
-            **folder if args.train_data_dir else {"path": args.dataset_name}, split="train"
-        )
+        source: dict[str, Any] = {"path": args.dataset_name, "name": args.dataset_config_name}
+        if args.train_data_dir:
+            source = {"path": "imagefolder", "data_dir": args.train_data_dir}
+        rows: Any = datasets.load_dataset(**source, split="train", streaming=args.streaming)
+        names = rows.column_names or list(next(iter(rows)))
         for column in (args.image_column, args.caption_column):
-            if column not in self.rows.column_names:
+            if column not in names:
                 raise ValueError(
-                    f"the data has the columns {self.rows.column_names}, not {column!r}; name them "
-                    "with --image_column and "
-                    '--caption_column (a folder\'s captions stand in metadata.jsonl: {"file_name": '
-                    '..., "text": ...})'
+                    f"the data has the columns {names}, not {column!r}; name them with "
+                    "--image_column and --caption_column (a folder's captions stand in "
+                    'metadata.jsonl: {"file_name": ..., "text": ...})'
                 )
-        self.args, self.epoch = args, 0
+        limit = args.max_train_samples
+        if args.streaming:
+            rows = rows.decode(False) if limit is None else rows.decode(False).take(limit)
+            if args.shuffle_buffer_size:
+                rows = rows.shuffle(args.seed, buffer_size=args.shuffle_buffer_size)
+        else:
+            if limit is not None and limit < len(rows):
+                rows = rows.shuffle(args.seed).select(range(limit))
+            self.order = Shuffled(len(rows), args.seed)
+        self.args, self.rows = args, rows
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        return self.prepared(position, self.rows[self.order[position][1]])
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[index]
-        draws = [self._draw(_AUGMENT, index, k) for k in range(3)]
-        empty = self._draw(_CAPTION, index) < self.args.proportion_empty_prompts
-        return {
-            "pixels": self._pixels(row[self.args.image_column].convert("RGB"), *draws),
-            "caption": "" if empty else str(row[self.args.caption_column]),
-        }
-
-    def _draw(self, *counters: int) -> float:
-        return torch.rand(
-            (), generator=seeded(torch.Generator(), self.args.seed, self.epoch, *counters)
-        ).item()
-
-    def _pixels(self, image: Image.Image, left: float, top: float, flip: float) -> Tensor:
-        size = self.args.resolution
-        scale = size / min(image.size)
-        image = image.resize(
-            (max(size, round(image.width * scale)), max(size, round(image.height * scale))),
-            Image.Resampling.LANCZOS,
-        )
-        if self.args.center_crop:
-            left = top = 0.5
-        x, y = round(left * (image.width - size)), round(top * (image.height - size))
-        pixels = np.array(image.crop((x, y, x + size, y + size)), dtype=np.float32)
-        if self.args.random_flip and flip < 0.5:
-            pixels = pixels[:, ::-1]
-        return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)
+    def prepared(self, position: int, row: dict[str, Any]) -> dict[str, Any]:
+        """Return the image, cropped and flipped, and the caption of a row."""
+        args, image = self.args, row[self.args.image_column]
+        captions = row[args.caption_column]
+        if isinstance(image, dict):  # of a stream, which does not decode what it passes over
+            image = datasets.Image().decode_example(cast(Any, image))
+        draws = Draws(args.seed, [position], step=0, stream=stream_of("data"))
+        left, top, flip, empty, which = draws.uniform(5)[0].tolist()
+        if isinstance(captions, list):
+            captions = captions[int(which * len(captions))]
+        place = {} if args.center_crop else {"left": left, "top": top}
+        flipped = args.random_flip and flip < 0.5
+        pixels, sizes = cropped(cast(Any, image), args.resolution, **place, flip=flipped)
+        caption = "" if empty < args.proportion_empty_prompts else str(captions)
+        shown = {"pixels": pixels, "sizes": torch.tensor(sizes), "caption": caption}
+        return {"position": position, **shown}
 
 
-def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "pixels": torch.stack([row["pixels"] for row in rows]),
-        "captions": [row["caption"] for row in rows],
-    }
+class Stream(IterableDataset[dict[str, Any]]):
+    """The samples of a stream at the positions of these batches."""
 
+    def __init__(self, data: Captioned, batches: Iterable[list[int]]) -> None:
+        self.data, self.wanted = data, [position for batch in batches for position in batch]
 
-# -- models ----------------------------------------------------------------------------------------
+    def _rows(self, epoch: int) -> Any:
+        self.data.rows.set_epoch(epoch)
+        return self.data.rows
 
-
-class Objective(nn.Module):
-    """The U-Net with its noising: one module, so that weights that a noising learns are averaged
-    over processes as well.
-    """
-
-    def __init__(self, unet: nn.Module, noising: Noising) -> None:
-        super().__init__()
-        self.unet, self.noising = unet, noising
-
-    def forward(
-        self, latents: Tensor, text: Tensor, step: int, index: Sequence[int], total: int
-    ) -> Tensor:
-        noised = self.noising(latents, step=step, index=index, total=total)
-        return noised.loss(self.unet(noised.x, noised.timesteps, encoder_hidden_states=text))
-
-
-def load_pipeline(args: argparse.Namespace, **parts: Any) -> Any:
-    return diffusers.DiffusionPipeline.from_pretrained(
-        args.pretrained_model_name_or_path, revision=args.revision, **parts
-    )
-
-
-class Models:
-    """The pipeline's frozen encoders and the U-Net that is trained."""
-
-    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
-        dtype = _DTYPES[args.mixed_precision]
-        of_unet = dtype if args.rank else torch.float32  # weights that are trained stay in float32
-        self.pipeline = load_pipeline(args, torch_dtype={"unet": of_unet, "default": dtype})
-        lacking = [
-            name
-            for name in ("unet", "vae", "text_encoder", "tokenizer")
-            if getattr(self.pipeline, name, None) is None
-        ]
-        if lacking or getattr(self.pipeline, "text_encoder_2", None) is not None:
-            raise ValueError(
-                f"{type(self.pipeline).__name__} cannot be trained here: it must have unet, vae, "
-                "tokenizer and one text encoder"
-                + (f", and lacks {', '.join(lacking)}" if lacking else "")
-            )
-        self.device, self.seed = device, args.seed
-        self.vae = self.pipeline.vae.requires_grad_(False).eval().to(device)
-        self.text_encoder = self.pipeline.text_encoder.requires_grad_(False).eval().to(device)
-        self.unet = self.pipeline.unet.train().to(device)
-        if args.rank:
-            from peft import LoraConfig
-
-            self.unet.requires_grad_(False)
-            self.unet.add_adapter(
-                LoraConfig(
-                    r=args.rank,
-                    lora_alpha=args.rank,
-                    init_lora_weights="gaussian",
-                    target_modules=_LORA_TARGETS,
-                )
-            )
-            cast_training_params(self.unet, torch.float32)
-        if args.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
-
-    @torch.no_grad()
-    def latents(self, pixels: Tensor, step: int, index: Sequence[int]) -> Tensor:
-        generators = [seeded(torch.Generator(), self.seed, _ENCODE, step, i) for i in index]
-        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
-        return posterior.sample(generators).float() * self.vae.config.scaling_factor
-
-    @torch.no_grad()
-    def embeddings(self, captions: Sequence[str]) -> Tensor:
-        tokenizer = self.pipeline.tokenizer
-        tokens = tokenizer(
-            list(captions),
-            padding="max_length",
-            truncation=True,
-            max_length=tokenizer.model_max_length,
-            return_tensors="pt",
-        )
-        return self.text_encoder(tokens.input_ids.to(self.device))[0]
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
-        return torch.cat([self.vae.decode(one[None]).sample.float() for one in latents])
-
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        size = resolution // 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return self.unet.config.in_channels, size, size
-
-
-# -- checkpoints: one file each, complete or absent, and nothing in it is unpickled ----------------
-
-
-@dataclass
-class Place:
-    """Where in the run we are: optimizer steps done, epoch, batches of it that were used."""
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-
-
-def trained_state(objective: nn.Module) -> dict[str, Tensor]:
-    learned = {name for name, parameter in objective.named_parameters() if parameter.requires_grad}
-    # what a noising remembers (loss history, learned weights) belongs to the run as well
-    return {
-        name: value
-        for name, value in objective.state_dict().items()
-        if name in learned or name.startswith("noising.")
-    }
-
-
-def checkpoints(output: Path) -> list[Path]:
-    return sorted(output.glob("checkpoint-*.pt"))
-
-
-def save_checkpoint(path: Path, parts: dict[str, Any], keep: int) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save(parts, partial)
-    os.replace(partial, path)
-    mine = [old for old in checkpoints(path.parent) if old.name <= path.name]
-    for old in mine[:-keep] if keep else []:
-        old.unlink()
-
-
-def set_aside(output: Path, step: int) -> list[Path]:
-    """Rename the checkpoints of later steps, which a run that goes on from ``step`` leaves behind;
-    return their new names.
-    """
-    later = [path for path in checkpoints(output) if path.name > f"checkpoint-{step:07d}.pt"]
-    return [
-        path.replace(path.with_name(path.name.replace("checkpoint", "replaced"))) for path in later
-    ]
-
-
-def find_checkpoint(plan: Plan) -> Path | None:
-    wanted = plan.args.resume_from_checkpoint
-    if wanted == "latest":
-        return max(checkpoints(plan.output), default=None)
-    if wanted is not None and not Path(wanted).is_file():
-        raise FileNotFoundError(
-            f"no checkpoint at {wanted!r}; there are {[str(p) for p in checkpoints(plan.output)]}"
-        )
-    return Path(wanted) if wanted is not None else None
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for position, row in at_positions(self._rows, self.wanted):
+            yield self.data.prepared(position, row)
 
 
 # -- the run ---------------------------------------------------------------------------------------
@@ -523,143 +283,127 @@ class Run:
     def __init__(self, plan: Plan, accelerator: Accelerator) -> None:
         args = plan.args
         self.plan, self.args, self.accelerator = plan, args, accelerator
-        self.data = Captioned(args)
-        self.models = Models(args, accelerator.device)
-        objective = Objective(self.models.unet, plan.noising)
-        learned = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-        statistics = list(plan.noising.parameters())  # of the loss: decay would bias them
-        kept = set(statistics)
-        groups = [
-            {"params": [p for p in learned if p not in kept]},
-            {"params": statistics, "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=args.learning_rate
-        )
-        loader = DataLoader(
-            self.data,
+        self.positions = Positions(
             args.train_batch_size,
-            shuffle=True,
-            drop_last=len(self.data) >= args.train_batch_size * accelerator.num_processes,
-            collate_fn=collate,
-            num_workers=args.dataloader_num_workers,
-            generator=torch.Generator().manual_seed(args.seed),
+            args.gradient_accumulation_steps,
+            accelerator.num_processes,
+            accelerator.process_index,
         )
-        self.objective, self.optimizer, self.loader = accelerator.prepare(
-            objective, optimizer, loader
+        self.data, total = Captioned(args), self.positions.total
+        self.step, self.steps = 0, args.max_train_steps
+        if self.steps is None:
+            self.steps = math.ceil(args.num_train_epochs * self.data.order.samples / total)
+        lora = {"r": args.rank, "lora_alpha": args.lora_alpha or args.rank}
+        lora["lora_dropout"] = args.lora_dropout
+        if args.lora_layers:
+            lora["target_modules"] = args.lora_layers.split(",")
+        self.model = TextToImage(
+            args.pretrained_model_name_or_path,
+            args.resolution,
+            accelerator.device,
+            _DTYPES[args.mixed_precision],
+            lora=lora if args.rank else None,
+            revision=args.revision,
+            variant=args.variant,
         )
-        self.learned = learned
-        self.schedule = get_scheduler(
+        if args.gradient_checkpointing:
+            self.model.network.enable_gradient_checkpointing()
+        objective = Objective(self.model.denoiser, plan.noising)
+        self.learned = objective.learned()
+        optimizer = plan.optimizer(
+            objective.parameter_groups(),
+            lr=args.learning_rate * (total if args.scale_lr else 1),
+            betas=(args.adam_beta1, args.adam_beta2),
+            weight_decay=args.adam_weight_decay,
+            eps=args.adam_epsilon,
+        )
+        self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.rates = get_scheduler(
             args.lr_scheduler,
             self.optimizer,
             num_warmup_steps=args.lr_warmup_steps,
-            num_training_steps=args.max_train_steps,
+            num_training_steps=self.steps,
         )
-        self.ema = EMAModel(learned, use_ema_warmup=True) if args.use_ema else None
-        if self.ema is not None:
-            self.ema.to(accelerator.device)
-        self.place = Place()
+        self.ema = ModelEMA(self.objective, "inverse_gamma") if args.use_ema else None
+        self.average = self.ema.average if self.ema is not None else None
+        self.previews = self._previews() if args.validation_prompts else None
 
-    # -- resuming ----------------------------------------------------------------------------------
+    def _stateful(self) -> dict[str, Any]:
+        parts = {
+            "optimizer": self.optimizer.optimizer,
+            "lr_scheduler": self.rates,
+            "scaler": self.accelerator.scaler,
+            "average": self.ema,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def _same(self) -> dict[str, Any]:
+        # a stream is shuffled otherwise in a worker
+        workers = self.args.dataloader_num_workers if self.args.streaming else 0
+        average = self.ema is not None
+        return {"images in a step": self.positions.total, "average": average, "workers": workers}
 
     def save(self) -> None:
         """Write where we are as one file on one process; every process calls it."""
         if self.accelerator.is_main_process:
-            parts = {
-                "place": vars(self.place),
-                SCHEDULE_KEY: self.plan.schedule.to_config(),
-                "objective": trained_state(self.accelerator.unwrap_model(self.objective)),
-                "optimizer": self.optimizer.optimizer.state_dict(),
-                "lr_scheduler": self.schedule.state_dict(),
-                "scaler": self.accelerator.scaler.state_dict()
-                if self.accelerator.scaler is not None
-                else None,
-                "ema": self.ema.state_dict() if self.ema is not None else None,
-            }
-            path = self.plan.output / f"checkpoint-{self.place.step:07d}.pt"
-            save_checkpoint(path, parts, self.args.checkpoints_total_limit)
+            parts = {name: part.state_dict() for name, part in self._stateful().items()}
+            objective = self.accelerator.unwrap_model(self.objective).trained_state()
+            self.plan.folder.save(
+                self.step,
+                {"objective": objective, "state": parts, **self._same()},
+                self.plan.noising.schedule,
+                keep=self.args.checkpoints_total_limit,
+            )
         self.accelerator.wait_for_everyone()
 
     def load(self, path: Path) -> None:
-        parts = torch.load(path, map_location="cpu", weights_only=True)
-        trained = schedule_of(parts, path)
-        if trained.fingerprint != self.plan.schedule.fingerprint:
-            raise ValueError(
-                f"{str(path)!r} was trained on {trained}, and this run is on {self.plan.schedule}; "
-                "give the flags of that run"
-            )
-        if (parts["ema"] is None) != (self.ema is None):
-            raise ValueError(
-                f"{str(path)!r} was trained {'with' if parts['ema'] else 'without'} --use_ema; do "
-                "the same here"
-            )
-        self.accelerator.unwrap_model(self.objective).load_state_dict(
-            parts["objective"], strict=False
-        )
-        self.optimizer.optimizer.load_state_dict(parts["optimizer"])
-        self.schedule.load_state_dict(parts["lr_scheduler"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(parts["scaler"])
-        if self.ema is not None:
-            self.ema.load_state_dict(parts["ema"])
-            self.ema.to(self.accelerator.device)
-        self.place = Place(**parts["place"])
-
-    def say_where_it_goes_on(self, path: Path) -> None:
-        self.accelerator.print(f"going on from {str(path)!r} at step {self.place.step}")
-        self.accelerator.wait_for_everyone()  # all have read it
-        aside = (
-            set_aside(self.plan.output, self.place.step) if self.accelerator.is_main_process else []
-        )
-        if aside:
-            self.accelerator.print(
-                f"later checkpoints are set aside: {', '.join(path.name for path in aside)}"
-            )
+        parts = self.plan.folder.load(path, self.plan.noising.schedule, **self._same())
+        objective = self.accelerator.unwrap_model(self.objective)
+        objective.load_state_dict(parts["objective"], strict=False)
+        for name, part in self._stateful().items():
+            part.load_state_dict(parts["state"][name])
+        self.step = parts["step"]
+        self.accelerator.print(f"going on from {str(path)!r} at step {self.step}")
 
     # -- training ----------------------------------------------------------------------------------
 
+    def _loader(self) -> Iterable[dict[str, Any]]:
+        """Return this process's batches from this step on."""
+        batches = self.positions.batches(self.step, self.steps)
+        workers = self.args.dataloader_num_workers
+        if self.args.streaming:
+            stream = Stream(self.data, batches)
+            return DataLoader(stream, self.positions.batch, num_workers=workers)
+        return DataLoader(self.data, batch_sampler=cast(Any, batches), num_workers=workers)
+
     def train(self) -> None:
-        """Train to --max_train_steps, with checkpoints and previews on the way."""
-        self._forget_later_losses()
-        bar = tqdm(
-            total=self.args.max_train_steps,
-            initial=self.place.step,
-            disable=not self.accelerator.is_main_process,
-        )
-        while self.place.step < self.args.max_train_steps:
-            micro_batch, losses = 0, []
-            for batch in self._batches():
+        """Train to the last step, with checkpoints and previews on the way."""
+        if self.accelerator.is_main_process:
+            aside = self.plan.folder.set_aside(self.step)
+            if aside:
+                print("later checkpoints are set aside:", ", ".join(path.name for path in aside))
+        if self.previews is not None and self.step < self.steps:
+            self.previews.try_out(self.model.denoiser, ema=self.average)
+        quiet, losses = not self.accelerator.is_main_process, []
+        with tqdm(total=self.steps, initial=self.step, disable=quiet) as bar:
+            for batch in self._loader():
                 with self.accelerator.accumulate(self.objective):
-                    loss = self._learn(batch, micro_batch)
-                losses.append(loss.detach())
-                micro_batch, self.place.batch = micro_batch + 1, self.place.batch + 1
-                if not self.accelerator.sync_gradients:
-                    continue
-                self._after_step(torch.stack(losses).mean(), bar)
-                micro_batch, losses = 0, []
-                if self.place.step == self.args.max_train_steps:
-                    break
-            else:
-                self.place.epoch, self.place.batch = self.place.epoch + 1, 0
-        bar.close()
+                    losses.append(self._learn(batch).detach())
+                if self.accelerator.sync_gradients:
+                    self._after_step(torch.stack(losses).mean(), bar)
+                    losses = []
 
-    def _batches(self) -> Iterator[dict[str, Any]]:
-        """This epoch's batches that were not used yet."""
-        self.data.set_epoch(self.place.epoch)
-        self.loader.set_epoch(self.place.epoch)
-        done = self.place.batch
-        return iter(self.accelerator.skip_first_batches(self.loader, done) if done else self.loader)
-
-    def _learn(self, batch: dict[str, Any], micro_batch: int) -> Tensor:
-        step, args, processes = self.place.step, self.args, self.accelerator.num_processes
-        # accelerate deals out whole batches; this is the first sample of this one in its optimizer
-        # step
-        first = (micro_batch * processes + self.accelerator.process_index) * args.train_batch_size
-        index = range(first, first + len(batch["pixels"]))
-        latents = self.models.latents(batch["pixels"], step, index)
-        text = self.models.embeddings(batch["captions"])
-        total = args.train_batch_size * processes * args.gradient_accumulation_steps
-        loss = self.objective(latents, text, step, index, total)
+    def _learn(self, batch: dict[str, Any]) -> Tensor:
+        position, total = batch["position"], self.positions.total
+        index = (position - self.step * total).tolist()
+        if self.args.lora_dropout:  # dropout draws from torch's own generator
+            torch.manual_seed(mix(self.args.seed, int(position[0])))
+        options = {"step": 0, "stream": stream_of("vae"), "device": self.accelerator.device}
+        latents = self.model.latents(
+            batch["pixels"], Draws(self.args.seed, position, **options).normal
+        )
+        conditioning = self.model.conditioning(batch["caption"], batch["sizes"])
+        loss = self.objective(latents, conditioning, step=self.step, index=index, total=total)
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
             self.accelerator.clip_grad_norm_(self.learned, self.args.max_grad_norm)
@@ -668,168 +412,147 @@ class Run:
         return loss
 
     def _after_step(self, loss: Tensor, bar: tqdm[Any]) -> None:
-        rate = self.schedule.get_last_lr()[0]  # of the step that is done
-        self.schedule.step()
+        rate = float(self.rates.get_last_lr()[0])  # of the step that is done
+        self.rates.step()
+        self.step += 1
         if self.ema is not None:
-            self.ema.step(self.learned)
-        self.place.step += 1
-        step, args = self.place.step, self.args
+            self.ema.update(self.step)
         value = float(cast(Tensor, self.accelerator.reduce(loss, "mean")))
-        self.accelerator.log({"train_loss": value, "lr": rate}, step=step)
+        self.accelerator.log({"train_loss": value, "lr": rate}, step=self.step)
         bar.update()
         bar.set_postfix(loss=f"{value:.4f}")
         if self.accelerator.is_main_process:
-            with open(self._losses, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "loss": value, "lr": rate}) + "\n")
-        if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
+            self.plan.folder.log(self.step, loss=value, lr=rate)
+        last = self.step == self.steps
+        if self.step % self.args.checkpointing_steps == 0 or last:
             self.save()
-        if args.validation_prompts and (
-            step % args.validation_steps == 0 or step == args.max_train_steps
-        ):
-            self.preview()
-
-    @property
-    def _losses(self) -> Path:
-        return self.plan.output / "losses.jsonl"
-
-    def _forget_later_losses(self) -> None:
-        """Drop the losses of steps after the checkpoint, which are trained again, and what a kill
-        left of a line.
-        """
-        if self.accelerator.is_main_process and self._losses.is_file():
-            lines = [
-                line
-                for line in self._losses.read_text(encoding="utf-8").splitlines()
-                if line.endswith("}")
-            ]
-            kept = [line for line in lines if json.loads(line)["step"] <= self.place.step]
-            write_atomically(self._losses, "".join(f"{line}\n" for line in kept))
+        if self.previews is not None and (self.step % self.args.validation_steps == 0 or last):
+            self.previews(self.model.denoiser, step=self.step, ema=self.average)
 
     # -- previews and the result -------------------------------------------------------------------
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Put the average in the place of the weights, if there is one, and restore them whatever
-        happens.
-        """
-        if self.ema is None:
-            yield
-            return
-        self.ema.store(self.learned)
-        self.ema.copy_to(self.learned)
-        try:
-            yield
-        finally:
-            self.ema.restore(self.learned)
-
-    def preview(self) -> None:
-        """Draw the prompts, each from its own seed, on all processes, with the sampler of the
-        training schedule.
-        """
-        prompts, count = self.args.validation_prompts, self.accelerator.num_processes
-        # the same number on each process; what is drawn twice is dropped
-        share = math.ceil(len(prompts) / count)
-        mine = [
-            min(self.accelerator.process_index * share + k, len(prompts) - 1) for k in range(share)
-        ]
-        unet, was_training = self.models.unet, self.models.unet.training
-        unet.eval()
-        try:
-            with self.averaged(), self.accelerator.autocast():
-                images = [self._draw(prompts[i], seed=self.args.seed + i) for i in mine]
-        finally:
-            unet.train(was_training)
-        pixels = self.accelerator.gather(torch.stack(images))[: len(prompts)]
-        if self.accelerator.is_main_process:
-            grid = image_grid(pixels.cpu())
-            write_atomically(
-                self.plan.output / "previews" / f"step_{self.place.step:07d}.png", png_bytes(grid)
-            )
-
-    def _draw(self, prompt: str, seed: int) -> Tensor:
-        conditioning, unconditional = (
-            {"encoder_hidden_states": self.models.embeddings([text])} for text in (prompt, "")
+    def _previews(self) -> Previews:
+        args = self.args
+        return Previews(
+            self.plan.sampler,
+            schedule=self.plan.noising,
+            shape=self.model.latent_shape,
+            loop=self.accelerator,
+            prompts=args.validation_prompts,
+            num_images=args.num_validation_images,
+            encode=self.model.conditioning,
+            decode=self.model.decode,
+            guidance_scale=args.guidance_scale,
+            guidance_rescale=args.guidance_rescale,
+            seed=args.seed,
+            folder=self.plan.folder.path / "previews",
         )
-        latents = self.plan.sampler(
-            self.models.unet,
-            (1, *self.models.latent_shape(self.args.resolution)),
-            seeds=[seed],
-            conditioning=conditioning,
-            unconditional=unconditional,
-            guidance_scale=self.args.guidance_scale,
-            guidance_rescale=self.args.guidance_rescale,
-            device=self.accelerator.device,
+
+    def facts(self) -> dict[str, str]:
+        """Return what is trained on what, for the first lines and for the model card."""
+        args, positions, noising = self.args, self.positions, self.plan.noising
+        learned = sum(parameter.numel() for parameter in self.learned)
+        what = f"a LoRA of rank {args.rank} in" if args.rank else "all of"
+        images = None if args.streaming else self.data.order.samples
+        passes = images and f", {self.steps * positions.total / images:.3g} epochs"
+        return {
+            "base model": f"{self.model.source} ({type(self.model.pipeline).__name__})",
+            "trained": f"{what} the {self.model.family.network}, {learned:,} parameters",
+            "data": f"{args.dataset_name or args.train_data_dir}, {images or 'a stream of'} images",
+            "batch": f"{positions.total} images: {positions.batch} on each of "
+            f"{positions.world_size} processes, accumulated {positions.accumulate} times",
+            "steps": f"{self.steps}{passes or ''}",
+            "noising": f"{noising.timesteps}, {noising.weighting}",
+        }
+
+    def announce(self) -> None:
+        args, result = self.args, LORA_NAME if self.args.rank else "the pipeline"
+        previews = f"previews every {args.validation_steps}" if self.previews else "no previews"
+        plans = (
+            f"a checkpoint every {args.checkpointing_steps} steps, {previews}, {result} at the end"
         )
-        return to_pixels(self.models.decode(latents))[0]
+        shown = self.facts() | {"schedule": str(self.plan.noising.schedule)}
+        shown |= {"output": f"{self.plan.folder.path}: {plans}", "trackers": str(args.report_to)}
+        for name, value in shown.items():
+            self.accelerator.print(f"{name:<10} {value}")
 
     def save_result(self) -> None:
-        """Write what diffusers loads: the whole pipeline, or the LoRA with its scheduler beside it."""
-        self.accelerator.wait_for_everyone()
-        if not self.accelerator.is_main_process:
-            return
-        schedule, output = self.plan.schedule, self.plan.output
-        folder = schedule.save_pretrained(output / "scheduler")
-        name = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["_class_name"]
-        with self.averaged():
-            if self.args.rank:
-                from peft.utils import get_peft_model_state_dict
-
-                layers = get_peft_model_state_dict(self.models.unet)
-                self.models.pipeline.save_lora_weights(output, unet_lora_layers=layers)
-                write_markers(output / LORA_NAME, schedule)
-                print(self._how_to_load(name))
-                return
-            scheduler = getattr(diffusers, name).from_pretrained(folder)
-            unet = self.accelerator.unwrap_model(self.objective).unet
-            # the frozen parts are written as they came, not in the precision of this training
-            load_pipeline(self.args, unet=unet, scheduler=scheduler).save_pretrained(output)
-
-    def _how_to_load(self, scheduler: str) -> str:
-        base, folder = self.args.pretrained_model_name_or_path, str(self.plan.output)
-        return (
-            f"\nThe LoRA is trained on {self.plan.schedule}: it needs the scheduler beside it.\n\n"
-            f"from diffusers import DiffusionPipeline, {scheduler}\n"
-            f'scheduler = {scheduler}.from_pretrained({folder!r}, subfolder="scheduler")\n'
-            f"pipeline = DiffusionPipeline.from_pretrained({base!r}, scheduler=scheduler)\n"
-            f"pipeline.load_lora_weights({folder!r})\n"
+        """Write what diffusers loads, and a model card; upload them."""
+        args, output, schedule = self.args, self.plan.folder.path, self.plan.noising.schedule
+        with nullcontext() if self.average is None else self.average():
+            result = self.model.save(output, schedule)
+        base, pushed = args.pretrained_model_name_or_path, args.push_to_hub
+        of_lora = base if args.rank else None
+        source = args.hub_model_id if pushed else str(output)
+        card = model_card(
+            schedule,
+            Path(source).name,
+            loading_code(schedule, source, of_lora, self.model.absent),
+            base_model=None if Path(base).exists() else base,
+            tags=["lora"] if args.rank else [],
+            facts=self.facts(),
+            images=[f"previews/{x.name}" for x in sorted(output.glob("previews/step_*.png"))[-1:]],
         )
+        write_atomically(output / "README.md", card)
+        if pushed:
+            huggingface_hub.upload_folder(
+                repo_id=source,
+                folder_path=output,
+                commit_message=f"Trained to step {self.step}",
+                ignore_patterns=["checkpoint-*", "replaced-*", "*.partial", f"{PROJECT}/*"],
+                token=args.hub_token,
+            )
+        kept = [path.name for path in self.plan.folder.checkpoints]
+        saved = [result.name, "scheduler/", "README.md", "losses.jsonl", *kept]
+        saved += ["previews/index.html"] if self.previews else []
+        print(f"\nsaved in {output}: {', '.join(saved)}")
+        print(f"uploaded to https://huggingface.co/{source}" if pushed else "")
+        print("The LoRA needs the scheduler beside it.\n" if args.rank else "")
+        print(loading_code(schedule, output, of_lora, self.model.absent))
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
     args = parse(arguments)
     plan = settle(args)
-    checkpoint = find_checkpoint(plan)
+    checkpoint = plan.folder.find(args.resume_from_checkpoint)
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-        log_with=args.report_to,
-        project_dir=str(plan.output),
+        log_with=args.report_to.split(",") if args.report_to else None,
+        project_dir=str(plan.folder.path),
         step_scheduler_with_optimizer=False,
     )
-    if accelerator.distributed_type not in (
-        DistributedType.NO,
-        DistributedType.MULTI_GPU,
-        DistributedType.MULTI_CPU,
-    ):
-        raise ValueError(
-            "this script trains on one process or with DDP, not with "
-            f"{accelerator.distributed_type}"
-        )
+    kind, main = accelerator.distributed_type, accelerator.is_main_process
+    if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise ValueError(f"this script trains on one process or with DDP, not with {kind}")
+    if args.push_to_hub and main:  # a wrong token ends it here
+        args.hub_model_id = huggingface_hub.create_repo(
+            args.hub_model_id or plan.folder.path.name,
+            exist_ok=True,
+            private=args.hub_private_repo,
+            token=args.hub_token,
+        ).repo_id
     set_seed(args.seed)  # of the LoRA's first weights; training draws from counters
-    accelerator.init_trackers("finetune_text_to_image")
-    if args.overwrite_output_dir and accelerator.is_main_process:
-        begin_anew(plan.output)
+    plain = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)}
+    accelerator.init_trackers(PROJECT, plain | {"hub_token": ""})
+    if args.overwrite_output_dir and main:
+        plan.folder.clear()
     run = Run(plan, accelerator)
     if checkpoint is not None:
         run.load(checkpoint)
-        run.say_where_it_goes_on(checkpoint)
     elif args.resume_from_checkpoint is not None:
-        accelerator.print(f"no checkpoint in {str(plan.output)!r}: training begins at step 0")
+        accelerator.print(f"no checkpoint in {args.output_dir!r}: training begins at step 0")
+    accelerator.wait_for_everyone()  # all have read the checkpoint, or found none
+    run.announce()
     run.train()
-    run.save_result()
+    if run.previews is not None:
+        run.previews.close()
     accelerator.end_training()
-    return plan.output
+    if main:
+        run.save_result()
+    return plan.folder.path
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def test_epsilon_becomes_v_with_zero_terminal_snr(given: list[str], tmp_path: Pa
         "a red square", num_inference_steps=2, height=16, width=16, output_type="pt"
     ).images
     assert image.shape == (1, 3, 16, 16) and bool(torch.as_tensor(image).isfinite().all())
-    assert (tmp_path / "previews" / "step_0000002.png").is_file()
+    assert (tmp_path / "previews" / "step_00000002.png").is_file()
     before = diffusers.UNet2DConditionModel.from_pretrained(given[1], subfolder="unet").state_dict()
     assert any(
         not torch.equal(value, before[name]) for name, value in pipeline.unet.state_dict().items()
@@ -207,7 +207,7 @@ def test_a_folder_that_holds_a_run_is_refused(
     example.main([*flags, *V_ZERO_SNR, "--max_train_steps", "6"])
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with monkeypatch.context() as patch:
-        patch.setattr(example, "Models", None)  # before any model is loaded
+        patch.setattr(example, "TextToImage", None)  # before any model is loaded
         for more, words in [
             (
                 [],
@@ -291,7 +291,7 @@ def test_bad_flags_end_it_before_any_model_is_loaded(
     given: list[str], tmp_path: Path, flags: list[str], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     example = load("finetune_text_to_image")
-    monkeypatch.setattr(example, "Models", None)
+    monkeypatch.setattr(example, "TextToImage", None)
     monkeypatch.setattr(example, "Captioned", None)
     with pytest.raises((ValueError, OSError), match=words):
         example.main([*given, *flags, "--output_dir", str(tmp_path)])

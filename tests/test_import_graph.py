@@ -26,7 +26,7 @@ from import_graph import (
 # What a floor may import beside the standard library: at the head of a module, and only inside
 # functions.
 HEAVY = {"torch", "numpy", "lightning", "safetensors", "PIL", "fsspec", "tqdm"}
-EXTRAS = {"accelerate", "datasets", "tensorboard", "matplotlib", "jsonargparse"}
+EXTRAS = {"accelerate", "datasets", "tensorboard", "matplotlib", "jsonargparse", "peft"}
 EAGER = {
     "noising": {"torch", "numpy"},
     "sampling": {"torch", "numpy"},

@@ -1,4 +1,4 @@
-"""Convert samples to images: pixels, a grid, a PNG. This needs no Trainer."""
+"""Convert samples to images (pixels, a grid, a PNG) and images to samples."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from numbers import Integral
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -46,6 +47,37 @@ def to_pixels(samples: Tensor) -> Tensor:
     if x.shape[1] not in (1, 3):
         x = _stretched(x[:, :3] if x.shape[1] > 3 else x[:, :1])
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def cropped(
+    image: Image.Image, size: int, left: float = 0.5, top: float = 0.5, flip: bool = False
+) -> tuple[Tensor, list[int]]:
+    """Return a square of an image in [-1, 1], and the sizes that SDXL takes as conditioning.
+
+    Args:
+        image: the image.
+        size: side of the square; the shorter side of the image is resized to it.
+        left, top: place of the square, 0 ... 1; 0.5 is the centre.
+        flip: mirror the square.
+
+    Returns:
+        Pixels of shape (3, size, size), and (height, width, top, left, size, size): of the image,
+        of the square's corner in the resized image, and of the square.
+
+    >>> pixels, sizes = cropped(Image.new("RGB", (80, 40)), 20, left=1.0)
+    >>> pixels.shape, pixels.max().item(), sizes
+    (torch.Size([3, 20, 20]), -1.0, [40, 80, 0, 20, 20, 20])
+    """
+    scale, original = size / min(image.size), [image.height, image.width]
+    image = image.convert("RGB").resize(
+        (max(size, round(image.width * scale)), max(size, round(image.height * scale))),
+        Image.Resampling.LANCZOS,
+    )
+    x, y = round(left * (image.width - size)), round(top * (image.height - size))
+    pixels = np.array(image.crop((x, y, x + size, y + size)), dtype=np.float32)
+    if flip:  # the corner is that of the mirrored image
+        pixels, x = pixels[:, ::-1], image.width - size - x
+    return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1), [*original, y, x, size, size]
 
 
 def require_image_shape(shape: tuple[int, ...]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..noising import NoiseSchedule, Noising, Uniform
 from ..noising.noising import prediction_tensor
+from ..noising.utils.rng import Draws, stream_of
 from .accumulation import Accumulation, full_batch, replicas
 from .networks import network_config
 
@@ -39,6 +40,22 @@ class DiffusionModule(LightningModule):
             conditioning.
         label_key: the network's argument name for the second entry of a batch (samples, labels), as
             from ``TensorDataset(images, labels)``; "class_labels" for diffusers networks.
+        encode: a function from the loader's batch to a batch of latents and conditioning, e.g. with
+            a VAE and a text encoder, as ``{"images": latents, "encoder_hidden_states": text}`` or
+            ``(latents, labels)``. It runs without gradients, in training and in validation. Its
+            weights are neither trained nor in checkpoints. A module is moved to the device of the
+            training; a function moves its own weights. What it draws itself is not repeated after
+            a resume: take the mode of a VAE's posterior for that.
+        label_dropout: share of the training labels that ``null_label`` replaces, for guidance. The
+            choice depends on the noising's seed and on the position of a sample in the optimizer
+            step, as its noise does.
+        null_label: the label for "no class", e.g. the number of classes, or a tensor of the shape
+            of one label, e.g. the embedding of the empty prompt. Previews take it as
+            ``ValidationSampling(null_class=...)``.
+
+    Raises:
+        TypeError: ``noising`` is not a Noising, or ``encode`` cannot be called.
+        ValueError: ``label_dropout`` is no share, or lacks ``label_key`` or ``null_label``.
 
     >>> class Net(nn.Module):
     ...     def forward(self, x, t):
@@ -49,6 +66,8 @@ class DiffusionModule(LightningModule):
     -1.0
     """
 
+    encode: Callable[[Any], Any] | None
+
     def __init__(
         self,
         network: nn.Module,
@@ -57,6 +76,9 @@ class DiffusionModule(LightningModule):
         sample_shape: tuple[int, ...] | None = None,
         input_key: str = "images",
         label_key: str | None = None,
+        encode: Callable[[Any], Any] | None = None,
+        label_dropout: float = 0.0,
+        null_label: int | Tensor | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(noising, Noising):
@@ -64,12 +86,26 @@ class DiffusionModule(LightningModule):
                 f"noising must be a Noising, got {type(noising).__name__}; e.g. "
                 "Noising(NoiseSchedule.scaled_linear())"
             )
+        if encode is not None and not callable(encode):
+            raise TypeError(
+                f"encode must be a function from batches to batches, got {type(encode).__name__}"
+            )
+        if not 0 <= label_dropout <= 1:
+            raise ValueError(f"label_dropout must lie in 0 ... 1, got {label_dropout}; e.g. 0.1")
+        if label_dropout and (label_key is None or null_label is None):
+            raise ValueError(
+                "label_dropout needs label_key=, the network's name for the labels, and null_label="
+                ", the label for \"no class\"; e.g. label_key='class_labels', null_label=10"
+            )
         self.network = network
         self.noising = noising
         self.learning_rate = learning_rate
         self.sample_shape = tuple(sample_shape) if sample_shape is not None else None
         self.input_key = input_key
         self.label_key = label_key
+        # past nn.Module, which would train the weights of an encoder and save them
+        object.__setattr__(self, "encode", encode)
+        self.label_dropout, self.null_label = float(label_dropout), null_label
         self._accumulation = Accumulation()
         self.validation_noising = Noising(
             noising.schedule, Uniform(), "stratified", seed=VALIDATION_SEED
@@ -93,8 +129,8 @@ class DiffusionModule(LightningModule):
     def unpack(self, batch: Any) -> tuple[Tensor, dict[str, Any]]:
         """Return (x_0, conditioning) of a batch.
 
-        A batch is a tensor, (x_0,), (x_0, mapping), (x_0, labels), or a mapping with ``input_key``.
-        Override this method for other batches, e.g. to encode images to latents.
+        A batch is a tensor, (x_0,), (x_0, mapping), (x_0, labels), or a mapping with ``input_key``;
+        with ``encode``, it is what that returns. Override this method for other batches.
 
         Raises:
             ValueError: an entry has no name: labels without ``label_key``, or more than two
@@ -124,6 +160,35 @@ class DiffusionModule(LightningModule):
             "override unpack"
         )
 
+    def _encoded(self, batch: Any) -> tuple[Tensor, dict[str, Any]]:
+        """Return (x_0, conditioning) of a batch of the loader."""
+        if self.encode is None:
+            return self.unpack(batch)
+        if isinstance(self.encode, nn.Module):
+            weight = next(self.encode.parameters(), None)
+            if weight is not None and weight.device != self.device:
+                self.encode.to(self.device)
+        with torch.no_grad():
+            return self.unpack(self.encode(batch))
+
+    def _with_dropped_labels(
+        self, conditioning: dict[str, Any], step: int, index: Sequence[int]
+    ) -> dict[str, Any]:
+        """Return the conditioning with ``null_label`` in the place of some labels."""
+        if not self.label_dropout:
+            return conditioning
+        labels = conditioning.get(self.label_key or "")
+        if not isinstance(labels, Tensor) or labels.shape[:1] != (len(index),):
+            raise ValueError(
+                f"label_dropout needs {self.label_key!r} with a label for each of {len(index)} "
+                f"samples; the batch has {', '.join(sorted(conditioning)) or 'no conditioning'}"
+            )
+        draws = Draws(self.noising.seed, index, step=step, stream=stream_of("label dropout"))
+        dropped = (draws.uniform(dtype=torch.float64) < self.label_dropout).to(labels.device)
+        null = torch.as_tensor(self.null_label, dtype=labels.dtype, device=labels.device)
+        dropped = dropped.view(-1, *(1,) * (labels.ndim - 1))
+        return conditioning | {str(self.label_key): torch.where(dropped, null, labels)}
+
     def global_index(self, start: int, batch: int) -> Sequence[int]:
         """Return the index of each sample of a batch inside the optimizer step.
 
@@ -142,9 +207,11 @@ class DiffusionModule(LightningModule):
         return [(start + k) * world_size + rank for k in range(batch)]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x0, conditioning = self.unpack(batch)
+        x0, conditioning = self._encoded(batch)
         self.sample_shape = self.sample_shape or tuple(x0.shape[1:])
-        noised = self.noising(x0, **self._place(len(x0), batch_idx))
+        place = self._place(len(x0), batch_idx)
+        conditioning = self._with_dropped_labels(conditioning, place["step"], place["index"])
+        noised = self.noising(x0, **place)
         loss = noised.loss(self.predict(noised.x, noised.timesteps, **conditioning))
         self.log("train_loss", loss, prog_bar=True)
         return loss
@@ -168,7 +235,7 @@ class DiffusionModule(LightningModule):
         }
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        x0, conditioning = self.unpack(batch)
+        x0, conditioning = self._encoded(batch)
         # batch number as step: the same noise and times in every validation
         samples = len(x0)
         noised = self.validation_noising(

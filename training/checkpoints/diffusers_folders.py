@@ -5,17 +5,18 @@ This gives the network, the schedule, the text encoder and the VAE of the pipeli
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...noising import NoiseSchedule
 from ...noising.utils.config_reading import mapping, read_json
 from ...noising.utils.registry import shown, unknown
+from ..diffusers_text_to_image import FAMILIES, Denoiser, encode_texts
 
 INDEX_NAME = "model_index.json"
 # a pipeline's parts must be from these libraries; others would be code from the folder
@@ -25,67 +26,19 @@ Encoded = tuple[dict[str, Any], dict[str, Any] | None]
 """Conditioning, and unconditional conditioning for guidance; one row per text."""
 
 
-def _stable_diffusion(
-    pipeline: Any, texts: list[str], negative: str | None, guided: bool, side: int
-) -> Encoded:
-    given = _encoded(pipeline, texts, negative, guided)
-    return {"encoder_hidden_states": given[0]}, {
-        "encoder_hidden_states": given[1]
-    } if guided else None
-
-
-def _stable_diffusion_xl(
-    pipeline: Any, texts: list[str], negative: str | None, guided: bool, side: int
-) -> Encoded:
-    words, no_words, pooled, no_pooled = _encoded(pipeline, texts, negative, guided)
-    pixels = float(side * pipeline.vae_scale_factor)
-    sizes = torch.tensor(
-        [[pixels, pixels, 0.0, 0.0, pixels, pixels]], dtype=words.dtype, device=words.device
-    )
-
-    def conditions(hidden: Tensor, pooled: Tensor) -> dict[str, Any]:
-        added = {"text_embeds": pooled, "time_ids": sizes.repeat(len(texts), 1)}
-        return {"encoder_hidden_states": hidden, "added_cond_kwargs": added}
-
-    return conditions(words, pooled), conditions(no_words, no_pooled) if guided else None
-
-
-def _encoded(pipeline: Any, texts: list[str], negative: str | None, guided: bool) -> Any:
-    return pipeline.encode_prompt(
-        texts,
-        device=pipeline.device,
-        num_images_per_prompt=1,
-        do_classifier_free_guidance=guided,
-        negative_prompt=None if negative is None else [negative] * len(texts),
-    )
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of pipeline: the name of its network and its text encoding function, if any."""
-
-    network: str
-    encode: Callable[[Any, list[str], str | None, bool, int], Encoded] | None = None
-
-
-KINDS: Mapping[str, Kind] = {
-    "DDPMPipeline": Kind("unet"),
-    "DDIMPipeline": Kind("unet"),
-    "StableDiffusionPipeline": Kind("unet", _stable_diffusion),
-    "StableDiffusionXLPipeline": Kind("unet", _stable_diffusion_xl),
-}
-"""Supported pipelines by class name.
-
-To add one, write an encoding function above (if it takes texts) and a line here.
-"""
+UNCONDITIONAL = ("DDPMPipeline", "DDIMPipeline")
+"""Supported pipelines without a text; those with one are in ``FAMILIES``."""
 
 
 @dataclass(frozen=True)
 class LoadedPipeline:
-    """A diffusers pipeline with its kind, network, schedule and the shape of one sample."""
+    """A diffusers pipeline with its network, schedule and the shape of one sample.
+
+    ``takes_prompts`` is False for a pipeline without a text.
+    """
 
     pipeline: Any
-    kind: Kind
+    takes_prompts: bool
     network: nn.Module
     schedule: NoiseSchedule
     sample_shape: tuple[int, ...]
@@ -96,14 +49,17 @@ class LoadedPipeline:
         Raises:
             ValueError: the pipeline has no text encoder.
         """
-        if self.kind.encode is None:
+        if not self.takes_prompts:
             raise ValueError(
                 f"a {type(self.pipeline).__name__} takes no prompts; leave out --prompt"
             )
-        with torch.no_grad():
-            return self.kind.encode(
-                self.pipeline, list(texts), negative, guided, self.sample_shape[-1]
-            )
+        side = self.sample_shape[-1] * self.pipeline.vae_scale_factor
+        sizes = torch.tensor([[side, side, 0, 0, side, side]] * len(texts))
+        given = encode_texts(self.pipeline, texts, sizes)
+        if not guided:
+            return given, None
+        empty = [negative or ""] * len(texts)
+        return given, encode_texts(self.pipeline, empty, sizes, zero_empty=negative is None)
 
     @property
     def vae(self) -> nn.Module | None:
@@ -124,8 +80,9 @@ def load_pipeline(folder: str | Path, device: torch.device) -> LoadedPipeline:
     """Load a diffusers pipeline from a folder, without its safety checker; nothing is downloaded.
 
     Raises:
-        ValueError: the class is not in ``KINDS``, a part is neither from diffusers nor from
-            transformers, or the scheduler config does not describe a schedule.
+        ValueError: the class is neither in ``UNCONDITIONAL`` nor in ``FAMILIES``, a part is neither
+            from diffusers nor from transformers, or the scheduler config does not describe a
+            schedule.
 
     >>> load_pipeline("nowhere", torch.device("cpu"))
     Traceback (most recent call last):
@@ -134,9 +91,10 @@ def load_pipeline(folder: str | Path, device: torch.device) -> LoadedPipeline:
     folder = Path(folder)
     index = mapping(INDEX_NAME, read_json(folder / INDEX_NAME))
     name = index.get("_class_name")
-    if not isinstance(name, str) or name not in KINDS:
+    known = (*UNCONDITIONAL, *FAMILIES)
+    if not isinstance(name, str) or name not in known:
         raise ValueError(
-            f"{unknown('kind of pipeline', name, KINDS)}; sample from others in Python, with "
+            f"{unknown('kind of pipeline', name, known)}; sample from others in Python, with "
             "Sampler and the pipeline's network"
         )
     for part, made in index.items():
@@ -151,16 +109,21 @@ def load_pipeline(folder: str | Path, device: torch.device) -> LoadedPipeline:
             )
     schedule = NoiseSchedule.from_pretrained(folder, subfolder="scheduler")
     pipeline = _pipeline(folder, index)
-    kind = KINDS[name]
-    network = getattr(pipeline.to(device), kind.network)
-    return LoadedPipeline(pipeline, kind, network, schedule, _sample_shape(network))
+    family = FAMILIES.get(name)
+    network = getattr(pipeline.to(device), family.network if family else "unet")
+    shape = _sample_shape(network)
+    if family is not None and family.inputs[0] != "sample":
+        network = Denoiser(network, family.inputs)
+    return LoadedPipeline(pipeline, family is not None, network, schedule, shape)
 
 
 def _pipeline(folder: Path, index: Mapping[str, Any]) -> Any:
     import diffusers
 
     left_out = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    options = left_out if "safety_checker" in index else {}
+    options: dict[str, Any] = left_out if "safety_checker" in index else {}
+    if index["_class_name"] in FAMILIES:
+        options |= FAMILIES[index["_class_name"]].absent(index)
     try:
         return getattr(diffusers, index["_class_name"]).from_pretrained(
             folder, local_files_only=True, **options
@@ -217,16 +180,3 @@ def load_vae(folder: str | Path) -> nn.Module:
     if not isinstance(name, str) or name not in kinds:
         raise ValueError(unknown("kind of VAE", name, kinds))
     return kinds[name].from_pretrained(place, local_files_only=True)
-
-
-def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Decode latents to images in [-1, 1].
-
-    The latents are scaled as in training: the VAE decodes z / scaling_factor + shift_factor.
-    """
-    config = vae.config
-    z = latents / getattr(config, "scaling_factor", 1.0) + (
-        getattr(config, "shift_factor", None) or 0.0
-    )
-    with torch.no_grad():
-        return vae.decode(z.to(vae.device, vae.dtype)).sample.float()

@@ -21,12 +21,12 @@ from ...sampling import GRIDS, make_sampler
 from ..checkpoints.diffusers_folders import (
     Encoded,
     LoadedPipeline,
-    decode,
     is_pipeline,
     load_pipeline,
     load_vae,
 )
 from ..checkpoints.loading import WEIGHTS, load_checkpoint, sample_shape
+from ..diffusers_text_to_image import decode_images
 
 GUIDANCE_OF_PROMPTS = 7.5  # default of diffusers' Stable Diffusion
 
@@ -200,7 +200,7 @@ def draw(args: argparse.Namespace, model: Model, device: torch.device) -> Tensor
                     "the samples hold NaN or infinity: look at the weights, or take a smaller "
                     "--guidance_scale"
                 )
-            batches.append((x if model.vae is None else decode(model.vae, x)).cpu())
+            batches.append((x if model.vae is None else decode_images(model.vae, x)).cpu())
     return torch.cat(batches)
 
 
@@ -265,7 +265,7 @@ def _of_pipeline(
             return _rows(given, each), None if empty is None else _rows(empty, each)
 
         return Model(loaded.network, loaded.schedule, shape, conditions, scale, vae)
-    if loaded.kind.encode is not None:
+    if loaded.takes_prompts:
         raise ValueError(
             f"a {type(loaded.pipeline).__name__} draws what a text says; give --prompt (an empty "
             "one for none)"
