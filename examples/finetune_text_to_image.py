@@ -191,7 +191,7 @@ def settle(args: argparse.Namespace) -> Plan:
         vars(args).update(family.flags)
     noising = noising_from_arguments(args)
     # a schedule that the saved pipeline could not hold is refused here
-    noising.schedule.to_diffusers()
+    noising.schedule.scheduler_config()
     sampler = Sampler(noising.schedule, args.validation_sampler, steps=args.num_inference_steps)
     optimizer = optimizer_class(args.use_8bit_adam)
     require_writable(output)

@@ -324,7 +324,7 @@ class TextToImage:
         folder, name = Path(folder), self.family.network
         scheduler = schedule.save_pretrained(folder / "scheduler")
         if not self.lora:
-            kind = getattr(diffusers, schedule.to_diffusers()["_class_name"])
+            kind = getattr(diffusers, schedule.scheduler_config()["_class_name"])
             parts = {name: self.network, "scheduler": kind.from_pretrained(scheduler)}
             self._load(**parts).save_pretrained(folder)
             return folder / "model_index.json"

@@ -8,14 +8,16 @@ import os
 from collections.abc import Mapping
 from numbers import Integral
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ..noising.utils.atomic import write_atomically
+
+if TYPE_CHECKING:  # the console command needs no images
+    from PIL import Image
 
 BACKGROUND = 128  # mid grey: contrasts with black and with white images
 
@@ -64,10 +66,13 @@ def cropped(
         Pixels of shape (3, size, size), and (height, width, top, left, size, size): of the image,
         of the square's corner in the resized image, and of the square.
 
+    >>> from PIL import Image
     >>> pixels, sizes = cropped(Image.new("RGB", (80, 40)), 20, left=1.0)
     >>> pixels.shape, pixels.max().item(), sizes
     (torch.Size([3, 20, 20]), -1.0, [40, 80, 0, 20, 20, 20])
     """
+    from PIL import Image
+
     scale, original = size / min(image.size), [image.height, image.width]
     image = image.convert("RGB").resize(
         (max(size, round(image.width * scale)), max(size, round(image.height * scale))),
@@ -123,6 +128,8 @@ def to_pil(image: Tensor) -> Image.Image:
     >>> to_pil(torch.zeros(2, 4, 1, dtype=torch.uint8)).size
     (4, 2)
     """
+    from PIL import Image
+
     array = image.cpu().numpy()
     return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
 
@@ -135,6 +142,8 @@ def png_bytes(image: Tensor, texts: Mapping[str, str] | None = None) -> bytes:
     >>> png_bytes(torch.zeros(2, 2, 3, dtype=torch.uint8))[:4]
     b'\\x89PNG'
     """
+    from PIL.PngImagePlugin import PngInfo
+
     buffer, info = io.BytesIO(), PngInfo()
     for key, text in (texts or {}).items():
         # half a surrogate pair, which truncated text may end with, has no encoding

@@ -11,9 +11,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 
 from ..noising import NoiseSchedule
-from ..noising.curves.continuous import Flow
-
-_SAMPLINGS = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}  # of ComfyUI
+from .interfaces import interface_settings
 
 
 def loading_code(
@@ -38,7 +36,7 @@ def loading_code(
     pipeline = DiffusionPipeline.from_pretrained("me/base", scheduler=scheduler)
     pipeline.load_lora_weights("me/lora")
     """
-    name, folder = schedule.to_diffusers()["_class_name"], json.dumps(os.fspath(source))
+    name, folder = schedule.scheduler_config()["_class_name"], json.dumps(os.fspath(source))
     without = "".join(f", {part}=None" for part in absent)
     if base_model is None:
         return (
@@ -51,31 +49,6 @@ def loading_code(
         f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(base_model)}, "
         f"scheduler=scheduler{without})\n"
         f"pipeline.load_lora_weights({folder})"
-    )
-
-
-def interface_settings(schedule: NoiseSchedule) -> dict[str, str]:
-    """Return what to set in a UI so that it samples on this schedule, by the UI's name.
-
-    >>> schedule = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
-    >>> interface_settings(schedule)["ComfyUI"]
-    'node ModelSamplingDiscrete with sampling=v_prediction and zsnr=true'
-    >>> interface_settings(NoiseSchedule.flow(shift=3.0))["ComfyUI"]
-    'node ModelSamplingSD3 with shift=3'
-    """
-    curve, sampling = schedule.curve, _SAMPLINGS.get(schedule.prediction.name)
-    if isinstance(curve, Flow):
-        return {"ComfyUI": f"node ModelSamplingSD3 with shift={curve.shift:g}"}
-    zero = schedule.has_zero_terminal_snr
-    usual = NoiseSchedule.scaled_linear(prediction="v_prediction")
-    usual = usual.zero_terminal_snr() if zero else usual
-    if sampling is None or curve != usual.curve:
-        return {"ComfyUI, Forge, A1111": "none of them has this schedule; sample with diffusers"}
-    if sampling == "eps" and not zero:
-        return {"ComfyUI, Forge, A1111": "nothing, this is their default"}
-    comfy = f"node ModelSamplingDiscrete with sampling={sampling} and zsnr={str(zero).lower()}"
-    return {"ComfyUI": comfy} | (
-        {"Forge, A1111": 'setting "Noise schedule for sampling": Zero Terminal SNR'} if zero else {}
     )
 
 
@@ -117,7 +90,6 @@ def model_card(
         "prediction type": schedule.prediction.name,
         "zero terminal SNR": "yes" if schedule.has_zero_terminal_snr else "no",
         "schedule": str(schedule),
-        "scheduler in diffusers": schedule.to_diffusers()["_class_name"],
         **interface_settings(schedule),
         **(facts or {}),
     }

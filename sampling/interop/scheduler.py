@@ -572,7 +572,7 @@ def _config_of(sampler: Any) -> dict[str, Any]:
     """Return the config that pipelines read: of the nearest class, or of the schedule alone."""
     schedule = sampler.schedule
     try:
-        config = dict(schedule.to_diffusers(sampler.nearest_config()))
+        config = dict(schedule.scheduler_config(sampler.nearest_config()))
     except ValueError:
         config = {
             "num_train_timesteps": schedule.num_train_timesteps,

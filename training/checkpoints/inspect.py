@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ...noising import NoiseSchedule
+from ..interfaces import described, interface_settings
 from .claims import (
     Claim,
     statements_beside,
@@ -20,7 +21,6 @@ from .claims import (
     statements_of_folder,
     statements_of_safetensors,
 )
-from .interfaces import described, interface_settings
 from .read import SHARDED_NAME
 from .safetensors import MARKERS, is_safetensors, read_header
 

@@ -66,7 +66,7 @@ def scheduler_of(sampler: Sampler, pipeline: Any = None) -> Any:
     """
     import diffusers
 
-    config = sampler.schedule.to_diffusers(_nearest(sampler, pipeline)[0])
+    config = sampler.schedule.scheduler_config(_nearest(sampler, pipeline)[0])
     return _complete(getattr(diffusers, config["_class_name"]).from_config(config))
 
 

@@ -13,7 +13,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from ...noising import NoiseSchedule
@@ -169,6 +168,8 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     if content is None:
         raise FileNotFoundError(f"no file at {os.fspath(path)!r}")
     try:
+        from PIL import Image
+
         with Image.open(io.BytesIO(content)) as image:
             text = getattr(image, "text", {}).get(SETTINGS_KEY)
         settings = json.loads(text) if text is not None else None

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import torch
 
-from ...noising import NoiseSchedule
-from ...noising.curves.continuous import Flow, Karras
-from ...noising.prediction import KarrasF
+from ..noising import NoiseSchedule
+from ..noising.curves.continuous import Flow, Karras
+from ..noising.prediction import KarrasF
 
 SD_BETAS = NoiseSchedule.scaled_linear(prediction="v_prediction")
 NEAR = 1e-3
