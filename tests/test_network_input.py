@@ -251,7 +251,7 @@ def test_fine_tuning_objective() -> None:
     noising, probe = Noising(KARRAS), Probe()
     objective = load("finetune_text_to_image").Objective(probe, noising)
     with heard(noising) as seen:
-        objective(torch.randn(4, 2, 3, 3), torch.zeros(4, 1), step=0, index=range(4), total=4)
+        objective(torch.randn(4, 2, 3, 3), {}, step=0, index=range(4), total=4)
     assert_as_a_sampler_would(probe, seen, KARRAS)
 
 

@@ -6,8 +6,8 @@ the device, and ``add_noise`` and ``get_velocity`` are right at every training t
 
 Differences, each an error or a warning:
 
-- A config that no table is (``invert_sigmas``, ``timestep_type="continuous"``, ``use_flow_sigmas``
-  in classes that end in noise) is an error of the constructor.
+- A config that no table is (``invert_sigmas``, the EDM schedule of Stable Video Diffusion) is an
+  error of the constructor.
 - Zero terminal SNR with epsilon prediction noises, but is an error in ``set_timesteps``.
 - PNDM on a grid whose gaps are not T // N takes its own grid, with a warning, and LMS that starts
   in the middle begins with order 1.
@@ -31,16 +31,14 @@ from typing import Any
 from ...noising.utils.registry import unknown
 from ..interop.diffusers_classes import CLASSES
 
-_NO_SCHEDULE = (
-    "its config does not say its noise schedule; take as_scheduler() of a sampler of "
-    "NoiseSchedule.karras()"
-)
+_EDM = "its schedule is EDM's; take Sampler.from_diffusers(config).as_scheduler()"
 LEFT_OUT: Mapping[str, str] = {
     "CogVideoXDPMScheduler": "its step is given the outputs of earlier steps; take "
     "CogVideoXDDIMScheduler, or the sampler 'dpmpp_2m_sde'",
-    "EDMEulerScheduler": _NO_SCHEDULE,
-    "EDMDPMSolverMultistepScheduler": _NO_SCHEDULE,
-    "CMStochasticIterativeScheduler": _NO_SCHEDULE,
+    "EDMEulerScheduler": _EDM,
+    "EDMDPMSolverMultistepScheduler": _EDM,
+    "CMStochasticIterativeScheduler": "its network takes 1000 times the time of EDM; take the "
+    "sampler 'consistency' on NoiseSchedule.karras()",
 }
 """The classes with a known sampler and no drop-in, and why."""
 

@@ -20,7 +20,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ...noising import Discrete, NoiseSchedule
+from ...noising import Discrete, Karras, NoiseSchedule
 from ...noising.io.diffusers_keys import KNOWN_TO_CLASS
 from ...noising.utils.registry import shown, unknown
 from ..clipping import Change, Clip, DynamicThreshold
@@ -407,11 +407,15 @@ def _refusals(
     name: str, config: Mapping[str, Any], reading: Reading, schedule: NoiseSchedule
 ) -> Iterator[str]:
     """Yield, in words, what a config says that no table of the class is."""
+    if isinstance(schedule.curve, Karras):
+        yield (
+            "this config (of Stable Video Diffusion) is a schedule of EDM: take "
+            "Sampler.from_diffusers(config).as_scheduler()"
+        )
+        return
     words = reading.fails(schedule, 20)
     if words is not None:
         yield words
-    if reading.flow and reading.options.get("final") == "stay":
-        yield "with use_flow_sigmas it ends before the clean sample; take UniPCMultistepScheduler"
     flags = [flag for flag in FLAGS.values() if config.get(flag)]
     if flags and (reading.flow or reading.method.endswith("_inverse")):
         yield f"{flags[0]} is not supported here with use_flow_sigmas or for an inverse"

@@ -25,9 +25,6 @@ from ..table import Table
 STRIDING = ("ddim", "ddim_inverse")
 """The methods whose classes step by T // N from the timestep, whatever the next one is."""
 
-EARLY = 1e-6
-"""How far below the noise UniPCMultistepScheduler starts on a flow."""
-
 FORMULAS = {
     "use_karras_sigmas": karras,
     "use_exponential_sigmas": exponential,
@@ -161,10 +158,6 @@ def place(
         knots = (lowest, *reading.lay(schedule, steps)[1:])
     else:
         knots = reading.lay(schedule, steps)
-    if reading.kind.flow == "top" and reading.flow:
-        # the class starts 1e-6 below the noise, and cuts the times to whole ones
-        first = Knot(knots[0].timestep - 1, EARLY, 1 - EARLY)
-        knots = (first, *knots[1:])
     return ReadRun(reading, schedule, knots, stride=stride)
 
 
