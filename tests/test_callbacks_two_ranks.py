@@ -60,7 +60,8 @@ def ranks(suites: Callable[[str], Suite]) -> list[dict[str, Any]]:
     return suites("ddp").ranks
 
 
-KINDS = ["ddp", "fsdp1", "fsdp2", "nodes"]
+FSDP1 = pytest.param("fsdp1", marks=pytest.mark.slow)  # each kind starts two processes
+KINDS = ["ddp", FSDP1, "fsdp2", "nodes"]
 HARMLESS = [
     *(
         "units_raw",
@@ -202,7 +203,7 @@ def test_sigterm_in_a_preview_stops_all_ranks_and_the_checkpoint_resumes(suite: 
     assert list(suite.pictures("units_terminated")) == ["step_00000002.png", "step_00000006.png"]
 
 
-@pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
+@pytest.mark.parametrize("kind", [FSDP1, "fsdp2"])
 def test_an_error_in_a_sharded_forward_ends_training_on_both_ranks(
     suites: Callable[[str], Suite], kind: str
 ) -> None:
