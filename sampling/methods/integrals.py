@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 
-
-@lru_cache(maxsize=1)
-def _gauss_legendre() -> tuple[list[float], list[float]]:
-    nodes, weights = np.polynomial.legendre.leggauss(48)
-    return nodes.tolist(), weights.tolist()
+_POINTS, _WEIGHTS = np.polynomial.legendre.leggauss(48)
 
 
 def lagrange_integrals(
@@ -25,15 +20,19 @@ def lagrange_integrals(
     >>> [round(w, 12) for w in lagrange_integrals([0.0, -1.0], 0.0, 1.0)]  # Adams-Bashforth 2
     [1.5, -0.5]
     """
-    half, middle = 0.5 * (b - a), 0.5 * (a + b)
-    totals = [0.0] * len(nodes)
-    for x, w in zip(*_gauss_legendre(), strict=True):
-        y = middle + half * x
-        scale = w * half * math.exp(rate * (y - b))
-        for j, yj in enumerate(nodes):
-            totals[j] += scale * math.prod(
-                (y - yk) / (yj - yk) for k, yk in enumerate(nodes) if k != j
-            )
+    half = 0.5 * (b - a)
+    y = 0.5 * (a + b) + half * _POINTS
+    scale = half * _WEIGHTS
+    if rate:
+        scale = scale * np.exp(rate * (y - b))
+    distances = [y - yk for yk in nodes]
+    totals: list[float] = []
+    for j, yj in enumerate(nodes):
+        values = scale
+        for k, yk in enumerate(nodes):
+            if k != j:
+                values = values * (distances[k] / (yj - yk))
+        totals.append(float(values.sum()))
     return totals
 
 
