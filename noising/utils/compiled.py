@@ -126,11 +126,11 @@ def normal(out: Any, low: Any, high: Any, index: Any, step: int, stream: int, fi
     numbers = np.empty((_BLOCKS, 4), np.float32)
     flat = numbers.reshape(4 * _BLOCKS)
     for i in range(out.shape[0]):
-        k0, k1, row = uint32(low[i % low.size]), uint32(high[i % high.size]), out[i]
+        k0, k1 = uint32(low[i % low.size]), uint32(high[i % high.size])
         for at in range(0, count, 4 * _BLOCKS):
             _chunk(numbers, int64(first + at // 4), index[i], step, stream, k0, k1, words)
-            for k in range(min(4 * _BLOCKS, count - at)):
-                row[at + k] = flat[k]
+            end = min(at + 4 * _BLOCKS, count)
+            out[i, at:end] = flat[: end - at]
 
 
 @_jit
@@ -158,14 +158,16 @@ def noised(
         k0, k1 = uint32(low[i % low.size]), uint32(high[i % high.size])
         alpha, sigma = coefficients[0, i], coefficients[1, i]
         c0, c1 = coefficients[2, i], coefficients[3, i]
-        clean, drawn, mixed, aim = x0[i], noise[i], x_t[i], target[i]
         for at in range(0, count, 4 * _BLOCKS):
             _chunk(numbers, int64(at // 4), index[i], step, stream, k0, k1, words)
-            for k in range(min(4 * _BLOCKS, count - at)):
-                e, x = flat[k], clean[at + k]
-                drawn[at + k] = e
-                mixed[at + k] = alpha * x + sigma * e
-                aim[at + k] = c0 * x + c1 * e
+            end = min(at + 4 * _BLOCKS, count)
+            # a loop for each result: slices of few arrays vectorise
+            clean, mixed, aim = x0[i, at:end], x_t[i, at:end], target[i, at:end]
+            noise[i, at:end] = flat[: end - at]
+            for k in range(end - at):
+                mixed[k] = alpha * clean[k] + sigma * flat[k]
+            for k in range(end - at):
+                aim[k] = c0 * clean[k] + c1 * flat[k]
 
 
 @_jit
