@@ -60,8 +60,9 @@ def ranks(suites: Callable[[str], Suite]) -> list[dict[str, Any]]:
     return suites("ddp").ranks
 
 
-FSDP1 = pytest.param("fsdp1", marks=pytest.mark.slow)  # each kind starts two processes
-KINDS = ["ddp", FSDP1, "fsdp2", "nodes"]
+# each kind starts two processes
+FSDP1, NODES = (pytest.param(kind, marks=pytest.mark.slow) for kind in ("fsdp1", "nodes"))
+KINDS = ["ddp", FSDP1, "fsdp2", NODES]
 HARMLESS = [
     *(
         "units_raw",

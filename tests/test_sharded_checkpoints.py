@@ -16,6 +16,8 @@ from two_processes import last_words, run_two_ranks
 
 SCRIPT = Path(__file__).parent / "sharded_training.py"
 
+pytestmark = pytest.mark.slow  # two processes, sharded
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -347,9 +347,29 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("(p / knot.input_scale) * x", "p * x"),
         (".clamp(1.0, self.max_value)", ".clamp(0.0, self.max_value)"),
     ],
+    ("noising/levels.py", "tests/test_noising.py"): [
+        ("c0 * sigma - c1 * alpha, fraction", "c0 * sigma + c1 * alpha, fraction"),
+        ("index - int(curve.t_min) if curve.t_min else index", "index"),
+        ("self.weighting is weighting and", ""),
+    ],
+    (
+        "noising/utils/compiled.py",
+        "tests/test_counter.py tests/test_noise.py tests/test_noising.py",
+    ): [
+        ("aim[k] = c0 * clean[k] + c1 * flat[k]", "aim[k] = c0 * clean[k] - c1 * flat[k]"),
+        ("block += (count + 3) // 4", "block += count // 4"),
+        ("int64(first + at // 4)", "int64(at // 4)"),
+        (
+            "k0, k1 = uint32(k0 + _W0), uint32(k1 + _W1)",
+            "k0, k1 = uint32(k0 + _W1), uint32(k1 + _W0)",
+        ),
+    ],
+    ("sampling/table.py", "tests/test_every_table.py"): [
+        ("rest[k] = rest.get(k, 0.0) - share * c", "rest[k] = rest.get(k, 0.0) + share * c")
+    ],
     ("sampling/kernel.py", SAMPLER): [
         ("total.add_(basis[k], alpha=c)", "total.add_(basis[k], alpha=abs(c))"),
-        ("total = basis[k] * c", "total = basis[k].mul_(c)"),
+        ("total, rest = basis[k] * c", "total, rest = basis[k].mul_(c)"),
         ("else new).to(basis[0].dtype)", "else new).half().to(basis[0].dtype)"),
     ],
     ("sampling/tracing.py", f"{METHODS} -k birth or brownian or (point_mass and dpmpp)"): [
