@@ -24,6 +24,7 @@ from torch import Tensor
 from alphabar.noising import (
     NOISES,
     TIMESTEPS,
+    Huber,
     MinSNR,
     Noised,
     NoiseSchedule,
@@ -96,10 +97,14 @@ def test_a_step_of_few_operations(batch: int) -> None:
 
 def test_levels_follow_what_is_replaced() -> None:
     noising, x0 = Noising(FLOW).eval(), batch_of(4)
-    noising(x0, step=0)
-    noising.weighting = MinSNR(gamma=2.0)
-    noising.schedule = ZTSNR
-    assert equal(noising(x0, step=0), Noising(ZTSNR, MinSNR(gamma=2.0))(x0, step=0))
+    made = {"weighting": MinSNR(gamma=2.0), "loss": Huber(c=0.5), "schedule": ZTSNR}
+    for name, value in made.items():
+        noising(x0, step=0)
+        setattr(noising, name, value)
+        now = {one: getattr(noising, one) for one in made}
+        noised, expected = noising(x0, step=0), Noising(**now)(x0, step=0)
+        assert equal(noised, expected)
+        assert noised.loss(torch.zeros_like(x0)) == expected.loss(torch.zeros_like(x0))
 
 
 @pytest.mark.parametrize(
