@@ -183,8 +183,8 @@ NO_SAMPLER: Mapping[str, str] = {
     ),
     "KarrasVeScheduler": "it takes the squares of noise levels for noise levels",
     "ScoreSdeVpScheduler": (
-        "it has no config of its noise schedule that diffusers' pipelines use; make it with "
-        "NoiseSchedule.variance_preserving(), 'ScoreSdeVpScheduler'"
+        "it leaves the network's times to its caller; make it with NoiseSchedule."
+        "variance_preserving(beta_min, beta_max), 'ScoreSdeVpScheduler'"
     ),
     "VQDiffusionScheduler": "it samples tokens; make it with TokenSchedule and 'vq_diffusion'",
     "AmusedScheduler": "it unmasks tokens; it has no noise schedule",
