@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
@@ -134,8 +135,8 @@ def _times(
 ) -> dict[float, Tensor]:
     """Return the time input of the network at each knot, shape (batch,), in one upload."""
     timesteps = list(dict.fromkeys(knot.timestep for knot in knots))
-    rows = torch.tensor(timesteps, dtype=dtype, device=device)[:, None].repeat(1, batch)
-    return dict(zip(timesteps, rows.unbind(), strict=True))
+    rows = np.repeat(timesteps, batch).reshape(-1, batch)
+    return dict(zip(timesteps, torch.from_numpy(rows).to(device, dtype).unbind(), strict=True))
 
 
 class Kept:

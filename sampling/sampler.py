@@ -118,7 +118,7 @@ class Sampler:
         return hash(self._identity)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_identity"}
+        return {k: value for k, value in vars(self).items() if k not in ("_identity", "table")}
 
     @cached_property
     def _identity(self) -> tuple[Any, ...]:
@@ -129,7 +129,7 @@ class Sampler:
         """The name of its method."""
         return self.method.name
 
-    @property
+    @cached_property
     def table(self) -> Table:
         """The compiled table, made once per sampler value."""
         return _compile(self)

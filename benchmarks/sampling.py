@@ -1,0 +1,145 @@
+"""The host time of a sampling step, beside diffusers and a plain loop, and of making a sampler.
+
+The network costs nothing. All three run in turns in one process: diffusers' class in a pipeline's
+loop with ``set_timesteps``, alphabar's sampler of the class's name in one call, and a loop over the
+coefficients of its table, which checks nothing and draws its noise with ``torch.randn``.
+
+    python benchmarks/sampling.py > benchmarks/sampling.md
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from alphabar.noising import NoiseSchedule
+from alphabar.sampling import METHODS, Sampler
+from alphabar.sampling import sampler as sampler_module
+from alphabar.sampling.kernel import combine
+from alphabar.sampling.tracing import Draw, Evaluation
+
+CLASSES = (
+    *("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"),
+    *("EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler"),
+    *("DEISMultistepScheduler", "UniPCMultistepScheduler", "SASolverScheduler"),
+    *("LMSDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"),
+)
+SHAPES = (1, 4, 8, 8), (4, 4, 64, 64)
+STEPS, ROUNDS = 20, 31
+
+
+def in_a_pipeline(scheduler: Any, out: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return diffusers' loop."""
+    scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
+
+    def loop(x: Tensor) -> Tensor:
+        scheduler.set_timesteps(STEPS, device=x.device)
+        for t in scheduler.timesteps:
+            scale(x, t)
+            x = scheduler.step(out, t, x, return_dict=False)[0]
+        return x
+
+    return loop
+
+
+def plain(sampler: Sampler, out: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a loop over the coefficients of a table."""
+    steps = sampler.table.steps
+
+    def loop(x: Tensor) -> Tensor:
+        state = [x]
+        for step in steps:
+            basis = list(state)
+            for op in step.ops:
+                if isinstance(op, Evaluation):
+                    combine(op.row, basis)
+                    basis.append(out)
+                else:
+                    basis.append(torch.randn_like(x) if isinstance(op, Draw) else out)
+            state = [combine(row, basis) for row in step.carry]
+        return state[0]
+
+    return loop
+
+
+def medians(loops: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> list[float]:
+    """Return the microseconds per step of each loop: medians of runs in turns."""
+    runs: list[list[float]] = []
+    for _ in range(ROUNDS + 3):
+        runs.append([])
+        for loop in loops:
+            start = time.perf_counter()
+            loop(x)
+            if x.device.type == "cuda":
+                torch.cuda.synchronize()
+            runs[-1].append(1e6 * (time.perf_counter() - start) / STEPS)
+    return [statistics.median(column) for column in zip(*runs[3:], strict=True)]
+
+
+def seconds(act: Callable[[], Any], repeats: int) -> float:
+    """Return the least time of several calls."""
+    times: list[float] = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        act()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def main() -> None:
+    """Print the page."""
+    warnings.simplefilter("ignore")
+    diffusers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {platform.machine()}"
+    print("# The time of sampling without a network\n")
+    print(
+        f"{where}, 1 thread, torch {torch.__version__}, diffusers {diffusers.__version__}. Written "
+        "by `benchmarks/sampling.py`.\n"
+    )
+    schedule, flow = NoiseSchedule.linear(), NoiseSchedule.flow()
+    for shape in SHAPES:
+        x, out = (torch.randn(shape, device=device) for _ in range(2))
+        print(f"Microseconds per step, {STEPS} steps, latents {shape}:\n")
+        print("| class | diffusers | alphabar | plain loop | ratio to diffusers | to the loop |")
+        print("| --- | --- | --- | --- | --- | --- |")
+        with torch.no_grad():
+            for name in CLASSES:
+                sampler = Sampler(flow if name.startswith("Flow") else schedule, name, STEPS)
+                loops = [
+                    in_a_pipeline(getattr(diffusers, name)(), out),
+                    lambda x, s=sampler, out=out: s(lambda x, t: out, x, seeds=0),
+                    plain(sampler, out),
+                ]
+                peer, own, bare = medians(loops, x)
+                times = f"{peer:.1f} | {own:.1f} | {bare:.1f}"
+                print(f"| {name} | {times} | {own / peer:.2f} | {own / bare:.1f} |")
+        print()
+    print(f"Making `Sampler(schedule, name, {STEPS})`, milliseconds:\n")
+    print("| method | first time | again | 200 steps, first time |\n| --- | --- | --- | --- |")
+    for name in METHODS:
+
+        def cold(steps: int = STEPS, name: str = name) -> None:
+            sampler_module._compile.cache_clear()
+            Sampler(schedule, name, steps)
+
+        try:
+            first = 1e3 * seconds(cold, 9)
+            again = 1e3 * seconds(lambda name=name: Sampler(schedule, name, STEPS), 50)
+        except ValueError:  # a method of another schedule
+            continue
+        longer = "-" if name in ("lcm", "tcd") else f"{1e3 * seconds(lambda: cold(200), 1):.0f}"
+        print(f"| {name} | {first:.1f} | {again:.3f} | {longer} |")
+
+
+if __name__ == "__main__":
+    main()
