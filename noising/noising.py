@@ -443,7 +443,8 @@ class Noising(nn.Module):
                 f"timesteps of dtype {t.dtype} cannot hold the integers up to {curve.t_max:g}; "
                 "give int64 or float32"
             )
-        t = t.to(x0.device, torch.promote_types(t.dtype, x0.dtype) if floating else None)
+        dtype = torch.promote_types(t.dtype, x0.dtype) if floating else t.dtype
+        t = t.to(x0.device, dtype, non_blocking=True)
         table = self._level_table
         if not table.is_of(self.schedule, self.weighting, self.loss):  # they were replaced
             table = self._level_table = LevelTable(self.schedule, self.weighting, self.loss)

@@ -146,8 +146,11 @@ class Draws:
         self._keys = [
             whole_seed(seed) & _MASK for seed in (seeds if isinstance(seeds, Sequence) else [seeds])
         ]
-        # of compiled.py: the low and the high words, made at the first draw
+        # made at the first draw: the low and the high words of the keys for compiled.py, and the
+        # keys and indices on the device for triton_kernels.py
         self._words: list[Any] = []
+        self._uploaded: list[Tensor] = []
+        self._range = index if isinstance(index, range) else None
         self._block = 0
 
     def of(
@@ -164,6 +167,8 @@ class Draws:
         draws.stream = int(stream)
         draws.device = self.device if device is None else torch.device(device)
         draws._index, draws._keys, draws._words = self._index, self._keys, self._words
+        draws._uploaded = self._uploaded if draws.device == self.device else []
+        draws._range = self._range
         draws._block = 0
         return draws
 
@@ -296,13 +301,20 @@ class Draws:
 
     def _device_counters(self) -> tuple[Any, ...]:
         """Return the counter words of triton_kernels.py, without the block."""
-        signed = [key - (1 << 64) if key >= 1 << 63 else key for key in self._keys]
-        if len(signed) == 1:  # made on the device: no copy
-            keys = torch.full((1,), signed[0], dtype=torch.int64, device=self.device)
-        else:
-            keys = torch.tensor(signed, dtype=torch.int64, device=self.device)
-        index = torch.as_tensor(self._index, device=self.device)
-        return keys, index, self.step, self.stream
+        if not self._uploaded:
+            signed = [key - (1 << 64) if key >= 1 << 63 else key for key in self._keys]
+            given = self._range
+            numbers: dict[str, Any] = {"dtype": torch.int64, "device": self.device}
+            if len(signed) == 1:  # made on the device: nothing is copied
+                keys = torch.full((1,), signed[0], **numbers)
+            else:
+                keys = torch.tensor(signed).to(self.device, non_blocking=True)
+            if given is not None:
+                index = torch.arange(given.start, given.stop, given.step, **numbers)
+            else:
+                index = torch.as_tensor(self._index).to(self.device, non_blocking=True)
+            self._uploaded += [keys, index]
+        return *self._uploaded, self.step, self.stream
 
     def _counters(self) -> tuple[Any, ...]:
         """Return the counter words of compiled.py, without the block."""
