@@ -365,7 +365,10 @@ def _index(index: Sequence[int] | Tensor) -> tuple[Any, tuple[int, int]]:
 
     The values of a tensor on another device, or in compiled code, are not read: its ends are 0.
     """
-    if isinstance(index, Tensor) and (index.device.type != "cpu" or torch.compiler.is_compiling()):
+    if torch.compiler.is_compiling():
+        given = index if isinstance(index, Tensor) else list(index)
+        return torch.as_tensor(given, dtype=torch.int64), (0, 0)
+    if isinstance(index, Tensor) and index.device.type != "cpu":
         return index.to(torch.int64), (0, 0)
     if isinstance(index, range):
         array = np.arange(index.start, index.stop, index.step, dtype=np.int64)
