@@ -118,7 +118,7 @@ class Sampler:
         return hash(self._identity)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: value for k, value in vars(self).items() if k not in ("_identity", "table")}
+        return {k: value for k, value in vars(self).items() if k not in ("_identity", "_compiled")}
 
     @cached_property
     def _identity(self) -> tuple[Any, ...]:
@@ -129,9 +129,13 @@ class Sampler:
         """The name of its method."""
         return self.method.name
 
-    @cached_property
+    @property
     def table(self) -> Table:
         """The compiled table, made once per sampler value."""
+        return self._compiled
+
+    @cached_property
+    def _compiled(self) -> Table:
         return _compile(self)
 
     @property

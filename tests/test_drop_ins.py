@@ -141,8 +141,14 @@ def same(mine: Tensor, their: Tensor, limit: float) -> bool:
     return float((mine - their).abs().max()) <= limit * float(their.abs().max())
 
 
+QUICK = [  # the times of KDPM2 take diffusers a quarter of a second
+    pytest.param(name, marks=pytest.mark.slow) if name.startswith("KDPM2") else name
+    for name in NAMES
+]
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", QUICK)
 def test_a_class_samples_as_that_of_diffusers(name: str) -> None:
     peer_class, own_class = getattr(diffusers, name), getattr(schedulers, name)
     compared = 0
