@@ -472,6 +472,7 @@ class Noising(nn.Module):
             and levels.dtype == torch.float32
             and (x0.dtype == torch.float32 or x0.device.type != "cpu")
             and x0.is_contiguous()
+            and not levels.requires_grad
             and not (x0.requires_grad and torch.is_grad_enabled())
             and all(isinstance(kind, Gaussian) for kind in self.noise.kinds)
             and draws.has_one_pass

@@ -111,8 +111,8 @@ def prepare_run(
     times = _times(knots, shape[0], time_dtype, device)
 
     def evaluate(x: Tensor, knot: Knot) -> Tensor:
-        t = times.get(knot.timestep)
-        if t is None:
+        t = times.pop(knot.timestep, None)
+        if t is None:  # again at this time: a network may have changed the first tensor
             t = torch.full(shape[:1], knot.timestep, dtype=time_dtype, device=device)
         out = guided(x if x.dtype == dtype else x.to(dtype), t)
         # another shape would broadcast silently

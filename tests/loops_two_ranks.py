@@ -22,6 +22,8 @@ from torch import Tensor
 
 from alphabar.noising import NoiseSchedule
 from alphabar.training import ModelEMA, Previews, save_schedule_with
+from alphabar.training.loops.sharding import local
+from alphabar.training.loops.wrappers import unwrapped
 from alphabar.training.previews import rounds
 from loops_toy import ADAPTIVE, SCHEDULE, STEPS, Net, previews, train, weights
 
@@ -77,7 +79,7 @@ def missing() -> Iterator[bool]:
 
 def run(loop: Any, root: Path, lost: bool = False, rate: float = 0.05, **settings: Any) -> Any:
     """Train on both ranks, with previews if there are settings; return what this rank saw."""
-    seen: dict[str, Any] = {"error": None, "losses": []}
+    seen: dict[str, Any] = {"error": None, "losses": [], "copied": None}
     net, made, start = Net(), list[Previews](), time.monotonic()
 
     def draw(network: Any, step: int, ema: ModelEMA) -> None:
@@ -89,6 +91,10 @@ def run(loop: Any, root: Path, lost: bool = False, rate: float = 0.05, **setting
             made[0](network, step=step, ema=average if "weights" in settings else None)
         if step == STEPS:
             made[0].close()
+            if isinstance(loop, str):  # the last weights are those of the average
+                ema.copy_to(network)
+                pairs = ema._averages.pairs(unwrapped(network))
+                seen["copied"] = all(torch.equal(local(a), b.to(a.dtype)) for a, b in pairs)
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

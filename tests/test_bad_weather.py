@@ -216,7 +216,7 @@ def test_a_logger_that_hangs_costs_what_does_not_fit_and_says_so(
         monkeypatch.setattr(background, name, 0.5)
     monkeypatch.setattr("alphabar.callbacks.previews.callback.AT_THE_END", 0.5)
     monkeypatch.setattr("alphabar.training.publishing.publisher.AT_THE_END", 0.5)
-    monkeypatch.setattr(Background.wait_for_room, "__defaults__", (0.5, lambda: False))
+    monkeypatch.setattr(Background.wait_for_room, "__defaults__", (0.5,))
     lane = Background(room=2)
     monkeypatch.setattr("alphabar.training.publishing.publisher.pictures_of", lambda owner: lane)
     start = time.monotonic()

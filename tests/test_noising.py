@@ -77,6 +77,7 @@ def test_batches_that_the_compiled_pass_does_not_take() -> None:
     assert equal(noised, expected)
     noised.x.sum().backward()
     assert leaf.grad is not None and bool((leaf.grad != 0).any())
+    assert Noising(FLOW)(x0, step=1, timesteps=torch.rand(6, requires_grad=True)).x.requires_grad
     half = noising(x0.bfloat16(), step=1)
     assert half.x.dtype == torch.bfloat16 and torch.equal(half.noise, expected.noise)
     exact = noising(x0.double(), step=1)

@@ -28,6 +28,8 @@ from alphabar.training import (
     schedule_from_checkpoint,
 )
 from alphabar.training.images import to_pixels
+from alphabar.training.loops import loop as loop_module
+from alphabar.training.loops.forward import ForwardMode, ShardedForwardError
 from alphabar.training.publishing.settings import settings_of_sampler
 from callbacks_toy import files, one_thread
 from loops_toy import ADAPTIVE, SCHEDULE, SHAPE, STEPS, Net, previews, train
@@ -80,6 +82,7 @@ def test_training_is_bit_identical(ranks: list[dict[str, Any]], kind: str) -> No
             assert seen["error"] is None, (scenario, seen["error"])
             assert seen["losses"] == plain["losses"], (rank, scenario)
             assert seen["weights"] == plain["weights"], (rank, scenario)
+            assert seen["copied"] is (True if kind in SHARDED else None)
     assert ranks[0][kind]["none"]["losses"] != ranks[1][kind]["none"]["losses"]
 
 
@@ -419,14 +422,20 @@ def test_trackers_get_the_pictures(tmp_path: Path) -> None:
 # Pipelines
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_a_pipeline_draws(tmp_path: Path, wrapped: bool) -> None:
-    from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+def unet() -> Any:
+    from diffusers import UNet2DModel
 
     blocks: Any = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
-    net = UNet2DModel(
+    return UNet2DModel(
         sample_size=8, block_out_channels=(8,), norm_num_groups=2, layers_per_block=1, **blocks
     )
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_pipeline_draws(tmp_path: Path, wrapped: bool) -> None:
+    from diffusers import DDIMScheduler, DDPMPipeline
+
+    net = unet()
     fabric = Fabric(accelerator="cpu", devices=1)
     network = fabric.setup(net) if wrapped else net
     theirs = DDIMScheduler(prediction_type="epsilon")
@@ -557,3 +566,33 @@ def test_files_without_settings_are_refused(tmp_path: Path) -> None:
         read_settings(tmp_path / "a.png")
     with pytest.raises(FileNotFoundError, match="no file at"):
         read_settings(tmp_path / "b.png")
+
+
+def test_a_sharded_network_is_called_in_its_precision_and_its_errors_end_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mode = ForwardMode(sharded=True, wrapped=True)
+    monkeypatch.setattr(loop_module, "forward_mode_of_wrappers", lambda network: mode)
+    model = loop_module.loop_of().live(Net().bfloat16())
+    assert model.convert_input(torch.zeros(1)).dtype == torch.bfloat16
+    with pytest.raises(ShardedForwardError, match="TypeError"):
+        model.call(abs)("a")
+
+
+def test_a_pipeline_is_that_of_the_network_of_the_call(tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler, DDPMPipeline
+
+    nets, drawn = [unet(), unet()], list[int]()
+
+    def pipeline(module: nn.Module) -> Any:
+        torch.rand(1)  # as modules do that are initialized
+        drawn.append(nets.index(module))
+        return DDPMPipeline(cast(Any, module), cast(Any, DDIMScheduler()))
+
+    settings: Any = {"schedule": NoiseSchedule.linear(), "num_images": 1, "folder": tmp_path}
+    with Previews("ddim", steps=2, pipeline=pipeline, **settings) as made:
+        before = torch.get_rng_state()
+        for step, net in enumerate([nets[0], nets[0], nets[1]], start=1):
+            made(net, step=step)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert drawn == [0, 1]

@@ -260,3 +260,16 @@ def test_shapes_of_numpy_integers() -> None:
             ValueError, match=r"^the shape must be \(batch, \.\.\.\) of positive integers, got "
         ):
             checked_shape(shape)
+
+
+def test_a_network_may_change_its_time() -> None:
+    """Heun's method calls the network twice at most timesteps."""
+    sampler, seen = Sampler(NoiseSchedule.linear(), "heun", 4), list[float]()
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(float(t[0]))
+        t.mul_(0)
+        return 0.1 * x
+
+    sampler(network, (2, 3), seeds=0)
+    assert len(seen) == 7 and 0.0 not in seen[:-1]

@@ -221,7 +221,7 @@ class Draws:
         Args:
             x0: clean batch, shape (batch, ...), contiguous; float32 on the CPU, of any floating
                 dtype on a GPU.
-            coefficients: α, σ, c0, c1 of each sample in the first four rows, float32, contiguous.
+            coefficients: α, σ, c0, c1 of each sample in the first four rows, float32.
             dtype: of α x_0 + σ ε, on a GPU; the others are float32.
         """
         count = x0.numel() // self.batch
@@ -237,7 +237,7 @@ class Draws:
             noise, target = (torch.empty_like(x0, dtype=torch.float32) for _ in range(2))
             x_t = torch.empty_like(x0, dtype=dtype)
             flat = [one.view(self.batch, count) for one in (x0.detach(), noise, x_t, target)]
-            kernels.noised(flat[0], coefficients, *flat[1:], *self._device_counters())
+            kernels.noised(flat[0], coefficients.contiguous(), *flat[1:], *self._device_counters())
         return noise, x_t, target
 
     def pyramid(self, shape: Sequence[int], iterations: int, discount: float) -> Tensor:
@@ -266,7 +266,9 @@ class Draws:
             return out if out is not None else torch.from_numpy(whole.reshape(self.batch, *shape))
         kernels = self._kernels() if kind is NORMAL and count else None
         if kernels is not None:
-            made = torch.empty((self.batch, *shape), device=self.device) if out is None else out
+            made = out
+            if made is None:  # in a step in half precision the default dtype is the network's
+                made = torch.empty((self.batch, *shape), dtype=kind.dtype, device=self.device)
             kernels.normal(made.view(self.batch, count), *self._device_counters(), first)
             return made
         whole = out if out is not None and count == kind.each * blocks else None
@@ -411,7 +413,8 @@ def kernels(device: torch.device) -> ModuleType | None:
     try:
         from . import triton_kernels
 
-        index, made = torch.tensor([3, 4], device=device), torch.empty(2, 70, device=device)
+        index = torch.tensor([3, 4], device=device)
+        made = torch.empty(2, 70, dtype=torch.float32, device=device)
         triton_kernels.normal(made, torch.tensor([(9 << 32) + 7], device=device), index, 5, 6, 1)
         exact = Draws((9 << 32) + 7, [3, 4], step=5, stream=6).normal(74)[:, 4:]
         return triton_kernels if torch.equal(made.cpu(), exact) else None

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..loops.sharding import clean_name, copy_values, require_parameters, reshard, values_swapped
+from ..loops.sharding import (
+    Layout,
+    clean_name,
+    copy_values,
+    require_parameters,
+    reshard,
+    values_swapped,
+)
 from ..loops.wrappers import unwrapped
 from .averages import Averages, Profiles
 
@@ -90,6 +97,8 @@ class ModelEMA:
     def weights(self, profile: int = 0) -> dict[str, Tensor]:
         """Return whole averaged parameters by name; empty before the first update.
 
+        Every rank of a sharded model must call it.
+
         Args:
             profile: index of the profile.
         """
@@ -98,6 +107,8 @@ class ModelEMA:
 
     def copy_to(self, network: nn.Module) -> None:
         """Copy the average into the parameters of ``network``, e.g. to save it after training.
+
+        Every rank of a sharded model must call it.
 
         Raises:
             ValueError: there is no average yet, or ``network`` lacks one of its parameters.
@@ -112,8 +123,8 @@ class ModelEMA:
                 f"{type(network).__name__} has no parameter {lacking[0]!r}, which is averaged; "
                 "give a network of the same architecture"
             )
-        reshard(network)
-        copy_values([(own[name], value) for name, value in found.items()])
+        layout = Layout(network)
+        copy_values([(own[name], layout.part(own[name], value)) for name, value in found.items()])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages, with whole tensors. Every rank of a sharded model must call it."""

@@ -76,35 +76,30 @@ class Background:
         else:
             self._thread = thread
 
-    def wait(
-        self, seconds: float, interrupted: Callable[[], bool] = lambda: False, left: int = 0
-    ) -> bool:
+    def wait(self, seconds: float, left: int = 0) -> bool:
         """Wait until at most ``left`` tasks are unfinished; return False on a timeout.
 
         With ``left=0`` it also waits for the thread to end.
 
         Args:
             seconds: the timeout.
-            interrupted: a function that stops the wait when it returns True.
             left: number of unfinished tasks to wait for.
 
         Returns:
-            True if at most ``left`` tasks are unfinished, False after a timeout or interruption.
+            True if at most ``left`` tasks are unfinished, False after a timeout.
         """
         deadline = time.monotonic() + seconds
         with self._changed:
             while len(self._tasks) > left:
                 rest = deadline - time.monotonic()
-                if rest <= 0 or interrupted():
+                if rest <= 0:
                     return False
                 self._changed.wait(min(rest, _LOOK))
         if left == 0 and self._thread is not None:
             self._thread.join(_LOOK)  # short: the thread returns after its last task
         return True
 
-    def wait_for_room(
-        self, seconds: float = FOR_ROOM, interrupted: Callable[[], bool] = lambda: False
-    ) -> bool:
+    def wait_for_room(self, seconds: float = FOR_ROOM) -> bool:
         """Wait up to ``seconds`` for room in the queue; return whether there is room.
 
         Does not wait if the previous wait timed out and the same task is still first.
@@ -112,7 +107,7 @@ class Background:
         head = self._tasks[0] if self._tasks else None
         if head is not None and head is self._stuck:
             seconds = 0.0
-        found = self.wait(seconds, interrupted, left=self.room - 1)
+        found = self.wait(seconds, left=self.room - 1)
         self._stuck = None if found else head
         return found
 

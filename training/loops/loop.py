@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .forward import ForwardMode
+from .forward import ForwardMode, guarded
 from .wrappers import forward_mode_of_wrappers, is_of_fabric, unwrapped
 
 Context = Callable[[], AbstractContextManager[Any]]
@@ -131,13 +132,14 @@ class Loop:
         autocast = self.autocast or ambient_autocast(device)
         with autocast():
             mixed = torch.is_autocast_enabled(device.type)
-        own = None if mixed or mode.sharded else single_dtype(inner)
+        own = None if mixed else single_dtype(inner)
         return LiveModel(
             root=network,
             module=inner,
             predict=predict if predict is not None else called,
             device=device,
             forward_mode=mode,
+            call=partial(guarded, mode=mode),
             forward_context=autocast,
             convert_input=self.convert_input or (lambda value: floats_to(own, value)),
             average=average or no_average,

@@ -17,7 +17,7 @@ from ...sampling import Sampler
 from ..loops.collectives import gather, raise_on_all_ranks
 from ..loops.complaints import warn_on_rank_zero
 from ..loops.forward import ForwardMode
-from ..loops.isolation import Termination
+from ..loops.isolation import Termination, randomness_restored
 from ..loops.loop import LiveModel, Loop
 from ..loops.sharding import reshard
 from ..publishing.publish import Preview
@@ -71,6 +71,7 @@ class Previewer:
     drawing: Drawing
     batch_size: int
     pipeline: Any = None
+    _connected: nn.Module | None = None  # the module that the pipeline was made for
 
     @classmethod
     def prepare(
@@ -99,14 +100,16 @@ class Previewer:
             TypeError: ``pipeline`` is no pipeline.
         """
         require_equal_work(self.sampler, model.forward_mode)
-        if self.recipe.pipeline is None or self.pipeline is not None:
+        if self.recipe.pipeline is None or self._connected is model.module:
             return
         if model.forward_mode.sharded:
             raise ValueError(
                 "a pipeline calls its networks by itself, which a sharded model does not allow; "
                 "draw with predict= and decode=, or train with a whole copy on every rank (DDP)"
             )
-        self.pipeline = pipeline_of(self.recipe.pipeline, model.module)
+        with randomness_restored(model.device):  # the function may initialize modules
+            self.pipeline = pipeline_of(self.recipe.pipeline, model.module)
+        self._connected = model.module
         differences = differences_of(self.sampler, self.pipeline)
         if differences:
             name = type(scheduler_of(self.sampler, self.pipeline)).__name__

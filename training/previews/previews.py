@@ -21,7 +21,7 @@ from ..loops.loop import LiveModel, loop_of
 from ..publishing.publisher import Publisher
 from .groups import PreviewConditions, grouped
 from .preview import Moment, Previewer
-from .recipe import WEIGHTS, recipe_of
+from .recipe import recipe_of
 from .run import PreviewRun
 from .samplers import require_drawable, require_steps, sampler_for
 
@@ -243,9 +243,7 @@ class Previews:
                 "averaged weights, in every call"
             )
         previewer = self._run.previewer
-        previewer.recipe = replace(
-            previewer.recipe, weights=lookup("weights", weights, {kind: kind for kind in WEIGHTS})
-        )
+        previewer.recipe = replace(previewer.recipe, weights=weights)
         return self.loop.live(network, previewer.recipe.predict, ema, self.exit_after_error)
 
     def close(self) -> None:
