@@ -14,7 +14,8 @@ A folder that holds a run is gone on with (``--resume_from_checkpoint latest``),
 
 All randomness (order of the data, crops, flips, empty captions, encoder, noise, timesteps) is a
 function of the seed and of the position of an image in the run. So a run that was killed goes on to
-the same losses, on any number of processes with the same number of images in a step. A stream
+the same losses, on any number of processes with the same number of images in a step. Dropout alone
+depends on the batches of each process: it repeats on the same number of processes. A stream
 (``--streaming``) has no index: a resumed run reads it again up to its position, without decoding.
 The flags have the names of diffusers' scripts. ``--num_train_epochs`` counts passes over the data;
 an optimizer step may hold images of two of them.
@@ -161,11 +162,12 @@ class Plan:
     optimizer: Any
 
 
-_TIMES = ("timestep_density", "weighting_scheme", "timestep_sampling")
+_TIMES = ("timestep_density", "weighting_scheme", "timestep_sampling", "p_mean", "p_std")
 
 
 def settle(args: argparse.Namespace) -> Plan:
     sizes = ("resolution", "train_batch_size", "gradient_accumulation_steps", "validation_steps")
+    sizes += ("num_validation_images", "num_inference_steps")
     lengths = ("max_train_steps", "num_train_epochs", "max_train_samples", "checkpointing_steps")
     for name in (*sizes, *lengths):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -184,7 +186,7 @@ def settle(args: argparse.Namespace) -> Plan:
         raise ValueError("--lora_alpha, --lora_layers and --lora_dropout need --rank")
     if output.resolve() == Path(source).resolve():
         raise ValueError(f"--output_dir {args.output_dir!r} is the pipeline that is trained from")
-    folder = RunFolder(output, ("model_index.json", LORA_NAME), ("previews/step_*.png",))
+    folder = RunFolder(output, ("model_index.json", LORA_NAME), ("previews/*",))
     folder.require_unused(args.resume_from_checkpoint, args.overwrite_output_dir)
     family = family_of(index_of(source, revision=args.revision)["_class_name"])
     if all(getattr(args, name) is None for name in _TIMES):
@@ -341,7 +343,9 @@ class Run:
         # a stream is shuffled otherwise in a worker
         workers = self.args.dataloader_num_workers if self.args.streaming else 0
         average = self.ema is not None
-        return {"images in a step": self.positions.total, "average": average, "workers": workers}
+        seeds = [self.args.seed, self.plan.noising.seed]
+        same = {"images in a step": self.positions.total, "average": average, "workers": workers}
+        return {**same, "seeds": seeds, "samples": self.args.max_train_samples}
 
     def save(self) -> None:
         """Write where we are as one file on one process; every process calls it."""
@@ -396,8 +400,8 @@ class Run:
     def _learn(self, batch: dict[str, Any]) -> Tensor:
         position, total = batch["position"], self.positions.total
         index = (position - self.step * total).tolist()
-        if self.args.lora_dropout:  # dropout draws from torch's own generator
-            torch.manual_seed(mix(self.args.seed, int(position[0])))
+        # dropout draws from torch's own generator
+        torch.manual_seed(mix(self.args.seed, int(position[0])))
         options = {"step": 0, "stream": stream_of("vae"), "device": self.accelerator.device}
         latents = self.model.latents(
             batch["pixels"], Draws(self.args.seed, position, **options).normal

@@ -36,7 +36,8 @@ LEADING |= {"rescale_betas_zero_snr": True, "interpolation_type": "linear"}
 def pipeline(folder: Path, config: dict[str, Any]) -> Path:
     (folder / "scheduler").mkdir(parents=True)
     (folder / "unet").mkdir()
-    (folder / "model_index.json").write_text("{}")
+    index = {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", config["_class_name"]]}
+    (folder / "model_index.json").write_text(json.dumps(index))
     (folder / "unet" / "weights.bin").write_bytes(bytes(range(256)) * 64)
     (folder / "scheduler" / CONFIG_NAME).write_text(json.dumps(config))
     return folder
@@ -90,6 +91,19 @@ def test_a_pipeline_starts_from_pure_noise(tmp_path: Path) -> None:
     weights = {k: v for k, v in content(tmp_path / "fixed").items() if "weights" in k}
     assert list(weights.values()) == [bytes(range(256)) * 64]
     assert convert_path(tmp_path / "fixed", in_place=True).changes == ()
+    assert convert_path(tmp_path / "fixed", tmp_path / "copy").changes == ()
+    assert inspect_path(tmp_path / "copy").schedule == ZERO
+    with pytest.raises(ValueError, match="name a folder beside it"):
+        convert_path(folder, folder / "inside")
+
+
+def test_a_schedule_of_edm_leaves_no_key(tmp_path: Path) -> None:
+    """Stable Video Diffusion's config, which EulerDiscreteScheduler reads as EDM."""
+    edm = {"timestep_type": "continuous", "use_karras_sigmas": True}
+    edm |= {"sigma_min": 0.002, "sigma_max": 700.0, "prediction_type": "v_prediction"}
+    folder = pipeline(tmp_path / "model", SD | edm | {"_class_name": "EulerDiscreteScheduler"})
+    convert_path(folder, in_place=True, schedule=ZERO)
+    assert NoiseSchedule.from_pretrained(folder / "scheduler") == ZERO
 
 
 def test_a_class_that_ignores_the_schedule_is_replaced(tmp_path: Path) -> None:
@@ -97,6 +111,8 @@ def test_a_class_that_ignores_the_schedule_is_replaced(tmp_path: Path) -> None:
     folder = pipeline(tmp_path / "model", LEADING | {"_class_name": "HeunDiscreteScheduler"})
     made = convert_path(folder, in_place=True, schedule=ZERO)
     assert f"{CONFIG_NAME}: _class_name 'HeunDiscreteScheduler' -> 'DDIMScheduler'" in made.changes
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "DDIMScheduler"], "the class that a pipeline loads"
     peer = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler")
     assert float(peer.alphas_cumprod[-1]) == 0.0
     assert inspect_path(folder).schedule == ZERO

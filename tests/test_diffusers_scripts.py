@@ -408,8 +408,18 @@ def test_the_edits_find_their_places_in_sd_scripts(name: str) -> None:
             ],
         ),
         ("train_network.py", ["--debiased_estimation_loss", "--loss_type", "l1"]),
+        (
+            "train_network.py",
+            ["--v_parameterization", "--zero_terminal_snr", "--loss_weighting", "min_snr:gamma=5"],
+        ),
     ],
-    ids=["epsilon", "v, zero SNR, min-SNR", "alphabar's flags", "debiased L1"],
+    ids=[
+        "epsilon",
+        "v, zero SNR, min-SNR",
+        "alphabar's flags",
+        "debiased L1",
+        "a weighting of ours",
+    ],
 )
 def test_kohyas_network(
     name: str, flags: list[str], beside: Path, monkeypatch: pytest.MonkeyPatch
@@ -430,7 +440,7 @@ def test_kohyas_network(
         theirs, snr = error.mean((1, 2, 3)), compute_snr(peer, noised.timesteps)
         if "--debiased_estimation_loss" in flags:
             theirs = theirs / snr.clamp(max=1000).sqrt()
-        if "--min_snr_gamma" in flags:  # apply_snr_weight
+        if {"--min_snr_gamma", "min_snr:gamma=5"} & {*flags}:  # apply_snr_weight
             theirs = theirs * snr.clamp(max=5) / (snr + 1)
         assert torch.allclose(loss, theirs, rtol=2e-3, atol=1e-5)
     expected = NoiseSchedule.scaled_linear(prediction="v_prediction" if v else "epsilon")
@@ -440,6 +450,8 @@ def test_kohyas_network(
         metadata = file.metadata()
     assert metadata["ss_v_parameterization"] == metadata["ss_zero_terminal_snr"] == str(v)
     assert "alphabar.noise_schedule" in metadata
+    if "min_snr:gamma=5" in flags:  # a flag that the script does not know
+        assert metadata["ss_min_snr_gamma"] == "5"
     report = inspect_path(out / "last.safetensors")
     assert report.schedule == expected, str(report)
 

@@ -609,3 +609,39 @@ def test_the_counter_counts() -> None:
     with HostReads() as reads:
         in_a_pipeline_without_reads(peer)
     assert reads.found
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "EulerDiscreteScheduler"])
+def test_a_schedule_that_is_registered_later_counts(name: str) -> None:
+    values = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    values |= {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    made, own = getattr(schedulers, name)(**values), getattr(schedulers, name)()
+    own.register_to_config(**values)
+    t = torch.tensor([998])
+    for noised in (own.add_noise, own.get_velocity) if name[0] == "D" else (own.add_noise,):
+        exact = getattr(made, noised.__name__)
+        assert torch.equal(noised(START[:1], START[1:], t), exact(START[:1], START[1:], t))
+    assert own.schedule == made.schedule
+    assert torch.allclose(own.alphas_cumprod, made.alphas_cumprod, atol=1e-6)
+    assert torch.allclose(own.betas, made.betas, atol=1e-4)  # theirs, in float32
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"])
+def test_a_shift_that_is_set_later(name: str) -> None:
+    for config, shift in ((1.0, 3.0), (3.0, 1.0)):
+        peer, own = (getattr(home, name)(shift=config) for home in (diffusers, schedulers))
+        for scheduler in (peer, own):
+            scheduler.set_shift(shift)
+            scheduler.set_timesteps(4)
+        assert torch.allclose(own.sigmas, peer.sigmas, atol=1e-5)
+
+
+def test_what_set_timesteps_cannot_do_is_an_error() -> None:
+    with pytest.raises(ValueError, match="num_train_timesteps=500"):
+        schedulers.HeunDiscreteScheduler().set_timesteps(4, num_train_timesteps=500)
+    scheduler = schedulers.FlowMatchLCMScheduler()
+    scheduler.set_scale_factors([0.5, 0.75], "bicubic")
+    with pytest.raises(ValueError, match="scale factors are not possible"):
+        scheduler.set_timesteps(2)
+    with pytest.warns(UserWarning, match="linspace of one step starts at timestep 0"):
+        schedulers.EulerDiscreteScheduler().set_timesteps(1)

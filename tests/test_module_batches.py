@@ -176,3 +176,15 @@ def test_previews_of_classes_with_guidance(tmp_path: Path) -> None:
         network, (2, 1, 8, 8), seeds=range(2), conditioning={"class_labels": torch.tensor([3, 7])}
     )
     assert not np.array_equal(drawn, image_grid(to_pixels(unguided))[..., 0])
+
+
+def test_a_subclass_may_have_a_method_of_this_name() -> None:
+    class Own(DiffusionModule):
+        def encode(self, x: Tensor) -> Tensor:  # pyright: ignore
+            return 0.5 * x
+
+        def unpack(self, batch: Tensor) -> tuple[Tensor, dict[str, Any]]:
+            return self.encode(batch), {}
+
+    module = Own(nn.Identity(), Noising(NoiseSchedule.flow()))
+    assert float(module._encoded(torch.ones(1, 1))[0]) == 0.5

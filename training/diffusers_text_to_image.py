@@ -75,7 +75,7 @@ FAMILIES: Mapping[str, Family] = {
         ("text_encoder", "text_encoder_2"),
         lambda text, pooled, _: {"encoder_hidden_states": text, "pooled_projections": pooled},
         tuple(f"attn.{layer}" for layer in (*_MMDIT_LAYERS, "to_add_out")),
-        (("timestep_density", "logit_normal"),),  # 2403.03206, section 3.1
+        (("weighting_scheme", "logit_normal"),),  # 2403.03206, section 3.1
         ("text_encoder_3", "tokenizer_3"),  # T5
     ),
 }
@@ -316,8 +316,8 @@ class TextToImage:
         """Write what diffusers loads, and return its main file: the pipeline, or the LoRA.
 
         The scheduler is part of the pipeline, and in ``scheduler/`` beside a LoRA. The file of a
-        LoRA says its schedule. The frozen parts are written as they came, not in the precision of
-        the training.
+        LoRA says its schedule. All parts are written in float32: a pipeline of several precisions
+        does not run.
         """
         import diffusers
 
@@ -326,7 +326,7 @@ class TextToImage:
         if not self.lora:
             kind = getattr(diffusers, schedule.scheduler_config()["_class_name"])
             parts = {name: self.network, "scheduler": kind.from_pretrained(scheduler)}
-            self._load(**parts).save_pretrained(folder)
+            self._load(torch_dtype=torch.float32, **parts).save_pretrained(folder)
             return folder / "model_index.json"
         from peft.utils import get_peft_model_state_dict
 

@@ -67,7 +67,7 @@ def _comfyui(schedule: NoiseSchedule) -> str:
             "logarithm); sampler euler, scheduler simple"
         )
     if isinstance(curve, Karras) and isinstance(prediction, KarrasF):
-        known = {(1.0, True): "v_prediction", (0.5, False): "edm_playground_v2.5"}
+        known = {(1.0, True): "v_prediction", (0.5, False): "edm"}
         sampling = known.get((prediction.sigma_data, prediction.negative))
         if sampling is not None:
             return (

@@ -66,7 +66,7 @@ class DiffusionModule(LightningModule):
     -1.0
     """
 
-    encode: Callable[[Any], Any] | None
+    _encode: Callable[[Any], Any] | None
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class DiffusionModule(LightningModule):
         self.input_key = input_key
         self.label_key = label_key
         # past nn.Module, which would train the weights of an encoder and save them
-        object.__setattr__(self, "encode", encode)
+        object.__setattr__(self, "_encode", encode)
         self.label_dropout, self.null_label = float(label_dropout), null_label
         self._accumulation = Accumulation()
         self.validation_noising = Noising(
@@ -162,14 +162,14 @@ class DiffusionModule(LightningModule):
 
     def _encoded(self, batch: Any) -> tuple[Tensor, dict[str, Any]]:
         """Return (x_0, conditioning) of a batch of the loader."""
-        if self.encode is None:
+        if self._encode is None:
             return self.unpack(batch)
-        if isinstance(self.encode, nn.Module):
-            weight = next(self.encode.parameters(), None)
+        if isinstance(self._encode, nn.Module):
+            weight = next(self._encode.parameters(), None)
             if weight is not None and weight.device != self.device:
-                self.encode.to(self.device)
+                self._encode.to(self.device)
         with torch.no_grad():
-            return self.unpack(self.encode(batch))
+            return self.unpack(self._encode(batch))
 
     def _with_dropped_labels(
         self, conditioning: dict[str, Any], step: int, index: Sequence[int]

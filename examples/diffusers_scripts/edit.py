@@ -154,7 +154,7 @@ EDITS: dict[str, tuple[Edit, ...]] = {
             """\
             self.noising.schedule.save_pretrained(os.path.splitext(ckpt_file)[0] + ".scheduler")
             if ckpt_file.endswith(".safetensors"):
-                write_markers(ckpt_file, self.noising.schedule)
+                write_markers(ckpt_file, self.noising.schedule, noising=self.noising)
             """,
         ),
     ),

@@ -169,6 +169,7 @@ _OF_SCHEDULE = {  # config keys of the schedule; the others are sampling options
     *("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas"),
     *("rescale_betas_zero_snr", "prediction_type", "shift", "use_dynamic_shifting"),
     *("use_flow_sigmas", "flow_shift", "snr_shift_scale"),
+    *("timestep_type", "sigma_min", "sigma_max"),  # of EDM's curve
 }
 _SPACING = {"timestep_spacing", "steps_offset"}  # decide where sampling starts
 

@@ -444,6 +444,9 @@ class Reading:
             and not _trails(schedule, steps)
         ):
             yield f"its trailing spacing has another number of steps than {steps}"
+        spaced = (self.grid, options.get("range_from"))
+        if discrete and steps == 1 and "linspace" in spaced and not options.get("drop_last"):
+            yield "its linspace of one step starts at timestep 0"
         if kind.cut and self.grid in FLAGS and not self._rounds(schedule):
             yield "its times are cut to whole ones, and rounding errors decide to which"
         if kind.cut and steps + 1 > schedule.num_train_timesteps and self.grid in SPACINGS:

@@ -236,16 +236,13 @@ def options_of_class(name: str) -> dict[str, str]:
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def sampler_arguments(
-    config: Any, steps: int, tokens: int | None = None, schedule: NoiseSchedule | None = None
-) -> SamplerArguments:
+def sampler_arguments(config: Any, steps: int, tokens: int | None = None) -> SamplerArguments:
     """Return the sampler of a scheduler of diffusers, or of its config; see ``from_diffusers``.
 
     Args:
         config: A scheduler object or the content of scheduler_config.json.
         steps: The number of steps.
         tokens: The number of image tokens, for a shift that depends on it.
-        schedule: The exact schedule, if a file beside the config has it.
 
     Raises:
         ValueError: The config is damaged, or no sampler does what it says.
@@ -266,7 +263,7 @@ def sampler_arguments(
     known = options_of_class(name)
     _require_values(name, config, known)
     try:
-        schedule = schedule or _schedule(name, config, tokens)
+        schedule = _schedule(name, config, tokens)
         made = _standalone(name, config, schedule, steps)
         read = {k: v for k, v in config.items() if k in known or k == "_class_name"}
         made = made or _of_class(name, read, schedule, steps)

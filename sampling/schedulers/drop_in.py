@@ -105,7 +105,15 @@ class DropIn(TableScheduler):
         schedule, self._ill_posed = _schedule_of(config)
         for words in _refusals(name, config, reading, schedule):
             raise ValueError(f"{name}: {words}")
+        before = vars(self).get("_curve_read")
         self._reading, self.schedule, self._clip = reading, schedule, _clip_of(name, config)
+        self._curve_read = curve = schedule.curve
+        if before is not None and curve != before and isinstance(curve, Discrete):
+            # the tables of the class, which scripts read; those that a script has set go
+            exact = schedule.alphas_cumprod
+            self.betas = (1 - exact / _shifted_by_one(exact)).to(self.alphas_cumprod)
+            self.alphas_cumprod = exact.to(self.alphas_cumprod)
+            self.alphas = 1 - self.betas
         self._may_draw_unused = (
             name in DRAWS_IN_EVERY_STEP
             or reading.method == "ddpm"
@@ -136,7 +144,7 @@ class DropIn(TableScheduler):
         given = torch.as_tensor(table).detach().double().cpu()
         if torch.allclose(given, self.schedule.alphas_cumprod, rtol=1e-4, atol=1e-7):
             return
-        betas = 1 - given / torch.cat([torch.ones(1, dtype=given.dtype), given[:-1]])
+        betas = 1 - given / _shifted_by_one(given)
         curve = Discrete(trained_betas=tuple(betas.tolist()), num_train_timesteps=len(betas))
         self.schedule = NoiseSchedule(curve, self.schedule.prediction)
         self._plans.clear()
@@ -153,12 +161,24 @@ class DropIn(TableScheduler):
     ) -> None:
         self._follow_changes()
         self._require_well_posed()
+        own = self.config["num_train_timesteps"]
+        if num_train_timesteps not in (None, own):
+            raise ValueError(
+                f"{type(self).__name__}: num_train_timesteps={num_train_timesteps} of "
+                f"set_timesteps is not that of the config, {own}; leave it out"
+            )
+        if getattr(self, "_scale_factors", None):
+            raise ValueError(
+                f"{type(self).__name__}: scale factors are not possible here; take the class of "
+                "diffusers"
+            )
         shift = getattr(self, "_shift", self.config.get("shift", 1.0))
         given = {key: _numbers(key, value) for key, value in others.items()}
         wanted = Wanted(steps=num_inference_steps, **given)
         plan = self._plans.get((wanted, shift))
         if plan is None:
-            config = {**self.config, "shift": shift}
+            # the lowest level is that of the constructor's shift, also after set_shift
+            config = {**self.config, "shift": shift, "own_shift": self.config.get("shift", 1.0)}
             run = place(self._reading, self.schedule, config, wanted)
             for words in self._slips(run, wanted):
                 warnings.warn(f"{type(self).__name__} of diffusers: {words}", stacklevel=3)
@@ -377,6 +397,10 @@ def _before_noise(call: Call, basis: Sequence[Tensor]) -> Tensor:
     c = sum(value for k, value in call.row if k in draws)
     kept = tuple((k, v / math.sqrt(1 - c * c)) for k, v in call.row if k not in draws)
     return combine(kept, basis)
+
+
+def _shifted_by_one(alphas_cumprod: Tensor) -> Tensor:
+    return torch.cat([torch.ones_like(alphas_cumprod[:1]), alphas_cumprod[:-1]])
 
 
 # -- what is honoured ------------------------------------------------------------------------------

@@ -220,7 +220,7 @@ def _flow_knots(
         levels = np.array([float(t) for t in wanted.timesteps]) / count
     else:
         steps = _checked_steps(wanted.steps, schedule)
-        low = 1 / count if dynamic else shift_noise_level(1 / count, shift)
+        low = 1 / count if dynamic else shift_noise_level(1 / count, config["own_shift"])
         levels = np.linspace(1.0, low, steps)
     levels = np.array([shift_noise_level(float(level), shift) for level in levels])
     if config.get("shift_terminal"):

@@ -23,8 +23,9 @@ from typing import Any
 from ...noising import NoiseSchedule
 from ...noising.io.diffusers import updated_config
 from ...noising.io.files import CONFIG_NAME, EXACT_NAME, write_configs
-from ...noising.utils.config_reading import read_json
+from ...noising.utils.config_reading import mapping, read_json
 from ...noising.utils.registry import shown
+from .diffusers_folders import INDEX_NAME
 from .inspect import Inspection, inspect_path
 from .read import SHARDED_NAME
 from .safetensors import is_safetensors, marked_header, read_header, write_markers
@@ -88,6 +89,8 @@ def convert_path(
         raise ValueError("say where to write: --out PATH, or --in-place to change the model itself")
     if out is not None and os.path.lexists(out):
         raise ValueError(f"{str(out)!r} exists, and nothing is overwritten; name another --out")
+    if out is not None and source.is_dir() and source.resolve() in Path(out).resolve().parents:
+        raise ValueError(f"{str(out)!r} is inside {str(source)!r}; name a folder beside it")
     schedule = schedule or _schedule_of(inspection)
     if source.is_file() and is_safetensors(source):
         convert = _safetensors
@@ -173,17 +176,31 @@ def _folder(source: Path, out: Path | None, schedule: NoiseSchedule, dry_run: bo
     new = updated_config(schedule.curve, schedule.prediction, old)
     exact = schedule.to_config()
     had = read_json(place / EXACT_NAME) if (place / EXACT_NAME).is_file() else {}
+    index = _index_of(source, inner, new)
     changes = [
         *_differences(CONFIG_NAME, old, new),
         *([] if had == exact else [f"{EXACT_NAME}: {schedule}"]),
+        *([f"{INDEX_NAME}: scheduler is {new['_class_name']}"] if index else []),
     ]
     target = source if out is None else out
-    if changes and not dry_run:
-        if out is None:
-            _replace(place, new, exact, same=had == exact)
-        else:
-            _copy(source, out, inner, new, exact)
+    if out is not None and not dry_run:
+        _copy(source, out, inner, new, exact, index)
+    elif changes and not dry_run:
+        _replace(place, new, exact, same=had == exact)
+        write_configs(source, index)
     return Conversion(str(source), str(target), tuple(changes), not dry_run)
+
+
+def _index_of(source: Path, inner: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the file of a pipeline that names its scheduler's class, if it names another one."""
+    path = source / INDEX_NAME
+    if inner == Path() or not path.is_file():
+        return {}
+    index = mapping(INDEX_NAME, read_json(path))
+    named = index.get("scheduler")
+    if not isinstance(named, list) or named[-1:] == [config["_class_name"]]:
+        return {}
+    return {INDEX_NAME: {**index, "scheduler": ["diffusers", config["_class_name"]]}}
 
 
 def _replace(place: Path, config: Mapping[str, Any], exact: Mapping[str, Any], same: bool) -> None:
@@ -195,7 +212,12 @@ def _replace(place: Path, config: Mapping[str, Any], exact: Mapping[str, Any], s
 
 
 def _copy(
-    source: Path, out: Path, inner: Path, config: Mapping[str, Any], exact: Mapping[str, Any]
+    source: Path,
+    out: Path,
+    inner: Path,
+    config: Mapping[str, Any],
+    exact: Mapping[str, Any],
+    index: Mapping[str, Any],
 ) -> None:
     """Copy a folder with the new files under a temporary name, then rename it."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -204,6 +226,7 @@ def _copy(
         copy = temporary / "copy"
         shutil.copytree(source, copy)
         write_configs(copy / inner, {CONFIG_NAME: config, EXACT_NAME: exact})
+        write_configs(copy, index)
         os.rename(copy, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -195,6 +195,14 @@ def _weighting(said: Said, schedule: NoiseSchedule) -> Any:
 def _timesteps(said: Said, curve: Curve, resolution: Any) -> Timesteps:
     span = _range(said, float(curve.num_train_timesteps))
     density, covers_range = density_of_trainer(said, curve, span, resolution)
+    if "reversed_timesteps" in said.given:
+        for key in ("weighting_scheme", "timestep_sampling"):
+            if said.given.get(key) not in (None, "none", "sigma", "uniform"):
+                raise _not_reversible(said, key)
+        if covers_range:
+            shifts = ("timestep_sampling", "training_shift")
+            key = next((key for key in shifts if key in said.given), shifts[0])
+            raise _not_reversible(said, key)
     if density is not None and covers_range:
         return density
     density = density or TIMESTEP.chosen(said)[0]
@@ -213,17 +221,17 @@ def _range(said: Said, end: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def _not_reversible(said: Said, key: str) -> ValueError:
+    return ValueError(
+        f"{said.written('reversed_timesteps')} is for --timestep_density; {said.written(key)} has "
+        "the direction of the trainer that it is from; leave it out"
+    )
+
+
 def _within(
     said: Said, density: Timesteps, curve: Curve, timestep_range: tuple[float, float]
 ) -> Timesteps:
     if "reversed_timesteps" in said.given:
-        for key in ("weighting_scheme", "timestep_sampling"):
-            if said.given.get(key) not in (None, "none", "sigma", "uniform"):
-                raise ValueError(
-                    f"{said.written('reversed_timesteps')} is for --timestep_density; "
-                    f"{said.written(key)} has the direction of the trainer that it is from; leave "
-                    "it out"
-                )
         try:
             density = ReversedTimesteps(density=density)
         except ValueError as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ class RunFolder:
     def clear(self) -> None:
         """Remove what an earlier run left that a new one would take for its own."""
         for path in [path for pattern in self.leftovers for path in self.path.glob(pattern)]:
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def find(self, wanted: str | None) -> Path | None:
         """Return the checkpoint of this path, the last one for "latest", or None.
