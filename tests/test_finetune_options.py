@@ -236,6 +236,8 @@ def test_a_batch_of_another_size_is_not_resumed(
     resumed = ["--train_batch_size", "4", "--resume_from_checkpoint", "latest"]
     with pytest.raises(ValueError, match=r"images in a step=2, and this run .* images in a step=4"):
         run(*flags, *resumed)
+    with pytest.raises(ValueError, match=r"seeds=\[0, 0\].* and this run .*seeds=\[7, 7\]"):
+        run(*flags, "--train_batch_size", "2", *resumed[2:], "--seed", "7")
 
 
 @pytest.mark.slow

@@ -253,6 +253,8 @@ def test_seed_shape_and_a_sampler_object(tmp_path: Path) -> None:
     drawn = sampler(module.predict, (2, 3, 4, 12), seeds=[5, 6])
     shown = picture(tmp_path / "previews/step_00000006.png")
     np.testing.assert_array_equal(shown, image_grid(to_pixels(drawn)).numpy())
+    again = pickle.loads(pickle.dumps(previews))  # also after a fit, which held a thread
+    assert again.state_key == previews.state_key and again.state_dict() == {"last_step": 6}
 
 
 def test_conditioning_rows_and_guidance(tmp_path: Path) -> None:

@@ -234,6 +234,9 @@ class ValidationSampling(Callback):
         self._run: PreviewRun | None = None
         self._untried = self._over = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_run": None, "_publisher": None}  # of one fit, with a thread
+
     # -- state: at most one preview per step, also with gradient accumulation and after a resume ---
 
     @property

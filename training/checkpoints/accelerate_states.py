@@ -10,6 +10,7 @@ from ...noising.utils.registry import lookup
 from ..loops.collectives import on_rank_zero
 from ..loops.complaints import Complaints, Failure, warn_on_rank_zero
 from ..loops.loop import loop_of
+from ..loops.objective import schedule_in
 from .sidecars import SUBFOLDER, holds_schedule, read_sidecar, write_sidecar
 from .storage import Folder
 
@@ -41,12 +42,7 @@ def save_schedule_with(
     >>> from accelerate import Accelerator
     >>> save_schedule_with(Accelerator(cpu=True), NoiseSchedule.flow())
     """
-    own = getattr(schedule, "schedule", schedule)
-    if not isinstance(own, NoiseSchedule):
-        raise TypeError(
-            "schedule must be the NoiseSchedule (or Noising) of the training, got "
-            f"{type(schedule).__name__}"
-        )
+    own = schedule_in(schedule)
     lookup("on_mismatch", on_mismatch, {mode: mode for mode in ("error", "warn", "ignore")})
     loop, complaints = loop_of(accelerator), Complaints("save_schedule_with")
 

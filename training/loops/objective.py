@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...noising import Noising
+from ...noising import NoiseSchedule, Noising
 
 
 class Objective(nn.Module):
@@ -62,3 +62,21 @@ class Objective(nn.Module):
         learned = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         state = self.state_dict()
         return {n: x for n, x in state.items() if n in learned or n.startswith("noising.")}
+
+
+def schedule_in(given: Any) -> NoiseSchedule:
+    """Return the schedule of a training: ``given`` itself, or the one that it has.
+
+    Raises:
+        TypeError: it is not a schedule and has none.
+
+    >>> schedule_in(Noising(NoiseSchedule.flow())) == NoiseSchedule.flow()
+    True
+    """
+    found = getattr(given, "schedule", given)
+    if not isinstance(found, NoiseSchedule):
+        raise TypeError(
+            "schedule must be the NoiseSchedule (or Noising) of the training, got "
+            f"{type(given).__name__}; it says what the network predicts, and at which noise"
+        )
+    return found

@@ -18,6 +18,7 @@ from ..loops.background import AFTER_AN_ERROR, AT_THE_END
 from ..loops.collectives import call_on_all_ranks
 from ..loops.forward import require_exit_after
 from ..loops.loop import LiveModel, loop_of
+from ..loops.objective import schedule_in
 from ..publishing.publisher import Publisher
 from .groups import PreviewConditions, grouped
 from .preview import Moment, Previewer
@@ -267,12 +268,6 @@ def _no_autocast(model: LiveModel) -> AbstractContextManager[Any]:
 
 
 def _schedule_of(sampler: Any, given: Any) -> NoiseSchedule:
-    found = getattr(given, "schedule", given)
-    if found is None and not isinstance(sampler, str | Method):
-        found = sampler.schedule
-    if not isinstance(found, NoiseSchedule):
-        raise TypeError(
-            "schedule must be the NoiseSchedule (or Noising) of the training, got "
-            f"{type(given).__name__}; it says what the network predicts, and at which noise"
-        )
-    return found
+    if given is None and not isinstance(sampler, str | Method):
+        given = sampler.schedule
+    return schedule_in(given)
