@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import math
 import sys
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from itertools import islice
+from struct import Struct, unpack_from
+from typing import Any, TypeVar, overload
 
 from ..noising import NoiseSchedule, Prediction
 from .knots import Knot, Points
@@ -57,7 +60,7 @@ class Table:
 
     name: str
     knots: tuple[Knot, ...]
-    steps: tuple[Step, ...]
+    steps: Sequence[Step]
     prediction: Prediction
     point_mass: bool = True
 
@@ -73,14 +76,14 @@ class Table:
                     f"{self.name}: step {i + 1} of {len(self.steps)} has a coefficient that is not "
                     "finite; use another grid or fewer steps"
                 )
-        if not self.point_mass:
-            return
-        for defect, rounding in point_mass_defects(self):
+        for defect, rounding in point_mass_defects(self) if self.point_mass else ():
             if defect > ROUNDINGS * rounding:
                 raise MarginalError(
                     f"{self.name}: the table misses the marginals of its grid by {defect:.1e}; its "
                     "formula is wrong"
                 )
+        if len(self.steps) > MOST_UNPACKED and not isinstance(self.steps, PackedSteps):
+            object.__setattr__(self, "steps", PackedSteps.of(self.steps))
 
     @property
     def evaluations(self) -> int:
@@ -118,6 +121,90 @@ class Table:
             for j, row in enumerate(step.carry):
                 lines.append(f"  {'x' if j == 0 else f'm{j - 1}':<4} = {_shown(row, names)}")
         return "\n".join(lines)
+
+
+MOST_UNPACKED = 128
+"""The number of steps up to which a table keeps them as objects."""
+
+_PLACE = Struct("=IQ")  # of a step: its pattern, and the place of its first number
+Indices = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedSteps(Sequence[Step]):
+    """The steps of a long table in a tenth of the memory; a step is made when it is asked for.
+
+    Most steps differ in their numbers only. The numbers of all steps are float64 in ``numbers``;
+    the rest, kinds of operations and indices of rows, is in one of the few ``patterns``.
+
+    >>> steps = (Step((Draw(2.0, 1.0),), (((0, 0.5), (1, 0.1)),), ((0, 1.0),)),) * 3
+    >>> packed = PackedSteps.of(steps)
+    >>> tuple(packed) == steps, len(packed.patterns)
+    (True, 1)
+    """
+
+    patterns: tuple[tuple[tuple[Any, ...], tuple[tuple[Indices, ...], ...], int], ...]
+    places: bytes
+    numbers: bytes
+
+    @classmethod
+    def of(cls, steps: Sequence[Step]) -> PackedSteps:
+        """Return the same steps, packed."""
+        patterns: dict[tuple[Any, ...], int] = {}
+        places, numbers = bytearray(), array("d")
+        for step in steps:
+            start, ops = len(numbers), list[Any]()
+            for op in step.ops:
+                if isinstance(op, Evaluation):
+                    k = op.knot
+                    numbers.extend((k.timestep, k.alpha, k.sigma, k.input_scale, op.p, op.q))
+                    ops.append(_taken((op.row, op.sizes), numbers))
+                elif isinstance(op, Draw):
+                    numbers.extend((op.start, op.end))
+                    ops.append(Draw)
+                else:
+                    ops.append(op)
+            rows = tuple(_taken(r, numbers) for r in (step.carry, (step.denoised,), step.sizes))
+            pattern = tuple(ops), rows, len(numbers) - start
+            places += _PLACE.pack(patterns.setdefault(pattern, len(patterns)), start)
+        return cls(tuple(patterns), bytes(places), numbers.tobytes())
+
+    def __len__(self) -> int:
+        return len(self.places) // _PLACE.size
+
+    @overload
+    def __getitem__(self, index: int) -> Step: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Step, ...]: ...
+    def __getitem__(self, index: int | slice) -> Step | tuple[Step, ...]:
+        places = range(len(self))[index]
+        return self._step(places) if isinstance(places, int) else tuple(map(self._step, places))
+
+    def _step(self, place: int) -> Step:
+        pattern, start = _PLACE.unpack_from(self.places, _PLACE.size * place)
+        kinds, rows, count = self.patterns[pattern]
+        numbers = iter(unpack_from(f"{count}d", self.numbers, 8 * start))
+        ops: list[Operation] = []
+        for kind in kinds:
+            if isinstance(kind, tuple):
+                *knot, p, q = islice(numbers, 6)
+                row, sizes = _given(kind, numbers)
+                ops.append(Evaluation(Knot(*knot), row, p, q, sizes))
+            else:
+                ops.append(Draw(*islice(numbers, 2)) if kind is Draw else kind)
+        carry, (denoised,), sizes = (_given(indices, numbers) for indices in rows)
+        return Step(tuple(ops), carry, denoised, sizes)
+
+
+def _taken(rows: Sequence[Row], numbers: array[float]) -> tuple[Indices, ...]:
+    """Append the coefficients of rows to ``numbers``; return the indices."""
+    numbers.extend(c for row in rows for _, c in row)
+    return tuple(tuple(k for k, _ in row) for row in rows)
+
+
+def _given(rows: Sequence[Indices], numbers: Iterator[float]) -> tuple[Row, ...]:
+    """Return the rows of these indices, with coefficients from ``numbers``."""
+    return tuple(tuple(zip(indices, numbers, strict=False)) for indices in rows)
 
 
 MAX_DIRECTIONS = 16
