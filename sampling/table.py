@@ -123,7 +123,7 @@ class Table:
         return "\n".join(lines)
 
 
-MOST_UNPACKED = 128
+MOST_UNPACKED = 256
 """The number of steps up to which a table keeps them as objects."""
 
 _PLACE = Struct("=IQ")  # of a step: its pattern, and the place of its first number
@@ -198,13 +198,13 @@ class PackedSteps(Sequence[Step]):
 
 def _taken(rows: Sequence[Row], numbers: array[float]) -> tuple[Indices, ...]:
     """Append the coefficients of rows to ``numbers``; return the indices."""
-    numbers.extend(c for row in rows for _, c in row)
-    return tuple(tuple(k for k, _ in row) for row in rows)
+    numbers.extend([c for row in rows for _, c in row])
+    return tuple([tuple([k for k, _ in row]) for row in rows])
 
 
 def _given(rows: Sequence[Indices], numbers: Iterator[float]) -> tuple[Row, ...]:
     """Return the rows of these indices, with coefficients from ``numbers``."""
-    return tuple(tuple(zip(indices, numbers, strict=False)) for indices in rows)
+    return tuple([tuple(zip(indices, numbers, strict=False)) for indices in rows])
 
 
 MAX_DIRECTIONS = 16
