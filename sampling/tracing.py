@@ -291,7 +291,10 @@ class Nothing(Combination):
     def __mul__(self, factor: float) -> Combination:
         return self
 
-    __rmul__ = __truediv__ = __mul__
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Combination:
+        return self
 
 
 class Forecast(Trace):
