@@ -92,7 +92,7 @@ class Points:
 
     >>> points = Points(NoiseSchedule.linear(), foresee=lambda points: ([0.0, 1.0], []))
     >>> round(points.at_half_log_snr(0.0).timestep), len(points.by_level)
-    (259, 2)
+    (258, 2)
     """
 
     def __init__(
