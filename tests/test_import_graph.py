@@ -212,8 +212,13 @@ def test_tests_and_examples_import_the_installed_package(path: Path) -> None:
 def test_importing_alphabar_loads_nothing_heavy() -> None:
     """What the static guard cannot see: a function that is called while a module is imported."""
     code = """
-import sys
-import alphabar.noising, alphabar.sampling
+import sys, torch
+before = set(sys.modules)
+import alphabar.noising
+own = {name for name in set(sys.modules) - before if name.startswith("alphabar")}
+assert set(sys.modules) - before == own and len(own) < 50, set(sys.modules) - before
+assert not [name for name in own if not name.startswith("alphabar.noising") and "." in name]
+import alphabar.sampling
 assert not {"lightning", "diffusers"} & sys.modules.keys()
 import alphabar.training
 from alphabar.training import Previews

@@ -7,10 +7,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +32,7 @@ from alphabar.noising import (
 from alphabar.noising.utils import rng
 from alphabar.noising.utils.rng import Draws
 from oracles import EVERY_SCHEDULE, SCHEDULES, allowed
+from two_processes import last_words, run_two_ranks
 
 FLOW, ZTSNR = SCHEDULES["flow"], SCHEDULES["ztsnr"]
 DENSITIES = list(TIMESTEPS)
@@ -240,12 +238,13 @@ def test_samples_do_not_depend_on_how_the_step_is_split(
 
 
 WORKER = """
-import json, sys, torch
+import json, os, sys, torch
 import torch.distributed as dist
 from alphabar.noising import NoiseSchedule, Noising
 
-rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+rank, root = int(os.environ["LOCAL_RANK"]), sys.argv[1]
+os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+dist.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=2)
 torch.manual_seed(100 + rank)
 schedule = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
 results = []
@@ -257,34 +256,15 @@ for timesteps in ("uniform", "stratified"):
             results.append((noised.timesteps.tolist(), noised.noise.tolist()))
 dist.barrier()
 dist.destroy_process_group()
-json.dump(results, open(out, "w"))
+with open(f"{root}/{rank}.json", "w") as out:
+    json.dump(results, out)
 """
 
 
 def test_two_processes_draw_what_one_draws(tmp_path: Path) -> None:
-    outs = [tmp_path / f"{rank}.json" for rank in range(2)]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-c", WORKER]
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store"), str(out)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, out in enumerate(outs)
-    ]
-    try:
-        errors = [worker.communicate(timeout=120)[1] for worker in workers]
-    finally:
-        for worker in workers:  # one that waits for the other for ever
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], errors
-    ranks = [json.loads(out.read_text()) for out in outs]
+    (tmp_path / "worker.py").write_text(WORKER)
+    assert run_two_ranks(tmp_path / "worker.py", tmp_path) == [0, 0], last_words(tmp_path)
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     place = 0
     for timesteps in ("uniform", "stratified"):
         noising = Noising(ZTSNR, timesteps=timesteps, noise="offset", seed=7)

@@ -134,12 +134,12 @@ class Discrete(Curve):
         return float(self.num_train_timesteps - 1)
 
     def alpha(self, t: Tensor) -> Tensor:
-        return self._evaluate(t)[0]
+        return self.alpha_sigma(t)[0]
 
     def sigma(self, t: Tensor) -> Tensor:
-        return self._evaluate(t)[1]
+        return self.alpha_sigma(t)[1]
 
-    def _evaluate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         check_times(self, t)
         table = self._table(t.device, evaluation_dtype(t))
         if not t.is_floating_point():

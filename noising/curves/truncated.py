@@ -86,6 +86,10 @@ class Truncated(Curve):
         check_times(self, t)
         return self.curve.sigma(t)
 
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        check_times(self, t)
+        return self.curve.alpha_sigma(t)
+
     def time(self, log_snr: Tensor) -> Tensor:
         return self.curve.time(log_snr).clamp(self.first, self.last)
 

@@ -365,7 +365,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ),
     ],
     ("sampling/table.py", "tests/test_every_table.py"): [
-        ("rest[k] = rest.get(k, 0.0) - share * c", "rest[k] = rest.get(k, 0.0) + share * c")
+        ("rest = [r - share * c for", "rest = [r + share * c for")
     ],
     ("sampling/kernel.py", SAMPLER): [
         ("total.add_(basis[k], alpha=c)", "total.add_(basis[k], alpha=abs(c))"),
@@ -379,7 +379,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("sampling/table.py", f"{METHODS} -k birth or brownian or (point_mass and dpmpp)"): [
         ("if defect > ROUNDINGS * rounding", "if defect > 1e9"),
-        ("if not all(math.isfinite(c)", "if not any(math.isfinite(c)"),
+        ("if not math.isfinite(sum(", "if math.isinf(sum("),
     ],
     # training loops
     ("training/loops/loop.py", f"{LOOPS} -k precision or half or autocast or fabric"): [
