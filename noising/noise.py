@@ -456,6 +456,9 @@ class Parts(NamedTuple):
     jitter: tuple[Any, ...] | None = None
 
 
+_NO_PARTS = Parts()
+
+
 def parts_of_one_pass(kinds: Sequence[Noise], shape: tuple[int, ...], draws: Draws) -> Parts | None:
     """Return the parts of a batch for one pass, or None if these kinds need a pass of their own.
 
@@ -468,6 +471,8 @@ def parts_of_one_pass(kinds: Sequence[Noise], shape: tuple[int, ...], draws: Dra
     >>> parts_of_one_pass([Offset()], (3, 8, 8), draws).shift.shape
     torch.Size([2, 3])
     """
+    if len(kinds) == 1 and type(kinds[0]) is Gaussian:
+        return _NO_PARTS
     parts: dict[str, Any] = {}
     for kind in kinds:
         make = _ONE_PASS.get(type(kind))

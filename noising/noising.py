@@ -326,22 +326,26 @@ class Noising(nn.Module):
         if self.loss_history is not None and self.training:
             self.loss_history.commit(step)
         draws = Draws(self.seed, index, step=step, stream=Stream.TRAINING_NOISE, device=x0.device)
-        importance = None
-        if timesteps is not None:
-            levels, t = self._levels(x0, timesteps)
-        elif self._picks_timesteps(x0, draws):
-            table = self._table().of(x0.device, torch.float32)
-            levels, t = draws.of(Stream.TRAINING_TIME).picked(table)
-        else:
-            t, importance = self._draw_times(draws, index, total)
-            levels, t = self._levels(x0, t, checked=True)
         size = tuple(x0.shape[1:])
+        if noise is None and (parts := self._parts_of_one_pass(x0, draws)) is not None:
+            made = partial(target_noise, self.noise.kinds, size, self.seed, index, step, x0.device)
+            if timesteps is None and self._picks_timesteps(draws):
+                table = self._table().of(x0.device, torch.float32)
+                t, levels, *mixed = draws.noised_at_uniform_times(x0, table, *parts)
+                return self._batch(x0, t, levels, made, *mixed)
+        else:
+            parts, made = None, None
+        importance = None
+        if timesteps is None:
+            timesteps, importance = self._draw_times(draws, index, total)
+            levels, t = self._levels(x0, timesteps, checked=True)
+        else:
+            levels, t = self._levels(x0, timesteps)
         if noise is not None:
             require_same_shape("noise", noise, "x0", x0)
             noised = self._noised(x0, t, levels, noise, ())
-        elif (parts := self._parts_of_one_pass(x0, levels, draws)) is not None:
+        elif parts is not None and levels.dtype == torch.float32 and not levels.requires_grad:
             exact = torch.float32 if self.schedule.curve.scales_input else x0.dtype
-            made = partial(target_noise, self.noise.kinds, size, self.seed, index, step, x0.device)
             noised = self._batch(x0, t, levels, made, *draws.noised(x0, levels, exact, *parts))
         else:
             noised = self._noised(x0, t, levels, *self._draw_noise(draws, index, size))
@@ -489,11 +493,10 @@ class Noising(nn.Module):
             table = self._level_table = LevelTable(self.schedule, self.weighting, self.loss)
         return table
 
-    def _picks_timesteps(self, x0: Tensor, draws: Draws) -> bool:
-        """Return whether one loop draws the times and looks their levels up."""
+    def _picks_timesteps(self, draws: Draws) -> bool:
+        """Return whether one loop draws the times and looks their levels up, too."""
         return (
             draws.has_loops
-            and x0.dtype != torch.float64
             and type(self.timesteps) is UniformTimesteps
             and not self.timesteps.stratified
             and type(self.schedule.curve) is Discrete
@@ -512,18 +515,16 @@ class Noising(nn.Module):
         x_t, target = alpha * clean + sigma * perturbed, c0 * clean + c1 * noise
         return self._batch(x0, t, levels, noise, x_t, target)
 
-    def _parts_of_one_pass(self, x0: Tensor, levels: Tensor, draws: Draws) -> Parts | None:
+    def _parts_of_one_pass(self, x0: Tensor, draws: Draws) -> Parts | None:
         """Return what one loop or kernel needs to make this batch with the bits of :meth:`_noised`.
 
-        It is None where none can.
+        It is None where none can. The levels must be float32 that need no gradient, too.
         """
         if (
             type(x0) is not Tensor
             or is_traced(x0)
-            or levels.dtype != torch.float32
             or (x0.dtype != torch.float32 and x0.device.type == "cpu")
             or not x0.is_contiguous()
-            or levels.requires_grad
             or (x0.requires_grad and torch.is_grad_enabled())
             or not draws.has_one_pass
         ):
@@ -539,7 +540,9 @@ class Noising(nn.Module):
         schedule = self.schedule
         x = schedule.scale_model_input(x_t, t).to(x0.dtype)
         threshold = (
-            levels[THRESHOLD].view(-1, *[1] * (x0.ndim - 1)) if len(levels) > THRESHOLD else None
+            levels[THRESHOLD].view(-1, *[1] * (x0.ndim - 1))
+            if levels.shape[0] > THRESHOLD
+            else None
         )
         learned = self.log_variance
         return Noised(

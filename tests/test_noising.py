@@ -102,10 +102,10 @@ def test_kinds_of_noise_in_one_pass_have_the_same_bits(
 @pytest.mark.parametrize("count", [2, 3, 1000, 1_000_000])
 def test_uniform_timesteps_of_one_loop(count: int) -> None:
     curve = Discrete(num_train_timesteps=count)
-    table = torch.stack([torch.arange(count), -torch.arange(count)]).float()
-    draws = Draws(5, range(20_000), step=4, stream=Stream.TRAINING_TIME)
-    levels, t = draws.picked(table)
-    u = 1 - draws.of(draws.stream).uniform(dtype=torch.float64)
+    table = torch.arange(5)[:, None] + torch.arange(count).float()
+    draws = Draws(5, range(20_000), step=4, stream=Stream.TRAINING_NOISE)
+    t, levels, *_ = draws.noised_at_uniform_times(torch.zeros(20_000, 1), table, None, None, None)
+    u = 1 - draws.of(Stream.TRAINING_TIME).uniform(dtype=torch.float64)
     assert torch.equal(t, UniformTimesteps().times(u, curve)) and t.dtype == torch.int64
     assert torch.equal(levels, table[:, t])
 
@@ -153,7 +153,7 @@ def test_threads_change_no_bit(kinds: str, monkeypatch: pytest.MonkeyPatch) -> N
     for count in (2, 3, 16):
         used.clear()
         assert equal(in_threads(lambda: noising(x0, step=3), count), expected)
-        assert len(used) > 3 and set(used) > {thread}
+        assert set(used) > {thread}
 
 
 def test_a_fork_starts_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -296,6 +296,7 @@ def noised(
     index: Any,
     step: int,
     stream: int,
+    picks: Any,
     shift: Any,
     grids: Any,
     jitter: Any,
@@ -303,13 +304,16 @@ def noised(
     """Fill ``x_t`` with α x_0 + σ ε_x and ``target`` with c0 x_0 + c1 ε_y; ε is not stored.
 
     The numbers of :func:`normal` are ε; ``shift`` and ``grids`` make ε_y of them, ``jitter`` makes
-    ε_x of ε_y. Each is None if the kinds of noise have no such part, and then costs nothing: numba
-    compiles a loop for each choice.
+    ε_x of ε_y. Each of these, and ``picks``, may be None, and then costs nothing: numba compiles a
+    loop for each choice.
 
     Args:
         start, stop: the samples.
         x0: clean batch, shape (batch, count), float32 like all arrays of levels and results.
         levels: α, σ, c0, c1 in the first four rows, shape (4 or more, batch).
+        picks: (table, t, stream): draw uniform timesteps, ⌈T (1 - u)⌉ - 1 with the first u of
+            :func:`uniform64` in this stream, fill ``t``, int64, with them and ``levels`` with these
+            columns of the table, shape (4 or more, T).
         shift: what is added to each channel, shape (batch, channels).
         grids: pyramid noise: (stream, iterations, discount, axes, (channels, depth, height,
             width)).
@@ -328,6 +332,14 @@ def noised(
         rough, factor = parts[:channels].reshape(count), parts[channels].reshape(space)
     for i in range(start, stop):
         k0, k1 = uint32(low[i % low.size]), uint32(high[i % high.size])
+        if picks is not None:
+            table, t = picks[0], picks[1]
+            four = _words(0, index[i], step, picks[2], k0, k1)
+            large, small = four[0] >> uint32(5), four[1] >> uint32(6)
+            u = (large * 2.0**26 + small) * 2.0**-53
+            t[i] = max(int64(np.ceil((1.0 - u) * table.shape[1])) - 1, 0)
+            for row in range(levels.shape[0]):
+                levels[row, i] = table[row, t[i]]
         alpha, sigma = levels[0, i], levels[1, i]
         c0, c1 = levels[2, i], levels[3, i]
         if grids is not None:
@@ -362,26 +374,6 @@ def noised(
                     flat[k] += other[k] * share * strength
             for k in range(end - at):
                 mixed[k] = alpha * clean[k] + sigma * flat[k]
-
-
-@_jit
-def picked(
-    table: Any, t: Any, levels: Any, low: Any, high: Any, index: Any, step: int, stream: int
-) -> None:
-    """Fill ``t``, int64, with uniform timesteps, and ``levels`` with these columns of ``table``.
-
-    The timestep of a sample is ⌈T (1 - u)⌉ - 1, u the first number of :func:`uniform64`.
-    """
-    steps = table.shape[1]
-    for i in range(t.size):
-        four = _words(
-            0, index[i], step, stream, uint32(low[i % low.size]), uint32(high[i % high.size])
-        )
-        large, small = four[0] >> uint32(5), four[1] >> uint32(6)
-        u = (large * 2.0**26 + small) * 2.0**-53
-        t[i] = max(int64(np.ceil((1.0 - u) * steps)) - 1, 0)
-        for row in range(levels.shape[0]):
-            levels[row, i] = table[row, t[i]]
 
 
 @_jit

@@ -242,7 +242,8 @@ class Draws:
         """Return (α x_0 + σ ε_x, c0 x_0 + c1 ε_y) in one pass, which stores no noise.
 
         ε is that of :meth:`normal`; ε_x and ε_y are ε with the given parts, see
-        :func:`compiled.noised`. Needs :attr:`has_one_pass`, and :attr:`has_loops` for parts.
+        :func:`compiled.noised`. Needs :attr:`has_one_pass`, and :attr:`has_loops` for parts. May be
+        called once.
 
         Args:
             x0: clean batch, shape (batch, ...), contiguous; float32 on the CPU, of any floating
@@ -253,50 +254,68 @@ class Draws:
             grids: (stream, iterations, discount) of pyramid noise.
             jitter: (stream, factors or None, factor) of input perturbation.
         """
-        batch, shape = self.batch, tuple(x0.shape)
-        count = x0.numel() // batch
-        self._take(NORMAL, count)
-        compiled = self._loops
-        if compiled is not None:
-            x_t, target = (np.empty((batch, count), np.float32) for _ in range(2))
-            if grids is not None:
-                sizes = shape[2:]
-                padded = (shape[1], *[1] * (3 - len(sizes)), *sizes)
-                grids = *grids, len(sizes), padded
-            if jitter is not None:
-                stream, factors, factor = jitter
-                ones = np.ones(batch, np.float32) if factors is None else factors.numpy()
-                jitter = stream, ones, factor
-            _over_samples(
-                compiled.noised,
-                (batch, count),
-                x0.detach().numpy().reshape(batch, count),
-                coefficients.numpy(),
-                x_t,
-                target,
-                *self._counters(),
-                None if shift is None else shift.numpy(),
-                grids,
-                jitter,
-            )
-            return torch.from_numpy(x_t.reshape(shape)), torch.from_numpy(target.reshape(shape))
+        if self._loops is not None:
+            return self._noised(x0, coefficients.numpy(), None, shift, grids, jitter)
         kernels = self._kernels()
         assert kernels is not None
         x_t, target = torch.empty_like(x0, dtype=dtype), torch.empty_like(x0, dtype=torch.float32)
-        flat = [one.view(batch, count) for one in (x0.detach(), x_t, target)]
+        flat = [one.view(self.batch, -1) for one in (x0.detach(), x_t, target)]
+        self._take(NORMAL, flat[0].shape[1])
         kernels.noised(flat[0], coefficients.contiguous(), *flat[1:], *self._device_counters())
         return x_t, target
 
-    def picked(self, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Return columns of a table on the CPU that are chosen uniformly, and their numbers.
+    def noised_at_uniform_times(
+        self, x0: Tensor, table: Tensor, *parts: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return (t, coefficients, *results of :meth:`noised`) in one pass, on the CPU.
 
-        The results have shapes (rows, batch) and (batch,). Needs :attr:`has_loops`.
+        The timesteps t, int64, are those of :class:`UniformTimesteps`, and the coefficients are
+        their columns of ``table``, shape (4 or more, T). Needs :attr:`has_loops`, and may be called
+        once. ``parts``: shift, grids and jitter of :meth:`noised`.
         """
-        compiled = self._loops
-        assert compiled is not None
-        t, columns = np.empty(self.batch, np.int64), np.empty((len(table), self.batch), np.float32)
-        compiled.picked(table.numpy(), t, columns, *self._counters())
-        return torch.from_numpy(columns), torch.from_numpy(t)
+        batch = self.batch
+        t, levels = np.empty(batch, np.int64), np.empty((table.shape[0], batch), np.float32)
+        picks = table.numpy(), t, int(Stream.TRAINING_TIME)
+        made = self._noised(x0, levels, picks, *parts)
+        return torch.from_numpy(t), torch.from_numpy(levels), *made
+
+    def _noised(
+        self,
+        x0: Tensor,
+        levels: Any,
+        picks: tuple[Any, ...] | None,
+        shift: Tensor | None,
+        grids: tuple[Any, ...] | None,
+        jitter: tuple[Any, ...] | None,
+    ) -> tuple[Tensor, Tensor]:
+        batch, shape = self.batch, tuple(x0.shape)
+        size = batch, x0.numel() // batch
+        self._take(NORMAL, size[1])
+        clean = (x0.detach() if x0.requires_grad else x0).numpy()
+        x_t, target = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        if grids is not None:
+            sizes = shape[2:]
+            padded = (shape[1], *[1] * (3 - len(sizes)), *sizes)
+            grids = *grids, len(sizes), padded
+        if jitter is not None:
+            stream, factors, factor = jitter
+            ones = np.ones(batch, np.float32) if factors is None else factors.numpy()
+            jitter = stream, ones, factor
+        assert self._loops is not None
+        _over_samples(
+            self._loops.noised,
+            size,
+            clean.reshape(size),
+            levels,
+            x_t.reshape(size),
+            target.reshape(size),
+            *self._counters(),
+            picks,
+            None if shift is None else shift.numpy(),
+            grids,
+            jitter,
+        )
+        return torch.from_numpy(x_t), torch.from_numpy(target)
 
     def pyramid(self, shape: Sequence[int], iterations: int, discount: float) -> Tensor:
         """Return the parts of pyramid noise, shape (batch, channels + 1, *axes), in one pass.
@@ -432,10 +451,15 @@ def _index(index: Sequence[int] | Tensor) -> tuple[Any, tuple[int, int]]:
     if isinstance(index, Tensor) and index.device.type != "cpu":
         return index.to(torch.int64), (0, 0)
     if isinstance(index, range):
-        array = np.arange(index.start, index.stop, index.step, dtype=np.int64)
-        return array, (min(index[0], index[-1]), max(index[0], index[-1])) if index else (0, 0)
+        return _of_range(index)
     array = np.asarray(index, dtype=np.int64)
     return array, (int(array.min()), int(array.max())) if array.size else (0, 0)
+
+
+@lru_cache(maxsize=16)  # most steps have the same indices
+def _of_range(index: range) -> tuple[Any, tuple[int, int]]:
+    array = np.arange(index.start, index.stop, index.step, dtype=np.int64)
+    return array, (min(index[0], index[-1]), max(index[0], index[-1])) if index else (0, 0)
 
 
 @lru_cache(maxsize=1)
