@@ -36,7 +36,7 @@ from .schedule import NoiseSchedule
 from .timesteps import resolve_timesteps
 from .timesteps.base import Resampled, Timesteps
 from .timesteps.densities import UniformTimesteps
-from .utils.rng import Draws, Stream, permutation, whole_seed
+from .utils.rng import Draws, Stream, SymbolicRange, permutation, whole_seed
 from .utils.validation import require_same_shape
 from .weighting import Weighting, resolve_weighting
 from .weighting.checks import warn_of_weights
@@ -430,8 +430,8 @@ class Noising(nn.Module):
         # 1 - u lies in (0, 1]: this includes pure noise and excludes a clean sample
         u = 1 - draws.of(Stream.TRAINING_TIME, device="cpu").uniform(dtype=torch.float64)
         if self.timesteps.stratified:
-            at = torch.tensor(index)
-            for group in sorted({i // total for i in index}):
+            at = draws.index.cpu()
+            for group in _groups(index, total):
                 spread = self.timesteps.stratify(
                     u, at, permutation(self.seed, total, step=draws.step, group=group)
                 )
@@ -643,6 +643,13 @@ def _float32_range(curve: Curve) -> tuple[float, float]:
     if float(high) > exact[1]:
         high = np.nextafter(high, np.float32(inward[1]))
     return float(low), float(high)
+
+
+def _groups(index: Sequence[int] | SymbolicRange, total: int) -> Sequence[int]:
+    """Return the numbers of the groups of ``total`` indices that hold these indices."""
+    if isinstance(index, range | SymbolicRange):
+        return range(index.start // total, (index.stop - index.step) // total + 1)
+    return sorted({i // total for i in index})
 
 
 def _process() -> tuple[int, int]:
