@@ -197,9 +197,10 @@ class Noising(nn.Module):
 
     This is a module, so that the checkpoint holds what it learns or measures (weights, loss
     history). It has parameters only if the weighting scheme has parameters. torch.compile compiles
-    a whole step, also with fullgraph, except for beta densities, importance sampling and immiscible
-    noise. For these, compile only the part after :meth:`draw`, i.e. :meth:`at` and the loss. Warns
-    if the weight of a zero-SNR terminal step is 0.
+    a whole step, also with fullgraph, and with dynamic=True once for all batches. It does not for
+    beta densities, importance sampling and immiscible noise: compile only the part after
+    :meth:`draw`, i.e. :meth:`at` and the loss. Warns if the weight of a zero-SNR terminal step is
+    0.
 
     Args:
         schedule: the noise schedule.
