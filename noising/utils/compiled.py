@@ -134,6 +134,13 @@ def normal(out: Any, low: Any, high: Any, index: Any, step: int, stream: int, fi
 
 
 @_jit
+def normal_steps(out: Any, low: Any, high: Any, index: Any, step: int, stream: int) -> None:
+    """Fill ``out``, shape (steps, batch, numbers), with :func:`normal` from a first step on."""
+    for k in range(out.shape[0]):
+        normal(out[k], low, high, index, step + k, stream, 0)
+
+
+@_jit
 def noised(
     x0: Any,
     coefficients: Any,
