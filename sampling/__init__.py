@@ -8,6 +8,7 @@ from .knots import CLEAN, Knot, knots_at
 from .methods import METHODS, Method, register_method
 from .names import resolve_method
 from .sampler import Sampler, make_sampler
+from .serving import ContinuousBatch
 from .standalone import (
     STANDALONE,
     DPMAdaptive,
@@ -28,6 +29,7 @@ __all__ = [
     "STANDALONE",
     "Clip",
     "Combination",
+    "ContinuousBatch",
     "DPMAdaptive",
     "DynamicThreshold",
     "Knot",

@@ -77,9 +77,7 @@ class Guided:
         if self.both is not None:
             if t.shape[0] != self.rows:
                 t = torch.cat([t, t])
-            out, empty = prediction_tensor(
-                self.network(torch.cat([x, x]), t, **self.both)
-            ).chunk(2)
+            out, empty = prediction_tensor(self.network(torch.cat([x, x]), t, **self.both)).chunk(2)
         else:  # conditional half last: the network may keep state from its last call
             empty = prediction_tensor(self.network(x, t, **self.without))
             out = prediction_tensor(self.network(x, t, **self.conditioning))

@@ -118,11 +118,15 @@ def prepare_run(
     dtype = x.dtype if dtype is None else dtype
     call = guided.call if isinstance(guided, Unguided) else guided
     expected, rows, cast = x.shape, guided.rows, x.dtype != dtype
-    ready = iter(() if times is None else times.tensors(rows, time_dtype, device))
+    ready = iter(
+        ()
+        if times is None
+        else zip(times.timesteps, times.tensors(rows, time_dtype, device), strict=True)
+    )
 
     def evaluate(x: Tensor, knot: Knot) -> Tensor:
-        t = next(ready, None)
-        if t is None or t._version:  # not known before, or a network has changed it
+        time, t = next(ready, (None, None))
+        if t is None or time != knot.timestep or t._version:  # a network has changed it
             t = torch.full((rows,), knot.timestep, dtype=time_dtype, device=device)
         out = call(x.to(dtype) if cast else x, t)
         if type(out) is not Tensor:

@@ -213,11 +213,7 @@ def perform(
 
 
 def _act(
-    actions: Sequence[Action],
-    basis: list[Tensor],
-    evaluate: Evaluate,
-    noise: Noise,
-    beside: Beside,
+    actions: Sequence[Action], basis: list[Tensor], evaluate: Evaluate, noise: Noise, beside: Beside
 ) -> None:
     evaluated, dtype = basis[-1], basis[0].dtype
     for kind, first, second in actions:

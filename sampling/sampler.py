@@ -21,7 +21,7 @@ from ..noising.utils.registry import lookup
 from .clipping import Change
 from .grids import Grid, counts_evaluations, make_knots, split_options
 from .guidance import Network
-from .inference import SeededNoise, Times, prepare_run, without_gradients
+from .inference import Run, SeededNoise, Times, prepare_run, without_gradients
 from .interop.diffusers_configs import nearest_config, sampler_config
 from .interop.diffusers_reading import SamplerArguments, sampler_arguments
 from .kernel import Beside, Evaluate, Noise, Plan, Progress, final, run
@@ -262,8 +262,15 @@ class Sampler:
         **arguments: Any,
     ) -> tuple[Tensor, Evaluate, Noise, Beside]:
         """Return the arguments of ``kernel.run`` after the plan."""
+        this = self._prepared(network, shape_or_noise, **arguments)
+        source = lookup("noise", noise, NOISE_SOURCES)(this.noise, self.knots)
+        return this.x, this.evaluate, source, this.beside
+
+    def _prepared(
+        self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any
+    ) -> Run:
         plan = self._plan
-        this = prepare_run(
+        return prepare_run(
             self.schedule,
             self.knots[0],
             network,
@@ -275,8 +282,6 @@ class Sampler:
             halves=plan.has_halves,
             **arguments,
         )
-        source = lookup("noise", noise, NOISE_SOURCES)(this.noise, self.knots)
-        return this.x, this.evaluate, source, this.beside
 
     def to_diffusers(self, nearest: bool = False) -> dict[str, Any]:
         """Return the scheduler_config.json of the sampler: its diffusers class and all its options.
