@@ -8,7 +8,7 @@ from .knots import CLEAN, Knot, knots_at
 from .methods import METHODS, Method, register_method
 from .names import resolve_method
 from .sampler import Sampler, make_sampler
-from .serving import ContinuousBatch
+from .serving import CapturedSampler, ContinuousBatch
 from .standalone import (
     STANDALONE,
     DPMAdaptive,
@@ -27,6 +27,7 @@ __all__ = [
     "GRIDS",
     "METHODS",
     "STANDALONE",
+    "CapturedSampler",
     "Clip",
     "Combination",
     "ContinuousBatch",

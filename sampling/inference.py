@@ -39,6 +39,7 @@ class Run:
         noise: ``noise()`` returns standard normal noise.
         beside: Other results of the last evaluation, as ``kernel.perform`` takes them: its
             unconditional half, if there is one, and its value before clipping.
+        input_dtype: Of the network's input, if it is only cast to it: not clipped.
         head: ``head(k)`` returns the k-th part of the channels of the last output, for networks
             with more outputs than their prediction.
     """
@@ -48,6 +49,7 @@ class Run:
     noise: SeededNoise
     beside: Beside = field(default_factory=dict)
     head: Callable[[int], Tensor] | None = None
+    input_dtype: torch.dtype | None = None
 
 
 def prepare_run(
@@ -62,7 +64,7 @@ def prepare_run(
     integer_timesteps: bool = False,
     output_multiple: int = 1,
     halves: bool = False,
-    seeds: int | Sequence[int] | None = None,
+    seeds: int | Sequence[int] | SeededNoise | None = None,
     conditioning: Mapping[str, Any] | None = None,
     unconditional: Mapping[str, Any] | None = None,
     guidance_scale: float = 1.0,
@@ -96,7 +98,10 @@ def prepare_run(
     shape = checked_shape(shape_or_noise)
     device, dtype = place(network, shape_or_noise, device, dtype)
     drawn = draws if isinstance(shape_or_noise, Tensor) else 1 + draws
-    noise = SeededNoise(shape, checked_seeds(seeds), device, drawn)
+    if isinstance(seeds, SeededNoise):
+        noise = seeds
+    else:
+        noise = SeededNoise(shape, checked_seeds(seeds), device, drawn)
     outputs = _Outputs(network, output_multiple) if output_multiple > 1 else None
     guided = guided_network(
         network if outputs is None else outputs,
@@ -143,6 +148,7 @@ def prepare_run(
         noise,
         {Unconditional: lambda: guided.unconditional, Unclipped: lambda: kept.last},
         None if outputs is None else lambda k: outputs.parts[k][: shape[0]],  # conditional half
+        dtype if clip is None else None,
     )
 
 
@@ -266,6 +272,28 @@ class SeededNoise:
         if steps > 1 and draws.has_loops:
             return draws.normal_steps(steps, *sizes).unbind()
         return (draws.normal(*sizes),)
+
+    def restart(self, seeds: int | Sequence[int] | None) -> None:
+        """Begin again at the first draw, with new seeds in the memory of the old ones.
+
+        >>> noise = SeededNoise((1, 3), 5, torch.device("cpu"))
+        >>> first = noise()
+        >>> noise.restart(5)
+        >>> torch.equal(noise(), first)
+        True
+        """
+        self.seeds = _one_for_each(self.shape[0], checked_seeds(seeds))
+        self.rewind()
+        self._draws.reseed(self.seeds)
+
+    def rewind(self) -> None:
+        """Begin again at the first draw."""
+        self.drawn, self._first, self._ahead = 0, 0, ()
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the draws are made on the device from keys in its memory."""
+        return self._draws.has_one_pass
 
     def uniform(self, *shape: int) -> Tensor:
         """Return numbers in [0, 1), shape (batch, *shape)."""

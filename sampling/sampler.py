@@ -24,7 +24,7 @@ from .guidance import Network
 from .inference import Run, SeededNoise, Times, prepare_run, without_gradients
 from .interop.diffusers_configs import nearest_config, sampler_config
 from .interop.diffusers_reading import SamplerArguments, sampler_arguments
-from .kernel import Beside, Evaluate, Noise, Plan, Progress, final, run
+from .kernel import Beside, Evaluate, Noise, Plan, Progress, Resolved, final, run
 from .knots import Knot, start_scale
 from .methods.base import Method
 from .names import RUN_OPTIONS, resolve, resolve_settings
@@ -198,7 +198,7 @@ class Sampler:
         Arguments as in :meth:`iterate`.
         """
         with torch.no_grad():
-            return final(self._plan, *self._begun(network, shape_or_noise, **arguments))
+            return final(*self._begun(network, shape_or_noise, **arguments))
 
     def iterate(
         self,
@@ -251,7 +251,7 @@ class Sampler:
             "clip": clip,
         }
         begun = self._begun(network, shape_or_noise, noise=noise, **arguments)
-        return without_gradients(run(self._plan, *begun))
+        return without_gradients(run(*begun))
 
     def _begun(
         self,
@@ -260,11 +260,12 @@ class Sampler:
         *,
         noise: str = "independent",
         **arguments: Any,
-    ) -> tuple[Tensor, Evaluate, Noise, Beside]:
-        """Return the arguments of ``kernel.run`` after the plan."""
+    ) -> tuple[Sequence[Resolved], Tensor, Evaluate, Noise, Beside]:
+        """Return the arguments of ``kernel.run``."""
         this = self._prepared(network, shape_or_noise, **arguments)
         source = lookup("noise", noise, NOISE_SOURCES)(this.noise, self.knots)
-        return this.x, this.evaluate, source, this.beside
+        steps = self._plan.steps_for(this.x, this.input_dtype)
+        return steps, this.x, this.evaluate, source, this.beside
 
     def _prepared(
         self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any

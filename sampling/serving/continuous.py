@@ -9,7 +9,6 @@ all images, reads nothing from the device, and an image enters and leaves at any
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any, NamedTuple
@@ -69,17 +68,17 @@ def stands(table: Table) -> tuple[list[Stand], int, int]:
         if not places:
             raise ValueError(f"{table.name} has a step without an evaluation of the network")
         results = [(state + k, op) for k, op in enumerate(step.ops)]
-        for place, end in zip(places, [*places[1:], len(results)], strict=True):
-            op = step.ops[place]
+        for first, end in zip(places, [*places[1:], len(results)], strict=True):
+            op = step.ops[first]
             assert isinstance(op, Evaluation)
-            before = results[: places[0]] if place == places[0] else []
-            later = results[place + 1 : end]
+            before = results[:first] if first == places[0] else []
+            later = results[first + 1 : end]
             made.append(
                 Stand(
                     op.knot,
                     tuple((k, one) for k, one in before if isinstance(one, Draw)),
                     placed(op.row),
-                    state + place,
+                    state + first,
                     tuple((k, one) for k, one in later if not isinstance(one, Draw)),
                     tuple((k, one) for k, one in later if isinstance(one, Draw)),
                     tuple(map(placed, step.carry)) if end == len(results) else None,
