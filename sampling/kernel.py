@@ -138,9 +138,9 @@ class Plan:
 
     >>> from alphabar.noising import NoiseSchedule
     >>> from alphabar.sampling import Sampler
-    >>> plan = Plan(Sampler(NoiseSchedule.flow(), "heun", 3).table)
+    >>> plan = Plan(Sampler(NoiseSchedule.flow(), "ddim", 4).table)
     >>> [knot.timestep for knot in plan.evaluated]
-    [1000.0, 666.6666666666667, 666.6666666666667, 333.3333333333333, 333.3333333333333]
+    [1000.0, 750.0, 500.0, 250.0]
     """
 
     def __init__(self, table: Table) -> None:
@@ -251,8 +251,7 @@ class OnePass:
     def __call__(self, basis: Sequence[Tensor]) -> list[Tensor]:
         """Return the results."""
         given = [basis[k] for k in self.used] or [basis[0]]
-        if not all([one.is_contiguous() for one in given]):
-            given = [one.contiguous() for one in given]
+        given = [one if one.is_contiguous() else one.contiguous() for one in given]
         like = given[0]
         made = [torch.empty_like(like, dtype=dtype) for dtype in self.dtypes]
         self.combine(given, made, self.rows)

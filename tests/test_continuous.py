@@ -132,16 +132,16 @@ def test_a_bad_request_changes_nothing(arguments: dict[str, Any], message: str) 
 def test_what_cannot_be_served() -> None:
     with pytest.raises(TypeError, match="needs a Sampler with a table, got DPMAdaptive"):
         ContinuousBatch(DPMAdaptive(V), network, 2, SHAPE)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="^slots must be an integer of at least 1, got 0$"):
+    with pytest.raises(ValueError, match=r"^slots must be an integer of at least 1, got 0$"):
         ContinuousBatch(Sampler(V, "ddim", 2), network, 0, SHAPE)
     batch = ContinuousBatch(Sampler(V, "ddim", 2), network, 1, SHAPE)
     batch.add()
-    with pytest.raises(ValueError, match="^the batch is full: its 1 slots hold an image each$"):
+    with pytest.raises(ValueError, match=r"^the batch is full: its 1 slots hold an image each$"):
         batch.add()
     guided = ContinuousBatch(Sampler(V, "ddim", 2), network, 1, SHAPE, guidance_scale=3.0)
     with pytest.raises(ValueError, match=r"^guidance_scale=3.0 needs unconditional=\.\.\., "):
         guided.add()
     wrong = ContinuousBatch(Sampler(V, "ddim", 2), lambda x, t: x[:, :1], 1, SHAPE)
     wrong.add()
-    with pytest.raises(ValueError, match="^the network's output must have the shape of its input"):
+    with pytest.raises(ValueError, match=r"^the network's output must have the shape of its input"):
         wrong.step()

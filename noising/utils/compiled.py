@@ -336,7 +336,7 @@ def _vector(typing_context: Any, address: Any) -> Any:
 
 @_intrinsic
 def _fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
-    """Return a b + c, rounded once: the sum of torch's loops on processors with that instruction."""
+    """Return a b + c, rounded once: as torch does on processors with that instruction."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.fma(*arguments)

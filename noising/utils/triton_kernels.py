@@ -116,13 +116,13 @@ def _combine(
     inside = at < count
     vectors = ()
     for i in tl.static_range(len(given)):
-        vectors = vectors + (tl.load(given[i] + at, mask=inside, other=0.0).to(tl.float32),)
+        vectors = vectors + (tl.load(given[i] + at, mask=inside, other=0.0).to(tl.float32),)  # noqa: RUF005
     for r in tl.static_range(len(STARTS) - 1):
         total = tl.zeros([BLOCK], tl.float32)
         for j in tl.static_range(STARTS[r], STARTS[r + 1]):
             total += coefficients[j] * vectors[INDEX[j]]
         tl.store(made[r] + at, total.to(made[r].dtype.element_ty), mask=inside)
-        vectors = vectors + (total,)
+        vectors = vectors + (total,)  # noqa: RUF005
 
 
 def packed(rows: Sequence[Sequence[tuple[int, float]]]) -> Any:

@@ -54,7 +54,7 @@ def stands(table: Table) -> tuple[list[Stand], int, int]:
     >>> from alphabar.noising import NoiseSchedule
     >>> made, state, operations = stands(Sampler(NoiseSchedule.linear(), "heun", 3).table)
     >>> [stand.out for stand in made], state, operations
-    ([1, 1, 2, 1, 2], 1, 2)
+    ([1, 2, 1, 2, 1], 1, 2)
     """
     state = max(len(step.carry) for step in table.steps)
     made: list[Stand] = []
