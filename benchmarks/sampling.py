@@ -72,9 +72,10 @@ def plain(sampler: Sampler, network: Network) -> Loop:
     return loop
 
 
-def medians(loops: Sequence[Loop], x: Tensor) -> list[float]:
-    """Return the microseconds per step of each loop: medians of runs in turns.
+def typical(loops: Sequence[Loop], x: Tensor) -> list[float]:
+    """Return the microseconds per step of each loop, of runs in turns: a fifth of them take less.
 
+    Not the median: other processes of the machine make some runs longer, none shorter.
     In its turn a loop runs twice and the second run counts: the code of another loop, of scipy's
     for one, has put its own out of the processor's caches.
     """
@@ -88,7 +89,7 @@ def medians(loops: Sequence[Loop], x: Tensor) -> list[float]:
             loop(x)
             synchronize(x)
             runs[-1].append(1e6 * (time.perf_counter() - start) / STEPS)
-    return [statistics.median(column) for column in zip(*runs[3:], strict=True)]
+    return [statistics.quantiles(column, n=5)[0] for column in zip(*runs[3:], strict=True)]
 
 
 def synchronize(x: Tensor) -> None:
@@ -137,7 +138,7 @@ def main() -> None:
                     lambda x, s=sampler, network=network: s(network, x, seeds=0),
                     plain(sampler, network),
                 ]
-                peer, own, bare = medians(loops, x)
+                peer, own, bare = typical(loops, x)
                 times = f"{peer:.1f} | {own:.1f} | {bare:.1f}"
                 print(f"| {name} | {times} | {own / peer:.2f} | {own / bare:.1f} |")
         print()

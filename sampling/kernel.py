@@ -129,6 +129,8 @@ def resolved(ops: Sequence[Operation]) -> tuple[Action, ...]:
     )
 
 
+_LEAST = 2
+"""The operations of torch from which one pass costs less, at every size."""
 _ONE_THREAD = 32768
 """torch adds up to this many numbers in one thread."""
 
@@ -159,8 +161,8 @@ class Plan:
         """Return the steps for a run without gradients whose state is like ``x``.
 
         The operations of torch, or several of them in one pass over the memory, where that costs
-        less: on the CPU with float32 states that one thread adds, from three operations on; on a
-        GPU always. ``network_dtype``: of the network's input, if it is only cast to it.
+        less: from two operations on, for float32 states, on the CPU only if one thread adds them.
+        ``network_dtype``: of the network's input, if it is only cast to it.
         """
         passes = None
         if x.dtype == torch.float32 and not torch.compiler.is_compiling():
@@ -179,12 +181,10 @@ class Plan:
 class Passes(NamedTuple):
     """How rows are combined in one pass on a device.
 
-    ``module``: has ``packed`` and ``combine``. ``least``: the operations from which it costs less
-    than torch's. ``casts``: whether a result may have another dtype.
+    ``module``: has ``packed`` and ``combine``. ``casts``: whether a result may have another dtype.
     """
 
     module: Any
-    least: int
     casts: bool
 
 
@@ -201,7 +201,7 @@ def one_pass(device: torch.device) -> Passes | None:
             from ..noising.utils import triton_kernels as module
         else:
             from ..noising.utils import compiled as module
-        passes = Passes(module, 2 if on_gpu else 3, on_gpu)
+        passes = Passes(module, on_gpu)
         rows = ((0, 1.0), (1, 0.3), (2, -0.7)), ((0, 0.9), (2, 1.7)), ((1, 0.6),), ()
         then = (0, 0.8), (1, -1.1)
         for count in (7, 4099):
@@ -289,7 +289,7 @@ def fused_steps(table: Table, passes: Passes, dtype: torch.dtype) -> tuple[Resol
             if isinstance(op, Evaluation):
                 if i == 0 and waiting:
                     actions[0] = Evaluation, list.pop, op.knot
-                elif operations(op.row) >= passes.least:
+                elif operations(op.row) >= _LEAST:
                     alone = OnePass((op.row,), None, passes, torch.float32)
                     actions[i] = Evaluation, lambda basis, alone=alone: alone(basis)[0], op.knot
         first = later.ops[0] if later is not None and later.ops else None
@@ -299,10 +299,10 @@ def fused_steps(table: Table, passes: Passes, dtype: torch.dtype) -> tuple[Resol
         total = sum(map(operations, step.carry)) + (
             0 if then is None else operations(then) + (dtype != torch.float32)
         )
-        waiting = total >= passes.least and then is not None
+        waiting = total >= _LEAST and then is not None
         carry = (
             OnePass(step.carry, then, passes, dtype)
-            if total >= passes.least
+            if total >= _LEAST
             else tuple(map(row_function, step.carry))
         )
         made.append((tuple(actions), carry, step.denoised))
@@ -336,17 +336,19 @@ def run(
 
 
 def final(
-    steps: Sequence[Resolved], x: Tensor, evaluate: Evaluate, noise: Noise, beside: Beside
+    steps: Sequence[Resolved], start: list[Tensor], evaluate: Evaluate, noise: Noise, beside: Beside
 ) -> Tensor:
     """Return x after the last step: :func:`run` without a stop after each step.
+
+    ``start``: a list of x alone, which is emptied: its memory is free after the first step.
 
     >>> from alphabar.noising import NoiseSchedule
     >>> from alphabar.sampling import Sampler
     >>> plan = Plan(Sampler(NoiseSchedule.flow(), "euler", 2).table)
-    >>> final(plan.steps, torch.ones(1), lambda x, knot: x, lambda start, end: x, {})
+    >>> final(plan.steps, [torch.ones(1)], lambda x, knot: x, lambda start, end: x, {})
     tensor([0.2500])
     """
-    state = [x]
+    state = [start.pop()]
     for actions, carry, _ in steps:
         basis = state
         _act(actions, basis, evaluate, noise, beside)

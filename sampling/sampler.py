@@ -198,7 +198,10 @@ class Sampler:
         Arguments as in :meth:`iterate`.
         """
         with torch.no_grad():
-            return final(*self._begun(network, shape_or_noise, **arguments))
+            steps, x, *others = self._begun(network, shape_or_noise, **arguments)
+            start = [x]
+            del x
+            return final(steps, start, *others)
 
     def iterate(
         self,

@@ -69,7 +69,7 @@ from alphabar.sampling import METHODS, Sampler, kernel
 from alphabar.sampling.tracing import Draw
 
 triton_kernels._on = lambda x: nullcontext()  # there is no GPU to choose
-passes = kernel.Passes(triton_kernels, 2, True)
+passes = kernel.Passes(triton_kernels, True)
 schedule = NoiseSchedule.scaled_linear(prediction="v_prediction")
 
 
@@ -91,12 +91,12 @@ for name in METHODS:
     if not sampler.table.steps:
         continue
     for dtype in (torch.float32, torch.float16):
-        begun = sampler._begun(network, (2, 3, 5, 7), seeds=3, dtype=dtype)
-        exact = kernel.final(sampler._plan.steps, *begun[1:])
+        _, x, *others = sampler._begun(network, (2, 3, 5, 7), seeds=3, dtype=dtype)
+        exact = kernel.final(sampler._plan.steps, [x], *others)
         launches = 0
         fused = kernel.fused_steps(sampler.table, passes, dtype)
-        begun = sampler._begun(network, (2, 3, 5, 7), seeds=3, dtype=dtype)
-        made = kernel.final(fused, *begun[1:])
+        _, x, *others = sampler._begun(network, (2, 3, 5, 7), seeds=3, dtype=dtype)
+        made = kernel.final(fused, [x], *others)
         # in half precision a rounding of the network's input is seen
         close = 1e-6 if dtype == torch.float32 else 1e-2
         assert (made - exact).abs().max() <= close * max(1, exact.abs().max()), (name, dtype)

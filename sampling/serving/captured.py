@@ -82,7 +82,7 @@ class CapturedSampler:
 
         def body() -> Tensor:
             self._noise.rewind()
-            begun = sampler._begun(
+            steps, x, *others = sampler._begun(
                 network,
                 shape if self._start is None else self._start,
                 seeds=self._noise,
@@ -91,7 +91,7 @@ class CapturedSampler:
                 device=self.device,
                 **arguments,
             )
-            return final(*begun)
+            return final(steps, [x], *others)
 
         with torch.no_grad():
             self._replay, self._samples = _captured(body)
