@@ -8,6 +8,7 @@ from .knots import CLEAN, Knot, knots_at
 from .methods import METHODS, Method, register_method
 from .names import resolve_method
 from .sampler import Sampler, make_sampler
+from .serving import CapturedSampler, ContinuousBatch
 from .standalone import (
     STANDALONE,
     DPMAdaptive,
@@ -26,8 +27,10 @@ __all__ = [
     "GRIDS",
     "METHODS",
     "STANDALONE",
+    "CapturedSampler",
     "Clip",
     "Combination",
+    "ContinuousBatch",
     "DPMAdaptive",
     "DynamicThreshold",
     "Knot",

@@ -21,19 +21,19 @@ from ..noising.utils.registry import lookup
 from .clipping import Change
 from .grids import Grid, counts_evaluations, make_knots, split_options
 from .guidance import Network
-from .inference import SeededNoise, last, prepare_run, without_gradients
+from .inference import Run, SeededNoise, Times, prepare_run, without_gradients
 from .interop.diffusers_configs import nearest_config, sampler_config
 from .interop.diffusers_reading import SamplerArguments, sampler_arguments
-from .kernel import Progress, run
+from .kernel import Beside, Evaluate, Noise, Plan, Progress, Resolved, final, run
 from .knots import Knot, start_scale
 from .methods.base import Method
 from .names import RUN_OPTIONS, resolve, resolve_settings
 from .noise_sources import BrownianNoise
 from .standalone import StandaloneEntry
 from .table import Table, compile_table
-from .tracing import Evaluation, Unconditional
 
 DEFAULT_STEPS = 20
+_CACHED = "_identity", "_compiled", "_plan", "_times", "_integer_timesteps", "init_noise_scale"
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +118,7 @@ class Sampler:
         return hash(self._identity)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: value for k, value in vars(self).items() if k not in ("_identity", "_compiled")}
+        return {k: value for k, value in vars(self).items() if k not in _CACHED}
 
     @cached_property
     def _identity(self) -> tuple[Any, ...]:
@@ -137,6 +137,19 @@ class Sampler:
     @cached_property
     def _compiled(self) -> Table:
         return _compile(self)
+
+    @cached_property
+    def _plan(self) -> Plan:
+        return Plan(self.table)
+
+    @cached_property
+    def _times(self) -> Times:
+        return Times([knot.timestep for knot in self._plan.evaluated])
+
+    @cached_property
+    def _integer_timesteps(self) -> bool:
+        whole = all(time.is_integer() for time in self._times.timesteps)
+        return self.schedule.curve.is_discrete and whole
 
     @property
     def knots(self) -> tuple[Knot, ...]:
@@ -163,7 +176,7 @@ class Sampler:
         )
         return self.schedule.curve.grid_coordinate(alpha, sigma).tolist()
 
-    @property
+    @cached_property
     def init_noise_scale(self) -> float:
         """The standard deviation of x at the first knot for data of unit variance, sqrt(α² + σ²).
 
@@ -185,7 +198,10 @@ class Sampler:
         Arguments as in :meth:`iterate`.
         """
         with torch.no_grad():
-            return last(self._steps(network, shape_or_noise, **arguments)).x
+            steps, x, *others = self._begun(network, shape_or_noise, **arguments)
+            start = [x]
+            del x
+            return final(steps, start, *others)
 
     def iterate(
         self,
@@ -237,33 +253,39 @@ class Sampler:
             "dtype": dtype,
             "clip": clip,
         }
-        return without_gradients(self._steps(network, shape_or_noise, noise=noise, **arguments))
+        begun = self._begun(network, shape_or_noise, noise=noise, **arguments)
+        return without_gradients(run(*begun))
 
-    def _steps(
+    def _begun(
         self,
         network: Network,
         shape_or_noise: Sequence[int] | Tensor,
         *,
         noise: str = "independent",
         **arguments: Any,
-    ) -> Iterator[Progress]:
-        """Return the steps of a run, which leave the gradient mode to the caller."""
-        ops = [op for step in self.table.steps for op in step.ops]
-        evaluations = [op.knot for op in ops if isinstance(op, Evaluation)]
-        this = prepare_run(
+    ) -> tuple[Sequence[Resolved], Tensor, Evaluate, Noise, Beside]:
+        """Return the arguments of ``kernel.run``."""
+        this = self._prepared(network, shape_or_noise, **arguments)
+        source = lookup("noise", noise, NOISE_SOURCES)(this.noise, self.knots)
+        steps = self._plan.steps_for(this.x, this.input_dtype)
+        return steps, this.x, this.evaluate, source, this.beside
+
+    def _prepared(
+        self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any
+    ) -> Run:
+        plan = self._plan
+        return prepare_run(
             self.schedule,
             self.knots[0],
             network,
             shape_or_noise,
             scale=self.init_noise_scale,
-            knots=evaluations,
-            integer_timesteps=self.schedule.curve.is_discrete
-            and all(knot.timestep.is_integer() for knot in evaluations),
-            halves=any(isinstance(op, Unconditional) for op in ops),
+            times=self._times,
+            draws=plan.draws,
+            integer_timesteps=self._integer_timesteps,
+            halves=plan.has_halves,
             **arguments,
         )
-        source = lookup("noise", noise, NOISE_SOURCES)(this.noise, self.knots)
-        return run(self.table, this.x, this.evaluate, source, this.beside)
 
     def to_diffusers(self, nearest: bool = False) -> dict[str, Any]:
         """Return the scheduler_config.json of the sampler: its diffusers class and all its options.

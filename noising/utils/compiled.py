@@ -12,7 +12,7 @@ of numbers have shape (batch, numbers of a sample) and are contiguous.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numba
@@ -272,6 +272,13 @@ def pyramid(
 
 
 @_jit
+def normal_steps(out: Any, low: Any, high: Any, index: Any, step: int, stream: int) -> None:
+    """Fill ``out``, shape (steps, batch, numbers), with :func:`normal` from a first step on."""
+    for k in range(out.shape[0]):
+        normal(0, out.shape[1], out[k], low, high, index, step + k, stream, 0)
+
+
+@_jit
 def noised(
     start: int,
     stop: int,
@@ -405,3 +412,74 @@ def bits64(out: Any, low: Any, high: Any, index: Any, step: int, stream: int, fi
                 out[i, 2 * block + j] = int64(
                     uint64(four[2 * j]) << uint64(32) | uint64(four[2 * j + 1])
                 )
+
+
+_TILE = 2048  # numbers of a vector in a pass of combine: the results stay in the cache
+
+
+@_intrinsic
+def _vector(typing_context: Any, address: Any) -> Any:
+    """Return the pointer to the float32 numbers at an address."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.float32)(types.int64), code
+
+
+@_intrinsic
+def _fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
+    """Return a b + c, rounded once: as torch does on processors with that instruction."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fma(*arguments)
+
+    return types.float32(types.float32, types.float32, types.float32), code
+
+
+@_jit
+def _combine(addresses: Any, starts: Any, index: Any, coefficients: Any, count: int) -> None:
+    given = addresses.size - starts.size + 1
+    for at in range(0, count, _TILE):
+        size = min(_TILE, count - at)
+        for r in range(starts.size - 1):
+            out = numba.carray(_vector(addresses[given + r] + 4 * at), (size,))
+            j, end = starts[r], starts[r + 1]
+            if j == end:
+                out[:] = _HALF - _HALF
+                continue
+            a = numba.carray(_vector(addresses[index[j]] + 4 * at), (size,))
+            c = coefficients[j]
+            j += 1
+            if c == _ONE and j < end:
+                b = numba.carray(_vector(addresses[index[j]] + 4 * at), (size,))
+                d = coefficients[j]
+                j += 1
+                for k in range(size):
+                    out[k] = _fma(b[k], d, a[k])
+            else:
+                for k in range(size):
+                    out[k] = a[k] * c
+            while j < end:
+                b = numba.carray(_vector(addresses[index[j]] + 4 * at), (size,))
+                d = coefficients[j]
+                j += 1
+                for k in range(size):
+                    out[k] = _fma(b[k], d, out[k])
+
+
+def packed(rows: Sequence[Sequence[tuple[int, float]]]) -> Any:
+    """Return the rows of :func:`combine` as it takes them."""
+    starts = np.cumsum([0, *map(len, rows)])
+    index = np.array([k for row in rows for k, _ in row], np.int64)
+    return starts, index, np.array([c for row in rows for _, c in row], np.float32)
+
+
+def combine(given: Sequence[Any], made: Sequence[Any], rows: Any) -> None:
+    """Fill ``made`` with linear combinations of ``given``, in one pass over the memory.
+
+    All are contiguous float32 tensors of one size. ``rows``: of :func:`packed`, pairs of an index
+    and a coefficient for each result; the indices after those of ``given`` are earlier results.
+    """
+    addresses = np.array([one.data_ptr() for one in (*given, *made)], np.int64)
+    _combine(addresses, *rows, given[0].numel())

@@ -199,6 +199,29 @@ class Draws:
         draws._loops = self._loops if device is None else _loops_of(draws.device)
         return draws
 
+    def reseed(self, seeds: Sequence[int]) -> None:
+        """Change the seed of each sample, here and in all draws made by :meth:`of`.
+
+        The numbers of a captured CUDA graph change too: the keys on the device keep their place.
+
+        >>> draws = Draws([7, 8], [5, 5], step=0, stream=1)
+        >>> other = draws.of(2)
+        >>> draws.reseed([9, 8])
+        >>> torch.equal(other.normal(4), Draws([9, 8], [5, 5], step=0, stream=2).normal(4))
+        True
+        """
+        if len(seeds) != len(self._keys):
+            raise ValueError(f"need {len(self._keys)} seeds, got {len(seeds)}")
+        self._keys[:] = [whole_seed(seed) & _MASK for seed in seeds]
+        if self._words:
+            self._words[0][:] = [key & WORD for key in self._keys]
+            self._words[1][:] = [key >> 32 for key in self._keys]
+        if self._uploaded:
+            self._uploaded[0].copy_(torch.tensor(self._signed()))
+
+    def _signed(self) -> list[int]:
+        return [key - (1 << 64) if key >= 1 << 63 else key for key in self._keys]
+
     @property
     def index(self) -> Tensor:
         """The index of each sample, int64."""
@@ -218,6 +241,23 @@ class Draws:
         torch.Size([2, 3, 4])
         """
         return self._filled(NORMAL, shape, out)
+
+    def normal_steps(self, steps: int, *shape: int) -> Tensor:
+        """Return the first numbers of :meth:`normal` at ``steps`` steps, the first one ``step``.
+
+        Shape (steps, batch, *shape). For loops that draw little at each step.
+
+        >>> draws = Draws(7, [5], step=3, stream=1)
+        >>> torch.equal(draws.normal_steps(2, 4)[1], draws.of(1, step=4).normal(4))
+        True
+        """
+        compiled = self._loops()
+        if compiled is None:
+            drawn = [self.of(self.stream, step=self.step + k).normal(*shape) for k in range(steps)]
+            return torch.stack(drawn)
+        whole = np.empty((steps, self.batch, math.prod(shape)), np.float32)
+        compiled.normal_steps(whole, *self._counters())
+        return torch.from_numpy(whole.reshape(steps, self.batch, *shape))
 
     def uniform(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return numbers in [0, 1), shape (batch, *shape).
@@ -397,7 +437,7 @@ class Draws:
     def _device_counters(self) -> tuple[Any, ...]:
         """Return the counter words of triton_kernels.py, without the block."""
         if not self._uploaded:
-            signed = [key - (1 << 64) if key >= 1 << 63 else key for key in self._keys]
+            signed = self._signed()
             given = self._range
             numbers: dict[str, Any] = {"dtype": torch.int64, "device": self.device}
             if len(signed) == 1:  # made on the device: nothing is copied
