@@ -13,7 +13,7 @@ from .curves import (
     VariancePreserving,
 )
 from .curves.betas import BETA_SCHEDULES
-from .curves.shifts import resolution_shift, token_shift
+from .curves.shifts import TokenLine, empirical_token_shift, resolution_shift, token_shift
 from .losses import L1, L2, LOSSES, Huber, Loss, PseudoHuber, SmoothL1
 from .noise import (
     NOISES,
@@ -28,6 +28,7 @@ from .noise import (
 )
 from .noising import Noised, NoiseDraw, Noising
 from .prediction import PREDICTIONS, Prediction
+from .presets import PRESETS, Pipeline, Preset, Training
 from .schedule import NoiseSchedule
 from .timesteps import (
     TIMESTEPS,
@@ -46,6 +47,7 @@ from .timesteps import (
     Timesteps,
     UniformTimesteps,
     WeightedTimesteps,
+    WithinNoiseLevels,
     WithinTimesteps,
 )
 from .weighting import (
@@ -81,6 +83,7 @@ __all__ = [
     "P2",
     "PREDICTIONS",
     "SNR",
+    "PRESETS",
     "TIMESTEPS",
     "WEIGHTINGS",
     "AdaptiveOffset",
@@ -116,10 +119,12 @@ __all__ = [
     "Noising",
     "Offset",
     "PerRange",
+    "Pipeline",
     "PlainFlow",
     "PlainV",
     "PlainX0",
     "Prediction",
+    "Preset",
     "PseudoHuber",
     "Pyramid",
     "QuantileTimesteps",
@@ -131,6 +136,8 @@ __all__ = [
     "SoftMinSNR",
     "SubVariancePreserving",
     "Timesteps",
+    "TokenLine",
+    "Training",
     "Truncated",
     "Uniform",
     "UniformTimesteps",
@@ -139,7 +146,9 @@ __all__ = [
     "VariancePreserving",
     "WeightedTimesteps",
     "Weighting",
+    "WithinNoiseLevels",
     "WithinTimesteps",
+    "empirical_token_shift",
     "resolution_shift",
     "token_shift",
 ]

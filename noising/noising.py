@@ -21,9 +21,11 @@ from .levels import THRESHOLD, WEIGHT, LevelTable
 from .losses import L2, Loss, Over, mean_of_samples, resolve_loss
 from .micro_batches import MicroBatches, Step
 from .noise import Chain, Gaussian, Noise, apply_kinds, draw_kinds, resolve_noise
+from .presets import PRESETS
 from .schedule import NoiseSchedule
 from .timesteps import resolve_timesteps
 from .timesteps.base import Resampled, Timesteps
+from .utils.registry import lookup
 from .utils.rng import Draws, Stream, permutation, whole_seed
 from .utils.validation import require_same_shape
 from .weighting import Weighting, resolve_weighting
@@ -221,6 +223,38 @@ class Noising(nn.Module):
         self._micro_batches = MicroBatches()
         self._level_table = LevelTable(schedule, self.weighting, self.loss)
         warn_of_weights(self.weighting, self.timesteps, schedule)
+
+    @classmethod
+    def preset(
+        cls, name: str, *, tokens: int | None = None, shift: float | None = None, **arguments: Any
+    ) -> Noising:
+        """Return the noising that a published model was trained with.
+
+        The schedule is that of :meth:`NoiseSchedule.preset`, the one that the model's pipeline
+        samples with, so previews and saved configs are right. The density and the weighting are
+        those of the training, with its own shift. Warns where these are not published, and then
+        trains on the schedule as it is sampled.
+
+        Args:
+            name: a name of ``PRESETS``.
+            tokens: image tokens, for a shift that depends on them.
+            shift: another shift of the density, on a flow.
+            arguments: those of :class:`Noising`; they replace the preset's.
+
+        Raises:
+            ValueError: as for :meth:`NoiseSchedule.preset`.
+
+        >>> noising = Noising.preset("lumina2")  # sampled with 6, trained with Flux's line
+        >>> noising.schedule.curve.shift, round(noising.timesteps.shift, 4)
+        (6.0, 3.1582)
+        >>> Noising.preset("edm2", loss="l2").weighting.name
+        'learned_uncertainty'
+        """
+        preset = lookup("preset", name, PRESETS)
+        sampled_at = None if preset.only_training_takes_tokens else tokens
+        schedule = NoiseSchedule.preset(name, sampled_at)
+        trained = preset.noising_arguments(name, schedule.curve, tokens, shift)
+        return cls(schedule, **(trained | arguments))
 
     def forward(
         self,
