@@ -14,7 +14,7 @@ from .curves import (
 )
 from .curves.betas import BETA_SCHEDULES
 from .curves.shifts import TokenLine, empirical_token_shift, resolution_shift, token_shift
-from .losses import L1, L2, LOSSES, Huber, Loss, PseudoHuber, SmoothL1
+from .losses import L1, L2, LOSSES, Contrastive, Huber, Loss, PseudoHuber, SmoothL1
 from .noise import (
     NOISES,
     AdaptiveOffset,
@@ -24,6 +24,7 @@ from .noise import (
     InputPerturbation,
     Noise,
     Offset,
+    OptimalTransport,
     Pyramid,
 )
 from .noising import Noised, NoiseDraw, Noising
@@ -82,13 +83,14 @@ __all__ = [
     "NOISES",
     "P2",
     "PREDICTIONS",
-    "SNR",
     "PRESETS",
+    "SNR",
     "TIMESTEPS",
     "WEIGHTINGS",
     "AdaptiveOffset",
     "BetaTimesteps",
     "Chain",
+    "Contrastive",
     "CosMap",
     "CosMapTimesteps",
     "Cosine",
@@ -118,6 +120,7 @@ __all__ = [
     "Noised",
     "Noising",
     "Offset",
+    "OptimalTransport",
     "PerRange",
     "Pipeline",
     "PlainFlow",

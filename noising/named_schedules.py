@@ -41,9 +41,7 @@ class Constructors:
         ) -> None: ...
 
     @classmethod
-    def preset(
-        cls: type[S], name: str, tokens: int | None = None, steps: int | None = None
-    ) -> S:
+    def preset(cls: type[S], name: str, tokens: int | None = None, steps: int | None = None) -> S:
         """Return the schedule of a published model: the one that its pipeline samples with.
 
         ``docs/presets.md`` lists the models, with the source of each number. An expert has its part

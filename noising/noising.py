@@ -171,8 +171,8 @@ class Noising(nn.Module):
 
     This is a module, so that the checkpoint holds what it learns or measures (weights, loss
     history). It has parameters only if the weighting scheme has parameters. torch.compile compiles
-    a whole step, also with fullgraph, except for beta densities, importance sampling and immiscible
-    noise. For these, compile only the part after :meth:`draw`, i.e. :meth:`at` and the loss. Warns
+    a whole step, also with fullgraph, except for beta densities, importance sampling and noise that
+    depends on its batch (immiscible, optimal transport). For these, compile only the part after :meth:`draw`, i.e. :meth:`at` and the loss. Warns
     if the weight of a zero-SNR terminal step is 0.
 
     Args:
@@ -226,7 +226,16 @@ class Noising(nn.Module):
 
     @classmethod
     def preset(
-        cls, name: str, *, tokens: int | None = None, shift: float | None = None, **arguments: Any
+        cls,
+        name: str,
+        *,
+        tokens: int | None = None,
+        shift: float | None = None,
+        weighting: str | Weighting | None = None,
+        timesteps: str | Timesteps | None = None,
+        noise: str | Noise | Chain | Sequence[str | Noise] = "gaussian",
+        seed: int = 0,
+        loss: str | Loss = "l2",
     ) -> Noising:
         """Return the noising that a published model was trained with.
 
@@ -239,7 +248,8 @@ class Noising(nn.Module):
             name: a name of ``PRESETS``.
             tokens: image tokens, for a shift that depends on them.
             shift: another shift of the density, on a flow.
-            arguments: those of :class:`Noising`; they replace the preset's.
+            weighting, timesteps: in place of the preset's; see :class:`Noising`.
+            noise, seed, loss: as for :class:`Noising`.
 
         Raises:
             ValueError: as for :meth:`NoiseSchedule.preset`.
@@ -247,14 +257,18 @@ class Noising(nn.Module):
         >>> noising = Noising.preset("lumina2")  # sampled with 6, trained with Flux's line
         >>> noising.schedule.curve.shift, round(noising.timesteps.shift, 4)
         (6.0, 3.1582)
-        >>> Noising.preset("edm2", loss="l2").weighting.name
-        'learned_uncertainty'
+        >>> Noising.preset("edm2").weighting.name, Noising.preset("edm2", weighting="edm").seed
+        ('learned_uncertainty', 0)
         """
         preset = lookup("preset", name, PRESETS)
         sampled_at = None if preset.only_training_takes_tokens else tokens
         schedule = NoiseSchedule.preset(name, sampled_at)
-        trained = preset.noising_arguments(name, schedule.curve, tokens, shift)
-        return cls(schedule, **(trained | arguments))
+        if timesteps is None:
+            timesteps = preset.density(name, schedule.curve, tokens, shift)
+        elif shift is not None:
+            raise ValueError("shift is that of the preset's density; leave it out with timesteps=")
+        weighting = preset.training.weighting if weighting is None else weighting
+        return cls(schedule, weighting, timesteps, noise, seed, loss)
 
     def forward(
         self,

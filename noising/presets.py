@@ -22,12 +22,7 @@ from .curves.shifts import TokenLine, empirical_token_shift
 from .curves.truncated import Truncated, times_at_levels, truncate
 from .io.diffusers import from_diffusers
 from .prediction import Prediction, resolve_prediction
-from .timesteps import (
-    NoiseLevelTimesteps,
-    Timesteps,
-    WithinNoiseLevels,
-    resolve_timesteps,
-)
+from .timesteps import NoiseLevelTimesteps, Timesteps, WithinNoiseLevels, resolve_timesteps
 from .utils.registry import Registry
 
 
@@ -90,6 +85,7 @@ class Preset:
         pipeline: what its pipeline samples with.
         noise_levels: the least and the largest σ of an expert, after the shift.
         whole: the preset that an expert is a part of.
+        distilled: the model is made for the pipeline's few steps.
         note: what else a user should know.
 
     >>> PRESETS["wan2.2/high"].noise_levels
@@ -101,6 +97,7 @@ class Preset:
     pipeline: Pipeline
     noise_levels: tuple[float, float] | None = None
     whole: str | None = None
+    distilled: bool = False
     note: str = ""
 
     @property
@@ -131,12 +128,12 @@ class Preset:
             curve = truncate(curve, *times_at_levels(curve, *self.noise_levels))
         return curve, resolve_prediction(prediction)
 
-    def noising_arguments(
+    def density(
         self, name: str, curve: Curve, tokens: int | None = None, shift: float | None = None
-    ) -> dict[str, Any]:
-        """Return the arguments ``timesteps`` and ``weighting`` of a Noising.
+    ) -> Timesteps:
+        """Return the density of times that the model was trained with.
 
-        Warns where the density or its shift is not published.
+        Warns where it is not published, or its shift is not.
 
         Args:
             name: the name of the preset, for the warning.
@@ -148,7 +145,7 @@ class Preset:
             ValueError: if a shift is given and the curve is not a flow.
 
         >>> preset = PRESETS["lumina2"]
-        >>> preset.noising_arguments("lumina2", preset.path()[0])["timesteps"].shift
+        >>> preset.density("lumina2", preset.path()[0]).shift
         3.158...
         """
         told, own = self.training, self.training.shift if shift is None else shift
@@ -171,17 +168,13 @@ class Preset:
         if isinstance(own, TokenLine):
             own = own(self.pipeline.tokens or own.max_tokens if tokens is None else tokens)
         density = resolve_timesteps(told.timesteps or "uniform")
-        return {"timesteps": self._density(density, curve, own), "weighting": told.weighting}
-
-    def _density(self, density: Timesteps, curve: Curve, shift: float | None) -> Timesteps:
         whole = curve.curve if isinstance(curve, Truncated) else curve
-        if shift is not None and shift != getattr(whole, "shift", None):
-            density = NoiseLevelTimesteps(density=density, shift=shift)
+        if own is not None and own != getattr(whole, "shift", None):
+            density = NoiseLevelTimesteps(density=density, shift=own)
         if self.noise_levels is None:
             return density
         low, high = self.noise_levels
         return WithinNoiseLevels(density=density, low=low, high=high)
-
 
 
 PRESETS: Registry[Preset] = Registry("preset")
@@ -281,8 +274,10 @@ _TABLE: dict[str, Preset] = {
         training=_UNIFORM,
         pipeline=Pipeline(
             scheduler={
-                **{"_class_name": "PNDMScheduler", "prediction_type": "epsilon"},
-                **{"skip_prk_steps": True, "timestep_spacing": "leading"},
+                "_class_name": "PNDMScheduler",
+                "prediction_type": "epsilon",
+                "skip_prk_steps": True,
+                "timestep_spacing": "leading",
                 **_SD,
             },
             steps=50,
@@ -298,8 +293,10 @@ _TABLE: dict[str, Preset] = {
         ),
         pipeline=Pipeline(
             scheduler={
-                **{"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
-                **{"clip_sample": False, "timestep_spacing": "leading"},
+                "_class_name": "DDIMScheduler",
+                "prediction_type": "v_prediction",
+                "clip_sample": False,
+                "timestep_spacing": "leading",
                 **_SD,
             },
             steps=50,
@@ -313,8 +310,10 @@ _TABLE: dict[str, Preset] = {
         training=Training(timesteps="uniform", source="2307.01952, §2 and appendix"),
         pipeline=Pipeline(
             scheduler={
-                **{"_class_name": "EulerDiscreteScheduler", "prediction_type": "epsilon"},
-                **{"interpolation_type": "linear", "timestep_spacing": "leading"},
+                "_class_name": "EulerDiscreteScheduler",
+                "prediction_type": "epsilon",
+                "interpolation_type": "linear",
+                "timestep_spacing": "leading",
                 **{k: v for k, v in _SD.items() if k != "set_alpha_to_one"},
             },
             steps=50,
@@ -328,10 +327,14 @@ _TABLE: dict[str, Preset] = {
         training=Training(source="not published"),
         pipeline=Pipeline(
             scheduler={
-                **{"_class_name": "EulerDiscreteScheduler", "prediction_type": "epsilon"},
-                **{"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.014},
-                **{"num_train_timesteps": 1100, "steps_offset": 1},
-                **{"timestep_spacing": "leading"},
+                "_class_name": "EulerDiscreteScheduler",
+                "prediction_type": "epsilon",
+                "beta_schedule": "scaled_linear",
+                "beta_start": 0.00085,
+                "beta_end": 0.014,
+                "num_train_timesteps": 1100,
+                "steps_offset": 1,
+                "timestep_spacing": "leading",
             },
             steps=50,
             guidance_scale=5.0,
@@ -374,6 +377,7 @@ _TABLE: dict[str, Preset] = {
     ),
     "flux-schnell": Preset(
         model="FLUX.1 schnell",
+        distilled=True,
         training=Training(source="distilled; not published"),
         pipeline=Pipeline(
             scheduler=_flow(1.0, use_dynamic_shifting=False, **_FLUX),
@@ -428,10 +432,14 @@ _TABLE: dict[str, Preset] = {
         ),
         pipeline=Pipeline(
             scheduler={
-                **{"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++"},
-                **{"solver_order": 2, "solver_type": "midpoint", "num_train_timesteps": 1000},
-                **{"prediction_type": "flow_prediction", "use_flow_sigmas": True},
-                **{"flow_shift": 3.0},
+                "_class_name": "DPMSolverMultistepScheduler",
+                "algorithm_type": "dpmsolver++",
+                "solver_order": 2,
+                "solver_type": "midpoint",
+                "num_train_timesteps": 1000,
+                "prediction_type": "flow_prediction",
+                "use_flow_sigmas": True,
+                "flow_shift": 3.0,
             },
             steps=20,
             guidance_scale=4.5,
@@ -456,6 +464,7 @@ _TABLE: dict[str, Preset] = {
     ),
     "z-image-turbo": Preset(
         model="Z-Image Turbo",
+        distilled=True,
         training=Training(source="distilled; not published"),
         pipeline=Pipeline(
             scheduler=_flow(3.0, num_train_timesteps=1000, use_dynamic_shifting=False),
@@ -485,9 +494,11 @@ _TABLE: dict[str, Preset] = {
         ),
         pipeline=Pipeline(
             scheduler={
-                **{"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++"},
-                **{"solver_order": 2, "prediction_type": "epsilon"},
-                **{"timestep_spacing": "linspace"},
+                "_class_name": "DPMSolverMultistepScheduler",
+                "algorithm_type": "dpmsolver++",
+                "solver_order": 2,
+                "prediction_type": "epsilon",
+                "timestep_spacing": "linspace",
                 **_DDPM,
             },
             steps=20,
@@ -503,8 +514,9 @@ _TABLE: dict[str, Preset] = {
         ),
         pipeline=Pipeline(
             scheduler={
-                **{"_class_name": "DDPMScheduler", "prediction_type": "epsilon"},
-                **{"clip_sample": False},
+                "_class_name": "DDPMScheduler",
+                "prediction_type": "epsilon",
+                "clip_sample": False,
                 **_DDPM,
             },
             steps=50,
@@ -519,8 +531,10 @@ _TABLE: dict[str, Preset] = {
         training=Training(timesteps="uniform", source="2006.11239, §4 and eq. 14"),
         pipeline=Pipeline(
             scheduler={
-                **{"_class_name": "DDPMScheduler", "prediction_type": "epsilon"},
-                **{"clip_sample": True, "variance_type": "fixed_large"},
+                "_class_name": "DDPMScheduler",
+                "prediction_type": "epsilon",
+                "clip_sample": True,
+                "variance_type": "fixed_large",
                 **_DDPM,
             },
             steps=1000,
@@ -565,10 +579,14 @@ _TABLE: dict[str, Preset] = {
         ),
         pipeline=Pipeline(
             scheduler={
-                **{"_class_name": "EulerDiscreteScheduler", "prediction_type": "v_prediction"},
-                **{"sigma_min": 0.002, "sigma_max": 700.0, "use_karras_sigmas": True},
-                **{"timestep_type": "continuous", "timestep_spacing": "leading"},
-                **{"interpolation_type": "linear"},
+                "_class_name": "EulerDiscreteScheduler",
+                "prediction_type": "v_prediction",
+                "sigma_min": 0.002,
+                "sigma_max": 700.0,
+                "use_karras_sigmas": True,
+                "timestep_type": "continuous",
+                "timestep_spacing": "leading",
+                "interpolation_type": "linear",
                 **{k: v for k, v in _SD.items() if k != "set_alpha_to_one"},
             },
             steps=25,

@@ -11,6 +11,7 @@ from .checkpoints.inspect import inspect_path
 from .checkpoints.loading import load_checkpoint
 from .checkpoints.read import schedule_from_checkpoint
 from .checkpoints.safetensors import write_markers
+from .diff2flow import Diff2Flow
 from .ema.model import ModelEMA
 from .ema.posthoc import posthoc_ema, save_snapshot
 from .ema.profiles import (
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EMA_PROFILES",
     "Constant",
+    "Diff2Flow",
     "DiffusionModule",
     "EMAProfile",
     "HalfLife",

@@ -252,8 +252,9 @@ class WithinTimesteps(Around):
 
     On discrete schedules the limits are integer timesteps (kohya's --max_timestep is excluded
     there: subtract 1), on flows they are t in 0 ... 1 before any shift; :class:`WithinNoiseLevels`
-    takes σ after it. The density is cut to the range, not rescaled to it. Raises ValueError unless low < high. A Noising that gets this density
-    raises ValueError if the range leaves the schedule, or if the density has no mass in it.
+    takes σ after it. The density is cut to the range, not rescaled to it. Raises ValueError unless
+    low < high. A Noising that gets this density raises ValueError if the range leaves the schedule,
+    or if the density has no mass in it.
 
     >>> from alphabar.noising import LogitNormalTimesteps, NoiseSchedule
     >>> density = WithinTimesteps(density=LogitNormalTimesteps(), low=0, high=499)

@@ -64,6 +64,10 @@ SUITABLE: Mapping[str, tuple[Suitable, ...]] = {
         Suitable("unipc", "5 to 20 steps", "order 2 and a corrector for one call; deterministic"),
         Suitable("heun", "a reference", "order 2 without memory of steps; two calls"),
     ),
+    "distilled flow": (
+        Suitable("euler", "the pipeline's steps", "what the model is distilled for"),
+        Suitable("lcm", "the pipeline's steps", "new noise at every step, if details are lacking"),
+    ),
     "discrete": (
         Suitable("DPM++ 2M Karras", "20 to 30 steps", "order 2 for one call; deterministic"),
         Suitable("unipc", "5 to 20 steps", "order 2 and a corrector for one call; deterministic"),
@@ -83,13 +87,16 @@ SUITABLE: Mapping[str, tuple[Suitable, ...]] = {
 """The samplers that suit each kind of schedule."""
 
 
-def kind_of_schedule(schedule: NoiseSchedule) -> str:
-    """Return the key of ``SUITABLE`` for a schedule.
+def kind_of(name: str) -> str:
+    """Return the key of ``SUITABLE`` for a preset.
 
-    >>> kind_of_schedule(NoiseSchedule.flow()), kind_of_schedule(NoiseSchedule.linear())
-    ('flow', 'discrete')
+    >>> kind_of("sd3"), kind_of("flux-schnell"), kind_of("cogvideox")
+    ('flow', 'distilled flow', 'zero terminal SNR')
     """
+    schedule = NoiseSchedule.preset(name)
     curve = schedule.curve
-    if curve.is_discrete and schedule.has_zero_terminal_snr:
-        return "zero terminal SNR"
-    return "flow" if curve.is_flow else "discrete" if curve.is_discrete else "karras"
+    if curve.is_flow:
+        return "distilled flow" if PRESETS[name].distilled else "flow"
+    if not curve.is_discrete:
+        return "karras"
+    return "zero terminal SNR" if schedule.has_zero_terminal_snr else "discrete"

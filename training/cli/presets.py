@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...noising import PRESETS, NoiseSchedule, Preset, TokenLine
 from ...noising.utils.registry import lookup
-from ...sampling.interop.presets import SUITABLE, kind_of_schedule, preset_arguments
+from ...sampling.interop.presets import SUITABLE, kind_of, preset_arguments
 from ..interfaces import described, interface_settings
 
 NOT_PUBLISHED = "not published"
@@ -72,7 +72,7 @@ def suitable_samplers(name: str) -> str:
     its pipeline: euler, 28 steps, shift 3.158 (at 4096 tokens), guidance 3.5
     """
     preset = lookup("preset", name, PRESETS)
-    kind = kind_of_schedule(NoiseSchedule.preset(name))
+    kind = kind_of(name)
     head = [f"{name}: {preset.model}", f"its pipeline: {sampling_words(name)}"]
     head += [f"  make it: Sampler.preset({preset.whole or name!r})", f"note: {preset.note}"]
     head = head if preset.note else head[:-1]

@@ -80,10 +80,7 @@ def read_schedule(item: str, zero_snr: bool = False) -> NoiseSchedule:
         name, options = item, {}
     own = {option: value for option, value in options.items() if option not in TRANSFORMATIONS}
     if name in PRESETS:
-        preset: Callable[..., NoiseSchedule] = lambda tokens=None, steps=None: (
-            NoiseSchedule.preset(name, tokens, steps)
-        )
-        schedule = call_with_options(f"preset {name}", preset, own)
+        schedule = call_with_options(f"preset {name}", partial(_preset, name), own)
     elif Path(name).exists() or "/" in name:
         schedule = call_with_options(
             f"a folder {name}",
@@ -104,6 +101,10 @@ def read_schedule(item: str, zero_snr: bool = False) -> NoiseSchedule:
         if option in TRANSFORMATIONS:
             schedule = TRANSFORMATIONS[option](schedule, value)
     return _zero_snr(schedule) if zero_snr else schedule
+
+
+def _preset(name: str, tokens: int | None = None, steps: int | None = None) -> NoiseSchedule:
+    return NoiseSchedule.preset(name, tokens, steps)
 
 
 def _maker(name: str) -> Callable[..., Any]:

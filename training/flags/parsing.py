@@ -142,9 +142,7 @@ def noising_from_arguments(args: argparse.Namespace, base: NoiseSchedule | None 
     schedule = read_schedule_flags(said, args, base)
     said, preset_density = _of_preset(said, schedule.curve)
     weighting = _weighting(said, schedule)
-    timesteps = _timesteps(
-        said, schedule.curve, getattr(args, "resolution", None), preset_density
-    )
+    timesteps = _timesteps(said, schedule.curve, getattr(args, "resolution", None), preset_density)
     noises, (loss, *_) = NOISE.chosen(said), LOSS.chosen(said)
     seeds = (said.value("noise_seed"), getattr(args, "seed", None), 0)
     return Noising(
@@ -173,8 +171,7 @@ def _of_preset(said: Said, curve: Curve) -> tuple[Said, Timesteps | None]:
     if any(key in said.given for key in _DENSITIES):
         return Said(said.given, weak, said.names), None
     given = {key: value for key, value in said.given.items() if key != "image_tokens"}
-    trained = PRESETS[name].noising_arguments(name, curve, tokens)
-    return Said(given, weak, said.names), trained["timesteps"]
+    return Said(given, weak, said.names), PRESETS[name].density(name, curve, tokens)
 
 
 def _refuse_what_is_not_here(args: argparse.Namespace) -> None:
