@@ -58,6 +58,8 @@ class Loss(ABC):
     """
 
     name: ClassVar[str]
+    batch_wide: ClassVar[bool] = False
+    """Whether a sample's loss depends on the other samples of its batch."""
 
     @abstractmethod
     def __call__(self, error: Tensor, threshold: Tensor | None) -> Tensor:
@@ -139,6 +141,7 @@ class Contrastive(Loss):
     """
 
     name: ClassVar[str] = "contrastive"
+    batch_wide: ClassVar[bool] = True
     strength: float = 0.05
 
     def __post_init__(self) -> None:

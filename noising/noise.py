@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -394,7 +395,7 @@ class OptimalTransport(Noise):
         cost = _distances(x0, noise).double() ** 2
         if not self.regularization:
             return noise[_assignment(cost).to(noise.device)]
-        cost, even = (cost / cost.mean()).cpu().numpy(), [1 / len(cost)] * len(cost)
+        cost, even = (cost / cost.mean()).cpu().numpy(), np.full(len(cost), 1 / len(cost))
         plan = torch.as_tensor(
             _pot().sinkhorn(even, even, cost, self.regularization, method="sinkhorn_log")
         )

@@ -332,7 +332,7 @@ class Sampler:
 
         >>> sampler = Sampler.preset("sd3", steps=4)
         >>> sampler.method.name, [round(t, 1) for t in sampler.timesteps]
-        ('euler', [1000.0, 857.3, 602.2, 9.0])
+        ('euler', [1000.0, 857.7, 602.2, 8.9])
         """
         return cls._of_arguments(preset_arguments(name, steps, tokens))
 

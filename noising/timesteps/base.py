@@ -310,7 +310,8 @@ class WithinNoiseLevels(Around):
     >>> schedule = NoiseSchedule.flow(shift=5.0)
     >>> expert = schedule.truncated(noise_level_min=0.9)
     >>> density = WithinNoiseLevels(density=LogitNormalTimesteps(), low=0.9, high=1.0)
-    >>> expert.sigma(density.times(torch.tensor([1e-9, 1.0]), expert.curve))
+    >>> u = torch.tensor([1e-9, 1.0], dtype=torch.float64)
+    >>> expert.sigma(density.times(u, expert.curve))
     tensor([0.9000, 1.0000], dtype=torch.float64)
     """
 
