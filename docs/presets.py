@@ -22,13 +22,14 @@ from alphabar.noising import NoiseSchedule, Noising
 from alphabar.sampling import Sampler
 
 schedule = NoiseSchedule.preset("flux", tokens=4096)  # what its pipeline samples with
-noising = Noising.preset("flux", tokens=4096)  # with the density and the weighting of its training
+noising = Noising.preset("flux", tokens=4096)  # with the density and weighting of its training
 sampler = Sampler.preset("flux", steps=28, tokens=4096)  # the sampler of its pipeline
 ```
 
 `--preset flux` in a script with alphabar's flags, `--noise_schedule flux:tokens=4096` for the
-schedule alone, in YAML `class_path: alphabar.noising.Noising.preset` with `init_args: {name: flux}`.
-`alphabar inspect flux` shows an entry, `alphabar samplers --for flux` the samplers that suit it.
+schedule alone, in YAML `class_path: alphabar.noising.Noising.preset` with
+`init_args: {name: flux}`. `alphabar inspect flux` shows an entry, `alphabar samplers --for flux`
+the samplers that suit it.
 
 This page is made by `docs/presets.py` from `noising/presets.py`, where each model is one entry. The
 tests compare the timesteps and noise levels of every entry with the scheduler class of diffusers
@@ -41,8 +42,8 @@ with, and takes `shift=`.
 
 A range of noise levels is given before or after the shift. `t_min`, `t_max` and
 `density.within(low, high)` are times, before it; `noise_level_min`, `noise_level_max` and
-`density.within_noise_levels(low, high)` are σ, after it, as the boundary of Wan 2.2. With a shift of
-12 the time 0.875 is σ = 0.988.
+`density.within_noise_levels(low, high)` are σ, after it, as the boundary of Wan 2.2. With a shift
+of 12 the time 0.875 is σ = 0.988.
 
 Flux's line of the shift by tokens has no upper end. On videos it runs away: the line of LTX-Video
 gives 7.8 at 4096 tokens and 386 at 15,004, ten seconds of 704 x 704 (Lightricks/LTX-2, issue 291).

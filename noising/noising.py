@@ -172,8 +172,9 @@ class Noising(nn.Module):
     This is a module, so that the checkpoint holds what it learns or measures (weights, loss
     history). It has parameters only if the weighting scheme has parameters. torch.compile compiles
     a whole step, also with fullgraph, except for beta densities, importance sampling and noise that
-    depends on its batch (immiscible, optimal transport). For these, compile only the part after :meth:`draw`, i.e. :meth:`at` and the loss. Warns
-    if the weight of a zero-SNR terminal step is 0.
+    depends on its batch (immiscible, optimal transport). For these, compile only the part after
+    :meth:`draw`, i.e. :meth:`at` and the loss. Warns if the weight of a zero-SNR terminal step is
+    0.
 
     Args:
         schedule: the noise schedule.
