@@ -13,8 +13,8 @@ from .curves import (
     VariancePreserving,
 )
 from .curves.betas import BETA_SCHEDULES
-from .curves.shifts import resolution_shift, token_shift
-from .losses import L1, L2, LOSSES, Huber, Loss, PseudoHuber, SmoothL1
+from .curves.shifts import TokenLine, empirical_token_shift, resolution_shift, token_shift
+from .losses import L1, L2, LOSSES, Contrastive, Huber, Loss, PseudoHuber, SmoothL1
 from .noise import (
     NOISES,
     AdaptiveOffset,
@@ -24,10 +24,12 @@ from .noise import (
     InputPerturbation,
     Noise,
     Offset,
+    OptimalTransport,
     Pyramid,
 )
 from .noising import Noised, NoiseDraw, Noising
 from .prediction import PREDICTIONS, Prediction
+from .presets import PRESETS, Pipeline, Preset, Training
 from .schedule import NoiseSchedule
 from .timesteps import (
     TIMESTEPS,
@@ -46,6 +48,7 @@ from .timesteps import (
     Timesteps,
     UniformTimesteps,
     WeightedTimesteps,
+    WithinNoiseLevels,
     WithinTimesteps,
 )
 from .weighting import (
@@ -80,12 +83,14 @@ __all__ = [
     "NOISES",
     "P2",
     "PREDICTIONS",
+    "PRESETS",
     "SNR",
     "TIMESTEPS",
     "WEIGHTINGS",
     "AdaptiveOffset",
     "BetaTimesteps",
     "Chain",
+    "Contrastive",
     "CosMap",
     "CosMapTimesteps",
     "Cosine",
@@ -115,11 +120,14 @@ __all__ = [
     "Noised",
     "Noising",
     "Offset",
+    "OptimalTransport",
     "PerRange",
+    "Pipeline",
     "PlainFlow",
     "PlainV",
     "PlainX0",
     "Prediction",
+    "Preset",
     "PseudoHuber",
     "Pyramid",
     "QuantileTimesteps",
@@ -131,6 +139,8 @@ __all__ = [
     "SoftMinSNR",
     "SubVariancePreserving",
     "Timesteps",
+    "TokenLine",
+    "Training",
     "Truncated",
     "Uniform",
     "UniformTimesteps",
@@ -139,7 +149,9 @@ __all__ = [
     "VariancePreserving",
     "WeightedTimesteps",
     "Weighting",
+    "WithinNoiseLevels",
     "WithinTimesteps",
+    "empirical_token_shift",
     "resolution_shift",
     "token_shift",
 ]

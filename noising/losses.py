@@ -9,6 +9,7 @@ With d the error and c > 0 the threshold between quadratic and linear:
                   sd-scripts and diffusers
     smooth_l1     2 (√(d² + c²) - c): d² / c for small d, 2 |d| for large; "smooth_l1" of
                   sd-scripts, not torch's
+    contrastive   d² less a share of the distance from the target of another sample
 
 The threshold may depend on the noise level. It is large where the sample is clean, i.e. the loss is
 more quadratic there:
@@ -56,6 +57,8 @@ class Loss(ABC):
     """
 
     name: ClassVar[str]
+    batch_wide: ClassVar[bool] = False
+    """Whether a sample's loss depends on the other samples of its batch."""
 
     @abstractmethod
     def __call__(self, error: Tensor, threshold: Tensor | None) -> Tensor:
@@ -111,6 +114,53 @@ class L1(Loss):
 
     def __call__(self, error: Tensor, threshold: Tensor | None) -> Tensor:
         return error.abs()
+
+
+@LOSSES.register
+@dataclass(frozen=True)
+class Contrastive(Loss):
+    """Contrastive flow matching: d² - λ |out - ũ|², ũ the target of the next sample in the batch.
+
+    Source: Stoica et al. 2506.05350, eq. 4, with λ = 0.05. It keeps the velocities of different
+    classes or prompts apart. Its minimum is (u - λ E[ũ]) / (1 - λ), not u: with guidance, the paper
+    samples with (1 - λ) out + λ E[ũ] (its §5.4). The batch is the micro-batch of one process, so
+    the loss depends on how a step is split; a sample's negative is any other sample, as in the
+    paper's code, also one of its own class. A batch needs two samples.
+
+    Args:
+        strength: λ, in 0 ... 1; 0 is the squared error.
+
+    Raises:
+        ValueError: for λ outside 0 <= λ < 1, beyond which the loss has no minimum.
+
+    >>> loss = Contrastive(strength=0.5)
+    >>> loss.between(torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [2.0]]), None)
+    tensor([[-0.5000],
+            [-1.0000]])
+    """
+
+    name: ClassVar[str] = "contrastive"
+    batch_wide: ClassVar[bool] = True
+    strength: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength < 1:
+            raise ValueError(
+                f"the strength of loss 'contrastive' must lie in 0 <= strength < 1, got "
+                f"{self.strength}; the paper uses 0.05"
+            )
+
+    def __call__(self, error: Tensor, threshold: Tensor | None) -> Tensor:
+        """Return d², the part of each sample's own target."""
+        return error**2
+
+    def between(self, out: Tensor, target: Tensor, threshold: Tensor | None) -> Tensor:
+        if len(out) < 2:
+            raise ValueError(
+                "loss 'contrastive' compares a sample with another of its batch, and this batch "
+                "has one; train with at least 2 samples in a micro-batch"
+            )
+        return (out - target) ** 2 - self.strength * (out - target.roll(-1, 0)) ** 2
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,12 @@ from .noise import (
     resolve_noise,
     target_noise,
 )
+from .presets import PRESETS
 from .schedule import NoiseSchedule
 from .timesteps import resolve_timesteps
 from .timesteps.base import Resampled, Timesteps
 from .timesteps.densities import UniformTimesteps
+from .utils.registry import lookup
 from .utils.rng import Draws, Stream, SymbolicRange, permutation, whole_seed
 from .utils.validation import require_same_shape
 from .weighting import Weighting, resolve_weighting
@@ -198,9 +200,9 @@ class Noising(nn.Module):
     This is a module, so that the checkpoint holds what it learns or measures (weights, loss
     history). It has parameters only if the weighting scheme has parameters. torch.compile compiles
     a whole step, also with fullgraph, and with dynamic=True once for all batches. It does not for
-    beta densities, importance sampling and immiscible noise: compile only the part after
-    :meth:`draw`, i.e. :meth:`at` and the loss. Warns if the weight of a zero-SNR terminal step is
-    0.
+    beta densities, importance sampling and noise that depends on its batch (immiscible, optimal
+    transport). For these, compile only the part after :meth:`draw`, i.e. :meth:`at` and the loss.
+    Warns if the weight of a zero-SNR terminal step is 0.
 
     Args:
         schedule: the noise schedule.
@@ -250,6 +252,52 @@ class Noising(nn.Module):
         self._micro_batches = MicroBatches()
         self._level_table = LevelTable(schedule, self.weighting, self.loss)
         warn_of_weights(self.weighting, self.timesteps, schedule)
+
+    @classmethod
+    def preset(
+        cls,
+        name: str,
+        *,
+        tokens: int | None = None,
+        shift: float | None = None,
+        weighting: str | Weighting | None = None,
+        timesteps: str | Timesteps | None = None,
+        noise: str | Noise | Chain | Sequence[str | Noise] = "gaussian",
+        seed: int = 0,
+        loss: str | Loss = "l2",
+    ) -> Noising:
+        """Return the noising that a published model was trained with.
+
+        The schedule is that of :meth:`NoiseSchedule.preset`, the one that the model's pipeline
+        samples with, so previews and saved configs are right. The density and the weighting are
+        those of the training, with its own shift. Warns where these are not published, and then
+        trains on the schedule as it is sampled.
+
+        Args:
+            name: a name of ``PRESETS``.
+            tokens: image tokens, for a shift that depends on them.
+            shift: another shift of the density, on a flow.
+            weighting, timesteps: in place of the preset's; see :class:`Noising`.
+            noise, seed, loss: as for :class:`Noising`.
+
+        Raises:
+            ValueError: as for :meth:`NoiseSchedule.preset`.
+
+        >>> noising = Noising.preset("lumina2")  # sampled with 6, trained with Flux's line
+        >>> noising.schedule.curve.shift, round(noising.timesteps.shift, 4)
+        (6.0, 3.1582)
+        >>> Noising.preset("edm2").weighting.name, Noising.preset("edm2", weighting="edm").seed
+        ('learned_uncertainty', 0)
+        """
+        preset = lookup("preset", name, PRESETS)
+        sampled_at = None if preset.only_training_takes_tokens else tokens
+        schedule = NoiseSchedule.preset(name, sampled_at)
+        if timesteps is None:
+            timesteps = preset.density(name, schedule.curve, tokens, shift)
+        elif shift is not None:
+            raise ValueError("shift is that of the preset's density; leave it out with timesteps=")
+        weighting = preset.training.weighting if weighting is None else weighting
+        return cls(schedule, weighting, timesteps, noise, seed, loss)
 
     def forward(
         self,

@@ -7,10 +7,9 @@ no device, no dtype and no state. Schedules compare, hash and pickle by their nu
 
 # no postponed annotations here: LightningCLI reads the types of NoiseSchedule.__init__ from them
 import hashlib
-import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
@@ -23,7 +22,7 @@ from torch import Tensor
 from .curves import curve_from_config
 from .curves.base import LEAST_ALPHA, Curve
 from .curves.shifts import resolution_shift, token_shift
-from .curves.truncated import truncate
+from .curves.truncated import inward_time, times_at_levels, truncate
 from .io.diffusers import from_diffusers, scheduler_of, to_diffusers
 from .io.files import CONFIG_NAME, EXACT_NAME, read_configs, write_configs
 from .io.hub import schedule_folder
@@ -160,12 +159,15 @@ class NoiseSchedule(Constructors):
         *,
         log_snr_min: float | None = None,
         log_snr_max: float | None = None,
+        noise_level_min: float | None = None,
+        noise_level_max: float | None = None,
     ) -> "NoiseSchedule":
         """Return the part of this schedule from ``t_min`` to ``t_max``, both included.
 
         Use it for a model that is trained on these times only (an expert, a refiner). Every time
         keeps its α, its σ and its network time. Training times and sampling steps lie inside the
-        part.
+        part. On a flow, ``t_min`` and ``t_max`` are before the shift; the boundary of Wan 2.2 is a
+        noise level, after it.
 
         Args:
             t_min: the first time; by default the start of the schedule.
@@ -173,6 +175,9 @@ class NoiseSchedule(Constructors):
             log_snr_min: the log SNR of the last time, in place of ``t_max``. On a discrete schedule
                 the part has the timesteps inside the range.
             log_snr_max: the log SNR of the first time, in place of ``t_min``.
+            noise_level_min: the noise level of the first time, in place of ``t_min``: σ after the
+                shift on a flow (the network's timestep / 1000), σ / α on other curves.
+            noise_level_max: the noise level of the last time, in place of ``t_max``.
 
         Raises:
             ValueError: if an end lies outside the schedule, if nothing is left, or if an end is
@@ -183,31 +188,38 @@ class NoiseSchedule(Constructors):
         (200, torch.Size([200]))
         >>> round(NoiseSchedule.flow().truncated(log_snr_min=0.0).curve.t_max, 6)
         0.5
+        >>> flow = NoiseSchedule.flow(shift=12.0)
+        >>> [
+        ...     round(flow.sigma(torch.tensor(part.curve.t_min)).item(), 3)
+        ...     for part in (flow.truncated(noise_level_min=0.875), flow.truncated(t_min=0.875))
+        ... ]
+        [0.875, 0.988]
         """
-        first = self._end("t_min", t_min, "log_snr_max", log_snr_max, self.curve.t_min, math.ceil)
-        last = self._end("t_max", t_max, "log_snr_min", log_snr_min, self.curve.t_max, math.floor)
+        first = self._end(
+            True, t_min=t_min, log_snr_max=log_snr_max, noise_level_min=noise_level_min
+        )
+        last = self._end(
+            False, t_max=t_max, log_snr_min=log_snr_min, noise_level_max=noise_level_max
+        )
         return replace(self, curve=truncate(self.curve, first, last))
 
-    def _end(
-        self,
-        name: str,
-        t: float | None,
-        other: str,
-        log_snr: float | None,
-        end: float,
-        inward: Callable[[float], int],
-    ) -> float:
-        if log_snr is None:
-            return end if t is None else float(t)
-        if t is not None:
+    def _end(self, least: bool, **ends: float | None) -> float:
+        """Return the time of the end that is given by at most one name."""
+        curve = self.curve
+        given = [(name, value) for name, value in ends.items() if value is not None]
+        if not given:
+            return curve.t_min if least else curve.t_max
+        (name, value), *others = given
+        if others:
             raise ValueError(
-                f"{name} and {other} are the same end of the schedule; give one of the two"
+                f"{name} and {others[0][0]} are the same end of the schedule; give one of the two"
             )
-        time = float(self.curve.time(torch.tensor([log_snr], dtype=torch.float64)))
-        if not self.curve.is_discrete:
-            return time
-        # a log SNR of the table maps to its own timestep
-        return float(round(time) if abs(time - round(time)) < 1e-9 else inward(time))
+        if name.startswith("t_"):
+            return float(value)
+        if name.startswith("noise_level"):
+            levels = (value, None) if least else (None, value)
+            return times_at_levels(curve, *levels)[not least]
+        return inward_time(curve, curve.time(torch.tensor([value], dtype=torch.float64)), least)
 
     def with_prediction(self, prediction: str | Prediction) -> "NoiseSchedule":
         """Return this schedule with another prediction type.

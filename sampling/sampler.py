@@ -24,6 +24,7 @@ from .guidance import Network
 from .inference import Run, SeededNoise, Times, prepare_run, without_gradients
 from .interop.diffusers_configs import nearest_config, sampler_config
 from .interop.diffusers_reading import SamplerArguments, sampler_arguments
+from .interop.presets import preset_arguments
 from .kernel import Beside, Evaluate, Noise, Plan, Progress, Resolved, final, run
 from .knots import Knot, start_scale
 from .methods.base import Method
@@ -335,6 +336,27 @@ class Sampler:
         return cls._of_arguments(
             sampler_arguments(config, DEFAULT_STEPS if steps is None else steps, tokens)
         )
+
+    @classmethod
+    def preset(cls, name: str, steps: int | None = None, tokens: int | None = None) -> Any:
+        """Return the sampler of a published model's pipeline.
+
+        ``docs/presets.md`` lists the models. What the pipeline does and the sampler does not,
+        clipping above all, is a warning.
+
+        Args:
+            name: a name of ``PRESETS``.
+            steps: sampling steps, by default the pipeline's.
+            tokens: image tokens, for a shift that depends on them.
+
+        Raises:
+            ValueError: for an unknown name, and for an expert, which samples a part of the way.
+
+        >>> sampler = Sampler.preset("sd3", steps=4)
+        >>> sampler.method.name, [round(t, 1) for t in sampler.timesteps]
+        ('euler', [1000.0, 857.7, 602.2, 8.9])
+        """
+        return cls._of_arguments(preset_arguments(name, steps, tokens))
 
     @classmethod
     def from_pretrained(

@@ -34,7 +34,7 @@ EAGER = {
     "callbacks": HEAVY,
 }
 LAZY = {
-    "noising": {"scipy", "diffusers", "huggingface_hub"},
+    "noising": {"scipy", "diffusers", "huggingface_hub", "ot"},
     "sampling": {"diffusers", "torchsde"},
     "training": {"diffusers"} | EXTRAS,
     "callbacks": {"diffusers"} | EXTRAS,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .checkpoints.loading import load_checkpoint
     from .checkpoints.read import schedule_from_checkpoint
     from .checkpoints.safetensors import write_markers
+    from .diff2flow import Diff2Flow
     from .ema.model import ModelEMA
     from .ema.posthoc import posthoc_ema, save_snapshot
     from .ema.profiles import (
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EMA_PROFILES",
     "Constant",
+    "Diff2Flow",
     "DiffusionModule",
     "EMAProfile",
     "HalfLife",
@@ -73,6 +75,7 @@ _NAMES = {
     "checkpoints.loading": ("load_checkpoint",),
     "checkpoints.read": ("schedule_from_checkpoint",),
     "checkpoints.safetensors": ("write_markers",),
+    "diff2flow": ("Diff2Flow",),
     "ema.model": ("ModelEMA",),
     "ema.posthoc": ("posthoc_ema", "save_snapshot"),
     "ema.profiles": (

@@ -6,6 +6,7 @@ from .base import (
     QuantileTimesteps,
     ReversedTimesteps,
     Timesteps,
+    WithinNoiseLevels,
     WithinTimesteps,
     resolve_timesteps,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "Timesteps",
     "UniformTimesteps",
     "WeightedTimesteps",
+    "WithinNoiseLevels",
     "WithinTimesteps",
     "resolve_timesteps",
 ]

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..curves.base import Curve
+from ..curves.truncated import Truncated, times_at_levels
 from ..utils.bisection import bisect
 from ..utils.items import make_item
 from ..utils.registry import D, Registry
@@ -120,12 +121,32 @@ class Timesteps(ABC):
     def within(self, low: float, high: float) -> WithinTimesteps:
         """Return this density limited to times from ``low`` to ``high``, both included.
 
+        On a flow these are times before the shift; see :meth:`within_noise_levels`.
+
         >>> from alphabar.noising import NoiseSchedule, UniformTimesteps
         >>> density = UniformTimesteps().within(500, 999)
         >>> density.times(torch.tensor([1e-9, 0.5, 1.0]), NoiseSchedule.linear().curve)
         tensor([500, 749, 999])
         """
         return WithinTimesteps(density=self, low=low, high=high)
+
+    def within_noise_levels(self, low: float, high: float) -> WithinNoiseLevels:
+        """Return this density limited to noise levels from ``low`` to ``high``.
+
+        On a flow these are σ after the shift: the network's timesteps over 1000, as the boundary
+        of the experts of Wan 2.2.
+
+        >>> from alphabar.noising import NoiseSchedule, UniformTimesteps
+        >>> flow, u = NoiseSchedule.flow(shift=12.0), torch.tensor([1e-9, 1.0])
+        >>> for density in (
+        ...     UniformTimesteps().within_noise_levels(0.875, 1.0),
+        ...     UniformTimesteps().within(0.875, 1.0),
+        ... ):
+        ...     flow.sigma(density.times(u, flow.curve))
+        tensor([0.8750, 1.0000])
+        tensor([0.9882, 1.0000])
+        """
+        return WithinNoiseLevels(density=self, low=low, high=high)
 
     def reversed(self) -> ReversedTimesteps:
         """Return this density with data and noise exchanged.
@@ -230,9 +251,10 @@ class WithinTimesteps(Around):
     """``density`` conditioned on times in ``low`` ... ``high``, both included; times of the curve.
 
     On discrete schedules the limits are integer timesteps (kohya's --max_timestep is excluded
-    there: subtract 1), on flows they are t in 0 ... 1 before any shift. The density is cut to the
-    range, not rescaled to it. Raises ValueError unless low < high. A Noising that gets this density
-    raises ValueError if the range leaves the schedule, or if the density has no mass in it.
+    there: subtract 1), on flows they are t in 0 ... 1 before any shift; :class:`WithinNoiseLevels`
+    takes σ after it. The density is cut to the range, not rescaled to it. Raises ValueError unless
+    low < high. A Noising that gets this density raises ValueError if the range leaves the schedule,
+    or if the density has no mass in it.
 
     >>> from alphabar.noising import LogitNormalTimesteps, NoiseSchedule
     >>> density = WithinTimesteps(density=LogitNormalTimesteps(), low=0, high=499)
@@ -273,6 +295,53 @@ class WithinTimesteps(Around):
         object.__setattr__(
             self, "_known", (curve, _shares(self.density, curve, self.low, self.high))
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithinNoiseLevels(Around):
+    """``density`` conditioned on noise levels in ``low`` ... ``high``.
+
+    A noise level is σ after any shift on a flow, σ / α on other curves, so the range does not
+    depend on the shift; that of :class:`WithinTimesteps` does. On a part of a schedule, ``density``
+    is that of the whole one. Raises ValueError unless low < high. A Noising that gets this density
+    raises ValueError as for WithinTimesteps.
+
+    >>> from alphabar.noising import LogitNormalTimesteps, NoiseSchedule
+    >>> schedule = NoiseSchedule.flow(shift=5.0)
+    >>> expert = schedule.truncated(noise_level_min=0.9)
+    >>> density = WithinNoiseLevels(density=LogitNormalTimesteps(), low=0.9, high=1.0)
+    >>> u = torch.tensor([1e-9, 1.0], dtype=torch.float64)
+    >>> expert.sigma(density.times(u, expert.curve))
+    tensor([0.9000, 1.0000], dtype=torch.float64)
+    """
+
+    name: ClassVar[str] = "within_noise_levels"
+    _known: ClassVar[tuple[Curve, Curve, WithinTimesteps] | None] = None  # as in WithinTimesteps
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.low < self.high:
+            raise ValueError(
+                f"a range of noise levels needs low < high, got {self.low} and {self.high}"
+            )
+
+    def times(self, u: Tensor, curve: Curve) -> Tensor:
+        known = self._known
+        _, whole, within = known if known is not None and known[0] is curve else self._on(curve)
+        t = within.times(u, whole)
+        return t.clamp(int(curve.t_min), int(curve.t_max)) if curve.is_discrete else t
+
+    def check(self, curve: Curve) -> None:
+        known = self._on(curve)
+        known[2].check(known[1])
+        object.__setattr__(self, "_known", known)
+
+    def _on(self, curve: Curve) -> tuple[Curve, Curve, WithinTimesteps]:
+        low, high = times_at_levels(curve, self.low, self.high)
+        whole = curve.curve if isinstance(curve, Truncated) else curve
+        return curve, whole, WithinTimesteps(density=self.density, low=low, high=high)
 
 
 @dataclass(frozen=True, kw_only=True)
