@@ -21,7 +21,7 @@ from ..noising.utils.registry import lookup
 from .clipping import Change
 from .grids import Grid, counts_evaluations, make_knots, split_options
 from .guidance import Network
-from .inference import SeededNoise, last, prepare_run, without_gradients
+from .inference import Run, SeededNoise, last, prepare_run, without_gradients
 from .interop.diffusers_configs import nearest_config, sampler_config
 from .interop.diffusers_reading import SamplerArguments, sampler_arguments
 from .kernel import Progress, run
@@ -29,6 +29,7 @@ from .knots import Knot, start_scale
 from .methods.base import Method
 from .names import RUN_OPTIONS, resolve, resolve_settings
 from .noise_sources import BrownianNoise
+from .rollouts import Rollout, require_stochastic, roll_out
 from .standalone import StandaloneEntry
 from .table import Table, compile_table
 from .tracing import Evaluation, Unconditional
@@ -248,9 +249,16 @@ class Sampler:
         **arguments: Any,
     ) -> Iterator[Progress]:
         """Return the steps of a run, which leave the gradient mode to the caller."""
+        this = self._prepared(network, shape_or_noise, **arguments)
+        source = lookup("noise", noise, NOISE_SOURCES)(this.noise, self.knots)
+        return run(self.table, this.x, this.evaluate, source, this.beside)
+
+    def _prepared(
+        self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any
+    ) -> Run:
         ops = [op for step in self.table.steps for op in step.ops]
         evaluations = [op.knot for op in ops if isinstance(op, Evaluation)]
-        this = prepare_run(
+        return prepare_run(
             self.schedule,
             self.knots[0],
             network,
@@ -262,8 +270,44 @@ class Sampler:
             halves=any(isinstance(op, Unconditional) for op in ops),
             **arguments,
         )
-        source = lookup("noise", noise, NOISE_SOURCES)(this.noise, self.knots)
-        return run(self.table, this.x, this.evaluate, source, this.beside)
+
+    def rollout(
+        self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any
+    ) -> Rollout:
+        """Sample, and return the samples with the Gaussian transition of every stochastic step.
+
+        For policy gradients (DDPO, Flow-GRPO); see :class:`Rollout` and docs/rollouts.md. The
+        samples are those of a call with the same arguments. Runs without gradients.
+
+        Args:
+            network, shape_or_noise, arguments: as in :meth:`iterate`, without ``noise``: the draws
+                are independent.
+
+        Raises:
+            ValueError: no step draws noise, or a step is not Gaussian.
+
+        >>> sampler = Sampler(NoiseSchedule.flow(), "flow_sde", steps=4)
+        >>> rollout = sampler.rollout(lambda x, t: -x, (2, 3), seeds=0)
+        >>> len(rollout), rollout.samples.shape, rollout.log_prob.shape
+        (3, torch.Size([2, 3]), torch.Size([2]))
+        >>> weight = torch.tensor(-1.0, requires_grad=True)
+        >>> for old, new in zip(rollout, rollout.replay(lambda x, t: weight * x)):
+        ...     ratio = (new.log_prob - old.log_prob).exp()
+        ...     ratio.mean().backward()
+        >>> bool(weight.grad != 0)
+        True
+        """
+        require_stochastic(self.table, self.method.options)
+        if "noise" in arguments:
+            raise ValueError(
+                f"a rollout needs independent draws, got noise={arguments['noise']!r}; leave it out"
+            )
+        this = self._prepared(network, shape_or_noise, **arguments)
+
+        def prepare(network: Network, start: Tensor) -> Run:
+            return self._prepared(network, start, **{**arguments, "seeds": 0})
+
+        return roll_out(self.table, this, prepare)
 
     def to_diffusers(self, nearest: bool = False) -> dict[str, Any]:
         """Return the scheduler_config.json of the sampler: its diffusers class and all its options.
