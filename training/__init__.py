@@ -24,6 +24,7 @@ from .ema.profiles import (
 )
 from .flags.base_model import diffusers_scheduler
 from .flags.parsing import add_noising_arguments, noising_from_arguments, schedule_from_arguments
+from .media.options import Media
 from .previews.groups import PreviewConditions
 from .previews.previews import Previews
 from .publishing.settings import read_settings, sampler_from_settings
@@ -38,6 +39,7 @@ __all__ = [
     "EMAProfile",
     "HalfLife",
     "InverseGamma",
+    "Media",
     "ModelEMA",
     "PowerFunction",
     "PreviewConditions",
