@@ -103,6 +103,16 @@ class Rollout:
         transitions: One for each draw that is used, in order.
         samples: The result of the run, equal to the sampler's call with the same arguments.
         prepare: Returns a run of the network with the rollout's conditions, guidance and clipping.
+
+    >>> from alphabar.noising import NoiseSchedule
+    >>> from alphabar.sampling import Sampler
+    >>> sampler = Sampler(NoiseSchedule.flow(), "euler_ancestral", steps=4)
+    >>> rollout = sampler.rollout(lambda x, t: -x, (2, 3), seeds=0)
+    >>> [(step.step, round(step.std, 3)) for step in rollout]
+    [(0, 0.75), (1, 0.471), (2, 0.236)]
+    >>> same = rollout.replay(lambda x, t: -x, indices=[1])
+    >>> torch.equal(next(same).log_prob, rollout.transitions[1].log_prob)
+    True
     """
 
     table: Table
