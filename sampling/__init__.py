@@ -7,7 +7,7 @@ from .kernel import Progress
 from .knots import CLEAN, Knot, knots_at
 from .methods import METHODS, Method, register_method
 from .names import resolve_method
-from .rollouts import Rollout, Transition
+from .rollouts.rollout import Rollout, Transition
 from .sampler import Sampler, make_sampler
 from .standalone import (
     STANDALONE,

@@ -29,7 +29,8 @@ from .knots import Knot, start_scale
 from .methods.base import Method
 from .names import RUN_OPTIONS, resolve, resolve_settings
 from .noise_sources import BrownianNoise
-from .rollouts import Rollout, require_stochastic, roll_out
+from .rollouts.actions import require_stochastic
+from .rollouts.rollout import Rollout, roll_out
 from .standalone import StandaloneEntry
 from .table import Table, compile_table
 from .tracing import Evaluation, Unconditional

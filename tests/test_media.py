@@ -138,22 +138,23 @@ def test_a_preview_decodes_in_slices_of_frames(tmp_path: Path) -> None:
     assert len(frames_of(tmp_path / records(tmp_path)[0]["image"])) == 5
 
 
-def test_mp4_is_written_by_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import diffusers.utils
-
+def test_mp4_is_written_by_imageio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ImportError, match=r"video_format='mp4' needs imageio and imageio_ffmpeg"):
         monkeypatch.setattr(videos, "find_spec", lambda name: None)
         Media(video_format="mp4")
     monkeypatch.setattr(videos, "find_spec", lambda name: True)
     written: list[Any] = []
 
-    def export(frames: list[Image.Image], path: str, fps: float, macro_block_size: int) -> None:
-        written.append((len(frames), frames[0].mode, frames[0].size, fps))
+    def mimwrite(path: str, frames: Any, **options: Any) -> None:
+        written.append((frames.shape, frames.dtype, options))
         Path(path).write_bytes(b"film")
 
-    monkeypatch.setattr(diffusers.utils, "export_to_video", export)
+    imageio = types.ModuleType("imageio.v2")
+    imageio.mimwrite = mimwrite  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "imageio", types.ModuleType("imageio"))
+    monkeypatch.setitem(sys.modules, "imageio.v2", imageio)
     show(tmp_path, VIDEO, Media(fps=12, video_format="mp4"))
-    assert written == [(5, "RGB", (12, 8), 12)] * 2
+    assert written == [((5, 8, 12, 3), np.uint8, {"fps": 12, "macro_block_size": 2})] * 2
     for record in records(tmp_path):
         assert record["video"].endswith(".mp4")
         assert (tmp_path / record["video"]).read_bytes() == b"film"

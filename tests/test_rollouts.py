@@ -18,7 +18,7 @@ from alphabar.noising import NoiseSchedule
 from alphabar.sampling import METHODS, Method, Sampler, Transition
 from alphabar.sampling.inference import SeededNoise
 from alphabar.sampling.kernel import run
-from alphabar.sampling.rollouts import actions_of, segments
+from alphabar.sampling.rollouts.actions import actions_of, segments
 from alphabar.sampling.table import compile_table
 
 FLOW = NoiseSchedule.flow().with_prediction("sample")

@@ -1,8 +1,8 @@
 """Stochastic samplers of flow models for reinforcement learning: Flow-GRPO and CPS.
 
-Both add noise to Euler's step of the flow, so that a step has a density (see ``rollouts.py``). On
-the flow path x = (1 - t) x_0 + t ε with velocity v = ε̂ - D. Every other path is the flow path times
-α + σ, with t = σ / (α + σ), so they run on every schedule. The last step only removes noise.
+Both add noise to Euler's step of the flow, so that a step has a density (``sampling/rollouts``). On
+the flow path x = (1 - t) x_0 + t ε with velocity v = ε̂ - D. Every other path is the flow path
+times α + σ, with t = σ / (α + σ), so they run on every schedule. The last step only removes noise.
 """
 
 from __future__ import annotations

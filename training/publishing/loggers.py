@@ -18,6 +18,7 @@ import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -165,10 +166,9 @@ def _play_in_wandb(logger: Any, recording: Recording) -> bool:
 
 
 def _play_in_wandb_tracker(tracker: Any, recording: Recording) -> bool:
-    import wandb
-
     if recording.grid is None:
         return False
+    wandb: Any = import_module("wandb")
     each = zip(_gifs(recording), recording.captions, strict=True)
     videos = [wandb.Video(gif, caption=caption, format="gif") for gif, caption in each]
     tracker.run.log({recording.tag: videos}, commit=False)  # as _wandb_tracker
