@@ -78,8 +78,8 @@ class Transition:
     def kl(self, reference: Transition) -> Tensor:
         """Return KL(this || reference) of each image, shape (batch,): a sum over its elements.
 
-        Both have the same standard deviation, so it is (mean - reference mean)² / (2 std²)
-        (2505.05470, §4.1, divides it by the number of elements).
+        Both have the same standard deviation, so it is (mean - reference mean)² / (2 std²). The code
+        of Flow-GRPO divides it by the number of elements.
         """
         return 0.5 * _squares(self.mean - reference.mean, self.std)
 
