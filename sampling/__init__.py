@@ -7,6 +7,7 @@ from .kernel import Progress
 from .knots import CLEAN, Knot, knots_at
 from .methods import METHODS, Method, register_method
 from .names import resolve_method
+from .rollouts.rollout import Rollout, Transition
 from .sampler import Sampler, make_sampler
 from .serving import CapturedSampler, ContinuousBatch
 from .standalone import (
@@ -39,10 +40,12 @@ __all__ = [
     "PredictorCorrector",
     "Progress",
     "RePaint",
+    "Rollout",
     "Sampler",
     "Table",
     "TokenSchedule",
     "Trace",
+    "Transition",
     "VQDiffusion",
     "guide",
     "knots_at",

@@ -30,6 +30,8 @@ from .knots import Knot, start_scale
 from .methods.base import Method
 from .names import RUN_OPTIONS, resolve, resolve_settings
 from .noise_sources import BrownianNoise
+from .rollouts.actions import require_stochastic
+from .rollouts.rollout import Rollout, roll_out
 from .standalone import StandaloneEntry
 from .table import Table, compile_table
 
@@ -287,6 +289,44 @@ class Sampler:
             halves=plan.has_halves,
             **arguments,
         )
+
+    def rollout(
+        self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any
+    ) -> Rollout:
+        """Sample, and return the samples with the Gaussian transition of every stochastic step.
+
+        For policy gradients (DDPO, Flow-GRPO); see :class:`Rollout` and docs/rollouts.md. The
+        samples are those of a call with the same arguments. Runs without gradients.
+
+        Args:
+            network, shape_or_noise, arguments: as in :meth:`iterate`, without ``noise``: the draws
+                are independent.
+
+        Raises:
+            ValueError: no step draws noise, or a step is not Gaussian.
+
+        >>> sampler = Sampler(NoiseSchedule.flow(), "flow_sde", steps=4)
+        >>> rollout = sampler.rollout(lambda x, t: -x, (2, 3), seeds=0)
+        >>> len(rollout), rollout.samples.shape, rollout.log_prob.shape
+        (3, torch.Size([2, 3]), torch.Size([2]))
+        >>> weight = torch.tensor(-1.0, requires_grad=True)
+        >>> for old, new in zip(rollout, rollout.replay(lambda x, t: weight * x)):
+        ...     ratio = (new.log_prob - old.log_prob).exp()
+        ...     ratio.mean().backward()
+        >>> bool(weight.grad != 0)
+        True
+        """
+        require_stochastic(self.table, self.method.options)
+        if "noise" in arguments:
+            raise ValueError(
+                f"a rollout needs independent draws, got noise={arguments['noise']!r}; leave it out"
+            )
+        this = self._prepared(network, shape_or_noise, **arguments)
+
+        def prepare(network: Network, start: Tensor) -> Run:
+            return self._prepared(network, start, **{**arguments, "seeds": 0})
+
+        return roll_out(self.table, this, prepare)
 
     def to_diffusers(self, nearest: bool = False) -> dict[str, Any]:
         """Return the scheduler_config.json of the sampler: its diffusers class and all its options.

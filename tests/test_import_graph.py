@@ -56,6 +56,8 @@ LATER = {
     "noising/utils/triton_kernels.py": {"triton"},
     "sampling/schedulers/drop_in.py": {"diffusers"},
 }
+# Packages that no extra installs, inside functions: who asks for an mp4, or hands over a tracker, has them.
+OF_THE_USER = {"training/media/videos.py": {"imageio"}, "training/publishing/loggers.py": {"wandb"}}
 
 
 def offence(path: str, item: Import) -> str | None:
@@ -75,7 +77,7 @@ def offence(path: str, item: Import) -> str | None:
     if top == "diffusers" and not any(fnmatch(path, pattern) for pattern in DIFFUSERS_MODULES):
         return f"diffusers is for these modules alone: {DIFFUSERS_MODULES}"
     allowed = EAGER[folder] | LATER.get(path, set())
-    if top in allowed or (item.lazy and top in LAZY[folder]):
+    if top in allowed or (item.lazy and top in LAZY[folder] | OF_THE_USER.get(path, set())):
         return None
     return (
         f"{folder} may import {sorted(EAGER[folder])}, and inside functions {sorted(LAZY[folder])}"

@@ -337,7 +337,7 @@ def test_a_network_of_fabric_needs_its_fabric(tmp_path: Path) -> None:
         ({"loop": "cuda"}, TypeError, "^loop must be an Accelerator of accelerate, a Fabric"),
         ({"schedule": None}, TypeError, "^schedule must be the NoiseSchedule .* got NoneType"),
         ({"shape": None}, ValueError, r"^previews need the shape of a sample; give shape="),
-        ({"shape": (3, 4, 8, 8)}, ValueError, "give decode="),
+        ({"shape": (2, 3, 4, 8, 8)}, ValueError, "give decode="),
         ({"weights": "emma"}, ValueError, "unknown weights 'emma'; did you mean 'ema'"),
         ({"on_error": "rise"}, ValueError, "unknown on_error 'rise'; did you mean 'raise'"),
         ({"prompts": ["a"]}, ValueError, "^prompts need encode="),

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         noising_from_arguments,
         schedule_from_arguments,
     )
+    from .media.options import Media
     from .module import DiffusionModule
     from .previews.groups import PreviewConditions
     from .previews.previews import Previews
@@ -44,6 +45,7 @@ __all__ = [
     "EMAProfile",
     "HalfLife",
     "InverseGamma",
+    "Media",
     "ModelEMA",
     "PowerFunction",
     "PreviewConditions",
@@ -89,6 +91,7 @@ _NAMES = {
     ),
     "flags.base_model": ("diffusers_scheduler",),
     "flags.parsing": ("add_noising_arguments", "noising_from_arguments", "schedule_from_arguments"),
+    "media.options": ("Media",),
     "module": ("DiffusionModule",),
     "previews.groups": ("PreviewConditions",),
     "previews.previews": ("Previews",),

@@ -25,6 +25,7 @@ from ...training.loops.background import AFTER_AN_ERROR, AT_THE_END, BEFORE_A_CH
 from ...training.loops.collectives import call_on_all_ranks
 from ...training.loops.forward import ForwardMode, require_exit_after
 from ...training.loops.loop import LiveModel
+from ...training.media.options import Media
 from ...training.previews.groups import PreviewConditions, grouped
 from ...training.previews.preview import Moment, Previewer
 from ...training.previews.recipe import recipe_of
@@ -103,7 +104,7 @@ class ValidationSampling(Callback):
             ranks in turn. If a rank runs out of memory, it is halved on all ranks.
         shape: shape of one sample, (channels, height, width). One or three channels are shown
             unchanged. For other numbers (latents) the first three channels are shown, each scaled
-            to its range. Videos and sounds need ``decode``.
+            to its range. Videos: (channels, frames, height, width); sounds: (channels, length).
         prompts, negative_prompt, encode: texts, which images take in turn, the text for guidance,
             and a function that encodes them. ``encode`` maps a list of texts to a mapping of
             tensors with a row for each text: arguments of ``predict``. It is called once, before
@@ -115,8 +116,10 @@ class ValidationSampling(Callback):
         guidance_scale, guidance_rescale: classifier-free guidance, as in Sampler.
         weights: 'raw', 'ema' or 'both' (separate grids). See ``ema_weights`` for the averages that
             are found. While there is no average, the raw weights are used, and the preview says so.
-        decode, decode_batch_size: function (or diffusers VAE) from latents to images in [-1, 1],
-            and its batch size.
+        decode, decode_batch_size: function (or diffusers VAE) from latents to images, videos or
+            sounds in [-1, 1], and its batch size.
+        media: a :class:`Media`: how videos and sounds are shown, and their rates. Videos need
+            nothing of it; sounds need ``Media(sample_rate=...)``.
         pipeline: a diffusers pipeline, or a function from the module to a pipeline. It draws
             instead of the network alone, with the training schedule as its scheduler. It must hold
             a network of the module.
@@ -176,6 +179,7 @@ class ValidationSampling(Callback):
         weights: Literal["raw", "ema", "both"] = "raw",
         decode: Callable[..., Any] | None = None,
         decode_batch_size: int = 1,
+        media: Media | None = None,
         pipeline: Any = None,
         max_seconds: float | None = None,
         folder: str | os.PathLike[str] | None = None,
@@ -218,12 +222,13 @@ class ValidationSampling(Callback):
             predict=predict,
             decode=decode,
             decode_batch_size=decode_batch_size,
+            media=media,
             pipeline=pipeline,
             max_seconds=max_seconds,
         )
         self.shape = tuple(shape) if shape is not None else None
         if self.shape is not None:
-            require_drawable(self.shape, decode)
+            require_drawable(self.shape, decode, self.recipe.media)
         self.folder = os.fspath(folder) if folder is not None else None
         self.exit_after_error = require_exit_after(exit_after_error)
         self.on_error = lookup("on_error", on_error, {mode: mode for mode in ("warn", "raise")})
@@ -284,7 +289,7 @@ class ValidationSampling(Callback):
                 predict_of_module(pl_module)
             shape = self._sample_shape(pl_module)
             if shape is not None:
-                require_drawable(shape, self.recipe.decode)
+                require_drawable(shape, self.recipe.decode, self.recipe.media)
         if not is_fast_dev_run(trainer):
             self._publisher = Publisher(
                 self._choose_folder(trainer), loop_of_trainer(trainer), "ValidationSampling"
@@ -360,7 +365,7 @@ class ValidationSampling(Callback):
                 )
             return
         if shape is not None and self.recipe.pipeline is None:
-            require_drawable(shape, self.recipe.decode)
+            require_drawable(shape, self.recipe.decode, self.recipe.media)
         assert self._run is not None  # since on_train_start
         self._run.trial(self._live(trainer, module), shape, trainer.global_step)
 

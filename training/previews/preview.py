@@ -212,9 +212,10 @@ class Previewer:
         if nan.any():
             notes.append(
                 f"NaN in {int((nan > 0).sum())} of {len(nan)} images, {float(nan.mean()):.1%} of "
-                "the pixels"
+                f"the {'sound' if pixels.ndim == 3 else 'pixels'}"
             )
-            mend = "chequered in the picture; look at the loss and at the dtype that is sampled in"
+            shown = "silent" if pixels.ndim == 3 else "chequered in the picture"
+            mend = f"{shown}; look at the loss and at the dtype that is sampled in"
             warn_on_rank_zero(f"the preview at step {moment.step} has {notes[-1]} ({mend})")
         return Preview(
             step=moment.step,
@@ -232,6 +233,7 @@ class Previewer:
             seconds=time.monotonic() - started,
             note="; ".join(notes),
             settings=self._settings(shape),
+            media=self.recipe.media,
         )
 
     def _settings(self, shape: tuple[int, ...] | None) -> dict[str, Any]:
@@ -334,7 +336,9 @@ class Previewer:
                 "the shape of a sample is not known; set the module's sample_shape, or give shape="
             )
         network = network_of(model)
-        decode = decoder_of(model, recipe.decode, recipe.decode_batch_size)
+        decode = decoder_of(
+            model, recipe.decode, recipe.decode_batch_size, recipe.media.decode_frames
+        )
         return lambda images: self.drawing.steps(
             network, self.sampler, shape, images, model.device, decode=decode, stop=stop
         )
@@ -397,14 +401,16 @@ def network_of(model: LiveModel) -> Callable[..., Any]:
     return network
 
 
-def decoder_of(model: LiveModel, decode: Any, size: int) -> Callable[[Tensor], Tensor] | None:
-    """Return ``decode`` in slices of ``size``, or None if ``decode`` is None.
+def decoder_of(
+    model: LiveModel, decode: Any, size: int, frames: int | None = None
+) -> Callable[[Tensor], Tensor] | None:
+    """Return ``decode`` in slices of ``size`` and ``frames``, or None if ``decode`` is None.
 
     It is called like a part of the model, unless it is a separate network.
     """
     if decode is None:
         return None
-    sliced = in_slices(decode, size)
+    sliced = in_slices(decode, size, frames)
     return model.call(sliced) if may_use(model.module, decode) else sliced
 
 

@@ -19,6 +19,7 @@ from ..loops.collectives import call_on_all_ranks
 from ..loops.forward import require_exit_after
 from ..loops.loop import LiveModel, loop_of
 from ..loops.objective import schedule_in
+from ..media.options import Media
 from ..publishing.publisher import Publisher
 from .groups import PreviewConditions, grouped
 from .preview import Moment, Previewer
@@ -52,8 +53,8 @@ class Previews:
         steps: sampling steps, 20 by default. A Sampler object has its own number.
         schedule: the schedule of the training, or an object with one, such as a Noising. Needed for
             the name of a sampler; with an object, it is compared with the sampler's schedule.
-        shape: shape of one sample, (channels, height, width); not needed with a pipeline. Videos
-            and sounds need ``decode``.
+        shape: shape of one sample, (channels, height, width), of videos (channels, frames, height,
+            width), of sounds (channels, length); not needed with a pipeline.
         loop: the ``Accelerator`` or ``Fabric`` of the training. None: torch.distributed if it is
             initialized, else a single process.
         num_images: images in a grid. Default: one for each of ``seeds``, else one for each prompt
@@ -75,8 +76,10 @@ class Previews:
             else 'raw'.
         predict: ``predict(x, timesteps, **conditioning)``, which returns a tensor or an object with
             ``.sample``. Default: the network itself.
-        decode, decode_batch_size: function (or diffusers VAE) from latents to images in [-1, 1],
-            and its batch size.
+        decode, decode_batch_size: function (or diffusers VAE) from latents to images, videos or
+            sounds in [-1, 1], and its batch size.
+        media: a :class:`Media`: how videos and sounds are shown, and their rates. Videos need
+            nothing of it; sounds need ``Media(sample_rate=...)``.
         pipeline: a diffusers pipeline, or a function from the network (without wrapper) to a
             pipeline. It draws instead of the network alone, with the schedule of the training.
         max_seconds: time limit of a preview. After it the preview stops, and finished images are
@@ -144,6 +147,7 @@ class Previews:
         predict: Callable[..., Any] | None = None,
         decode: Callable[..., Any] | None = None,
         decode_batch_size: int = 1,
+        media: Media | None = None,
         pipeline: Any = None,
         max_seconds: float | None = None,
         folder: str | os.PathLike[str] = "previews",
@@ -174,6 +178,7 @@ class Previews:
             predict=predict,
             decode=decode,
             decode_batch_size=decode_batch_size,
+            media=media,
             pipeline=pipeline,
             max_seconds=max_seconds,
         )
@@ -185,7 +190,7 @@ class Previews:
                 "previews need the shape of a sample; give shape=(channels, height, width)"
             )
         if self.shape is not None and pipeline is None:
-            require_drawable(self.shape, decode)
+            require_drawable(self.shape, decode, recipe.media)
         lookup("on_error", on_error, {mode: mode for mode in ("warn", "raise")})
         self.weights, self.exit_after_error = weights, require_exit_after(exit_after_error)
         self.loop = loop_of(loop)

@@ -9,27 +9,32 @@ from ...noising.utils.validation import whole_number
 from ...sampling import Method, Sampler
 from ...sampling.names import resolve
 from ..images import require_image_shape
+from ..media.options import Media
 
 DEFAULT_STEPS = 20
 
 
-def require_drawable(shape: tuple[int, ...], decode: object) -> None:
-    """Raise ValueError if samples are not images (but videos or sounds) and ``decode`` is None.
+def require_drawable(shape: tuple[int, ...], decode: object, media: Media) -> None:
+    """Raise ValueError if ``decode`` is None and samples are no images, videos or sounds.
 
-    >>> require_drawable((3, 16, 32, 32), decode=None)
+    Sounds need ``media.sample_rate``.
+
+    >>> require_drawable((3, 16, 32, 32), None, Media())
+    >>> require_drawable((1, 16000), None, Media())
     Traceback (most recent call last):
-    ValueError: a picture needs samples of shape (channels, height, width), got (3, 16, 32, ...
+    ValueError: a picture needs samples of shape (channels, height, width), got (1, 16000); ...
     """
-    if decode is not None:
+    if decode is not None or len(shape) == 4:
+        return
+    if len(shape) == 2 and media.sample_rate is not None:
         return
     try:
         require_image_shape(shape)
     except ValueError as error:
-        example = "of a video its first frame: decode=lambda x: x[:, :, 0]"
-        if len(shape) != 4:
-            example = "a plot of it"
+        sounds = "media=Media(sample_rate=...) if they are sounds, or " if len(shape) == 2 else ""
         raise ValueError(
-            f"{error}; give decode=, a function from samples to images in [-1, 1], e.g. {example}"
+            f"{error}; give {sounds}decode=, a function from samples to images in [-1, 1], e.g. a "
+            "plot of it"
         ) from None
 
 
