@@ -1,5 +1,6 @@
 """Noise schedules and training noise: curves, prediction types, weights, timesteps, noise."""
 
+from .axes import AXES
 from .curves import (
     CURVES,
     Cosine,
@@ -30,10 +31,12 @@ from .noising import Noised, NoiseDraw, Noising
 from .prediction import PREDICTIONS, Prediction
 from .schedule import NoiseSchedule
 from .timesteps import (
+    SHAPED_TIMESTEPS,
     TIMESTEPS,
     BetaTimesteps,
     CosMapTimesteps,
     CustomTimesteps,
+    IndependentTimesteps,
     ListedTimesteps,
     LogitNormalTimesteps,
     LogNormalSigmaTimesteps,
@@ -43,6 +46,9 @@ from .timesteps import (
     NoiseLevelTimesteps,
     QuantileTimesteps,
     ReversedTimesteps,
+    ShapedTimesteps,
+    SharedTimesteps,
+    StaircaseTimesteps,
     Timesteps,
     UniformTimesteps,
     WeightedTimesteps,
@@ -71,6 +77,7 @@ from .weighting import (
 )
 
 __all__ = [
+    "AXES",
     "BETA_SCHEDULES",
     "CURVES",
     "EDM",
@@ -80,6 +87,7 @@ __all__ = [
     "NOISES",
     "P2",
     "PREDICTIONS",
+    "SHAPED_TIMESTEPS",
     "SNR",
     "TIMESTEPS",
     "WEIGHTINGS",
@@ -97,6 +105,7 @@ __all__ = [
     "Gaussian",
     "Huber",
     "Immiscible",
+    "IndependentTimesteps",
     "InputPerturbation",
     "Karras",
     "LearnedUncertainty",
@@ -125,10 +134,13 @@ __all__ = [
     "QuantileTimesteps",
     "ReversedTimesteps",
     "Scheme",
+    "ShapedTimesteps",
+    "SharedTimesteps",
     "SigmaSqrt",
     "Sigmoid",
     "SmoothL1",
     "SoftMinSNR",
+    "StaircaseTimesteps",
     "SubVariancePreserving",
     "Timesteps",
     "Truncated",
