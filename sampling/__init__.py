@@ -7,6 +7,7 @@ from .kernel import Progress
 from .knots import CLEAN, Knot, knots_at
 from .methods import METHODS, Method, register_method
 from .names import resolve_method
+from .rolling import MATRICES, RollingSampler
 from .sampler import Sampler, make_sampler
 from .standalone import (
     STANDALONE,
@@ -24,6 +25,7 @@ from .tracing import Combination, Trace
 __all__ = [
     "CLEAN",
     "GRIDS",
+    "MATRICES",
     "METHODS",
     "STANDALONE",
     "Clip",
@@ -36,6 +38,7 @@ __all__ = [
     "PredictorCorrector",
     "Progress",
     "RePaint",
+    "RollingSampler",
     "Sampler",
     "Table",
     "TokenSchedule",
