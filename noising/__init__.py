@@ -15,6 +15,7 @@ from .curves import (
 )
 from .curves.betas import BETA_SCHEDULES
 from .curves.shifts import resolution_shift, token_shift
+from .joint import JointNoised, JointNoising
 from .losses import L1, L2, LOSSES, Huber, Loss, PseudoHuber, SmoothL1
 from .noise import (
     NOISES,
@@ -107,6 +108,8 @@ __all__ = [
     "Immiscible",
     "IndependentTimesteps",
     "InputPerturbation",
+    "JointNoised",
+    "JointNoising",
     "Karras",
     "LearnedUncertainty",
     "ListedTimesteps",

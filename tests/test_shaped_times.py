@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from alphabar.noising import (
     IndependentTimesteps,
+    JointNoising,
     LearnedUncertainty,
     NoiseSchedule,
     Noising,
@@ -245,6 +246,37 @@ def test_kinds_of_noise_and_perturbations_keep_working() -> None:
     alpha, sigma = FLOW.alpha_sigma(noised.t, noised.x, 2)
     assert not torch.allclose(noised.x, alpha * videos() + sigma * noised.noise)
     assert torch.equal(noised.target, noised.noise - videos())
+
+
+# modalities
+
+
+def test_modalities_have_their_own_times_and_noise() -> None:
+    def make(times: Any) -> JointNoising:
+        video = Noising(FLOW, "min_snr:floor=0.1", IndependentTimesteps(context=1), seed=1)
+        return JointNoising({"video": video, "sound": Noising(ZTSNR, seed=2)}, times)
+
+    x0 = {"video": videos(), "sound": videos()[:, :, 0]}
+    noised = make("independent")(x0, step=3)
+    assert noised.x.keys() == noised.timesteps.keys() == x0.keys()
+    alone = Noising(ZTSNR, seed=2)(x0["sound"], step=3)
+    assert torch.equal(alone.x, noised["sound"].x) and torch.equal(alone.t, noised["sound"].t)
+    assert not torch.equal(noised["video"].noise[:, :, 0], noised["sound"].noise)
+    out, mask = {name: output(x) for name, x in noised.x.items()}, torch.ones(3, 1, 6, 3, 5)
+    mask[..., 0] = 0.0
+    each = noised["video"].losses(out["video"], mask), noised["sound"].losses(out["sound"])
+    assert torch.equal(noised.losses(out, {"video": mask}), each[0] + each[1])
+    assert torch.equal(noised.loss(out), noised.losses(out).mean())
+    half = make("independent")({k: v[1:2] for k, v in x0.items()}, step=3, index=[1], total=3)
+    assert all(torch.equal(half[name].x, noised[name].x[1:2]) for name in x0)
+
+    both = {name: Noising(FLOW, seed=seed) for name, seed in (("a", 0), ("b", 1))}
+    shared = JointNoising(both, times="shared")({"a": x0["sound"], "b": x0["video"]}, step=0)
+    assert torch.equal(shared["a"].t, shared["b"].t)
+    with pytest.raises(ValueError, match="must have the modalities a, b, got a"):
+        JointNoising(both)({"a": x0["sound"]}, step=0)
+    with pytest.raises(ValueError, match="equal ones would give equal noise"):
+        JointNoising({"a": Noising(FLOW), "b": Noising(FLOW)})
 
 
 # names and errors
