@@ -51,9 +51,10 @@ def test_the_full_matrix_is_the_sampler(method: str) -> None:
 
 
 @pytest.mark.parametrize("clip", [None, 0.5, DynamicThreshold(ratio=0.9, max_value=2.0)], ids=str)
-@pytest.mark.parametrize("method", ["ddim", "heun", "ddpm", "euler_cfg_pp"])
+@pytest.mark.parametrize("method", ["ddim", "unclipped ddim", "heun", "ddpm", "euler_cfg_pp"])
 def test_guidance_clipping_and_given_noise_too(method: str, clip: Any) -> None:
-    sampler = Sampler(ZTSNR, method, steps=4)
+    options = {"use_clipped_model_output": False} if method.startswith("unclipped") else {}
+    sampler = Sampler(ZTSNR, method.split()[-1], steps=4, **options)
     arguments: dict[str, Any] = {"clip": clip, "guidance_scale": 2.0, "guidance_rescale": 0.3}
     arguments |= {"conditioning": {"shift": 0.2}, "unconditional": {"shift": 0.0}, "seeds": 7}
     start = torch.randn(SHAPE, dtype=torch.float64)
@@ -137,6 +138,10 @@ def test_known_frames_are_kept_and_shape_the_rest() -> None:
     assert len(steps) == 3 and [p.step for p in steps] == [1, 2, 3]
     assert torch.equal(steps[-1].x[:, :, :2], known)
     assert torch.equal(steps[0].denoised[:, :, :2], known)
+    shown = []
+    later = RollingSampler(rolling.sampler, "pyramid", chunks=2, context_time=0.25)
+    later(lambda x, t: shown.append(x[:, :, :2]) or mixing(x, t), SHAPE, known=known, seeds=0)
+    assert all(torch.equal(x, 0.75 * known) for x in shown) and len(shown) == 3
     other = rolling(mixing, SHAPE, known=known + 1, seeds=0)
     assert not torch.allclose(other[:, :, 2:], steps[-1].x[:, :, 2:])
 
