@@ -58,7 +58,7 @@ class Step:
     def __post_init__(self) -> None:
         for name in ("step", "micro_batch", "accumulate", "rank", "world_size", "total"):
             value = getattr(self, name)
-            if value is not None:
+            if value is not None and type(value) is not int:
                 object.__setattr__(
                     self, name, require_integer(name, value, f"write int({name}) where it is whole")
                 )

@@ -10,17 +10,18 @@ operations that round alike on every device.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .utils.items import make_item
 from .utils.registry import Registry
-from .utils.rng import Draws, stream_of
+from .utils.rng import Draws, Stream, stream_of
 
 
 @dataclass(frozen=True)
@@ -311,8 +312,12 @@ class InputPerturbation(Noise):
         part = draws.normal(*shape)
         if self.random_strength:
             part *= draws.uniform(*[1] * len(shape))
-        left = 1.0 if self.decay_steps is None else max(0.0, 1 - draws.step / self.decay_steps)
-        return part * (self.strength * left)
+        return part * self.strength_at(draws.step)
+
+    def strength_at(self, step: int) -> float:
+        """Return γ, without its random share, at an optimizer step."""
+        left = 1.0 if self.decay_steps is None else max(0.0, 1 - step / self.decay_steps)
+        return self.strength * left
 
     def apply(self, noise: Tensor, part: Tensor, x0: Tensor) -> Tensor:
         return noise + part
@@ -441,6 +446,100 @@ def apply_kinds(
         if not kind.changes_target:
             perturbed = kind.apply(perturbed, part, x0)
     return noise, perturbed
+
+
+class Parts(NamedTuple):
+    """The parts of the kinds of noise as one pass adds them; see :meth:`rng.Draws.noised`."""
+
+    shift: Tensor | None = None
+    grids: tuple[Any, ...] | None = None
+    jitter: tuple[Any, ...] | None = None
+
+
+_NO_PARTS = Parts()
+
+
+def parts_of_one_pass(kinds: Sequence[Noise], shape: tuple[int, ...], draws: Draws) -> Parts | None:
+    """Return the parts of a batch for one pass, or None if these kinds need a pass of their own.
+
+    The pass then adds the bits of :func:`draw_kinds` and :func:`apply_kinds`. At most one kind may
+    change the target, and one only x_t. ``draws``: those of the plain noise.
+
+    >>> draws = Draws(0, [4, 5], step=7, stream=0)
+    >>> parts_of_one_pass([Immiscible()], (3, 8, 8), draws) is None
+    True
+    >>> parts_of_one_pass([Offset()], (3, 8, 8), draws).shift.shape
+    torch.Size([2, 3])
+    """
+    if len(kinds) == 1 and type(kinds[0]) is Gaussian:
+        return _NO_PARTS
+    parts: dict[str, Any] = {}
+    for kind in kinds:
+        make = _ONE_PASS.get(type(kind))
+        if make is None:
+            return None
+        part = make(kind, shape, draws.of(stream_of(kind.name)))
+        if (
+            part is None
+            or parts.keys() & part.keys()
+            or {"shift", "grids"} <= parts.keys() | part.keys()
+        ):
+            return None
+        parts |= part
+    return Parts(**parts)
+
+
+def _gaussian_part(kind: Noise, shape: tuple[int, ...], draws: Draws) -> dict[str, Any]:
+    return {}
+
+
+def _offset_part(kind: Noise, shape: tuple[int, ...], draws: Draws) -> dict[str, Any]:
+    return {"shift": kind.draw(shape, draws).view(draws.batch, shape[0])}
+
+
+def _pyramid_part(kind: Noise, shape: tuple[int, ...], draws: Draws) -> dict[str, Any] | None:
+    assert isinstance(kind, Pyramid)
+    if not 2 <= len(shape) <= 4:
+        return None
+    return {"grids": (draws.stream, kind.iterations, kind.discount)}
+
+
+def _perturbation_part(kind: Noise, shape: tuple[int, ...], draws: Draws) -> dict[str, Any]:
+    assert isinstance(kind, InputPerturbation)
+    shares = None
+    if kind.random_strength:
+        draws.skip(math.prod(shape))
+        shares = draws.uniform()
+    return {"jitter": (draws.stream, shares, kind.strength_at(draws.step))}
+
+
+# by the exact class: a subclass may draw or apply in another way
+_ONE_PASS: dict[type[Noise], Callable[[Any, tuple[int, ...], Draws], dict[str, Any] | None]] = {
+    Gaussian: _gaussian_part,
+    Offset: _offset_part,
+    Pyramid: _pyramid_part,
+    InputPerturbation: _perturbation_part,
+}
+
+
+def target_noise(
+    kinds: Sequence[Noise],
+    shape: tuple[int, ...],
+    seed: int,
+    index: Sequence[int],
+    step: int,
+    device: torch.device,
+) -> Tensor:
+    """Return ε_y of a batch, shape (batch, ...), for kinds that do not look at x_0.
+
+    >>> target_noise([Gaussian()], (3,), 0, [4, 5], 7, torch.device("cpu")).shape
+    torch.Size([2, 3])
+    """
+    kinds = [kind for kind in kinds if kind.changes_target]
+    parts = draw_kinds(kinds, shape, seed, index, step=step, device=device)
+    draws = Draws(seed, index, step=step, stream=Stream.TRAINING_NOISE, device=device)
+    noise = draws.normal(*shape)
+    return apply_kinds(kinds, noise, parts, noise)[0]
 
 
 def resolve_noise(noise: str | Noise | Chain | Sequence[str | Noise]) -> Noise | Chain:

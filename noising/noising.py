@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,12 +18,24 @@ from torch import Tensor, nn
 
 from .axes import Axis, along, require_chunks
 from .curves.base import Curve, is_traced, may_look_at
+from .curves.discrete import Discrete
 from .levels import THRESHOLD, WEIGHT, LevelTable
 from .losses import L2, Loss, Over, losses_of_elements, mean_of_samples, resolve_loss
 from .micro_batches import MicroBatches, Step
-from .noise import Chain, Gaussian, Noise, apply_kinds, draw_kinds, resolve_noise
+from .noise import (
+    Chain,
+    Gaussian,
+    Noise,
+    Parts,
+    apply_kinds,
+    draw_kinds,
+    parts_of_one_pass,
+    resolve_noise,
+    target_noise,
+)
 from .schedule import NoiseSchedule
 from .timesteps.base import Resampled, Timesteps
+from .timesteps.densities import UniformTimesteps
 from .timesteps.shaped import ShapedTimesteps, resolve_times
 from .utils.rng import Draws, Stream, whole_seed
 from .utils.validation import require_same_shape
@@ -46,7 +58,9 @@ class Noised:
         timesteps: time input of the network, shape (batch,), int64 on discrete schedules.
         target: training target, shape of ``x``, float32 or better.
         weight: weight of each sample, importance weights of the times included, shape (batch,).
-        noise: the noise that the target is computed from, shape of ``x``, float32 or better.
+        noise: the noise that the target is computed from, shape of ``x``, float32 or better; or a
+            function that makes it when it is first read, so that a step that does not use it does
+            not store it.
         t: times of the curve, shape (batch,).
         schedule: the schedule that the times belong to.
         listeners: functions that every computed loss calls; see :meth:`Noising.register_loss_hook`.
@@ -67,7 +81,7 @@ class Noised:
     timesteps: Tensor
     target: Tensor
     weight: Tensor
-    noise: Tensor
+    noise: Tensor = field(repr=False)
     t: Tensor
     schedule: NoiseSchedule = field(repr=False)
     listeners: tuple[Callable[[Noised, Tensor], None], ...] = field(default=(), repr=False)
@@ -76,6 +90,17 @@ class Noised:
     log_variance: Tensor | None = field(default=None, repr=False)
     axis: Axis | None = field(default=None, repr=False)
     counted: Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.noise, Tensor):
+            vars(self)["_draw_noise"] = vars(self).pop("noise")
+
+    def __getattr__(self, name: str) -> Any:
+        draw = vars(self).get("_draw_noise") if name == "noise" else None
+        if draw is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self.noise = draw()
+        return self.noise
 
     @property
     def log_snr(self) -> Tensor:
@@ -152,7 +177,10 @@ class Noised:
         >>> noised.replaced(weight=2 * noised.weight).weight
         tensor([2., 2.])
         """
-        return Noised(**({one.name: getattr(self, one.name) for one in fields(self)} | values))
+        own = {one.name: vars(self).get(one.name) for one in fields(self)}
+        if "noise" not in vars(self):  # not read so far
+            own["noise"] = vars(self)["_draw_noise"]
+        return Noised(**(own | values))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Noised:
         """Return this batch on a device; every dtype stays the same.
@@ -330,18 +358,29 @@ class Noising(nn.Module):
         if self.loss_history is not None and self.training:
             self.loss_history.commit(step)
         draws = Draws(self.seed, index, step=step, stream=Stream.TRAINING_NOISE, device=x0.device)
-        t, importance, counted = self._draw_times(draws, index, total, x0.shape)
-        if timesteps is not None:
-            t, importance, counted = timesteps, None, None
-        levels, t = self._levels(x0, t, checked=timesteps is None)
+        size = tuple(x0.shape[1:])
+        if noise is None and (parts := self._parts_of_one_pass(x0, draws)) is not None:
+            made = partial(target_noise, self.noise.kinds, size, self.seed, index, step, x0.device)
+            if timesteps is None and self._picks_timesteps(draws):
+                table = self._table().of(x0.device, torch.float32)
+                t, levels, *mixed = draws.noised_at_uniform_times(x0, table, *parts)
+                return self._batch(x0, t, levels, made, *mixed)
+        else:
+            parts, made = None, None
+        importance = counted = None
+        if timesteps is None:
+            timesteps, importance, counted = self._draw_times(draws, index, total, x0.shape)
+            levels, t = self._levels(x0, timesteps, checked=True)
+        else:
+            levels, t = self._levels(x0, timesteps)
         if noise is not None:
             require_same_shape("noise", noise, "x0", x0)
             noised = self._noised(x0, t, levels, noise, ())
-        elif self._one_pass(x0, levels, draws):
+        elif parts is not None and levels.dtype == torch.float32 and not levels.requires_grad:
             exact = torch.float32 if self.schedule.curve.scales_input else x0.dtype
-            noised = self._batch(x0, t, levels, *draws.noised(x0, levels, exact))
+            noised = self._batch(x0, t, levels, made, *draws.noised(x0, levels, exact, *parts))
         else:
-            noised = self._noised(x0, t, levels, *self._draw_noise(draws, index, x0.shape[1:]))
+            noised = self._noised(x0, t, levels, *self._draw_noise(draws, index, size))
         noised = _counting(noised, counted)
         return self._with_importance(noised, importance, step, index)
 
@@ -494,11 +533,23 @@ class Noising(nn.Module):
             )
         dtype = torch.promote_types(t.dtype, x0.dtype) if floating else t.dtype
         t = t.to(x0.device, dtype, non_blocking=True)
+        exact = torch.float64 in (x0.dtype, t.dtype)
+        return self._table().at(t, torch.float64 if exact else torch.float32, checked=checked), t
+
+    def _table(self) -> LevelTable:
         table = self._level_table
         if not table.is_of(self.schedule, self.weighting, self.loss):  # they were replaced
             table = self._level_table = LevelTable(self.schedule, self.weighting, self.loss)
-        exact = torch.float64 in (x0.dtype, t.dtype)
-        return table.at(t, torch.float64 if exact else torch.float32, checked=checked), t
+        return table
+
+    def _picks_timesteps(self, draws: Draws) -> bool:
+        """Return whether one loop draws the times and looks their levels up, too."""
+        return (
+            draws.has_loops
+            and type(self.timesteps) is UniformTimesteps
+            and not self.timesteps.stratified
+            and type(self.schedule.curve) is Discrete
+        )
 
     def _noised(
         self, x0: Tensor, t: Tensor, levels: Tensor, noise: Tensor, parts: Sequence[Tensor]
@@ -513,28 +564,35 @@ class Noising(nn.Module):
         x_t, target = alpha * clean + sigma * perturbed, c0 * clean + c1 * noise
         return self._batch(x0, t, levels, noise, x_t, target)
 
-    def _one_pass(self, x0: Tensor, levels: Tensor, draws: Draws) -> bool:
-        """Return whether one loop or kernel makes this batch, with the bits of :meth:`_noised`."""
-        return (
-            type(x0) is Tensor
-            and self._axis is None
-            and not is_traced(x0)
-            and levels.dtype == torch.float32
-            and (x0.dtype == torch.float32 or x0.device.type != "cpu")
-            and x0.is_contiguous()
-            and not levels.requires_grad
-            and not (x0.requires_grad and torch.is_grad_enabled())
-            and all(isinstance(kind, Gaussian) for kind in self.noise.kinds)
-            and draws.has_one_pass
-        )
+    def _parts_of_one_pass(self, x0: Tensor, draws: Draws) -> Parts | None:
+        """Return what one loop or kernel needs to make this batch with the bits of :meth:`_noised`.
+
+        It is None where none can. The levels must be float32 that need no gradient, too.
+        """
+        if (
+            type(x0) is not Tensor
+            or self._axis is not None
+            or is_traced(x0)
+            or (x0.dtype != torch.float32 and x0.device.type == "cpu")
+            or not x0.is_contiguous()
+            or (x0.requires_grad and torch.is_grad_enabled())
+            or not draws.has_one_pass
+        ):
+            return None
+        kinds = self.noise.kinds
+        if not draws.has_loops and any(type(kind) is not Gaussian for kind in kinds):
+            return None  # a GPU's kernel makes plain noise
+        return parts_of_one_pass(kinds, tuple(x0.shape[1:]), draws)
 
     def _batch(
-        self, x0: Tensor, t: Tensor, levels: Tensor, noise: Tensor, x_t: Tensor, target: Tensor
+        self, x0: Tensor, t: Tensor, levels: Tensor, noise: Any, x_t: Tensor, target: Tensor
     ) -> Noised:
         schedule = self.schedule
         axis = self._axis
         x = schedule.scale_model_input(x_t, t, axis).to(x0.dtype)
-        threshold = along(levels[THRESHOLD], x0.shape, axis) if len(levels) > THRESHOLD else None
+        threshold = (
+            along(levels[THRESHOLD], x0.shape, axis) if levels.shape[0] > THRESHOLD else None
+        )
         learned = self.log_variance
         return Noised(
             x=x,

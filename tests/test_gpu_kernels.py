@@ -43,14 +43,13 @@ for count, (step, stream, first), seeds in itertools.product(
 levels, x0 = torch.rand(5, 3), torch.randn(3, 1500)
 for dtype in (torch.float32, torch.float16):  # the interpreter truncates to bfloat16
     clean = x0.to(dtype)
-    made = [torch.empty(3, 1500), torch.empty(3, 1500, dtype=dtype), torch.empty(3, 1500)]
+    made = [torch.empty(3, 1500, dtype=dtype), torch.empty(3, 1500)]
     draws = Draws(7, range(3), step=9, stream=0)
     kernels.noised(clean, levels, *made, *draws._device_counters())
     e = draws.normal(1500)
     alpha, sigma, c0, c1 = (row[:, None] for row in levels[:4])
-    assert torch.equal(made[0], e)
-    assert torch.equal(made[1], (alpha * clean.float() + sigma * e).to(dtype))
-    assert torch.equal(made[2], c0 * clean.float() + c1 * e)
+    assert torch.equal(made[0], (alpha * clean.float() + sigma * e).to(dtype))
+    assert torch.equal(made[1], c0 * clean.float() + c1 * e)
 print("equal")
 """
 

@@ -80,7 +80,6 @@ def _normal(
 def _noised(
     x0,
     levels,
-    noise,
     x_t,
     target,
     keys,
@@ -100,7 +99,6 @@ def _noised(
     x = tl.load(x0 + place, mask=inside, other=0.0).to(tl.float32)
     alpha, sigma = tl.load(levels + sample), tl.load(levels + batch + sample)
     c0, c1 = tl.load(levels + 2 * batch + sample), tl.load(levels + 3 * batch + sample)
-    tl.store(noise + place, e, mask=inside)
     tl.store(x_t + place, (alpha * x + sigma * e).to(x_t.dtype.element_ty), mask=inside)
     tl.store(target + place, c0 * x + c1 * e, mask=inside)
 
@@ -122,7 +120,6 @@ def normal(out: Tensor, keys: Tensor, index: Tensor, step: int, stream: int, fir
 def noised(
     x0: Tensor,
     levels: Tensor,
-    noise: Tensor,
     x_t: Tensor,
     target: Tensor,
     keys: Tensor,
@@ -130,9 +127,9 @@ def noised(
     step: int,
     stream: int,
 ) -> None:
-    """Fill ``noise`` with ε, ``x_t`` with α x_0 + σ ε and ``target`` with c0 x_0 + c1 ε.
+    """Fill ``x_t`` with α x_0 + σ ε and ``target`` with c0 x_0 + c1 ε; ε is not stored.
 
-    ``x0``, ``noise``, ``x_t``, ``target``: shape (batch, count), contiguous. ``levels``: α, σ, c0,
+    ``x0``, ``x_t``, ``target``: shape (batch, count), contiguous. ``levels``: α, σ, c0,
     c1 of each sample, shape (4 or more, batch), float32, contiguous.
     """
     batch, count = x0.shape
@@ -141,7 +138,6 @@ def noised(
         _noised[_grid(batch, count)](  # pyright: ignore[reportIndexIssue]
             x0,
             levels,
-            noise,
             x_t,
             target,
             keys,
