@@ -151,7 +151,7 @@ def test_the_example(tmp_path: Path) -> None:
     flags = [*short.split(), "--preview_every", "1", "--out", str(tmp_path)]
     distances = example.main(flags)
     assert set(distances) == set(example.MATRICES)
-    for name in ("rollouts.png", "video.ckpt", "scheduler/scheduler_config.json"):
+    for name in ("rollouts.png", "video.ckpt", "scheduler/noise_schedule.json"):
         assert (tmp_path / name).is_file(), name
     assert len(list((tmp_path / "previews").glob("*.png"))) == 2
     assert example.main(flags) == distances  # goes on from the checkpoint: nothing is left to train
