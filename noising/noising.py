@@ -37,7 +37,7 @@ from .schedule import NoiseSchedule
 from .timesteps.base import Resampled, Timesteps
 from .timesteps.densities import UniformTimesteps
 from .timesteps.shaped import ShapedTimesteps, resolve_times
-from .utils.rng import Draws, Stream, whole_seed
+from .utils.rng import Draws, Stream, SymbolicRange, whole_seed
 from .utils.validation import require_same_shape
 from .weighting import Weighting, resolve_weighting
 from .weighting.checks import warn_of_weights
@@ -177,7 +177,7 @@ class Noised:
         >>> noised.replaced(weight=2 * noised.weight).weight
         tensor([2., 2.])
         """
-        own = {one.name: vars(self).get(one.name) for one in fields(self)}
+        own: dict[str, Any] = {one.name: vars(self).get(one.name) for one in fields(self)}
         if "noise" not in vars(self):  # not read so far
             own["noise"] = vars(self)["_draw_noise"]
         return Noised(**(own | values))
@@ -227,9 +227,10 @@ class Noising(nn.Module):
 
     This is a module, so that the checkpoint holds what it learns or measures (weights, loss
     history). It has parameters only if the weighting scheme has parameters. torch.compile compiles
-    a whole step, also with fullgraph, except for beta densities, importance sampling and immiscible
-    noise. For these, compile only the part after :meth:`draw`, i.e. :meth:`at` and the loss. Warns
-    if the weight of a zero-SNR terminal step is 0.
+    a whole step, also with fullgraph, and with dynamic=True once for all batches. It does not for
+    beta densities, importance sampling and immiscible noise: compile only the part after
+    :meth:`draw`, i.e. :meth:`at` and the loss. Warns if the weight of a zero-SNR terminal step is
+    0.
 
     Args:
         schedule: the noise schedule.
@@ -463,12 +464,14 @@ class Noising(nn.Module):
         """Return times of the curve, how importance sampling chose them, and which count."""
         curve, shaped = self.schedule.curve, self._shaped
         if shaped is not None:
-            t, counted = shaped.draw(draws, self.seed, index, total, curve, shaped.count(shape))
+            groups, k = _groups(index, total), shaped.count(shape)
+            t, counted = shaped.draw(draws, self.seed, groups, total, curve, k)
             return _as_drawn(t, curve), None, counted
         # 1 - u lies in (0, 1]: this includes pure noise and excludes a clean sample
         u = 1 - draws.of(Stream.TRAINING_TIME, device="cpu").uniform(dtype=torch.float64)
         if self.timesteps.stratified:
-            u = self.timesteps.spread(u, index, total, self.seed, draws.step)
+            at, groups = draws.index.cpu(), _groups(index, total)
+            u = self.timesteps.spread(u, at, groups, total, self.seed, draws.step)
         importance = self.loss_history.resample(u) if self.loss_history is not None else None
         t = self.timesteps.times(u if importance is None else importance.u, curve)
         return _as_drawn(t, curve), importance, None
@@ -714,6 +717,13 @@ def _counting(noised: Noised, counted: Tensor | None) -> Noised:
         return noised
     counted = counted.to(noised.weight.device, non_blocking=True)
     return noised.replaced(counted=counted, weight=torch.where(counted, noised.weight, 0.0))
+
+
+def _groups(index: Sequence[int] | SymbolicRange, total: int) -> Sequence[int]:
+    """Return the numbers of the groups of ``total`` indices that hold these indices."""
+    if isinstance(index, range | SymbolicRange):
+        return range(index.start // total, (index.stop - index.step) // total + 1)
+    return sorted({i // total for i in index})
 
 
 def _process() -> tuple[int, int]:

@@ -118,18 +118,21 @@ class Timesteps(ABC):
             return u
         return (strata[index % len(strata)] + u) / len(strata)
 
-    def spread(self, u: Tensor, index: Sequence[int], total: int, seed: int, step: int) -> Tensor:
+    def spread(
+        self, u: Tensor, index: Tensor, groups: Sequence[int], total: int, seed: int, step: int
+    ) -> Tensor:
         """Return ``u``, stratified over each group of ``total`` consecutive indices of a step.
+
+        ``groups``: the numbers of the groups that hold the indices.
 
         >>> from alphabar.noising import UniformTimesteps
         >>> density, u = UniformTimesteps(stratified=True), torch.full((2,), 0.5)
-        >>> density.spread(u, [0, 1], 2, seed=0, step=0).sort().values
+        >>> density.spread(u, torch.arange(2), [0], 2, seed=0, step=0).sort().values
         tensor([0.2500, 0.7500])
         """
-        at = torch.tensor(index)
-        for group in sorted({i // total for i in index}):
-            spread = self.stratify(u, at, permutation(seed, total, step=step, group=group))
-            u = torch.where(at // total == group, spread, u)
+        for group in groups:
+            strata = permutation(seed, total, step=step, group=group)
+            u = torch.where(index // total == group, self.stratify(u, index, strata), u)
         return u
 
     def within(self, low: float, high: float) -> WithinTimesteps:

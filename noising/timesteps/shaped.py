@@ -118,14 +118,14 @@ class ShapedTimesteps(Around):
         return k
 
     def draw(
-        self, draws: Draws, seed: int, index: Sequence[int], total: int, curve: Curve, k: int
+        self, draws: Draws, seed: int, groups: Sequence[int], total: int, curve: Curve, k: int
     ) -> ShapedDraw:
         """Return the times of these samples, which depend on (seed, step, global index) alone.
 
         Args:
             draws: the random numbers of the samples.
             seed: seed of the strata.
-            index: global indices of the samples.
+            groups: numbers of the groups of ``total`` indices that hold the samples.
             total: number of samples of the optimizer step.
             curve: the curve of the times.
             k: number of elements of a sample.
@@ -133,8 +133,8 @@ class ShapedTimesteps(Around):
         count = k if self.each_its_own else 1
         u = 1 - draws.of(Stream.TRAINING_TIME, device="cpu").uniform(count, dtype=torch.float64)
         if self.density.stratified:
-            elements = [i * count + j for i in index for j in range(count)]
-            u = self.density.spread(u.flatten(), elements, total * count, seed, draws.step)
+            elements = (draws.index.cpu()[:, None] * count + torch.arange(count)).flatten()
+            u = self.density.spread(u.flatten(), elements, groups, total * count, seed, draws.step)
             u = u.view(-1, count)
         shares = self.shares(u, k)
         t = self.density.times(shares.clamp(LEAST, 1.0), curve)

@@ -162,38 +162,6 @@ def _cells(places: Any, shares: Any, coarse: int, fine: int) -> None:
 
 
 @_jit
-def _enlarge(total: Any, cells: Any, grid: Any, places: Any, shares: Any, factor: Any) -> None:
-    """Add ``factor`` times the enlarged ``cells`` to ``total``.
-
-    ``total``: shape (channels, depth, width, height): the loops run along the height, where the
-    cells of a row are neighbours. ``cells``: shape (channels, depth, height, width).
-    """
-    depth, width, height = total.shape[1:]
-    column = np.empty(grid[1], np.float32)
-    columns = np.empty((grid[2], height), np.float32)
-    for channel in range(total.shape[0]):
-        for z in range(depth):
-            near, far, part = (
-                cells[channel, places[0, 0, z]],
-                cells[channel, places[0, 1, z]],
-                shares[0, z],
-            )
-            for x in range(grid[2]):
-                for y in range(grid[1]):
-                    column[y] = (_ONE - part) * near[y, x] + part * far[y, x]
-                whole = columns[x]
-                for y in range(height):
-                    share = shares[1, y]
-                    below, above = column[places[1, 0, y]], column[places[1, 1, y]]
-                    whole[y] = (_ONE - share) * below + share * above
-            for x in range(width):
-                left, right = columns[places[2, 0, x]], columns[places[2, 1, x]]
-                share, row = shares[2, x], total[channel, z, x]
-                for y in range(height):
-                    row[y] += factor * ((_ONE - share) * left[y] + share * right[y])
-
-
-@_jit
 def _pyramid(
     parts: Any,
     k0: Any,
@@ -207,15 +175,17 @@ def _pyramid(
 ) -> None:
     """Fill ``parts``, shape (channels + 1, depth, height, width), for one sample."""
     channels, sizes = parts.shape[0] - 1, parts.shape[1:]
+    # made here: the loops over arrays that came as arguments, and may overlap, do not vectorise
     words = np.empty((4, _BLOCKS), np.uint32)
     numbers = np.empty((_BLOCKS, 4), np.float32)
-    flat = numbers.reshape(4 * _BLOCKS)
     octave = np.empty(channels * sizes[0] * sizes[1] * sizes[2] + 4 * _BLOCKS, np.float32)
-    total = np.empty((channels, sizes[0], sizes[2], sizes[1]), np.float32)
-    places = np.empty((3, 2, max(sizes)), np.uint32)
+    places = np.empty((3, 2, max(sizes)), np.int64)
     shares = np.empty((3, max(sizes)), np.float32)
-    squares = np.empty(sizes[2], np.float32)
+    plane = np.empty((sizes[2], sizes[1]), np.float32)
+    lines = np.empty((sizes[2], sizes[1]), np.float32)
+    total = np.empty((sizes[2], sizes[1]), np.float32)
     grid, largest = np.empty(3, np.int64), np.empty(3, np.int64)
+    flat = numbers.reshape(4 * _BLOCKS)
     variance = parts[channels]
     variance[:] = 1
     block = 0
@@ -237,23 +207,41 @@ def _pyramid(
             _chunk(numbers, int64(block + at // 4), index, step, stream, k0, k1, words)
             octave[at : at + 4 * _BLOCKS] = flat
         block += (count + 3) // 4
+        factor, square = float32(discount**i), float32(discount ** (2 * i))
         cells = octave[:count].reshape((channels, largest[0], largest[1], largest[2]))
         if i == 0:  # a grid of all elements, of factor 1
-            total[:] = cells.transpose(0, 1, 3, 2)
+            parts[:channels] = cells
         else:
-            _enlarge(total, cells, grid, places, shares, float32(discount**i))
-        square = float32(discount ** (2 * i))
-        for x in range(sizes[2]):
-            squares[x] = _squares(shares[2, x])
+            for c in range(channels):
+                for z in range(sizes[0]):
+                    z0, z1, sz = places[0, 0, z], places[0, 1, z], shares[0, z]
+                    # with the heights side by side, the loops over them vectorise
+                    for x in range(grid[2]):
+                        column, line = plane[x], lines[x]
+                        for y in range(grid[1]):
+                            column[y] = (_ONE - sz) * cells[c, z0, y, x] + sz * cells[c, z1, y, x]
+                        for y in range(sizes[1]):
+                            sy = shares[1, y]
+                            below = column[uint32(places[1, 0, y])]
+                            above = column[uint32(places[1, 1, y])]
+                            line[y] = (_ONE - sy) * below + sy * above
+                    for x in range(sizes[2]):
+                        left, right = lines[places[2, 0, x]], lines[places[2, 1, x]]
+                        sx, row = shares[2, x], total[x]
+                        for y in range(sizes[1]):
+                            row[y] = factor * ((_ONE - sx) * left[y] + sx * right[y])
+                    for y in range(sizes[1]):
+                        row = parts[c, z, y]
+                        for x in range(sizes[2]):
+                            row[x] += total[x, y]
         for z in range(sizes[0]):
             for y in range(sizes[1]):
                 spread = _squares(shares[0, z]) * _squares(shares[1, y])
                 row = variance[z, y]
                 for x in range(sizes[2]):
-                    row[x] += square * (spread * squares[x])
+                    row[x] += square * (spread * _squares(shares[2, x]))
         if last:
             break
-    parts[:channels] = total.transpose(0, 1, 3, 2)
     row = variance.reshape(variance.size)
     for k in range(row.size):
         row[k] = _ONE / np.sqrt(row[k])

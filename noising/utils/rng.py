@@ -35,7 +35,7 @@ from . import philox
 from .philox import WORD, Formula
 
 _CELLS = 16384  # blocks per tile of numpy, so that their arrays stay in the cache
-_PART = 1 << 16  # numbers that are worth a thread of their own
+_PART = 1 << 15  # numbers that are worth a thread of their own
 _MASK = (1 << 64) - 1
 MAX_SAMPLES = 65535
 """The samples that a GPU kernel draws for at once."""
@@ -54,6 +54,18 @@ NORMAL = Kind(philox.normal, 4, torch.float32, np.float32)
 UNIFORM32 = Kind(philox.uniform32, 4, torch.float32, np.float32)
 UNIFORM64 = Kind(philox.uniform64, 2, torch.float64, np.float64)
 BITS64 = Kind(philox.bits64, 2, torch.int64, np.int64)
+
+
+class SymbolicRange(NamedTuple):
+    """A range for compiled code: the ends of a ``range`` would become constants of the graph.
+
+    >>> SymbolicRange(1, 5, 2).step
+    2
+    """
+
+    start: int
+    stop: int
+    step: int
 
 
 class Stream(IntEnum):
@@ -140,7 +152,7 @@ class Draws:
     def __init__(
         self,
         seeds: int | Sequence[int],
-        index: Sequence[int] | Tensor,
+        index: Sequence[int] | SymbolicRange | Tensor,
         *,
         step: int,
         stream: int,
@@ -186,6 +198,11 @@ class Draws:
         draws._block = 0
         draws._loops = self._loops if device is None else _loops_of(draws.device)
         return draws
+
+    @property
+    def index(self) -> Tensor:
+        """The index of each sample, int64."""
+        return torch.as_tensor(self._index)
 
     @property
     def batch(self) -> int:
@@ -440,12 +457,14 @@ class Draws:
         return low, high
 
 
-def _index(index: Sequence[int] | Tensor) -> tuple[Any, tuple[int, int]]:
+def _index(index: Sequence[int] | SymbolicRange | Tensor) -> tuple[Any, tuple[int, int]]:
     """Return indices, as an array on the CPU or a tensor elsewhere, and their two ends.
 
     The values of a tensor on another device, or in compiled code, are not read: its ends are 0.
     """
     if torch.compiler.is_compiling():
+        if isinstance(index, range | SymbolicRange):
+            return torch.arange(index.start, index.stop, index.step), (0, 0)
         given = index if isinstance(index, Tensor) else list(index)
         return torch.as_tensor(given, dtype=torch.int64), (0, 0)
     if isinstance(index, Tensor) and index.device.type != "cpu":
