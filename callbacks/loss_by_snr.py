@@ -38,7 +38,8 @@ class LossBySNR(Callback):
     losses with it. The device counts every training loss. Every ``every_n_train_steps`` optimizer
     steps the callback sums over ranks and copies the sums to the host once.
 
-    Scalars are named ``loss_by_snr/error/...`` (unweighted) and ``loss_by_snr/loss/...``
+    With k times for each sample, each of its elements counts in the bucket of its own time. Scalars
+    are named ``loss_by_snr/error/...`` (unweighted) and ``loss_by_snr/loss/...``
     (weighted). They are means over the steps since the last report. Each of these findings is
     reported once: a bucket without samples, a terminal step of weight zero, a loss that is not
     finite, a bucket that contributes most of the loss.
@@ -158,7 +159,7 @@ class LossBySNR(Callback):
     @torch.no_grad()
     def _count(self, noised: Noised, errors: Tensor) -> None:
         try:
-            self._buckets.add(self._sums, noised.log_snr, errors, noised.weight)
+            self._buckets.add(self._sums, noised.log_snr, errors, noised.weight, noised.counted)
         except Exception as error:
             self._give_up(error)
 

@@ -1,5 +1,6 @@
 """Noise schedules and training noise: curves, prediction types, weights, timesteps, noise."""
 
+from .axes import AXES
 from .curves import (
     CURVES,
     Cosine,
@@ -14,6 +15,7 @@ from .curves import (
 )
 from .curves.betas import BETA_SCHEDULES
 from .curves.shifts import TokenLine, empirical_token_shift, resolution_shift, token_shift
+from .joint import JointNoised, JointNoising
 from .losses import L1, L2, LOSSES, Contrastive, Huber, Loss, PseudoHuber, SmoothL1
 from .noise import (
     NOISES,
@@ -32,10 +34,12 @@ from .prediction import PREDICTIONS, Prediction
 from .presets import PRESETS, Pipeline, Preset, Training
 from .schedule import NoiseSchedule
 from .timesteps import (
+    SHAPED_TIMESTEPS,
     TIMESTEPS,
     BetaTimesteps,
     CosMapTimesteps,
     CustomTimesteps,
+    IndependentTimesteps,
     ListedTimesteps,
     LogitNormalTimesteps,
     LogNormalSigmaTimesteps,
@@ -45,6 +49,9 @@ from .timesteps import (
     NoiseLevelTimesteps,
     QuantileTimesteps,
     ReversedTimesteps,
+    ShapedTimesteps,
+    SharedTimesteps,
+    StaircaseTimesteps,
     Timesteps,
     UniformTimesteps,
     WeightedTimesteps,
@@ -74,6 +81,7 @@ from .weighting import (
 )
 
 __all__ = [
+    "AXES",
     "BETA_SCHEDULES",
     "CURVES",
     "EDM",
@@ -84,6 +92,7 @@ __all__ = [
     "P2",
     "PREDICTIONS",
     "PRESETS",
+    "SHAPED_TIMESTEPS",
     "SNR",
     "TIMESTEPS",
     "WEIGHTINGS",
@@ -102,7 +111,10 @@ __all__ = [
     "Gaussian",
     "Huber",
     "Immiscible",
+    "IndependentTimesteps",
     "InputPerturbation",
+    "JointNoised",
+    "JointNoising",
     "Karras",
     "LearnedUncertainty",
     "ListedTimesteps",
@@ -133,10 +145,13 @@ __all__ = [
     "QuantileTimesteps",
     "ReversedTimesteps",
     "Scheme",
+    "ShapedTimesteps",
+    "SharedTimesteps",
     "SigmaSqrt",
     "Sigmoid",
     "SmoothL1",
     "SoftMinSNR",
+    "StaircaseTimesteps",
     "SubVariancePreserving",
     "Timesteps",
     "TokenLine",

@@ -32,6 +32,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from .axes import Axis, means_along, weighted_mean
 from .curves.base import may_look_at
 from .utils.items import make_item
 from .utils.registry import Registry, lookup
@@ -318,8 +319,7 @@ def mean_of_samples(
     >>> [mean_of_samples(errors, mask, over)[0].tolist() for over in ("all", "mask")]
     [[1.0, 0.0], [2.0, 0.0]]
     """
-    if over not in ("all", "mask"):
-        raise ValueError(f"over must be 'all' or 'mask', got {over!r}")
+    _check_over(over)
     if mask is None:
         return errors.flatten(1).mean(1), None
     _check_mask(mask, errors)
@@ -327,8 +327,70 @@ def mean_of_samples(
     mean, covered = (mask * errors).flatten(1).mean(1), mask.flatten(1).mean(1)
     if over == "all":
         return mean, covered
-    some = covered > 0
-    return mean / torch.where(some, covered, torch.ones_like(covered)), some.to(errors.dtype)
+    return mean / _or_one(covered), (covered > 0).to(errors.dtype)
+
+
+def losses_of_elements(
+    errors: Tensor,
+    weight: Tensor,
+    axis: Axis,
+    counted: Tensor | None = None,
+    mask: Tensor | None = None,
+    over: Over = "all",
+    log_variance: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of each sample, shape (batch,), and the error of each element.
+
+    A sample's loss is the mean over its elements that count, 0 if none does. With equal weights of
+    its elements it is the number itself that one weight for the sample gives.
+
+    Args:
+        errors: shape (batch, ...), 0 in elements that do not count.
+        weight: weight of each element, shape (batch, k), 0 where it does not count.
+        axis: the axis of the k elements.
+        counted: which elements count, bool, shape (batch, k); None: all.
+        mask, over: as in :func:`mean_of_samples`; ``"mask"`` averages over the masked area of the
+            elements that count.
+        log_variance: u of the loss weight / e^u · error + u, shape (batch, k), or None.
+
+    >>> errors, weight = torch.tensor([[2.0, 4.0, 0.0]]), torch.tensor([[1.0, 3.0, 0.0]])
+    >>> losses_of_elements(errors, weight, 1, counted=weight > 0)
+    (tensor([7.]), tensor([[2., 4., 0.]]))
+    """
+    _check_over(over)
+    k = weight.shape[1]
+    whole, covering = mean_of_samples(errors, mask)
+    if mask is not None:
+        mask = mask.to(errors.device, errors.dtype).expand_as(errors)
+        errors = mask * errors
+    parts = means_along(errors, k, axis)
+    covered = torch.ones_like(parts) if mask is None else means_along(mask, k, axis)
+    covering = torch.ones_like(whole) if covering is None else covering
+    counts = None if counted is None else counted.to(errors.dtype)
+    area, shown = None, parts
+    if over == "mask" and mask is not None:
+        area = covering if counts is None else (counts * covered).mean(1)
+        shown = parts / _or_one(covered)
+    elif counts is not None:
+        area = counts.mean(1)
+    if area is not None:
+        area = _or_one(area)
+        whole, covering = whole / area, covering / area
+        parts, covered = parts / area[:, None], covered / area[:, None]
+    if log_variance is None:
+        return weighted_mean(weight, parts, whole), shown
+    level = weight * torch.exp(-log_variance)
+    learned = (weight > 0).to(errors.dtype) * log_variance
+    return weighted_mean(level, parts, whole) + weighted_mean(learned, covered, covering), shown
+
+
+def _check_over(over: str) -> None:
+    if over not in ("all", "mask"):
+        raise ValueError(f"over must be 'all' or 'mask', got {over!r}")
+
+
+def _or_one(area: Tensor) -> Tensor:
+    return torch.where(area > 0, area, torch.ones_like(area))
 
 
 def _check_mask(mask: Tensor, like: Tensor) -> None:

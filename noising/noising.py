@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .axes import Axis, along, require_chunks
 from .curves.base import Curve, is_traced, may_look_at
 from .curves.discrete import Discrete
 from .levels import THRESHOLD, WEIGHT, LevelTable
-from .losses import L2, Loss, Over, mean_of_samples, resolve_loss
+from .losses import L2, Loss, Over, losses_of_elements, mean_of_samples, resolve_loss
 from .micro_batches import MicroBatches, Step
 from .noise import (
     Chain,
@@ -34,11 +35,11 @@ from .noise import (
 )
 from .presets import PRESETS
 from .schedule import NoiseSchedule
-from .timesteps import resolve_timesteps
 from .timesteps.base import Resampled, Timesteps
 from .timesteps.densities import UniformTimesteps
+from .timesteps.shaped import ShapedTimesteps, resolve_times
 from .utils.registry import lookup
-from .utils.rng import Draws, Stream, SymbolicRange, permutation, whole_seed
+from .utils.rng import Draws, Stream, SymbolicRange, whole_seed
 from .utils.validation import require_same_shape
 from .weighting import Weighting, resolve_weighting
 from .weighting.checks import warn_of_weights
@@ -68,6 +69,9 @@ class Noised:
         criterion: kind of loss.
         threshold: threshold of the loss, shape (batch, 1, ...), or None.
         log_variance: the learned u of the loss weight / e^u · error + u, shape (batch,), or None.
+        axis: the axis of k times for each sample; ``timesteps``, ``weight``, ``t`` and
+            ``log_variance`` then have shape (batch, k), and ``threshold`` broadcasts to ``x``.
+        counted: which of the k elements count in the loss, bool, shape (batch, k); None: all.
 
     >>> noised = Noising(NoiseSchedule.flow())(torch.zeros(2, 3, 4, 4), step=0)
     >>> noised.loss(noised.target).item()
@@ -86,6 +90,8 @@ class Noised:
     criterion: Loss = field(default_factory=L2, repr=False)
     threshold: Tensor | None = field(default=None, repr=False)
     log_variance: Tensor | None = field(default=None, repr=False)
+    axis: Axis | None = field(default=None, repr=False)
+    counted: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.noise, Tensor):
@@ -100,7 +106,7 @@ class Noised:
 
     @property
     def log_snr(self) -> Tensor:
-        """log SNR of each sample, shape (batch,)."""
+        """log SNR of each sample, shape of ``t``."""
         return self.schedule.log_snr(self.t)
 
     def losses(self, prediction: Any, mask: Tensor | None = None, over: Over = "all") -> Tensor:
@@ -129,6 +135,8 @@ class Noised:
         """
         out = prediction_tensor(prediction)
         require_same_shape("the network's output", out, "the target", self.target)
+        if self.axis is not None:
+            return self._losses_of_elements(out, self.axis, mask, over)
         errors = self.criterion.between(out.to(self.target.dtype), self.target, self.threshold)
         error, covered = mean_of_samples(errors, mask, over)
         for listener in self.listeners:
@@ -139,6 +147,26 @@ class Noised:
         counted = (self.weight > 0).to(error.dtype)
         counted = counted if covered is None else counted * covered
         return self.weight * torch.exp(-self.log_variance) * error + counted * self.log_variance
+
+    def _losses_of_elements(
+        self, out: Tensor, axis: Axis, mask: Tensor | None, over: Over
+    ) -> Tensor:
+        out, target = out.to(self.target.dtype), self.target
+        if self.counted is not None:  # the target of a clean element may be infinite
+            counts = along(self.counted, out.shape, axis)
+            out, target = torch.where(counts, out, 0.0), torch.where(counts, target, 0.0)
+        losses, errors = losses_of_elements(
+            self.criterion.between(out, target, self.threshold),
+            self.weight,
+            axis,
+            self.counted,
+            mask,
+            over,
+            self.log_variance,
+        )
+        for listener in self.listeners:
+            listener(self, errors.detach())
+        return losses
 
     def loss(self, prediction: Any, mask: Tensor | None = None, over: Over = "all") -> Tensor:
         """Return the mean of :meth:`losses`, a scalar to call ``backward`` on."""
@@ -151,7 +179,7 @@ class Noised:
         >>> noised.replaced(weight=2 * noised.weight).weight
         tensor([2., 2.])
         """
-        own = {one.name: vars(self).get(one.name) for one in fields(self)}
+        own: dict[str, Any] = {one.name: vars(self).get(one.name) for one in fields(self)}
         if "noise" not in vars(self):  # not read so far
             own["noise"] = vars(self)["_draw_noise"]
         return Noised(**(own | values))
@@ -192,6 +220,8 @@ class NoiseDraw(NamedTuple):
     """The parts that each kind of noise adds to it, batch axis first."""
     importance: Resampled | None
     """Bins and weights if the density follows losses, else None."""
+    counted: Tensor | None = None
+    """Which of k times for each sample count in the loss, shape (batch, k); None: all."""
 
 
 class Noising(nn.Module):
@@ -207,7 +237,8 @@ class Noising(nn.Module):
     Args:
         schedule: the noise schedule.
         weighting: a name of ``WEIGHTINGS`` or an object.
-        timesteps: a name of ``TIMESTEPS`` or an object.
+        timesteps: a name of ``TIMESTEPS`` or an object. A name of ``SHAPED_TIMESTEPS`` gives each
+            sample k times along an axis, e.g. 'independent:axis=frames'.
         noise: a name of ``NOISES`` or an object, or a sequence of them.
         seed: seed of noise and times.
         loss: a name of ``LOSSES`` or an object.
@@ -242,7 +273,7 @@ class Noising(nn.Module):
         self.weighting = resolve_weighting(weighting).on_curve(schedule.curve)
         self.log_variance = self.weighting.log_variance()
         self.loss = resolve_loss(loss)
-        self.timesteps = resolve_timesteps(timesteps)
+        self.timesteps = resolve_times(timesteps)
         self.timesteps.check(schedule.curve)
         self.loss_history = self.timesteps.history()
         self.noise = resolve_noise(noise)
@@ -348,7 +379,8 @@ class Noising(nn.Module):
                 spread; by default batch · world_size · accumulate, with the batch of the step's
                 first call. If ranks have unequal batches, give the same number on every rank.
             timesteps: times of the curve, shape (batch,), in place of drawn ones; importance
-                weights do not apply to them.
+                weights do not apply to them. Shape (batch, k) if the density draws k times; all of
+                them count in the loss.
             noise: shape of x0, in place of drawn noise; kinds of noise do not apply to it.
 
         Raises:
@@ -384,9 +416,9 @@ class Noising(nn.Module):
                 return self._batch(x0, t, levels, made, *mixed)
         else:
             parts, made = None, None
-        importance = None
+        importance = counted = None
         if timesteps is None:
-            timesteps, importance = self._draw_times(draws, index, total)
+            timesteps, importance, counted = self._draw_times(draws, index, total, x0.shape)
             levels, t = self._levels(x0, timesteps, checked=True)
         else:
             levels, t = self._levels(x0, timesteps)
@@ -398,6 +430,7 @@ class Noising(nn.Module):
             noised = self._batch(x0, t, levels, made, *draws.noised(x0, levels, exact, *parts))
         else:
             noised = self._noised(x0, t, levels, *self._draw_noise(draws, index, size))
+        noised = _counting(noised, counted)
         return self._with_importance(noised, importance, step, index)
 
     if TYPE_CHECKING:
@@ -411,8 +444,8 @@ class Noising(nn.Module):
     def register_loss_hook(self, listener: Callable[[Noised, Tensor], None]) -> Callable[[], None]:
         """Call ``listener(noised, errors)`` on every loss; return a function that removes it.
 
-        ``errors``: the unweighted error of each sample, shape (batch,), detached, on the device of
-        the loss. Copies, pickles and checkpoints do not contain the listeners.
+        ``errors``: the unweighted error of each sample, shape of ``noised.t``, detached, on the
+        device of the loss. Copies, pickles and checkpoints do not contain the listeners.
 
         >>> seen = []
         >>> noising = Noising(NoiseSchedule.flow())
@@ -469,27 +502,35 @@ class Noising(nn.Module):
         """
         draws = Draws(self.seed, index, step=step, stream=Stream.TRAINING_NOISE, device=device)
         index = index.tolist() if isinstance(index, Tensor) else index
-        t, importance = self._draw_times(draws, index, total)
-        return NoiseDraw(t, *self._draw_noise(draws, index, shape), importance)
+        x_shape = (len(index), *shape)
+        t, importance, counted = self._draw_times(draws, index, total, x_shape)
+        return NoiseDraw(t, *self._draw_noise(draws, index, shape), importance, counted)
 
     def _draw_times(
-        self, draws: Draws, index: Sequence[int], total: int
-    ) -> tuple[Tensor, Resampled | None]:
-        """Return times of the curve, and how importance sampling chose them."""
+        self, draws: Draws, index: Sequence[int], total: int, shape: Sequence[int]
+    ) -> tuple[Tensor, Resampled | None, Tensor | None]:
+        """Return times of the curve, how importance sampling chose them, and which count."""
+        curve, shaped = self.schedule.curve, self._shaped
+        if shaped is not None:
+            groups, k = _groups(index, total), shaped.count(shape)
+            t, counted = shaped.draw(draws, self.seed, groups, total, curve, k)
+            return _as_drawn(t, curve), None, counted
         # 1 - u lies in (0, 1]: this includes pure noise and excludes a clean sample
         u = 1 - draws.of(Stream.TRAINING_TIME, device="cpu").uniform(dtype=torch.float64)
         if self.timesteps.stratified:
-            at = draws.index.cpu()
-            for group in _groups(index, total):
-                spread = self.timesteps.stratify(
-                    u, at, permutation(self.seed, total, step=draws.step, group=group)
-                )
-                u = torch.where(at // total == group, spread, u)
+            at, groups = draws.index.cpu(), _groups(index, total)
+            u = self.timesteps.spread(u, at, groups, total, self.seed, draws.step)
         importance = self.loss_history.resample(u) if self.loss_history is not None else None
-        t = self.timesteps.times(u if importance is None else importance.u, self.schedule.curve)
-        if t.is_floating_point():
-            t = t.float().clamp(*_float32_range(self.schedule.curve))
-        return t, importance
+        t = self.timesteps.times(u if importance is None else importance.u, curve)
+        return _as_drawn(t, curve), importance, None
+
+    @property
+    def _shaped(self) -> ShapedTimesteps | None:
+        return self.timesteps if isinstance(self.timesteps, ShapedTimesteps) else None
+
+    @property
+    def _axis(self) -> Axis | None:
+        return None if self._shaped is None else self._shaped.axis
 
     def _draw_noise(
         self, draws: Draws, index: Sequence[int], shape: Sequence[int]
@@ -500,27 +541,37 @@ class Noising(nn.Module):
         )
         return draws.normal(*shape), parts
 
-    def at(self, x0: Tensor, t: Tensor, noise: Tensor, parts: Sequence[Tensor] = ()) -> Noised:
+    def at(
+        self,
+        x0: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        parts: Sequence[Tensor] = (),
+        counted: Tensor | None = None,
+    ) -> Noised:
         """Return the noised batch for given times and noise.
 
         Args:
             x0: the clean batch, shape (batch, ...).
-            t: times of the curve, shape (batch,).
+            t: times of the curve, shape (batch,), or (batch, k) if the density draws k times.
             noise: shape of x0.
             parts: the parts that the kinds of noise drew for the batch; without them ``noise`` is
                 used unchanged.
+            counted: which of the k times count in the loss.
 
         Raises:
             ValueError: for times that are not of shape (batch,), and for timesteps of a discrete
                 schedule in a dtype that cannot hold them.
         """
         levels, t = self._levels(x0, t)
-        return self._noised(x0, t, levels, noise, parts)
+        return _counting(self._noised(x0, t, levels, noise, parts), counted)
 
     def _levels(self, x0: Tensor, t: Tensor, checked: bool = False) -> tuple[Tensor, Tensor]:
         """Return the levels at times ``t``, and these times on the device of ``x0``."""
         curve = self.schedule.curve
-        if t.shape != x0.shape[:1]:
+        if self._axis is not None:
+            _require_shaped(t, x0, self._axis)
+        elif t.shape != x0.shape[:1]:
             raise ValueError(
                 f"timesteps must have shape ({x0.shape[0]},), one for each sample, got "
                 f"{tuple(t.shape)}"
@@ -555,7 +606,7 @@ class Noising(nn.Module):
         self, x0: Tensor, t: Tensor, levels: Tensor, noise: Tensor, parts: Sequence[Tensor]
     ) -> Noised:
         """Return the batch of :meth:`at`."""
-        alpha, sigma, c0, c1 = levels[:4].view(4, -1, *[1] * (x0.ndim - 1)).unbind()
+        alpha, sigma, c0, c1 = along(levels[:4], x0.shape, self._axis).unbind()
         clean = x0.to(levels.dtype)
         noise, *on_device = (
             one.to(x0.device, levels.dtype, non_blocking=True) for one in (noise, *parts)
@@ -571,6 +622,7 @@ class Noising(nn.Module):
         """
         if (
             type(x0) is not Tensor
+            or self._axis is not None
             or is_traced(x0)
             or (x0.dtype != torch.float32 and x0.device.type == "cpu")
             or not x0.is_contiguous()
@@ -587,11 +639,10 @@ class Noising(nn.Module):
         self, x0: Tensor, t: Tensor, levels: Tensor, noise: Any, x_t: Tensor, target: Tensor
     ) -> Noised:
         schedule = self.schedule
-        x = schedule.scale_model_input(x_t, t).to(x0.dtype)
+        axis = self._axis
+        x = schedule.scale_model_input(x_t, t, axis).to(x0.dtype)
         threshold = (
-            levels[THRESHOLD].view(-1, *[1] * (x0.ndim - 1))
-            if levels.shape[0] > THRESHOLD
-            else None
+            along(levels[THRESHOLD], x0.shape, axis) if levels.shape[0] > THRESHOLD else None
         )
         learned = self.log_variance
         return Noised(
@@ -607,6 +658,7 @@ class Noising(nn.Module):
             criterion=self.loss,
             threshold=threshold,
             log_variance=None if learned is None else learned(levels[0], levels[1]),
+            axis=axis,
         )
 
     def _with_importance(
@@ -692,6 +744,27 @@ def _float32_range(curve: Curve) -> tuple[float, float]:
     if float(high) > exact[1]:
         high = np.nextafter(high, np.float32(inward[1]))
     return float(low), float(high)
+
+
+def _as_drawn(t: Tensor, curve: Curve) -> Tensor:
+    return t.float().clamp(*_float32_range(curve)) if t.is_floating_point() else t
+
+
+def _require_shaped(t: Tensor, x0: Tensor, axis: Axis) -> None:
+    if t.ndim != 2 or len(t) != len(x0):
+        raise ValueError(
+            f"timesteps must have shape ({len(x0)}, k), k times for each sample, got "
+            f"{tuple(t.shape)}"
+        )
+    require_chunks(t.shape[1], axis, x0.shape)
+
+
+def _counting(noised: Noised, counted: Tensor | None) -> Noised:
+    """Return the batch without weight on the elements that do not count in its loss."""
+    if counted is None:
+        return noised
+    counted = counted.to(noised.weight.device, non_blocking=True)
+    return noised.replaced(counted=counted, weight=torch.where(counted, noised.weight, 0.0))
 
 
 def _groups(index: Sequence[int] | SymbolicRange, total: int) -> Sequence[int]:

@@ -7,6 +7,7 @@ from .kernel import Progress
 from .knots import CLEAN, Knot, knots_at
 from .methods import METHODS, Method, register_method
 from .names import resolve_method
+from .rolling import MATRICES, RollingSampler
 from .rollouts.rollout import Rollout, Transition
 from .sampler import Sampler, make_sampler
 from .serving import CapturedSampler, ContinuousBatch
@@ -26,6 +27,7 @@ from .tracing import Combination, Trace
 __all__ = [
     "CLEAN",
     "GRIDS",
+    "MATRICES",
     "METHODS",
     "STANDALONE",
     "CapturedSampler",
@@ -40,6 +42,7 @@ __all__ = [
     "PredictorCorrector",
     "Progress",
     "RePaint",
+    "RollingSampler",
     "Rollout",
     "Sampler",
     "Table",

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from ..noising import NoiseSchedule, Noising, Uniform
+from ..noising import NoiseSchedule, Noising, ShapedTimesteps, Uniform
 from ..noising.noising import prediction_tensor
 from ..noising.utils.rng import Draws, stream_of
 from .accumulation import Accumulation, full_batch, replicas
@@ -107,8 +107,12 @@ class DiffusionModule(LightningModule):
         object.__setattr__(self, "_encode", encode)
         self.label_dropout, self.null_label = float(label_dropout), null_label
         self._accumulation = Accumulation()
+        times = noising.timesteps
         self.validation_noising = Noising(
-            noising.schedule, Uniform(), "stratified", seed=VALIDATION_SEED
+            noising.schedule,
+            Uniform(),
+            times.evenly() if isinstance(times, ShapedTimesteps) else "stratified",
+            seed=VALIDATION_SEED,
         )
 
     @property

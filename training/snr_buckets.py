@@ -79,10 +79,18 @@ class Buckets:
         """
         return torch.zeros(4, len(self), device=device)
 
-    def add(self, sums: Tensor, log_snr: Tensor, errors: Tensor, weight: Tensor) -> None:
+    def add(
+        self,
+        sums: Tensor,
+        log_snr: Tensor,
+        errors: Tensor,
+        weight: Tensor,
+        counted: Tensor | None = None,
+    ) -> None:
         """Add samples to ``sums``, in place and without a sync of the device.
 
-        ``log_snr``, ``errors`` and ``weight`` have shape (batch,).
+        ``log_snr``, ``errors`` and ``weight`` have shape (batch,), or (batch, k) for k elements of
+        each sample. ``counted`` is True for those to add; None adds all.
 
         >>> buckets = Buckets.of(NoiseSchedule.flow(), 2)
         >>> sums = buckets.zeros(torch.device("cpu"))
@@ -96,7 +104,9 @@ class Buckets:
         ([0.0, 4.0, 3.0, 0.0], [0.0, 4.0, 2.0, 0.0])
         """
         rows = torch.stack([torch.ones_like(errors), errors, weight * errors, weight]).float()
-        sums.index_add_(1, self.index(log_snr), rows)
+        if counted is not None:
+            rows = torch.where(counted, rows, 0.0)
+        sums.index_add_(1, self.index(log_snr).flatten(), rows.flatten(1))
 
 
 def _index(log_snr: Tensor, edges: tuple[float, ...]) -> Tensor:

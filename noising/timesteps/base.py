@@ -16,7 +16,7 @@ the expectation and lowers the variance.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, ClassVar, NamedTuple
@@ -29,6 +29,7 @@ from ..curves.truncated import Truncated, times_at_levels
 from ..utils.bisection import bisect
 from ..utils.items import make_item
 from ..utils.registry import D, Registry
+from ..utils.rng import permutation
 
 # the smallest share of training time that is drawn: a clean sample trains nothing
 LEAST = 2.0**-53
@@ -117,6 +118,23 @@ class Timesteps(ABC):
         if not self.stratified or strata is None:
             return u
         return (strata[index % len(strata)] + u) / len(strata)
+
+    def spread(
+        self, u: Tensor, index: Tensor, groups: Sequence[int], total: int, seed: int, step: int
+    ) -> Tensor:
+        """Return ``u``, stratified over each group of ``total`` consecutive indices of a step.
+
+        ``groups``: the numbers of the groups that hold the indices.
+
+        >>> from alphabar.noising import UniformTimesteps
+        >>> density, u = UniformTimesteps(stratified=True), torch.full((2,), 0.5)
+        >>> density.spread(u, torch.arange(2), [0], 2, seed=0, step=0).sort().values
+        tensor([0.2500, 0.7500])
+        """
+        for group in groups:
+            strata = permutation(seed, total, step=step, group=group)
+            u = torch.where(index // total == group, self.stratify(u, index, strata), u)
+        return u
 
     def within(self, low: float, high: float) -> WithinTimesteps:
         """Return this density limited to times from ``low`` to ``high``, both included.

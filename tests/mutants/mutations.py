@@ -390,7 +390,10 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("sampling/serving/captured.py", "tests/test_captured.py"): [
         ("self._noise.rewind()", "pass"),
-        ("copy.deepcopy((dict(conditioning or {}), unconditional))", "(dict(conditioning or {}), unconditional)"),
+        (
+            "copy.deepcopy((dict(conditioning or {}), unconditional))",
+            "(dict(conditioning or {}), unconditional)",
+        ),
     ],
     ("sampling/tracing.py", f"{METHODS} -k birth or brownian or (point_mass and dpmpp)"): [
         ("(abs(draw.end - draw.start) ** 0.5) * z", "abs(draw.end - draw.start) * z"),
