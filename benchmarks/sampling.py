@@ -59,7 +59,7 @@ def plain(sampler: Sampler, network: Network) -> Loop:
     steps = sampler.table.steps
 
     def loop(x: Tensor) -> Tensor:
-        state = [x]
+        state, out = [x], x
         for step in steps:
             basis = list(state)
             for op in step.ops:

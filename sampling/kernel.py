@@ -357,7 +357,7 @@ def final(
 
 
 def _next(carry: Carry, basis: list[Tensor]) -> list[Tensor]:
-    if type(carry) is OnePass:
+    if isinstance(carry, OnePass):
         return carry(basis)
     return [carry[0](basis)] if len(carry) == 1 else [row(basis) for row in carry]
 

@@ -36,14 +36,14 @@ from .standalone import StandaloneEntry
 from .table import Table, compile_table
 
 DEFAULT_STEPS = 20
-_CACHED = "_identity", "_compiled", "_plan", "_times", "_integer_timesteps", "init_noise_scale"
+_CACHED = "_identity", "_compiled", "_plan", "_times", "_integer_timesteps"
 
 
 @dataclass(frozen=True, eq=False)
 class Sampler:
     """Draw samples with a network that was trained on ``schedule``.
 
-    Frozen and picklable; contains no tensor.
+    Frozen and picklable; a pickle contains no tensor.
 
     Args:
         schedule: The NoiseSchedule of training.
@@ -179,7 +179,7 @@ class Sampler:
         )
         return self.schedule.curve.grid_coordinate(alpha, sigma).tolist()
 
-    @cached_property
+    @property
     def init_noise_scale(self) -> float:
         """The standard deviation of x at the first knot for data of unit variance, sqrt(α² + σ²).
 
@@ -201,10 +201,10 @@ class Sampler:
         Arguments as in :meth:`iterate`.
         """
         with torch.no_grad():
-            steps, x, *others = self._begun(network, shape_or_noise, **arguments)
+            steps, x, evaluate, noise, beside = self._begun(network, shape_or_noise, **arguments)
             start = [x]
             del x
-            return final(steps, start, *others)
+            return final(steps, start, evaluate, noise, beside)
 
     def iterate(
         self,

@@ -82,7 +82,7 @@ class CapturedSampler:
 
         def body() -> Tensor:
             self._noise.rewind()
-            steps, x, *others = sampler._begun(
+            steps, x, evaluate, noise, beside = sampler._begun(
                 network,
                 shape if self._start is None else self._start,
                 seeds=self._noise,
@@ -91,7 +91,7 @@ class CapturedSampler:
                 device=self.device,
                 **arguments,
             )
-            return final(steps, [x], *others)
+            return final(steps, [x], evaluate, noise, beside)
 
         with torch.no_grad():
             self._replay, self._samples = _captured(body)
