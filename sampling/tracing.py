@@ -304,7 +304,7 @@ class Forecast(Trace):
     that is not known yet is one of the same λ on a variance preserving path.
 
     >>> forecast = Forecast(schedule := NoiseSchedule.linear(), 1, Points(schedule))
-    >>> forecast.knot(0.5).half_log_snr, forecast.levels
+    >>> round(forecast.knot(0.5).half_log_snr, 12), forecast.levels
     (0.5, [0.5])
     """
 
