@@ -24,6 +24,7 @@ from .noise import Chain, Gaussian, Noise, apply_kinds, draw_kinds, resolve_nois
 from .schedule import NoiseSchedule
 from .timesteps import resolve_timesteps
 from .timesteps.base import Resampled, Timesteps
+from .timesteps.strata import across_steps
 from .utils.rng import Draws, Stream, permutation, whole_seed
 from .utils.validation import require_same_shape
 from .weighting import Weighting, resolve_weighting
@@ -393,9 +394,10 @@ class Noising(nn.Module):
         if self.timesteps.stratified:
             at = torch.tensor(index)
             for group in sorted({i // total for i in index}):
-                spread = self.timesteps.stratify(
-                    u, at, permutation(self.seed, total, step=draws.step, group=group)
-                )
+                strata = permutation(self.seed, total, step=draws.step, group=group)
+                cells = strata[at % total] + total * group
+                spread = across_steps(u, cells, self.seed, draws.step, self.timesteps.across)
+                spread = self.timesteps.stratify(spread, at, strata)
                 u = torch.where(at // total == group, spread, u)
         importance = self.loss_history.resample(u) if self.loss_history is not None else None
         t = self.timesteps.times(u if importance is None else importance.u, self.schedule.curve)
