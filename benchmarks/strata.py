@@ -19,6 +19,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -31,7 +32,7 @@ from alphabar.noising.utils.atomic import write_atomically
 
 FLOW = NoiseSchedule.flow()
 DENSITIES = ("stratified", "stratified_logit_normal")
-SEEDS, LONGEST = 400, 256
+SEEDS, LONGEST = 64, 256
 WINDOWS = (4, 10, 16, 64, 100, 256)
 DIMENSIONS = (64, 4096, None)
 
@@ -39,6 +40,7 @@ DIMENSIONS = (64, 4096, None)
 # -- the variance ----------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=4 * SEEDS)
 def times_of(density: str, seed: int) -> Tensor:
     """Return the times of consecutive steps with one sample each, shape (2 * LONGEST,)."""
     noising = Noising(FLOW, timesteps=density, seed=seed)
@@ -104,7 +106,8 @@ def train(folder: Path, world_size: int, rank: int, steps: int, kill_at: int | N
     if file.exists():
         saved = json.loads(file.read_text())
         times = saved["times"]
-        network.load_state_dict({k: torch.tensor(v).double() for k, v in saved["weights"].items()})
+        weights = saved["weights"].items()
+        network.load_state_dict({k: torch.tensor(v, dtype=torch.float64) for k, v in weights})
     for step in range(len(times), steps):
         drawn = torch.zeros(2, dtype=torch.float64)
         for micro_batch in range(2 // world_size):  # one sample in each

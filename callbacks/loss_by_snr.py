@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from PIL import Image
 from torch import Tensor
 
 from ..noising import Noising
 from ..noising.noising import Noised
-from ..noising.utils.atomic import require_writable, write_atomically
+from ..noising.utils.atomic import require_writable
 from ..noising.utils.validation import whole_number
 from ..training.loops.background import AFTER_AN_ERROR, AT_THE_END, finish, pictures_of
 from ..training.loops.collectives import on_rank_zero
 from ..training.loops.complaints import Complaints, Failure
-from ..training.publishing.loggers import log_image
+from ..training.publishing.figures import publish_figure
 from ..training.snr_buckets import COUNT, Buckets, findings, means, plot
 from .support.module_api import is_fast_dev_run
 
@@ -236,26 +232,16 @@ class LossBySNR(Callback):
             (rank_zero_warn if warning else rank_zero_info)(text)
 
     def _plot(self, trainer: Trainer, sums: Tensor, step: int) -> None:
-        folder, lane = self._folder, pictures_of(trainer)
-        assert folder is not None
-        if lane.pending >= lane.room:  # the next plot shows as much as this one
-            raise TimeoutError("publishing lags behind, so that the plot is left out")
-        png = plot(self._buckets, sums, f"loss by log SNR, step {step}")
-        image = torch.from_numpy(np.array(Image.open(io.BytesIO(png)).convert("RGB")))
-        acts: list[Callable[[], object]] = [
-            lambda: write_atomically(folder / f"step_{step:08d}.png", png)
-        ]
-        acts += [
-            partial(log_image, logger, "loss_by_snr", image, step) for logger in trainer.loggers
-        ]
-        lane.submit(lambda: self._publish(acts))
-
-    def _publish(self, acts: Sequence[Callable[[], object]]) -> None:
-        for act in acts:
-            try:
-                act()
-            except Exception as error:
-                self._failed.append(("the plot", error))
+        assert self._folder is not None
+        publish_figure(
+            pictures_of(trainer),
+            plot(self._buckets, sums, f"loss by log SNR, step {step}"),
+            "loss_by_snr",
+            step,
+            trainer.loggers,
+            lambda error: self._failed.append(("the plot", error)),
+            self._folder / f"step_{step:08d}.png",
+        )
 
 
 def _noising_of(module: LightningModule) -> Noising:

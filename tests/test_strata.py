@@ -4,6 +4,7 @@ processes and after kill -9.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ from scipy import stats
 from torch import Tensor
 
 from alphabar.noising import LogitNormalTimesteps, LossSecondMoment, NoiseSchedule, Noising
-from alphabar.noising.timesteps import resolve_timesteps
+from alphabar.noising.timesteps import LogNormalSigmaTimesteps, resolve_timesteps
+from alphabar.training import add_noising_arguments, noising_from_arguments
 
 FLOW = NoiseSchedule.flow()
 
@@ -110,5 +112,28 @@ def test_the_variance_is_lower(benchmark: ModuleType, monkeypatch: pytest.Monkey
     assert together[16] < alone[16] / 5 and together[64] < alone[64] / 10
 
 
+def test_ranks_micro_batches_and_a_resume_have_the_times_of_one_process() -> None:
+    whole = Noising(FLOW, timesteps="stratified_logit_normal:across=16", seed=4)
+    one = [whole(torch.zeros(4, 1), step=s).t for s in range(20, 40)]
+    for s, t in zip(range(20, 40), one, strict=True):  # as after a resume at step 20
+        parts = torch.empty(4)
+        for rank in range(2):
+            noising = Noising(FLOW, timesteps="stratified_logit_normal:across=16", seed=4)
+            for micro_batch in range(2):
+                place = {"micro_batch": micro_batch, "accumulate": 2, "rank": rank}
+                noised = noising(torch.zeros(1, 1), step=s, world_size=2, **place)
+                parts[2 * micro_batch + rank] = noised.t[0]
+        assert torch.equal(parts, t)
+
+
+def test_the_flag() -> None:
+    parser = argparse.ArgumentParser()
+    add_noising_arguments(parser)
+    flags = ["--timestep_density", "stratified_lognormal_sigma:across=64", "--p_mean", "-0.4"]
+    density = noising_from_arguments(parser.parse_args(flags)).timesteps
+    assert density == LogNormalSigmaTimesteps(stratified=True, across=64, mean=-0.4)
+
+
+@pytest.mark.slow
 def test_two_processes_and_kill_9(benchmark: ModuleType, tmp_path: Path) -> None:
     assert all(benchmark.exactness(tmp_path).values())
