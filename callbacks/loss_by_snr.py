@@ -19,11 +19,12 @@ from ..noising import Noising
 from ..noising.noising import Noised
 from ..noising.utils.atomic import require_writable
 from ..noising.utils.validation import whole_number
+from ..training.density_advice import Window, advise_density, merged, plot_advice
 from ..training.loops.background import AFTER_AN_ERROR, AT_THE_END, finish, pictures_of
 from ..training.loops.collectives import on_rank_zero
 from ..training.loops.complaints import Complaints, Failure
 from ..training.publishing.figures import publish_figure
-from ..training.snr_buckets import COUNT, Buckets, findings, means, plot
+from ..training.snr_buckets import COUNT, ERROR, Buckets, findings, means, plot
 from .support.module_api import is_fast_dev_run
 
 
@@ -38,6 +39,11 @@ class LossBySNR(Callback):
     (weighted). They are means over the steps since the last report. Each of these findings is
     reported once: a bucket without samples, a terminal step of weight zero, a loss that is not
     finite, a bucket that contributes most of the loss.
+
+    At the end of training it advises a density of timesteps: where the loss still falls, as text
+    with the flags to type and as the plot ``advice.png``. It says so if there are too few reports
+    or too much noise for an advice. The method is a heuristic, see
+    :mod:`alphabar.training.density_advice`.
 
     An error in this callback is a warning, and training continues bit-identically. With
     ``fast_dev_run`` nothing is written.
@@ -82,15 +88,22 @@ class LossBySNR(Callback):
         self._last_step = 0
         self._drawn: list[float] = []  # samples per bucket in all reports, summed over ranks
         self._told: list[str] = []
+        self._windows: list[Window] = []  # samples and errors per bucket in each report
 
     # -- state: counts survive a resume, sums since the last report do not -------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {"last_step": self._last_step, "drawn": self._drawn, "told": self._told}
+        return {
+            "last_step": self._last_step,
+            "drawn": self._drawn,
+            "told": self._told,
+            "windows": self._windows,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._last_step = int(state_dict["last_step"])
         self._drawn, self._told = list(state_dict["drawn"]), list(state_dict["told"])
+        self._windows = list(state_dict.get("windows", []))  # older checkpoints have none
 
     # -- before training ---------------------------------------------------------------------------
 
@@ -121,6 +134,7 @@ class LossBySNR(Callback):
         buckets = self._buckets = Buckets.of(noising.schedule, self.buckets)
         if len(self._drawn) != len(buckets):
             self._drawn = [0.0] * len(buckets)  # first run, or other buckets than the checkpoint
+            self._windows = []
         self._sums = buckets.zeros(pl_module.device)
 
         def listener(noised: Noised, errors: Tensor) -> None:
@@ -138,6 +152,8 @@ class LossBySNR(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end()
         if not is_fast_dev_run(trainer):
+            if trainer.is_global_zero:
+                self._attempt("the advice", lambda: self._advise(trainer, _noising_of(pl_module)))
             finish(trainer, pictures_of(trainer), AT_THE_END)
             self._complain()
             self._complaints.sum_up()
@@ -182,6 +198,7 @@ class LossBySNR(Callback):
         self._drawn = [
             before + more for before, more in zip(self._drawn, sums[COUNT].tolist(), strict=True)
         ]
+        self._windows = merged([*self._windows, (sums[COUNT].tolist(), sums[ERROR].tolist())])
         if trainer.is_global_zero:
             self._report(trainer, sums)
 
@@ -232,16 +249,29 @@ class LossBySNR(Callback):
             (rank_zero_warn if warning else rank_zero_info)(text)
 
     def _plot(self, trainer: Trainer, sums: Tensor, step: int) -> None:
+        png = plot(self._buckets, sums, f"loss by log SNR, step {step}")
+        self._publish(trainer, png, "loss_by_snr", f"step_{step:08d}.png")
+
+    def _publish(self, trainer: Trainer, png: bytes, tag: str, name: str) -> None:
         assert self._folder is not None
         publish_figure(
             pictures_of(trainer),
-            plot(self._buckets, sums, f"loss by log SNR, step {step}"),
-            "loss_by_snr",
-            step,
+            png,
+            tag,
+            trainer.global_step,
             trainer.loggers,
             lambda error: self._failed.append(("the plot", error)),
-            self._folder / f"step_{step:08d}.png",
+            self._folder / name,
         )
+
+    def _advise(self, trainer: Trainer, noising: Noising) -> None:
+        if not self._windows:
+            return
+        advice = advise_density(self._buckets, self._windows, noising.schedule, noising.timesteps)
+        rank_zero_info(f"LossBySNR: {advice.text}")
+        if advice.flags is not None and self._folder is not None:
+            png = plot_advice(self._buckets, advice)
+            self._publish(trainer, png, "loss_by_snr_advice", "advice.png")
 
 
 def _noising_of(module: LightningModule) -> Noising:
