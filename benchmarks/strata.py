@@ -71,9 +71,7 @@ def variances(density: str, dimensions: int | None) -> dict[int, float]:
     sums = torch.stack(of_all).cumsum(1)
     sums = torch.cat([sums.new_zeros(SEEDS, 1), sums], 1)
     # every start of a window, also those that are not aligned
-    return {
-        n: ((sums[:, n : n + LONGEST] - sums[:, :LONGEST]) / n).var().item() for n in WINDOWS
-    }
+    return {n: ((sums[:, n : n + LONGEST] - sums[:, :LONGEST]) / n).var().item() for n in WINDOWS}
 
 
 def table() -> None:
@@ -113,9 +111,7 @@ def train(folder: Path, world_size: int, rank: int, steps: int, kill_at: int | N
         for micro_batch in range(2 // world_size):  # one sample in each
             place = micro_batch * world_size + rank
             x0 = data[(2 * step + place) % 64][None]
-            noised = noising(
-                x0, step=step, micro_batch=micro_batch, accumulate=2 // world_size
-            )
+            noised = noising(x0, step=step, micro_batch=micro_batch, accumulate=2 // world_size)
             drawn[place] = noised.t.double()[0]
             (noised.loss(network(noised.x)) / 2).backward()
         for tensor in (drawn, *(p.grad for p in network.parameters())):

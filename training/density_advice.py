@@ -181,9 +181,7 @@ def _none(why: str) -> Advice:
     return Advice(f"no advice on the density of timesteps: {why}")
 
 
-def _slopes(
-    x: np.ndarray, counts: np.ndarray, sums: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _slopes(x: np.ndarray, counts: np.ndarray, sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return -d log(mean error) / dx of each bucket with its standard error; NaN if unknown.
 
     Weighted least squares; the error is that of the residuals, i.e. of the noise of the losses.

@@ -20,7 +20,13 @@ from .loops.complaints import Complaints, Failure
 from .networks import network_config
 from .publishing.figures import publish_figure
 from .publishing.loggers import takes_images
-from .validation import VALIDATION_SEED, ErrorsAtLevels, LevelErrors, plot_validations
+from .validation import (
+    VALIDATION_SEED,
+    ErrorsAtLevels,
+    LevelErrors,
+    plot_validations,
+    validation_times,
+)
 
 
 class DiffusionModule(LightningModule):
@@ -123,7 +129,7 @@ class DiffusionModule(LightningModule):
         self.label_dropout, self.null_label = float(label_dropout), null_label
         self._accumulation = Accumulation()
         if validation_levels:  # fails here, not in the first validation
-            ErrorsAtLevels(noising.schedule, validation_levels)
+            validation_times(noising.schedule, validation_levels)
         self.validation_levels = validation_levels
         # by dataloader: the sums of the running validation, its samples so far, and what was found
         self._at_levels: dict[int, ErrorsAtLevels] = {}
@@ -281,7 +287,7 @@ class DiffusionModule(LightningModule):
     def _add_levels(self, x0: Tensor, conditioning: Mapping[str, Any], loader: int) -> None:
         sums = self._at_levels.get(loader)
         if sums is None:
-            sums = ErrorsAtLevels(self.noising.schedule, self.validation_levels)
+            sums = ErrorsAtLevels(self.validation_noising, self.validation_levels)
             self._at_levels[loader] = sums
         start, batch = self._validated.get(loader, 0), len(x0)
         self._validated[loader] = start + batch

@@ -105,23 +105,19 @@ class ErrorsAtLevels:
     """Sums of errors at fixed noise levels, batch by batch; the sums stay on the device.
 
     Args:
-        schedule: the schedule of the training.
+        noising: makes the noise, with a seed of its own; unweighted, of the training's schedule.
         levels: number of noise levels.
-        seed: seed of the noise.
 
-    >>> flow = NoiseSchedule.flow()
-    >>> sums = ErrorsAtLevels(flow, levels=3)
+    >>> sums = ErrorsAtLevels(Noising(NoiseSchedule.flow(), seed=1), levels=3)
     >>> sums.add(lambda x, t: x, torch.zeros(4, 2), index=range(4))
     >>> sums.reduced().samples
     4
     """
 
-    def __init__(
-        self, schedule: NoiseSchedule, levels: int = 8, seed: int = VALIDATION_SEED
-    ) -> None:
-        self.times = validation_times(schedule, levels)
-        self.log_snr = tuple(schedule.log_snr(self.times.double()).tolist())
-        self._noising = Noising(schedule, seed=seed).eval()
+    def __init__(self, noising: Noising, levels: int = 8) -> None:
+        self.times = validation_times(noising.schedule, levels)
+        self.log_snr = tuple(noising.schedule.log_snr(self.times.double()).tolist())
+        self._noising = noising
         self._sums: Tensor | None = None
         self._samples = 0
 
@@ -210,7 +206,7 @@ def errors_at_levels(
     """
     distributed = dist.is_available() and dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    sums, start = ErrorsAtLevels(schedule, levels, seed), 0
+    sums, start = ErrorsAtLevels(Noising(schedule, seed=seed), levels), 0
     with evaluating(network):
         for batch in batches:
             x0, conditioning = (batch, {}) if isinstance(batch, Tensor) else batch
