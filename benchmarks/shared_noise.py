@@ -129,7 +129,10 @@ def report(runs: dict[str, list[list[float]]]) -> None:
     needed = samples_to(shared[:, -1].mean().item(), points)
     print(
         f"\nOurs reaches the last error of the shared noise after {needed:,.0f} samples in place "
-        f"of {samples[-1]:,}: {1 - needed / samples[-1]:.0%} fewer."
+        f"of {samples[-1]:,}: {1 - needed / samples[-1]:.0%} fewer.\n\nThe batch is small here, so "
+        "the shared noise is a large part of the gradient's noise. At larger batches the "
+        "difference is smaller: the pull request has 14 % at a batch of 512 and 3 to 4 % at 1024 "
+        "and more."
     )
 
 

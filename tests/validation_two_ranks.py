@@ -10,8 +10,8 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
-from test_validation import FLOW, SAMPLES, loader, made
 from alphabar.training.validation import errors_at_levels
+from test_validation import FLOW, SAMPLES, loader, made
 
 root, rank = Path(sys.argv[1]), int(os.environ["LOCAL_RANK"])
 torch.set_num_threads(1)

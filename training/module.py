@@ -75,7 +75,8 @@ class DiffusionModule(LightningModule):
 
     Raises:
         TypeError: ``noising`` is not a Noising, or ``encode`` cannot be called.
-        ValueError: ``validation_levels`` is 1, 2 or negative; ``label_dropout`` is no share, or lacks ``label_key`` or ``null_label``.
+        ValueError: ``validation_levels`` is 1, 2 or negative; ``label_dropout`` is no share, or
+            lacks ``label_key`` or ``null_label``.
 
     >>> class Net(nn.Module):
     ...     def forward(self, x, t):
