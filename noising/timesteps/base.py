@@ -10,7 +10,8 @@ Let u be uniform. A density is defined by its quantile function, in one of two c
 The first gives a different noise level on every curve, the second gives the same one. There are two
 ways to draw u: independently for each sample, or ``stratified`` over the whole optimizer step
 (batch x ranks x accumulation). Stratified means one sample in each of the equal strata, which keeps
-the expectation and lowers the variance.
+the expectation and lowers the variance. ``across=N`` spreads the strata over N optimizer steps, for
+small batches: see strata.py.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from ..utils.bisection import bisect
 from ..utils.items import make_item
 from ..utils.registry import D, Registry
 from ..utils.rng import permutation
+from .strata import across_steps, require_across
 
 # the smallest share of training time that is drawn: a clean sample trains nothing
 LEAST = 2.0**-53
@@ -90,6 +92,8 @@ class Timesteps(ABC):
     measures_losses: ClassVar[bool] = False
     """Whether the density follows measured losses; it then needs a history in the checkpoint."""
     stratified: bool = False
+    across: int = 1
+    """Number of optimizer steps that stratified times are spread over, a power of two."""
 
     @abstractmethod
     def times(self, u: Tensor, curve: Curve) -> Tensor:
@@ -133,7 +137,11 @@ class Timesteps(ABC):
         """
         for group in groups:
             strata = permutation(seed, total, step=step, group=group)
-            u = torch.where(index // total == group, self.stratify(u, index, strata), u)
+            part = u
+            if self.across > 1:
+                cells = strata[index % total] + total * group
+                part = across_steps(u, cells, seed, step, self.across)
+            u = torch.where(index // total == group, self.stratify(part, index, strata), u)
         return u
 
     def within(self, low: float, high: float) -> WithinTimesteps:
@@ -246,6 +254,12 @@ def nearest_time(log_snr: Tensor, curve: Curve) -> Tensor:
     return t.clamp(curve.t_min, curve.t_max)
 
 
+def take_strata(outer: Timesteps, inner: Timesteps) -> None:
+    """Make a density that wraps another one stratified as that one is."""
+    object.__setattr__(outer, "stratified", outer.stratified or inner.stratified)
+    object.__setattr__(outer, "across", max(outer.across, inner.across))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Around(Timesteps):
     """A density that wraps another one; it is stratified if the inner density is."""
@@ -258,7 +272,7 @@ class Around(Timesteps):
                 f"{self.density.name} timesteps go around other densities, not into them; "
                 f"give them density={type(self).__name__}(...)"
             )
-        object.__setattr__(self, "stratified", self.stratified or self.density.stratified)
+        take_strata(self, self.density)
 
     def check(self, curve: Curve) -> None:
         self.density.check(curve)
@@ -400,7 +414,7 @@ class TimestepRegistry(Registry[Callable[..., Timesteps]]):
     """The densities by name, each with its stratified form.
 
     >>> TIMESTEPS["stratified"]()
-    UniformTimesteps(stratified=True)
+    UniformTimesteps(stratified=True, across=1)
     """
 
     def register(self, entry: D) -> D:
@@ -421,13 +435,16 @@ Decorate a class with ``@TIMESTEPS.register`` to add one.
 def resolve_timesteps(timesteps: str | Timesteps) -> Timesteps:
     """Return the density for a name, with or without options, or an object.
 
-    Raises ValueError for an unknown name or option.
+    Raises ValueError for an unknown name or option, and for strata across a number of steps that is
+    no power of two.
 
     >>> from alphabar.noising import LogitNormalTimesteps
-    >>> resolve_timesteps("stratified_logit_normal:mean=1")
-    LogitNormalTimesteps(stratified=True, mean=1, std=1.0)
+    >>> resolve_timesteps("stratified_logit_normal:mean=1,across=64")
+    LogitNormalTimesteps(stratified=True, across=64, mean=1, std=1.0)
     """
-    return timesteps if isinstance(timesteps, Timesteps) else make_item(timesteps, TIMESTEPS)
+    density = timesteps if isinstance(timesteps, Timesteps) else make_item(timesteps, TIMESTEPS)
+    require_across(density.across, density.stratified)
+    return density
 
 
 def require_time(what: str, t: float, curve: Curve) -> None:

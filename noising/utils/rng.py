@@ -80,6 +80,7 @@ class Stream(IntEnum):
     FEATURES = 3
     SAMPLING_NOISE = 4
     SAMPLING_UNIFORM = 5
+    STRATA_ACROSS_STEPS = 6
 
 
 def stream_of(name: str, number: int = 0) -> int:
