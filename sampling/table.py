@@ -8,12 +8,19 @@ over the knots of a grid gives the table, and one kernel runs every table.
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..noising import NoiseSchedule, Prediction
+from ..noising.utils.atomic import write_atomically
+from ..noising.utils.config_reading import mapping, read_json, word
+from .fitting.provenance import Provenance
+from .fitting.table_file import TABLE_NAME, steps_from_config, steps_to_config
 from .knots import Knot
 from .tracing import Combination, Draw, Evaluation, Operation, Row, Step, Trace, Unconditional
 
@@ -43,6 +50,8 @@ class Table:
     steps: tuple[Step, ...]
     prediction: Prediction
     point_mass: bool = True
+    provenance: Provenance | None = None
+    """What a fitted table was fitted to: see ``fit_table``."""
 
     def __post_init__(self) -> None:
         for i, step in enumerate(self.steps):
@@ -84,6 +93,55 @@ class Table:
         """
         return max((defect for defect, _ in point_mass_defects(self)), default=0.0)
 
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write a fitted table as JSON, exactly and atomically; return the file.
+
+        Args:
+            path: A file, or a folder, where the file is ``fitted_table.json``.
+
+        Raises:
+            ValueError: The table is not from ``fit_table``; samplers of known methods are made
+                anew from their names.
+            OSError: The file cannot be written.
+        """
+        if self.provenance is None:
+            raise ValueError(
+                f"{self.name}: only a table of fit_table is saved, which says what it was fitted "
+                "to; save the name, the steps and the grid of another sampler"
+            )
+        config = {
+            "version": VERSION,
+            "name": self.name,
+            "provenance": self.provenance.to_config(),
+            **steps_to_config(self.knots, self.steps),
+        }
+        return write_atomically(_file(path), json.dumps(config, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Table:
+        """Return the table of :meth:`save`, equal to the saved one in every bit.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is damaged; the error names it.
+        """
+        path = _file(path)
+        config = read_json(path)
+        try:
+            config = mapping("a fitted table", config)
+            if config.get("version") != VERSION:
+                raise ValueError(
+                    f"a table of version {config.get('version')!r}, this alphabar reads version "
+                    f"{VERSION}; update alphabar, or fit the table anew"
+                )
+            provenance = Provenance.from_config(config.get("provenance"))
+            knots, steps = steps_from_config(config)
+            prediction = provenance.schedule.prediction
+            name = word("name", config.get("name"))
+            return cls(name, knots, steps, prediction, False, provenance)
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} is no fitted table: {error}") from error
+
     def __str__(self) -> str:
         counts = f"{len(self.steps)} steps, {self.evaluations} evaluations, {self.draws} draws"
         head = f"{self.name}: {counts}"
@@ -102,6 +160,9 @@ class Table:
                 lines.append(f"  {'x' if j == 0 else f'm{j - 1}':<4} = {_shown(row, names)}")
         return "\n".join(lines)
 
+
+VERSION = 1
+"""The version of the file of a fitted table."""
 
 MAX_DIRECTIONS = 16
 """The number of independent noises that the check of marginals keeps apart."""
@@ -181,6 +242,10 @@ def point_mass_defects(table: Table) -> Iterable[tuple[float, float]]:
             max(abs(x0 - n.alpha), abs(spread - n.sigma)) / norm,
             sys.float_info.epsilon * sizes[0] / norm,
         )
+
+
+def _file(path: str | os.PathLike[str]) -> Path:
+    return Path(path, TABLE_NAME) if Path(path).is_dir() else Path(path)
 
 
 def _compressed(state: Sequence[dict[int, float]]) -> tuple[list[dict[int, float]], int]:
