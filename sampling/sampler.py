@@ -250,7 +250,9 @@ class Sampler:
     ) -> Iterator[Progress]:
         """Return the steps of a run, which leave the gradient mode to the caller."""
         if self.table.provenance is not None:
-            self.table.provenance.require_guidance(arguments.get("guidance_scale", 1.0))
+            self.table.provenance.require_guidance(
+                arguments.get("guidance_scale", 1.0), arguments.get("guidance_rescale", 0.0)
+            )
         ops = [op for step in self.table.steps for op in step.ops]
         evaluations = [op.knot for op in ops if isinstance(op, Evaluation)]
         this = prepare_run(

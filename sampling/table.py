@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..noising import NoiseSchedule, Prediction
 from ..noising.utils.atomic import write_atomically
@@ -93,6 +94,43 @@ class Table:
         """
         return max((defect for defect, _ in point_mass_defects(self)), default=0.0)
 
+    def to_config(self) -> dict[str, Any]:
+        """Return a fitted table as plain JSON; :meth:`from_config` makes an equal one from it.
+
+        Raises:
+            ValueError: The table is not from ``fit_table``; samplers of known methods are made
+                anew from their names.
+        """
+        if self.provenance is None:
+            raise ValueError(
+                f"{self.name}: only a table of fit_table is saved, which says what it was fitted "
+                "to; save the name, the steps and the grid of another sampler"
+            )
+        return {
+            "version": VERSION,
+            "name": self.name,
+            "provenance": self.provenance.to_config(),
+            **steps_to_config(self.knots, self.steps),
+        }
+
+    @classmethod
+    def from_config(cls, config: Any) -> Table:
+        """Return the table of :meth:`to_config`.
+
+        Raises:
+            ValueError: A value is missing or has the wrong type.
+        """
+        config = mapping("a fitted table", config)
+        if config.get("version") != VERSION:
+            raise ValueError(
+                f"a table of version {config.get('version')!r}, this alphabar reads version "
+                f"{VERSION}; update alphabar, or fit the table anew"
+            )
+        provenance = Provenance.from_config(config.get("provenance"))
+        knots, steps = steps_from_config(config)
+        prediction = provenance.schedule.prediction
+        return cls(word("name", config.get("name")), knots, steps, prediction, False, provenance)
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a fitted table as JSON, exactly and atomically; return the file.
 
@@ -100,22 +138,14 @@ class Table:
             path: A file, or a folder, where the file is ``fitted_table.json``.
 
         Raises:
-            ValueError: The table is not from ``fit_table``; samplers of known methods are made
-                anew from their names.
+            ValueError: The table is not from ``fit_table``.
             OSError: The file cannot be written.
         """
-        if self.provenance is None:
-            raise ValueError(
-                f"{self.name}: only a table of fit_table is saved, which says what it was fitted "
-                "to; save the name, the steps and the grid of another sampler"
-            )
-        config = {
-            "version": VERSION,
-            "name": self.name,
-            "provenance": self.provenance.to_config(),
-            **steps_to_config(self.knots, self.steps),
-        }
-        return write_atomically(_file(path), json.dumps(config, indent=1) + "\n")
+        return write_atomically(_file(path), self.to_json())
+
+    def to_json(self) -> str:
+        """Return the text of the file of a fitted table."""
+        return json.dumps(self.to_config(), indent=1) + "\n"
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Table:
@@ -128,17 +158,7 @@ class Table:
         path = _file(path)
         config = read_json(path)
         try:
-            config = mapping("a fitted table", config)
-            if config.get("version") != VERSION:
-                raise ValueError(
-                    f"a table of version {config.get('version')!r}, this alphabar reads version "
-                    f"{VERSION}; update alphabar, or fit the table anew"
-                )
-            provenance = Provenance.from_config(config.get("provenance"))
-            knots, steps = steps_from_config(config)
-            prediction = provenance.schedule.prediction
-            name = word("name", config.get("name"))
-            return cls(name, knots, steps, prediction, False, provenance)
+            return cls.from_config(config)
         except ValueError as error:
             raise ValueError(f"{str(path)!r} is no fitted table: {error}") from error
 

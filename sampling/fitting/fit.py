@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,7 @@ def fit_table(
     conditioning: Conditioning = None,
     unconditional: Conditioning = None,
     guidance_scale: float = 1.0,
+    guidance_rescale: float = 0.0,
     start: str = "ipndm",
     refine: int = 0,
     searches: int = SEARCHES,
@@ -89,7 +91,7 @@ def fit_table(
         conditioning: Values for the network: a function of a tuple of seeds, or a mapping whose
             tensors have a row for each seed (``seeds``, then ``held_out``) or are for all.
         unconditional: The same keys, for guidance.
-        guidance_scale: As in :meth:`Sampler.iterate`; the table holds for this scale.
+        guidance_scale, guidance_rescale: As in :meth:`Sampler.iterate`; the table holds for these.
         start: The known method that coefficients are shrunk towards, one network call a step.
         refine: Iterations of refinement of all coefficients and network times on the final states;
             each costs about 10 runs of the table on every seed at 5 evaluations and 30 at 10. The
@@ -127,6 +129,7 @@ def fit_table(
         device,
         dtype,
         sum_over_ranks or (lambda tensor: tensor),
+        guidance_rescale,
     )
     fitted, count = len(fit_seeds), len(model.seeds)
     with Scratch() as scratch:
@@ -154,6 +157,7 @@ def fit_table(
     provenance = Provenance(
         schedule,
         float(guidance_scale),
+        float(guidance_rescale),
         described(teacher),
         evaluations,
         *(int(n) for n in model.total(torch.tensor([fitted, len(rest)], dtype=torch.float64))),
@@ -169,8 +173,8 @@ def fit_table(
     return replace(made if helps else best.table, point_mass=False, provenance=provenance)
 
 
-def table_error(
-    sampler: Sampler | Table,
+def sampler_errors(
+    samplers: Sequence[Sampler | Table],
     network: Network,
     teacher: Sampler,
     *,
@@ -179,26 +183,28 @@ def table_error(
     conditioning: Conditioning = None,
     unconditional: Conditioning = None,
     guidance_scale: float = 1.0,
+    guidance_rescale: float = 0.0,
     batch_size: int = 16,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     sum_over_ranks: Total | None = None,
-) -> float:
-    """Return the geometric mean over seeds of |x - teacher| / |teacher|, from the same noise.
+) -> list[float]:
+    """Return for each sampler the geometric mean over seeds of |x - teacher| / |teacher|.
 
-    Arguments as in :func:`fit_table`. With a fitted table and the network of a later training step
-    it tells whether the table still fits.
+    All start from the same noise. Arguments as in :func:`fit_table`. With a fitted table and the
+    network of a later training step it tells whether the table still fits.
 
     >>> schedule, network = NoiseSchedule.flow(), lambda x, t: torch.tanh(x)
     >>> teacher = Sampler(schedule, "heun", 100)
-    >>> errors = [
-    ...     table_error(Sampler(schedule, "euler", n), network, teacher, shape=(4,), seeds=4)
-    ...     for n in (5, 20)
-    ... ]
+    >>> euler = [Sampler(schedule, "euler", n) for n in (5, 20)]
+    >>> errors = sampler_errors(euler, network, teacher, shape=(4,), seeds=4)
     >>> errors[1] < errors[0] / 2
     True
     """
-    run = Sampler.from_table(sampler, teacher.schedule) if isinstance(sampler, Table) else sampler
+    runs = [
+        Sampler.from_table(sampler, teacher.schedule) if isinstance(sampler, Table) else sampler
+        for sampler in samplers
+    ]
     model = Model(
         network,
         teacher.schedule,
@@ -211,13 +217,28 @@ def table_error(
         device,
         dtype,
         sum_over_ranks or (lambda tensor: tensor),
+        guidance_rescale,
     )
-    found = []
+    found: list[list[Tensor]] = [[] for _ in runs]
     for batch in model.batches():
         arguments, size = model.arguments(batch), model.size(batch)
         target = teacher(network, size, **arguments)
-        found.append(_relative(run(network, size, **arguments), target))
-    return math.exp(mean_log(torch.cat(found), model.total))
+        for errors, run in zip(found, runs, strict=True):
+            errors.append(_relative(run(network, size, **arguments), target))
+    return [math.exp(mean_log(torch.cat(errors), model.total)) for errors in found]
+
+
+def table_error(
+    sampler: Sampler | Table, network: Network, teacher: Sampler, **arguments: Any
+) -> float:
+    """Return the error of one sampler, as :func:`sampler_errors` with the same arguments.
+
+    >>> schedule, network = NoiseSchedule.flow(), lambda x, t: torch.tanh(x)
+    >>> table = fit_table(network, schedule, 4, shape=(8,), seeds=16)
+    >>> table_error(table, network, default_teacher(schedule), shape=(8,), seeds=[99]) < 0.05
+    True
+    """
+    return sampler_errors([sampler], network, teacher, **arguments)[0]
 
 
 def default_teacher(schedule: NoiseSchedule) -> Sampler:

@@ -21,7 +21,7 @@ class Provenance:
 
     Args:
         schedule: The schedule of the fit.
-        guidance_scale: The guidance scale of the fit.
+        guidance_scale, guidance_rescale: The guidance of the fit.
         teacher: The sampler whose results are approximated, in words.
         evaluations: The number of network calls.
         seeds: The number of seeds of the fit.
@@ -36,6 +36,7 @@ class Provenance:
     >>> record = Provenance(
     ...     NoiseSchedule.linear(),
     ...     1.0,
+    ...     0.0,
     ...     "dpmpp_2m, 80 steps",
     ...     5,
     ...     24,
@@ -52,6 +53,7 @@ class Provenance:
 
     schedule: NoiseSchedule
     guidance_scale: float
+    guidance_rescale: float
     teacher: str
     evaluations: int
     seeds: int
@@ -81,12 +83,16 @@ class Provenance:
                 "fit a table under this schedule"
             )
 
-    def require_guidance(self, guidance_scale: float) -> None:
-        """Raise ValueError unless ``guidance_scale`` is that of the fit."""
-        if guidance_scale != self.guidance_scale:
+    def require_guidance(self, guidance_scale: float, guidance_rescale: float = 0.0) -> None:
+        """Raise ValueError unless the guidance is that of the fit."""
+        given, own = (
+            (guidance_scale, guidance_rescale),
+            (self.guidance_scale, self.guidance_rescale),
+        )
+        if given != own:
             raise ValueError(
-                f"the table was fitted with guidance_scale={self.guidance_scale:g}, and this run "
-                f"has guidance_scale={guidance_scale:g}; fit a table with this scale"
+                f"the table was fitted with {_guidance(*own)}, and this run has "
+                f"{_guidance(*given)}; fit a table with this guidance"
             )
 
     def to_config(self) -> dict[str, Any]:
@@ -124,8 +130,13 @@ class Provenance:
             },
             **{
                 name: number(name, values[name])
-                for name in ("guidance_scale", "error", "fitted_error")
+                for name in ("guidance_scale", "guidance_rescale", "error", "fitted_error")
             },
             known=tuple((word("known", n), number("known", e)) for n, e in known),
             training_step=None if step is None else whole("training_step", step),
         )
+
+
+def _guidance(scale: float, rescale: float) -> str:
+    more = f" and guidance_rescale={rescale:g}" if rescale else ""
+    return f"guidance_scale={scale:g}{more}"

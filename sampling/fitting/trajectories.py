@@ -85,6 +85,7 @@ class Model:
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
     total: Total = field(default=lambda tensor: tensor)
+    guidance_rescale: float = 0.0
 
     def batches(self, part: slice = slice(None)) -> Iterator[slice]:
         """Yield the places of the seeds of ``part``, a batch at a time."""
@@ -104,6 +105,7 @@ class Model:
             "conditioning": self._values(self.conditioning, batch) or {},
             "unconditional": self._values(self.unconditional, batch),
             "guidance_scale": self.guidance_scale,
+            "guidance_rescale": self.guidance_rescale,
             "device": self.device,
             "dtype": self.dtype,
         }
