@@ -26,12 +26,12 @@ def steps_to_config(knots: Sequence[Knot], steps: Sequence[Step]) -> dict[str, A
         rows.append(
             {
                 "evaluations": [
-                    {"knot": asdict(op.knot), "row": op.row, "p": op.p, "q": op.q}
+                    {"knot": asdict(op.knot), "row": _pairs(op.row), "p": op.p, "q": op.q}
                     for op in step.ops
                     if isinstance(op, Evaluation)
                 ],
-                "carry": step.carry,
-                "denoised": step.denoised,
+                "carry": [_pairs(row) for row in step.carry],
+                "denoised": _pairs(step.denoised),
             }
         )
     return {"knots": [asdict(knot) for knot in knots], "steps": rows}
@@ -71,6 +71,10 @@ def steps_from_config(config: Mapping[str, Any]) -> tuple[tuple[Knot, ...], tupl
     if not steps or len(knots) != len(steps) + 1:
         raise ValueError(f"{len(steps)} steps need {len(steps) + 1} knots, got {len(knots)}")
     return knots, tuple(steps)
+
+
+def _pairs(row: Row) -> list[list[float]]:
+    return [list(pair) for pair in row]
 
 
 def _list(what: str, value: Any) -> list[Any]:

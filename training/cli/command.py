@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from . import convert, ema, inspect, plot, sample, samplers
+from . import convert, ema, fit, inspect, plot, sample, samplers
 
 COMMANDS: Mapping[str, ModuleType] = {
     "sample": sample,
+    "fit": fit,
     "samplers": samplers,
     "plot": plot,
     "ema": ema,

@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..loops.collectives import any_rank, sum_of_ranks
+from ..loops.collectives import any_rank, errors_of_all_ranks, sum_of_ranks
 from ..loops.forward import ShardedForwardError
 
 
 class StoppedFit(RuntimeError):
-    """A fit that was stopped, by a signal, by the time limit, or by an error on another rank."""
+    """A fit that was stopped, by a signal or by the time limit."""
+
+
+class StoppedElsewhere(RuntimeError):
+    """A fit that another rank stopped."""
 
 
 @dataclass
@@ -50,7 +54,12 @@ class FittingRanks:
             return
         (failed,) = any_rank([error is not None], self.world_size, self.device)
         if failed and error is None:
-            raise StoppedFit("another rank stopped it")
+            raise StoppedElsewhere("another rank stopped it")
+
+    def reasons(self, error: Exception) -> str:
+        """Return the errors of all ranks after a fit that ended on every one, in words."""
+        own = None if isinstance(error, StoppedElsewhere) else error
+        return errors_of_all_ranks(own, self.world_size) or str(error)
 
     def look(self) -> None:
         """Raise StoppedFit if this rank is told to stop."""
@@ -63,7 +72,7 @@ class FittingRanks:
         (failed,) = any_rank([False], self.world_size, self.device)
         if failed:
             self._voted = True
-            raise StoppedFit("another rank stopped it")
+            raise StoppedElsewhere("another rank stopped it")
         return sum_of_ranks(values, self.world_size, self.shares, self.share, self.device)
 
     def own_seeds(self, first: int, count: int) -> list[int]:

@@ -150,7 +150,8 @@ class Fitting:
             raise
         except Exception as error:
             warn_on_rank_zero(
-                f"the fit of a table at step {step} ended: {error}; the preview is drawn without it"
+                f"the fit of a table at step {step} ended: {ranks.reasons(error)}; the preview is "
+                "drawn without it"
             )
         else:  # on every rank, or on none
             (self._drifted.add if drifted else self._drifted.discard)(weights)
