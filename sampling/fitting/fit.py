@@ -35,14 +35,14 @@ from .trajectories import Conditioning, Model, Scratch, Teacher, Total, teacher_
 TEACHER, TEACHER_STEPS, TEACHER_GRID = "exponential_adams_4", 80, "karras"
 """The teacher by default."""
 
-KNOWN_METHODS = ("ddim", "dpmpp_2m", "dpmpp_3m", "deis", "ipndm", "lms", "unipc", "unipc_3")
+KNOWN_METHODS = ("ddim", "dpmpp_2m", "dpmpp_3m", "deis", "ipndm", "unipc")
 KNOWN_GRIDS = ("linspace", "trailing", "karras", "polyexponential")
 """The known methods that a fitted table is compared with, and falls back to: each on each grid."""
 
 SEARCH_SEEDS = 16
 """The number of seeds that choose the knots, half of them held out if there are as many."""
 
-SEARCHES = 40
+SEARCHES = 30
 """The choices of knots that are tried with the network."""
 
 Told = Callable[[int, int, str], object]
