@@ -30,20 +30,20 @@ from .knot_search import STRIDES, Places, descend, on_the_path
 from .provenance import FITTED, Provenance
 from .refine import refine as refined
 from .regression import mean_log
-from .student import fit_student
+from .student import Kept, fit_student
 from .trajectories import Conditioning, Model, Scratch, Teacher, Total, teacher_trajectories
 
 TEACHER, TEACHER_STEPS, TEACHER_GRID = "exponential_adams_4", 80, "karras"
 """The teacher by default."""
 
-KNOWN_METHODS = ("ddim", "dpmpp_2m", "dpmpp_3m", "deis", "ipndm", "lms", "unipc", "unipc_3")
+KNOWN_METHODS = ("ddim", "dpmpp_2m", "dpmpp_3m", "deis", "ipndm", "unipc")
 KNOWN_GRIDS = ("linspace", "trailing", "karras", "polyexponential")
 """The known methods that a fitted table is compared with, and falls back to: each on each grid."""
 
 SEARCH_SEEDS = 16
 """The number of seeds that choose the knots, half of them held out if there are as many."""
 
-SEARCHES = 40
+SEARCHES = 30
 """The choices of knots that are tried with the network."""
 
 Told = Callable[[int, int, str], object]
@@ -309,20 +309,20 @@ def _knots(
     rest = min(len(model.seeds) - fitted, SEARCH_SEEDS // 2)
     used = min(fitted, SEARCH_SEEDS - rest)
     part = slice(fitted - used, fitted + rest)
-    tried = 0
+    tried, kept = 0, Kept()
 
     def cost(places: Places) -> float:
         nonlocal tried
         tried += 1
-        with Scratch() as scratch:
-            _, errors = fit_student(model, teacher, places, method, used, scratch, part)
+        _, errors = fit_student(model, teacher, places, method, used, scratch, part, kept)
         told(min(tried, searches), searches, "knots")
         return mean_log(errors, model.total)
 
     choices = on_the_path(teacher, evaluations)[: max(searches, 1)]
-    found = min((cost(places), places) for places in choices)
-    if searches > len(choices):
-        found = min(found, descend(found[1], cost, STRIDES, searches - len(choices)))
+    with Scratch() as scratch:
+        found = min((cost(places), places) for places in choices)
+        if searches > len(choices):
+            found = min(found, descend(found[1], cost, STRIDES, searches - len(choices)))
     return found[1]
 
 

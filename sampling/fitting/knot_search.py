@@ -62,12 +62,6 @@ class PathCost:
         return self.seen[places]
 
 
-def _spread(teacher: Teacher) -> float:
-    """Return the standard deviation of the teacher's results."""
-    ends = teacher.states[: min(len(teacher.states), 64), -1]
-    return max(float(np.sqrt(np.mean(np.square(ends, dtype=np.float64)))), 1e-6)
-
-
 def starts(last: int, steps: int) -> list[Places]:
     """Return choices of ``steps`` steps over places 0 ... last to begin from."""
     even = np.linspace(0, 1, steps + 1)
@@ -122,8 +116,8 @@ def descend(
 def on_the_path(teacher: Teacher, steps: int) -> list[Places]:
     """Return choices of knots: the best on the teacher's path for each spread, then the starts."""
     plain = starts(len(teacher.knots) - 1, steps)
-    spread, found = _spread(teacher), []
+    found = []
     for share in SPREADS:
-        cost = PathCost(teacher, share * spread)
+        cost = PathCost(teacher, share * teacher.spread)
         found.append(min(descend(start, cost, STRIDES, TRIES) for start in plain)[1])
     return list(dict.fromkeys([*found, *plain]))

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .regression import FLOOR, mean, mean_log, products, residuals, ridge_solution
+from .regression import mean_log, products, robust_solution
 from .student import Student, directions, evaluate, next_state
 from .trajectories import Model, Teacher
 
-DAMPINGS = (1e-6, 1e-4, 1e-2, 1e-1, 1.0)
+DAMPINGS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """The strengths of damping, of which each iteration takes the best, in units of the diagonal."""
 
 DIFFERENCE = {torch.float32: 2e-3, torch.float64: 1e-5}
@@ -58,7 +58,7 @@ def refine(
         grams, norms, basis = _derivatives(current.student, model, teacher, places, fitted)
         trials = []
         for damping in DAMPINGS:
-            change = _solution(grams, norms, damping, model)
+            change = robust_solution(grams, norms, damping, model.total, iterations=3)
             moved = _moved(current.student, basis, change, model)
             errors = run_errors(moved, model, teacher, places)
             loss = mean_log(errors[:fitted], model.total)
@@ -163,18 +163,6 @@ def _span(student: Student, i: int) -> float:
     """Return the change of the i-th network time in a difference: towards a neighbour."""
     other = i + 1 if i + 1 < len(student.rows) else i - 1
     return TIME_DIFFERENCE * (_time(student, other) - _time(student, i))
-
-
-def _solution(grams: Tensor, norms: Tensor, damping: float, model: Model) -> Tensor:
-    c = grams.new_zeros(grams.shape[1] - 1)
-    errors = residuals(grams, c) / norms
-    for _ in range(2):
-        least = max(FLOOR * mean(errors, model.total), 1e-12)
-        weights = 1 / (norms**2 * errors.clamp(min=least))
-        moments = model.total((weights[:, None, None] * grams).sum(0))
-        c = ridge_solution(moments, damping)
-        errors = residuals(grams, c) / norms
-    return c
 
 
 def _moved(

@@ -7,6 +7,7 @@ alone, and the vectors are never held together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,11 +18,8 @@ from .trajectories import Total
 SHRINKAGES = (1e-9, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """The strengths that held-out seeds choose from: a multiple of the products of each vector."""
 
-ITERATIONS = 6
+ITERATIONS = 8
 """Iterations of the weights."""
-
-FLOOR = 0.1
-"""The least residual of a weight, in units of the mean."""
 
 
 def products(vectors: Sequence[Tensor]) -> Tensor:
@@ -64,24 +62,29 @@ def ridge_solution(moments: Tensor, shrinkage: float) -> Tensor:
     return scale * torch.linalg.lstsq(matrix, right, driver="gelsd")[0][:, 0]
 
 
-def robust_solution(grams: Tensor, norms: Tensor, shrinkage: float, total: Total) -> Tensor:
-    """Return c with the least Σ |r - Σ c_j v_j| / |y| over seeds, shrunk towards 0.
+def robust_solution(
+    grams: Tensor, norms: Tensor, shrinkage: float, total: Total, iterations: int = ITERATIONS
+) -> Tensor:
+    """Return c with the least mean logarithm of |r - Σ c_j v_j| / |y| over seeds.
 
-    Iteratively reweighted least squares: the weight of a seed is 1 / (|y| |residual|), so that
-    errors count by their size, not by its square. All sums are over all ranks.
+    Iteratively reweighted least squares: the weight of a seed is 1 / residual², but not more than
+    that of the geometric mean. So a few seeds with large errors do not decide. All sums are over
+    all ranks.
 
     Args:
         grams: Products (seeds, p + 1, p + 1) of v_1 ... v_p and r.
         norms: |y| of each seed.
         shrinkage: The penalty on c_j² in units of the weighted products of v_j.
+        total: Adds over ranks.
+        iterations: Iterations of the weights.
     """
     c = grams.new_zeros(grams.shape[1] - 1)
-    weights = 1 / norms**2
-    for _ in range(ITERATIONS):
-        moments = total((weights[:, None, None] * grams).sum(0))
-        c = ridge_solution(moments, shrinkage)
+    errors = residuals(grams, c) / norms
+    for _ in range(iterations):
+        least = max(math.exp(mean_log(errors, total)), 1e-12)
+        weights = 1 / (norms * errors.clamp(min=least)) ** 2
+        c = ridge_solution(total((weights[:, None, None] * grams).sum(0)), shrinkage)
         errors = residuals(grams, c) / norms
-        weights = 1 / (norms**2 * errors.clamp(min=max(FLOOR * mean(errors, total), 1e-9)))
     return c
 
 

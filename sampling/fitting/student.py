@@ -102,6 +102,10 @@ def directions(knot: Knot, i: int) -> np.ndarray[Any, Any]:
     return rows
 
 
+Kept = dict[tuple[int, ...], np.memmap[Any, Any]]
+"""Estimates of students by the places of their knots so far."""
+
+
 def fit_student(
     model: Model,
     teacher: Teacher,
@@ -110,6 +114,7 @@ def fit_student(
     fitted: int,
     scratch: Scratch,
     part: slice = slice(None),
+    kept: Kept | None = None,
 ) -> tuple[Student, Tensor]:
     """Fit the coefficients step by step, along the student's own states.
 
@@ -121,6 +126,7 @@ def fit_student(
         fitted: The number of seeds of ``part`` that are fitted; the others choose the shrinkage.
         scratch: Where to keep the student's states.
         part: The seeds to take.
+        kept: Estimates of earlier calls with the same other arguments; new ones are added.
 
     Returns:
         The student, and the relative error of its result for each seed of ``part``.
@@ -128,30 +134,41 @@ def fit_student(
     knots = tuple(teacher.knots[k] for k in places)
     steps, device = len(knots) - 1, model.torch_device
     first, last, _ = part.indices(len(model.seeds))
-    history = scratch.array((last - first, steps + 1, teacher.states.shape[2]), _dtype(teacher))
-    start, rows = Start(method, model.schedule, knots), []
-    norms = torch.ones(0)
-    errors = torch.ones(0)
+    kept = {} if kept is None else kept
+    start = Start(method, model.schedule, knots)
+    states = scratch.array((last - first, teacher.states.shape[2]), _dtype(teacher))
+    rows: list[tuple[float, ...]] = []
+    estimates: list[np.memmap[Any, Any]] = []
+    norms, errors = torch.ones(0), torch.ones(0)
+
+    def here(batch: slice) -> slice:
+        return slice(batch.start - first, batch.stop - first)
+
+    def vectors(batch: slice) -> list[Tensor]:
+        past = [Scratch.read(array, here(batch), device) for array in estimates[::-1]]
+        return [Scratch.read(states, here(batch), device), *past]
+
+    for batch in model.batches(part):
+        Scratch.write(states, here(batch), teacher.at(batch, places[0], device))
     for i in range(steps):
         base = start.row()
         basis = directions(knots[i], i)
         mix = torch.zeros(i + 3, i + 3, dtype=torch.float64)  # corrections, then the rest
         mix[:-1, :-1] = torch.from_numpy(basis)
         mix[-1, :-1], mix[-1, -1] = torch.from_numpy(-base), 1.0
+        key = tuple(places[: i + 1])
+        new = key not in kept
+        if new:
+            kept[key] = scratch.array(states.shape, _dtype(teacher))
+        estimates.append(kept[key])
         grams, sizes = [], []
         for batch in model.batches(part):
-            here = slice(batch.start - first, batch.stop - first)
-            past = list(Scratch.read(history, here, device)[:, :i].unbind(1))
-            x = (
-                teacher.at(batch, places[0], device)
-                if i == 0
-                else Scratch.read(history, (here, steps), device)
-            )
-            estimate = evaluate(model, model.run(batch, knots, x), knots[i], x)
-            Scratch.write(history, (here, i), estimate)
+            if new:
+                x = Scratch.read(states, here(batch), device)
+                estimate = evaluate(model, model.run(batch, knots, x), knots[i], x)
+                Scratch.write(kept[key], here(batch), estimate)
             target = teacher.at(batch, places[i + 1], device)
-            gram = mix @ products([x, estimate, *past[::-1], target]) @ mix.T
-            grams.append(gram)
+            grams.append(mix @ products([*vectors(batch), target]) @ mix.T)
             sizes.append(target.double().norm(dim=1).clamp(min=1e-30).cpu())
         norms = torch.cat(sizes)
         correction = chosen_solution(torch.cat(grams), norms, fitted, model.total)
@@ -160,11 +177,9 @@ def fit_student(
         rows.append(tuple(row.tolist()))
         found = []
         for batch in model.batches(part):
-            here = slice(batch.start - first, batch.stop - first)
-            past = Scratch.read(history, here, device)
-            x = teacher.at(batch, places[0], device) if i == 0 else past[:, steps]
-            x = next_state(row, x, [past[:, k] for k in range(i, -1, -1)])
-            Scratch.write(history, (here, steps), x)
+            x, *past = vectors(batch)
+            x = next_state(row, x, past)
+            Scratch.write(states, here(batch), x)
             found.append((x - teacher.at(batch, places[i + 1], device)).double().norm(dim=1).cpu())
         errors = torch.cat(found) / norms
     return Student(knots, tuple(rows)), errors

@@ -157,12 +157,13 @@ class Teacher:
 
     ``moments`` is the mean over the fit's seeds of the products of all states and estimates of a
     trajectory, in units of its end: shape (2 K + 1, 2 K + 1), the K + 1 states first, then the
-    estimates D at all knots but the last.
+    estimates D at all knots but the last. ``spread`` is the root mean square of the ends.
     """
 
     knots: tuple[Knot, ...]
     states: np.memmap[Any, Any]
     moments: np.ndarray[Any, Any]
+    spread: float
 
     def at(self, batch: slice, knot: int, device: torch.device) -> Tensor:
         """Return the states (batch, values) at a knot."""
@@ -180,22 +181,27 @@ def teacher_trajectories(
     K = len(knots) - 1
     states: np.memmap[Any, Any] | None = None
     moments = torch.zeros(2 * K + 1, 2 * K + 1, dtype=torch.float64)
+    size = torch.zeros(2, dtype=torch.float64)
     for batch in model.batches():
         x = model.run(batch, knots).x.flatten(1)
         if states is None:
             states = scratch.array((len(model.seeds), K + 1, x.shape[1]), x.dtype)
             estimates = scratch.array((model.batch_size, K, x.shape[1]), x.dtype)
         scratch.write(states, (batch, 0), x)
-        size = batch.stop - batch.start
+        rows = batch.stop - batch.start
         for i, progress in enumerate(
             teacher.iterate(model.network, model.size(batch), **model.arguments(batch))
         ):
             x = require_finite(progress.x, "the teacher's sample", knots[i])
             scratch.write(states, (batch, i + 1), x.flatten(1))
-            scratch.write(estimates, (slice(0, size), i), progress.denoised.flatten(1))
+            scratch.write(estimates, (slice(0, rows), i), progress.denoised.flatten(1))
         for k in range(batch.start, min(batch.stop, fitted)):
             both = np.concatenate([states[k], estimates[k - batch.start]]).astype(np.float64)
-            moments += torch.from_numpy(both @ both.T / max((both[K] ** 2).sum(), 1e-300))
+            end = float((both[K] ** 2).sum())
+            moments += torch.from_numpy(both @ both.T / max(end, 1e-300))
+            size += torch.tensor([end, both.shape[1]], dtype=torch.float64)
         told(batch.stop)
     assert states is not None
-    return Teacher(knots, states, model.total(moments).numpy())
+    squares, values = model.total(size).tolist()
+    spread = max((squares / max(values, 1.0)) ** 0.5, 1e-6)
+    return Teacher(knots, states, model.total(moments).numpy(), spread)
