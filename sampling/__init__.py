@@ -1,6 +1,9 @@
 """Samplers as tables: grids, methods, the kernel that runs a table, and guidance."""
 
 from .clipping import Clip, DynamicThreshold
+from .fitting.fit import default_teacher, fit_table, table_error
+from .fitting.provenance import Provenance
+from .fitting.table_file import TABLE_NAME
 from .grids import GRIDS, make_knots, register_grid, register_sigma_grid, register_timestep_grid
 from .guidance import guide
 from .kernel import Progress
@@ -30,6 +33,7 @@ __all__ = [
     "MATRICES",
     "METHODS",
     "STANDALONE",
+    "TABLE_NAME",
     "CapturedSampler",
     "Clip",
     "Combination",
@@ -41,6 +45,7 @@ __all__ = [
     "Method",
     "PredictorCorrector",
     "Progress",
+    "Provenance",
     "RePaint",
     "RollingSampler",
     "Rollout",
@@ -50,6 +55,8 @@ __all__ = [
     "Trace",
     "Transition",
     "VQDiffusion",
+    "default_teacher",
+    "fit_table",
     "guide",
     "knots_at",
     "make_knots",
@@ -60,4 +67,5 @@ __all__ = [
     "register_standalone",
     "register_timestep_grid",
     "resolve_method",
+    "table_error",
 ]

@@ -28,6 +28,7 @@ from .interop.presets import preset_arguments
 from .kernel import Beside, Evaluate, Noise, Plan, Progress, Resolved, final, run
 from .knots import Knot, start_scale
 from .methods.base import Method
+from .methods.given_table import OwnKnots, Replay, table_method
 from .names import RUN_OPTIONS, resolve, resolve_settings
 from .noise_sources import BrownianNoise
 from .rollouts.actions import require_stochastic
@@ -276,7 +277,11 @@ class Sampler:
     def _prepared(
         self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any
     ) -> Run:
-        plan = self._plan
+        plan, provenance = self._plan, self.table.provenance
+        if provenance is not None:
+            provenance.require_guidance(
+                arguments.get("guidance_scale", 1.0), arguments.get("guidance_rescale", 0.0)
+            )
         return prepare_run(
             self.schedule,
             self.knots[0],
@@ -476,6 +481,33 @@ class Sampler:
         """
         return self.schedule.save_pretrained(folder, sampler=self, nearest=nearest)
 
+    @classmethod
+    def from_table(cls, table: Table, schedule: NoiseSchedule | None = None) -> Sampler:
+        """Return the sampler that runs a table of ``fit_table``.
+
+        It runs with the guidance scale of the fit. A pipeline of diffusers guides by itself: with
+        :meth:`as_scheduler`, give the pipeline the same scale.
+
+        Args:
+            table: The table.
+            schedule: The schedule of the network; by default that of the fit.
+
+        Raises:
+            ValueError: The table is not fitted, or ``schedule`` is another one.
+
+        >>> from alphabar.sampling import fit_table
+        >>> schedule = NoiseSchedule.flow()
+        >>> table = fit_table(lambda x, t: torch.tanh(x), schedule, 4, shape=(8,), seeds=16)
+        >>> Sampler.from_table(table)(lambda x, t: torch.tanh(x), (2, 8), seeds=[0, 1]).shape
+        torch.Size([2, 8])
+        """
+        if table.provenance is None:
+            raise ValueError(f"{table.name}: the table says no schedule; use a table of fit_table")
+        if schedule is not None:
+            table.provenance.require_schedule(schedule)
+        own = table.provenance.schedule if schedule is None else schedule
+        return cls(own, table_method(table), len(table.steps), OwnKnots(table))
+
     def as_scheduler(self) -> Any:
         """Return a scheduler object of diffusers that runs this sampler in a pipeline.
 
@@ -580,6 +612,8 @@ def _table(sampler: Sampler, knots: Sequence[Knot]) -> Table:
     def formula(*arguments: Any) -> Any:
         return sampler.method.formula(*arguments, **of_method)
 
-    return compile_table(
+    table = compile_table(
         sampler.method.name, formula, knots, sampler.schedule, sampler.method.point_mass
     )
+    given = sampler.method.formula
+    return replace(table, provenance=given.table.provenance) if isinstance(given, Replay) else table

@@ -8,7 +8,9 @@ over the knots of a grid gives the table, and one kernel runs every table.
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,10 +18,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from struct import Struct, unpack_from
 from typing import Any, TypeVar, overload
 
 from ..noising import NoiseSchedule, Prediction
+from ..noising.utils.atomic import write_atomically
+from ..noising.utils.config_reading import mapping, read_json, word
+from .fitting.provenance import Provenance
+from .fitting.table_file import TABLE_NAME, steps_from_config, steps_to_config
 from .knots import Knot, Points
 from .tracing import (
     Combination,
@@ -63,6 +70,8 @@ class Table:
     steps: Sequence[Step]
     prediction: Prediction
     point_mass: bool = True
+    provenance: Provenance | None = None
+    """What a fitted table was fitted to: see ``fit_table``."""
 
     def __post_init__(self) -> None:
         for i, step in enumerate(self.steps):
@@ -103,6 +112,74 @@ class Table:
         is relative to sqrt(α_n² + σ_n²).
         """
         return max((defect for defect, _ in point_mass_defects(self)), default=0.0)
+
+    def to_config(self) -> dict[str, Any]:
+        """Return a fitted table as plain JSON; :meth:`from_config` makes an equal one from it.
+
+        Raises:
+            ValueError: The table is not from ``fit_table``; samplers of known methods are made
+                anew from their names.
+        """
+        if self.provenance is None:
+            raise ValueError(
+                f"{self.name}: only a table of fit_table is saved, which says what it was fitted "
+                "to; save the name, the steps and the grid of another sampler"
+            )
+        return {
+            "version": VERSION,
+            "name": self.name,
+            "provenance": self.provenance.to_config(),
+            **steps_to_config(self.knots, self.steps),
+        }
+
+    @classmethod
+    def from_config(cls, config: Any) -> Table:
+        """Return the table of :meth:`to_config`.
+
+        Raises:
+            ValueError: A value is missing or has the wrong type.
+        """
+        config = mapping("a fitted table", config)
+        if config.get("version") != VERSION:
+            raise ValueError(
+                f"a table of version {config.get('version')!r}, this alphabar reads version "
+                f"{VERSION}; update alphabar, or fit the table anew"
+            )
+        provenance = Provenance.from_config(config.get("provenance"))
+        knots, steps = steps_from_config(config)
+        prediction = provenance.schedule.prediction
+        return cls(word("name", config.get("name")), knots, steps, prediction, False, provenance)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write a fitted table as JSON, exactly and atomically; return the file.
+
+        Args:
+            path: A file, or a folder, where the file is ``fitted_table.json``.
+
+        Raises:
+            ValueError: The table is not from ``fit_table``.
+            OSError: The file cannot be written.
+        """
+        return write_atomically(_file(path), self.to_json())
+
+    def to_json(self) -> str:
+        """Return the text of the file of a fitted table."""
+        return json.dumps(self.to_config(), indent=1) + "\n"
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Table:
+        """Return the table of :meth:`save`, equal to the saved one in every bit.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is damaged; the error names it.
+        """
+        path = _file(path)
+        config = read_json(path)
+        try:
+            return cls.from_config(config)
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} is no fitted table: {error}") from error
 
     def __str__(self) -> str:
         counts = f"{len(self.steps)} steps, {self.evaluations} evaluations, {self.draws} draws"
@@ -206,6 +283,9 @@ def _given(rows: Sequence[Indices], numbers: Iterator[float]) -> tuple[Row, ...]
     """Return the rows of these indices, with coefficients from ``numbers``."""
     return tuple([tuple(zip(indices, numbers, strict=False)) for indices in rows])
 
+
+VERSION = 1
+"""The version of the file of a fitted table."""
 
 MAX_DIRECTIONS = 16
 """The number of independent noises that the check of marginals keeps apart."""
@@ -322,6 +402,10 @@ def point_mass_defects(table: Table) -> Iterable[tuple[float, float]]:
             max(abs(x0 - n.alpha), abs(spread - n.sigma)) / norm,
             sys.float_info.epsilon * sizes[0] / norm,
         )
+
+
+def _file(path: str | os.PathLike[str]) -> Path:
+    return Path(path, TABLE_NAME) if Path(path).is_dir() else Path(path)
 
 
 def _compressed(state: Sequence[list[float]]) -> list[list[float]]:

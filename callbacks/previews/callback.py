@@ -31,8 +31,10 @@ from ...training.previews.preview import Moment, Previewer
 from ...training.previews.recipe import recipe_of
 from ...training.previews.run import PreviewRun
 from ...training.previews.samplers import (
+    fitting_for,
     name_of_sampler,
     require_drawable,
+    require_refit_every,
     require_steps,
     sampler_for,
 )
@@ -90,7 +92,10 @@ class ValidationSampling(Callback):
     Args:
         sampler: name ('dpmpp_2m', 'DPM++ 2M Karras', 'DPM adaptive') or object of any sampler. An
             object must have the training schedule.
-        steps: sampling steps, 20 by default. A Sampler object has its own number.
+            'fitted' fits a table of few steps to the network; see :class:`Fitting`.
+        steps: sampling steps, 20 by default, 6 for 'fitted'. A Sampler object has its own number.
+        refit_every: optimizer steps between two fits of 'fitted'; by default, when a check finds
+            that the table is no better than a known method.
         num_images: images in a grid. Default: one for each of ``seeds``, else one for each prompt
             or class, else 16.
         every_n_train_steps, every_n_epochs, train_time_interval: interval between previews. Give at
@@ -156,6 +161,7 @@ class ValidationSampling(Callback):
         sampler: str | Method | Sampler | Any = "dpmpp_2m",
         steps: int | None = None,
         *,
+        refit_every: int | None = None,
         num_images: int | None = None,
         every_n_train_steps: int | None = None,
         every_n_epochs: int | None = None,
@@ -191,6 +197,7 @@ class ValidationSampling(Callback):
     ) -> None:
         super().__init__()
         self.sampler, self.steps = sampler, require_steps(sampler, steps)
+        self.refit_every = require_refit_every(sampler, refit_every, pipeline)
         when = {
             "every_n_train_steps": every_n_train_steps,
             "every_n_epochs": every_n_epochs,
@@ -237,6 +244,7 @@ class ValidationSampling(Callback):
         self._forward_mode: ForwardMode | None = None
         self._publisher: Publisher | None = None
         self._run: PreviewRun | None = None
+        self._fitted: dict[str, Any] = {}
         self._untried = self._over = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -254,17 +262,21 @@ class ValidationSampling(Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"last_step": self._last_step}
+        fitting = None if self._run is None else self._run.previewer.fitting
+        return {"last_step": self._last_step} | (
+            {} if fitting is None else {"fitted": fitting.state()}
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._last_step = int(state_dict["last_step"])
+        self._fitted = state_dict.get("fitted", {})
 
     # -- before training ---------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             # values of an earlier run; a resume restores its own step after this
-            self._last_step, self._publisher = 0, None
+            self._last_step, self._publisher, self._fitted = 0, None, {}
             self._untried = self._over = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -327,8 +339,13 @@ class ValidationSampling(Callback):
             return
         sampler = sampler_for(schedule_of_module(pl_module), self.sampler, self.steps)
         loop, model = loop_of_trainer(trainer), self._live(trainer, pl_module)
+        scale = self.recipe.guidance["guidance_scale"]
+        fitting = fitting_for(sampler.schedule, self.sampler, self.steps, self.refit_every, scale)
+        if fitting is not None:
+            fitting.load(self._fitted)
         previewer = call_on_all_ranks(
-            lambda: Previewer.prepare(self.recipe, sampler, loop, model), trainer.world_size
+            lambda: Previewer.prepare(self.recipe, sampler, loop, model, fitting),
+            trainer.world_size,
         )
         together = partial(terminate_together, trainer) if trainer.world_size > 1 else None
         self._run = PreviewRun(previewer, self._publisher, self.on_error, together)

@@ -423,6 +423,19 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("return torch.autocast(model.device.type, enabled=False)", "return torch.enable_grad()"),
         ('self.weights or ("ema" if ema is not None else "raw")', 'self.weights or "raw"'),
     ],
+    ("training/fitting/tables.py", "tests/test_fitted_previews.py"): [
+        ("            if table is not None:\n", "            if False:\n"),
+        ("return own < known", "return True"),
+        ("return step - last >= self.refit_every", "return True"),
+        ("and step >= GROWTH * last and step > last", ""),
+        ("credit - cost if credit >= cost else credit", "credit"),
+        ("made.guidance_scale == self.guidance_scale", "True"),
+        ("self._tried[weights] = step", "pass"),
+    ],
+    ("training/fitting/ranks.py", f"{LOOPS} -k fit"): [
+        ("any_rank([error is not None]", "any_rank([False]"),
+        ("first + self.share + k * self.shares", "first + k"),
+    ],
     ("training/publishing/settings.py", f"{LOOPS} -k settings or picture or json or infotext"): [
         ('if settings["schedule"] != schedule.fingerprint:', "if False:"),
         ("            unsaved.append(name)", "            pass"),

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-COMMANDS = ("sample", "samplers", "plot", "ema", "inspect", "convert")
+COMMANDS = ("sample", "fit", "samplers", "plot", "ema", "inspect", "convert")
 """Every subcommand: a module with a docstring, ``add_arguments(parser)`` and ``run(args)``.
 
 A module is imported when its command is called: torch takes seconds.
