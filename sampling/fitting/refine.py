@@ -19,7 +19,7 @@ from .regression import mean_log, products, robust_solutions
 from .student import Student, directions, evaluate, next_state
 from .trajectories import Model, Teacher
 
-DAMPINGS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """The strengths of damping, of which each iteration takes the best, in units of the diagonal."""
 
 DIFFERENCE = {torch.float32: 2e-3, torch.float64: 1e-5}
