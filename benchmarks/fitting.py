@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -36,6 +38,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from alphabar.noising import NoiseSchedule, Noising
+from alphabar.noising.io.files import CONFIG_NAME
+from alphabar.noising.noising import prediction_tensor
 from alphabar.noising.utils.atomic import write_atomically
 from alphabar.sampling import METHODS, Sampler, default_teacher, fit_table
 from alphabar.training import load_checkpoint
@@ -77,7 +81,7 @@ class Problem:
 class Digits(nn.Module):
     """A residual network on 8 x 8 images with an embedding of time and class (10 is none)."""
 
-    def __init__(self, width: int = 48) -> None:
+    def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.first = nn.Conv2d(1, width, 3, padding=1)
         self.time = nn.Sequential(nn.Linear(32, width), nn.SiLU(), nn.Linear(width, width))
@@ -105,7 +109,7 @@ class Digits(nn.Module):
         return self.last(x)
 
 
-def digits(schedule: NoiseSchedule, path: Path, conditional: bool, steps: int = 3000) -> nn.Module:
+def digits(schedule: NoiseSchedule, path: Path, conditional: bool, steps: int = 600) -> nn.Module:
     """Return a network trained on the digits, from ``path`` if it is there."""
     torch.manual_seed(0)
     network = Digits()
@@ -118,9 +122,9 @@ def digits(schedule: NoiseSchedule, path: Path, conditional: bool, steps: int = 
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         generator = torch.Generator().manual_seed(0)
         for step in range(steps):
-            chosen = torch.randint(len(images), (64,), generator=generator)
+            chosen = torch.randint(len(images), (32,), generator=generator)
             y = classes[chosen].clone()
-            y[torch.rand(64, generator=generator) < (0.15 if conditional else 1.0)] = 10
+            y[torch.rand(32, generator=generator) < (0.15 if conditional else 1.0)] = 10
             noised = noising(images[chosen], step=step)
             loss = noised.loss(network(noised.x, noised.timesteps, y))
             loss.backward()
@@ -146,7 +150,7 @@ def demo(cache: Path) -> Problem:
         more = ["--max_steps", "1000", "--num_samples", "16", "--preview_every", "1000"]
         subprocess.run([sys.executable, script, *flags, *more, "--out", folder], check=True)
     loaded = load_checkpoint(folder / "brightness.ckpt")
-    return Problem("demo UNet", loaded.network.eval(), loaded.schedule, tuple(loaded.sample_shape), (4, 5, 6, 8), 24, 8, 20, 6)  # fmt: skip
+    return Problem("demo UNet", loaded.network.eval(), loaded.schedule, tuple(loaded.sample_shape), (4, 5, 6, 8), 16, 6, 12, 6)  # fmt: skip
 
 
 def conditional(cache: Path) -> Problem:
@@ -159,13 +163,13 @@ def conditional(cache: Path) -> Problem:
         return {"y": torch.full((len(seeds),), 10)}
 
     network = digits(schedule, cache / "digits_v.pt", conditional=True)
-    return Problem("digits, guidance 2", network, schedule, (1, 8, 8), (4, 5, 6, 8), 64, 64, 40, 12, {"guidance_scale": 2.0}, labels, none)  # fmt: skip
+    return Problem("digits, guidance 2", network, schedule, (1, 8, 8), (4, 5, 6, 8), 32, 32, 24, 6, {"guidance_scale": 2.0}, labels, none)  # fmt: skip
 
 
 def flow(cache: Path) -> Problem:
     schedule = NoiseSchedule.flow()
     network = digits(schedule, cache / "digits_flow.pt", conditional=False)
-    return Problem("digits, flow", network, schedule, (1, 8, 8), (4, 5, 6, 8), 64, 64, 40, 12)
+    return Problem("digits, flow", network, schedule, (1, 8, 8), (4, 5, 6, 8), 32, 32, 24, 6)
 
 
 PROBLEMS = {"mixture": mixture, "demo": demo, "conditional": conditional, "flow": flow}
@@ -200,7 +204,9 @@ def peer(problem: Problem, sampler: Sampler, noise: Tensor, call: dict[str, Any]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            config = sampler.to_diffusers(nearest=True)
+            with tempfile.TemporaryDirectory() as folder:
+                sampler.save_pretrained(folder, nearest=True)
+                config = json.loads(Path(folder, CONFIG_NAME).read_text())
             scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
             scheduler.set_timesteps(sampler.steps)
         except (ValueError, TypeError, AssertionError, AttributeError):
@@ -209,7 +215,9 @@ def peer(problem: Problem, sampler: Sampler, noise: Tensor, call: dict[str, Any]
         try:
             for t in scheduler.timesteps:
                 given, times = scheduler.scale_model_input(x, t), t.expand(len(x))
-                out = problem.network(given, times, **call.get("conditioning", {}))
+                out = prediction_tensor(
+                    problem.network(given, times, **call.get("conditioning", {}))
+                )
                 if scale != 1:
                     empty = problem.network(given, times, **call["unconditional"])
                     out = empty + scale * (out - empty)
@@ -308,6 +316,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--no_refine", action="store_true")
     args = parser.parse_args()
+    logging.getLogger("alphabar").setLevel(logging.ERROR)  # what the nearest class does not do
     for key in args.problems:
         problem = PROBLEMS[key](args.cache)
         kept = args.cache / f"{key}.json"
