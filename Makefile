@@ -38,6 +38,7 @@ bench: $(VENV)/.installed  ## measure speed and accuracy beside diffusers, write
 	for name in noising sampling schedulers; do $(BIN)/python benchmarks/$$name.py > benchmarks/$$name.md || exit 1; done
 	$(BIN)/python benchmarks/previews.py
 	$(BIN)/python benchmarks/accuracy.py
+	$(BIN)/python benchmarks/fitting.py
 
 mutants: $(VENV)/.installed  ## see whether the tests notice mistakes made on purpose; ARGS="unipc" for some files
 	$(BIN)/python tests/mutants/run.py $(ARGS)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import TABLE_NAME, Knot, Sampler, Table, fit_table, table_error
 from alphabar.sampling.fitting.fit import KNOWN_GRIDS, KNOWN_METHODS
-from alphabar.sampling.fitting.regression import products, residuals, robust_solution
+from alphabar.sampling.fitting.regression import products, residuals, robust_solutions
 from alphabar.sampling.fitting.student import Student
 from alphabar.sampling.kernel import run
 
@@ -74,7 +74,7 @@ def table() -> Table:
 # -- how near ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("evaluations", [5, 8])
+@pytest.mark.parametrize("evaluations", [5, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_tenth_of_the_error_of_the_best_known_method_on_the_exact_mixture(evaluations):
     """On seeds that the fit has not seen, held out or not."""
     teacher, network = Sampler(SCHEDULE, "exponential_adams_4", 60, "karras"), Mixture()
@@ -117,7 +117,13 @@ def test_guidance_and_conditioning_are_part_of_the_fit():
         Sampler.from_table(table)(Small(), (2, 8), conditioning={"y": rows[:2]})
 
 
-@pytest.mark.parametrize("case", ["2 seeds", "untrained", "1000 steps earlier"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "2 seeds",
+        *(pytest.param(c, marks=pytest.mark.slow) for c in ("untrained", "1000 steps earlier")),
+    ],
+)
 def test_never_worse_than_the_best_known_method(case):
     network = Mixture()
     common: dict[str, Any] = {"shape": (16,), "batch_size": 128}
@@ -329,6 +335,6 @@ def test_the_robust_solution_passes_over_a_few_bad_seeds():
     y = 2 * v[:, 0] - 3 * v[:, 1] + 1e-3 * torch.randn(40, 30, generator=generator)
     y[:4] = 20 * torch.randn(4, 30, generator=generator, dtype=torch.float64)
     grams = products([v[:, 0], v[:, 1], y])
-    c = robust_solution(grams, y.norm(dim=1), 1e-9, lambda tensor: tensor)
+    c = robust_solutions(grams, y.norm(dim=1), [1e-9], lambda tensor: tensor)[0]
     assert c.tolist() == pytest.approx([2.0, -3.0], abs=1e-3)
     assert residuals(grams, c)[4:].max() < 0.02

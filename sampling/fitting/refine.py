@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .regression import mean_log, products, robust_solution
+from .regression import mean_log, products, robust_solutions
 from .student import Student, directions, evaluate, next_state
 from .trajectories import Model, Teacher
 
-DAMPINGS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """The strengths of damping, of which each iteration takes the best, in units of the diagonal."""
 
 DIFFERENCE = {torch.float32: 2e-3, torch.float64: 1e-5}
@@ -57,8 +57,7 @@ def refine(
     for k in range(iterations):
         grams, norms, basis = _derivatives(current.student, model, teacher, places, fitted)
         trials = []
-        for damping in DAMPINGS:
-            change = robust_solution(grams, norms, damping, model.total, iterations=3)
+        for change in robust_solutions(grams, norms, DAMPINGS, model.total, iterations=3):
             moved = _moved(current.student, basis, change, model)
             errors = run_errors(moved, model, teacher, places)
             loss = mean_log(errors[:fitted], model.total)

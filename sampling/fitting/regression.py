@@ -7,7 +7,6 @@ alone, and the vectors are never held together.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -33,37 +32,33 @@ def products(vectors: Sequence[Tensor]) -> Tensor:
 
 
 def residuals(grams: Tensor, coefficients: Tensor) -> Tensor:
-    """Return |r - Σ c_j v_j| for each seed, from products (seeds, p + 1, p + 1) with r last."""
-    c = torch.cat([-coefficients, coefficients.new_ones(1)])
-    return torch.einsum("i,sij,j->s", c, grams, c).clamp(min=0).sqrt()
+    """Return |r - Σ c_j v_j| for each seed, from products (seeds, p + 1, p + 1) with r last.
+
+    Shapes of c (..., p) and of the result (..., seeds).
+    """
+    c = torch.cat([-coefficients, coefficients.new_ones(*coefficients.shape[:-1], 1)], -1)
+    pairs = (c[..., :, None] * c[..., None, :]).flatten(-2)
+    return (pairs @ grams.flatten(1).mT).clamp(min=0).sqrt()
 
 
-def mean(values: Tensor, total: Total) -> float:
-    """Return the mean over the seeds of all ranks."""
-    summed = total(torch.stack([values.sum(), values.new_tensor(float(len(values)))]))
-    return float(summed[0] / summed[1])
+def mean_logs(errors: Tensor, total: Total) -> Tensor:
+    """Return the mean logarithm of errors (..., seeds) over all ranks, not below log(1e-12)."""
+    logs = errors.clamp(min=1e-12).log().sum(-1)
+    summed = total(torch.stack([logs, torch.full_like(logs, errors.shape[-1])]))
+    return summed[0] / summed[1]
 
 
 def mean_log(errors: Tensor, total: Total) -> float:
-    """Return the mean logarithm of errors over all ranks, not below log(1e-12)."""
-    return mean(errors.clamp(min=1e-12).log(), total)
+    """Return the mean logarithm of errors (seeds,) over all ranks."""
+    return float(mean_logs(errors, total))
 
 
-def ridge_solution(moments: Tensor, shrinkage: float) -> Tensor:
-    """Return c of least squares from products (p + 1, p + 1), with a penalty on c_j².
-
-    The penalty is ``shrinkage`` in units of the product of v_j with itself.
-    """
-    q = len(moments) - 1
-    scale = moments.diagonal()[:q].clamp(min=1e-300).rsqrt()
-    matrix = moments[:q, :q] * scale[:, None] * scale
-    matrix = matrix + shrinkage * torch.eye(q, dtype=matrix.dtype)
-    right = (scale * moments[:q, q])[:, None]
-    return scale * torch.linalg.lstsq(matrix, right, driver="gelsd")[0][:, 0]
-
-
-def robust_solution(
-    grams: Tensor, norms: Tensor, shrinkage: float, total: Total, iterations: int = ITERATIONS
+def robust_solutions(
+    grams: Tensor,
+    norms: Tensor,
+    shrinkages: Sequence[float],
+    total: Total,
+    iterations: int = ITERATIONS,
 ) -> Tensor:
     """Return c with the least mean logarithm of |r - Σ c_j v_j| / |y| over seeds.
 
@@ -74,16 +69,26 @@ def robust_solution(
     Args:
         grams: Products (seeds, p + 1, p + 1) of v_1 ... v_p and r.
         norms: |y| of each seed.
-        shrinkage: The penalty on c_j² in units of the weighted products of v_j.
+        shrinkages: Penalties on c_j² in units of the weighted product of v_j with itself.
         total: Adds over ranks.
         iterations: Iterations of the weights.
+
+    Returns:
+        One c for each shrinkage, shape (shrinkages, p).
     """
-    c = grams.new_zeros(grams.shape[1] - 1)
+    size = grams.shape[1]
+    penalties = torch.tensor(shrinkages, dtype=grams.dtype)[:, None, None] * torch.eye(
+        size - 1, dtype=grams.dtype
+    )
+    c = grams.new_zeros(len(shrinkages), size - 1)
     errors = residuals(grams, c) / norms
     for _ in range(iterations):
-        least = max(math.exp(mean_log(errors, total)), 1e-12)
-        weights = 1 / (norms * errors.clamp(min=least)) ** 2
-        c = ridge_solution(total((weights[:, None, None] * grams).sum(0)), shrinkage)
+        least = mean_logs(errors, total).exp()[:, None]
+        weights = 1 / (norms * torch.maximum(errors, least.clamp(min=1e-12))) ** 2
+        moments = total(weights @ grams.flatten(1)).view(-1, size, size)
+        scale = moments.diagonal(dim1=1, dim2=2)[:, :-1].clamp(min=1e-300).rsqrt()
+        matrix = moments[:, :-1, :-1] * scale[:, :, None] * scale[:, None] + penalties
+        c = scale * torch.linalg.solve(matrix, scale * moments[:, :-1, -1])
         errors = residuals(grams, c) / norms
     return c
 
@@ -93,8 +98,7 @@ def chosen_solution(grams: Tensor, norms: Tensor, fitted: int, total: Total) -> 
 
     No correction at all, c = 0, is among the choices.
     """
-    choices = [grams.new_zeros(grams.shape[1] - 1)]
-    choices += [robust_solution(grams[:fitted], norms[:fitted], s, total) for s in SHRINKAGES]
-    rest = grams[fitted:], norms[fitted:]
-    errors = [mean_log(residuals(rest[0], c) / rest[1], total) for c in choices]
-    return choices[errors.index(min(errors))]
+    choices = robust_solutions(grams[:fitted], norms[:fitted], SHRINKAGES, total)
+    choices = torch.cat([torch.zeros_like(choices[:1]), choices])
+    errors = mean_logs(residuals(grams[fitted:], choices) / norms[fitted:], total)
+    return choices[int(errors.argmin())]

@@ -60,7 +60,8 @@ def table_method(table: Table) -> Method:
 
     >>> from alphabar.sampling import Sampler
     >>> table = Sampler(NoiseSchedule.linear(), "unipc", 5).table
-    >>> Sampler(NoiseSchedule.linear(), table_method(table), 5, OwnKnots(table)).table == table
+    >>> given = Sampler(NoiseSchedule.linear(), table_method(table), 5, OwnKnots(table)).table
+    >>> given.steps == table.steps
     True
     """
     return Method(
