@@ -243,7 +243,7 @@ def resolve_times(timesteps: str | Timesteps) -> Timesteps:
     Raises ValueError for an unknown name or option.
 
     >>> resolve_times("independent:density=logit_normal,axis=tokens").density
-    LogitNormalTimesteps(stratified=False, mean=0.0, std=1.0)
+    LogitNormalTimesteps(stratified=False, across=1, mean=0.0, std=1.0)
     """
     if isinstance(timesteps, str) and parse_item(timesteps)[0] in SHAPED_TIMESTEPS:
         return make_item(timesteps, SHAPED_TIMESTEPS)
