@@ -317,7 +317,7 @@ class DiffusionModule(LightningModule):
         trainer = self.trainer
         loggers = [logger for logger in trainer.loggers if takes_images(logger)]
         plotted = importlib.util.find_spec("matplotlib") is not None
-        if not loggers or not plotted or trainer.sanity_checking or trainer.fast_dev_run:
+        if not loggers or not plotted or trainer.sanity_checking:
             return
         png = plot_validations(validations)
         lane, step = pictures_of(trainer), trainer.global_step
