@@ -173,7 +173,7 @@ def plot_advice(buckets: Buckets, advice: Advice) -> bytes:
     density = np.exp(-(z**2) / 2) / (2 * advice.std * math.sqrt(2 * math.pi))
     below.plot(x, density, color=COLOURS[0], label=advice.flags)
     dress(below, "density over log SNR", LOG_SNR, "probability per unit")
-    below.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=8)
     return png_of(figure)
 
 
