@@ -35,7 +35,7 @@ test-kernels: $(VENV)/.installed  ## run the GPU kernels on the CPU, in triton's
 	$(BIN)/pytest tests/test_gpu_kernels.py $(ARGS)
 
 bench: $(VENV)/.installed  ## measure speed and accuracy beside diffusers, write benchmarks/*.md; some minutes on idle cores
-	for name in noising sampling schedulers; do $(BIN)/python benchmarks/$$name.py > benchmarks/$$name.md || exit 1; done
+	for name in noising sampling schedulers strata shared_noise; do $(BIN)/python benchmarks/$$name.py > benchmarks/$$name.md || exit 1; done
 	$(BIN)/python benchmarks/previews.py
 	$(BIN)/python benchmarks/accuracy.py
 	$(BIN)/python benchmarks/fitting.py

@@ -191,7 +191,7 @@ def test_flow(tmp_path: Path) -> None:
     for name in ("previews/step_00000002_ema.png", "loss_by_snr/step_00000002.png", "tensorboard"):
         assert (tmp_path / name).exists(), name
     (command,) = [
-        line.split() for line in example.__doc__.splitlines() if "alphabar sample" in line
+        line.split() for line in str(example.__doc__).splitlines() if "alphabar sample" in line
     ]
     command[2:3] = [str(checkpoint)]
     command[-1:] = ["2", "--steps", "2", "--out", str(tmp_path / "samples.png")]

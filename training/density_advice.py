@@ -35,7 +35,7 @@ from .snr_buckets import Buckets
 
 MOST_WINDOWS = 64
 LEAST_WINDOWS, LEAST_SAMPLES = 6, 8  # of a bucket, and of a window in it
-SIGNIFICANT = 2.0  # standard errors of a slope
+SIGNIFICANT = 3.0  # standard errors of a slope: above chance over many buckets
 LEAST_BUCKETS = 3
 _TRIED = torch.tensor([0.1, 0.3, 0.5, 0.9], dtype=torch.float64)
 
@@ -74,7 +74,7 @@ def advise_density(
     """Return a density of training times from the losses of a training.
 
     The slopes are measured over the samples after the first quarter. A bucket counts if its slope
-    is more than two standard errors above 0.
+    is more than three standard errors above 0.
 
     Args:
         buckets: the buckets of log SNR.
@@ -173,7 +173,7 @@ def plot_advice(buckets: Buckets, advice: Advice) -> bytes:
     density = np.exp(-(z**2) / 2) / (2 * advice.std * math.sqrt(2 * math.pi))
     below.plot(x, density, color=COLOURS[0], label=advice.flags)
     dress(below, "density over log SNR", LOG_SNR, "probability per unit")
-    below.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=8)
     return png_of(figure)
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from ..noising import NoiseSchedule, Noising, ShapedTimesteps, Uniform
+from ..noising import NoiseSchedule, Noising
 from ..noising.noising import prediction_tensor
 from ..noising.utils.rng import Draws, stream_of
 from .accumulation import Accumulation, full_batch, replicas, samples_of
@@ -21,10 +21,10 @@ from .networks import network_config
 from .publishing.figures import publish_figure
 from .publishing.loggers import takes_images
 from .validation import (
-    VALIDATION_SEED,
     ErrorsAtLevels,
     LevelErrors,
     plot_validations,
+    validation_noising,
     validation_times,
 )
 
@@ -129,7 +129,6 @@ class DiffusionModule(LightningModule):
         object.__setattr__(self, "_encode", encode)
         self.label_dropout, self.null_label = float(label_dropout), null_label
         self._accumulation = Accumulation()
-        times = noising.timesteps
         if validation_levels:  # fails here, not in the first validation
             validation_times(noising.schedule, validation_levels)
         self.validation_levels = validation_levels
@@ -138,12 +137,7 @@ class DiffusionModule(LightningModule):
         self._validated: dict[int, int] = {}
         self._validations: dict[int, dict[int, LevelErrors]] = {}
         self._complaints = Complaints("DiffusionModule")
-        self.validation_noising = Noising(
-            noising.schedule,
-            Uniform(),
-            times.evenly() if isinstance(times, ShapedTimesteps) else "stratified",
-            seed=VALIDATION_SEED,
-        )
+        self.validation_noising = validation_noising(noising)
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -321,7 +315,7 @@ class DiffusionModule(LightningModule):
         trainer = self.trainer
         loggers = [logger for logger in trainer.loggers if takes_images(logger)]
         plotted = importlib.util.find_spec("matplotlib") is not None
-        if not loggers or not plotted or trainer.sanity_checking or trainer.fast_dev_run:
+        if not loggers or not plotted or trainer.sanity_checking:
             return
         png = plot_validations(validations)
         lane, step = pictures_of(trainer), trainer.global_step

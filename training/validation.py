@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..noising import NoiseSchedule, Noising
+from ..noising import NoiseSchedule, Noising, Uniform
 from ..noising.timesteps.base import nearest_time
+from ..noising.timesteps.shaped import ShapedTimesteps
 from ..noising.utils.validation import whole_number
 from .loops.collectives import patient_group
 from .loops.isolation import evaluating
@@ -105,7 +106,8 @@ class ErrorsAtLevels:
     """Sums of errors at fixed noise levels, batch by batch; the sums stay on the device.
 
     Args:
-        noising: makes the noise, with a seed of its own; unweighted, of the training's schedule.
+        noising: makes the noise, with a seed of its own; unweighted, of the training's schedule. If
+            it draws times of shape (batch, k), all k of a sample are those of the level.
         levels: number of noise levels.
 
     >>> sums = ErrorsAtLevels(Noising(NoiseSchedule.flow(), seed=1), levels=3)
@@ -139,15 +141,19 @@ class ErrorsAtLevels:
             conditioning: further arguments of ``predict``.
             kept: which samples count; by default all.
         """
-        rows = []
+        rows, density = [], self._noising.timesteps
+        elements = (density.count(x0.shape),) if isinstance(density, ShapedTimesteps) else ()
         for number, t in enumerate(self.times):
             # the number as step: each level has noise of its own
             noised = self._noising(
-                x0, step=number, index=list(index), total=len(x0), timesteps=t.expand(len(x0))
+                x0,
+                step=number,
+                index=list(index),
+                total=len(x0),
+                timesteps=t.expand(len(x0), *elements),
             )
-            rows.append(
-                noised.losses(predict(noised.x, noised.timesteps, **dict(conditioning or {})))
-            )
+            out = predict(noised.x, noised.timesteps, **dict(conditioning or {}))
+            rows.append(noised.losses(out))
         errors = torch.stack(rows)
         if kept is not None and not all(kept):
             errors = errors[:, [k for k, one in enumerate(kept) if one]]
@@ -173,7 +179,7 @@ class ErrorsAtLevels:
 
 def errors_at_levels(
     network: Any,
-    schedule: NoiseSchedule,
+    schedule: NoiseSchedule | Noising,
     batches: Iterable[Any],
     levels: int = 8,
     *,
@@ -190,7 +196,8 @@ def errors_at_levels(
     Args:
         network: ``network(x, timesteps, **conditioning)``; returns a tensor or an object with
             ``.sample``.
-        schedule: the schedule of the training.
+        schedule: the schedule of the training, or its Noising, which a network with times of shape
+            (batch, k) needs.
         batches: clean samples on the network's device, or pairs (samples, conditioning).
         levels: number of noise levels, the terminal one among them.
         samples: size of the validation set. A DistributedSampler repeats samples until every
@@ -206,7 +213,8 @@ def errors_at_levels(
     """
     distributed = dist.is_available() and dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    sums, start = ErrorsAtLevels(Noising(schedule, seed=seed), levels), 0
+    noising = schedule if isinstance(schedule, Noising) else Noising(schedule)
+    sums, start = ErrorsAtLevels(validation_noising(noising, seed), levels), 0
     with evaluating(network):
         for batch in batches:
             x0, conditioning = (batch, {}) if isinstance(batch, Tensor) else batch
@@ -215,6 +223,17 @@ def errors_at_levels(
             sums.add(network, x0, index, conditioning, kept)
             start += len(x0)
     return sums.reduced()
+
+
+def validation_noising(noising: Noising, seed: int = VALIDATION_SEED) -> Noising:
+    """Return the noising of a validation: unweighted, with even times and noise of its own.
+
+    >>> validation_noising(Noising(NoiseSchedule.flow(), "snr", "logit_normal")).timesteps
+    UniformTimesteps(stratified=True, across=1)
+    """
+    times = noising.timesteps
+    even = times.evenly() if isinstance(times, ShapedTimesteps) else "stratified"
+    return Noising(noising.schedule, Uniform(), even, seed=seed)
 
 
 def plot_validations(validations: Mapping[int, LevelErrors]) -> bytes:

@@ -157,7 +157,7 @@ class ShapedTimesteps(Around):
         """Return the same with stratified uniform times, for a validation loss of low variance.
 
         >>> IndependentTimesteps(density="logit_normal").evenly().density
-        UniformTimesteps(stratified=True)
+        UniformTimesteps(stratified=True, across=1)
         """
         return replace(self, density=UniformTimesteps(stratified=True))
 
