@@ -28,7 +28,7 @@ from alphabar.noising import IndependentTimesteps, NoiseSchedule, Noising, Unifo
 from alphabar.noising.utils.atomic import require_writable, write_atomically
 from alphabar.sampling import RollingSampler, Sampler
 from alphabar.training import Constant, DiffusionModule, load_checkpoint
-from alphabar.training.images import save_grid
+from alphabar.training.images import image_grid, png_bytes, to_pixels
 
 FRAMES, SIZE, GIVEN, SHOWN = 8, 16, 3, 4
 MATRICES = ("full", "pyramid:lag=2", "autoregressive")
@@ -196,8 +196,11 @@ def roll_out(checkpoint: Path, args: argparse.Namespace, out: Path) -> dict[str,
         apart = (centres(drawn) - centres(truth)).norm(dim=-1)[:, GIVEN:]
         distances[matrix] = apart.mean().item()
         strips.append(drawn[:SHOWN])
-    rows = torch.stack(strips, 1).flatten(0, 1)  # the truth, then each matrix, for each video
-    save_grid(in_a_row(rows), out / "rollouts.png")
+    # a row for each video: the true one, then that of each matrix
+    sheet = to_pixels(in_a_row(torch.stack(strips, 1).flatten(0, 1)))
+    sheet = sheet.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    grid = image_grid(sheet, columns=len(strips))
+    write_atomically(out / "rollouts.png", png_bytes(grid))
     return distances
 
 
