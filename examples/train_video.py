@@ -8,7 +8,8 @@ matter of the sampling matrix. A disc moves straight on and bounces off the wall
 frames say where it will be; the script measures how far off the roll-outs are. Expect in about 4
 minutes on 2 CPU cores: discs that move on, on average 2.3 (one frame after the other) to 2.8 pixels
 (all together) from the true ones. A disc that stayed where it was last given would be 3.5 off, so
-the small network has learned a part of the motion. Run again with the same flags it goes on from its last checkpoint.
+the small network has learned a part of the motion. Run again with the same flags it goes on from
+its last checkpoint.
 """
 
 from __future__ import annotations
