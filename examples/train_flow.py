@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import UNet2DModel
@@ -54,7 +54,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def digits() -> TensorDataset:
     """Return images in [-1, 1], shape (1797, 1, 8, 8), and their labels."""
-    data: Any = load_digits()
+    data = cast(Any, load_digits())
     images = torch.from_numpy(data.images).float()[:, None] / 8 - 1
     return TensorDataset(images, torch.from_numpy(data.target))
 

@@ -9,6 +9,9 @@ In all loops, ``low`` and ``high`` are the words of the keys, one for all sample
 of numbers have shape (batch, numbers of a sample) and are contiguous.
 """
 
+# pyright: reportPossiblyUnboundVariable=false
+# numba leaves out the branches of arguments that are None
+
 from __future__ import annotations
 
 import math

@@ -154,19 +154,21 @@ def fit_table(
     best, own = known[0], errors[fitted:]
     fitted_error = math.exp(mean_log(own, model.total))
     helps = _is_less(own, best.errors, model.total)
+    counts = model.total(torch.tensor([fitted, len(rest)], dtype=torch.float64)).tolist()
     provenance = Provenance(
-        schedule,
-        float(guidance_scale),
-        float(guidance_rescale),
-        described(teacher),
-        evaluations,
-        *(int(n) for n in model.total(torch.tensor([fitted, len(rest)], dtype=torch.float64))),
-        start,
-        kept,
-        fitted_error if helps else best.error,
-        tuple((result.name, result.error) for result in known),
-        fitted_error,
-        training_step,
+        schedule=schedule,
+        guidance_scale=float(guidance_scale),
+        guidance_rescale=float(guidance_rescale),
+        teacher=described(teacher),
+        evaluations=evaluations,
+        seeds=int(counts[0]),
+        held_out=int(counts[1]),
+        start=start,
+        refined=kept,
+        error=fitted_error if helps else best.error,
+        known=tuple((result.name, result.error) for result in known),
+        fitted_error=fitted_error,
+        training_step=training_step,
     )
     steps, prediction = student.steps(schedule), schedule.prediction
     made = Table(FITTED, student.knots, steps, prediction, point_mass=False)

@@ -123,16 +123,17 @@ class Provenance:
             raise ValueError(f"known must be pairs of a name and an error, got {known!r}")
         return cls(
             schedule=NoiseSchedule.from_config(values["schedule"]),
-            **{name: word(name, values[name]) for name in ("teacher", "start")},
-            **{
-                name: whole(name, values[name])
-                for name in ("evaluations", "seeds", "held_out", "refined")
-            },
-            **{
-                name: number(name, values[name])
-                for name in ("guidance_scale", "guidance_rescale", "error", "fitted_error")
-            },
+            guidance_scale=number("guidance_scale", values["guidance_scale"]),
+            guidance_rescale=number("guidance_rescale", values["guidance_rescale"]),
+            teacher=word("teacher", values["teacher"]),
+            evaluations=whole("evaluations", values["evaluations"]),
+            seeds=whole("seeds", values["seeds"]),
+            held_out=whole("held_out", values["held_out"]),
+            start=word("start", values["start"]),
+            refined=whole("refined", values["refined"]),
+            error=number("error", values["error"]),
             known=tuple((word("known", n), number("known", e)) for n, e in known),
+            fitted_error=number("fitted_error", values["fitted_error"]),
             training_step=None if step is None else whole("training_step", step),
         )
 

@@ -178,7 +178,7 @@ def fit_student(
         found = []
         for batch in model.batches(part):
             x, *past = vectors(batch)
-            x = next_state(row, x, past)
+            x = next_state(rows[i], x, past)
             Scratch.write(states, here(batch), x)
             found.append((x - teacher.at(batch, places[i + 1], device)).double().norm(dim=1).cpu())
         errors = torch.cat(found) / norms

@@ -180,11 +180,12 @@ def teacher_trajectories(
     knots: tuple[Knot, ...] = teacher.knots
     K = len(knots) - 1
     states: np.memmap[Any, Any] | None = None
+    estimates: np.memmap[Any, Any] | None = None
     moments = torch.zeros(2 * K + 1, 2 * K + 1, dtype=torch.float64)
     size = torch.zeros(2, dtype=torch.float64)
     for batch in model.batches():
         x = model.run(batch, knots).x.flatten(1)
-        if states is None:
+        if states is None or estimates is None:
             states = scratch.array((len(model.seeds), K + 1, x.shape[1]), x.dtype)
             estimates = scratch.array((model.batch_size, K, x.shape[1]), x.dtype)
         scratch.write(states, (batch, 0), x)
