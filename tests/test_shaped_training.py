@@ -22,6 +22,7 @@ from alphabar.sampling import RollingSampler, Sampler
 from alphabar.training import DiffusionModule
 from alphabar.training.images import to_pixels
 from alphabar.training.snr_buckets import COUNT, ERROR, LOSS, WEIGHT, Buckets
+from alphabar.training.validation import errors_at_levels
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:lightning", "ignore::UserWarning:alphabar")
 FRAMES, SIZE = 4, (1, 4, 6, 6)
@@ -105,6 +106,10 @@ def test_validation_has_the_shape_of_training_and_the_same_noise_each_time(tmp_p
     trainer = Trainer(default_root_dir=tmp_path, **QUIET)
     first, second = (trainer.validate(module, videos(), verbose=False) for _ in range(2))
     assert first == second and first[0]["val_loss"] > 0
+    # at a fixed level all frames have the same time
+    batches = [x for (x,) in videos()]
+    apart = errors_at_levels(module.network, module.noising, batches).metrics("val_loss_by_snr")
+    assert {name: first[0][name] for name in apart} == pytest.approx(apart, rel=1e-5)
 
 
 def in_a_row(x: Tensor) -> Tensor:
