@@ -259,7 +259,7 @@ class SeededNoise:
 
     def __call__(self) -> Tensor:
         place = self.drawn - self._first
-        if place >= len(self._ahead):
+        if not 0 <= place < len(self._ahead):
             self._first, place = self.drawn, 0
             self._ahead = self._draw()
         self.drawn += 1

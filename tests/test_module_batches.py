@@ -46,7 +46,9 @@ class Net(nn.Module):
 
 def module(network: nn.Module | None = None, **options: Any) -> DiffusionModule:
     settings = {"label_key": "y", "label_dropout": 0.4, "null_label": NULL} | options
-    return DiffusionModule(network or Net(), Noising(FLOW, seed=4), **settings)
+    return DiffusionModule(
+        network or Net(), Noising(FLOW, seed=4), **{"validation_levels": 0, **settings}
+    )
 
 
 def pairs(count: int = 24, batch: int = 8) -> Any:

@@ -280,10 +280,12 @@ def test_several_validation_loaders(tmp_path: Path) -> None:
     trainer = Trainer(**QUIET, default_root_dir=tmp_path, enable_checkpointing=False)
     results = [trainer.validate(module, [data(8, 4), data(4, 2)], verbose=False) for _ in range(2)]
     assert results[0] == results[1]
-    assert [list(one) for one in results[0]] == [
-        ["val_loss/dataloader_idx_0"],
-        ["val_loss/dataloader_idx_1"],
-    ]
+    for number, one in enumerate(results[0]):
+        assert next(iter(one)) == f"val_loss/dataloader_idx_{number}"
+    levels = [name for name in trainer.callback_metrics if name.startswith("val_loss_by_snr")]
+    for prefix in ("val_loss_by_snr/", "val_loss_by_snr/dataloader_1/"):
+        own = [name for name in levels if name.rpartition("/")[0] + "/" == prefix]
+        assert len(own) == 9 and f"{prefix}mean" in own
 
 
 # labels
@@ -303,7 +305,7 @@ def test_tensor_dataset_with_a_class_network(tmp_path: Path) -> None:
     network.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["class_labels"].tolist()), with_kwargs=True
     )
-    module = DiffusionModule(network, Noising(FLOW), label_key="class_labels")
+    module = DiffusionModule(network, Noising(FLOW), label_key="class_labels", validation_levels=0)
     Trainer(**QUIET | {"max_epochs": 1}, default_root_dir=tmp_path, enable_checkpointing=False).fit(
         module, loader, loader
     )

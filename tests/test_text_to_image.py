@@ -97,7 +97,7 @@ def test_latents_and_texts_of_a_pipeline_train_in_lightning(folders: dict[str, s
         return latents, model.conditioning(captions)
 
     schedule = NoiseSchedule.from_pretrained(folders["sd3"], subfolder="scheduler")
-    module = DiffusionModule(model.denoiser, Noising(schedule), encode=encode)
+    module = DiffusionModule(model.denoiser, Noising(schedule), encode=encode, validation_levels=0)
     loss = module.validation_step
     module._trainer = type("T", (), {"distributed_sampler_kwargs": None})()  # type: ignore[assignment]
     module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
