@@ -485,8 +485,8 @@ class Sampler:
     def from_table(cls, table: Table, schedule: NoiseSchedule | None = None) -> Sampler:
         """Return the sampler that runs a table of ``fit_table``.
 
-        It runs with the guidance scale of the fit. A pipeline of diffusers guides by itself: with
-        :meth:`as_scheduler`, give the pipeline the same scale.
+        Calls must have the guidance of the fit, other values are an error. A pipeline of diffusers
+        guides by itself: with :meth:`as_scheduler`, give the pipeline the same guidance.
 
         Args:
             table: The table.

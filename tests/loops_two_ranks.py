@@ -22,10 +22,24 @@ from torch import Tensor
 
 from alphabar.noising import NoiseSchedule
 from alphabar.training import ModelEMA, Previews, save_schedule_with
+from alphabar.training.fitting.ranks import FittingRanks
+from alphabar.training.fitting.tables import Fitting
 from alphabar.training.loops.sharding import local
 from alphabar.training.loops.wrappers import unwrapped
 from alphabar.training.previews import rounds
-from loops_toy import ADAPTIVE, FITTED, SCHEDULE, STEPS, Net, fit_little, previews, train, weights
+from alphabar.training.previews.render import Drawing
+from loops_toy import (
+    ADAPTIVE,
+    FITTED,
+    SCHEDULE,
+    SHAPE,
+    STEPS,
+    Net,
+    fit_little,
+    previews,
+    train,
+    weights,
+)
 
 RANK = int(os.environ["LOCAL_RANK"])
 ROOT = Path(sys.argv[1])
@@ -147,6 +161,28 @@ def scenarios() -> dict[str, Any]:
     }
 
 
+def sharded_fit_that_fails_on_one_rank() -> dict[str, Any]:
+    """A forward that needs all ranks, and a rank that stops between two forwards."""
+
+    def together(x: Tensor, timesteps: Tensor) -> Tensor:
+        dist.all_reduce(torch.zeros(1))
+        return -x
+
+    started, calls = time.monotonic(), [0]
+
+    def stop() -> bool:
+        calls[0] += RANK
+        return calls[0] > 5
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fitting = Fitting(SCHEDULE, 3)
+        ranks = FittingRanks(2, 2, RANK, sharded=True)
+        sampler = fitting.sampler("raw", 1, together, SHAPE, Drawing(2), ranks=ranks, stop=stop)
+    words = [str(warning.message) for warning in caught]
+    return {"sampler": sampler.name, "words": words, "seconds": time.monotonic() - started}
+
+
 def states(accelerator: Any) -> dict[str, Any]:
     """Save a state with the schedule and the averages, and load it into others."""
     net = Net()
@@ -187,6 +223,7 @@ if __name__ == "__main__":
             if name in SHARDED or not isinstance(loop, str)
         }
         if kind == "torch":
+            report["stopped_fit"] = sharded_fit_that_fails_on_one_rank()
             report[kind]["late"] = late(loop, ROOT / kind / "late")
         if kind == "accelerate":
             report["states"] = states(loop)

@@ -140,7 +140,7 @@ def test_a_fit_that_fails_leaves_the_known_method(fault: str) -> None:
             raise RuntimeError("no such layer")
         return x * math.nan
 
-    with pytest.warns(UserWarning, match="the fit of a table at step 7 ended: .*(finite|no such)"):
+    with pytest.warns(UserWarning, match="of a table at step 7 ended: .*(finite|no such)"):
         assert fitting.sampler("raw", 7, network, (8,), DRAWING) == fitting.fallback
     assert fitting.note == "drawn with unipc: no table is fitted"
     fitting.sampler("raw", 8, network, (8,), DRAWING)  # not tried again at every preview
@@ -165,10 +165,42 @@ def test_the_state_is_taken_only_by_the_same_training() -> None:
     for other in (
         Fitting(FLOW, steps=4),
         Fitting(FLOW, steps=3, guidance_scale=2.0),
+        Fitting(FLOW, steps=3, guidance_rescale=0.7),
         Fitting(NoiseSchedule.flow(shift=3.0), steps=3),
     ):
         other.load(state)
         assert not other.tables
+    state["raw"]["version"] = 99
+    with pytest.warns(UserWarning, match="not used: a table of version 99"):
+        again = Fitting(FLOW, steps=3)
+        again.load(state)
+    assert not again.tables
+
+
+def test_a_check_that_fails_draws_with_the_known_method() -> None:
+    fitting = Fitting(FLOW, steps=3)
+    fitting.sampler("raw", 100, Points(FLOW), (8,), DRAWING)
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        raise RuntimeError("no such layer")
+
+    with pytest.warns(UserWarning, match="the check of a table at step 200 ended"):
+        drawn = fitting.sampler("raw", 200, network, (8,), DRAWING)
+    assert drawn == known_sampler(fitting.tables["raw"]) and "not be checked" in fitting.note
+    assert fitting.sampler("raw", 300, Points(FLOW), (8,), DRAWING).name == "fitted"
+
+
+def test_a_fit_without_memory_is_tried_again_with_fewer_samples() -> None:
+    fitting, network = Fitting(FLOW, steps=3), Points(FLOW)
+
+    def small(x: Tensor, t: Tensor) -> Tensor:
+        if len(x) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return network(x, t)
+
+    with pytest.warns(UserWarning, match="OutOfMemoryError"):
+        fitting.sampler("raw", 100, small, (8,), DRAWING, batch_size=8)
+    assert fitting.sampler("raw", 110, small, (8,), DRAWING, batch_size=8).name == "fitted"
 
 
 # in training

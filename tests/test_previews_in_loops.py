@@ -146,9 +146,19 @@ def test_a_fitted_table_is_that_of_one_process(
 
 def test_a_fit_that_fails_on_one_rank_ends_on_both(root: Path, ranks: list[dict[str, Any]]) -> None:
     (words,) = ranks[0]["torch"]["fitted_failing"]["warnings"][:1]
-    assert words.startswith("the fit of a table at step 2 ended: rank 1: RuntimeError: no memory")
+    assert "of a table at step 2 ended: rank 1: RuntimeError: no memory" in words
     assert ranks[1]["torch"]["fitted_failing"]["warnings"] == []
     assert not (root / "torch" / "fitted_failing" / "fitted_raw_3.json").exists()
+
+
+def test_a_rank_that_stops_a_fit_lets_no_other_wait_in_a_forward(
+    ranks: list[dict[str, Any]],
+) -> None:
+    for report in ranks:
+        found = report["stopped_fit"]
+        assert found["sampler"] == "unipc" and found["seconds"] < 20
+    (words,) = ranks[0]["stopped_fit"]["words"]
+    assert "rank 1: StoppedFit: it was told to stop" in words
 
 
 def test_averages_draw_the_same_in_every_loop(root: Path) -> None:

@@ -94,8 +94,8 @@ class ValidationSampling(Callback):
             object must have the training schedule.
             'fitted' fits a table of few steps to the network; see :class:`Fitting`.
         steps: sampling steps, 20 by default, 6 for 'fitted'. A Sampler object has its own number.
-        refit_every: optimizer steps between two fits of 'fitted'; by default, when a check finds
-            that the table is no better than a known method.
+        refit_every: optimizer steps between two fits of 'fitted'. Default: it is fitted again when
+            a check finds it no better than a known method, and training is half as long again.
         num_images: images in a grid. Default: one for each of ``seeds``, else one for each prompt
             or class, else 16.
         every_n_train_steps, every_n_epochs, train_time_interval: interval between previews. Give at
@@ -129,7 +129,7 @@ class ValidationSampling(Callback):
             instead of the network alone, with the training schedule as its scheduler. It must hold
             a network of the module.
         max_seconds: time limit of a preview. After it the preview stops, and finished images are
-            shown.
+            shown. A fit of 'fitted' has as long again.
         folder: folder for ``step_00000500.png``, by default ``previews`` in the log directory. The
             last part of its path is also the image's name in the loggers.
         predict: replaces the module's ``predict``.
@@ -339,8 +339,9 @@ class ValidationSampling(Callback):
             return
         sampler = sampler_for(schedule_of_module(pl_module), self.sampler, self.steps)
         loop, model = loop_of_trainer(trainer), self._live(trainer, pl_module)
-        scale = self.recipe.guidance["guidance_scale"]
-        fitting = fitting_for(sampler.schedule, self.sampler, self.steps, self.refit_every, scale)
+        fitting = fitting_for(
+            sampler.schedule, self.sampler, self.steps, self.refit_every, self.recipe.guidance
+        )
         if fitting is not None:
             fitting.load(self._fitted)
         previewer = call_on_all_ranks(

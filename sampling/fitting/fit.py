@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -79,7 +79,8 @@ def fit_table(
     ``Sampler.from_table``.
 
     Args:
-        network: As in :meth:`Sampler.iterate`.
+        network: As in :meth:`Sampler.iterate`. It must take times between those of training, which
+            grids by noise level have; a table of embeddings by integer time does not.
         schedule: The NoiseSchedule of training.
         evaluations: The number of network calls of the table, 2 ... the teacher's.
         shape: The shape of one sample, without a batch.
@@ -94,8 +95,7 @@ def fit_table(
         guidance_scale, guidance_rescale: As in :meth:`Sampler.iterate`; the table holds for these.
         start: The known method that coefficients are shrunk towards, one network call a step.
         refine: Iterations of refinement of all coefficients and network times on the final states;
-            each costs about 10 runs of the table on every seed at 5 evaluations and 30 at 10. The
-            network must take times between those of training.
+            each costs about 10 runs of the table on every seed at 5 evaluations and 30 at 10.
         searches: The choices of knots to try with the network.
         batch_size: Seeds in a network call.
         training_step: The optimizer step of the network, for the record.
@@ -115,6 +115,8 @@ def fit_table(
     """
     teacher = _checked_teacher(schedule, teacher, evaluations)
     fit_seeds, rest = _split(seeds, held_out)
+    if training_step is not None:
+        training_step = whole_number("training_step", training_step, 0)
     told: Told = progress or (lambda done, total, what: None)
     method = lookup("method", start, METHODS)
     model = Model(
@@ -388,7 +390,7 @@ def _split(
     first = max(listed, default=-1) + 1
     rest_seeds = (
         [first + k for k in range(whole_number("held_out", held_out, 0))]
-        if isinstance(held_out, int)
+        if isinstance(held_out, SupportsIndex)
         else _listed("held_out", held_out)
     )
     if not listed or not rest_seeds:

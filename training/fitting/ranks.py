@@ -25,19 +25,22 @@ class StoppedElsewhere(RuntimeError):
 class FittingRanks:
     """The ranks that fit a table together: seeds of each, sums over all, and errors that agree.
 
-    Every sum is also a vote: if a rank has failed, all others raise there instead of waiting.
+    Before every sum the ranks exchange whether one of them has failed, and then all raise. If a
+    forward needs all ranks, they do so before every forward too.
 
     Args:
         world_size: number of ranks.
         shares: number of shares of the seeds. Ranks of a tensor-parallel group have the same share.
         share: this rank's share.
         device: device of the votes where there is no gloo.
+        sharded: whether a forward needs all ranks.
     """
 
     world_size: int = 1
     shares: int = 1
     share: int = 0
     device: torch.device | str = "cpu"
+    sharded: bool = False
     _stop: Callable[[], bool] = lambda: False
     _voted: bool = False
 
@@ -69,11 +72,26 @@ class FittingRanks:
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum of a CPU tensor over the shares, the same bits on every rank."""
         self.look()
+        self._meet()
+        return sum_of_ranks(values, self.world_size, self.shares, self.share, self.device)
+
+    def guarded(self, network: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the network; if its forward needs all ranks, they agree before each call."""
+        if not self.sharded or self.world_size == 1:
+            return network
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            self._meet()
+            return network(*arguments, **named)
+
+        return call
+
+    def _meet(self) -> None:
+        """Raise StoppedElsewhere if another rank has failed. Every rank must call it."""
         (failed,) = any_rank([False], self.world_size, self.device)
         if failed:
             self._voted = True
             raise StoppedElsewhere("another rank stopped it")
-        return sum_of_ranks(values, self.world_size, self.shares, self.share, self.device)
 
     def own_seeds(self, first: int, count: int) -> list[int]:
         """Return this rank's part of at least ``count`` seeds: as many on every rank.

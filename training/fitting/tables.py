@@ -59,7 +59,7 @@ class Fitting:
         steps: network calls of the table.
         refit_every: optimizer steps between two fits; None: when a check finds that the table is no
             better than the known method, and training is ``GROWTH`` times longer than at its fit.
-        guidance_scale: guidance scale of the previews.
+        guidance_scale, guidance_rescale: guidance of the previews.
 
     Raises:
         ValueError: ``steps`` is less than 2, or more than the teacher's.
@@ -77,11 +77,14 @@ class Fitting:
     steps: int = DEFAULT_STEPS
     refit_every: int | None = None
     guidance_scale: float = 1.0
+    guidance_rescale: float = 0.0
     tables: dict[str, Table] = field(default_factory=dict)
     note: str = ""
     """What the last preview was drawn with, in words."""
     _drifted: set[str] = field(default_factory=set)
     _tried: dict[str, int] = field(default_factory=dict)
+    _most: int = 2**31
+    """Samples in a network call that fit in memory, as far as known."""
     _credit: dict[str, float] = field(default_factory=dict)
     _given: dict[str, Table] = field(default_factory=dict)
 
@@ -134,11 +137,12 @@ class Fitting:
             "shape": tuple(shape),
             "guidance_scale": drawing.guidance_scale,
             "guidance_rescale": drawing.guidance_rescale,
-            "batch_size": batch_size,
+            "batch_size": min(batch_size, self._most),
             "device": device,
             **_conditions(drawing, torch.device(device)),
         }
-        drifted, table = weights in self._drifted, None
+        drifted, table, failed = weights in self._drifted, None, False
+        network = ranks.guarded(network)
         try:
             with ranks.together(stop):
                 if self._may_check(weights, drawing, ranks):
@@ -148,10 +152,14 @@ class Fitting:
                     table = self._fitted(step, network, model, ranks)
         except ShardedForwardError:  # other ranks wait in the forward
             raise
-        except Exception as error:
+        except Exception as error:  # on every rank
+            failed, words = True, ranks.reasons(error)
+            if "OutOfMemoryError" in words:  # the next preview tries it with half the samples
+                self._most = max(model["batch_size"] // 2, 1)
+                self._tried.pop(weights, None)
             warn_on_rank_zero(
-                f"the fit of a table at step {step} ended: {ranks.reasons(error)}; the preview is "
-                "drawn without it"
+                f"the fit or the check of a table at step {step} ended: {words}; the preview is "
+                "drawn with a known method"
             )
         else:  # on every rank, or on none
             (self._drifted.add if drifted else self._drifted.discard)(weights)
@@ -159,7 +167,7 @@ class Fitting:
                 self.tables[weights] = table
                 self._drifted.discard(weights)
                 self._credit[weights] = math.inf  # the next preview checks it
-        return self._choice(weights)
+        return self._choice(weights, failed)
 
     def _is_due(self, weights: str, step: int, drifted: bool) -> bool:
         last, table = self._tried.get(weights), self.tables.get(weights)
@@ -218,18 +226,19 @@ class Fitting:
             sum_over_ranks=ranks.sum,
             **model,
         )
-        return own < known
+        return math.isfinite(own) and not own >= known  # the known method may diverge
 
-    def _choice(self, weights: str) -> Sampler:
+    def _choice(self, weights: str, failed: bool) -> Sampler:
         table = self.tables.get(weights)
         if table is None:
             self.note = f"drawn with {FALLBACK}: no table is fitted"
             return self.fallback
         made = _provenance(table)
         name, at = made.best_known[0], made.training_step
-        if weights in self._drifted or not made.helps:
+        if failed or weights in self._drifted or not made.helps:
             verb = "table" if made.helps else "fit"
-            self.note = f"drawn with {name}: the {verb} of step {at} is no better"
+            why = "could not be checked" if failed else "is no better"
+            self.note = f"drawn with {name}: the {verb} of step {at} {why}"
             return known_sampler(table)
         self.note = f"table of step {at}: error {made.error:.2g}, {name} {made.best_known[1]:.2g}"
         return Sampler.from_table(table)
@@ -249,13 +258,18 @@ class Fitting:
     def load(self, state: Mapping[str, Any]) -> None:
         """Take the tables of :meth:`state` that hold for this training, to be checked first."""
         for weights, config in state.items():
-            table = Table.from_config(config)
+            try:
+                table = Table.from_config(config)
+            except ValueError as error:
+                warn_on_rank_zero(f"the saved fitted table is not used: {error}")
+                continue
             made = table.provenance
             if (
                 made is not None
                 and made.schedule.fingerprint == self.schedule.fingerprint
                 and made.evaluations == self.steps
                 and made.guidance_scale == self.guidance_scale
+                and made.guidance_rescale == self.guidance_rescale
             ):
                 self.tables[weights] = table
 

@@ -264,7 +264,12 @@ class Previewer:
             shape,
             self.drawing,
             device=model.device,
-            ranks=FittingRanks(self.loop.world_size, *self.loop.share_of_rank, device=model.device),
+            ranks=FittingRanks(
+                self.loop.world_size,
+                *self.loop.share_of_rank,
+                model.device,
+                model.forward_mode.sharded,
+            ),
             batch_size=self.batch_size,
             stop=lambda: rounds.interrupted() or time.monotonic() - begun > limit,
         )

@@ -52,8 +52,8 @@ class Previews:
             own schedule.
             'fitted' fits a table of few steps to the network; see :class:`Fitting`.
         steps: sampling steps, 20 by default, 6 for 'fitted'. A Sampler object has its own number.
-        refit_every: optimizer steps between two fits of 'fitted'; by default, when a check finds
-            that the table is no better than a known method.
+        refit_every: optimizer steps between two fits of 'fitted'. Default: it is fitted again when
+            a check finds it no better than a known method, and training is half as long again.
         schedule: the schedule of the training, or an object with one, such as a Noising. Needed for
             the name of a sampler; with an object, it is compared with the sampler's schedule.
         shape: shape of one sample, (channels, height, width), of videos (channels, frames, height,
@@ -86,7 +86,7 @@ class Previews:
         pipeline: a diffusers pipeline, or a function from the network (without wrapper) to a
             pipeline. It draws instead of the network alone, with the schedule of the training.
         max_seconds: time limit of a preview. After it the preview stops, and finished images are
-            shown.
+            shown. A fit of 'fitted' has as long again.
         folder: folder for ``step_00000500.png``, single images, ``previews.jsonl`` and the page
             ``index.html``. The last part of its path is also the image's name in the trackers.
         trackers: loggers of Lightning, trackers of accelerate or SummaryWriters. Default: those of
@@ -190,8 +190,7 @@ class Previews:
         refit_every = require_refit_every(sampler, refit_every, pipeline)
         own = _schedule_of(sampler, schedule)
         made = sampler_for(own, sampler, steps)
-        scale = recipe.guidance["guidance_scale"]
-        fitting = fitting_for(own, sampler, steps, refit_every, scale)
+        fitting = fitting_for(own, sampler, steps, refit_every, recipe.guidance)
         self.shape = tuple(int(n) for n in shape) if shape is not None else None
         if self.shape is None and pipeline is None:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ...noising import NoiseSchedule
@@ -125,16 +126,16 @@ def fitting_for(
     sampler: Any,
     steps: int | None,
     refit_every: int | None,
-    guidance_scale: float,
+    guidance: Mapping[str, float],
 ) -> Fitting | None:
     """Return the fitting of tables for the sampler 'fitted', None for others.
 
-    >>> fitting_for(NoiseSchedule.flow(), "euler", 4, None, 1.0) is None
+    >>> fitting_for(NoiseSchedule.flow(), "euler", 4, None, {}) is None
     True
     """
     if sampler != FITTED:
         return None
-    return Fitting(schedule, steps or FITTED_STEPS, refit_every, guidance_scale)
+    return Fitting(schedule, steps or FITTED_STEPS, refit_every, **guidance)
 
 
 def name_of_sampler(sampler: Any) -> str:
