@@ -11,7 +11,7 @@ from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 
 sys.path.insert(0, str(Path(__file__).parent))
-from site_build import gallery, reference  # noqa: E402
+from site_build import gallery, reference
 
 project = "alphabar"
 author = "The alphabar authors"
