@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -57,12 +58,24 @@ copybutton_prompt_is_regexp = True
 def setup(app: Any) -> None:
     """Generate the pages of registries and public names, and draw formulas without a script."""
     app.connect("builder-inited", _generate)
+    app.connect("autodoc-process-docstring", _plain_text, priority=100)
     app.add_html_math_renderer("mathml", (_inline_math, None), (_block_math, None))
 
 
 def _generate(app: Any) -> None:
     reference.write(Path(app.srcdir, "reference"))
     gallery.write(Path(app.srcdir, "gallery"))
+
+
+def _plain_text(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Keep the bars and stars of formulas, such as |x_0|, which mark something in reST."""
+    example = False
+    for i, line in enumerate(lines):
+        example = line.lstrip().startswith(">>>") or (example and bool(line.strip()))
+        if not example:
+            parts = re.split(r"(``.*?``|:\w+:`.*?`)", line)
+            parts[::2] = [re.sub(r"(?<!\\)([|*])", r"\\\1", part) for part in parts[::2]]
+            lines[i] = "".join(parts)
 
 
 def _inline_math(writer: Any, node: nodes.math) -> None:
