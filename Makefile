@@ -38,6 +38,7 @@ bench: $(VENV)/.installed  ## measure speed and accuracy beside diffusers, write
 	for name in noising sampling schedulers; do $(BIN)/python benchmarks/$$name.py > benchmarks/$$name.md || exit 1; done
 	$(BIN)/python benchmarks/previews.py
 	$(BIN)/python benchmarks/accuracy.py
+	$(BIN)/python benchmarks/fitting.py
 
 docs: $(VENV)/.installed  ## build the site in docs/_build/html, offline once installed; a warning fails
 	$(BIN)/pip install --quiet -e '.[docs]' -c constraints.txt

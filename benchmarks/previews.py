@@ -41,8 +41,9 @@ IMAGES: list[Tensor] = []
 class Convolutions(LightningModule):
     """Nothing worth training, but as costly as a small U-Net."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, sleep: float = 0.0) -> None:
         super().__init__()
+        self.sleep = sleep
         self.noising = Noising(NoiseSchedule.scaled_linear(), seed=0)
         self.sample_shape = SHAPE
         widths = [3, *[width] * 5, 3]
@@ -50,11 +51,14 @@ class Convolutions(LightningModule):
         self.net = nn.Sequential(*[part for layer in layers for part in (layer, nn.SiLU())][:-1])
 
     def predict(self, x: Tensor, timesteps: Tensor) -> Tensor:
-        return self.net(x)
+        if not self.sleep:
+            return self.net(x)
+        time.sleep(self.sleep / 1000 * len(x))
+        return 0.1 * x
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         noised = self.noising(batch[0], step=self.trainer.global_step)
-        return noised.loss(self.predict(noised.x, noised.timesteps))
+        return noised.loss(self.net(noised.x))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.0)  # the same weights at every preview
@@ -105,7 +109,7 @@ def rank_main(arguments: argparse.Namespace) -> None:
         default_root_dir=arguments.folder,
         **quiet,
     )
-    trainer.fit(Convolutions(arguments.width), data)
+    trainer.fit(Convolutions(arguments.width, arguments.sleep), data)
     if IMAGES:
         torch.save(
             {"times": torch.tensor(previews.times), "images": IMAGES[-1]},
@@ -129,7 +133,7 @@ def measured(world: int, arguments: argparse.Namespace) -> dict[str, Any]:
         }
         settings = [
             f"--{name}={getattr(arguments, name)}"
-            for name in ("images", "steps", "repeats", "width")
+            for name in ("images", "steps", "repeats", "width", "sleep")
         ]
         command = [sys.executable, __file__, f"--world={world}", f"--folder={folder}", *settings]
         environments = [
@@ -155,6 +159,13 @@ def main() -> None:
         "--repeats", type=int, default=4, help="previews, of which the quickest counts"
     )
     parser.add_argument("--width", type=int, default=224, help="channels of the network")
+    parser.add_argument(
+        "--sleep",
+        type=float,
+        default=0.0,
+        help="milliseconds an image that the network sleeps, as if on a device, in place of a "
+        "convolution on the cores",
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
     parser.add_argument("--world", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -171,9 +182,14 @@ def main() -> None:
         for n in (1, 2)
     ]
     wall, cpu = (least[1][k] / least[0][k] for k in (0, 1))
+    network = (
+        f"a network that sleeps {arguments.sleep:g} ms an image"
+        if arguments.sleep
+        else "convolutions"
+    )
     text = f"""# One preview on one rank and on two
 
-{arguments.images} images of {SHAPE}, {arguments.steps} steps, {arguments.repeats} previews; CPU, gloo, DDP, one thread a
+{arguments.images} images of {SHAPE}, {arguments.steps} steps, {arguments.repeats} previews; {network}; CPU, gloo, DDP, one thread a
 rank, {os.cpu_count()} cores with a load of {os.getloadavg()[0]:.1f}, torch {torch.__version__}. By `benchmarks/previews.py`.
 
 | ranks | least seconds | median seconds | least CPU seconds of rank 0 |

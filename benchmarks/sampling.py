@@ -36,61 +36,77 @@ SHAPES = (1, 4, 8, 8), (4, 4, 64, 64)
 STEPS, ROUNDS = 20, 31
 
 
-def in_a_pipeline(scheduler: Any, out: Tensor) -> Callable[[Tensor], Tensor]:
+Network = Callable[[Tensor, Any], Tensor]
+Loop = Callable[[Tensor], Tensor]
+
+
+def in_a_pipeline(scheduler: Any, network: Network) -> Loop:
     """Return diffusers' loop."""
     scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
 
     def loop(x: Tensor) -> Tensor:
         scheduler.set_timesteps(STEPS, device=x.device)
         for t in scheduler.timesteps:
-            scale(x, t)
+            out = network(scale(x, t), t)
             x = scheduler.step(out, t, x, return_dict=False)[0]
         return x
 
     return loop
 
 
-def plain(sampler: Sampler, out: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return a loop over the coefficients of a table."""
+def plain(sampler: Sampler, network: Network) -> Loop:
+    """Return a loop over the coefficients of a table, for a network without guidance."""
     steps = sampler.table.steps
 
     def loop(x: Tensor) -> Tensor:
-        state = [x]
+        state, out = [x], x
         for step in steps:
             basis = list(state)
             for op in step.ops:
                 if isinstance(op, Evaluation):
-                    combine(op.row, basis)
-                    basis.append(out)
-                else:
-                    basis.append(torch.randn_like(x) if isinstance(op, Draw) else out)
+                    out = network(combine(op.row, basis), op.knot.timestep)
+                basis.append(torch.randn_like(x) if isinstance(op, Draw) else out)
             state = [combine(row, basis) for row in step.carry]
         return state[0]
 
     return loop
 
 
-def medians(loops: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> list[float]:
-    """Return the microseconds per step of each loop: medians of runs in turns."""
+def typical(loops: Sequence[Loop], x: Tensor) -> list[float]:
+    """Return the microseconds per step of each loop, of runs in turns: a fifth of them take less.
+
+    Not the median: other processes of the machine make some runs longer, none shorter.
+    In its turn a loop runs twice and the second run counts: the code of another loop, of scipy's
+    for one, has put its own out of the processor's caches.
+    """
     runs: list[list[float]] = []
     for _ in range(ROUNDS + 3):
         runs.append([])
         for loop in loops:
+            loop(x)
+            synchronize(x)
             start = time.perf_counter()
             loop(x)
-            if x.device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(x)
             runs[-1].append(1e6 * (time.perf_counter() - start) / STEPS)
-    return [statistics.median(column) for column in zip(*runs[3:], strict=True)]
+    return [statistics.quantiles(column, n=5)[0] for column in zip(*runs[3:], strict=True)]
 
 
-def seconds(act: Callable[[], Any], repeats: int) -> float:
+def synchronize(x: Tensor) -> None:
+    """Wait for the device of ``x``."""
+    if x.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(
+    act: Callable[[], Any], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Return the least time of several calls."""
     times: list[float] = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock()
         act()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return min(times)
 
 
@@ -109,6 +125,10 @@ def main() -> None:
     schedule, flow = NoiseSchedule.linear(), NoiseSchedule.flow()
     for shape in SHAPES:
         x, out = (torch.randn(shape, device=device) for _ in range(2))
+
+        def network(x: Tensor, t: Any, out: Tensor = out) -> Tensor:
+            return out
+
         print(f"Microseconds per step, {STEPS} steps, latents {shape}:\n")
         print("| class | diffusers | alphabar | plain loop | ratio to diffusers | to the loop |")
         print("| --- | --- | --- | --- | --- | --- |")
@@ -116,15 +136,16 @@ def main() -> None:
             for name in CLASSES:
                 sampler = Sampler(flow if name.startswith("Flow") else schedule, name, STEPS)
                 loops = [
-                    in_a_pipeline(getattr(diffusers, name)(), out),
-                    lambda x, s=sampler, out=out: s(lambda x, t: out, x, seeds=0),
-                    plain(sampler, out),
+                    in_a_pipeline(getattr(diffusers, name)(), network),
+                    lambda x, s=sampler, network=network: s(network, x, seeds=0),
+                    plain(sampler, network),
                 ]
-                peer, own, bare = medians(loops, x)
+                peer, own, bare = typical(loops, x)
                 times = f"{peer:.1f} | {own:.1f} | {bare:.1f}"
                 print(f"| {name} | {times} | {own / peer:.2f} | {own / bare:.1f} |")
         print()
-    print(f"Making `Sampler(schedule, name, {STEPS})`, milliseconds:\n")
+    heading = f"Making `Sampler(schedule, name, {STEPS})` on a schedule that is in use"
+    print(f"{heading}, milliseconds of CPU time:\n")
     print("| method | first time | again | 200 steps, first time |\n| --- | --- | --- | --- |")
     for name in METHODS:
 
@@ -133,11 +154,15 @@ def main() -> None:
             Sampler(schedule, name, steps)
 
         try:
-            first = 1e3 * seconds(cold, 9)
-            again = 1e3 * seconds(lambda name=name: Sampler(schedule, name, STEPS), 50)
+            first = 1e3 * seconds(cold, 25, time.thread_time)
+            again = 1e3 * seconds(
+                lambda name=name: Sampler(schedule, name, STEPS), 50, time.thread_time
+            )
         except ValueError:  # a method of another schedule
             continue
-        longer = "-" if name in ("lcm", "tcd") else f"{1e3 * seconds(lambda: cold(200), 1):.0f}"
+        longer = "-"
+        if name not in ("lcm", "tcd"):
+            longer = f"{1e3 * seconds(lambda: cold(200), 2, time.thread_time):.0f}"
         print(f"| {name} | {first:.1f} | {again:.3f} | {longer} |")
 
 

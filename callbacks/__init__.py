@@ -1,5 +1,6 @@
 """Lightning callbacks: previews, EMA weights, loss by noise level, schedule next to checkpoints."""
 
+from ..training.media.options import Media
 from ..training.previews.groups import PreviewConditions
 from .ema import EMA
 from .ema_weights import ema_weights
@@ -11,6 +12,7 @@ from .schedule_checkpoint import ScheduleCheckpoint
 __all__ = [
     "EMA",
     "LossBySNR",
+    "Media",
     "PreviewConditions",
     "ScheduleCheckpoint",
     "Triggers",

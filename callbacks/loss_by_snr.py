@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from PIL import Image
 from torch import Tensor
 
 from ..noising import Noising
 from ..noising.noising import Noised
-from ..noising.utils.atomic import require_writable, write_atomically
+from ..noising.utils.atomic import require_writable
 from ..noising.utils.validation import whole_number
+from ..training.density_advice import Window, advise_density, merged, plot_advice
 from ..training.loops.background import AFTER_AN_ERROR, AT_THE_END, finish, pictures_of
 from ..training.loops.collectives import on_rank_zero
 from ..training.loops.complaints import Complaints, Failure
-from ..training.publishing.loggers import log_image
-from ..training.snr_buckets import COUNT, Buckets, findings, means, plot
+from ..training.publishing.figures import publish_figure
+from ..training.snr_buckets import COUNT, ERROR, Buckets, findings, means, plot
 from .support.module_api import is_fast_dev_run
 
 
@@ -38,10 +35,16 @@ class LossBySNR(Callback):
     losses with it. The device counts every training loss. Every ``every_n_train_steps`` optimizer
     steps the callback sums over ranks and copies the sums to the host once.
 
-    Scalars are named ``loss_by_snr/error/...`` (unweighted) and ``loss_by_snr/loss/...``
+    With k times for each sample, each of its elements counts in the bucket of its own time. Scalars
+    are named ``loss_by_snr/error/...`` (unweighted) and ``loss_by_snr/loss/...``
     (weighted). They are means over the steps since the last report. Each of these findings is
     reported once: a bucket without samples, a terminal step of weight zero, a loss that is not
     finite, a bucket that contributes most of the loss.
+
+    At the end of training it advises a density of timesteps: where the loss still falls, as text
+    with the flags to type and as the plot ``advice.png``. It says so if there are too few reports
+    or too much noise for an advice. The method is a heuristic, see
+    :mod:`alphabar.training.density_advice`.
 
     An error in this callback is a warning, and training continues bit-identically. With
     ``fast_dev_run`` nothing is written.
@@ -86,15 +89,22 @@ class LossBySNR(Callback):
         self._last_step = 0
         self._drawn: list[float] = []  # samples per bucket in all reports, summed over ranks
         self._told: list[str] = []
+        self._windows: list[Window] = []  # samples and errors per bucket in each report
 
     # -- state: counts survive a resume, sums since the last report do not -------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {"last_step": self._last_step, "drawn": self._drawn, "told": self._told}
+        return {
+            "last_step": self._last_step,
+            "drawn": self._drawn,
+            "told": self._told,
+            "windows": self._windows,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._last_step = int(state_dict["last_step"])
         self._drawn, self._told = list(state_dict["drawn"]), list(state_dict["told"])
+        self._windows = list(state_dict.get("windows", []))  # older checkpoints have none
 
     # -- before training ---------------------------------------------------------------------------
 
@@ -125,6 +135,7 @@ class LossBySNR(Callback):
         buckets = self._buckets = Buckets.of(noising.schedule, self.buckets)
         if len(self._drawn) != len(buckets):
             self._drawn = [0.0] * len(buckets)  # first run, or other buckets than the checkpoint
+            self._windows = []
         self._sums = buckets.zeros(pl_module.device)
 
         def listener(noised: Noised, errors: Tensor) -> None:
@@ -142,6 +153,8 @@ class LossBySNR(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end()
         if not is_fast_dev_run(trainer):
+            if trainer.is_global_zero:
+                self._attempt("the advice", lambda: self._advise(trainer, _noising_of(pl_module)))
             finish(trainer, pictures_of(trainer), AT_THE_END)
             self._complain()
             self._complaints.sum_up()
@@ -158,7 +171,7 @@ class LossBySNR(Callback):
     @torch.no_grad()
     def _count(self, noised: Noised, errors: Tensor) -> None:
         try:
-            self._buckets.add(self._sums, noised.log_snr, errors, noised.weight)
+            self._buckets.add(self._sums, noised.log_snr, errors, noised.weight, noised.counted)
         except Exception as error:
             self._give_up(error)
 
@@ -186,6 +199,7 @@ class LossBySNR(Callback):
         self._drawn = [
             before + more for before, more in zip(self._drawn, sums[COUNT].tolist(), strict=True)
         ]
+        self._windows = merged([*self._windows, (sums[COUNT].tolist(), sums[ERROR].tolist())])
         if trainer.is_global_zero:
             self._report(trainer, sums)
 
@@ -236,26 +250,29 @@ class LossBySNR(Callback):
             (rank_zero_warn if warning else rank_zero_info)(text)
 
     def _plot(self, trainer: Trainer, sums: Tensor, step: int) -> None:
-        folder, lane = self._folder, pictures_of(trainer)
-        assert folder is not None
-        if lane.pending >= lane.room:  # the next plot shows as much as this one
-            raise TimeoutError("publishing lags behind, so that the plot is left out")
         png = plot(self._buckets, sums, f"loss by log SNR, step {step}")
-        image = torch.from_numpy(np.array(Image.open(io.BytesIO(png)).convert("RGB")))
-        acts: list[Callable[[], object]] = [
-            lambda: write_atomically(folder / f"step_{step:08d}.png", png)
-        ]
-        acts += [
-            partial(log_image, logger, "loss_by_snr", image, step) for logger in trainer.loggers
-        ]
-        lane.submit(lambda: self._publish(acts))
+        self._publish(trainer, png, "loss_by_snr", f"step_{step:08d}.png")
 
-    def _publish(self, acts: Sequence[Callable[[], object]]) -> None:
-        for act in acts:
-            try:
-                act()
-            except Exception as error:
-                self._failed.append(("the plot", error))
+    def _publish(self, trainer: Trainer, png: bytes, tag: str, name: str) -> None:
+        assert self._folder is not None
+        publish_figure(
+            pictures_of(trainer),
+            png,
+            tag,
+            trainer.global_step,
+            trainer.loggers,
+            lambda error: self._failed.append(("the plot", error)),
+            self._folder / name,
+        )
+
+    def _advise(self, trainer: Trainer, noising: Noising) -> None:
+        if not self._windows:
+            return
+        advice = advise_density(self._buckets, self._windows, noising.schedule, noising.timesteps)
+        rank_zero_info(f"LossBySNR: {advice.text}")
+        if advice.flags is not None and self._folder is not None:
+            png = plot_advice(self._buckets, advice)
+            self._publish(trainer, png, "loss_by_snr_advice", "advice.png")
 
 
 def _noising_of(module: LightningModule) -> Noising:

@@ -1,5 +1,6 @@
 """Noise schedules and training noise: curves, prediction types, weights, timesteps, noise."""
 
+from .axes import AXES
 from .curves import (
     CURVES,
     Cosine,
@@ -13,8 +14,9 @@ from .curves import (
     VariancePreserving,
 )
 from .curves.betas import BETA_SCHEDULES
-from .curves.shifts import resolution_shift, token_shift
-from .losses import L1, L2, LOSSES, Huber, Loss, PseudoHuber, SmoothL1
+from .curves.shifts import TokenLine, empirical_token_shift, resolution_shift, token_shift
+from .joint import JointNoised, JointNoising
+from .losses import L1, L2, LOSSES, Contrastive, Huber, Loss, PseudoHuber, SmoothL1
 from .noise import (
     NOISES,
     AdaptiveOffset,
@@ -24,16 +26,20 @@ from .noise import (
     InputPerturbation,
     Noise,
     Offset,
+    OptimalTransport,
     Pyramid,
 )
 from .noising import Noised, NoiseDraw, Noising
 from .prediction import PREDICTIONS, Prediction
+from .presets import PRESETS, Pipeline, Preset, Training
 from .schedule import NoiseSchedule
 from .timesteps import (
+    SHAPED_TIMESTEPS,
     TIMESTEPS,
     BetaTimesteps,
     CosMapTimesteps,
     CustomTimesteps,
+    IndependentTimesteps,
     ListedTimesteps,
     LogitNormalTimesteps,
     LogNormalSigmaTimesteps,
@@ -43,9 +49,13 @@ from .timesteps import (
     NoiseLevelTimesteps,
     QuantileTimesteps,
     ReversedTimesteps,
+    ShapedTimesteps,
+    SharedTimesteps,
+    StaircaseTimesteps,
     Timesteps,
     UniformTimesteps,
     WeightedTimesteps,
+    WithinNoiseLevels,
     WithinTimesteps,
 )
 from .weighting import (
@@ -71,6 +81,7 @@ from .weighting import (
 )
 
 __all__ = [
+    "AXES",
     "BETA_SCHEDULES",
     "CURVES",
     "EDM",
@@ -80,12 +91,15 @@ __all__ = [
     "NOISES",
     "P2",
     "PREDICTIONS",
+    "PRESETS",
+    "SHAPED_TIMESTEPS",
     "SNR",
     "TIMESTEPS",
     "WEIGHTINGS",
     "AdaptiveOffset",
     "BetaTimesteps",
     "Chain",
+    "Contrastive",
     "CosMap",
     "CosMapTimesteps",
     "Cosine",
@@ -97,7 +111,10 @@ __all__ = [
     "Gaussian",
     "Huber",
     "Immiscible",
+    "IndependentTimesteps",
     "InputPerturbation",
+    "JointNoised",
+    "JointNoising",
     "Karras",
     "LearnedUncertainty",
     "ListedTimesteps",
@@ -115,22 +132,30 @@ __all__ = [
     "Noised",
     "Noising",
     "Offset",
+    "OptimalTransport",
     "PerRange",
+    "Pipeline",
     "PlainFlow",
     "PlainV",
     "PlainX0",
     "Prediction",
+    "Preset",
     "PseudoHuber",
     "Pyramid",
     "QuantileTimesteps",
     "ReversedTimesteps",
     "Scheme",
+    "ShapedTimesteps",
+    "SharedTimesteps",
     "SigmaSqrt",
     "Sigmoid",
     "SmoothL1",
     "SoftMinSNR",
+    "StaircaseTimesteps",
     "SubVariancePreserving",
     "Timesteps",
+    "TokenLine",
+    "Training",
     "Truncated",
     "Uniform",
     "UniformTimesteps",
@@ -139,7 +164,9 @@ __all__ = [
     "VariancePreserving",
     "WeightedTimesteps",
     "Weighting",
+    "WithinNoiseLevels",
     "WithinTimesteps",
+    "empirical_token_shift",
     "resolution_shift",
     "token_shift",
 ]

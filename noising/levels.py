@@ -61,9 +61,9 @@ class LevelTable:
         if not checked:
             check_times(curve, t)
         index = t.to(torch.int64)
-        return self._table(t.device, dtype)[:, index - int(curve.t_min) if curve.t_min else index]
+        return self.of(t.device, dtype)[:, index - int(curve.t_min) if curve.t_min else index]
 
-    def _table(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def of(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the levels of all timesteps from ``t_min`` on, shape (5 or 6, T)."""
         key = device.type, device.index, dtype
         if key not in self._tables:

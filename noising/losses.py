@@ -9,6 +9,7 @@ With d the error and c > 0 the threshold between quadratic and linear:
                   sd-scripts and diffusers
     smooth_l1     2 (√(d² + c²) - c): d² / c for small d, 2 |d| for large; "smooth_l1" of
                   sd-scripts, not torch's
+    contrastive   d² less a share of the distance from the target of another sample
 
 The threshold may depend on the noise level. It is large where the sample is clean, i.e. the loss is
 more quadratic there:
@@ -30,8 +31,8 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import mse_loss
 
+from .axes import Axis, means_along, weighted_mean
 from .curves.base import may_look_at
 from .utils.items import make_item
 from .utils.registry import Registry, lookup
@@ -57,6 +58,8 @@ class Loss(ABC):
     """
 
     name: ClassVar[str]
+    batch_wide: ClassVar[bool] = False
+    """Whether a sample's loss depends on the other samples of its batch."""
 
     @abstractmethod
     def __call__(self, error: Tensor, threshold: Tensor | None) -> Tensor:
@@ -96,7 +99,7 @@ class L2(Loss):
         return error**2
 
     def between(self, out: Tensor, target: Tensor, threshold: Tensor | None) -> Tensor:
-        return mse_loss(out, target, reduction="none")  # one pass
+        return torch.ops.aten.mse_loss(out, target, 0)  # one pass; the shapes are known to agree
 
 
 @LOSSES.register
@@ -112,6 +115,53 @@ class L1(Loss):
 
     def __call__(self, error: Tensor, threshold: Tensor | None) -> Tensor:
         return error.abs()
+
+
+@LOSSES.register
+@dataclass(frozen=True)
+class Contrastive(Loss):
+    """Contrastive flow matching: d² - λ |out - ũ|², ũ the target of the next sample in the batch.
+
+    Source: Stoica et al. 2506.05350, eq. 4, with λ = 0.05. It keeps the velocities of different
+    classes or prompts apart. Its minimum is (u - λ E[ũ]) / (1 - λ), not u: with guidance, the paper
+    samples with (1 - λ) out + λ E[ũ] (its §5.4). The batch is the micro-batch of one process, so
+    the loss depends on how a step is split; a sample's negative is any other sample, as in the
+    paper's code, also one of its own class. A batch needs two samples.
+
+    Args:
+        strength: λ, in 0 ... 1; 0 is the squared error.
+
+    Raises:
+        ValueError: for λ outside 0 <= λ < 1, beyond which the loss has no minimum.
+
+    >>> loss = Contrastive(strength=0.5)
+    >>> loss.between(torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [2.0]]), None)
+    tensor([[-0.5000],
+            [-1.0000]])
+    """
+
+    name: ClassVar[str] = "contrastive"
+    batch_wide: ClassVar[bool] = True
+    strength: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength < 1:
+            raise ValueError(
+                f"the strength of loss 'contrastive' must lie in 0 <= strength < 1, got "
+                f"{self.strength}; the paper uses 0.05"
+            )
+
+    def __call__(self, error: Tensor, threshold: Tensor | None) -> Tensor:
+        """Return d², the part of each sample's own target."""
+        return error**2
+
+    def between(self, out: Tensor, target: Tensor, threshold: Tensor | None) -> Tensor:
+        if len(out) < 2:
+            raise ValueError(
+                "loss 'contrastive' compares a sample with another of its batch, and this batch "
+                "has one; train with at least 2 samples in a micro-batch"
+            )
+        return (out - target) ** 2 - self.strength * (out - target.roll(-1, 0)) ** 2
 
 
 @dataclass(frozen=True)
@@ -269,8 +319,7 @@ def mean_of_samples(
     >>> [mean_of_samples(errors, mask, over)[0].tolist() for over in ("all", "mask")]
     [[1.0, 0.0], [2.0, 0.0]]
     """
-    if over not in ("all", "mask"):
-        raise ValueError(f"over must be 'all' or 'mask', got {over!r}")
+    _check_over(over)
     if mask is None:
         return errors.flatten(1).mean(1), None
     _check_mask(mask, errors)
@@ -278,8 +327,70 @@ def mean_of_samples(
     mean, covered = (mask * errors).flatten(1).mean(1), mask.flatten(1).mean(1)
     if over == "all":
         return mean, covered
-    some = covered > 0
-    return mean / torch.where(some, covered, torch.ones_like(covered)), some.to(errors.dtype)
+    return mean / _or_one(covered), (covered > 0).to(errors.dtype)
+
+
+def losses_of_elements(
+    errors: Tensor,
+    weight: Tensor,
+    axis: Axis,
+    counted: Tensor | None = None,
+    mask: Tensor | None = None,
+    over: Over = "all",
+    log_variance: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of each sample, shape (batch,), and the error of each element.
+
+    A sample's loss is the mean over its elements that count, 0 if none does. With equal weights of
+    its elements it is the number itself that one weight for the sample gives.
+
+    Args:
+        errors: shape (batch, ...), 0 in elements that do not count.
+        weight: weight of each element, shape (batch, k), 0 where it does not count.
+        axis: the axis of the k elements.
+        counted: which elements count, bool, shape (batch, k); None: all.
+        mask, over: as in :func:`mean_of_samples`; ``"mask"`` averages over the masked area of the
+            elements that count.
+        log_variance: u of the loss weight / e^u · error + u, shape (batch, k), or None.
+
+    >>> errors, weight = torch.tensor([[2.0, 4.0, 0.0]]), torch.tensor([[1.0, 3.0, 0.0]])
+    >>> losses_of_elements(errors, weight, 1, counted=weight > 0)
+    (tensor([7.]), tensor([[2., 4., 0.]]))
+    """
+    _check_over(over)
+    k = weight.shape[1]
+    whole, covering = mean_of_samples(errors, mask)
+    if mask is not None:
+        mask = mask.to(errors.device, errors.dtype).expand_as(errors)
+        errors = mask * errors
+    parts = means_along(errors, k, axis)
+    covered = torch.ones_like(parts) if mask is None else means_along(mask, k, axis)
+    covering = torch.ones_like(whole) if covering is None else covering
+    counts = None if counted is None else counted.to(errors.dtype)
+    area, shown = None, parts
+    if over == "mask" and mask is not None:
+        area = covering if counts is None else (counts * covered).mean(1)
+        shown = parts / _or_one(covered)
+    elif counts is not None:
+        area = counts.mean(1)
+    if area is not None:
+        area = _or_one(area)
+        whole, covering = whole / area, covering / area
+        parts, covered = parts / area[:, None], covered / area[:, None]
+    if log_variance is None:
+        return weighted_mean(weight, parts, whole), shown
+    level = weight * torch.exp(-log_variance)
+    learned = (weight > 0).to(errors.dtype) * log_variance
+    return weighted_mean(level, parts, whole) + weighted_mean(learned, covered, covering), shown
+
+
+def _check_over(over: str) -> None:
+    if over not in ("all", "mask"):
+        raise ValueError(f"over must be 'all' or 'mask', got {over!r}")
+
+
+def _or_one(area: Tensor) -> Tensor:
+    return torch.where(area > 0, area, torch.ones_like(area))
 
 
 def _check_mask(mask: Tensor, like: Tensor) -> None:

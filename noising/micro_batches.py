@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from .utils.rng import SymbolicRange
 from .utils.validation import require_integer
 
 
@@ -34,7 +35,7 @@ class Place:
     Place(index=range(1, 5, 2), total=4)
     """
 
-    index: Sequence[int]
+    index: Sequence[int] | SymbolicRange
     total: int
 
 
@@ -58,7 +59,7 @@ class Step:
     def __post_init__(self) -> None:
         for name in ("step", "micro_batch", "accumulate", "rank", "world_size", "total"):
             value = getattr(self, name)
-            if value is not None:
+            if value is not None and type(value) is not int:
                 object.__setattr__(
                     self, name, require_integer(name, value, f"write int({name}) where it is whole")
                 )
@@ -160,7 +161,8 @@ def _next(calls: int, step: Step) -> int:
 def _strided(start: int, batch: int, step: Step, size: int) -> Place:
     """Return the place of the samples after ``start``; a rank takes every world_size-th index."""
     count = step.world_size
-    index = range(start * count + step.rank, (start + batch) * count + step.rank, count)
+    kind = SymbolicRange if torch.compiler.is_compiling() else range
+    index = kind(start * count + step.rank, (start + batch) * count + step.rank, count)
     return Place(index, _total(step, size))
 
 

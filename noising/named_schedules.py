@@ -18,6 +18,8 @@ from .curves.continuous import (
 )
 from .curves.discrete import Discrete
 from .prediction import KarrasF, Prediction
+from .presets import PRESETS
+from .utils.registry import lookup
 
 S = TypeVar("S", bound="Constructors")
 
@@ -37,6 +39,31 @@ class Constructors:
         def __init__(
             self, curve: Curve, prediction: str | Mapping[str, Any] | Prediction = ...
         ) -> None: ...
+
+    @classmethod
+    def preset(cls: type[S], name: str, tokens: int | None = None, steps: int | None = None) -> S:
+        """Return the schedule of a published model: the one that its pipeline samples with.
+
+        ``docs/presets.md`` lists the models, with the source of each number. An expert has its part
+        of the schedule. :meth:`Noising.preset` adds the density and the weighting of the training.
+
+        Args:
+            name: a name of ``PRESETS``.
+            tokens: image tokens, for a shift that depends on them; by default those of the
+                pipeline's default size.
+            steps: sampling steps, for a shift that depends on them (FLUX.2); by default the
+                pipeline's.
+
+        Raises:
+            ValueError: for an unknown name, and for tokens that the shift does not depend on.
+
+        >>> from alphabar.noising import NoiseSchedule
+        >>> NoiseSchedule.preset("sd3") == NoiseSchedule.flow(shift=3.0)
+        True
+        >>> round(NoiseSchedule.preset("flux", tokens=1024).curve.shift, 4)
+        1.8776
+        """
+        return cls(*lookup("preset", name, PRESETS).path(tokens, steps))
 
     @classmethod
     def linear(

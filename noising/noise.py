@@ -10,17 +10,19 @@ operations that round alike on every device.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .utils.items import make_item
 from .utils.registry import Registry
-from .utils.rng import Draws, stream_of
+from .utils.rng import Draws, Stream, stream_of
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Noise(ABC):
     """
 
     name: ClassVar[str]
+    batch_wide: ClassVar[bool] = False
+    """Whether a sample's noise depends on the other samples of its batch."""
 
     @property
     def changes_target(self) -> bool:
@@ -311,8 +315,12 @@ class InputPerturbation(Noise):
         part = draws.normal(*shape)
         if self.random_strength:
             part *= draws.uniform(*[1] * len(shape))
-        left = 1.0 if self.decay_steps is None else max(0.0, 1 - draws.step / self.decay_steps)
-        return part * (self.strength * left)
+        return part * self.strength_at(draws.step)
+
+    def strength_at(self, step: int) -> float:
+        """Return γ, without its random share, at an optimizer step."""
+        left = 1.0 if self.decay_steps is None else max(0.0, 1 - step / self.decay_steps)
+        return self.strength * left
 
     def apply(self, noise: Tensor, part: Tensor, x0: Tensor) -> Tensor:
         return noise + part
@@ -336,22 +344,96 @@ class Immiscible(Noise):
     """
 
     name: ClassVar[str] = "immiscible"
+    batch_wide: ClassVar[bool] = True
 
     def draw(self, shape: tuple[int, ...], draws: Draws) -> Tensor:
         return torch.empty(draws.batch, 0, dtype=torch.float32, device=draws.device)
 
     def apply(self, noise: Tensor, part: Tensor, x0: Tensor) -> Tensor:
-        from scipy.optimize import linear_sum_assignment
+        return noise[_assignment(_distances(x0, noise)).to(noise.device)]
 
-        # by differences: in many dimensions the distances differ little, and products would lose
-        # these digits
-        exact = "donot_use_mm_for_euclid_dist"
-        with torch.no_grad():
-            distance = torch.cdist(
-                x0.to(noise.dtype).flatten(1), noise.flatten(1), compute_mode=exact
+
+@NOISES.register
+@dataclass(frozen=True)
+class OptimalTransport(Noise):
+    """Couple the batch's noises with its samples by optimal transport of |x_0 - ε|².
+
+    Source: Tong et al. 2302.00482, §4.2 (OT-CFM); Pooladian et al. 2304.14772. Without
+    ``regularization`` the coupling is the exact assignment. With it, the plan is that of Sinkhorn's
+    algorithm (the library POT), and each sample draws one noise of its row, so a noise may be used
+    twice. As with :class:`Immiscible`, whose cost is the distance itself, a row depends on its
+    batch: the micro-batch of one process. Put this kind last in a chain. On a GPU the host waits
+    for the distances once per batch.
+
+    Args:
+        regularization: the entropic regularization, in units of the mean squared distance; 0: none.
+
+    Raises:
+        ValueError: for a negative or infinite regularization.
+        ImportError: if POT is not installed and the regularization is not 0.
+
+    >>> noise, x0 = torch.tensor([[1.0], [-1.0]]), torch.tensor([[-3.0], [2.0]])
+    >>> OptimalTransport().apply(noise, torch.empty(2, 0), x0)
+    tensor([[-1.],
+            [ 1.]])
+    """
+
+    name: ClassVar[str] = "optimal_transport"
+    batch_wide: ClassVar[bool] = True
+    regularization: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.regularization < float("inf"):
+            raise ValueError(
+                "the regularization of optimal transport must be at least 0, got "
+                f"{self.regularization}; 0 is the exact coupling"
             )
-        _, chosen = linear_sum_assignment(distance.cpu().numpy())
-        return noise[torch.as_tensor(chosen).to(noise.device)]
+        if self.regularization:
+            _pot()
+
+    def draw(self, shape: tuple[int, ...], draws: Draws) -> Tensor:
+        if self.regularization:
+            return draws.uniform(1)
+        return torch.empty(draws.batch, 0, dtype=torch.float32, device=draws.device)
+
+    def apply(self, noise: Tensor, part: Tensor, x0: Tensor) -> Tensor:
+        cost = _distances(x0, noise).double() ** 2
+        if not self.regularization:
+            return noise[_assignment(cost).to(noise.device)]
+        cost, even = (cost / cost.mean()).cpu().numpy(), np.full(len(cost), 1 / len(cost))
+        plan = torch.as_tensor(
+            _pot().sinkhorn(even, even, cost, self.regularization, method="sinkhorn_log")
+        )
+        below = plan.cumsum(1)
+        u = part.detach().cpu().double() * below[:, -1:]  # u lies in [0, 1)
+        chosen = torch.searchsorted(below, u, right=True).flatten().clamp(max=len(plan) - 1)
+        return noise[chosen.to(noise.device)]
+
+
+def _pot() -> Any:
+    try:
+        import ot  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError(
+            "the regularization of optimal transport needs POT; pip install 'alphabar[ot]', or "
+            "leave the regularization out for the exact coupling"
+        ) from error
+    return ot
+
+
+def _distances(x0: Tensor, noise: Tensor) -> Tensor:
+    # by differences: in many dimensions the distances differ little, and products would lose these
+    # digits
+    exact = "donot_use_mm_for_euclid_dist"
+    with torch.no_grad():
+        return torch.cdist(x0.to(noise.dtype).flatten(1), noise.flatten(1), compute_mode=exact)
+
+
+def _assignment(cost: Tensor) -> Tensor:
+    """Return the noise of each sample, with the least total cost."""
+    from scipy.optimize import linear_sum_assignment
+
+    return torch.as_tensor(linear_sum_assignment(cost.cpu().numpy())[1])
 
 
 @dataclass(frozen=True)
@@ -441,6 +523,100 @@ def apply_kinds(
         if not kind.changes_target:
             perturbed = kind.apply(perturbed, part, x0)
     return noise, perturbed
+
+
+class Parts(NamedTuple):
+    """The parts of the kinds of noise as one pass adds them; see :meth:`rng.Draws.noised`."""
+
+    shift: Tensor | None = None
+    grids: tuple[Any, ...] | None = None
+    jitter: tuple[Any, ...] | None = None
+
+
+_NO_PARTS = Parts()
+
+
+def parts_of_one_pass(kinds: Sequence[Noise], shape: tuple[int, ...], draws: Draws) -> Parts | None:
+    """Return the parts of a batch for one pass, or None if these kinds need a pass of their own.
+
+    The pass then adds the bits of :func:`draw_kinds` and :func:`apply_kinds`. At most one kind may
+    change the target, and one only x_t. ``draws``: those of the plain noise.
+
+    >>> draws = Draws(0, [4, 5], step=7, stream=0)
+    >>> parts_of_one_pass([Immiscible()], (3, 8, 8), draws) is None
+    True
+    >>> parts_of_one_pass([Offset()], (3, 8, 8), draws).shift.shape
+    torch.Size([2, 3])
+    """
+    if len(kinds) == 1 and type(kinds[0]) is Gaussian:
+        return _NO_PARTS
+    parts: dict[str, Any] = {}
+    for kind in kinds:
+        make = _ONE_PASS.get(type(kind))
+        if make is None:
+            return None
+        part = make(kind, shape, draws.of(stream_of(kind.name)))
+        if (
+            part is None
+            or parts.keys() & part.keys()
+            or {"shift", "grids"} <= parts.keys() | part.keys()
+        ):
+            return None
+        parts |= part
+    return Parts(**parts)
+
+
+def _gaussian_part(kind: Noise, shape: tuple[int, ...], draws: Draws) -> dict[str, Any]:
+    return {}
+
+
+def _offset_part(kind: Noise, shape: tuple[int, ...], draws: Draws) -> dict[str, Any]:
+    return {"shift": kind.draw(shape, draws).view(draws.batch, shape[0])}
+
+
+def _pyramid_part(kind: Noise, shape: tuple[int, ...], draws: Draws) -> dict[str, Any] | None:
+    assert isinstance(kind, Pyramid)
+    if not 2 <= len(shape) <= 4:
+        return None
+    return {"grids": (draws.stream, kind.iterations, kind.discount)}
+
+
+def _perturbation_part(kind: Noise, shape: tuple[int, ...], draws: Draws) -> dict[str, Any]:
+    assert isinstance(kind, InputPerturbation)
+    shares = None
+    if kind.random_strength:
+        draws.skip(math.prod(shape))
+        shares = draws.uniform()
+    return {"jitter": (draws.stream, shares, kind.strength_at(draws.step))}
+
+
+# by the exact class: a subclass may draw or apply in another way
+_ONE_PASS: dict[type[Noise], Callable[[Any, tuple[int, ...], Draws], dict[str, Any] | None]] = {
+    Gaussian: _gaussian_part,
+    Offset: _offset_part,
+    Pyramid: _pyramid_part,
+    InputPerturbation: _perturbation_part,
+}
+
+
+def target_noise(
+    kinds: Sequence[Noise],
+    shape: tuple[int, ...],
+    seed: int,
+    index: Sequence[int],
+    step: int,
+    device: torch.device,
+) -> Tensor:
+    """Return ε_y of a batch, shape (batch, ...), for kinds that do not look at x_0.
+
+    >>> target_noise([Gaussian()], (3,), 0, [4, 5], 7, torch.device("cpu")).shape
+    torch.Size([2, 3])
+    """
+    kinds = [kind for kind in kinds if kind.changes_target]
+    parts = draw_kinds(kinds, shape, seed, index, step=step, device=device)
+    draws = Draws(seed, index, step=step, stream=Stream.TRAINING_NOISE, device=device)
+    noise = draws.normal(*shape)
+    return apply_kinds(kinds, noise, parts, noise)[0]
 
 
 def resolve_noise(noise: str | Noise | Chain | Sequence[str | Noise]) -> Noise | Chain:

@@ -9,22 +9,37 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .axes import Axis, along, require_chunks
 from .curves.base import Curve, is_traced, may_look_at
+from .curves.discrete import Discrete
 from .levels import THRESHOLD, WEIGHT, LevelTable
-from .losses import L2, Loss, Over, mean_of_samples, resolve_loss
+from .losses import L2, Loss, Over, losses_of_elements, mean_of_samples, resolve_loss
 from .micro_batches import MicroBatches, Step
-from .noise import Chain, Gaussian, Noise, apply_kinds, draw_kinds, resolve_noise
+from .noise import (
+    Chain,
+    Gaussian,
+    Noise,
+    Parts,
+    apply_kinds,
+    draw_kinds,
+    parts_of_one_pass,
+    resolve_noise,
+    target_noise,
+)
+from .presets import PRESETS
 from .schedule import NoiseSchedule
-from .timesteps import resolve_timesteps
 from .timesteps.base import Resampled, Timesteps
-from .utils.rng import Draws, Stream, permutation, whole_seed
+from .timesteps.densities import UniformTimesteps
+from .timesteps.shaped import ShapedTimesteps, resolve_times
+from .utils.registry import lookup
+from .utils.rng import Draws, Stream, SymbolicRange, whole_seed
 from .utils.validation import require_same_shape
 from .weighting import Weighting, resolve_weighting
 from .weighting.checks import warn_of_weights
@@ -45,13 +60,18 @@ class Noised:
         timesteps: time input of the network, shape (batch,), int64 on discrete schedules.
         target: training target, shape of ``x``, float32 or better.
         weight: weight of each sample, importance weights of the times included, shape (batch,).
-        noise: the noise that the target is computed from, shape of ``x``, float32 or better.
+        noise: the noise that the target is computed from, shape of ``x``, float32 or better; or a
+            function that makes it when it is first read, so that a step that does not use it does
+            not store it.
         t: times of the curve, shape (batch,).
         schedule: the schedule that the times belong to.
         listeners: functions that every computed loss calls; see :meth:`Noising.register_loss_hook`.
         criterion: kind of loss.
         threshold: threshold of the loss, shape (batch, 1, ...), or None.
         log_variance: the learned u of the loss weight / e^u · error + u, shape (batch,), or None.
+        axis: the axis of k times for each sample; ``timesteps``, ``weight``, ``t`` and
+            ``log_variance`` then have shape (batch, k), and ``threshold`` broadcasts to ``x``.
+        counted: which of the k elements count in the loss, bool, shape (batch, k); None: all.
 
     >>> noised = Noising(NoiseSchedule.flow())(torch.zeros(2, 3, 4, 4), step=0)
     >>> noised.loss(noised.target).item()
@@ -63,17 +83,30 @@ class Noised:
     timesteps: Tensor
     target: Tensor
     weight: Tensor
-    noise: Tensor
+    noise: Tensor = field(repr=False)
     t: Tensor
     schedule: NoiseSchedule = field(repr=False)
     listeners: tuple[Callable[[Noised, Tensor], None], ...] = field(default=(), repr=False)
     criterion: Loss = field(default_factory=L2, repr=False)
     threshold: Tensor | None = field(default=None, repr=False)
     log_variance: Tensor | None = field(default=None, repr=False)
+    axis: Axis | None = field(default=None, repr=False)
+    counted: Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.noise, Tensor):
+            vars(self)["_draw_noise"] = vars(self).pop("noise")
+
+    def __getattr__(self, name: str) -> Any:
+        draw = vars(self).get("_draw_noise") if name == "noise" else None
+        if draw is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self.noise = draw()
+        return self.noise
 
     @property
     def log_snr(self) -> Tensor:
-        """log SNR of each sample, shape (batch,)."""
+        """log SNR of each sample, shape of ``t``."""
         return self.schedule.log_snr(self.t)
 
     def losses(self, prediction: Any, mask: Tensor | None = None, over: Over = "all") -> Tensor:
@@ -102,6 +135,8 @@ class Noised:
         """
         out = prediction_tensor(prediction)
         require_same_shape("the network's output", out, "the target", self.target)
+        if self.axis is not None:
+            return self._losses_of_elements(out, self.axis, mask, over)
         errors = self.criterion.between(out.to(self.target.dtype), self.target, self.threshold)
         error, covered = mean_of_samples(errors, mask, over)
         for listener in self.listeners:
@@ -112,6 +147,26 @@ class Noised:
         counted = (self.weight > 0).to(error.dtype)
         counted = counted if covered is None else counted * covered
         return self.weight * torch.exp(-self.log_variance) * error + counted * self.log_variance
+
+    def _losses_of_elements(
+        self, out: Tensor, axis: Axis, mask: Tensor | None, over: Over
+    ) -> Tensor:
+        out, target = out.to(self.target.dtype), self.target
+        if self.counted is not None:  # the target of a clean element may be infinite
+            counts = along(self.counted, out.shape, axis)
+            out, target = torch.where(counts, out, 0.0), torch.where(counts, target, 0.0)
+        losses, errors = losses_of_elements(
+            self.criterion.between(out, target, self.threshold),
+            self.weight,
+            axis,
+            self.counted,
+            mask,
+            over,
+            self.log_variance,
+        )
+        for listener in self.listeners:
+            listener(self, errors.detach())
+        return losses
 
     def loss(self, prediction: Any, mask: Tensor | None = None, over: Over = "all") -> Tensor:
         """Return the mean of :meth:`losses`, a scalar to call ``backward`` on."""
@@ -124,7 +179,10 @@ class Noised:
         >>> noised.replaced(weight=2 * noised.weight).weight
         tensor([2., 2.])
         """
-        return Noised(**({one.name: getattr(self, one.name) for one in fields(self)} | values))
+        own: dict[str, Any] = {one.name: vars(self).get(one.name) for one in fields(self)}
+        if "noise" not in vars(self):  # not read so far
+            own["noise"] = vars(self)["_draw_noise"]
+        return Noised(**(own | values))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Noised:
         """Return this batch on a device; every dtype stays the same.
@@ -162,6 +220,8 @@ class NoiseDraw(NamedTuple):
     """The parts that each kind of noise adds to it, batch axis first."""
     importance: Resampled | None
     """Bins and weights if the density follows losses, else None."""
+    counted: Tensor | None = None
+    """Which of k times for each sample count in the loss, shape (batch, k); None: all."""
 
 
 class Noising(nn.Module):
@@ -169,14 +229,16 @@ class Noising(nn.Module):
 
     This is a module, so that the checkpoint holds what it learns or measures (weights, loss
     history). It has parameters only if the weighting scheme has parameters. torch.compile compiles
-    a whole step, also with fullgraph, except for beta densities, importance sampling and immiscible
-    noise. For these, compile only the part after :meth:`draw`, i.e. :meth:`at` and the loss. Warns
-    if the weight of a zero-SNR terminal step is 0.
+    a whole step, also with fullgraph, and with dynamic=True once for all batches. It does not for
+    beta densities, importance sampling and noise that depends on its batch (immiscible, optimal
+    transport). For these, compile only the part after :meth:`draw`, i.e. :meth:`at` and the loss.
+    Warns if the weight of a zero-SNR terminal step is 0.
 
     Args:
         schedule: the noise schedule.
         weighting: a name of ``WEIGHTINGS`` or an object.
-        timesteps: a name of ``TIMESTEPS`` or an object.
+        timesteps: a name of ``TIMESTEPS`` or an object. A name of ``SHAPED_TIMESTEPS`` gives each
+            sample k times along an axis, e.g. 'independent:axis=frames'.
         noise: a name of ``NOISES`` or an object, or a sequence of them.
         seed: seed of noise and times.
         loss: a name of ``LOSSES`` or an object.
@@ -211,7 +273,7 @@ class Noising(nn.Module):
         self.weighting = resolve_weighting(weighting).on_curve(schedule.curve)
         self.log_variance = self.weighting.log_variance()
         self.loss = resolve_loss(loss)
-        self.timesteps = resolve_timesteps(timesteps)
+        self.timesteps = resolve_times(timesteps)
         self.timesteps.check(schedule.curve)
         self.loss_history = self.timesteps.history()
         self.noise = resolve_noise(noise)
@@ -221,6 +283,52 @@ class Noising(nn.Module):
         self._micro_batches = MicroBatches()
         self._level_table = LevelTable(schedule, self.weighting, self.loss)
         warn_of_weights(self.weighting, self.timesteps, schedule)
+
+    @classmethod
+    def preset(
+        cls,
+        name: str,
+        *,
+        tokens: int | None = None,
+        shift: float | None = None,
+        weighting: str | Weighting | None = None,
+        timesteps: str | Timesteps | None = None,
+        noise: str | Noise | Chain | Sequence[str | Noise] = "gaussian",
+        seed: int = 0,
+        loss: str | Loss = "l2",
+    ) -> Noising:
+        """Return the noising that a published model was trained with.
+
+        The schedule is that of :meth:`NoiseSchedule.preset`, the one that the model's pipeline
+        samples with, so previews and saved configs are right. The density and the weighting are
+        those of the training, with its own shift. Warns where these are not published, and then
+        trains on the schedule as it is sampled.
+
+        Args:
+            name: a name of ``PRESETS``.
+            tokens: image tokens, for a shift that depends on them.
+            shift: another shift of the density, on a flow.
+            weighting, timesteps: in place of the preset's; see :class:`Noising`.
+            noise, seed, loss: as for :class:`Noising`.
+
+        Raises:
+            ValueError: as for :meth:`NoiseSchedule.preset`.
+
+        >>> noising = Noising.preset("lumina2")  # sampled with 6, trained with Flux's line
+        >>> noising.schedule.curve.shift, round(noising.timesteps.shift, 4)
+        (6.0, 3.1582)
+        >>> Noising.preset("edm2").weighting.name, Noising.preset("edm2", weighting="edm").seed
+        ('learned_uncertainty', 0)
+        """
+        preset = lookup("preset", name, PRESETS)
+        sampled_at = None if preset.only_training_takes_tokens else tokens
+        schedule = NoiseSchedule.preset(name, sampled_at)
+        if timesteps is None:
+            timesteps = preset.density(name, schedule.curve, tokens, shift)
+        elif shift is not None:
+            raise ValueError("shift is that of the preset's density; leave it out with timesteps=")
+        weighting = preset.training.weighting if weighting is None else weighting
+        return cls(schedule, weighting, timesteps, noise, seed, loss)
 
     def forward(
         self,
@@ -271,7 +379,8 @@ class Noising(nn.Module):
                 spread; by default batch · world_size · accumulate, with the batch of the step's
                 first call. If ranks have unequal batches, give the same number on every rank.
             timesteps: times of the curve, shape (batch,), in place of drawn ones; importance
-                weights do not apply to them.
+                weights do not apply to them. Shape (batch, k) if the density draws k times; all of
+                them count in the loss.
             noise: shape of x0, in place of drawn noise; kinds of noise do not apply to it.
 
         Raises:
@@ -298,18 +407,30 @@ class Noising(nn.Module):
         if self.loss_history is not None and self.training:
             self.loss_history.commit(step)
         draws = Draws(self.seed, index, step=step, stream=Stream.TRAINING_NOISE, device=x0.device)
-        t, importance = self._draw_times(draws, index, total)
-        if timesteps is not None:
-            t, importance = timesteps, None
-        levels, t = self._levels(x0, t, checked=timesteps is None)
+        size = tuple(x0.shape[1:])
+        if noise is None and (parts := self._parts_of_one_pass(x0, draws)) is not None:
+            made = partial(target_noise, self.noise.kinds, size, self.seed, index, step, x0.device)
+            if timesteps is None and self._picks_timesteps(draws):
+                table = self._table().of(x0.device, torch.float32)
+                t, levels, *mixed = draws.noised_at_uniform_times(x0, table, *parts)
+                return self._batch(x0, t, levels, made, *mixed)
+        else:
+            parts, made = None, None
+        importance = counted = None
+        if timesteps is None:
+            timesteps, importance, counted = self._draw_times(draws, index, total, x0.shape)
+            levels, t = self._levels(x0, timesteps, checked=True)
+        else:
+            levels, t = self._levels(x0, timesteps)
         if noise is not None:
             require_same_shape("noise", noise, "x0", x0)
             noised = self._noised(x0, t, levels, noise, ())
-        elif self._one_pass(x0, levels, draws):
+        elif parts is not None and levels.dtype == torch.float32 and not levels.requires_grad:
             exact = torch.float32 if self.schedule.curve.scales_input else x0.dtype
-            noised = self._batch(x0, t, levels, *draws.noised(x0, levels, exact))
+            noised = self._batch(x0, t, levels, made, *draws.noised(x0, levels, exact, *parts))
         else:
-            noised = self._noised(x0, t, levels, *self._draw_noise(draws, index, x0.shape[1:]))
+            noised = self._noised(x0, t, levels, *self._draw_noise(draws, index, size))
+        noised = _counting(noised, counted)
         return self._with_importance(noised, importance, step, index)
 
     if TYPE_CHECKING:
@@ -323,8 +444,8 @@ class Noising(nn.Module):
     def register_loss_hook(self, listener: Callable[[Noised, Tensor], None]) -> Callable[[], None]:
         """Call ``listener(noised, errors)`` on every loss; return a function that removes it.
 
-        ``errors``: the unweighted error of each sample, shape (batch,), detached, on the device of
-        the loss. Copies, pickles and checkpoints do not contain the listeners.
+        ``errors``: the unweighted error of each sample, shape of ``noised.t``, detached, on the
+        device of the loss. Copies, pickles and checkpoints do not contain the listeners.
 
         >>> seen = []
         >>> noising = Noising(NoiseSchedule.flow())
@@ -381,27 +502,35 @@ class Noising(nn.Module):
         """
         draws = Draws(self.seed, index, step=step, stream=Stream.TRAINING_NOISE, device=device)
         index = index.tolist() if isinstance(index, Tensor) else index
-        t, importance = self._draw_times(draws, index, total)
-        return NoiseDraw(t, *self._draw_noise(draws, index, shape), importance)
+        x_shape = (len(index), *shape)
+        t, importance, counted = self._draw_times(draws, index, total, x_shape)
+        return NoiseDraw(t, *self._draw_noise(draws, index, shape), importance, counted)
 
     def _draw_times(
-        self, draws: Draws, index: Sequence[int], total: int
-    ) -> tuple[Tensor, Resampled | None]:
-        """Return times of the curve, and how importance sampling chose them."""
+        self, draws: Draws, index: Sequence[int], total: int, shape: Sequence[int]
+    ) -> tuple[Tensor, Resampled | None, Tensor | None]:
+        """Return times of the curve, how importance sampling chose them, and which count."""
+        curve, shaped = self.schedule.curve, self._shaped
+        if shaped is not None:
+            groups, k = _groups(index, total), shaped.count(shape)
+            t, counted = shaped.draw(draws, self.seed, groups, total, curve, k)
+            return _as_drawn(t, curve), None, counted
         # 1 - u lies in (0, 1]: this includes pure noise and excludes a clean sample
         u = 1 - draws.of(Stream.TRAINING_TIME, device="cpu").uniform(dtype=torch.float64)
         if self.timesteps.stratified:
-            at = torch.tensor(index)
-            for group in sorted({i // total for i in index}):
-                spread = self.timesteps.stratify(
-                    u, at, permutation(self.seed, total, step=draws.step, group=group)
-                )
-                u = torch.where(at // total == group, spread, u)
+            at, groups = draws.index.cpu(), _groups(index, total)
+            u = self.timesteps.spread(u, at, groups, total, self.seed, draws.step)
         importance = self.loss_history.resample(u) if self.loss_history is not None else None
-        t = self.timesteps.times(u if importance is None else importance.u, self.schedule.curve)
-        if t.is_floating_point():
-            t = t.float().clamp(*_float32_range(self.schedule.curve))
-        return t, importance
+        t = self.timesteps.times(u if importance is None else importance.u, curve)
+        return _as_drawn(t, curve), importance, None
+
+    @property
+    def _shaped(self) -> ShapedTimesteps | None:
+        return self.timesteps if isinstance(self.timesteps, ShapedTimesteps) else None
+
+    @property
+    def _axis(self) -> Axis | None:
+        return None if self._shaped is None else self._shaped.axis
 
     def _draw_noise(
         self, draws: Draws, index: Sequence[int], shape: Sequence[int]
@@ -412,27 +541,37 @@ class Noising(nn.Module):
         )
         return draws.normal(*shape), parts
 
-    def at(self, x0: Tensor, t: Tensor, noise: Tensor, parts: Sequence[Tensor] = ()) -> Noised:
+    def at(
+        self,
+        x0: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        parts: Sequence[Tensor] = (),
+        counted: Tensor | None = None,
+    ) -> Noised:
         """Return the noised batch for given times and noise.
 
         Args:
             x0: the clean batch, shape (batch, ...).
-            t: times of the curve, shape (batch,).
+            t: times of the curve, shape (batch,), or (batch, k) if the density draws k times.
             noise: shape of x0.
             parts: the parts that the kinds of noise drew for the batch; without them ``noise`` is
                 used unchanged.
+            counted: which of the k times count in the loss.
 
         Raises:
             ValueError: for times that are not of shape (batch,), and for timesteps of a discrete
                 schedule in a dtype that cannot hold them.
         """
         levels, t = self._levels(x0, t)
-        return self._noised(x0, t, levels, noise, parts)
+        return _counting(self._noised(x0, t, levels, noise, parts), counted)
 
     def _levels(self, x0: Tensor, t: Tensor, checked: bool = False) -> tuple[Tensor, Tensor]:
         """Return the levels at times ``t``, and these times on the device of ``x0``."""
         curve = self.schedule.curve
-        if t.shape != x0.shape[:1]:
+        if self._axis is not None:
+            _require_shaped(t, x0, self._axis)
+        elif t.shape != x0.shape[:1]:
             raise ValueError(
                 f"timesteps must have shape ({x0.shape[0]},), one for each sample, got "
                 f"{tuple(t.shape)}"
@@ -445,17 +584,29 @@ class Noising(nn.Module):
             )
         dtype = torch.promote_types(t.dtype, x0.dtype) if floating else t.dtype
         t = t.to(x0.device, dtype, non_blocking=True)
+        exact = torch.float64 in (x0.dtype, t.dtype)
+        return self._table().at(t, torch.float64 if exact else torch.float32, checked=checked), t
+
+    def _table(self) -> LevelTable:
         table = self._level_table
         if not table.is_of(self.schedule, self.weighting, self.loss):  # they were replaced
             table = self._level_table = LevelTable(self.schedule, self.weighting, self.loss)
-        exact = torch.float64 in (x0.dtype, t.dtype)
-        return table.at(t, torch.float64 if exact else torch.float32, checked=checked), t
+        return table
+
+    def _picks_timesteps(self, draws: Draws) -> bool:
+        """Return whether one loop draws the times and looks their levels up, too."""
+        return (
+            draws.has_loops
+            and type(self.timesteps) is UniformTimesteps
+            and not self.timesteps.stratified
+            and type(self.schedule.curve) is Discrete
+        )
 
     def _noised(
         self, x0: Tensor, t: Tensor, levels: Tensor, noise: Tensor, parts: Sequence[Tensor]
     ) -> Noised:
         """Return the batch of :meth:`at`."""
-        alpha, sigma, c0, c1 = levels[:4].view(4, -1, *[1] * (x0.ndim - 1)).unbind()
+        alpha, sigma, c0, c1 = along(levels[:4], x0.shape, self._axis).unbind()
         clean = x0.to(levels.dtype)
         noise, *on_device = (
             one.to(x0.device, levels.dtype, non_blocking=True) for one in (noise, *parts)
@@ -464,27 +615,34 @@ class Noising(nn.Module):
         x_t, target = alpha * clean + sigma * perturbed, c0 * clean + c1 * noise
         return self._batch(x0, t, levels, noise, x_t, target)
 
-    def _one_pass(self, x0: Tensor, levels: Tensor, draws: Draws) -> bool:
-        """Return whether one loop or kernel makes this batch, with the bits of :meth:`_noised`."""
-        return (
-            type(x0) is Tensor
-            and not is_traced(x0)
-            and levels.dtype == torch.float32
-            and (x0.dtype == torch.float32 or x0.device.type != "cpu")
-            and x0.is_contiguous()
-            and not levels.requires_grad
-            and not (x0.requires_grad and torch.is_grad_enabled())
-            and all(isinstance(kind, Gaussian) for kind in self.noise.kinds)
-            and draws.has_one_pass
-        )
+    def _parts_of_one_pass(self, x0: Tensor, draws: Draws) -> Parts | None:
+        """Return what one loop or kernel needs to make this batch with the bits of :meth:`_noised`.
+
+        It is None where none can. The levels must be float32 that need no gradient, too.
+        """
+        if (
+            type(x0) is not Tensor
+            or self._axis is not None
+            or is_traced(x0)
+            or (x0.dtype != torch.float32 and x0.device.type == "cpu")
+            or not x0.is_contiguous()
+            or (x0.requires_grad and torch.is_grad_enabled())
+            or not draws.has_one_pass
+        ):
+            return None
+        kinds = self.noise.kinds
+        if not draws.has_loops and any(type(kind) is not Gaussian for kind in kinds):
+            return None  # a GPU's kernel makes plain noise
+        return parts_of_one_pass(kinds, tuple(x0.shape[1:]), draws)
 
     def _batch(
-        self, x0: Tensor, t: Tensor, levels: Tensor, noise: Tensor, x_t: Tensor, target: Tensor
+        self, x0: Tensor, t: Tensor, levels: Tensor, noise: Any, x_t: Tensor, target: Tensor
     ) -> Noised:
         schedule = self.schedule
-        x = schedule.scale_model_input(x_t, t).to(x0.dtype)
+        axis = self._axis
+        x = schedule.scale_model_input(x_t, t, axis).to(x0.dtype)
         threshold = (
-            levels[THRESHOLD].view(-1, *[1] * (x0.ndim - 1)) if len(levels) > THRESHOLD else None
+            along(levels[THRESHOLD], x0.shape, axis) if levels.shape[0] > THRESHOLD else None
         )
         learned = self.log_variance
         return Noised(
@@ -500,6 +658,7 @@ class Noising(nn.Module):
             criterion=self.loss,
             threshold=threshold,
             log_variance=None if learned is None else learned(levels[0], levels[1]),
+            axis=axis,
         )
 
     def _with_importance(
@@ -585,6 +744,34 @@ def _float32_range(curve: Curve) -> tuple[float, float]:
     if float(high) > exact[1]:
         high = np.nextafter(high, np.float32(inward[1]))
     return float(low), float(high)
+
+
+def _as_drawn(t: Tensor, curve: Curve) -> Tensor:
+    return t.float().clamp(*_float32_range(curve)) if t.is_floating_point() else t
+
+
+def _require_shaped(t: Tensor, x0: Tensor, axis: Axis) -> None:
+    if t.ndim != 2 or len(t) != len(x0):
+        raise ValueError(
+            f"timesteps must have shape ({len(x0)}, k), k times for each sample, got "
+            f"{tuple(t.shape)}"
+        )
+    require_chunks(t.shape[1], axis, x0.shape)
+
+
+def _counting(noised: Noised, counted: Tensor | None) -> Noised:
+    """Return the batch without weight on the elements that do not count in its loss."""
+    if counted is None:
+        return noised
+    counted = counted.to(noised.weight.device, non_blocking=True)
+    return noised.replaced(counted=counted, weight=torch.where(counted, noised.weight, 0.0))
+
+
+def _groups(index: Sequence[int] | SymbolicRange, total: int) -> Sequence[int]:
+    """Return the numbers of the groups of ``total`` indices that hold these indices."""
+    if isinstance(index, range | SymbolicRange):
+        return range(index.start // total, (index.stop - index.step) // total + 1)
+    return sorted({i // total for i in index})
 
 
 def _process() -> tuple[int, int]:

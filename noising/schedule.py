@@ -7,10 +7,9 @@ no device, no dtype and no state. Schedules compare, hash and pickle by their nu
 
 # no postponed annotations here: LightningCLI reads the types of NoiseSchedule.__init__ from them
 import hashlib
-import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
@@ -20,10 +19,11 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from .axes import Axis, along
 from .curves import curve_from_config
 from .curves.base import LEAST_ALPHA, Curve
 from .curves.shifts import resolution_shift, token_shift
-from .curves.truncated import truncate
+from .curves.truncated import inward_time, times_at_levels, truncate
 from .io.diffusers import from_diffusers, scheduler_of, to_diffusers
 from .io.files import CONFIG_NAME, EXACT_NAME, read_configs, write_configs
 from .io.hub import schedule_folder
@@ -160,12 +160,15 @@ class NoiseSchedule(Constructors):
         *,
         log_snr_min: float | None = None,
         log_snr_max: float | None = None,
+        noise_level_min: float | None = None,
+        noise_level_max: float | None = None,
     ) -> "NoiseSchedule":
         """Return the part of this schedule from ``t_min`` to ``t_max``, both included.
 
         Use it for a model that is trained on these times only (an expert, a refiner). Every time
         keeps its α, its σ and its network time. Training times and sampling steps lie inside the
-        part.
+        part. On a flow, ``t_min`` and ``t_max`` are before the shift; the boundary of Wan 2.2 is a
+        noise level, after it.
 
         Args:
             t_min: the first time; by default the start of the schedule.
@@ -173,6 +176,9 @@ class NoiseSchedule(Constructors):
             log_snr_min: the log SNR of the last time, in place of ``t_max``. On a discrete schedule
                 the part has the timesteps inside the range.
             log_snr_max: the log SNR of the first time, in place of ``t_min``.
+            noise_level_min: the noise level of the first time, in place of ``t_min``: σ after the
+                shift on a flow (the network's timestep / 1000), σ / α on other curves.
+            noise_level_max: the noise level of the last time, in place of ``t_max``.
 
         Raises:
             ValueError: if an end lies outside the schedule, if nothing is left, or if an end is
@@ -183,31 +189,38 @@ class NoiseSchedule(Constructors):
         (200, torch.Size([200]))
         >>> round(NoiseSchedule.flow().truncated(log_snr_min=0.0).curve.t_max, 6)
         0.5
+        >>> flow = NoiseSchedule.flow(shift=12.0)
+        >>> [
+        ...     round(flow.sigma(torch.tensor(part.curve.t_min)).item(), 3)
+        ...     for part in (flow.truncated(noise_level_min=0.875), flow.truncated(t_min=0.875))
+        ... ]
+        [0.875, 0.988]
         """
-        first = self._end("t_min", t_min, "log_snr_max", log_snr_max, self.curve.t_min, math.ceil)
-        last = self._end("t_max", t_max, "log_snr_min", log_snr_min, self.curve.t_max, math.floor)
+        first = self._end(
+            True, t_min=t_min, log_snr_max=log_snr_max, noise_level_min=noise_level_min
+        )
+        last = self._end(
+            False, t_max=t_max, log_snr_min=log_snr_min, noise_level_max=noise_level_max
+        )
         return replace(self, curve=truncate(self.curve, first, last))
 
-    def _end(
-        self,
-        name: str,
-        t: float | None,
-        other: str,
-        log_snr: float | None,
-        end: float,
-        inward: Callable[[float], int],
-    ) -> float:
-        if log_snr is None:
-            return end if t is None else float(t)
-        if t is not None:
+    def _end(self, least: bool, **ends: float | None) -> float:
+        """Return the time of the end that is given by at most one name."""
+        curve = self.curve
+        given = [(name, value) for name, value in ends.items() if value is not None]
+        if not given:
+            return curve.t_min if least else curve.t_max
+        (name, value), *others = given
+        if others:
             raise ValueError(
-                f"{name} and {other} are the same end of the schedule; give one of the two"
+                f"{name} and {others[0][0]} are the same end of the schedule; give one of the two"
             )
-        time = float(self.curve.time(torch.tensor([log_snr], dtype=torch.float64)))
-        if not self.curve.is_discrete:
-            return time
-        # a log SNR of the table maps to its own timestep
-        return float(round(time) if abs(time - round(time)) < 1e-9 else inward(time))
+        if name.startswith("t_"):
+            return float(value)
+        if name.startswith("noise_level"):
+            levels = (value, None) if least else (None, value)
+            return times_at_levels(curve, *levels)[not least]
+        return inward_time(curve, curve.time(torch.tensor([value], dtype=torch.float64)), least)
 
     def with_prediction(self, prediction: str | Prediction) -> "NoiseSchedule":
         """Return this schedule with another prediction type.
@@ -267,7 +280,7 @@ class NoiseSchedule(Constructors):
 
     # -- network inputs ----------------------------------------------------------------------------
 
-    def scale_model_input(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
+    def scale_model_input(self, x_t: Tensor, timesteps: Tensor, axis: Axis | None = None) -> Tensor:
         """Return the network input for x_t; shape and dtype of ``x_t``.
 
         The input is x_t itself, or c_in · x_t on EDM's curve. Samplers pass the same input to the
@@ -275,7 +288,7 @@ class NoiseSchedule(Constructors):
         ``network(schedule.scale_model_input(x_t, t), schedule.model_timesteps(t))``. The
         conversions (:meth:`to_x0`, ...) take x_t without the scale.
 
-        ``timesteps``: times of the curve, shape (batch,) or scalar.
+        ``timesteps``, ``axis``: as in :meth:`alpha_sigma`.
 
         >>> schedule, t = NoiseSchedule.karras(sigma_data=0.5), torch.tensor([1.2])
         >>> schedule.scale_model_input(torch.ones(1, 1), t)  # 1 / sqrt(1.2² + 0.5²)
@@ -283,9 +296,8 @@ class NoiseSchedule(Constructors):
         """
         if not self.curve.scales_input:
             return x_t
-        t = require_times(timesteps, x_t)
-        scale = self.curve.input_scale(t).view((-1,) + (1,) * (x_t.ndim - 1) if t.ndim else ())
-        return (scale * x_t).to(x_t.dtype)
+        t = require_times(timesteps, x_t, axis)
+        return (_like(self.curve.input_scale(t), x_t, axis) * x_t).to(x_t.dtype)
 
     def model_timesteps(self, timesteps: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the time input of the network at these times; shape of ``timesteps``.
@@ -304,23 +316,31 @@ class NoiseSchedule(Constructors):
 
     # -- noising and conversions -------------------------------------------------------------------
 
-    def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    def alpha_sigma(
+        self, t: Tensor, like: Tensor, axis: Axis | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return α(t), σ(t) with shape (batch, 1, 1, ...) that broadcasts against ``like``.
 
-        ``t`` is a scalar or has shape (batch,). The dtype is float64 if ``like`` or ``t`` is
-        float64, else float32.
-        """
-        t = require_times(t, like)
-        shape = (-1,) + (1,) * (like.ndim - 1) if t.ndim else ()
-        return self.curve.alpha(t).view(shape), self.curve.sigma(t).view(shape)
+        The dtype is float64 if ``like`` or ``t`` is float64, else float32.
 
-    def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        Args:
+            t: times of the curve: a scalar, shape (batch,), or (batch, k) with ``axis``.
+            like: shape (batch, ...).
+            axis: the axis that k times of a sample run along, or its name in ``AXES``; k divides
+                it.
+        """
+        t = require_times(t, like, axis)
+        return _like(self.curve.alpha(t), like, axis), _like(self.curve.sigma(t), like, axis)
+
+    def add_noise(
+        self, x0: Tensor, noise: Tensor, timesteps: Tensor, axis: Axis | None = None
+    ) -> Tensor:
         """Return x_t = α x_0 + σ ε in the dtype of ``x0``, computed in float32 or better.
 
         Args:
             x0: clean batch, shape (batch, ...).
             noise: ε, shape of ``x0``.
-            timesteps: times of the curve, shape (batch,) or scalar.
+            timesteps, axis: times of the curve, as in :meth:`alpha_sigma`.
 
         Raises:
             ValueError: for shapes that do not match, and for times outside the schedule (checked on
@@ -331,22 +351,29 @@ class NoiseSchedule(Constructors):
         ... )
         >>> x.flatten().tolist()
         [1.0, 0.25]
+        >>> video, t = torch.ones(1, 1, 2, 1, 1), torch.tensor([[0.0, 0.75]])
+        >>> NoiseSchedule.flow().add_noise(video, 0 * video, t, axis="frames").flatten().tolist()
+        [1.0, 0.25]
         """
         require_same_shape("noise", noise, "x0", x0)
-        alpha, sigma = self.alpha_sigma(timesteps, x0)
+        alpha, sigma = self.alpha_sigma(timesteps, x0, axis)
         return (alpha * x0 + sigma * noise).to(x0.dtype)
 
-    def target(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def target(
+        self, x0: Tensor, noise: Tensor, timesteps: Tensor, axis: Axis | None = None
+    ) -> Tensor:
         """Return the training target of the network for (x_0, ε, t), in float32 or better.
 
         >>> NoiseSchedule.flow().target(torch.ones(1, 1), torch.zeros(1, 1), torch.tensor([0.5]))
         tensor([[-1.]])
         """
         require_same_shape("noise", noise, "x0", x0)
-        alpha, sigma = self.alpha_sigma(timesteps, x0)
+        alpha, sigma = self.alpha_sigma(timesteps, x0, axis)
         return self.prediction.combine(x0.to(alpha.dtype), noise.to(alpha.dtype), alpha, sigma)
 
-    def to_x0(self, out: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
+    def to_x0(
+        self, out: Tensor, x_t: Tensor, timesteps: Tensor, axis: Axis | None = None
+    ) -> Tensor:
         """Convert the network's output to x_0.
 
         >>> schedule = NoiseSchedule.flow()
@@ -354,15 +381,24 @@ class NoiseSchedule(Constructors):
         >>> schedule.to_x0(schedule.target(x0, e, t), schedule.add_noise(x0, e, t), t).item()
         3.0
         """
-        alpha, sigma = self.alpha_sigma(timesteps, x_t)
+        alpha, sigma = self.alpha_sigma(timesteps, x_t, axis)
         return self.prediction.to_x0(out.to(alpha.dtype), x_t.to(alpha.dtype), alpha, sigma)
 
-    def to_epsilon(self, out: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
+    def to_epsilon(
+        self, out: Tensor, x_t: Tensor, timesteps: Tensor, axis: Axis | None = None
+    ) -> Tensor:
         """Convert the network's output to ε."""
-        alpha, sigma = self.alpha_sigma(timesteps, x_t)
+        alpha, sigma = self.alpha_sigma(timesteps, x_t, axis)
         return self.prediction.to_epsilon(out.to(alpha.dtype), x_t.to(alpha.dtype), alpha, sigma)
 
-    def convert(self, out: Tensor, x_t: Tensor, timesteps: Tensor, to: str | Prediction) -> Tensor:
+    def convert(
+        self,
+        out: Tensor,
+        x_t: Tensor,
+        timesteps: Tensor,
+        to: str | Prediction,
+        axis: Axis | None = None,
+    ) -> Tensor:
         """Convert the network's output to another prediction type.
 
         >>> schedule = NoiseSchedule.flow()
@@ -371,7 +407,7 @@ class NoiseSchedule(Constructors):
         ... ).item()
         1.0
         """
-        alpha, sigma = self.alpha_sigma(timesteps, x_t)
+        alpha, sigma = self.alpha_sigma(timesteps, x_t, axis)
         out, x_t = out.to(alpha.dtype), x_t.to(alpha.dtype)
         x0, epsilon = (
             self.prediction.to_x0(out, x_t, alpha, sigma),
@@ -627,20 +663,28 @@ class NoiseSchedule(Constructors):
         return f"{curve} with {self.prediction.name} [{self.fingerprint[:12]}]"
 
 
-def require_times(t: Tensor, like: Tensor) -> Tensor:
+def require_times(t: Tensor, like: Tensor, axis: Axis | None = None) -> Tensor:
     """Return times on the device of ``like``; float64 if ``like`` is float64.
 
-    Raises ValueError unless ``t`` is a scalar or has one time for each sample.
+    Raises ValueError unless ``t`` is a scalar or has one time for each sample; with ``axis``, k
+    times for each.
 
     >>> require_times(torch.tensor([1, 2]), torch.zeros(3, 1))
     Traceback (most recent call last):
     ValueError: timesteps must be a scalar or have shape (3,), got (2,)
     """
-    if t.ndim > 1 or (t.ndim == 1 and t.shape[0] not in (1, like.shape[0])):
+    axes = 1 if axis is None else 2
+    if t.ndim not in (0, axes) or (t.ndim and t.shape[0] not in (1, like.shape[0])):
+        wanted = f"({like.shape[0]},)" if axis is None else f"({like.shape[0]}, k)"
+        more = "; times along an axis need axis=" if t.ndim == 2 and axis is None else ""
         raise ValueError(
-            f"timesteps must be a scalar or have shape ({like.shape[0]},), got {tuple(t.shape)}"
+            f"timesteps must be a scalar or have shape {wanted}, got {tuple(t.shape)}{more}"
         )
     return t.to(like.device, torch.float64 if like.dtype == torch.float64 else None)
+
+
+def _like(level: Tensor, like: Tensor, axis: Axis | None) -> Tensor:
+    return along(level, like.shape, axis) if level.ndim else level
 
 
 def _in_words(config: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from enum import Enum
+from functools import partial
 from types import NoneType
 from typing import Any, cast
 
@@ -44,6 +45,7 @@ def guide(
 class Guided:
     """A network with guidance: (x, timesteps) -> guided raw output.
 
+    ``rows``: the rows that the network is given; timesteps have as many, or one for each image.
     ``unconditional`` is the unconditional half of the last output. Both halves use one network call
     with twice the batch if their inputs can be joined. Otherwise there are two calls: for objects,
     texts and numbers that differ, and for tensors that differ and have no row for each image. Two
@@ -69,12 +71,13 @@ class Guided:
                 )
         except _Apart:
             self.both = None
+        self.rows = batch if self.both is None else 2 * batch
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         if self.both is not None:
-            out, empty = prediction_tensor(
-                self.network(torch.cat([x, x]), torch.cat([t, t]), **self.both)
-            ).chunk(2)
+            if t.shape[0] != self.rows:
+                t = torch.cat([t, t])
+            out, empty = prediction_tensor(self.network(torch.cat([x, x]), t, **self.both)).chunk(2)
         else:  # conditional half last: the network may keep state from its last call
             empty = prediction_tensor(self.network(x, t, **self.without))
             out = prediction_tensor(self.network(x, t, **self.conditioning))
@@ -91,11 +94,11 @@ class Unguided:
 
     unconditional: Tensor | None = None
 
-    def __init__(self, network: Network, conditioning: Mapping[str, Any]) -> None:
-        self.network, self.conditioning = network, conditioning
+    def __init__(self, network: Network, conditioning: Mapping[str, Any], batch: int) -> None:
+        self.call, self.rows = partial(network, **conditioning), batch
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        return prediction_tensor(self.network(x, t, **self.conditioning))
+        return prediction_tensor(self.call(x, t))
 
 
 def guided_network(
@@ -122,7 +125,7 @@ def guided_network(
     (tensor([[3., 3.]]), tensor([[0., 0.]]))
     """
     if guidance_scale == 1.0 and not (halves and unconditional is not None):
-        return Unguided(network, conditioning)
+        return Unguided(network, conditioning, batch)
     if unconditional is None:
         raise ValueError(
             f"guidance_scale={guidance_scale} needs unconditional=..., the conditioning of the "

@@ -5,11 +5,12 @@ The table sampler and the standalone samplers take the same arguments and use th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
@@ -18,12 +19,14 @@ from ..noising.noising import prediction_tensor
 from ..noising.utils.rng import Draws, Stream, whole_seed
 from ..noising.utils.validation import require_same_shape, whole_number
 from .clipping import Change, clipped, resolve_clip
-from .guidance import Network, guided_network
+from .guidance import Network, Unguided, guided_network
 from .kernel import Beside, Evaluate
 from .knots import Knot
 from .tracing import Unclipped, Unconditional
 
 T = TypeVar("T")
+_DRAWN_AT_ONCE = 16384
+"""Numbers of noise that are drawn at once, if they are for several steps."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Run:
         noise: ``noise()`` returns standard normal noise.
         beside: Other results of the last evaluation, as ``kernel.perform`` takes them: its
             unconditional half, if there is one, and its value before clipping.
+        input_dtype: Of the network's input, if it is only cast to it: not clipped.
         head: ``head(k)`` returns the k-th part of the channels of the last output, for networks
             with more outputs than their prediction.
     """
@@ -45,6 +49,7 @@ class Run:
     noise: SeededNoise
     beside: Beside = field(default_factory=dict)
     head: Callable[[int], Tensor] | None = None
+    input_dtype: torch.dtype | None = None
 
 
 def prepare_run(
@@ -54,11 +59,12 @@ def prepare_run(
     shape_or_noise: Sequence[int] | Tensor,
     *,
     scale: float | None = None,
-    knots: Iterable[Knot] = (),
+    times: Times | None = None,
+    draws: int = 0,
     integer_timesteps: bool = False,
     output_multiple: int = 1,
     halves: bool = False,
-    seeds: int | Sequence[int] | None = None,
+    seeds: int | Sequence[int] | SeededNoise | None = None,
     conditioning: Mapping[str, Any] | None = None,
     unconditional: Mapping[str, Any] | None = None,
     guidance_scale: float = 1.0,
@@ -73,8 +79,8 @@ def prepare_run(
     from ``seeds`` on are common to the calls of all samplers; see ``Sampler.iterate``.
 
     Args:
-        knots: Where the network will be called, as far as it is known; their time tensors are made
-            before the run.
+        times: The times of all calls of the network, in their order, if they are known.
+        draws: The draws of noise after the start, as far as they are known.
         integer_timesteps: Give the network integer timesteps.
         output_multiple: The output has this many times the channels of the input; the first part is
             the prediction.
@@ -91,10 +97,14 @@ def prepare_run(
     """
     shape = checked_shape(shape_or_noise)
     device, dtype = place(network, shape_or_noise, device, dtype)
-    noise = SeededNoise(shape, checked_seeds(seeds), device)
-    outputs = _Outputs(network, output_multiple)
+    drawn = draws if isinstance(shape_or_noise, Tensor) else 1 + draws
+    if isinstance(seeds, SeededNoise):
+        noise = seeds
+    else:
+        noise = SeededNoise(shape, checked_seeds(seeds), device, drawn)
+    outputs = _Outputs(network, output_multiple) if output_multiple > 1 else None
     guided = guided_network(
-        outputs if output_multiple > 1 else network,
+        network if outputs is None else outputs,
         conditioning or {},
         unconditional,
         guidance_scale,
@@ -102,21 +112,32 @@ def prepare_run(
         shape[0],
         halves,
     )
-    start = shape_or_noise.detach().to(device) if isinstance(shape_or_noise, Tensor) else noise()
+    start = shape_or_noise.detach() if isinstance(shape_or_noise, Tensor) else noise()
     spread = (first.alpha**2 + first.sigma**2) ** 0.5 if scale is None else scale
-    x = start.to(torch.promote_types(start.dtype, torch.float32)) * spread
+    # a copy: a network may change its input
+    x = start.to(device, torch.promote_types(start.dtype, torch.float32), copy=True)
+    if spread != 1.0:
+        x *= spread
     time_dtype = torch.int64 if integer_timesteps else torch.promote_types(x.dtype, torch.float32)
 
     dtype = x.dtype if dtype is None else dtype
-    times = _times(knots, shape[0], time_dtype, device)
+    call = guided.call if isinstance(guided, Unguided) else guided
+    expected, rows, cast = x.shape, guided.rows, x.dtype != dtype
+    ready = iter(
+        ()
+        if times is None
+        else zip(times.timesteps, times.tensors(rows, time_dtype, device), strict=True)
+    )
 
     def evaluate(x: Tensor, knot: Knot) -> Tensor:
-        t = times.pop(knot.timestep, None)
-        if t is None:  # again at this time: a network may have changed the first tensor
-            t = torch.full(shape[:1], knot.timestep, dtype=time_dtype, device=device)
-        out = guided(x if x.dtype == dtype else x.to(dtype), t)
+        time, t = next(ready, (None, None))
+        if t is None or time != knot.timestep or t._version:  # a network has changed it
+            t = torch.full((rows,), knot.timestep, dtype=time_dtype, device=device)
+        out = call(x.to(dtype) if cast else x, t)
+        if type(out) is not Tensor:
+            out = prediction_tensor(out)
         # another shape would broadcast silently
-        if out.shape != x.shape:
+        if out.shape != expected:
             require_same_shape("the network's output", out, "its input", x)
         return out
 
@@ -126,17 +147,33 @@ def prepare_run(
         evaluate if clip is None else clipped(kept, schedule.prediction, resolve_clip(clip)),
         noise,
         {Unconditional: lambda: guided.unconditional, Unclipped: lambda: kept.last},
-        lambda k: outputs.parts[k][: shape[0]],  # of the conditional half
+        None if outputs is None else lambda k: outputs.parts[k][: shape[0]],  # conditional half
+        dtype if clip is None else None,
     )
 
 
-def _times(
-    knots: Iterable[Knot], batch: int, dtype: torch.dtype, device: torch.device
-) -> dict[float, Tensor]:
-    """Return the time input of the network at each knot, shape (batch,), in one upload."""
-    timesteps = list(dict.fromkeys(knot.timestep for knot in knots))
-    rows = np.repeat(timesteps, batch).reshape(-1, batch)
-    return dict(zip(timesteps, torch.from_numpy(rows).to(device, dtype).unbind(), strict=True))
+class Times:
+    """The network's time inputs of all evaluations of a table, kept for the next run.
+
+    A tensor that a network changes in place has a version other than 0, and is not used again.
+
+    >>> Times([999.0, 0.0]).tensors(2, torch.int64, torch.device("cpu"))
+    (tensor([999, 999]), tensor([0, 0]))
+    """
+
+    def __init__(self, timesteps: Sequence[float]) -> None:
+        self.timesteps = timesteps
+        self._kept: tuple[Any, Tensor, tuple[Tensor, ...]] | None = None
+
+    def tensors(self, rows: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+        """Return the tensor of each evaluation, shape (rows,), made in one upload."""
+        kind, kept = (rows, dtype, device), self._kept
+        if kept is None or kept[0] != kind or kept[1]._version:
+            with torch.inference_mode(False):  # tensors of that mode have no version
+                numbers = torch.tensor([[time] * rows for time in self.timesteps], dtype=dtype)
+                whole = numbers.to(device)
+                kept = self._kept = kind, whole, whole.unbind()
+        return kept[2]
 
 
 class Kept:
@@ -185,6 +222,7 @@ class SeededNoise:
 
     Args:
         seeds: One for each image; or one int, counted up modulo 2^64; or None for fresh seeds.
+        draws: The draws of a run, as far as they are known. It does not change the numbers.
 
     Raises:
         ValueError: The number of seeds is wrong, or a seed has more than 64 bits.
@@ -198,25 +236,69 @@ class SeededNoise:
     """
 
     def __init__(
-        self, shape: tuple[int, ...], seeds: int | Sequence[int] | None, device: torch.device
+        self,
+        shape: tuple[int, ...],
+        seeds: int | Sequence[int] | None,
+        device: torch.device,
+        draws: int = 0,
     ) -> None:
         self.seeds = _one_for_each(shape[0], seeds)
-        self.shape, self.device, self.drawn = shape, device, 0
+        self.shape, self.device, self.drawn, self.draws = shape, device, 0, draws
+        self._first, self._ahead = 0, ()
+
+    @cached_property
+    def _draws(self) -> Draws:
         # index 0 for all: the noise depends on the seed, not on the position in the batch
-        self._draws = Draws(
-            self.seeds, [0] * shape[0], step=0, stream=Stream.SAMPLING_NOISE, device=device
+        return Draws(
+            self.seeds,
+            [0] * self.shape[0],
+            step=0,
+            stream=Stream.SAMPLING_NOISE,
+            device=self.device,
         )
 
     def __call__(self) -> Tensor:
-        return self._next(Stream.SAMPLING_NOISE).normal(*self.shape[1:])
+        place = self.drawn - self._first
+        if place >= len(self._ahead):
+            self._first, place = self.drawn, 0
+            self._ahead = self._draw()
+        self.drawn += 1
+        return self._ahead[place]
+
+    def _draw(self) -> Sequence[Tensor]:
+        """Return the next draws: as many of a run's as are small together, made at once."""
+        draws, sizes = self._draws.of(Stream.SAMPLING_NOISE, step=self.drawn), self.shape[1:]
+        steps = min(self.draws - self.drawn, _DRAWN_AT_ONCE // math.prod(self.shape))
+        if steps > 1 and draws.has_loops:
+            return draws.normal_steps(steps, *sizes).unbind()
+        return (draws.normal(*sizes),)
+
+    def restart(self, seeds: int | Sequence[int] | None) -> None:
+        """Begin again at the first draw, with new seeds in the memory of the old ones.
+
+        >>> noise = SeededNoise((1, 3), 5, torch.device("cpu"))
+        >>> first = noise()
+        >>> noise.restart(5)
+        >>> torch.equal(noise(), first)
+        True
+        """
+        self.seeds = _one_for_each(self.shape[0], checked_seeds(seeds))
+        self.rewind()
+        self._draws.reseed(self.seeds)
+
+    def rewind(self) -> None:
+        """Begin again at the first draw."""
+        self.drawn, self._first, self._ahead = 0, 0, ()
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the draws are made on the device from keys in its memory."""
+        return self._draws.has_one_pass
 
     def uniform(self, *shape: int) -> Tensor:
         """Return numbers in [0, 1), shape (batch, *shape)."""
-        return self._next(Stream.SAMPLING_UNIFORM).uniform(*shape)
-
-    def _next(self, stream: Stream) -> Draws:
         self.drawn += 1
-        return self._draws.of(stream, step=self.drawn - 1)
+        return self._draws.of(Stream.SAMPLING_UNIFORM, step=self.drawn - 1).uniform(*shape)
 
 
 def _one_for_each(batch: int, seeds: int | Sequence[int] | None) -> list[int]:

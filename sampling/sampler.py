@@ -21,26 +21,30 @@ from ..noising.utils.registry import lookup
 from .clipping import Change
 from .grids import Grid, counts_evaluations, make_knots, split_options
 from .guidance import Network
-from .inference import SeededNoise, last, prepare_run, without_gradients
+from .inference import Run, SeededNoise, Times, prepare_run, without_gradients
 from .interop.diffusers_configs import nearest_config, sampler_config
 from .interop.diffusers_reading import SamplerArguments, sampler_arguments
-from .kernel import Progress, run
+from .interop.presets import preset_arguments
+from .kernel import Beside, Evaluate, Noise, Plan, Progress, Resolved, final, run
 from .knots import Knot, start_scale
 from .methods.base import Method
+from .methods.given_table import OwnKnots, Replay, table_method
 from .names import RUN_OPTIONS, resolve, resolve_settings
 from .noise_sources import BrownianNoise
+from .rollouts.actions import require_stochastic
+from .rollouts.rollout import Rollout, roll_out
 from .standalone import StandaloneEntry
 from .table import Table, compile_table
-from .tracing import Evaluation, Unconditional
 
 DEFAULT_STEPS = 20
+_CACHED = "_identity", "_compiled", "_plan", "_times", "_integer_timesteps"
 
 
 @dataclass(frozen=True, eq=False)
 class Sampler:
     """Draw samples with a network that was trained on ``schedule``.
 
-    Frozen and picklable; contains no tensor.
+    Frozen and picklable; a pickle contains no tensor.
 
     Args:
         schedule: The NoiseSchedule of training.
@@ -118,7 +122,7 @@ class Sampler:
         return hash(self._identity)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: value for k, value in vars(self).items() if k not in ("_identity", "_compiled")}
+        return {k: value for k, value in vars(self).items() if k not in _CACHED}
 
     @cached_property
     def _identity(self) -> tuple[Any, ...]:
@@ -137,6 +141,19 @@ class Sampler:
     @cached_property
     def _compiled(self) -> Table:
         return _compile(self)
+
+    @cached_property
+    def _plan(self) -> Plan:
+        return Plan(self.table)
+
+    @cached_property
+    def _times(self) -> Times:
+        return Times([knot.timestep for knot in self._plan.evaluated])
+
+    @cached_property
+    def _integer_timesteps(self) -> bool:
+        whole = all(time.is_integer() for time in self._times.timesteps)
+        return self.schedule.curve.is_discrete and whole
 
     @property
     def knots(self) -> tuple[Knot, ...]:
@@ -185,7 +202,10 @@ class Sampler:
         Arguments as in :meth:`iterate`.
         """
         with torch.no_grad():
-            return last(self._steps(network, shape_or_noise, **arguments)).x
+            steps, x, evaluate, noise, beside = self._begun(network, shape_or_noise, **arguments)
+            start = [x]
+            del x
+            return final(steps, start, evaluate, noise, beside)
 
     def iterate(
         self,
@@ -237,33 +257,81 @@ class Sampler:
             "dtype": dtype,
             "clip": clip,
         }
-        return without_gradients(self._steps(network, shape_or_noise, noise=noise, **arguments))
+        begun = self._begun(network, shape_or_noise, noise=noise, **arguments)
+        return without_gradients(run(*begun))
 
-    def _steps(
+    def _begun(
         self,
         network: Network,
         shape_or_noise: Sequence[int] | Tensor,
         *,
         noise: str = "independent",
         **arguments: Any,
-    ) -> Iterator[Progress]:
-        """Return the steps of a run, which leave the gradient mode to the caller."""
-        ops = [op for step in self.table.steps for op in step.ops]
-        evaluations = [op.knot for op in ops if isinstance(op, Evaluation)]
-        this = prepare_run(
+    ) -> tuple[Sequence[Resolved], Tensor, Evaluate, Noise, Beside]:
+        """Return the arguments of ``kernel.run``."""
+        this = self._prepared(network, shape_or_noise, **arguments)
+        source = lookup("noise", noise, NOISE_SOURCES)(this.noise, self.knots)
+        steps = self._plan.steps_for(this.x, this.input_dtype)
+        return steps, this.x, this.evaluate, source, this.beside
+
+    def _prepared(
+        self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any
+    ) -> Run:
+        plan, provenance = self._plan, self.table.provenance
+        if provenance is not None:
+            provenance.require_guidance(
+                arguments.get("guidance_scale", 1.0), arguments.get("guidance_rescale", 0.0)
+            )
+        return prepare_run(
             self.schedule,
             self.knots[0],
             network,
             shape_or_noise,
             scale=self.init_noise_scale,
-            knots=evaluations,
-            integer_timesteps=self.schedule.curve.is_discrete
-            and all(knot.timestep.is_integer() for knot in evaluations),
-            halves=any(isinstance(op, Unconditional) for op in ops),
+            times=self._times,
+            draws=plan.draws,
+            integer_timesteps=self._integer_timesteps,
+            halves=plan.has_halves,
             **arguments,
         )
-        source = lookup("noise", noise, NOISE_SOURCES)(this.noise, self.knots)
-        return run(self.table, this.x, this.evaluate, source, this.beside)
+
+    def rollout(
+        self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any
+    ) -> Rollout:
+        """Sample, and return the samples with the Gaussian transition of every stochastic step.
+
+        For policy gradients (DDPO, Flow-GRPO); see :class:`Rollout` and docs/rollouts.md. The
+        samples are those of a call with the same arguments. Runs without gradients.
+
+        Args:
+            network, shape_or_noise, arguments: as in :meth:`iterate`, without ``noise``: the draws
+                are independent.
+
+        Raises:
+            ValueError: no step draws noise, or a step is not Gaussian.
+
+        >>> sampler = Sampler(NoiseSchedule.flow(), "flow_sde", steps=4)
+        >>> rollout = sampler.rollout(lambda x, t: -x, (2, 3), seeds=0)
+        >>> len(rollout), rollout.samples.shape, rollout.log_prob.shape
+        (3, torch.Size([2, 3]), torch.Size([2]))
+        >>> weight = torch.tensor(-1.0, requires_grad=True)
+        >>> for old, new in zip(rollout, rollout.replay(lambda x, t: weight * x)):
+        ...     ratio = (new.log_prob - old.log_prob).exp()
+        ...     ratio.mean().backward()
+        >>> bool(weight.grad != 0)
+        True
+        """
+        require_stochastic(self.table, self.method.options)
+        if "noise" in arguments:
+            raise ValueError(
+                f"a rollout needs independent draws, got noise={arguments['noise']!r}; leave it out"
+            )
+        this = self._prepared(network, shape_or_noise, **arguments)
+
+        def prepare(network: Network, start: Tensor) -> Run:
+            return self._prepared(network, start, **{**arguments, "seeds": 0})
+
+        return roll_out(self.table, this, prepare)
 
     def to_diffusers(self, nearest: bool = False) -> dict[str, Any]:
         """Return the scheduler_config.json of the sampler: its diffusers class and all its options.
@@ -313,6 +381,27 @@ class Sampler:
         return cls._of_arguments(
             sampler_arguments(config, DEFAULT_STEPS if steps is None else steps, tokens)
         )
+
+    @classmethod
+    def preset(cls, name: str, steps: int | None = None, tokens: int | None = None) -> Any:
+        """Return the sampler of a published model's pipeline.
+
+        ``docs/presets.md`` lists the models. What the pipeline does and the sampler does not,
+        clipping above all, is a warning.
+
+        Args:
+            name: a name of ``PRESETS``.
+            steps: sampling steps, by default the pipeline's.
+            tokens: image tokens, for a shift that depends on them.
+
+        Raises:
+            ValueError: for an unknown name, and for an expert, which samples a part of the way.
+
+        >>> sampler = Sampler.preset("sd3", steps=4)
+        >>> sampler.method.name, [round(t, 1) for t in sampler.timesteps]
+        ('euler', [1000.0, 857.7, 602.2, 8.9])
+        """
+        return cls._of_arguments(preset_arguments(name, steps, tokens))
 
     @classmethod
     def from_pretrained(
@@ -391,6 +480,33 @@ class Sampler:
         ValueError: no scheduler class of diffusers is this sampler (res_multistep, 20 steps on ...
         """
         return self.schedule.save_pretrained(folder, sampler=self, nearest=nearest)
+
+    @classmethod
+    def from_table(cls, table: Table, schedule: NoiseSchedule | None = None) -> Sampler:
+        """Return the sampler that runs a table of ``fit_table``.
+
+        It runs with the guidance scale of the fit. A pipeline of diffusers guides by itself: with
+        :meth:`as_scheduler`, give the pipeline the same scale.
+
+        Args:
+            table: The table.
+            schedule: The schedule of the network; by default that of the fit.
+
+        Raises:
+            ValueError: The table is not fitted, or ``schedule`` is another one.
+
+        >>> from alphabar.sampling import fit_table
+        >>> schedule = NoiseSchedule.flow()
+        >>> table = fit_table(lambda x, t: torch.tanh(x), schedule, 4, shape=(8,), seeds=16)
+        >>> Sampler.from_table(table)(lambda x, t: torch.tanh(x), (2, 8), seeds=[0, 1]).shape
+        torch.Size([2, 8])
+        """
+        if table.provenance is None:
+            raise ValueError(f"{table.name}: the table says no schedule; use a table of fit_table")
+        if schedule is not None:
+            table.provenance.require_schedule(schedule)
+        own = table.provenance.schedule if schedule is None else schedule
+        return cls(own, table_method(table), len(table.steps), OwnKnots(table))
 
     def as_scheduler(self) -> Any:
         """Return a scheduler object of diffusers that runs this sampler in a pipeline.
@@ -496,6 +612,8 @@ def _table(sampler: Sampler, knots: Sequence[Knot]) -> Table:
     def formula(*arguments: Any) -> Any:
         return sampler.method.formula(*arguments, **of_method)
 
-    return compile_table(
+    table = compile_table(
         sampler.method.name, formula, knots, sampler.schedule, sampler.method.point_mass
     )
+    given = sampler.method.formula
+    return replace(table, provenance=given.table.provenance) if isinstance(given, Replay) else table

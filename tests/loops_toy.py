@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from alphabar.noising import NoiseSchedule, Noising
+from alphabar.sampling import Sampler, fit_table
 from alphabar.training import ModelEMA, Previews
+from alphabar.training.fitting import tables
 
 SHAPE = (3, 8, 8)
 SCHEDULE = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
@@ -122,6 +125,17 @@ ADAPTIVE: dict[str, Any] = {
     "schedule": NoiseSchedule.scaled_linear(),
 }
 """Settings with which two ranks make different numbers of steps."""
+
+
+FITTED: dict[str, Any] = {"sampler": "fitted", "steps": 3, "num_images": 5}
+"""Settings that fit a table at the first preview."""
+
+
+def fit_little() -> None:
+    """Make fits short: few seeds, few choices of knots, a teacher of few steps."""
+    teacher = Sampler(SCHEDULE, "dpmpp_2m", 12)
+    tables.FIT_SEEDS, tables.HELD_OUT_SEEDS = 4, 4
+    tables.fit_table = partial(fit_table, searches=2, teacher=teacher)
 
 
 def weights(net: nn.Module) -> str:

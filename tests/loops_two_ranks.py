@@ -25,7 +25,7 @@ from alphabar.training import ModelEMA, Previews, save_schedule_with
 from alphabar.training.loops.sharding import local
 from alphabar.training.loops.wrappers import unwrapped
 from alphabar.training.previews import rounds
-from loops_toy import ADAPTIVE, SCHEDULE, STEPS, Net, previews, train, weights
+from loops_toy import ADAPTIVE, FITTED, SCHEDULE, STEPS, Net, fit_little, previews, train, weights
 
 RANK = int(os.environ["LOCAL_RANK"])
 ROOT = Path(sys.argv[1])
@@ -141,6 +141,9 @@ def scenarios() -> dict[str, Any]:
         "enough": {"predict": Memory(), "batch_size": 2, "num_images": 5},
         "unwritable": {"folder": ROOT / "file" / "previews"},
         "adaptive": ADAPTIVE,
+        "fitted": FITTED,
+        "fitted_still": {**FITTED, "rate": 0.0},
+        "fitted_failing": {**FITTED, "predict": Failing(1, calls=20)},
     }
 
 
@@ -172,9 +175,10 @@ def states(accelerator: Any) -> dict[str, Any]:
     return {"same": same, "step": ema.step, "error": None}
 
 
-SHARDED = ("none", "raw", "both", "still", "lost")
+SHARDED = ("none", "raw", "both", "still", "lost", "fitted")
 
 if __name__ == "__main__":
+    fit_little()
     report: dict[str, Any] = {}
     for kind, loop in loops().items():
         report[kind] = {

@@ -143,8 +143,8 @@ def no_noise(start: float, end: float) -> torch.Tensor:
 DATA = Gaussian()
 START = torch.tensor([[-1.3], [0.2], [2.1]], dtype=torch.float64)
 V = PREDICTIONS["v_prediction"]()
-COUNTS = (40, 80, 160)
-MANY = (240, 480, 960)
+COUNTS = (80, 160)
+MANY = (480, 960)
 
 
 WARM_UP = 6

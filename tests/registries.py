@@ -4,15 +4,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from alphabar.noising import BETA_SCHEDULES, CURVES, LOSSES, NOISES, TIMESTEPS, WEIGHTINGS
+from alphabar.noising import (
+    BETA_SCHEDULES,
+    CURVES,
+    LOSSES,
+    NOISES,
+    PRESETS,
+    SHAPED_TIMESTEPS,
+    TIMESTEPS,
+    WEIGHTINGS,
+)
 from alphabar.noising.utils.registry import Registry
-from alphabar.sampling import GRIDS, METHODS, STANDALONE
+from alphabar.sampling import GRIDS, MATRICES, METHODS, STANDALONE
 from alphabar.training import EMA_PROFILES
 from alphabar.training.cli.plot import PICTURES
 
 REGISTRIES: tuple[Registry[Any], ...] = (
-    *(BETA_SCHEDULES, CURVES, LOSSES, NOISES, TIMESTEPS, WEIGHTINGS),
-    *(GRIDS, METHODS, STANDALONE, EMA_PROFILES, PICTURES),
+    *(BETA_SCHEDULES, CURVES, LOSSES, NOISES, PRESETS, SHAPED_TIMESTEPS, TIMESTEPS, WEIGHTINGS),
+    *(GRIDS, MATRICES, METHODS, STANDALONE, EMA_PROFILES, PICTURES),
 )
 
 

@@ -19,6 +19,7 @@ from diffusers import StableDiffusionPipeline
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
+from PIL import Image
 from torch import Tensor
 
 from alphabar.callbacks import EMA, LossBySNR, ScheduleCheckpoint, ValidationSampling
@@ -357,25 +358,28 @@ def test_what_cannot_be_drawn_is_known_before_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "words"), [((3, 4, 8, 8), "its first frame"), ((2, 16000), "decode=")]
+    ("shape", "words"), [((2, 3, 4, 8, 8), "decode="), ((2, 16000), "sample_rate=.* or decode=")]
 )
-def test_videos_and_sounds_need_a_decoder(
+def test_what_has_no_picture_needs_a_decoder(
     tmp_path: Path, shape: tuple[int, ...], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
         ValidationSampling(shape=shape)
     fails(Toy(sample_shape=shape), tmp_path, words)
-    drawn = ValidationSampling(
-        "euler",
-        steps=2,
-        shape=(3, 4, 8, 8),
-        predict=lambda x, t: -x,
-        decode=lambda x: x[:, :, 0],
-        num_images=2,
-        on_error="raise",
-    )
-    train(tmp_path, drawn, max_epochs=1)
-    assert grids(tmp_path) == ["previews/step_00000006.png"]
+    for decode, frames in ((lambda x: x[:, :, 0], 1), (None, 4)):
+        drawn = ValidationSampling(
+            "euler",
+            steps=2,
+            shape=(3, 4, 8, 8),
+            predict=lambda x, t: -x,
+            decode=decode,
+            num_images=2,
+            on_error="raise",
+        )
+        train(tmp_path / str(frames), drawn, max_epochs=1)
+        (grid,) = grids(tmp_path / str(frames))
+        with Image.open(tmp_path / str(frames) / grid) as image:
+            assert (grid, getattr(image, "n_frames", 1)) == ("previews/step_00000006.png", frames)
 
 
 class Recording(Toy):

@@ -326,16 +326,17 @@ HEAVY = (
 
 LINES = """
 import argparse, sys
-import alphabar.noising
 import alphabar.training as t
 from alphabar.training.cli import main
 
-main(["samplers"])
-main(["inspect", FOLDER])
 try:
     main(["--help"])
 except SystemExit:
     pass
+assert "torch" not in sys.modules, "seconds, for a page of text"
+main(["samplers"])
+assert not [m for m in sys.modules if m.startswith(("alphabar.training.loops", "torch.distributed.fsdp"))]
+main(["inspect", FOLDER])
 p = argparse.ArgumentParser()
 t.add_noising_arguments(p)
 t.noising_from_arguments(p.parse_args([]))
@@ -355,7 +356,8 @@ def test_the_module_is_where_it_was() -> None:
     import alphabar.training as training
 
     assert training.DiffusionModule.__name__ == "DiffusionModule"
-    assert "DiffusionModule" in training.__all__
+    assert all(hasattr(training, name) for name in training.__all__)
+    assert set(training.__all__) == set(training._PLACES) <= set(dir(training))
     with pytest.raises(
         AttributeError, match=r"module 'alphabar\.training' has no attribute 'DiffusionModul'"
     ):

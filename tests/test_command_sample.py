@@ -18,11 +18,9 @@ from diffusers import (
     DiffusionPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
-    UNet2DModel,
 )
 from PIL import Image
 from safetensors import safe_open
-from torch import nn
 
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Sampler
@@ -31,38 +29,10 @@ from alphabar.training import load_checkpoint
 from alphabar.training.cli import main
 from alphabar.training.ema.posthoc import save_snapshot
 from alphabar.training.images import save_grid
-from alphabar.training.networks import network_config
+from tiny_checkpoint import SCHEDULE, checkpoint_of, unet, written
 from tiny_pipeline import make_pipeline, make_pipeline_xl
 
-SCHEDULE = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
 FAST = ["--steps", "2", "--num_images", "3", "--batch_size", "2"]
-
-
-def unet(channels: int = 1, **options: Any) -> UNet2DModel:
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8, in_channels=channels, out_channels=channels, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
-        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False, **options,
-    )  # fmt: skip
-
-
-def checkpoint_of(
-    network: nn.Module, shape: tuple[int, ...] = (1, 8, 8), **more: Any
-) -> dict[str, Any]:
-    state = {f"network.{name}": value for name, value in network.state_dict().items()}
-    config = network_config(network)
-    return {
-        "state_dict": state,
-        "noise_schedule": SCHEDULE.to_config(),
-        "network": config,
-        "sample_shape": list(shape),
-        **more,
-    }
-
-
-def written(folder: Path, checkpoint: Any, name: str = "a.ckpt") -> Path:
-    torch.save(checkpoint, folder / name)
-    return folder / name
 
 
 def pixels(path: Path) -> torch.Tensor:

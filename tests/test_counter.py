@@ -65,10 +65,10 @@ def test_known_answers(words: Any, key: Any, expected: Any, xp: ModuleType) -> N
         )
 
 
-def plain(block: int, index: int, step: int, stream: int, seed: int) -> list[int]:
-    """Philox4x32-10 word by word (Salmon et al. 2011, §4.3)."""
+def plain(block: int, index: int, step: int, stream: int, seed: int, rounds: int = 10) -> list[int]:
+    """Philox4x32 word by word (Salmon et al. 2011, §4.3)."""
     x, key = [block, index, step, stream], [seed & WORD, seed >> 32]
-    for _ in range(10):
+    for _ in range(rounds):
         a, b = 0xD2511F53 * x[0], 0xCD9E8D57 * x[2]
         x = [(b >> 32) ^ x[1] ^ key[0], b & WORD, (a >> 32) ^ x[3] ^ key[1], a & WORD]
         key = [(key[0] + 0x9E3779B9) & WORD, (key[1] + 0xBB67AE85) & WORD]
@@ -226,9 +226,9 @@ ALONG = {
 }
 
 
-@pytest.mark.parametrize("along", ALONG)
-def test_numbers_along_a_counter_are_independent(along: str) -> None:
-    z = ALONG[along]().double()
+def independent(z: Tensor) -> None:
+    """Fail unless rows of 8 numbers are independent standard normal ones."""
+    z = z.double()
     standard(z)
     for lag in (1, 2, 64):
         products = (z[lag:] * z[:-lag]).flatten()
@@ -238,6 +238,49 @@ def test_numbers_along_a_counter_are_independent(along: str) -> None:
     radius = (z[:, ::2] ** 2 + z[:, 1::2] ** 2) / 2  # of Box and Muller's pairs
     angle = torch.atan2(z[:, 1::2], z[:, ::2]) / (2 * math.pi) + 0.5
     assert kolmogorov(torch.exp(-radius)) < 1.95 and kolmogorov(angle) < 1.95
+
+
+@pytest.mark.parametrize("along", ALONG)
+def test_numbers_along_a_counter_are_independent(along: str) -> None:
+    independent(ALONG[along]())
+
+
+def of_few_rounds(rounds: int) -> Tensor:
+    """8 numbers for each of 4,000 indices, from Philox of fewer rounds than ten."""
+    rows = []
+    for index in range(4000):
+        words = [w for block in (0, 1) for w in plain(block, index, 0, 0, 9, rounds)]
+        rows.append(words)
+    columns = np.array(rows, dtype=np.int64).reshape(-1, 2, 4).transpose(2, 0, 1)
+    pairs = np.stack(philox.normal(np, tuple(columns)))  # (cosine or sine, pair, index, block)
+    return torch.as_tensor(pairs.transpose(2, 3, 1, 0).reshape(-1, 8).copy())
+
+
+BROKEN = {
+    "half of a seed is lost": lambda: draws([0] * 4000, [s & WORD for s in range(5, 4000 << 32, 1 << 32)]).normal(8),
+    "a counter is used twice": lambda: torch.cat([draws(step=step // 2).normal(8) for step in range(1500)]),
+    "a counter is used again later": lambda: draws([i % 64 for i in range(4000)]).normal(8),
+    "three rounds": lambda: of_few_rounds(3),
+    "one number for two elements": lambda: draws(range(4000)).normal(4).repeat_interleave(2, 1),
+    "a variance of 1.06": lambda: 1.06**0.5 * draws(range(4000)).normal(8),
+    "a mean of 0.03": lambda: 0.03 + draws(range(4000)).normal(8),
+    "no tail": lambda: draws(range(4000)).normal(8).clamp(-2.5, 2.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_the_statistics_notice_a_broken_source(name: str) -> None:
+    with pytest.raises(AssertionError):
+        independent(BROKEN[name]())
+
+
+def test_ten_rounds_by_the_statistics_and_seven_by_the_known_answers() -> None:
+    """Seven rounds pass every known statistical test (Salmon et al. 2011, table 2)."""
+    independent(of_few_rounds(10))
+    for (block, index, step, stream), key, expected in KNOWN:
+        seed = key[0] | key[1] << 32
+        assert plain(block, index, step, stream, seed) == list(expected)
+        assert plain(block, index, step, stream, seed, 7) != list(expected)
 
 
 def test_uniform_numbers() -> None:
@@ -259,6 +302,21 @@ def test_no_repeats_in_a_million() -> None:
     ]
     bits = torch.stack(drawn)
     assert bits.numel() == 2_000_000 and len(bits.unique()) == bits.numel()
+
+
+@pytest.mark.parametrize("count", [1_000_000, pytest.param(10_000_000, marks=pytest.mark.slow)])
+def test_no_two_of_many_keys_draw_the_same(count: int) -> None:
+    """A number of 64 bits of each key (seed, step, index), of which one seed differs by high bits.
+
+    Among 1e7 numbers of 64 random bits there are two equal ones once in 370,000 tries.
+    """
+    seeds, steps = (3, 3 + 2**32, 2**63), (0, 1, 2**31, 10**6)
+    share = count // (len(seeds) * len(steps)) + 1
+    drawn = [
+        draws(range(0, 97 * share, 97), seed, step).bits(1) for seed in seeds for step in steps
+    ]
+    bits = torch.cat(drawn).flatten().sort().values
+    assert bits.numel() >= count and bool((bits[1:] != bits[:-1]).all())
 
 
 @pytest.mark.parametrize("bit", [0, 31, 32, 63])

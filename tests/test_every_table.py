@@ -5,6 +5,9 @@ numbers however they are said.
 from __future__ import annotations
 
 import math
+import pickle
+import sys
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -15,9 +18,11 @@ import torch
 from alphabar.noising import NoiseSchedule, resolution_shift
 from alphabar.noising.utils.validation import real_number, whole_number
 from alphabar.sampling import CLEAN, METHODS, RePaint, Sampler, VQDiffusion, make_knots
+from alphabar.sampling import knots as knots_module
+from alphabar.sampling import sampler as sampler_module
 from alphabar.sampling import table as table_module
 from alphabar.sampling.standalone.vq_diffusion import TokenSchedule
-from alphabar.sampling.table import ROUNDINGS, point_mass_defects
+from alphabar.sampling.table import ROUNDINGS, PackedSteps, Table, point_mass_defects
 from oracles import Gaussian, moments
 
 SCALED = NoiseSchedule.scaled_linear()
@@ -239,3 +244,108 @@ def test_the_check_of_marginals_may_join_noises(name: str, monkeypatch: pytest.M
     monkeypatch.setattr(table_module, "MAX_DIRECTIONS", 1)
     for (ours, rounding), (theirs, _) in zip(point_mass_defects(table), kept, strict=True):
         assert abs(ours - theirs) <= 4 * rounding
+
+
+# long tables and construction
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_packed_steps_are_the_steps(method: str) -> None:
+    options = {"lcm": {"original_steps": 100}}.get(method, {})
+    schedule = SCHEDULES["zero_snr" if METHODS[method].order != 0 else "scaled_linear"]
+    if method == "ddim_inverse":
+        schedule = SCALED
+    steps = Sampler(schedule, method, 30, **options).table.steps
+    packed = PackedSteps.of(steps)
+    assert tuple(packed) == steps and packed[-1] == steps[-1] and packed[1:3] == steps[1:3]
+    assert packed == PackedSteps.of(packed) and hash(packed) == hash(PackedSteps.of(steps))
+    assert len(packed.patterns) < 30  # so that a long table is small
+
+
+def test_packed_steps_keep_the_bounds_of_rounding() -> None:
+    """They are followed only where the rows alone explain too little of the rounding."""
+    schedule = SCHEDULES["squaredcos_cap_v2"].with_prediction("flow_prediction")
+    table = Sampler(schedule, "unipc", 2, predict_x0=False).table
+    assert table.steps[0].sizes and not Sampler(schedule, "unipc", 2).table.steps[0].sizes
+    packed = PackedSteps.of(table.steps)
+    for step, kept in zip(table.steps, packed, strict=True):
+        assert [step.sizes, step.ops[0].sizes] == [kept.sizes, kept.ops[0].sizes]
+    assert list(point_mass_defects(replace(table, steps=packed))) == list(point_mass_defects(table))
+
+
+@pytest.mark.parametrize("method", ["sa_solver_pece", "seeds_3", "dpmpp_2m_sde"])
+def test_a_table_of_a_thousand_steps_is_at_most_a_megabyte(method: str) -> None:
+    table = Sampler(SCALED, method, 1000, "karras").table
+    assert isinstance(table.steps, PackedSteps) and len(table.steps) == 1000
+    assert memory(table.steps, set()) + memory(table.knots, set()) < 1e6
+    assert len(pickle.dumps(table)) < 1e6
+
+
+def memory(value: Any, seen: set[int]) -> int:
+    """Return the bytes of a value and of all that it refers to, each object counted once."""
+    if id(value) in seen or isinstance(value, type):
+        return 0
+    seen.add(id(value))
+    parts = (
+        value
+        if isinstance(value, tuple | list)
+        else vars(value)
+        if hasattr(value, "__dict__")
+        else ()
+    )
+    slots = [getattr(value, name) for name in getattr(value, "__slots__", ())]
+    return sys.getsizeof(value) + sum(memory(part, seen) for part in (*parts, *slots))
+
+
+def test_a_packed_table_gives_the_same_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sample() -> torch.Tensor:
+        sampler_module._compile.cache_clear()
+        sampler = Sampler(SCALED, "dpmpp_2m_sde", 40, "karras")
+        kinds.append(type(sampler.table.steps))
+        return sampler(lambda x, t: torch.tanh(x), (1, 4), seeds=0)
+
+    kinds: list[type] = []
+    plain = sample()
+    monkeypatch.setattr(table_module, "MOST_UNPACKED", 39)
+    assert torch.equal(sample(), plain) and kinds == [tuple, PackedSteps]
+
+
+@pytest.mark.parametrize(
+    "method, options, most",
+    [
+        ("seeds_3", {}, 1),
+        ("dpmpp_2s_ancestral", {"eta": 0.5}, 1),
+        ("dpm_2", {"s_churn": 8.0}, 2),  # the middle of a step that starts at a raised knot
+        ("tcd", {}, 1),
+        ("pndm", {}, 1),
+        ("dpmpp_2m", {}, 0),
+    ],
+)
+def test_points_between_the_knots_are_looked_up_together(
+    method: str, options: dict[str, Any], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look-ups of a table do not grow with its steps, and their points are the right ones."""
+    calls: list[int] = []
+    for name in ("knots_at_half_log_snr", "knots_at"):
+        function = getattr(knots_module, name)
+
+        def counted(schedule: NoiseSchedule, at: Any, function: Any = function) -> Any:
+            calls.append(len(at))
+            return function(schedule, at)
+
+        monkeypatch.setattr(knots_module, name, counted)
+    alone = Sampler(SCALED, method, 20, **options).table
+    for steps in (10, 40):
+        calls.clear()
+        Sampler(SCALED, method, steps, **options)
+        assert len(calls) == most, calls
+    monkeypatch.setattr(knots_module, "MAX_FORECASTS", 0)
+    sampler_module._compile.cache_clear()
+    calls.clear()
+    each = Sampler(SCALED, method, 20, **options).table
+    assert len(calls) >= 3 * most and rows_of(each) == pytest.approx(rows_of(alone))
+
+
+def rows_of(table: Table) -> list[float]:
+    rows = [dict(row) for step in table.steps for row in step.carry]
+    return [row.get(k, 0.0) for row in rows for k in range(9)]

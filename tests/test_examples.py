@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from alphabar.noising import NoiseSchedule
+from alphabar.training.cli.command import main as command_line
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 V_ZERO_SNR = ["--prediction_type", "v_prediction", "--rescale_betas_zero_snr"]
@@ -175,3 +176,27 @@ def test_plain_loop(tmp_path: Path) -> None:
     )
     assert scheduler.config["prediction_type"] == "v_prediction"
     assert len((EXAMPLES / "plain_loop.py").read_text().splitlines()) < 60
+
+
+def test_flow(tmp_path: Path) -> None:
+    """Train and go on; then the second command of its docstring, on what the first has left."""
+    example = load("train_flow")
+    example.make_network = lambda: diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), num_class_embeds=example.NO_CLASS + 1,
+    )  # fmt: skip
+    for steps in ("1", "2"):
+        flags = ["--max_steps", steps, "--batch_size", "2", "--preview_every", "1"]
+        checkpoint = example.main([*flags, "--out", str(tmp_path)])
+    for name in ("previews/step_00000002_ema.png", "loss_by_snr/step_00000002.png", "tensorboard"):
+        assert (tmp_path / name).exists(), name
+    (command,) = [
+        line.split() for line in example.__doc__.splitlines() if "alphabar sample" in line
+    ]
+    command[2:3] = [str(checkpoint)]
+    command[-1:] = ["2", "--steps", "2", "--out", str(tmp_path / "samples.png")]
+    assert command_line(command[1:]) == 0
+    with Image.open(tmp_path / "samples.png") as image:
+        assert image.size[0] > 8
+    schedule = NoiseSchedule.from_pretrained(tmp_path, subfolder="scheduler")
+    assert schedule.prediction.name == "flow_prediction"

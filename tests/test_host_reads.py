@@ -37,7 +37,7 @@ def test_a_table_runs_without_host_reads(name: str, monkeypatch: pytest.MonkeyPa
     assert counted.operations <= most * left
 
 
-@pytest.mark.parametrize("name", [name for name in NOISES if name != "immiscible"])
+@pytest.mark.parametrize("name", [name for name, kind in NOISES.items() if not kind.batch_wide])
 def test_noising_reads_nothing_after_the_first_batch(name: str) -> None:
     """Immiscible noise solves its assignment on the host, as it says."""
     noising = Noising(NoiseSchedule.linear(), weighting="min_snr", noise=name)

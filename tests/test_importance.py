@@ -6,10 +6,7 @@ import copy
 import io
 import json
 import math
-import os
 import pickle
-import subprocess
-import sys
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -30,6 +27,7 @@ from alphabar.noising import (
 )
 from alphabar.noising.timesteps.importance import SecondMoments
 from oracles import SCHEDULES
+from two_processes import last_words, run_two_ranks
 
 ZTSNR, FLOW = SCHEDULES["ztsnr"], NoiseSchedule.flow()
 FOUR = NoiseSchedule.from_betas([0.1, 0.2, 0.3, 0.4])
@@ -338,8 +336,10 @@ import json, os, sys, torch
 import torch.distributed as dist
 from alphabar.noising import LossSecondMoment, NoiseSchedule, Noising
 
-rank, store, out, state = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+rank, root = int(os.environ["LOCAL_RANK"]), sys.argv[1]
+os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+state = f"{root}/state.pt"
+dist.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=2)
 schedule = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
 
 def noising():
@@ -365,7 +365,8 @@ again.load_state_dict(torch.load(state, weights_only=True))
 resumed = train(again, range(9, 14))
 again.loss_history.commit(-1)
 state = again.loss_history.get_extra_state()
-json.dump([seen, resumed, state["losses"].tolist(), state["counts"].tolist()], open(out, "w"))
+with open(f"{root}/{rank}.json", "w") as out:
+    json.dump([seen, resumed, state["losses"].tolist(), state["counts"].tolist()], out)
 dist.barrier()
 sys.stdout.flush()
 os._exit(0)
@@ -373,29 +374,9 @@ os._exit(0)
 
 
 def test_two_processes_share_one_history(tmp_path: Path) -> None:
-    outs = [tmp_path / f"{rank}.json" for rank in range(2)]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-    }
-    store, state = str(tmp_path / "store"), str(tmp_path / "state.pt")
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), store, str(out), state],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, out in enumerate(outs)
-    ]
-    try:
-        errors = [worker.communicate(timeout=120)[1] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], errors
-    ranks = [json.loads(out.read_text()) for out in outs]
+    (tmp_path / "worker.py").write_text(WORKER)
+    assert run_two_ranks(tmp_path / "worker.py", tmp_path) == [0, 0], last_words(tmp_path)
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     alone = Noising(ZTSNR, timesteps=SMALL, seed=6)
     whole = train(alone, range(14))
     losses, counts = state_of(alone)

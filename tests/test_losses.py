@@ -53,7 +53,9 @@ FORMULAS: dict[str, Callable[[Tensor, float], Tensor]] = {
         2 * c * ((d**2 + c**2).sqrt() - c)
     ),  # loss_type "huber" of sd-scripts
     "smooth_l1": lambda d, c: 2 * ((d**2 + c**2).sqrt() - c),  # loss_type "smooth_l1" of sd-scripts
+    "contrastive": lambda d, c: d**2,  # the part of a sample's own target
 }
+ALONE = [name for name, kind in LOSSES.items() if not kind.batch_wide]
 SMALL_AND_LARGE: dict[
     str, tuple[Callable[[float, float], float], Callable[[float, float], float]]
 ] = {
@@ -170,7 +172,7 @@ def test_the_flow_s_snr_threshold_is_of_noise_over_signal() -> None:
 
 
 @pytest.mark.parametrize(
-    "loss", [*LOSSES, Huber(c=0.3, schedule="exponential", scale=2.0), SmoothL1(c=0.2)], ids=repr
+    "loss", [*ALONE, Huber(c=0.3, schedule="exponential", scale=2.0), SmoothL1(c=0.2)], ids=repr
 )
 @pytest.mark.parametrize("schedule", [ZTSNR, FLOW], ids=["ztsnr", "flow"])
 def test_the_loss_of_a_batch(loss: str | Loss, schedule: NoiseSchedule) -> None:

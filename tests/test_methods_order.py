@@ -148,7 +148,7 @@ def test_third_order_blocks_on_an_even_grid() -> None:
     """DPM-Solver-3 assumes its points at thirds of the step: it is of order 3 where they are, and
     of order 2 elsewhere.
     """
-    formula, counts = METHODS["dpm_solver_singlestep"].formula, (48, 96, 192)
+    formula, counts = METHODS["dpm_solver_singlestep"].formula, (96, 192)
     for options in ({}, {"algorithm": "dpmsolver"}, {"solver_type": "heun"}):
         assert oracles.global_order(
             formula, grid=even_grid, counts=counts, order=3, **options
@@ -320,7 +320,7 @@ def test_point_mass(method: Method) -> None:
         schedule = allowed(SCHEDULES[name])[index]
         table = Sampler(schedule, method, steps, grid).table
         if not table.point_mass:
-            assert method.name == "score_sde_vp", (
+            assert method.name in ("score_sde_vp", "flow_sde"), (
                 "a formula that misses the marginals must be known here"
             )
             return

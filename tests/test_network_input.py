@@ -214,7 +214,8 @@ def test_training_and_validation_step(schedule: NoiseSchedule, tmp_path: Path) -
                       enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path)  # fmt: skip
     with heard(module.noising, module.validation_noising) as seen:
         trainer.fit(module, data, data)
-    assert len(seen) == 2 + 2 + 2  # the sanity check, training, validation
+    validation = 2 * (1 + 8)  # two batches: val_loss and the noise levels
+    assert len(seen) == validation + 2 + validation  # the sanity check, training, validation
     assert_as_a_sampler_would(probe, seen, schedule)
 
 

@@ -44,7 +44,7 @@ KINDS: dict[str, Any] = {
     "chain": Chain((Pyramid(), Offset(0.2), InputPerturbation(0.1))),
 }
 ONLY_INPUT = {"input_perturbation", "perturbation random", "perturbation decaying"}
-BATCH_WIDE = {"immiscible"}
+BATCH_WIDE = {name for name, kind in NOISES.items() if kind.batch_wide}
 
 
 def batch_of(count: int, seed: int = 0) -> Tensor:

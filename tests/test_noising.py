@@ -9,8 +9,9 @@ import json
 import math
 import os
 import random
-import subprocess
-import sys
+import signal
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,9 @@ from torch import Tensor
 from alphabar.noising import (
     NOISES,
     TIMESTEPS,
+    Discrete,
     Huber,
+    InputPerturbation,
     MinSNR,
     Noised,
     NoiseSchedule,
@@ -33,8 +36,9 @@ from alphabar.noising import (
     UniformTimesteps,
 )
 from alphabar.noising.utils import rng
-from alphabar.noising.utils.rng import Draws
+from alphabar.noising.utils.rng import Draws, Stream
 from oracles import EVERY_SCHEDULE, SCHEDULES, allowed
+from two_processes import last_words, run_two_ranks
 
 FLOW, ZTSNR = SCHEDULES["flow"], SCHEDULES["ztsnr"]
 DENSITIES = list(TIMESTEPS)
@@ -65,6 +69,109 @@ def test_the_compiled_pass_gives_the_same_bits(
     once = noising(x0, step=3)
     monkeypatch.setattr(rng, "loops", lambda: None)
     assert equal(once, noising(x0, step=3))
+
+
+KINDS_OF_ONE_PASS: list[Any] = [
+    "offset",
+    Offset(0.3, random_strength=True, probability=0.5),
+    "pyramid",
+    "input_perturbation",
+    InputPerturbation(0.2, random_strength=True, decay_steps=9),
+    ["input_perturbation", "offset"],
+    ["pyramid", "input_perturbation", "gaussian"],
+    ["offset", "pyramid"],  # not in one pass
+    ["offset", "offset"],
+]
+
+
+@pytest.mark.parametrize("size", [(3, 8, 8), (4, 33, 40), (2, 5, 7, 9), (3, 17)], ids=str)
+@pytest.mark.parametrize("kinds", KINDS_OF_ONE_PASS, ids=str)
+def test_kinds_of_noise_in_one_pass_have_the_same_bits(
+    kinds: Any, size: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noising, x0 = Noising(ZTSNR, noise=kinds, seed=2**40 + 1).eval(), torch.randn(5, *size)
+    once = noising(x0, step=3)
+    again = once.replaced(weight=2 * once.weight)  # does not read the noise
+    monkeypatch.setattr(rng, "loops", lambda: None)
+    plain = noising(x0, step=3)
+    assert equal(once, plain)
+    assert torch.equal(again.noise, plain.noise) and torch.equal(again.weight, 2 * plain.weight)
+
+
+@pytest.mark.parametrize("count", [2, 3, 1000, 1_000_000])
+def test_uniform_timesteps_of_one_loop(count: int) -> None:
+    curve = Discrete(num_train_timesteps=count)
+    table = torch.arange(5)[:, None] + torch.arange(count).float()
+    draws = Draws(5, range(20_000), step=4, stream=Stream.TRAINING_NOISE)
+    t, levels, *_ = draws.noised_at_uniform_times(torch.zeros(20_000, 1), table, None, None, None)
+    u = 1 - draws.of(Stream.TRAINING_TIME).uniform(dtype=torch.float64)
+    assert torch.equal(t, UniformTimesteps().times(u, curve)) and t.dtype == torch.int64
+    assert torch.equal(levels, table[:, t])
+
+
+def test_the_noise_is_made_when_it_is_read() -> None:
+    noising, x0 = Noising(FLOW, timesteps="loss_second_moment"), batch_of(3)
+    noised = noising(x0, step=2)
+    assert "noise" not in vars(noised) and "noise" not in vars(copy.copy(noised))
+    expected = noising.draw(range(3), (3, 4, 5), step=2, total=3).noise
+    for one in (noised, noised.to("cpu"), copy.deepcopy(noised).replaced(), noised.replaced()):
+        assert torch.equal(one.noise, expected) and "noise" in vars(one)
+    assert noised.noise is noised.noise
+    with pytest.raises(AttributeError, match="'Noised' object has no attribute 'noises'"):
+        noised.noises  # noqa: B018
+
+
+def in_threads(call: Callable[[], Any], count: int) -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        return call()
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kinds", ["gaussian", "offset", "pyramid"])
+def test_threads_change_no_bit(kinds: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    noising, x0 = Noising(ZTSNR, noise=kinds).eval(), batch_of(7)
+    expected = noising(x0, step=3)
+    expected.noise  # noqa: B018
+    used: list[str] = []
+    loops, thread = rng.loops(), threading.current_thread().name
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            def loop(*arguments: Any) -> Any:
+                used.append(threading.current_thread().name)
+                return getattr(loops, name)(*arguments)
+
+            return loop
+
+    watched = Watched()
+    monkeypatch.setattr(rng, "loops", lambda: watched)
+    monkeypatch.setattr(rng, "_PART", 60)
+    for count in (2, 3, 16):
+        used.clear()
+        assert equal(in_threads(lambda: noising(x0, step=3), count), expected)
+        assert set(used) > {thread}
+
+
+def test_a_fork_starts_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rng, "_PART", 60)
+    noising, x0 = Noising(ZTSNR).eval(), batch_of(7)
+    expected = in_threads(lambda: noising(x0, step=3), 2)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            signal.alarm(20)
+            same = equal(in_threads(lambda: noising(x0, step=3), 2), expected)
+            os.write(writer, b"same" if same else b"different")
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writer)
+    assert os.read(reader, 9) == b"same"
+    os.close(reader)
 
 
 def test_batches_that_the_compiled_pass_does_not_take() -> None:
@@ -240,12 +347,13 @@ def test_samples_do_not_depend_on_how_the_step_is_split(
 
 
 WORKER = """
-import json, sys, torch
+import json, os, sys, torch
 import torch.distributed as dist
 from alphabar.noising import NoiseSchedule, Noising
 
-rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+rank, root = int(os.environ["LOCAL_RANK"]), sys.argv[1]
+os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+dist.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=2)
 torch.manual_seed(100 + rank)
 schedule = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
 results = []
@@ -257,34 +365,15 @@ for timesteps in ("uniform", "stratified"):
             results.append((noised.timesteps.tolist(), noised.noise.tolist()))
 dist.barrier()
 dist.destroy_process_group()
-json.dump(results, open(out, "w"))
+with open(f"{root}/{rank}.json", "w") as out:
+    json.dump(results, out)
 """
 
 
 def test_two_processes_draw_what_one_draws(tmp_path: Path) -> None:
-    outs = [tmp_path / f"{rank}.json" for rank in range(2)]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-c", WORKER]
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store"), str(out)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, out in enumerate(outs)
-    ]
-    try:
-        errors = [worker.communicate(timeout=120)[1] for worker in workers]
-    finally:
-        for worker in workers:  # one that waits for the other for ever
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], errors
-    ranks = [json.loads(out.read_text()) for out in outs]
+    (tmp_path / "worker.py").write_text(WORKER)
+    assert run_two_ranks(tmp_path / "worker.py", tmp_path) == [0, 0], last_words(tmp_path)
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     place = 0
     for timesteps in ("uniform", "stratified"):
         noising = Noising(ZTSNR, timesteps=timesteps, noise="offset", seed=7)
@@ -426,6 +515,7 @@ def test_the_extreme_draws(schedule: NoiseSchedule, monkeypatch: pytest.MonkeyPa
     """What is drawn lies in [0, 1): its 0 must be pure noise, which a model has to learn, and not a
     clean sample.
     """
+    monkeypatch.setattr(rng, "loops", lambda: None)
     for u, expected in ((0.0, schedule.curve.t_max), (1 - 2**-53, 0.0)):
         monkeypatch.setattr(
             Draws, "uniform", lambda self, u=u, dtype=None: torch.full((1,), u, dtype=dtype)

@@ -2,21 +2,28 @@
 what it does not run.
 """
 
+import base64
 import dataclasses
 import html
+import io
 import json
+import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from alphabar.training import Media
 from alphabar.training.publishing.html import render
 from alphabar.training.publishing.publish import Preview, publish
 
@@ -320,3 +327,98 @@ def test_package_data_is_declared() -> None:
     }
     assert lying == {"training/publishing/page.html"}
     assert '"alphabar.training.publishing" = ["page.html"]' in text
+
+
+@contextmanager
+def opened(page: Path, profile: Path) -> Iterator[Callable[..., dict[str, Any]]]:
+    """A browser with the page, whose clock runs; yields ``call(method, **parameters)`` of its
+    DevTools protocol, over a pipe.
+    """
+    assert BROWSER is not None
+    (theirs, ours), (answers, their_answers) = os.pipe(), os.pipe()
+    pipes = f'exec "$0" "$@" 3<&{theirs} 4>&{their_answers}'
+    command = [BROWSER, *FLAGS, f"--user-data-dir={profile}", "--remote-debugging-pipe"]
+    process = subprocess.Popen(
+        ["bash", "-c", pipes, *command],  # sh takes numbers of one digit
+        pass_fds=(theirs, their_answers),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    os.close(theirs)
+    os.close(their_answers)
+    session: dict[str, str] = {}
+    with open(ours, "wb", buffering=0) as requests, open(answers, "rb", buffering=0) as replies:
+        rest, number = b"", 0
+
+        def call(method: str, **parameters: Any) -> dict[str, Any]:
+            nonlocal rest, number
+            number += 1
+            message = {"id": number, "method": method, "params": parameters, **session}
+            requests.write(json.dumps(message).encode() + b"\0")
+            while True:
+                while b"\0" not in rest:
+                    got = replies.read(1 << 20)
+                    assert got, "the browser closed"
+                    rest += got
+                one, _, rest = rest.partition(b"\0")
+                answer = json.loads(one)
+                if answer.get("id") == number:
+                    return answer["result"]
+
+        try:
+            target = call("Target.createTarget", url=page.as_uri())["targetId"]
+            found = call("Target.attachToTarget", targetId=target, flatten=True)
+            session["sessionId"] = found["sessionId"]
+            yield call
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+@in_browser
+def test_videos_play(tmp_path: Path) -> None:
+    """Screenshots at different times show different frames, and each frame is seen."""
+    colours = torch.tensor([[250, 0, 0], [0, 251, 0], [0, 0, 252], [253, 0, 254]])
+    video = colours.to(torch.uint8).T[None, :, :, None, None].expand(1, 3, 4, 16, 16)
+    preview = dataclasses.replace(
+        drawn(500), images=video, seeds=(4,), captions=("",), media=Media(fps=3)
+    )
+    assert publish(preview, str(tmp_path), [], set()) == []
+    seen: set[int] = set()
+    with opened(tmp_path / "index.html", tmp_path / "profile") as call:
+        for _ in range(60):
+            shot = base64.b64decode(call("Page.captureScreenshot")["data"])
+            with Image.open(io.BytesIO(shot)) as image:
+                pixels = np.asarray(image.convert("RGB"))
+            shown = [k for k in range(4) if (pixels == colours[k].numpy()).all(2).sum() > 10_000]
+            assert len(shown) <= 1  # one frame at a time; none before the page is painted
+            seen.update(shown)
+            if len(seen) == 4:
+                break
+            time.sleep(0.1)
+    assert seen == {0, 1, 2, 3}
+
+
+@in_browser
+def test_films_and_sounds_have_players(browse: Callable[..., str], tmp_path: Path) -> None:
+    records = [
+        record | {"video": f"images/{index}.mp4"}
+        for index, record in enumerate(drawn(500).records())
+    ]
+    (tmp_path / "film.html").write_text(render(records, "films"))
+    found = Texts(browse("view=one", page=tmp_path / "film.html"))
+    films = [
+        attributes["src"]
+        for tag, attributes in found.tags
+        if tag == "video" and "src" in attributes
+    ]
+    assert films == [f"images/{index}.mp4" for index in range(3)]
+    for record in records:
+        record["sound"] = record.pop("video").replace(".mp4", ".wav")
+    page = tmp_path / "sound.html"
+    click = "<script>document.querySelector('.picture').click()</script></body>"
+    page.write_text(render(records, "sounds").replace("</body>", click))
+    text = browse("view=one", page=page)
+    assert re.search(r'<audio id="sound"[^>]* src="images/0.wav"', text)
+    assert re.search(r'<video id="film"[^>]* hidden', text)
+    assert sources(text) == names(*((500, "raw", row) for row in range(3)))

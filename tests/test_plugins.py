@@ -39,7 +39,7 @@ import argparse, sys, torch
 import alphabar.training
 assert "alphabar_outside" not in sys.modules, "imports must not load plugins"
 from alphabar.noising import Noising, NoiseSchedule
-from alphabar.sampling import Sampler
+from alphabar.sampling import RollingSampler, Sampler
 from alphabar.training import add_noising_arguments, noising_from_arguments
 from alphabar.training.cli import main
 from alphabar.training.flags.items import read_schedule
@@ -65,6 +65,10 @@ for grid in ("outside_halves", "outside_even"):
     sampler = Sampler(again, "outside_euler", 4, grid)
     x = sampler(lambda x, t: 0.1 * x, (2, 3, 8, 8), seeds=0)
     assert x.isfinite().all()
+noised = Noising(again, timesteps="outside_mirrored:axis=tokens")(torch.zeros(2, 4, 8), step=0)
+rolling = RollingSampler(sampler, "outside_pairs", chunks=4, axis="tokens")
+assert rolling.steps == 5 and noised.timesteps.shape == (2, 4)
+assert rolling(lambda x, t: 0.1 * x, (2, 4, 8), seeds=0).isfinite().all()
 named = Sampler(NoiseSchedule.linear(), "Outside Euler outside_even", 4)
 assert (named.method.name, named.grid) == ("outside_euler", "outside_even")
 assert main(["samplers"]) == 0 and main(["samplers", "outside_euler"]) == 0

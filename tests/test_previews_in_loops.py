@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from alphabar.callbacks import ValidationSampling
 from alphabar.noising import NoiseSchedule, Noising
-from alphabar.sampling import Sampler
+from alphabar.sampling import Sampler, Table
 from alphabar.training import (
     ModelEMA,
     Previews,
@@ -27,12 +27,13 @@ from alphabar.training import (
     sampler_from_settings,
     schedule_from_checkpoint,
 )
+from alphabar.training.fitting import tables
 from alphabar.training.images import to_pixels
 from alphabar.training.loops import loop as loop_module
 from alphabar.training.loops.forward import ForwardMode, ShardedForwardError
 from alphabar.training.publishing.settings import settings_of_sampler
 from callbacks_toy import files, one_thread
-from loops_toy import ADAPTIVE, SCHEDULE, SHAPE, STEPS, Net, previews, train
+from loops_toy import ADAPTIVE, FITTED, SCHEDULE, SHAPE, STEPS, Net, fit_little, previews, train
 from two_processes import last_words, run_two_ranks
 
 SCRIPT = Path(__file__).parent / "loops_two_ranks.py"
@@ -72,6 +73,7 @@ def pictures(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("kind", [*KINDS, *SHARDED])
 def test_training_is_bit_identical(ranks: list[dict[str, Any]], kind: str) -> None:
     harmless = ["raw", "both", "failing", "failing_zero", "lost", "memory", "enough"]
+    harmless += ["fitted", "fitted_failing"]
     for rank, report in enumerate(ranks):
         harmless = [name for name in harmless if name in report[kind]]
         plain = report[kind]["none"]
@@ -108,6 +110,45 @@ def test_pixels_are_those_of_one_process(root: Path, alone: dict[str, bytes], ki
     assert pictures(root / kind / "still") == alone
     assert pictures(root / kind / "raw").keys() == alone.keys()
     assert pictures(root / kind / "raw") != alone
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "fsdp2"])
+def test_a_table_is_fitted_by_all_ranks_together(
+    root: Path, ranks: list[dict[str, Any]], kind: str
+) -> None:
+    for report in ranks:
+        assert report[kind]["fitted"]["warnings"] == []
+    table = Table.load(root / kind / "fitted" / "fitted_raw_3.json")
+    assert table.provenance is not None and table.provenance.training_step == 2
+    assert (table.provenance.seeds, table.provenance.held_out) == (4, 4)  # of both ranks
+    lines = (root / kind / "fitted" / "previews.jsonl").read_text().splitlines()
+    assert all("of step 2" in json.loads(line)["note"] for line in lines)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fitted_table_is_that_of_one_process(
+    root: Path, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("FIT_SEEDS", "HELD_OUT_SEEDS", "fit_table"):
+        monkeypatch.setattr(tables, name, getattr(tables, name))  # put back what fit_little sets
+    fit_little()
+    with previews(tmp_path, **FITTED) as made:
+        made(Net(), step=2)
+    one, two = (
+        Table.load(folder / "fitted_raw_3.json")
+        for folder in (tmp_path, root / kind / "fitted_still")
+    )
+    assert [knot.timestep for knot in one.knots] == [knot.timestep for knot in two.knots]
+    for a, b in zip(one.steps, two.steps, strict=True):
+        for row, other in zip(a.carry, b.carry, strict=True):
+            assert [c for _, c in row] == pytest.approx([c for _, c in other], abs=1e-6)
+
+
+def test_a_fit_that_fails_on_one_rank_ends_on_both(root: Path, ranks: list[dict[str, Any]]) -> None:
+    (words,) = ranks[0]["torch"]["fitted_failing"]["warnings"][:1]
+    assert words.startswith("the fit of a table at step 2 ended: rank 1: RuntimeError: no memory")
+    assert ranks[1]["torch"]["fitted_failing"]["warnings"] == []
+    assert not (root / "torch" / "fitted_failing" / "fitted_raw_3.json").exists()
 
 
 def test_averages_draw_the_same_in_every_loop(root: Path) -> None:
@@ -337,7 +378,7 @@ def test_a_network_of_fabric_needs_its_fabric(tmp_path: Path) -> None:
         ({"loop": "cuda"}, TypeError, "^loop must be an Accelerator of accelerate, a Fabric"),
         ({"schedule": None}, TypeError, "^schedule must be the NoiseSchedule .* got NoneType"),
         ({"shape": None}, ValueError, r"^previews need the shape of a sample; give shape="),
-        ({"shape": (3, 4, 8, 8)}, ValueError, "give decode="),
+        ({"shape": (2, 3, 4, 8, 8)}, ValueError, "give decode="),
         ({"weights": "emma"}, ValueError, "unknown weights 'emma'; did you mean 'ema'"),
         ({"on_error": "rise"}, ValueError, "unknown on_error 'rise'; did you mean 'raise'"),
         ({"prompts": ["a"]}, ValueError, "^prompts need encode="),

@@ -273,3 +273,22 @@ def test_a_network_may_change_its_time() -> None:
 
     sampler(network, (2, 3), seeds=0)
     assert len(seen) == 7 and 0.0 not in seen[:-1]
+    with torch.inference_mode():
+        sampler(network, (2, 3), seeds=0)
+    sampler(network, (2, 3), seeds=0)
+    assert seen == 3 * seen[:7]  # tensors that are kept for the next run are not those
+
+
+def test_runs_of_one_sampler_may_be_interleaved() -> None:
+    """They share the kept times, of which a network may change one."""
+    sampler, seen = Sampler(NoiseSchedule.linear(), "ddim", 3), list[float]()
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(float(t[0]))
+        t.add_(1000)
+        return 0.1 * x
+
+    runs = [sampler.iterate(network, (2, 3), seeds=0) for _ in range(2)]
+    for _ in zip(*runs, strict=True):
+        pass
+    assert seen[::2] == seen[1::2] == sampler.timesteps

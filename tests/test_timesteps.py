@@ -376,7 +376,7 @@ def test_densities_compare_and_print_by_their_numbers() -> None:
         1, 2
     )
     assert len({LossSecondMoment(), LossSecondMoment(bins=100), LossSecondMoment(bins=10)}) == 2
-    assert repr(ModeTimesteps(scale=0.5)) == "ModeTimesteps(stratified=False, scale=0.5)"
+    assert repr(ModeTimesteps(scale=0.5)) == "ModeTimesteps(stratified=False, across=1, scale=0.5)"
 
 
 @pytest.mark.parametrize("name", [name for name in TIMESTEPS if "loss_second_moment" not in name])

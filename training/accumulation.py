@@ -13,9 +13,11 @@ So the batches of a step are identified by their numbers, and their samples are 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Trainer
+from torch.utils.data import DistributedSampler
 
 
 class Batch(NamedTuple):
@@ -89,3 +91,25 @@ def full_batch(loader: Any) -> int:
         if isinstance(size, int):
             return size
     return 0
+
+
+def samples_of(loaders: Any, number: int) -> int | None:
+    """Return the size of the data that a DistributedSampler splits with repetitions, or None.
+
+    Args:
+        loaders: a dataloader, or a sequence or mapping of them.
+        number: number of the dataloader.
+
+    >>> from torch.utils.data import DataLoader, DistributedSampler
+    >>> sampler = DistributedSampler(range(5), num_replicas=2, rank=0, shuffle=False)
+    >>> samples_of([DataLoader(range(5), sampler=sampler)], 0), samples_of(DataLoader([1]), 0)
+    (5, None)
+    """
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    loader = loaders[number] if isinstance(loaders, Sequence) else loaders
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
+        return None
+    dataset: Any = sampler.dataset
+    return len(dataset)

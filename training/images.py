@@ -134,10 +134,11 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
 
 
-def png_bytes(image: Tensor, texts: Mapping[str, str] | None = None) -> bytes:
+def png_bytes(image: Tensor, texts: Mapping[str, str] | None = None, fps: float = 8.0) -> bytes:
     """Return the content of a PNG file for a uint8 image (height, width, 1 or 3).
 
-    ``texts`` are stored in the file by their keywords.
+    Frames (frames, height, width, 1 or 3) give an animated PNG of ``fps`` frames a second, which
+    repeats. ``texts`` are stored in the file by their keywords.
 
     >>> png_bytes(torch.zeros(2, 2, 3, dtype=torch.uint8))[:4]
     b'\\x89PNG'
@@ -148,7 +149,9 @@ def png_bytes(image: Tensor, texts: Mapping[str, str] | None = None) -> bytes:
     for key, text in (texts or {}).items():
         # half a surrogate pair, which truncated text may end with, has no encoding
         info.add_text(key, text.encode(errors="replace").decode())
-    to_pil(image).save(buffer, format="PNG", pnginfo=info)
+    first, *rest = map(to_pil, image if image.ndim == 4 else [image])
+    options = {"append_images": rest, "duration": 1000 / fps, "loop": 0} if rest else {}
+    first.save(buffer, format="PNG", pnginfo=info, save_all=bool(rest), **options)
     return buffer.getvalue()
 
 

@@ -1,21 +1,32 @@
-"""A LightningModule for any network, with the training loss and a low-variance validation loss."""
+"""A LightningModule for any network, with the training loss and validation by noise level."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from ..noising import NoiseSchedule, Noising, Uniform
+from ..noising import NoiseSchedule, Noising, ShapedTimesteps, Uniform
 from ..noising.noising import prediction_tensor
 from ..noising.utils.rng import Draws, stream_of
-from .accumulation import Accumulation, full_batch, replicas
+from .accumulation import Accumulation, full_batch, replicas, samples_of
+from .loops.background import AT_THE_END, finish, pictures_of
+from .loops.complaints import Complaints, Failure
 from .networks import network_config
-
-VALIDATION_SEED = 20_240_229  # any fixed number: same validation noise in every run and epoch
+from .publishing.figures import publish_figure
+from .publishing.loggers import takes_images
+from .validation import (
+    VALIDATION_SEED,
+    ErrorsAtLevels,
+    LevelErrors,
+    plot_validations,
+    validation_times,
+)
 
 
 class DiffusionModule(LightningModule):
@@ -25,6 +36,13 @@ class DiffusionModule(LightningModule):
     depend on the number of processes or on gradient accumulation, even if the batches have
     different sizes. See :meth:`global_index` for samplers that distribute samples differently from
     a DistributedSampler.
+
+    Validation logs ``val_loss``, a low-variance estimate over uniform times, and the error at fixed
+    noise levels on fixed noise, each apart: ``val_loss_by_snr/0_zero_SNR``,
+    ``val_loss_by_snr/1_-10.0``, ..., and ``val_loss_by_snr/mean``. Loggers that take images get one
+    plot of all levels, with earlier validations of this process. The error is unweighted, in the
+    units of the target; see :mod:`alphabar.training.validation`. Each sample counts once: those
+    that a DistributedSampler repeats are left out of ``val_loss_by_snr``, not of ``val_loss``.
 
     The checkpoint contains the config of a diffusers network and the sample shape, so that sampling
     needs only the checkpoint's own files.
@@ -52,10 +70,13 @@ class DiffusionModule(LightningModule):
         null_label: the label for "no class", e.g. the number of classes, or a tensor of the shape
             of one label, e.g. the embedding of the empty prompt. Previews take it as
             ``ValidationSampling(null_class=...)``.
+        validation_levels: number of noise levels of the validation, at least 3. A validation batch
+            costs as many calls of the network, and one for ``val_loss``. 0 logs ``val_loss`` alone.
 
     Raises:
         TypeError: ``noising`` is not a Noising, or ``encode`` cannot be called.
-        ValueError: ``label_dropout`` is no share, or lacks ``label_key`` or ``null_label``.
+        ValueError: ``validation_levels`` is 1, 2 or negative; ``label_dropout`` is no share, or
+            lacks ``label_key`` or ``null_label``.
 
     >>> class Net(nn.Module):
     ...     def forward(self, x, t):
@@ -79,6 +100,7 @@ class DiffusionModule(LightningModule):
         encode: Callable[[Any], Any] | None = None,
         label_dropout: float = 0.0,
         null_label: int | Tensor | None = None,
+        validation_levels: int = 8,
     ) -> None:
         super().__init__()
         if not isinstance(noising, Noising):
@@ -107,8 +129,20 @@ class DiffusionModule(LightningModule):
         object.__setattr__(self, "_encode", encode)
         self.label_dropout, self.null_label = float(label_dropout), null_label
         self._accumulation = Accumulation()
+        times = noising.timesteps
+        if validation_levels:  # fails here, not in the first validation
+            validation_times(noising.schedule, validation_levels)
+        self.validation_levels = validation_levels
+        # by dataloader: the sums of the running validation, its samples so far, and what was found
+        self._at_levels: dict[int, ErrorsAtLevels] = {}
+        self._validated: dict[int, int] = {}
+        self._validations: dict[int, dict[int, LevelErrors]] = {}
+        self._complaints = Complaints("DiffusionModule")
         self.validation_noising = Noising(
-            noising.schedule, Uniform(), "stratified", seed=VALIDATION_SEED
+            noising.schedule,
+            Uniform(),
+            times.evenly() if isinstance(times, ShapedTimesteps) else "stratified",
+            seed=VALIDATION_SEED,
         )
 
     @property
@@ -246,7 +280,68 @@ class DiffusionModule(LightningModule):
         )
         loss = noised.loss(self.predict(noised.x, noised.timesteps, **conditioning))
         self.log("val_loss", loss, prog_bar=True, sync_dist=True, batch_size=x0.shape[0])
+        if self.validation_levels:
+            self._add_levels(x0, conditioning, dataloader_idx)
         return loss
+
+    # -- validation at fixed noise levels ----------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._at_levels, self._validated = {}, {}
+
+    def _add_levels(self, x0: Tensor, conditioning: Mapping[str, Any], loader: int) -> None:
+        sums = self._at_levels.get(loader)
+        if sums is None:
+            sums = ErrorsAtLevels(self.validation_noising, self.validation_levels)
+            self._at_levels[loader] = sums
+        start, batch = self._validated.get(loader, 0), len(x0)
+        self._validated[loader] = start + batch
+        rank, world_size = replicas(self.trainer)
+        samples = samples_of(self.trainer.val_dataloaders, loader)
+        repeated = [
+            samples is not None and (start + k) * world_size + rank >= samples for k in range(batch)
+        ]
+        index = self.global_index(start, batch)
+        sums.add(self.predict, x0, index, conditioning, [not one for one in repeated])
+
+    def on_validation_epoch_end(self) -> None:
+        for loader in sorted(self._at_levels):
+            found = self._at_levels[loader].reduced()
+            prefix = "val_loss_by_snr" + (f"/dataloader_{loader}" if loader else "")
+            self.log_dict(found.metrics(prefix), sync_dist=True)
+            self._validations.setdefault(loader, {})[self.trainer.global_step] = found
+            if self.trainer.is_global_zero:
+                try:
+                    self._publish(prefix, self._validations[loader])
+                except Exception as error:
+                    self._failed(error)
+        self._at_levels = {}
+
+    def _publish(self, tag: str, validations: Mapping[int, LevelErrors]) -> None:
+        trainer = self.trainer
+        loggers = [logger for logger in trainer.loggers if takes_images(logger)]
+        plotted = importlib.util.find_spec("matplotlib") is not None
+        if not loggers or not plotted or trainer.sanity_checking or trainer.fast_dev_run:
+            return
+        png = plot_validations(validations)
+        lane, step = pictures_of(trainer), trainer.global_step
+        publish_figure(lane, png, tag.replace("/", "_"), step, loggers, self._failed)
+
+    def _failed(self, error: Exception) -> None:
+        failure = Failure("the plot of the validation", error)
+        self._complaints.tell(str(failure), failure.kind)
+
+    def on_validation_end(self) -> None:
+        if self.trainer.state.fn == TrainerFn.VALIDATING:  # otherwise at the end of fit
+            self._finish()
+
+    def on_fit_end(self) -> None:
+        self._finish()
+
+    def _finish(self) -> None:
+        if self._validations:
+            finish(self.trainer, pictures_of(self.trainer), AT_THE_END)
+            self._complaints.sum_up()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         # no decay: a learned log-variance is a statistic of the loss, decay to 0 would bias it

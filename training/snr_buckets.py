@@ -6,7 +6,6 @@ Infinite log SNR at either end (a zero-SNR terminal step, a clean sample) has it
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..noising import NoiseSchedule
-from .plots.figure import COLOURS, LOG_SNR, new_figure
+from .plots.figure import COLOURS, LOG_SNR, new_figure, png_of
 
 FURTHEST = 15.0  # largest |log SNR| of an edge: beyond it, float32 sees only noise or only data
 COUNT, ERROR, LOSS, WEIGHT = range(4)  # rows of the sums
@@ -79,10 +78,18 @@ class Buckets:
         """
         return torch.zeros(4, len(self), device=device)
 
-    def add(self, sums: Tensor, log_snr: Tensor, errors: Tensor, weight: Tensor) -> None:
+    def add(
+        self,
+        sums: Tensor,
+        log_snr: Tensor,
+        errors: Tensor,
+        weight: Tensor,
+        counted: Tensor | None = None,
+    ) -> None:
         """Add samples to ``sums``, in place and without a sync of the device.
 
-        ``log_snr``, ``errors`` and ``weight`` have shape (batch,).
+        ``log_snr``, ``errors`` and ``weight`` have shape (batch,), or (batch, k) for k elements of
+        each sample. ``counted`` is True for those to add; None adds all.
 
         >>> buckets = Buckets.of(NoiseSchedule.flow(), 2)
         >>> sums = buckets.zeros(torch.device("cpu"))
@@ -96,7 +103,9 @@ class Buckets:
         ([0.0, 4.0, 3.0, 0.0], [0.0, 4.0, 2.0, 0.0])
         """
         rows = torch.stack([torch.ones_like(errors), errors, weight * errors, weight]).float()
-        sums.index_add_(1, self.index(log_snr), rows)
+        if counted is not None:
+            rows = torch.where(counted, rows, 0.0)
+        sums.index_add_(1, self.index(log_snr).flatten(), rows.flatten(1))
 
 
 def _index(log_snr: Tensor, edges: tuple[float, ...]) -> Tensor:
@@ -246,8 +255,6 @@ def plot(buckets: Buckets, sums: Tensor, title: str) -> bytes:
     >>> plot(Buckets.of(schedule, 4), torch.ones(4, 6), "step 500")[:4]
     b'\\x89PNG'
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     figure = new_figure(8, 6)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     x, ticks = _positions(buckets)
@@ -264,9 +271,7 @@ def plot(buckets: Buckets, sums: Tensor, title: str) -> bytes:
     _bars(below, x, _shares(sums[COUNT]).numpy(), _shares(sums[LOSS]).numpy())
     below.set_xticks(*ticks)
     below.set_xlabel(LOG_SNR)
-    file = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(file)
-    return file.getvalue()
+    return png_of(figure)
 
 
 def _positions(buckets: Buckets) -> tuple[np.ndarray[Any, Any], tuple[list[float], list[str]]]:

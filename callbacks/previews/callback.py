@@ -25,13 +25,16 @@ from ...training.loops.background import AFTER_AN_ERROR, AT_THE_END, BEFORE_A_CH
 from ...training.loops.collectives import call_on_all_ranks
 from ...training.loops.forward import ForwardMode, require_exit_after
 from ...training.loops.loop import LiveModel
+from ...training.media.options import Media
 from ...training.previews.groups import PreviewConditions, grouped
 from ...training.previews.preview import Moment, Previewer
 from ...training.previews.recipe import recipe_of
 from ...training.previews.run import PreviewRun
 from ...training.previews.samplers import (
+    fitting_for,
     name_of_sampler,
     require_drawable,
+    require_refit_every,
     require_steps,
     sampler_for,
 )
@@ -89,7 +92,10 @@ class ValidationSampling(Callback):
     Args:
         sampler: name ('dpmpp_2m', 'DPM++ 2M Karras', 'DPM adaptive') or object of any sampler. An
             object must have the training schedule.
-        steps: sampling steps, 20 by default. A Sampler object has its own number.
+            'fitted' fits a table of few steps to the network; see :class:`Fitting`.
+        steps: sampling steps, 20 by default, 6 for 'fitted'. A Sampler object has its own number.
+        refit_every: optimizer steps between two fits of 'fitted'; by default, when a check finds
+            that the table is no better than a known method.
         num_images: images in a grid. Default: one for each of ``seeds``, else one for each prompt
             or class, else 16.
         every_n_train_steps, every_n_epochs, train_time_interval: interval between previews. Give at
@@ -103,7 +109,7 @@ class ValidationSampling(Callback):
             ranks in turn. If a rank runs out of memory, it is halved on all ranks.
         shape: shape of one sample, (channels, height, width). One or three channels are shown
             unchanged. For other numbers (latents) the first three channels are shown, each scaled
-            to its range. Videos and sounds need ``decode``.
+            to its range. Videos: (channels, frames, height, width); sounds: (channels, length).
         prompts, negative_prompt, encode: texts, which images take in turn, the text for guidance,
             and a function that encodes them. ``encode`` maps a list of texts to a mapping of
             tensors with a row for each text: arguments of ``predict``. It is called once, before
@@ -115,8 +121,10 @@ class ValidationSampling(Callback):
         guidance_scale, guidance_rescale: classifier-free guidance, as in Sampler.
         weights: 'raw', 'ema' or 'both' (separate grids). See ``ema_weights`` for the averages that
             are found. While there is no average, the raw weights are used, and the preview says so.
-        decode, decode_batch_size: function (or diffusers VAE) from latents to images in [-1, 1],
-            and its batch size.
+        decode, decode_batch_size: function (or diffusers VAE) from latents to images, videos or
+            sounds in [-1, 1], and its batch size.
+        media: a :class:`Media`: how videos and sounds are shown, and their rates. Videos need
+            nothing of it; sounds need ``Media(sample_rate=...)``.
         pipeline: a diffusers pipeline, or a function from the module to a pipeline. It draws
             instead of the network alone, with the training schedule as its scheduler. It must hold
             a network of the module.
@@ -153,6 +161,7 @@ class ValidationSampling(Callback):
         sampler: str | Method | Sampler | Any = "dpmpp_2m",
         steps: int | None = None,
         *,
+        refit_every: int | None = None,
         num_images: int | None = None,
         every_n_train_steps: int | None = None,
         every_n_epochs: int | None = None,
@@ -176,6 +185,7 @@ class ValidationSampling(Callback):
         weights: Literal["raw", "ema", "both"] = "raw",
         decode: Callable[..., Any] | None = None,
         decode_batch_size: int = 1,
+        media: Media | None = None,
         pipeline: Any = None,
         max_seconds: float | None = None,
         folder: str | os.PathLike[str] | None = None,
@@ -187,6 +197,7 @@ class ValidationSampling(Callback):
     ) -> None:
         super().__init__()
         self.sampler, self.steps = sampler, require_steps(sampler, steps)
+        self.refit_every = require_refit_every(sampler, refit_every, pipeline)
         when = {
             "every_n_train_steps": every_n_train_steps,
             "every_n_epochs": every_n_epochs,
@@ -218,12 +229,13 @@ class ValidationSampling(Callback):
             predict=predict,
             decode=decode,
             decode_batch_size=decode_batch_size,
+            media=media,
             pipeline=pipeline,
             max_seconds=max_seconds,
         )
         self.shape = tuple(shape) if shape is not None else None
         if self.shape is not None:
-            require_drawable(self.shape, decode)
+            require_drawable(self.shape, decode, self.recipe.media)
         self.folder = os.fspath(folder) if folder is not None else None
         self.exit_after_error = require_exit_after(exit_after_error)
         self.on_error = lookup("on_error", on_error, {mode: mode for mode in ("warn", "raise")})
@@ -232,6 +244,7 @@ class ValidationSampling(Callback):
         self._forward_mode: ForwardMode | None = None
         self._publisher: Publisher | None = None
         self._run: PreviewRun | None = None
+        self._fitted: dict[str, Any] = {}
         self._untried = self._over = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -249,17 +262,21 @@ class ValidationSampling(Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"last_step": self._last_step}
+        fitting = None if self._run is None else self._run.previewer.fitting
+        return {"last_step": self._last_step} | (
+            {} if fitting is None else {"fitted": fitting.state()}
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._last_step = int(state_dict["last_step"])
+        self._fitted = state_dict.get("fitted", {})
 
     # -- before training ---------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             # values of an earlier run; a resume restores its own step after this
-            self._last_step, self._publisher = 0, None
+            self._last_step, self._publisher, self._fitted = 0, None, {}
             self._untried = self._over = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -284,7 +301,7 @@ class ValidationSampling(Callback):
                 predict_of_module(pl_module)
             shape = self._sample_shape(pl_module)
             if shape is not None:
-                require_drawable(shape, self.recipe.decode)
+                require_drawable(shape, self.recipe.decode, self.recipe.media)
         if not is_fast_dev_run(trainer):
             self._publisher = Publisher(
                 self._choose_folder(trainer), loop_of_trainer(trainer), "ValidationSampling"
@@ -322,8 +339,13 @@ class ValidationSampling(Callback):
             return
         sampler = sampler_for(schedule_of_module(pl_module), self.sampler, self.steps)
         loop, model = loop_of_trainer(trainer), self._live(trainer, pl_module)
+        scale = self.recipe.guidance["guidance_scale"]
+        fitting = fitting_for(sampler.schedule, self.sampler, self.steps, self.refit_every, scale)
+        if fitting is not None:
+            fitting.load(self._fitted)
         previewer = call_on_all_ranks(
-            lambda: Previewer.prepare(self.recipe, sampler, loop, model), trainer.world_size
+            lambda: Previewer.prepare(self.recipe, sampler, loop, model, fitting),
+            trainer.world_size,
         )
         together = partial(terminate_together, trainer) if trainer.world_size > 1 else None
         self._run = PreviewRun(previewer, self._publisher, self.on_error, together)
@@ -360,7 +382,7 @@ class ValidationSampling(Callback):
                 )
             return
         if shape is not None and self.recipe.pipeline is None:
-            require_drawable(shape, self.recipe.decode)
+            require_drawable(shape, self.recipe.decode, self.recipe.media)
         assert self._run is not None  # since on_train_start
         self._run.trial(self._live(trainer, module), shape, trainer.global_step)
 

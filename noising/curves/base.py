@@ -74,6 +74,10 @@ class Curve(ABC):
     def sigma(self, t: Tensor) -> Tensor:
         """Return the noise level σ(t)."""
 
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (α(t), σ(t)); in one evaluation, where they share one."""
+        return self.alpha(t), self.sigma(t)
+
     @abstractmethod
     def time(self, log_snr: Tensor) -> Tensor:
         """Return the time of this log SNR: the inverse of :meth:`log_snr`."""
@@ -88,7 +92,8 @@ class Curve(ABC):
 
     def sigma_ve(self, t: Tensor) -> Tensor:
         """Return σ / α, the variance exploding noise level; infinite if α is 0."""
-        return self.sigma(t) / self.alpha(t)
+        alpha, sigma = self.alpha_sigma(t)
+        return sigma / alpha
 
     def grid_coordinate(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Return the noise level that σ-spaced grids (karras, exponential, ...) use.
@@ -99,7 +104,7 @@ class Curve(ABC):
 
     def noise_level(self, t: Tensor) -> Tensor:
         """Return the level of :meth:`grid_coordinate` at a time."""
-        return self.grid_coordinate(self.alpha(t), self.sigma(t))
+        return self.grid_coordinate(*self.alpha_sigma(t))
 
     def time_at_noise_level(self, level: Tensor) -> Tensor:
         """Return the inverse of :meth:`noise_level`."""

@@ -23,6 +23,7 @@ from .base import (
 )
 from .betas import BETA_SCHEDULES
 
+_CPU = torch.device("cpu")
 LEAST_BETA = 1e-12  # σ = 1e-6: float32 still distinguishes α from σ
 TRAINED = "trained_betas"  # the name of a schedule with explicit betas
 
@@ -102,8 +103,11 @@ class Discrete(Curve):
 
     def _tabulate(self) -> None:
         # kept on the curve, by device and dtype: torch.compile then treats tables as inputs. With
-        # another cache it would trace their creation, or share one constant between curves
-        object.__setattr__(self, "_tables", {("cpu", None, torch.float64): _table_f64(self)})
+        # another cache it would trace their creation, or share one constant between curves. Both
+        # dtypes are made at once: a table that appears later would recompile
+        exact = _table_f64(self)
+        tables = {("cpu", None, d): exact.to(_CPU, d) for d in (torch.float64, torch.float32)}
+        object.__setattr__(self, "_tables", tables)
 
     def _table(self, device: torch.device, dtype: torch.dtype) -> _Table:
         key = device.type, device.index, dtype
@@ -134,12 +138,12 @@ class Discrete(Curve):
         return float(self.num_train_timesteps - 1)
 
     def alpha(self, t: Tensor) -> Tensor:
-        return self._evaluate(t)[0]
+        return self.alpha_sigma(t)[0]
 
     def sigma(self, t: Tensor) -> Tensor:
-        return self._evaluate(t)[1]
+        return self.alpha_sigma(t)[1]
 
-    def _evaluate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         check_times(self, t)
         table = self._table(t.device, evaluation_dtype(t))
         if not t.is_floating_point():

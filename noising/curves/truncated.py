@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from .base import Curve, check_times
@@ -85,6 +86,10 @@ class Truncated(Curve):
     def sigma(self, t: Tensor) -> Tensor:
         check_times(self, t)
         return self.curve.sigma(t)
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        check_times(self, t)
+        return self.curve.alpha_sigma(t)
 
     def time(self, log_snr: Tensor) -> Tensor:
         return self.curve.time(log_snr).clamp(self.first, self.last)
@@ -166,6 +171,50 @@ def _require_inside(curve: Curve, first: float, last: float) -> None:
             f"a part of a discrete schedule begins and ends at whole timesteps, got {first:g} and "
             f"{last:g}"
         )
+
+
+def inward_time(curve: Curve, time: Tensor, least: bool) -> float:
+    """Return a time as an end of a part: on a discrete curve the next timestep inside the part.
+
+    ``least``: it is the end with the least noise.
+
+    >>> import torch
+    >>> from alphabar.noising import Discrete
+    >>> [inward_time(Discrete(), torch.tensor(9.5), least) for least in (True, False)]
+    [10.0, 9.0]
+    """
+    value = float(time)
+    if not curve.is_discrete:
+        return value
+    # a level of the table maps to its own timestep
+    near = abs(value - round(value)) < 1e-9
+    return float(round(value) if near else math.ceil(value) if least else math.floor(value))
+
+
+def times_at_levels(
+    curve: Curve, low: float | None = None, high: float | None = None
+) -> tuple[float, float]:
+    """Return the times at which a curve has the noise levels ``low`` and ``high``.
+
+    A noise level is σ after any shift on a flow, σ / α on other curves; None is the curve's own
+    end. Raises ValueError for levels that the curve does not have.
+
+    >>> from alphabar.noising import Flow
+    >>> times_at_levels(Flow(shift=3.0), 0.75, 1.0)
+    (0.5, 1.0)
+    """
+    ends = curve.noise_level(torch.tensor([curve.t_min, curve.t_max], dtype=torch.float64)).tolist()
+    low, high = ends[0] if low is None else low, ends[1] if high is None else high
+    slack = 1e-6 * ends[1] if math.isfinite(ends[1]) else 0.0
+    if not ends[0] - slack <= low < high <= ends[1] + slack:  # also catches NaN
+        raise ValueError(
+            f"noise levels of this {curve.kind} schedule need {ends[0]:g} <= low < high <= "
+            f"{ends[1]:g}, got {low:g} and {high:g}; they are σ after the shift on a flow (a "
+            "timestep of the network over 1000), σ / α on other curves"
+        )
+    levels = torch.tensor([low, high], dtype=torch.float64).clamp(*ends)
+    first, last = curve.time_at_noise_level(levels).clamp(curve.t_min, curve.t_max)
+    return inward_time(curve, first, True), inward_time(curve, last, False)
 
 
 def truncate(curve: Curve, first: float, last: float) -> Curve:

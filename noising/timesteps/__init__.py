@@ -6,6 +6,7 @@ from .base import (
     QuantileTimesteps,
     ReversedTimesteps,
     Timesteps,
+    WithinNoiseLevels,
     WithinTimesteps,
     resolve_timesteps,
 )
@@ -22,12 +23,22 @@ from .densities import (
     WeightedTimesteps,
 )
 from .importance import LossSecondMoment
+from .shaped import (
+    SHAPED_TIMESTEPS,
+    IndependentTimesteps,
+    ShapedTimesteps,
+    SharedTimesteps,
+    StaircaseTimesteps,
+    resolve_times,
+)
 
 __all__ = [
+    "SHAPED_TIMESTEPS",
     "TIMESTEPS",
     "BetaTimesteps",
     "CosMapTimesteps",
     "CustomTimesteps",
+    "IndependentTimesteps",
     "ListedTimesteps",
     "LogNormalSigmaTimesteps",
     "LogSNRTimesteps",
@@ -37,9 +48,14 @@ __all__ = [
     "NoiseLevelTimesteps",
     "QuantileTimesteps",
     "ReversedTimesteps",
+    "ShapedTimesteps",
+    "SharedTimesteps",
+    "StaircaseTimesteps",
     "Timesteps",
     "UniformTimesteps",
     "WeightedTimesteps",
+    "WithinNoiseLevels",
     "WithinTimesteps",
+    "resolve_times",
     "resolve_timesteps",
 ]

@@ -10,13 +10,14 @@ Let u be uniform. A density is defined by its quantile function, in one of two c
 The first gives a different noise level on every curve, the second gives the same one. There are two
 ways to draw u: independently for each sample, or ``stratified`` over the whole optimizer step
 (batch x ranks x accumulation). Stratified means one sample in each of the equal strata, which keeps
-the expectation and lowers the variance.
+the expectation and lowers the variance. ``across=N`` spreads the strata over N optimizer steps, for
+small batches: see strata.py.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, ClassVar, NamedTuple
@@ -25,9 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from ..curves.base import Curve
+from ..curves.truncated import Truncated, times_at_levels
 from ..utils.bisection import bisect
 from ..utils.items import make_item
 from ..utils.registry import D, Registry
+from ..utils.rng import permutation
+from .strata import across_steps, require_across
 
 # the smallest share of training time that is drawn: a clean sample trains nothing
 LEAST = 2.0**-53
@@ -88,6 +92,8 @@ class Timesteps(ABC):
     measures_losses: ClassVar[bool] = False
     """Whether the density follows measured losses; it then needs a history in the checkpoint."""
     stratified: bool = False
+    across: int = 1
+    """Number of optimizer steps that stratified times are spread over, a power of two."""
 
     @abstractmethod
     def times(self, u: Tensor, curve: Curve) -> Tensor:
@@ -117,8 +123,31 @@ class Timesteps(ABC):
             return u
         return (strata[index % len(strata)] + u) / len(strata)
 
+    def spread(
+        self, u: Tensor, index: Tensor, groups: Sequence[int], total: int, seed: int, step: int
+    ) -> Tensor:
+        """Return ``u``, stratified over each group of ``total`` consecutive indices of a step.
+
+        ``groups``: the numbers of the groups that hold the indices.
+
+        >>> from alphabar.noising import UniformTimesteps
+        >>> density, u = UniformTimesteps(stratified=True), torch.full((2,), 0.5)
+        >>> density.spread(u, torch.arange(2), [0], 2, seed=0, step=0).sort().values
+        tensor([0.2500, 0.7500])
+        """
+        for group in groups:
+            strata = permutation(seed, total, step=step, group=group)
+            part = u
+            if self.across > 1:
+                cells = strata[index % total] + total * group
+                part = across_steps(u, cells, seed, step, self.across)
+            u = torch.where(index // total == group, self.stratify(part, index, strata), u)
+        return u
+
     def within(self, low: float, high: float) -> WithinTimesteps:
         """Return this density limited to times from ``low`` to ``high``, both included.
+
+        On a flow these are times before the shift; see :meth:`within_noise_levels`.
 
         >>> from alphabar.noising import NoiseSchedule, UniformTimesteps
         >>> density = UniformTimesteps().within(500, 999)
@@ -126,6 +155,24 @@ class Timesteps(ABC):
         tensor([500, 749, 999])
         """
         return WithinTimesteps(density=self, low=low, high=high)
+
+    def within_noise_levels(self, low: float, high: float) -> WithinNoiseLevels:
+        """Return this density limited to noise levels from ``low`` to ``high``.
+
+        On a flow these are σ after the shift: the network's timesteps over 1000, as the boundary
+        of the experts of Wan 2.2.
+
+        >>> from alphabar.noising import NoiseSchedule, UniformTimesteps
+        >>> flow, u = NoiseSchedule.flow(shift=12.0), torch.tensor([1e-9, 1.0])
+        >>> for density in (
+        ...     UniformTimesteps().within_noise_levels(0.875, 1.0),
+        ...     UniformTimesteps().within(0.875, 1.0),
+        ... ):
+        ...     flow.sigma(density.times(u, flow.curve))
+        tensor([0.8750, 1.0000])
+        tensor([0.9882, 1.0000])
+        """
+        return WithinNoiseLevels(density=self, low=low, high=high)
 
     def reversed(self) -> ReversedTimesteps:
         """Return this density with data and noise exchanged.
@@ -207,6 +254,12 @@ def nearest_time(log_snr: Tensor, curve: Curve) -> Tensor:
     return t.clamp(curve.t_min, curve.t_max)
 
 
+def take_strata(outer: Timesteps, inner: Timesteps) -> None:
+    """Make a density that wraps another one stratified as that one is."""
+    object.__setattr__(outer, "stratified", outer.stratified or inner.stratified)
+    object.__setattr__(outer, "across", max(outer.across, inner.across))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Around(Timesteps):
     """A density that wraps another one; it is stratified if the inner density is."""
@@ -219,7 +272,7 @@ class Around(Timesteps):
                 f"{self.density.name} timesteps go around other densities, not into them; "
                 f"give them density={type(self).__name__}(...)"
             )
-        object.__setattr__(self, "stratified", self.stratified or self.density.stratified)
+        take_strata(self, self.density)
 
     def check(self, curve: Curve) -> None:
         self.density.check(curve)
@@ -230,9 +283,10 @@ class WithinTimesteps(Around):
     """``density`` conditioned on times in ``low`` ... ``high``, both included; times of the curve.
 
     On discrete schedules the limits are integer timesteps (kohya's --max_timestep is excluded
-    there: subtract 1), on flows they are t in 0 ... 1 before any shift. The density is cut to the
-    range, not rescaled to it. Raises ValueError unless low < high. A Noising that gets this density
-    raises ValueError if the range leaves the schedule, or if the density has no mass in it.
+    there: subtract 1), on flows they are t in 0 ... 1 before any shift; :class:`WithinNoiseLevels`
+    takes σ after it. The density is cut to the range, not rescaled to it. Raises ValueError unless
+    low < high. A Noising that gets this density raises ValueError if the range leaves the schedule,
+    or if the density has no mass in it.
 
     >>> from alphabar.noising import LogitNormalTimesteps, NoiseSchedule
     >>> density = WithinTimesteps(density=LogitNormalTimesteps(), low=0, high=499)
@@ -276,6 +330,53 @@ class WithinTimesteps(Around):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WithinNoiseLevels(Around):
+    """``density`` conditioned on noise levels in ``low`` ... ``high``.
+
+    A noise level is σ after any shift on a flow, σ / α on other curves, so the range does not
+    depend on the shift; that of :class:`WithinTimesteps` does. On a part of a schedule, ``density``
+    is that of the whole one. Raises ValueError unless low < high. A Noising that gets this density
+    raises ValueError as for WithinTimesteps.
+
+    >>> from alphabar.noising import LogitNormalTimesteps, NoiseSchedule
+    >>> schedule = NoiseSchedule.flow(shift=5.0)
+    >>> expert = schedule.truncated(noise_level_min=0.9)
+    >>> density = WithinNoiseLevels(density=LogitNormalTimesteps(), low=0.9, high=1.0)
+    >>> u = torch.tensor([1e-9, 1.0], dtype=torch.float64)
+    >>> expert.sigma(density.times(u, expert.curve))
+    tensor([0.9000, 1.0000], dtype=torch.float64)
+    """
+
+    name: ClassVar[str] = "within_noise_levels"
+    _known: ClassVar[tuple[Curve, Curve, WithinTimesteps] | None] = None  # as in WithinTimesteps
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.low < self.high:
+            raise ValueError(
+                f"a range of noise levels needs low < high, got {self.low} and {self.high}"
+            )
+
+    def times(self, u: Tensor, curve: Curve) -> Tensor:
+        known = self._known
+        _, whole, within = known if known is not None and known[0] is curve else self._on(curve)
+        t = within.times(u, whole)
+        return t.clamp(int(curve.t_min), int(curve.t_max)) if curve.is_discrete else t
+
+    def check(self, curve: Curve) -> None:
+        known = self._on(curve)
+        known[2].check(known[1])
+        object.__setattr__(self, "_known", known)
+
+    def _on(self, curve: Curve) -> tuple[Curve, Curve, WithinTimesteps]:
+        low, high = times_at_levels(curve, self.low, self.high)
+        whole = curve.curve if isinstance(curve, Truncated) else curve
+        return curve, whole, WithinTimesteps(density=self.density, low=low, high=high)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReversedTimesteps(Around):
     """``density`` with data and noise exchanged: t -> 1 - t.
 
@@ -313,7 +414,7 @@ class TimestepRegistry(Registry[Callable[..., Timesteps]]):
     """The densities by name, each with its stratified form.
 
     >>> TIMESTEPS["stratified"]()
-    UniformTimesteps(stratified=True)
+    UniformTimesteps(stratified=True, across=1)
     """
 
     def register(self, entry: D) -> D:
@@ -334,13 +435,16 @@ Decorate a class with ``@TIMESTEPS.register`` to add one.
 def resolve_timesteps(timesteps: str | Timesteps) -> Timesteps:
     """Return the density for a name, with or without options, or an object.
 
-    Raises ValueError for an unknown name or option.
+    Raises ValueError for an unknown name or option, and for strata across a number of steps that is
+    no power of two.
 
     >>> from alphabar.noising import LogitNormalTimesteps
-    >>> resolve_timesteps("stratified_logit_normal:mean=1")
-    LogitNormalTimesteps(stratified=True, mean=1, std=1.0)
+    >>> resolve_timesteps("stratified_logit_normal:mean=1,across=64")
+    LogitNormalTimesteps(stratified=True, across=64, mean=1, std=1.0)
     """
-    return timesteps if isinstance(timesteps, Timesteps) else make_item(timesteps, TIMESTEPS)
+    density = timesteps if isinstance(timesteps, Timesteps) else make_item(timesteps, TIMESTEPS)
+    require_across(density.across, density.stratified)
+    return density
 
 
 def require_time(what: str, t: float, curve: Curve) -> None:

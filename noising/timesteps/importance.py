@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ..curves.base import Curve
 from ..utils.validation import require, whole_number
-from .base import TIMESTEPS, LossHistory, Resampled, Timesteps
+from .base import TIMESTEPS, LossHistory, Resampled, Timesteps, take_strata
 from .densities import UniformTimesteps, bin_of
 
 
@@ -79,7 +79,7 @@ class LossSecondMoment(Timesteps):
             raise ValueError(
                 f"{self.name} timesteps do not go around {self.density.name}; give one of the two"
             )
-        object.__setattr__(self, "stratified", self.stratified or self.density.stratified)
+        take_strata(self, self.density)
 
     def times(self, u: Tensor, curve: Curve) -> Tensor:
         """Return the times of ``density``; the history decides which u are drawn."""

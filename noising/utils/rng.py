@@ -18,9 +18,12 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
 from functools import lru_cache
+from itertools import pairwise
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -32,6 +35,7 @@ from . import philox
 from .philox import WORD, Formula
 
 _CELLS = 16384  # blocks per tile of numpy, so that their arrays stay in the cache
+_PART = 1 << 15  # numbers that are worth a thread of their own
 _MASK = (1 << 64) - 1
 MAX_SAMPLES = 65535
 """The samples that a GPU kernel draws for at once."""
@@ -52,6 +56,18 @@ UNIFORM64 = Kind(philox.uniform64, 2, torch.float64, np.float64)
 BITS64 = Kind(philox.bits64, 2, torch.int64, np.int64)
 
 
+class SymbolicRange(NamedTuple):
+    """A range for compiled code: the ends of a ``range`` would become constants of the graph.
+
+    >>> SymbolicRange(1, 5, 2).step
+    2
+    """
+
+    start: int
+    stop: int
+    step: int
+
+
 class Stream(IntEnum):
     """The purpose of a draw: the last word of the counter.
 
@@ -64,6 +80,7 @@ class Stream(IntEnum):
     FEATURES = 3
     SAMPLING_NOISE = 4
     SAMPLING_UNIFORM = 5
+    STRATA_ACROSS_STEPS = 6
 
 
 def stream_of(name: str, number: int = 0) -> int:
@@ -74,10 +91,19 @@ def stream_of(name: str, number: int = 0) -> int:
     >>> stream_of("offset") != stream_of("offset", 1), stream_of("offset") >= 2**31
     (True, True)
     """
-    hashed = 0x811C9DC5  # FNV-1a, written out so that torch.compile can trace it
+    if torch.compiler.is_compiling():  # it traces the loop, but no cache
+        return _hashed(name, number)
+    return _known_stream(name, number)
+
+
+def _hashed(name: str, number: int) -> int:
+    hashed = 0x811C9DC5  # FNV-1a
     for letter in f"{name} {number}":
         hashed = (hashed ^ ord(letter)) * 0x01000193 & WORD
     return 1 << 31 | hashed
+
+
+_known_stream = lru_cache(maxsize=64)(_hashed)
 
 
 def whole_seed(seed: Any) -> int:
@@ -127,13 +153,13 @@ class Draws:
     def __init__(
         self,
         seeds: int | Sequence[int],
-        index: Sequence[int] | Tensor,
+        index: Sequence[int] | SymbolicRange | Tensor,
         *,
         step: int,
         stream: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.device = torch.device(device)
+        self.device = device if isinstance(device, torch.device) else torch.device(device)
         self.step, self.stream = step, int(stream)
         self._index, ends = _index(index)
         for name, value in (
@@ -152,6 +178,7 @@ class Draws:
         self._uploaded: list[Tensor] = []
         self._range = index if isinstance(index, range) else None
         self._block = 0
+        self._loops = _loops_of(self.device)
 
     def of(
         self, stream: int, *, step: int | None = None, device: torch.device | str | None = None
@@ -170,7 +197,36 @@ class Draws:
         draws._uploaded = self._uploaded if draws.device == self.device else []
         draws._range = self._range
         draws._block = 0
+        draws._loops = self._loops if device is None else _loops_of(draws.device)
         return draws
+
+    def reseed(self, seeds: Sequence[int]) -> None:
+        """Change the seed of each sample, here and in all draws made by :meth:`of`.
+
+        The numbers of a captured CUDA graph change too: the keys on the device keep their place.
+
+        >>> draws = Draws([7, 8], [5, 5], step=0, stream=1)
+        >>> other = draws.of(2)
+        >>> draws.reseed([9, 8])
+        >>> torch.equal(other.normal(4), Draws([9, 8], [5, 5], step=0, stream=2).normal(4))
+        True
+        """
+        if len(seeds) != len(self._keys):
+            raise ValueError(f"need {len(self._keys)} seeds, got {len(seeds)}")
+        self._keys[:] = [whole_seed(seed) & _MASK for seed in seeds]
+        if self._words:
+            self._words[0][:] = [key & WORD for key in self._keys]
+            self._words[1][:] = [key >> 32 for key in self._keys]
+        if self._uploaded:
+            self._uploaded[0].copy_(torch.tensor(self._signed()))
+
+    def _signed(self) -> list[int]:
+        return [key - (1 << 64) if key >= 1 << 63 else key for key in self._keys]
+
+    @property
+    def index(self) -> Tensor:
+        """The index of each sample, int64."""
+        return torch.as_tensor(self._index)
 
     @property
     def batch(self) -> int:
@@ -187,6 +243,23 @@ class Draws:
         """
         return self._filled(NORMAL, shape, out)
 
+    def normal_steps(self, steps: int, *shape: int) -> Tensor:
+        """Return the first numbers of :meth:`normal` at ``steps`` steps, the first one ``step``.
+
+        Shape (steps, batch, *shape). For loops that draw little at each step.
+
+        >>> draws = Draws(7, [5], step=3, stream=1)
+        >>> torch.equal(draws.normal_steps(2, 4)[1], draws.of(1, step=4).normal(4))
+        True
+        """
+        compiled = self._loops()
+        if compiled is None:
+            drawn = [self.of(self.stream, step=self.step + k).normal(*shape) for k in range(steps)]
+            return torch.stack(drawn)
+        whole = np.empty((steps, self.batch, math.prod(shape)), np.float32)
+        compiled.normal_steps(whole, *self._counters())
+        return torch.from_numpy(whole.reshape(steps, self.batch, *shape))
+
     def uniform(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return numbers in [0, 1), shape (batch, *shape).
 
@@ -197,6 +270,10 @@ class Draws:
         """
         return self._filled(UNIFORM64 if dtype == torch.float64 else UNIFORM32, shape)
 
+    def skip(self, count: int) -> None:
+        """Continue as if :meth:`normal` had drawn ``count`` numbers of each sample."""
+        self._take(NORMAL, count)
+
     def bits(self, *shape: int) -> Tensor:
         """Return numbers of 64 random bits, shape (batch, *shape), int64."""
         return self._filled(BITS64, shape)
@@ -204,65 +281,127 @@ class Draws:
     @property
     def has_loops(self) -> bool:
         """Whether compiled loops draw these numbers on the CPU."""
-        return self._loops() is not None
+        return self._loops is not None
 
     @property
     def has_one_pass(self) -> bool:
         """Whether :meth:`noised` works: with compiled loops, or with kernels on a GPU."""
-        return self._loops() is not None or self._kernels() is not None
+        return self._loops is not None or self._kernels() is not None
 
     def noised(
-        self, x0: Tensor, coefficients: Tensor, dtype: torch.dtype = torch.float32
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (ε, α x_0 + σ ε, c0 x_0 + c1 ε) in one pass; ε is that of :meth:`normal`.
+        self,
+        x0: Tensor,
+        coefficients: Tensor,
+        dtype: torch.dtype = torch.float32,
+        shift: Tensor | None = None,
+        grids: tuple[Any, ...] | None = None,
+        jitter: tuple[Any, ...] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return (α x_0 + σ ε_x, c0 x_0 + c1 ε_y) in one pass, which stores no noise.
 
-        Needs :attr:`has_one_pass`, and may be called once.
+        ε is that of :meth:`normal`; ε_x and ε_y are ε with the given parts, see
+        :func:`compiled.noised`. Needs :attr:`has_one_pass`, and :attr:`has_loops` for parts. May be
+        called once.
 
         Args:
             x0: clean batch, shape (batch, ...), contiguous; float32 on the CPU, of any floating
                 dtype on a GPU.
             coefficients: α, σ, c0, c1 of each sample in the first four rows, float32.
-            dtype: of α x_0 + σ ε, on a GPU; the others are float32.
+            dtype: of α x_0 + σ ε_x, on a GPU; the other result is float32.
+            shift: what is added to each channel, shape (batch, channels).
+            grids: (stream, iterations, discount) of pyramid noise.
+            jitter: (stream, factors or None, factor) of input perturbation.
         """
-        count = x0.numel() // self.batch
-        self._take(NORMAL, count)
-        compiled, kernels = self._loops(), self._kernels()
-        if compiled is not None:
-            clean, shape = x0.detach().numpy().reshape(self.batch, count), tuple(x0.shape)
-            made = tuple(np.empty(clean.shape, np.float32) for _ in range(3))
-            compiled.noised(clean, coefficients.numpy(), *made, *self._counters())
-            noise, x_t, target = (torch.from_numpy(array.reshape(shape)) for array in made)
-        else:
-            assert kernels is not None
-            noise, target = (torch.empty_like(x0, dtype=torch.float32) for _ in range(2))
-            x_t = torch.empty_like(x0, dtype=dtype)
-            flat = [one.view(self.batch, count) for one in (x0.detach(), noise, x_t, target)]
-            kernels.noised(flat[0], coefficients.contiguous(), *flat[1:], *self._device_counters())
-        return noise, x_t, target
+        if self._loops is not None:
+            return self._noised(x0, coefficients.numpy(), None, shift, grids, jitter)
+        kernels = self._kernels()
+        assert kernels is not None
+        x_t, target = torch.empty_like(x0, dtype=dtype), torch.empty_like(x0, dtype=torch.float32)
+        flat = [one.view(self.batch, -1) for one in (x0.detach(), x_t, target)]
+        self._take(NORMAL, flat[0].shape[1])
+        kernels.noised(flat[0], coefficients.contiguous(), *flat[1:], *self._device_counters())
+        return x_t, target
+
+    def noised_at_uniform_times(
+        self, x0: Tensor, table: Tensor, *parts: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return (t, coefficients, *results of :meth:`noised`) in one pass, on the CPU.
+
+        The timesteps t, int64, are those of :class:`UniformTimesteps`, and the coefficients are
+        their columns of ``table``, shape (4 or more, T). Needs :attr:`has_loops`, and may be called
+        once. ``parts``: shift, grids and jitter of :meth:`noised`.
+        """
+        batch = self.batch
+        t, levels = np.empty(batch, np.int64), np.empty((table.shape[0], batch), np.float32)
+        picks = table.numpy(), t, int(Stream.TRAINING_TIME)
+        made = self._noised(x0, levels, picks, *parts)
+        return torch.from_numpy(t), torch.from_numpy(levels), *made
+
+    def _noised(
+        self,
+        x0: Tensor,
+        levels: Any,
+        picks: tuple[Any, ...] | None,
+        shift: Tensor | None,
+        grids: tuple[Any, ...] | None,
+        jitter: tuple[Any, ...] | None,
+    ) -> tuple[Tensor, Tensor]:
+        batch, shape = self.batch, tuple(x0.shape)
+        size = batch, x0.numel() // batch
+        self._take(NORMAL, size[1])
+        clean = (x0.detach() if x0.requires_grad else x0).numpy()
+        x_t, target = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        if grids is not None:
+            sizes = shape[2:]
+            padded = (shape[1], *[1] * (3 - len(sizes)), *sizes)
+            grids = *grids, len(sizes), padded
+        if jitter is not None:
+            stream, factors, factor = jitter
+            ones = np.ones(batch, np.float32) if factors is None else factors.numpy()
+            jitter = stream, ones, factor
+        assert self._loops is not None
+        _over_samples(
+            self._loops.noised,
+            size,
+            clean.reshape(size),
+            levels,
+            x_t.reshape(size),
+            target.reshape(size),
+            *self._counters(),
+            picks,
+            None if shift is None else shift.numpy(),
+            grids,
+            jitter,
+        )
+        return torch.from_numpy(x_t), torch.from_numpy(target)
 
     def pyramid(self, shape: Sequence[int], iterations: int, discount: float) -> Tensor:
         """Return the parts of pyramid noise, shape (batch, channels + 1, *axes), in one pass.
 
         Needs :attr:`has_loops`, one to three axes after the channels, and may be called once.
         """
-        compiled = self._loops()
+        compiled = self._loops
         assert compiled is not None
         channels, *sizes = shape
         padded = [1] * (3 - len(sizes)) + sizes
         parts = np.empty((self.batch, channels + 1, *padded), np.float32)
-        compiled.pyramid(parts, *self._counters(), iterations, discount, len(sizes))
+        work, options = (self.batch, math.prod(shape)), (iterations, discount, len(sizes))
+        _over_samples(compiled.pyramid, work, parts, *self._counters(), *options)
         return torch.from_numpy(parts.reshape(self.batch, channels + 1, *sizes))
 
     def _filled(self, kind: Kind, shape: Sequence[int], out: Tensor | None = None) -> Tensor:
         """Return the next numbers of a kind, shape (batch, *shape)."""
         count = math.prod(shape)
         first, blocks = self._take(kind, count)
-        compiled = self._loops()
+        compiled = self._loops
         if compiled is not None:
             whole = np.empty((self.batch, count), kind.array_dtype)
             if out is not None:
                 whole = out.numpy().reshape(self.batch, count)
-            getattr(compiled, kind.formula.__name__)(whole, *self._counters(), first)
+            if kind is NORMAL:
+                _over_samples(compiled.normal, whole.shape, whole, *self._counters(), first)
+            else:
+                getattr(compiled, kind.formula.__name__)(whole, *self._counters(), first)
             return out if out is not None else torch.from_numpy(whole.reshape(self.batch, *shape))
         kernels = self._kernels() if kind is NORMAL and count else None
         if kernels is not None:
@@ -291,11 +430,6 @@ class Draws:
             )
         return first, blocks
 
-    def _loops(self) -> ModuleType | None:
-        if torch.compiler.is_compiling() or self.device.type != "cpu":
-            return None
-        return loops()
-
     def _kernels(self) -> ModuleType | None:
         if torch.compiler.is_compiling() or self.device.type != "cuda" or self.batch > MAX_SAMPLES:
             return None
@@ -304,7 +438,7 @@ class Draws:
     def _device_counters(self) -> tuple[Any, ...]:
         """Return the counter words of triton_kernels.py, without the block."""
         if not self._uploaded:
-            signed = [key - (1 << 64) if key >= 1 << 63 else key for key in self._keys]
+            signed = self._signed()
             given = self._range
             numbers: dict[str, Any] = {"dtype": torch.int64, "device": self.device}
             if len(signed) == 1:  # made on the device: nothing is copied
@@ -321,8 +455,10 @@ class Draws:
     def _counters(self) -> tuple[Any, ...]:
         """Return the counter words of compiled.py, without the block."""
         if not self._words:
-            for words in ([key & WORD for key in self._keys], [key >> 32 for key in self._keys]):
-                self._words.append(np.array(words, np.int64))
+            self._words += [
+                np.array([key & WORD for key in self._keys], np.int64),
+                np.array([key >> 32 for key in self._keys], np.int64),
+            ]
         return *self._words, self._index, self.step, self.stream
 
     def _fill(self, out: Tensor, formula: Formula, first: int) -> None:
@@ -362,21 +498,28 @@ class Draws:
         return low, high
 
 
-def _index(index: Sequence[int] | Tensor) -> tuple[Any, tuple[int, int]]:
+def _index(index: Sequence[int] | SymbolicRange | Tensor) -> tuple[Any, tuple[int, int]]:
     """Return indices, as an array on the CPU or a tensor elsewhere, and their two ends.
 
     The values of a tensor on another device, or in compiled code, are not read: its ends are 0.
     """
     if torch.compiler.is_compiling():
+        if isinstance(index, range | SymbolicRange):
+            return torch.arange(index.start, index.stop, index.step), (0, 0)
         given = index if isinstance(index, Tensor) else list(index)
         return torch.as_tensor(given, dtype=torch.int64), (0, 0)
     if isinstance(index, Tensor) and index.device.type != "cpu":
         return index.to(torch.int64), (0, 0)
     if isinstance(index, range):
-        array = np.arange(index.start, index.stop, index.step, dtype=np.int64)
-        return array, (min(index[0], index[-1]), max(index[0], index[-1])) if index else (0, 0)
+        return _of_range(index)
     array = np.asarray(index, dtype=np.int64)
     return array, (int(array.min()), int(array.max())) if array.size else (0, 0)
+
+
+@lru_cache(maxsize=16)  # most steps have the same indices
+def _of_range(index: range) -> tuple[Any, tuple[int, int]]:
+    array = np.arange(index.start, index.stop, index.step, dtype=np.int64)
+    return array, (min(index[0], index[-1]), max(index[0], index[-1])) if index else (0, 0)
 
 
 @lru_cache(maxsize=1)
@@ -389,7 +532,7 @@ def loops() -> ModuleType | None:
         from . import compiled
 
         made, index = np.empty((2, 64), np.float32), np.array([3, 4], np.int64)
-        compiled.normal(made, *np.array([[7], [9]]), index, 5, 6, 0)
+        compiled.normal(0, 2, made, *np.array([[7], [9]]), index, 5, 6, 0)
         block, step = np.arange(16)[None], np.array([[5]])
         exact = philox.normal(np, philox.words((7, 9), block, index[:, None], step, 6))
         # exact[j][half] are the numbers 2 half + j of the blocks
@@ -401,6 +544,41 @@ def loops() -> ModuleType | None:
         return compiled if same else None
     except Exception:  # numba raises errors of many kinds on platforms that it does not support
         return None
+
+
+def _loops_of(device: torch.device) -> ModuleType | None:
+    return None if device.type != "cpu" or torch.compiler.is_compiling() else loops()
+
+
+def _over_samples(loop: Callable[..., None], size: tuple[int, int], *arguments: Any) -> None:
+    """Run ``loop(start, stop, *arguments)`` over all samples, in torch's number of threads.
+
+    The loops hold no lock, and a sample's numbers depend on no other sample: the results are those
+    of one thread. numba's own threads are not used: they end a process that calls them from two
+    threads at once, or forks.
+
+    ``size``: (batch, numbers of a sample).
+    """
+    batch, count = size
+    parts = min(torch.get_num_threads(), batch, batch * count // _PART)
+    if parts < 2:
+        loop(0, batch, *arguments)
+        return
+    ends = [batch * k // parts for k in range(parts + 1)]
+    try:
+        pool = _threads(os.getpid())
+        others = [pool.submit(loop, *part, *arguments) for part in pairwise(ends[1:])]
+    except RuntimeError:  # the interpreter is ending, and starts no thread
+        others, ends[1] = [], batch
+    loop(0, ends[1], *arguments)
+    for other in others:
+        other.result()
+
+
+@lru_cache(maxsize=1)
+def _threads(process: int) -> ThreadPoolExecutor:
+    """Return the threads of a process; a fork has none of its parent's."""
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="alphabar-noise")
 
 
 @lru_cache(maxsize=64)

@@ -1,4 +1,4 @@
-"""Kernels that draw Philox noise on a GPU: the formulas of philox.py, one launch for a draw.
+"""Kernels for a GPU: Philox noise, the formulas of philox.py, one launch for a draw; combinations.
 
 Importing this module needs triton, which torch's CUDA builds bring; :func:`rng.kernels` imports it
 if that works. ``tl.philox`` is Philox4x32-10. The kernels forbid fused rounding, so they give the
@@ -8,6 +8,8 @@ bits of the CPU.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from .philox import COSINE, LOG, SINE
 
+_TILE = 1024  # numbers of each vector in a program of combine
 _BLOCKS = 256  # Philox blocks of four numbers in a program
 _NEARLY_ONE = tl.constexpr(1 - 2.0**-24)
 _2_LOG_2 = tl.constexpr(2 * math.log(2))
@@ -80,7 +83,6 @@ def _normal(
 def _noised(
     x0,
     levels,
-    noise,
     x_t,
     target,
     keys,
@@ -100,9 +102,53 @@ def _noised(
     x = tl.load(x0 + place, mask=inside, other=0.0).to(tl.float32)
     alpha, sigma = tl.load(levels + sample), tl.load(levels + batch + sample)
     c0, c1 = tl.load(levels + 2 * batch + sample), tl.load(levels + 3 * batch + sample)
-    tl.store(noise + place, e, mask=inside)
     tl.store(x_t + place, (alpha * x + sigma * e).to(x_t.dtype.element_ty), mask=inside)
     tl.store(target + place, c0 * x + c1 * e, mask=inside)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _combine(
+    given, made, coefficients, count, STARTS: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    vectors = ()
+    for i in tl.static_range(len(given)):
+        vectors = vectors + (tl.load(given[i] + at, mask=inside, other=0.0).to(tl.float32),)  # noqa: RUF005
+    for r in tl.static_range(len(STARTS) - 1):
+        total = tl.zeros([BLOCK], tl.float32)
+        for j in tl.static_range(STARTS[r], STARTS[r + 1]):
+            total += coefficients[j] * vectors[INDEX[j]]
+        tl.store(made[r] + at, total.to(made[r].dtype.element_ty), mask=inside)
+        vectors = vectors + (total,)  # noqa: RUF005
+
+
+def packed(rows: Sequence[Sequence[tuple[int, float]]]) -> Any:
+    """Return the rows of :func:`combine` as it takes them."""
+    starts = tuple(accumulate(map(len, rows), initial=0))
+    pairs = [pair for row in rows for pair in row]
+    return tuple(c for _, c in pairs), {"STARTS": starts, "INDEX": tuple(k for k, _ in pairs)}
+
+
+def combine(given: Sequence[Tensor], made: Sequence[Tensor], rows: Any) -> None:
+    """Fill ``made`` with linear combinations of ``given``, in one launch.
+
+    All are contiguous tensors of one size and of any floating dtype; sums are in float32. ``rows``:
+    of :func:`packed`, pairs of an index and a coefficient for each result; the indices after those
+    of ``given`` are earlier results, before they are rounded to their dtype.
+    """
+    coefficients, structure = rows
+    count = given[0].numel()
+    with _on(given[0]):
+        _combine[(-(-count // _TILE),)](  # pyright: ignore[reportIndexIssue]
+            tuple(given),
+            tuple(made),
+            coefficients,
+            count,
+            **structure,
+            BLOCK=_TILE,
+            enable_fp_fusion=True,  # as torch's sums
+        )
 
 
 def normal(out: Tensor, keys: Tensor, index: Tensor, step: int, stream: int, first: int) -> None:
@@ -122,7 +168,6 @@ def normal(out: Tensor, keys: Tensor, index: Tensor, step: int, stream: int, fir
 def noised(
     x0: Tensor,
     levels: Tensor,
-    noise: Tensor,
     x_t: Tensor,
     target: Tensor,
     keys: Tensor,
@@ -130,9 +175,9 @@ def noised(
     step: int,
     stream: int,
 ) -> None:
-    """Fill ``noise`` with ε, ``x_t`` with α x_0 + σ ε and ``target`` with c0 x_0 + c1 ε.
+    """Fill ``x_t`` with α x_0 + σ ε and ``target`` with c0 x_0 + c1 ε; ε is not stored.
 
-    ``x0``, ``noise``, ``x_t``, ``target``: shape (batch, count), contiguous. ``levels``: α, σ, c0,
+    ``x0``, ``x_t``, ``target``: shape (batch, count), contiguous. ``levels``: α, σ, c0,
     c1 of each sample, shape (4 or more, batch), float32, contiguous.
     """
     batch, count = x0.shape
@@ -141,7 +186,6 @@ def noised(
         _noised[_grid(batch, count)](  # pyright: ignore[reportIndexIssue]
             x0,
             levels,
-            noise,
             x_t,
             target,
             keys,

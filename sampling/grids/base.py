@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from inspect import Parameter
 from typing import Any, TypeVar
 
@@ -131,6 +131,7 @@ Published tables are rounded. Such a level is set to the schedule's end.
 """
 
 
+@lru_cache(maxsize=256)
 def lowest_time(curve: Curve) -> float:
     """Return the time of the least noise in training.
 
@@ -228,6 +229,7 @@ def with_rounded_times(
     return tuple(replace(k, timestep=ROUNDINGS[rounding](k.timestep)) for k in knots)
 
 
+@lru_cache(maxsize=256)
 def level_at(curve: Curve, t: float, ratio: bool) -> float:
     """Return the noise level at a time: σ / α, or σ on a flow path unless ``ratio``.
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from ...noising.utils.validation import one_of
 from ..knots import Knot
-from ..tracing import Combination, Trace
+from ..tracing import Combination, Trace, weighted
 from .base import register_method
 from .dpm_solver import valid_history
 from .integrals import lagrange_integrals
@@ -23,14 +23,6 @@ ADAMS_BASHFORTH = {
     3: (23 / 12, -16 / 12, 5 / 12),
     4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 }
-
-
-def weighted(values: Sequence[Combination], weights: Sequence[float]) -> Combination:
-    """Return Σ w_j v_j."""
-    total = weights[0] * values[0]
-    for w, v in zip(weights[1:], values[1:], strict=True):
-        total = total + w * v
-    return total
 
 
 def _shares(weights: Sequence[float]) -> list[float]:

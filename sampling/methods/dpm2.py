@@ -100,10 +100,10 @@ def dpmpp_2s_ancestral(
     s, n = knots[i], knots[i + 1]
     r = check_eta(eta) * posterior_std(s, n)
     d = ancestral_target(n, r)
-    D, _ = trace.evaluate(x, s)
+    D = trace.denoise(x, s)
     if d.sigma > 0 and s.alpha > 0:
         m = midpoint(trace, s, d)
-        D, _ = trace.evaluate(first_order_update(x, D, s, m), m)
+        D = trace.denoise(first_order_update(x, D, s, m), m)
     return [_plus(first_order_update(x, D, s, d), fresh_noise(trace, s, n, r, s_noise))]
 
 
@@ -132,7 +132,7 @@ def dpmpp_sde(
     require(0 < r <= 1, "r", "be in (0, 1]", r, "k-diffusion uses 1/2")
     s, n = knots[i], knots[i + 1]
     check_eta(eta)
-    D, _ = trace.evaluate(x, s)
+    D = trace.denoise(x, s)
     spread = eta * posterior_std(s, n)
     if n.sigma == 0 or s.alpha == 0:
         return [

@@ -139,5 +139,5 @@ def euler(
 ) -> list[Combination]:  # fmt: skip
     """Euler's method on the probability flow ODE (2206.00364, algorithm 2, no correction)."""
     x, s = churned(trace, knots, i, x, s_churn, s_tmin, s_tmax, s_noise)
-    D, _ = trace.evaluate(x, s)
+    D = trace.denoise(x, s)
     return [first_order_update(x, D, s, knots[i + 1])]

@@ -6,12 +6,13 @@ All of them estimate E, the weighted mean of D in the exact solution of dpm_solv
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+
+import numpy as np
 
 from ...noising.utils.validation import one_of
 from ..knots import Knot
-from ..tracing import Combination, Trace
-from .adams import weighted
+from ..tracing import Combination, Trace, weighted
 from .base import register_method
 from .dpm_solver import valid_history
 from .integrals import lagrange_integrals, phi_2
@@ -93,14 +94,12 @@ def er_sde(
     if values and order > 1:
         step = b - a
         slope = (D - values[0]) / (a - knots[i - 1].sigma_ve)
-        x_n = x_n + n.alpha * (step + _scale(b) * _integral(b, a, lambda y: 1.0)) * slope
+        area, moment = _integrals(b, a)
+        x_n = x_n + n.alpha * (step + _scale(b) * area) * slope
         memory.append(slope)
         if len(past) > 1 and order > 2 and knots[i - 2].alpha > 0:
             curvature = (slope - past[1]) / ((a - knots[i - 2].sigma_ve) / 2)
-            x_n = (
-                x_n
-                + n.alpha * (step**2 / 2 + _scale(b) * _integral(b, a, lambda y: y - a)) * curvature
-            )
+            x_n = x_n + n.alpha * (step**2 / 2 + _scale(b) * moment) * curvature
     spread = n.alpha * math.sqrt(max(b**2 - (a * ratio) ** 2, 0.0))
     return [x_n + spread * trace.noise(s, n), *memory]
 
@@ -109,11 +108,18 @@ def _scale(y: float) -> float:
     return y * (math.exp(y**0.3) + 10)
 
 
-def _integral(b: float, a: float, f: Callable[[float], float], panels: int = 200) -> float:
-    """Return ∫_b^a f(y) / φ(y) dy by the midpoint rule in log y, where the integrand is smooth."""
-    low, width = math.log(b), (math.log(a) - math.log(b)) / panels
-    points = (math.exp(low + (k + 0.5) * width) for k in range(panels))
-    return sum(f(y) * y / _scale(y) for y in points) * width
+_PANELS = np.arange(200) + 0.5
+
+
+def _integrals(b: float, a: float) -> tuple[float, float]:
+    """Return ∫_b^a dy / φ(y) and ∫_b^a (y - a) dy / φ(y).
+
+    By the midpoint rule in log y, where the integrand is smooth.
+    """
+    low, width = math.log(b), (math.log(a) - math.log(b)) / len(_PANELS)
+    y = np.exp(low + _PANELS * width)
+    weights = width / (np.exp(y**0.3) + 10)  # dy / φ(y) = y d log y / φ(y)
+    return float(weights.sum()), float(weights @ (y - a))
 
 
 @register_method(

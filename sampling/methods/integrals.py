@@ -32,7 +32,7 @@ def lagrange_integrals(
         for k, yk in enumerate(nodes):
             if k != j:
                 values = values * (distances[k] / (yj - yk))
-        totals.append(float(values.sum()))
+        totals.append(float(np.add.reduce(values)))
     return totals
 
 

@@ -15,8 +15,7 @@ from collections.abc import Sequence
 
 from ...noising.utils.validation import one_of
 from ..knots import Knot
-from ..tracing import Combination, Trace
-from .adams import weighted
+from ..tracing import Combination, Trace, weighted
 from .base import register_method
 from .dpm_solver import valid_history
 from .integrals import lagrange_integrals

@@ -16,7 +16,7 @@ import math
 
 from ...noising.utils.validation import require
 from ..knots import Knot
-from ..tracing import Combination, Trace
+from ..tracing import Combination, Trace, weighted
 
 
 def first_order_update(
@@ -32,14 +32,14 @@ def first_order_update(
     ``noise`` has standard deviation r.
     """
     keep = math.sqrt(max(n.sigma**2 - r**2, 0.0)) / s.sigma
-    y = keep * x + (n.alpha - keep * s.alpha) * D
+    y = weighted((x, D), (keep, n.alpha - keep * s.alpha))
     return y if noise is None else y + noise
 
 
 def first_order_update_epsilon(x: Combination, e: Combination, s: Knot, n: Knot) -> Combination:
     """Return x_n = α_n (x - σ_s ε̂) / α_s + σ_n ε̂: the same step for a given ε̂; needs α_s > 0."""
     ratio = n.alpha / s.alpha
-    return ratio * x + (n.sigma - ratio * s.sigma) * e
+    return weighted((x, e), (ratio, n.sigma - ratio * s.sigma))
 
 
 def along(
@@ -50,7 +50,8 @@ def along(
     x_n = α_n (x - σ_s ē) / α_s + σ_n ē. It is computed as the first-order step plus the effect of
     the other slope, because near α = 0 the terms of the plain form are huge.
     """
-    return first_order_update(x, D, s, n) + (n.sigma - n.alpha * s.sigma_ve) * (mean_e - e)
+    other = n.sigma - n.alpha * s.sigma_ve
+    return weighted((first_order_update(x, D, s, n), mean_e - e), (1.0, other))
 
 
 def toward(
@@ -60,7 +61,7 @@ def toward(
 
     The estimates need not combine to x. ``noise`` has standard deviation r.
     """
-    y = n.alpha * D + math.sqrt(max(n.sigma**2 - r**2, 0.0)) * e
+    y = weighted((D, e), (n.alpha, math.sqrt(max(n.sigma**2 - r**2, 0.0))))
     return y if noise is None else y + noise
 
 

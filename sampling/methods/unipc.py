@@ -8,8 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from ...noising.utils.validation import one_of
 from ..knots import Knot
 from ..tracing import Combination, Trace
@@ -118,11 +116,24 @@ def _rhos(ratios: Sequence[float], hh: float, B: float) -> list[float]:
     """Return ρ of R ρ = b (eq. 5); a single ratio gets 1/2, which keeps the order (§3.3)."""
     if len(ratios) <= 1:
         return [0.5] * len(ratios)
-    R = np.vander(np.array(ratios), len(ratios), increasing=True).T
     b, factorial = [], 1.0
     h_phi = math.expm1(hh) / hh - 1
     for k in range(1, len(ratios) + 1):
         b.append(h_phi * factorial / B)
         factorial *= k + 1
         h_phi = h_phi / hh - 1 / factorial
-    return np.linalg.solve(R, np.array(b)).tolist()
+    return _solved(ratios, b)
+
+
+def _solved(r: Sequence[float], b: list[float]) -> list[float]:
+    """Return ρ with Σ_j r_j^k ρ_j = b_k, k = 0, 1, ... (Björck & Pereyra 1970)."""
+    last = len(r) - 1
+    for k in range(last):
+        for j in range(last, k, -1):
+            b[j] -= r[k] * b[j - 1]
+    for k in range(last - 1, -1, -1):
+        for j in range(k + 1, last + 1):
+            b[j] /= r[j] - r[j - k - 1]
+        for j in range(k, last):
+            b[j] -= b[j + 1]
+    return b

@@ -293,7 +293,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("H = 1 + eta\n        weights", "H = 1 - eta\n        weights")
     ],
     ("sampling/kernel.py", "tests/test_comfyui_methods.py tests/test_sampler.py"): [
-        ("new = beside[type(op)]() if type(op) in beside else None", "new = None")
+        ("new = beside[kind]() if kind in beside else None", "new = None")
     ],
     # sampling: grids
     ("sampling/grids/sigmas.py", "tests/test_grids_diffusers.py"): [
@@ -365,12 +365,35 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ),
     ],
     ("sampling/table.py", "tests/test_every_table.py"): [
-        ("rest[k] = rest.get(k, 0.0) - share * c", "rest[k] = rest.get(k, 0.0) + share * c")
+        ("rest = [r - share * c for", "rest = [r + share * c for")
     ],
     ("sampling/kernel.py", SAMPLER): [
         ("total.add_(basis[k], alpha=c)", "total.add_(basis[k], alpha=abs(c))"),
         ("total, rest = basis[k] * c", "total, rest = basis[k].mul_(c)"),
-        ("else new).to(basis[0].dtype)", "else new).half().to(basis[0].dtype)"),
+        ("else new.to(dtype))", "else new.half().to(dtype))"),
+        ("torch.mul(basis[k], factor)", "basis[k].mul_(factor)"),
+    ],
+    ("sampling/kernel.py", "tests/test_one_pass.py"): [
+        ("combined.append([(at[k], c) for", "combined.append([(k, c) for"),
+        ("if i == 0 and waiting:", "if i == 0 and False:"),
+        ("given = [one if one.is_contiguous() else one.contiguous()", "given = [one"),
+    ],
+    ("sampling/inference.py", "tests/test_running.py"): [
+        ("kept[0] != kind or kept[1]._version", "kept[0] != kind"),
+        ("if t is None or time != knot.timestep or t._version:", "if t is None:"),
+        ("step=self.drawn), self.shape[1:]", "step=0), self.shape[1:]"),
+    ],
+    ("sampling/serving/continuous.py", "tests/test_continuous.py"): [
+        ("self._registers[:, row] = 0", "pass"),
+        ("self._at[row] = self._at[end]", "pass"),
+        ("before = results[:first] if first == places[0] else []", "before = []"),
+    ],
+    ("sampling/serving/captured.py", "tests/test_captured.py"): [
+        ("self._noise.rewind()", "pass"),
+        (
+            "copy.deepcopy((dict(conditioning or {}), unconditional))",
+            "(dict(conditioning or {}), unconditional)",
+        ),
     ],
     ("sampling/tracing.py", f"{METHODS} -k birth or brownian or (point_mass and dpmpp)"): [
         ("(abs(draw.end - draw.start) ** 0.5) * z", "abs(draw.end - draw.start) * z"),
@@ -379,7 +402,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("sampling/table.py", f"{METHODS} -k birth or brownian or (point_mass and dpmpp)"): [
         ("if defect > ROUNDINGS * rounding", "if defect > 1e9"),
-        ("if not all(math.isfinite(c)", "if not any(math.isfinite(c)"),
+        ("if not math.isfinite(sum(", "if math.isinf(sum("),
     ],
     # training loops
     ("training/loops/loop.py", f"{LOOPS} -k precision or half or autocast or fabric"): [
@@ -399,6 +422,19 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("training/previews/previews.py", f"{LOOPS} -k autocast or averages"): [
         ("return torch.autocast(model.device.type, enabled=False)", "return torch.enable_grad()"),
         ('self.weights or ("ema" if ema is not None else "raw")', 'self.weights or "raw"'),
+    ],
+    ("training/fitting/tables.py", "tests/test_fitted_previews.py"): [
+        ("            if table is not None:\n", "            if False:\n"),
+        ("return own < known", "return True"),
+        ("return step - last >= self.refit_every", "return True"),
+        ("and step >= GROWTH * last and step > last", ""),
+        ("credit - cost if credit >= cost else credit", "credit"),
+        ("made.guidance_scale == self.guidance_scale", "True"),
+        ("self._tried[weights] = step", "pass"),
+    ],
+    ("training/fitting/ranks.py", f"{LOOPS} -k fit"): [
+        ("any_rank([error is not None]", "any_rank([False]"),
+        ("first + self.share + k * self.shares", "first + k"),
     ],
     ("training/publishing/settings.py", f"{LOOPS} -k settings or picture or json or infotext"): [
         ('if settings["schedule"] != schedule.fingerprint:', "if False:"),

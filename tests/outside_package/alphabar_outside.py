@@ -9,6 +9,7 @@ from alphabar.noising import (
     CURVES,
     LOSSES,
     NOISES,
+    SHAPED_TIMESTEPS,
     TIMESTEPS,
     WEIGHTINGS,
     Curve,
@@ -16,8 +17,9 @@ from alphabar.noising import (
     Noise,
     QuantileTimesteps,
     Scheme,
+    ShapedTimesteps,
 )
-from alphabar.sampling import register_method, register_sigma_grid, register_timestep_grid
+from alphabar.sampling import MATRICES, register_method, register_sigma_grid, register_timestep_grid
 
 
 @register_method(order=1, source="an example")
@@ -80,6 +82,21 @@ class OutsideTimesteps(QuantileTimesteps):
 
     def quantile(self, u):
         return u**0.5
+
+
+@SHAPED_TIMESTEPS.register
+@dataclass(frozen=True, kw_only=True)
+class OutsideShaped(ShapedTimesteps):
+    name = "outside_mirrored"
+
+    def shares(self, u, k):
+        return torch.where(torch.arange(k) % 2 == 0, u, 1 - u)
+
+
+@MATRICES.register
+def outside_pairs(chunks, steps):
+    rows = range(steps + (chunks - 1) // 2 + 1)
+    return [[min(max(row - j // 2, 0), steps) for j in range(chunks)] for row in rows]
 
 
 @NOISES.register

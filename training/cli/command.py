@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import os
+import pkgutil
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
-from types import ModuleType
+from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
-from . import convert, ema, inspect, plot, sample, samplers
+COMMANDS = ("sample", "fit", "samplers", "plot", "ema", "inspect", "convert")
+"""Every subcommand: a module with a docstring, ``add_arguments(parser)`` and ``run(args)``.
 
-COMMANDS: Mapping[str, ModuleType] = {
-    "sample": sample,
-    "samplers": samplers,
-    "plot": plot,
-    "ema": ema,
-    "inspect": inspect,
-    "convert": convert,
-}
-"""Every subcommand: a module with a docstring, ``add_arguments(parser)`` and ``run(args)``."""
+A module is imported when its command is called: torch takes seconds.
+"""
 
 BROKEN_PIPE = 141  # exit status in a shell when the reader of a pipe has closed: 128 + SIGPIPE
 
@@ -35,9 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     >>> main(["sample", "nowhere.ckpt"])
     2
     """
+    given = sys.argv[1:] if arguments is None else arguments
     try:
         try:
-            return _run(parser_of_all().parse_args(arguments))
+            return _run(parser_of_all(given).parse_args(given))
         finally:
             # flush here: an error at interpreter exit cannot be caught
             sys.stdout.flush()
@@ -47,8 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
 
 
-def parser_of_all() -> argparse.ArgumentParser:
+def parser_of_all(arguments: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     """Return the parser of the command with all subcommands.
+
+    Those that ``arguments`` do not name get no arguments of their own.
 
     >>> parser_of_all().parse_args(["samplers", "euler"]).name
     'euler'
@@ -58,12 +57,22 @@ def parser_of_all() -> argparse.ArgumentParser:
         description="One noise schedule, from the first training step to the last sampled image.",
     )
     subparsers = parser.add_subparsers(dest="command", required=True)
-    for name, command in COMMANDS.items():
-        doc = command.__doc__ or ""
-        command.add_arguments(
-            subparsers.add_parser(name, help=doc.strip().splitlines()[0], description=doc)
-        )
+    for name in COMMANDS:
+        doc = _documentation(name)
+        subparser = subparsers.add_parser(name, help=doc.splitlines()[0], description=doc)
+        if name in arguments:
+            _module(name).add_arguments(subparser)
     return parser
+
+
+def _module(name: str) -> Any:
+    return import_module(f".{name}", __package__)
+
+
+def _documentation(name: str) -> str:
+    """Return the docstring of a subcommand's module without importing it."""
+    source = pkgutil.get_data(__package__ or "", f"{name}.py")
+    return ast.get_docstring(ast.parse(source or b"")) or name
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -73,7 +82,7 @@ def _run(args: argparse.Namespace) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = tell
         try:
-            COMMANDS[args.command].run(args)
+            _module(args.command).run(args)
         except BrokenPipeError:
             raise
         except (ValueError, OSError, ImportError) as error:

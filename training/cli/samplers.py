@@ -2,7 +2,8 @@
 
 Without a name: list every sampler with its order of convergence, the network calls per step,
 whether it draws noise, its source (paper or code) and its other names; then list every grid. With a
-name (any of them): show its documentation and options.
+name (any of them): show its documentation and options. With ``--for MODEL``: show what the pipeline
+of a published model samples with, and what else suits it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from ...sampling import GRIDS, METHODS, Method
 from ...sampling.grids import grid_options
 from ...sampling.names import all_names, key_of, resolve
 from ...sampling.standalone import STANDALONE, StandaloneEntry
+from .presets import suitable_samplers
 
 HEADINGS = ("name", "order", "calls", "noise", "source", "also called")
 LEGEND = (
@@ -32,13 +34,21 @@ LEGEND = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``alphabar samplers``."""
     parser.add_argument("name", nargs="?", help="a sampler or a grid, by any of its names")
+    parser.add_argument(
+        "--for", dest="preset", metavar="MODEL", help="a preset: flux, sdxl, wan2.2, ..."
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the table, or one entry."""
-    print(
-        described(args.name) if args.name else listing(shutil.get_terminal_size((120, 24)).columns)
-    )
+    """Print the table, one entry, or the samplers of a preset."""
+    if args.name and args.preset:
+        raise ValueError(f"{args.name} and --for {args.preset}: give one of the two")
+    if args.preset:
+        print(suitable_samplers(args.preset))
+    elif args.name:
+        print(described(args.name))
+    else:
+        print(listing(shutil.get_terminal_size((120, 24)).columns))
 
 
 def listing(width: int = 120) -> str:

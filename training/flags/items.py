@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ...noising import BETA_SCHEDULES, CURVES, Curve, Discrete, NoiseSchedule
+from ...noising import BETA_SCHEDULES, CURVES, PRESETS, Curve, Discrete, NoiseSchedule
 from ...noising.utils.items import call_with_options, parse_item
-from ...noising.utils.registry import lookup
+from ...noising.utils.registry import lookup, unknown
 
 SCHEDULES: Mapping[str, Callable[..., NoiseSchedule]] = {
     "linear": NoiseSchedule.linear,
@@ -47,6 +47,8 @@ TRANSFORMATIONS: Mapping[str, Callable[[NoiseSchedule, Any], NoiseSchedule]] = {
     "shifted": lambda schedule, factor: schedule.shifted(factor),
     "t_min": lambda schedule, t: schedule.truncated(t_min=t),
     "t_max": lambda schedule, t: schedule.truncated(t_max=t),
+    "noise_level_min": lambda schedule, level: schedule.truncated(noise_level_min=level),
+    "noise_level_max": lambda schedule, level: schedule.truncated(noise_level_max=level),
 }
 """Options of every schedule item, in addition to its constructor's; applied in written order."""
 
@@ -55,12 +57,13 @@ def read_schedule(item: str, zero_snr: bool = False) -> NoiseSchedule:
     """Return the schedule for an item or a folder.
 
     An item takes the options of its constructor, and the transformations ``zero_snr=true``,
-    ``shifted=2.0``, ``t_min=`` and ``t_max=``, which are applied in their written order. A folder
-    (with a noise_schedule.json or a scheduler_config.json) takes the transformations and
-    ``tokens``.
+    ``shifted=2.0``, ``t_min=``, ``t_max=``, ``noise_level_min=`` and ``noise_level_max=`` (σ after
+    the shift), which are applied in their written order. A preset takes the transformations,
+    ``tokens`` and ``steps``; a folder (with a noise_schedule.json or a scheduler_config.json) takes
+    the transformations and ``tokens``.
 
     Args:
-        item: the item or the folder.
+        item: the item, the preset ('wan2.2/high') or the folder; './flux' is a folder.
         zero_snr: rescale the result to zero terminal SNR.
 
     Raises:
@@ -72,16 +75,20 @@ def read_schedule(item: str, zero_snr: bool = False) -> NoiseSchedule:
     ... ).has_zero_terminal_snr
     True
     """
-    name, options = (item, {}) if Path(item).exists() else parse_item(item)
+    name, options = parse_item(item)
+    if name not in PRESETS and Path(item).exists():
+        name, options = item, {}
     own = {option: value for option, value in options.items() if option not in TRANSFORMATIONS}
-    if Path(name).exists() or "/" in name:
+    if name in PRESETS:
+        schedule = call_with_options(f"preset {name}", partial(_preset, name), own)
+    elif Path(name).exists() or "/" in name:
         schedule = call_with_options(
             f"a folder {name}",
             lambda tokens=None: NoiseSchedule.from_pretrained(name, tokens=tokens),
             own,
         )
     else:
-        make = lookup("schedule", name, schedule_makers())
+        make = _maker(name)
         known = {**inspect.signature(make).parameters, "prediction": None, **TRANSFORMATIONS}
         for option in own:
             lookup(f"option of schedule {name}", option, known)
@@ -94,6 +101,17 @@ def read_schedule(item: str, zero_snr: bool = False) -> NoiseSchedule:
         if option in TRANSFORMATIONS:
             schedule = TRANSFORMATIONS[option](schedule, value)
     return _zero_snr(schedule) if zero_snr else schedule
+
+
+def _preset(name: str, tokens: int | None = None, steps: int | None = None) -> NoiseSchedule:
+    return NoiseSchedule.preset(name, tokens, steps)
+
+
+def _maker(name: str) -> Callable[..., Any]:
+    makers = schedule_makers()
+    if name not in makers:
+        raise ValueError(unknown("schedule", name, [*makers, *PRESETS]))
+    return makers[name]
 
 
 def _zero_snr(schedule: NoiseSchedule) -> NoiseSchedule:

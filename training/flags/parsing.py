@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...noising import (
+    PRESETS,
     Chain,
     Curve,
     ListedTimesteps,
@@ -139,8 +140,9 @@ def noising_from_arguments(args: argparse.Namespace, base: NoiseSchedule | None 
     said = read_options(args, OPTIONS)
     _refuse_what_is_not_here(args)
     schedule = read_schedule_flags(said, args, base)
+    said, preset_density = _of_preset(said, schedule.curve)
     weighting = _weighting(said, schedule)
-    timesteps = _timesteps(said, schedule.curve, getattr(args, "resolution", None))
+    timesteps = _timesteps(said, schedule.curve, getattr(args, "resolution", None), preset_density)
     noises, (loss, *_) = NOISE.chosen(said), LOSS.chosen(said)
     seeds = (said.value("noise_seed"), getattr(args, "seed", None), 0)
     return Noising(
@@ -151,6 +153,25 @@ def noising_from_arguments(args: argparse.Namespace, base: NoiseSchedule | None 
         seed=next(seed for seed in seeds if seed is not None),
         loss=loss,
     )
+
+
+_DENSITIES = ("timestep_density", "p_mean", "p_std", "timestep_sampling", "weighting_scheme")
+
+
+def _of_preset(said: Said, curve: Curve) -> tuple[Said, Timesteps | None]:
+    """Return the flags with the weighting of --preset as a weak one, and the preset's density.
+
+    The density is None without a preset, and if other flags say one.
+    """
+    if "preset" not in said.given:
+        return said, None
+    name, tokens = said.given["preset"], said.given.get("image_tokens")
+    weak = {key: value for key, value in said.weak.items() if key not in _DENSITIES}
+    weak["loss_weighting"] = PRESETS[name].training.weighting
+    if any(key in said.given for key in _DENSITIES):
+        return Said(said.given, weak, said.names), None
+    given = {key: value for key, value in said.given.items() if key != "image_tokens"}
+    return Said(given, weak, said.names), PRESETS[name].density(name, curve, tokens)
 
 
 def _refuse_what_is_not_here(args: argparse.Namespace) -> None:
@@ -192,9 +213,12 @@ def _weighting(said: Said, schedule: NoiseSchedule) -> Any:
     return weighting
 
 
-def _timesteps(said: Said, curve: Curve, resolution: Any) -> Timesteps:
+def _timesteps(
+    said: Said, curve: Curve, resolution: Any, preset_density: Timesteps | None
+) -> Timesteps:
     span = _range(said, float(curve.num_train_timesteps))
     density, covers_range = density_of_trainer(said, curve, span, resolution)
+    density = density or preset_density
     if "reversed_timesteps" in said.given:
         for key in ("weighting_scheme", "timestep_sampling"):
             if said.given.get(key) not in (None, "none", "sigma", "uniform"):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields, replace
 
-from ...noising import BETA_SCHEDULES, PREDICTIONS, Discrete, NoiseSchedule
+from ...noising import BETA_SCHEDULES, PREDICTIONS, PRESETS, Discrete, NoiseSchedule
 from ...noising.utils.items import parse_item
+from ...noising.utils.registry import lookup
 from .base_model import schedule_of_base_model
 from .items import SCHEDULES, read_schedule
 from .options import SAYING_THE_SAME, Option, Said, contradiction
@@ -16,9 +17,16 @@ _BETAS = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
 
 SCHEDULE_OPTIONS = (
     Option(
+        ("--preset",),
+        metavar="MODEL",
+        help="the schedule, the density and the weighting of a published model: sd15, sdxl, flux, "
+        "wan2.2/high, ... (alphabar inspect MODEL says what they are); --image_tokens for a shift "
+        "by the size of the image; other flags replace parts of it",
+    ),
+    Option(
         ("--noise_schedule",),
         metavar="ITEM",
-        help="a schedule by its name, flow:shift=3, karras:sigma_data=1, "
+        help="a schedule by its name, flow:shift=3, karras:sigma_data=1, a preset (flux), "
         "or a folder with a scheduler_config.json (default: the base model's, or scaled_linear)",
     ),
     Option(("--beta_schedule",), choices=BETA_SCHEDULES, help="shape of the betas"),
@@ -73,7 +81,8 @@ def read_schedule_flags(
         ValueError: flags contradict each other.
     """
     _refuse_said_twice(said)
-    schedule = _with_prediction(_on_curve(said, args, base), said, base is not None)
+    has_base = base is not None or "preset" in said.given
+    schedule = _with_prediction(_on_curve(said, args, base), said, has_base)
     if "rescale_betas_zero_snr" in said.given:
         if schedule.prediction.name in ("epsilon", "score"):
             raise ValueError(
@@ -98,6 +107,11 @@ def _refuse_said_twice(said: Said) -> None:
 
 def _on_curve(said: Said, args: argparse.Namespace, base: NoiseSchedule | None) -> NoiseSchedule:
     betas = {name: said.given[name] for name in _BETAS if name in said.given}
+    if "preset" in said.given:
+        for key in ("noise_schedule", "flow_shift"):
+            if key in said.given:
+                raise contradiction(said.written("preset"), said.written(key))
+        base = preset_schedule(said)
     if "flow_shift" in said.given:
         of_betas = [name for name in betas if name.startswith("beta_")]
         refused = [key for key in (*of_betas, "rescale_betas_zero_snr") if key in said.given]
@@ -124,6 +138,14 @@ def _on_curve(said: Said, args: argparse.Namespace, base: NoiseSchedule | None) 
             f"the base model's betas are given one by one; give --beta_schedule with {flag}"
         )
     return replace(schedule, curve=replace(curve, trained_betas=None, **betas))
+
+
+def preset_schedule(said: Said) -> NoiseSchedule:
+    """Return the schedule of --preset, at --image_tokens."""
+    name, tokens = said.given["preset"], said.given.get("image_tokens")
+    preset = said.made("preset", lambda: lookup("preset", name, PRESETS))
+    at = None if preset.only_training_takes_tokens else tokens
+    return said.made("preset", lambda: NoiseSchedule.preset(name, at))
 
 
 def _flow(said: Said) -> NoiseSchedule:

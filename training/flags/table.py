@@ -442,6 +442,12 @@ NOISE = Kind(
             type=bool,
             help="assign noises to the nearest samples (2406.12303)",
         ),
+        Flag(
+            ("--optimal_transport",),
+            ("optimal_transport",),
+            type=bool,
+            help="couple noises and samples by optimal transport (2302.00482)",
+        ),
     ),
     several=True,
     also={"multires": "pyramid"},

@@ -147,6 +147,41 @@ def gather(own: Tensor, world_size: int = 1) -> Tensor:
     return torch.stack(parts)
 
 
+def sum_of_ranks(
+    own: Tensor,
+    world_size: int = 1,
+    shares: int = 1,
+    share: int = 0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Sum CPU tensors of equal shape over the shares, in their order: the same bits on every rank.
+
+    Ranks with the same share have the same tensor, which counts once. Every rank must call it.
+
+    Args:
+        own: the tensor of this rank.
+        world_size: number of ranks.
+        shares: number of shares.
+        share: the share of this rank.
+        device: device of the exchange if torch has no gloo.
+
+    >>> sum_of_ranks(torch.ones(2))
+    tensor([1., 1.])
+    """
+    if world_size == 1:
+        return own
+    group = patient_group()
+    sent = own.contiguous() if group is not None else own.to(device)
+    parts = [torch.empty_like(sent) for _ in range(world_size)]
+    dist.all_gather(parts, sent, group=group)
+    owners: list[int] = [0] * world_size
+    dist.all_gather_object(owners, share, group=group)
+    total = torch.zeros_like(own)
+    for k in range(shares):
+        total += parts[owners.index(k)].to(own.device)
+    return total
+
+
 def on_rank_zero(ranks: Ranks, act: Callable[[], object]) -> None:
     """Call ``act`` on rank 0 only; if it raises, every rank raises. Every rank must call it.
 

@@ -14,6 +14,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from ...noising import NoiseSchedule
+from ...sampling.fitting.provenance import Provenance
 from ...sampling.grids import make_knots
 from ...sampling.knots import Knot
 from ...sampling.table import Table
@@ -138,6 +139,48 @@ def plot_table(table: Table, path: str | os.PathLike[str] | None = None) -> Figu
         f"{table.name}: {len(table.steps)} steps, {table.evaluations} evaluations, {table.draws} "
         "draws",
     )
+    return written(figure, path)
+
+
+def plot_fits(fits: Sequence[Provenance], path: str | os.PathLike[str] | None = None) -> Figure:
+    """Plot the error against the number of network calls, of fitted tables and of known methods.
+
+    Each known method is shown on its best grid.
+
+    Args:
+        fits: the records of tables that were fitted to one network.
+        path: file to write the figure to.
+
+    Returns:
+        The Figure.
+
+    Raises:
+        ValueError: there are no fits.
+        ImportError: matplotlib is not installed.
+
+    >>> from alphabar.sampling import fit_table
+    >>> table = fit_table(lambda x, t: x.tanh(), NoiseSchedule.flow(), 4, shape=(8,), seeds=16)
+    >>> plot_fits([table.provenance]).axes[0].get_ylabel()
+    'error on seeds held out'
+    """
+    if not fits:
+        raise ValueError("a plot of fits needs at least one fit")
+    figure = new_figure(7.5, 4.6)
+    axes = figure.subplots()
+    known: dict[str, dict[int, float]] = {}
+    for fit in fits:
+        for name, error in fit.known:
+            best = known.setdefault(name.partition(",")[0], {})
+            best[fit.evaluations] = min(error, best.get(fit.evaluations, math.inf))
+    for name, errors in known.items():
+        axes.plot(list(errors), list(errors.values()), marker=".", linewidth=1, label=name)
+    own = {fit.evaluations: fit.fitted_error for fit in fits}
+    axes.plot(list(own), list(own.values()), color="black", marker="o", label="fitted")
+    axes.set_yscale("log")
+    axes.set_xticks(list(own))
+    dress(axes, "distance to the teacher", "network calls", "error on seeds held out")
+    axes.legend(fontsize=8, ncols=2)
+    title(figure, f"tables fitted to {fits[0].teacher}")
     return written(figure, path)
 
 

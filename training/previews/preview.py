@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...sampling import Sampler
+from ..fitting.ranks import FittingRanks
+from ..fitting.tables import Fitting
 from ..loops.collectives import gather, raise_on_all_ranks
 from ..loops.complaints import warn_on_rank_zero
 from ..loops.forward import ForwardMode
@@ -71,22 +73,29 @@ class Previewer:
     drawing: Drawing
     batch_size: int
     pipeline: Any = None
+    fitting: Fitting | None = None
     _connected: nn.Module | None = None  # the module that the pipeline was made for
 
     @classmethod
     def prepare(
-        cls, recipe: Recipe, sampler: Any, loop: Loop, model: LiveModel | None = None
+        cls,
+        recipe: Recipe,
+        sampler: Any,
+        loop: Loop,
+        model: LiveModel | None = None,
+        fitting: Fitting | None = None,
     ) -> Previewer:
         """Encode the prompts; with a model, also make the pipeline.
 
-        Errors of the user's functions are raised unchanged.
+        With ``fitting``, the sampler draws until a table is fitted. Errors of the user's functions
+        are raised unchanged.
         """
         if recipe.pipeline is not None and not isinstance(sampler, Sampler):
             raise ValueError(
                 f"no scheduler of diffusers is {sampler.name}, which a pipeline would need; "
                 "take another sampler"
             )
-        previewer = cls(recipe, sampler, loop, recipe.drawing, recipe.batch_size)
+        previewer = cls(recipe, sampler, loop, recipe.drawing, recipe.batch_size, fitting=fitting)
         if model is not None:
             previewer.connect(model)
         previewer.drawing = previewer._conditioned(model)
@@ -180,6 +189,7 @@ class Previewer:
             start, averaged = self._ready(model, weights == "ema", shape, stop, stack)
             if weights == "ema" and not averaged and self.recipe.weights == "both":
                 return None  # the raw weights have their own preview
+            notes = self._fit(model, moment, "ema" if averaged else "raw", shape, rounds)
             bar = _bar(
                 loop,
                 weights,
@@ -200,7 +210,6 @@ class Previewer:
                 f"the preview at step {moment.step} finished no image {limit}; {mend}"
             )
             return None
-        notes = []
         if weights == "ema" and not averaged:
             notes.append("there are no EMA weights yet: drawn with the raw ones")
         pixels, nan = (self._in_order(model, plan, part) for part in drawn)
@@ -212,9 +221,10 @@ class Previewer:
         if nan.any():
             notes.append(
                 f"NaN in {int((nan > 0).sum())} of {len(nan)} images, {float(nan.mean()):.1%} of "
-                "the pixels"
+                f"the {'sound' if pixels.ndim == 3 else 'pixels'}"
             )
-            mend = "chequered in the picture; look at the loss and at the dtype that is sampled in"
+            shown = "silent" if pixels.ndim == 3 else "chequered in the picture"
+            mend = f"{shown}; look at the loss and at the dtype that is sampled in"
             warn_on_rank_zero(f"the preview at step {moment.step} has {notes[-1]} ({mend})")
         return Preview(
             step=moment.step,
@@ -232,7 +242,38 @@ class Previewer:
             seconds=time.monotonic() - started,
             note="; ".join(notes),
             settings=self._settings(shape),
+            media=self.recipe.media,
         )
+
+    def _fit(
+        self,
+        model: LiveModel,
+        moment: Moment,
+        weights: str,
+        shape: tuple[int, ...] | None,
+        rounds: Rounds,
+    ) -> list[str]:
+        """Choose the fitted table for this preview, and return what is to be said of it."""
+        if self.fitting is None or moment.rehearsal or shape is None:
+            return []
+        limit, begun = self.recipe.seconds or math.inf, time.monotonic()
+        self.sampler = self.fitting.sampler(
+            weights,
+            moment.step,
+            network_of(model),
+            shape,
+            self.drawing,
+            device=model.device,
+            ranks=FittingRanks(self.loop.world_size, *self.loop.share_of_rank, device=model.device),
+            batch_size=self.batch_size,
+            stop=lambda: rounds.interrupted() or time.monotonic() - begun > limit,
+        )
+        rounds.deadline += time.monotonic() - begun  # a fit has a limit of its own
+        return [self.fitting.note]
+
+    def new_tables(self) -> dict[str, str]:
+        """Return the files of tables that were fitted since the last call, by name."""
+        return {} if self.fitting is None else self.fitting.new_files()
 
     def _settings(self, shape: tuple[int, ...] | None) -> dict[str, Any]:
         """Return what reproduces the images, without seeds and prompts, as JSON values."""
@@ -334,7 +375,9 @@ class Previewer:
                 "the shape of a sample is not known; set the module's sample_shape, or give shape="
             )
         network = network_of(model)
-        decode = decoder_of(model, recipe.decode, recipe.decode_batch_size)
+        decode = decoder_of(
+            model, recipe.decode, recipe.decode_batch_size, recipe.media.decode_frames
+        )
         return lambda images: self.drawing.steps(
             network, self.sampler, shape, images, model.device, decode=decode, stop=stop
         )
@@ -397,14 +440,16 @@ def network_of(model: LiveModel) -> Callable[..., Any]:
     return network
 
 
-def decoder_of(model: LiveModel, decode: Any, size: int) -> Callable[[Tensor], Tensor] | None:
-    """Return ``decode`` in slices of ``size``, or None if ``decode`` is None.
+def decoder_of(
+    model: LiveModel, decode: Any, size: int, frames: int | None = None
+) -> Callable[[Tensor], Tensor] | None:
+    """Return ``decode`` in slices of ``size`` and ``frames``, or None if ``decode`` is None.
 
     It is called like a part of the model, unless it is a separate network.
     """
     if decode is None:
         return None
-    sliced = in_slices(decode, size)
+    sliced = in_slices(decode, size, frames)
     return model.call(sliced) if may_use(model.module, decode) else sliced
 
 

@@ -19,12 +19,13 @@ from ..loops.collectives import call_on_all_ranks
 from ..loops.forward import require_exit_after
 from ..loops.loop import LiveModel, loop_of
 from ..loops.objective import schedule_in
+from ..media.options import Media
 from ..publishing.publisher import Publisher
 from .groups import PreviewConditions, grouped
 from .preview import Moment, Previewer
 from .recipe import recipe_of
 from .run import PreviewRun
-from .samplers import require_drawable, require_steps, sampler_for
+from .samplers import fitting_for, require_drawable, require_refit_every, require_steps, sampler_for
 
 Average = Callable[[], AbstractContextManager[Any]]
 
@@ -49,11 +50,14 @@ class Previews:
     Args:
         sampler: name ('dpmpp_2m', 'DPM++ 2M Karras') or object of any sampler. An object brings its
             own schedule.
-        steps: sampling steps, 20 by default. A Sampler object has its own number.
+            'fitted' fits a table of few steps to the network; see :class:`Fitting`.
+        steps: sampling steps, 20 by default, 6 for 'fitted'. A Sampler object has its own number.
+        refit_every: optimizer steps between two fits of 'fitted'; by default, when a check finds
+            that the table is no better than a known method.
         schedule: the schedule of the training, or an object with one, such as a Noising. Needed for
             the name of a sampler; with an object, it is compared with the sampler's schedule.
-        shape: shape of one sample, (channels, height, width); not needed with a pipeline. Videos
-            and sounds need ``decode``.
+        shape: shape of one sample, (channels, height, width), of videos (channels, frames, height,
+            width), of sounds (channels, length); not needed with a pipeline.
         loop: the ``Accelerator`` or ``Fabric`` of the training. None: torch.distributed if it is
             initialized, else a single process.
         num_images: images in a grid. Default: one for each of ``seeds``, else one for each prompt
@@ -75,8 +79,10 @@ class Previews:
             else 'raw'.
         predict: ``predict(x, timesteps, **conditioning)``, which returns a tensor or an object with
             ``.sample``. Default: the network itself.
-        decode, decode_batch_size: function (or diffusers VAE) from latents to images in [-1, 1],
-            and its batch size.
+        decode, decode_batch_size: function (or diffusers VAE) from latents to images, videos or
+            sounds in [-1, 1], and its batch size.
+        media: a :class:`Media`: how videos and sounds are shown, and their rates. Videos need
+            nothing of it; sounds need ``Media(sample_rate=...)``.
         pipeline: a diffusers pipeline, or a function from the network (without wrapper) to a
             pipeline. It draws instead of the network alone, with the schedule of the training.
         max_seconds: time limit of a preview. After it the preview stops, and finished images are
@@ -123,6 +129,7 @@ class Previews:
         sampler: str | Method | Sampler | Any = "dpmpp_2m",
         steps: int | None = None,
         *,
+        refit_every: int | None = None,
         schedule: NoiseSchedule | Any = None,
         shape: Sequence[int] | None = None,
         loop: Any = None,
@@ -144,6 +151,7 @@ class Previews:
         predict: Callable[..., Any] | None = None,
         decode: Callable[..., Any] | None = None,
         decode_batch_size: int = 1,
+        media: Media | None = None,
         pipeline: Any = None,
         max_seconds: float | None = None,
         folder: str | os.PathLike[str] = "previews",
@@ -174,18 +182,23 @@ class Previews:
             predict=predict,
             decode=decode,
             decode_batch_size=decode_batch_size,
+            media=media,
             pipeline=pipeline,
             max_seconds=max_seconds,
         )
         steps = require_steps(sampler, steps)
-        made = sampler_for(_schedule_of(sampler, schedule), sampler, steps)
+        refit_every = require_refit_every(sampler, refit_every, pipeline)
+        own = _schedule_of(sampler, schedule)
+        made = sampler_for(own, sampler, steps)
+        scale = recipe.guidance["guidance_scale"]
+        fitting = fitting_for(own, sampler, steps, refit_every, scale)
         self.shape = tuple(int(n) for n in shape) if shape is not None else None
         if self.shape is None and pipeline is None:
             raise ValueError(
                 "previews need the shape of a sample; give shape=(channels, height, width)"
             )
         if self.shape is not None and pipeline is None:
-            require_drawable(self.shape, decode)
+            require_drawable(self.shape, decode, recipe.media)
         lookup("on_error", on_error, {mode: mode for mode in ("warn", "raise")})
         self.weights, self.exit_after_error = weights, require_exit_after(exit_after_error)
         self.loop = loop_of(loop)
@@ -195,7 +208,8 @@ class Previews:
         publisher = Publisher(os.fspath(folder), self.loop)
         publisher.try_out()
         previewer = call_on_all_ranks(
-            lambda: Previewer.prepare(recipe, made, self.loop), self.loop.world_size
+            lambda: Previewer.prepare(recipe, made, self.loop, fitting=fitting),
+            self.loop.world_size,
         )
         self._publisher, self._run = publisher, PreviewRun(previewer, publisher, on_error)
 
@@ -246,6 +260,17 @@ class Previews:
         previewer = self._run.previewer
         previewer.recipe = replace(previewer.recipe, weights=weights)
         return self.loop.live(network, previewer.recipe.predict, ema, self.exit_after_error)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the fitted tables as plain JSON, for a checkpoint."""
+        fitting = self._run.previewer.fitting
+        return {} if fitting is None else {"fitted": fitting.state()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take the tables of :meth:`state_dict`; the next preview checks them."""
+        fitting = self._run.previewer.fitting
+        if fitting is not None:
+            fitting.load(state_dict.get("fitted", {}))
 
     def close(self) -> None:
         """Wait until all previews are published, up to five minutes. Every rank must call it."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...noising.utils.registry import lookup
 from ...noising.utils.validation import whole_number
+from ..media.options import Media
 from .conditioning import Conditions
-from .groups import PreviewConditions
+from .groups import PreviewConditions, grouped
 from .render import Drawing
 
 DEFAULT_IMAGES = 16
@@ -30,6 +31,7 @@ class Recipe:
     pipeline: Any = None
     max_seconds: float | None = None
     weights: str = "raw"
+    media: Media = field(default_factory=Media)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -68,18 +70,20 @@ def recipe_of(
     decode_batch_size: int,
     pipeline: Any,
     max_seconds: float | None,
+    media: Media | None,
 ) -> Recipe:
     """Return the recipe for the arguments of ``Previews`` and ``ValidationSampling``.
 
     Raises:
         ValueError: an invalid argument, or arguments that contradict each other.
     """
+    media = grouped("media", media, Media, {})
     seeds = () if seeds is None else tuple(int(s) for s in seeds)
     if num_images is None:
         num_images = len(seeds or given.prompts or given.classes) or DEFAULT_IMAGES
     num_images = whole_number("num_images", num_images, least=1)
     recipe = Recipe(
-        drawing=Drawing(num_images, int(seed), seeds=seeds),
+        drawing=Drawing(num_images, int(seed), seeds=seeds, media=media),
         conditions=Conditions(
             num_images,
             tuple(given.prompts),
@@ -102,6 +106,7 @@ def recipe_of(
         pipeline=pipeline,
         max_seconds=max_seconds,
         weights=lookup("weights", weights, {kind: kind for kind in WEIGHTS}),
+        media=media,
     )
     _require_consistent(recipe)
     return recipe

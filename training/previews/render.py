@@ -15,16 +15,21 @@ from ...sampling import Sampler
 from ...sampling.guidance import guided_network
 from ..images import to_pixels
 from ..loops.isolation import buffers_restored, evaluating, randomness_restored
+from ..media.options import Media
+from ..media.sounds import to_pcm
+from ..media.videos import video_pixels
 from .batches import require_rows, take_rows
 
+SHOWN_AXES = (3, 4, 5)  # of sounds, images, videos
 NAN_SQUARE = 4  # size in pixels; NaN is shown as a checkerboard, which no real image looks like
 
 
 class Painted(NamedTuple):
-    """Images and their share of NaN.
+    """Images, videos or sounds, and their share of NaN.
 
-    ``pixels``: uint8 (n, 1 or 3, height, width), on the CPU. ``nan``: the fraction of NaN pixels in
-    each image.
+    ``pixels``: uint8 on the CPU, of images (n, 1 or 3, height, width), of videos (n, 1 or 3,
+    frames, height, width), of sounds the bytes of :func:`to_pcm` (n, channels, 2 length). ``nan``:
+    the fraction of NaN pixels in each.
     """
 
     pixels: Tensor
@@ -44,6 +49,7 @@ class Drawing:
         guidance_scale: scale of classifier-free guidance.
         guidance_rescale: rescaling of classifier-free guidance.
         seeds: image i has the seed ``seeds[i]``.
+        media: how videos and sounds are shown.
 
     Raises:
         ValueError: the number of rows or seeds is wrong, or guidance is requested but not possible.
@@ -62,6 +68,7 @@ class Drawing:
     guidance_scale: float = 1.0
     guidance_rescale: float = 0.0
     seeds: tuple[int, ...] = ()
+    media: Media = field(default_factory=Media)
 
     def __post_init__(self) -> None:
         if len(self.seeds) not in (0, self.num_images):
@@ -145,7 +152,9 @@ class Drawing:
             if progress.step == stop:
                 break
         assert x is not None  # there is at least one step
-        yield paint(x if decode is None else _images(decode(x), len(images)))
+        if decode is not None:
+            x = require_decoded(decode(x), len(images), self.media)
+        yield paint(x)
 
     def arguments(self, images: Sequence[int], device: torch.device) -> dict[str, Any]:
         """Return the sampler's arguments for conditioning and guidance of ``images``."""
@@ -184,39 +193,54 @@ def without_a_trace(
 
 
 def paint(samples: Tensor) -> Painted:
-    """Convert samples (n, channels, height, width) to pixels.
+    """Convert samples of images, videos or sounds to pixels or PCM, see :class:`Painted`.
 
-    Pixels with NaN in any channel are shown as a checkerboard.
+    Pixels with NaN in any channel are shown as a checkerboard; NaN in a sound is silent.
 
     >>> paint(torch.full((1, 1, 8, 8), torch.nan)).pixels[0, 0, 0].tolist()
     [0, 0, 0, 0, 255, 255, 255, 255]
     """
     bad = samples.isnan()
+    convert = {3: to_pcm, 5: video_pixels}.get(samples.ndim, to_pixels)
     if not bad.any():
-        return Painted(to_pixels(samples).cpu(), torch.zeros(len(samples)))
-    pixels = to_pixels(samples.masked_fill(bad, 0.0)).cpu()
+        return Painted(convert(samples).cpu(), torch.zeros(len(samples)))
+    pixels = convert(samples.masked_fill(bad, 0.0)).cpu()
     where = bad.any(1, keepdim=True).cpu()
+    share = where.float().flatten(1).mean(1)
+    if samples.ndim == 3:
+        return Painted(pixels, share)
     height, width = pixels.shape[-2:]
     squares = torch.arange(height)[:, None] // NAN_SQUARE + torch.arange(width) // NAN_SQUARE
     chequered = (squares % 2 * 255).to(torch.uint8)
-    return Painted(torch.where(where, chequered, pixels), where.float().mean((1, 2, 3)))
+    return Painted(torch.where(where, chequered, pixels), share)
 
 
-def _images(decoded: Tensor, count: int) -> Tensor:
-    if decoded.ndim != 4 or len(decoded) != count:
+def require_decoded(decoded: Tensor, count: int, media: Media) -> Tensor:
+    """Return what ``decode`` returned; raise ValueError if it cannot be shown.
+
+    >>> require_decoded(torch.zeros(2, 3, 5, 8, 8), 2, Media()).shape
+    torch.Size([2, 3, 5, 8, 8])
+    """
+    if decoded.ndim not in SHOWN_AXES or len(decoded) != count:
         raise ValueError(
-            "decode= must return images of shape (n, channels, height, width) in [-1, 1], one for "
-            f"each of {count} samples, "
-            f"got {tuple(decoded.shape)}"
+            "decode= must return images of shape (n, channels, height, width) in [-1, 1], videos "
+            "(n, channels, frames, height, width) or sounds (n, channels, length), one for each of "
+            f"{count} samples, got {tuple(decoded.shape)}"
+        )
+    if decoded.ndim == 3 and media.sample_rate is None:
+        raise ValueError(
+            f"decode= returned sounds, of shape {tuple(decoded.shape)}; give their "
+            "media=Media(sample_rate=...)"
         )
     return decoded
 
 
-def in_slices(decode: Any, size: int) -> Callable[[Tensor], Tensor]:
-    """Return a function that decodes ``size`` latents at a time.
+def in_slices(decode: Any, size: int, frames: int | None = None) -> Callable[[Tensor], Tensor]:
+    """Return a function that decodes ``size`` latents at a time, and ``frames`` of them.
 
     ``decode`` is a function of latents or a diffusers VAE. A VAE gets z / scaling_factor +
-    shift_factor in its own dtype, as in diffusers' pipelines.
+    shift_factor in its own dtype, as in diffusers' pipelines. ``frames``: latents of videos (n,
+    channels, frames, height, width) are decoded this many frames at a time; None is all.
 
     >>> in_slices(lambda z: z.repeat(1, 1, 8, 8)[:, :3], size=1)(torch.zeros(2, 4, 8, 8)).shape
     torch.Size([2, 3, 64, 64])
@@ -224,7 +248,13 @@ def in_slices(decode: Any, size: int) -> Callable[[Tensor], Tensor]:
     function = _vae(decode) if hasattr(decode, "decode") else decode
 
     def sliced(latents: Tensor) -> Tensor:
-        return torch.cat([prediction_tensor(function(part)) for part in latents.split(size)])
+        return torch.cat([frame_by_frame(part) for part in latents.split(size)])
+
+    def frame_by_frame(latents: Tensor) -> Tensor:
+        if frames is None or latents.ndim != 5:
+            return prediction_tensor(function(latents))
+        parts = [prediction_tensor(function(part)) for part in latents.split(frames, 2)]
+        return torch.cat(parts, 2)
 
     return sliced
 

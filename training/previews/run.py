@@ -74,6 +74,8 @@ class PreviewRun:
     def _publish(self, previews: list[Preview]) -> None:
         if self.publisher is not None:
             self.publisher.publish(previews)
+            for name, text in self.previewer.new_tables().items():
+                self.publisher.write(name, text, previews[0].step)
             if self.on_error == "raise":
                 self.publisher.require_published()
 

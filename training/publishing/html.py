@@ -110,6 +110,9 @@ def _compact(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             key, {name: record.get(name) for name in _SHARED} | {"images": {}}
         )
         preview["images"][row] = record["image"]
+        for kind in ("sound", "video"):
+            if isinstance(record.get(kind), str):
+                preview.setdefault(kind, {})[row] = record[kind]
     return {
         # browsers reject half a surrogate pair, which truncated text may end with
         "rows": [

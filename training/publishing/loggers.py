@@ -1,5 +1,7 @@
 """Log an image to any logger that supports images: of Lightning, accelerate, or a SummaryWriter.
 
+Videos and sounds go to TensorBoard and Weights & Biases; other loggers get an image of them.
+
 A logger is identified by the name of its class or of a base class, so no logger package is
 imported. For other loggers, ``log_image`` (the Weights & Biases signature) is tried first, then
 ``add_image`` of the logger or of its ``experiment`` (the TensorBoard signature).
@@ -12,14 +14,18 @@ threads. CSVLogger collects rows without a lock, and it takes no images.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor
 
 from ..images import to_pil
+from ..media.videos import animation_bytes
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,97 @@ def log_image(
         if callable(getattr(writer, "add_image", None)):
             return _writer(writer, picture)
     return False
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Videos or sounds to log.
+
+    Args:
+        tag: name in the logger.
+        step: optimizer step.
+        parts: videos, uint8 (frames, height, width, 1 or 3), or sounds, int16 (channels, length).
+        rate: frames or samples in a second.
+        captions: one for each of ``parts``.
+        grid: all videos side by side; None for sounds.
+        paths: files of the sounds on the local disk, if there are any.
+    """
+
+    tag: str
+    step: int
+    parts: Sequence[Tensor]
+    rate: float
+    captions: Sequence[str]
+    grid: Tensor | None = None
+    paths: Sequence[str] = ()
+
+
+def log_recording(logger: Any, recording: Recording) -> bool:
+    """Log videos or sounds to a logger; return False if it cannot play them.
+
+    TensorBoard plays videos if moviepy is installed. Errors of the logger are raised unchanged.
+
+    >>> import torch
+    >>> clip = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
+    >>> log_recording(object(), Recording("previews", 5, [clip], 8.0, [""], grid=clip))
+    False
+    """
+    for kind in type(logger).__mro__:
+        if kind.__name__ in PLAYERS:
+            return PLAYERS[kind.__name__](logger, recording)
+    for writer in (logger, getattr(logger, "experiment", None)):
+        if callable(getattr(writer, "add_video", None)):
+            return _play_in_tensorboard(writer, recording)
+    return False
+
+
+def _play_in_tensorboard(writer: Any, recording: Recording) -> bool:
+    tag, step = recording.tag, recording.step
+    if recording.grid is None:
+        for index, sound in enumerate(recording.parts):
+            mono = sound.float().mean(0, keepdim=True) / 2**15
+            writer.add_audio(f"{tag}/{index}", mono, step, sample_rate=int(recording.rate))
+        return True
+    if find_spec("moviepy") is None:  # add_video would print and drop the video
+        return False
+    frames = recording.grid.permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
+    writer.add_video(tag, frames[None], step, fps=recording.rate)
+    return True
+
+
+def _play_in_wandb(logger: Any, recording: Recording) -> bool:
+    count, captions = len(recording.parts), list(recording.captions)
+    common = {"key": recording.tag, "step": recording.step, "caption": captions}
+    if recording.grid is not None:
+        logger.log_video(videos=_gifs(recording), format=["gif"] * count, **common)
+        return True
+    sounds = list(recording.paths) or [sound.T.numpy() for sound in recording.parts]
+    logger.log_audio(audios=sounds, sample_rate=[int(recording.rate)] * count, **common)
+    return True
+
+
+def _play_in_wandb_tracker(tracker: Any, recording: Recording) -> bool:
+    if recording.grid is None:
+        return False
+    wandb: Any = import_module("wandb")
+    each = zip(_gifs(recording), recording.captions, strict=True)
+    videos = [wandb.Video(gif, caption=caption, format="gif") for gif, caption in each]
+    tracker.run.log({recording.tag: videos}, commit=False)  # as _wandb_tracker
+    return True
+
+
+def _gifs(recording: Recording) -> list[io.BytesIO]:
+    """Return the videos as files in memory: of arrays, Weights & Biases needs moviepy."""
+    return [io.BytesIO(animation_bytes(v, recording.rate, "gif")) for v in recording.parts]
+
+
+PLAYERS: Mapping[str, Callable[[Any, Recording], bool]] = {
+    "WandbLogger": _play_in_wandb,
+    "TensorBoardLogger": lambda logger, r: _play_in_tensorboard(logger.experiment, r),
+    "TensorBoardTracker": lambda tracker, r: _play_in_tensorboard(tracker.writer, r),
+    "WandBTracker": _play_in_wandb_tracker,
+}
+"""Function of each logger that plays videos or sounds; others show images of them."""
 
 
 def takes_images(logger: Any) -> bool:

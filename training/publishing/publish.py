@@ -1,9 +1,12 @@
 """Publish the images of a preview: files, an HTML page, and every logger that takes images.
 
+Videos are animated PNG files with the names of images. Sounds are pictures with a WAV file beside.
+
 Files in the preview folder:
 
 - ``step_00000500.png`` (EMA: ``step_00000500_ema.png``): the grid of all images.
 - ``images/step_00000500/raw_0003_seed_7.png``: image 3 of the grid, from seed 7.
+- ``images/step_00000500/raw_0003_seed_7.wav`` or ``.mp4``: its sound, or its video once more.
 - ``previews.jsonl``: one line for each image.
 - ``index.html``: a page that shows the images side by side.
 """
@@ -14,6 +17,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -21,20 +25,24 @@ from torch import Tensor
 from ..checkpoints.storage import Folder
 from ..images import image_grid, png_bytes
 from ..loops.complaints import Failure, warn_on_rank_zero
+from ..media.options import Media
+from ..media.sounds import from_pcm, sound_pictures, wav_bytes
+from ..media.videos import animation_bytes, contact_sheet, grid_frames
 from .html import PAGE_NAME, RECORDS_NAME, read_records, render
-from .loggers import log_image, takes_images
+from .loggers import Recording, log_image, log_recording, takes_images
 from .settings import png_texts
 
 
 @dataclass(frozen=True)
 class Preview:
-    """The images of one preview, and how they were sampled.
+    """The images, videos or sounds of one preview, and how they were sampled.
 
     Args:
         step: optimizer step.
         epoch: training epoch, None if it is not known.
         weights: 'raw' or 'ema'.
-        images: uint8 (n, channels, height, width), with one or three channels.
+        images: uint8 (n, channels, height, width), with one or three channels; of videos (n,
+            channels, frames, height, width); of sounds PCM bytes (n, channels, 2 length).
         seeds: one seed for each image.
         captions: one prompt for each image, '' if there is none.
         sampler: name of the sampler.
@@ -44,9 +52,10 @@ class Preview:
         seconds: duration of the preview.
         note: additional information, or ''.
         settings: what reproduces the images, without their seeds and prompts, as JSON values.
+        media: rates and file formats of videos and sounds.
 
     Raises:
-        ValueError: the numbers of images, seeds and captions differ.
+        ValueError: the numbers of images, seeds and captions differ, or sounds have no rate.
 
     >>> import torch
     >>> images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
@@ -70,8 +79,11 @@ class Preview:
     seconds: float
     note: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    media: Media = field(default_factory=Media)
 
     def __post_init__(self) -> None:
+        if self.images.ndim == 3 and self.media.sample_rate is None:
+            raise ValueError("a preview of sounds needs media=Media(sample_rate=...)")
         if not len(self.images) == len(self.seeds) == len(self.captions):
             numbers = (
                 f"{len(self.images)} images, {len(self.seeds)} seeds and "
@@ -91,6 +103,15 @@ class Preview:
         return [
             f"{folder}/{self.weights}_{i:04d}_seed_{seed}.png" for i, seed in enumerate(self.seeds)
         ]
+
+    @property
+    def beside(self) -> tuple[str, str] | None:
+        """The kind of the second file of each image, 'sound' or 'video', and its suffix."""
+        if self.images.ndim == 3:
+            return "sound", ".wav"
+        if self.images.ndim == 5 and self.media.video_format is not None:
+            return "video", f".{self.media.video_format}"
+        return None
 
     @property
     def suffix(self) -> str:
@@ -127,6 +148,7 @@ class Preview:
         return [
             {"image": image, "index": index, "seed": seed, "prompt": caption}
             | shared
+            | ({self.beside[0]: _second(image, self.beside[1])} if self.beside else {})
             | ({"settings": self.settings_of(index)} if self.settings else {})
             for index, (image, seed, caption) in enumerate(each)
         ]
@@ -152,9 +174,9 @@ def publish(preview: Preview, folder: str, loggers: Sequence[Any], told: set[str
     >>> publish(preview, "memory://alphabar-example/previews", loggers=[], told=set())
     []
     """
-    place, images = Folder(folder), preview.images.cpu()
-    grid = image_grid(images)
-    singles = [image.permute(1, 2, 0).contiguous() for image in images]
+    place = Folder(folder)
+    shown = shown_of(preview.images.cpu())
+    stills = shown.stills, _captions(preview)
     failed: list[Failure] = []
 
     def attempt(act: Callable[[], object]) -> None:
@@ -165,9 +187,10 @@ def publish(preview: Preview, folder: str, loggers: Sequence[Any], told: set[str
             found = Failure(folder, error)
             failed.extend([found] if str(found) not in map(str, failed) else [])
 
-    texts = png_texts(preview.settings_of(None), grid)
-    attempt(lambda: place.write(preview.grid_name, png_bytes(grid, texts)))
-    attempt(lambda: _write_images(place, preview, singles))
+    fps = preview.media.fps
+    texts = png_texts(preview.settings_of(None), shown.grid)
+    attempt(lambda: place.write(preview.grid_name, png_bytes(shown.grid, texts, fps)))
+    attempt(lambda: _write_images(place, preview, shown))
     attempt(
         lambda: place.append(
             RECORDS_NAME, "".join(f"{json.dumps(record)}\n" for record in preview.records())
@@ -179,20 +202,28 @@ def publish(preview: Preview, folder: str, loggers: Sequence[Any], told: set[str
         )
     )
     local = place.local if not failed else None
+    tag, path = place.name + preview.suffix, local / preview.grid_name if local else None
+    recording = _recording(preview, shown, tag, local)
     for logger in loggers:
         name = type(logger).__name__
         try:
-            path = local / preview.grid_name if local is not None else None
-            tag = place.name + preview.suffix
-            if (
-                not log_image(logger, tag, grid, preview.step, singles, _captions(preview), path)
-                and name not in told
-            ):
-                told.add(name)
-                warn_on_rank_zero(f"{name} takes no images; previews are in {folder!r} alone")
+            took = recording is not None and log_recording(logger, recording)
+            if took and shown.moves:
+                continue
+            if not log_image(logger, tag, shown.still, preview.step, *stills, path):
+                _tell(name, f"{name} takes no images; previews are in {folder!r} alone", told)
+            elif shown.moves:
+                words = f"{name} shows single frames of the videos; they move in {folder!r}"
+                _tell(f"{name} videos", f"{words} (TensorBoard plays videos with moviepy)", told)
         except Exception as error:
             failed.append(Failure(name, error))
     return failed
+
+
+def _tell(key: str, words: str, told: set[str]) -> None:
+    if key not in told:
+        told.add(key)
+        warn_on_rank_zero(words)
 
 
 def try_out(folder: str, loggers: Sequence[Any], told: set[str]) -> list[Failure]:
@@ -212,17 +243,81 @@ def try_out(folder: str, loggers: Sequence[Any], told: set[str]) -> list[Failure
     for logger in loggers:
         name = type(logger).__name__
         try:
-            if not takes_images(logger) and name not in told:
-                told.add(name)
-                warn_on_rank_zero(f"{name} takes no images; previews are in {folder!r} alone")
+            if not takes_images(logger):
+                _tell(name, f"{name} takes no images; previews are in {folder!r} alone", told)
         except Exception as error:
             failed.append(Failure(name, error))
     return failed
 
 
-def _write_images(place: Folder, preview: Preview, singles: Sequence[Tensor]) -> None:
-    for index, (name, image) in enumerate(zip(preview.image_names, singles, strict=True)):
-        place.write(name, png_bytes(image, png_texts(preview.settings_of(index), image)))
+@dataclass(frozen=True)
+class Shown:
+    """What the files and loggers of a preview show.
+
+    Args:
+        grid: the file of all images, uint8 (height, width, 1 or 3); of videos (frames, ...).
+        singles: the files of the images, likewise.
+        still: ``grid`` for loggers that take images; of videos frames side by side.
+        stills: ``singles`` for such loggers.
+    """
+
+    grid: Tensor
+    singles: Sequence[Tensor]
+    still: Tensor
+    stills: Sequence[Tensor]
+
+    @property
+    def moves(self) -> bool:
+        """Whether these are videos."""
+        return self.grid.ndim == 4
+
+
+def shown_of(images: Tensor) -> Shown:
+    """Return what is shown of the images of a ``Preview``.
+
+    >>> import torch
+    >>> shown = shown_of(torch.zeros(4, 3, 5, 8, 8, dtype=torch.uint8))
+    >>> shown.grid.shape, shown.singles[0].shape, shown.still.shape
+    (torch.Size([5, 22, 22, 3]), torch.Size([5, 8, 8, 3]), torch.Size([42, 52, 3]))
+    """
+    if images.ndim == 5:
+        singles = [video.permute(1, 2, 3, 0).contiguous() for video in images]
+        stills = [contact_sheet(video[None]) for video in images]
+        return Shown(grid_frames(images), singles, contact_sheet(images), stills)
+    pictures = sound_pictures(images) if images.ndim == 3 else images
+    singles = [image.permute(1, 2, 0).contiguous() for image in pictures]
+    grid = image_grid(pictures)
+    return Shown(grid, singles, grid, singles)
+
+
+def _write_images(place: Folder, preview: Preview, shown: Shown) -> None:
+    media = preview.media
+    for index, (name, image) in enumerate(zip(preview.image_names, shown.singles, strict=True)):
+        texts = png_texts(preview.settings_of(index), image)
+        place.write(name, png_bytes(image, texts, media.fps))
+        if preview.beside is None:
+            continue
+        if preview.images.ndim == 3 and media.sample_rate is not None:
+            content = wav_bytes(preview.images[index].cpu(), media.sample_rate)
+        else:
+            content = animation_bytes(image, media.fps, str(media.video_format))
+        place.write(_second(name, preview.beside[1]), content)
+
+
+def _second(name: str, suffix: str) -> str:
+    return name.removesuffix(".png") + suffix
+
+
+def _recording(preview: Preview, shown: Shown, tag: str, local: Path | None) -> Recording | None:
+    common = {"tag": tag, "step": preview.step, "captions": _captions(preview)}
+    if shown.moves:
+        return Recording(parts=shown.singles, rate=preview.media.fps, grid=shown.grid, **common)
+    if preview.beside is None:
+        return None
+    names = [_second(name, preview.beside[1]) for name in preview.image_names]
+    paths = [str(local / name) for name in names] if local is not None else []
+    rate = preview.media.sample_rate or 0
+    return Recording(parts=list(from_pcm(preview.images.cpu())), rate=rate, paths=paths, **common)
 
 
 def _captions(preview: Preview) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from ..checkpoints.storage import Folder
 from ..loops.background import AT_THE_END, Background, finish, pictures_of
 from ..loops.collectives import on_rank_zero, raise_on_all_ranks
 from ..loops.complaints import Complaints, Failure, warn_on_rank_zero
@@ -67,6 +68,14 @@ class Publisher:
                     "and none was finished for long"
                 )
                 self._lost(preview.step, TimeoutError(words))
+
+    def write(self, name: str, text: str, step: int) -> None:
+        """Queue a file of the folder. Every rank must call it."""
+        folder = Folder.of(self.folder)
+        on_rank_zero(
+            self.loop,
+            lambda: self._lane.submit(partial(folder.write, name, text), partial(self._lost, step)),
+        )
 
     def _show(self, preview: Preview, trackers: Sequence[object]) -> None:
         self._note(preview.step, publish(preview, self.folder, trackers, self._told))

@@ -132,11 +132,11 @@ def infotext(settings: Mapping[str, Any], width: int, height: int) -> str:
 
 
 def png_texts(settings: Mapping[str, Any], image: Tensor) -> dict[str, str]:
-    """Return the texts for the PNG file of ``image``, shape (height, width, channels)."""
+    """Return the texts for the PNG file of ``image``, shape (..., height, width, channels)."""
     if not settings:
         return {}
     return {
-        INFOTEXT_KEY: infotext(settings, image.shape[1], image.shape[0]),
+        INFOTEXT_KEY: infotext(settings, image.shape[-2], image.shape[-3]),
         SETTINGS_KEY: json.dumps(settings, sort_keys=True),
     }
 

@@ -1,0 +1,1 @@
+"""Tables of few steps, fitted to the model that trains."""
