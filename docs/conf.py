@@ -12,7 +12,7 @@ from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 
 sys.path.insert(0, str(Path(__file__).parent))
-from site_build import gallery, reference
+from site_build import gallery, pictures, reference
 
 project = "alphabar"
 author = "The alphabar authors"
@@ -65,6 +65,7 @@ def setup(app: Any) -> None:
 def _generate(app: Any) -> None:
     reference.write(Path(app.srcdir, "reference"))
     gallery.write(Path(app.srcdir, "gallery"))
+    pictures.write(Path(app.srcdir, "pictures"))
 
 
 def _plain_text(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:

@@ -29,6 +29,7 @@ from alphabar.training.plots.tables import plot_grids, plot_table
 from .reference import write_text
 
 matplotlib.use("agg")
+matplotlib.rcParams["svg.hashsalt"] = "alphabar"  # equal files from equal pictures
 
 PLAIN = NoiseSchedule.scaled_linear()
 LOW, HIGH = "the linear betas of Stable Diffusion", "zero terminal SNR"
@@ -246,7 +247,8 @@ def _source(code: object) -> str:
     return re.sub(r'("""|\'\'\').*?\1\n', "", source, count=1, flags=re.DOTALL)
 
 
-def _svg(figure: Any) -> str:
+def svg(figure: Any) -> str:
+    """Return a figure as the text of an SVG file, equal for equal figures."""
     from matplotlib import pyplot
 
     text = io.StringIO()
@@ -267,9 +269,15 @@ def page(entry: Entry) -> str:
     return "\n".join(lines)
 
 
+def files() -> list[str]:
+    """Return the pages that ``write`` makes, below docs/."""
+    pages = [f"{kind.folder}/{entry.name}" for kind in KINDS for entry in kind.entries()]
+    pages += ["index", *(f"{kind.folder}/index" for kind in KINDS)]
+    return [f"gallery/{page}.md" for page in pages]
+
+
 def write(folder: Path) -> None:
     """Write the pages, their pictures, and the gallery."""
-    matplotlib.rcParams["svg.hashsalt"] = "alphabar"  # equal files from equal pictures
     gallery = ["# Gallery", "", "Everything that has a name, drawn by `alphabar plot`.", ""]
     for kind in KINDS:
         # Sphinx puts the images of all folders into one
@@ -291,6 +299,6 @@ def _card(folder: Path, kind: Kind, entry: Entry) -> str:
     write_text(folder / f"{path}.md", page(entry))
     image = ""
     if entry.picture is not None:
-        write_text(folder / kind.folder / entry.image, _svg(entry.picture()))
+        write_text(folder / kind.folder / entry.image, svg(entry.picture()))
         image = f'<img loading="lazy" src="../_images/{entry.image}" alt="">'
     return f'<a class="card" href="{path}.html">{image}<span>{entry.name}</span></a>'

@@ -61,6 +61,13 @@ def _first_package(name: str) -> str:
     return next(package for package in PACKAGES if name in public_names(package))
 
 
+def files() -> list[str]:
+    """Return the pages that ``write`` makes, below docs/."""
+    shorts = {package: package.rpartition(".")[2] for package in PACKAGES}
+    pages = [f"{short}/{name}" for p, short in shorts.items() for name in public_names(p)]
+    return [f"reference/{page}.md" for page in ["index", *shorts.values(), *pages]]
+
+
 def write(folder: Path) -> None:
     """Write the pages and their index."""
     index = ["# Reference", "", "Every public name, by the package that it is imported from.", ""]
