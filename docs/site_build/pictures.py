@@ -129,7 +129,7 @@ def three_things() -> Any:
 
 @picture("predictions.svg")
 def predictions() -> Any:
-    """Draw the two numbers of four prediction types over the angle of a variance-preserving path."""
+    """Draw the two numbers of four prediction types on a variance-preserving path."""
     figure = new_figure(8.5, 3)
     angle = torch.linspace(0, 0.5 * math.pi, 101, dtype=torch.float64)
     panels = figure.subplots(1, 2, sharey=True)

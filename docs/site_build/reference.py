@@ -53,8 +53,20 @@ def _page(package: str, name: str) -> str:
         return f"{head}{summary(package, name)}\n"
     kind = "autoclass" if inspect.isclass(value) else "autofunction"
     again = package != _first_package(name)
-    index = "   :no-index:\n" if again else ""
-    return f"{head}```{{eval-rst}}\n.. {kind}:: {place(package, name)}\n{index}```\n"
+    options = "   :no-index:\n" if again else ""
+    if inspect.isclass(value):
+        options += _inherited(value)
+    return f"{head}```{{eval-rst}}\n.. {kind}:: {place(package, name)}\n{options}```\n"
+
+
+def _inherited(value: type) -> str:
+    """Return the option for members of base classes that have no page of their own."""
+    public = {name for package in PACKAGES for name in public_names(package)}
+    own = [c.__module__.startswith("alphabar.") and c.__name__ not in public for c in value.__mro__]
+    if not any(own[1:]):
+        return ""
+    shown = [c.__name__ for c, is_own in zip(value.__mro__[1:], own[1:], strict=True) if not is_own]
+    return f"   :inherited-members: {', '.join(shown)}\n"
 
 
 def _first_package(name: str) -> str:
