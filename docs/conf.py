@@ -33,6 +33,7 @@ nitpicky = False  # types of other projects have no page here
 suppress_warnings = ["ref.python"]  # one class under its public and its defining module
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"  # furo's own underlines the names of modules
 html_title = f"alphabar {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]

@@ -57,7 +57,7 @@ def five_times() -> Any:
         "flow, shift 3": NoiseSchedule.flow(shift=3.0),
         "EDM": NoiseSchedule(Karras(), "sample"),
     }
-    figure = new_figure(10, 3.4)
+    figure = new_figure(9, 3.6)
     for axes, (label, schedule) in zip(figure.subplots(1, 3), schedules.items(), strict=True):
         lines = _times_of(schedule.curve)
         for row, (name, (low, at, high)) in enumerate(lines.items()):
@@ -68,7 +68,7 @@ def five_times() -> Any:
             axes.text(
                 0, -0.14 - row, f"{round(low, 3):g}", ha="center", va="top", fontsize=7, color="0.4"
             )
-            axes.text(1, -0.14 - row, f"{high:.4g}", ha="center", va="top", fontsize=7, color="0.4")
+            axes.text(1, -0.14 - row, f"{high:.4g}", ha="center", va="top", fontsize=8, color="0.35")
             axes.text(-0.1, -row, name, ha="right", va="center", fontsize=9)
         axes.set(xlim=(-0.45, 1.1), ylim=(-len(lines) + 0.4, 0.8))
         axes.set_title(label, fontsize=10)
