@@ -58,6 +58,7 @@ copybutton_prompt_is_regexp = True
 def setup(app: Any) -> None:
     """Generate the pages of registries and public names, and draw formulas without a script."""
     app.connect("builder-inited", _generate)
+    app.connect("source-read", _figures_of_the_site)
     app.connect("autodoc-process-docstring", _plain_text, priority=100)
     app.add_html_math_renderer("mathml", (_inline_math, None), (_block_math, None))
 
@@ -66,6 +67,14 @@ def _generate(app: Any) -> None:
     reference.write(Path(app.srcdir, "reference"))
     gallery.write(Path(app.srcdir, "gallery"))
     pictures.write(Path(app.srcdir, "pictures"))
+    for file in Path(app.srcdir).parent.glob("benchmarks/*.[mp][dn]*"):
+        reference.write_bytes(Path(app.srcdir, "figures", file.name), file.read_bytes())
+
+
+def _figures_of_the_site(app: Any, name: str, source: list[str]) -> None:
+    """Lead links to benchmarks/ to the copies in the site."""
+    pattern = r"(\]\()\.\./((?:\.\./)*)benchmarks/(\w+\.md)"
+    source[0] = re.sub(pattern, r"\1\2figures/\3", source[0])
 
 
 def _plain_text(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:

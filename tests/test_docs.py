@@ -23,13 +23,13 @@ from alphabar.noising import NoiseSchedule, Noising
 from alphabar.training.cli.command import parser_of_all
 
 ROOT = Path(__file__).parent.parent
-GENERATED = ("reference", "gallery", "pictures", "_build")
+GENERATED = ("reference", "gallery", "pictures", "figures", "_build")
 PAGES = {
     page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8")
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     if not {*page.relative_to(ROOT / "docs" if page.parent != ROOT else ROOT).parts} & {*GENERATED}
 }
-ELSEWHERE = {"README.md", "docs/rollouts.md"}  # run by the tests of its subject
+ELSEWHERE = {"docs/rollouts.md"}  # run by the tests of its subject
 SMALLER = {
     "max_steps=10_000": "max_steps=2",
     "every_n_train_steps=500": "every_n_train_steps=2",
@@ -90,13 +90,12 @@ def flags_change_the_schedule(names: dict[str, Any], folder: Path) -> None:
 
 
 Check = Callable[[dict[str, Any], Path], None]
-LEAVES: dict[str, list[Check]] = {
-    "README.md": [
-        any_loop_saves_and_samples,
-        loops_preview_the_average,
-        lightning_previews_and_saves,
-        flags_change_the_schedule,
-    ]
+LEAVES: dict[str, Check] = {
+    "README.md": any_loop_saves_and_samples,
+    "docs/start/loop.md": any_loop_saves_and_samples,
+    "docs/start/lightning.md": lightning_previews_and_saves,
+    "docs/start/own_loop.md": loops_preview_the_average,
+    "docs/start/scripts.md": flags_change_the_schedule,
 }
 """What the blocks of a page leave behind, beside running."""
 
@@ -117,8 +116,8 @@ def test_the_python_of_a_page_runs(
             warnings.filterwarnings("error", category=UserWarning, module=r"alphabar|.*\.md")
             warnings.filterwarnings("error", message="weighting")
             exec(compile(code, f"{page}, block {number}", "exec"), names)
-    for check in LEAVES.get(page, []):
-        check(names, tmp_path)
+    if page in LEAVES:
+        LEAVES[page](names, tmp_path)
 
 
 def test_there_is_something_to_run() -> None:

@@ -87,6 +87,11 @@ def write(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file, unless it has this text: Sphinx reads changed files again."""
+    write_bytes(path, (text + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, unless it has this content."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.is_file() or path.read_text(encoding="utf-8") != text + "\n":
-        path.write_text(text + "\n", encoding="utf-8")
+    if not path.is_file() or path.read_bytes() != content:
+        path.write_bytes(content)
