@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from registries import restored
 from site_build import gallery, pictures, reference
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -98,6 +99,12 @@ LEAVES: dict[str, Check] = {
     "docs/start/scripts.md": flags_change_the_schedule,
 }
 """What the blocks of a page leave behind, beside running."""
+
+
+@pytest.fixture(autouse=True)
+def what_a_page_registers_is_gone_afterwards() -> Iterator[None]:
+    with restored():
+        yield
 
 
 @pytest.mark.parametrize(
