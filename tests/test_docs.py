@@ -15,13 +15,13 @@ from typing import Any, cast
 
 import pytest
 import torch
-from registries import restored
 from site_build import gallery, pictures, reference
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from alphabar.noising import NoiseSchedule, Noising
 from alphabar.training.cli.command import parser_of_all
+from registries import restored
 
 ROOT = Path(__file__).parent.parent
 GENERATED = ("reference", "gallery", "pictures", "figures", "_build")

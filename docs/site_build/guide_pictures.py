@@ -114,9 +114,7 @@ def samplers() -> Any:
     figure = new_figure(8, 4)
     axes = figure.subplots()
     for name, column, colour in (("alphabar", 1, COLOURS[0]), ("diffusers", 4, COLOURS[1])):
-        axes.loglog(
-            calls, [float(row[column + 1]) for row in rows], "o-", color=colour, label=name
-        )
+        axes.loglog(calls, [float(row[column + 1]) for row in rows], "o-", color=colour, label=name)
     axes.set_xticks(calls, [str(number) for number in calls])
     axes.minorticks_off()
     dress(axes, "the best sampler for each number of calls", "network calls", "relative error")
