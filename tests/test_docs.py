@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from alphabar.noising import NoiseSchedule, Noising
 from alphabar.training.cli.command import parser_of_all
+from registries import restored
 
 ROOT = Path(__file__).parent.parent
 GENERATED = ("reference", "gallery", "pictures", "figures", "_build")
@@ -98,6 +99,12 @@ LEAVES: dict[str, Check] = {
     "docs/start/scripts.md": flags_change_the_schedule,
 }
 """What the blocks of a page leave behind, beside running."""
+
+
+@pytest.fixture(autouse=True)
+def what_a_page_registers_is_gone_afterwards() -> Iterator[None]:
+    with restored():
+        yield
 
 
 @pytest.mark.parametrize(
