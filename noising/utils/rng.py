@@ -252,7 +252,7 @@ class Draws:
         >>> torch.equal(draws.normal_steps(2, 4)[1], draws.of(1, step=4).normal(4))
         True
         """
-        compiled = self._loops()
+        compiled = self._loops
         if compiled is None:
             drawn = [self.of(self.stream, step=self.step + k).normal(*shape) for k in range(steps)]
             return torch.stack(drawn)
