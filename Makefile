@@ -11,7 +11,7 @@ PACKAGES := noising sampling training callbacks
 SOURCES := $(PACKAGES) $(wildcard $(addsuffix /*.py,$(PACKAGES)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-random test-slow test-kernels bench mutants lint clean
+.PHONY: help install demo test test-random test-slow test-kernels bench docs mutants lint clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,10 @@ bench: $(VENV)/.installed  ## measure speed and accuracy beside diffusers, write
 	$(BIN)/python benchmarks/previews.py
 	$(BIN)/python benchmarks/accuracy.py
 	$(BIN)/python benchmarks/fitting.py
+
+docs: $(VENV)/.installed  ## build the site in docs/_build/html, offline once installed; a warning fails
+	$(BIN)/pip install --quiet -e '.[docs]' -c constraints.txt
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
 mutants: $(VENV)/.installed  ## see whether the tests notice mistakes made on purpose; ARGS="unipc" for some files
 	$(BIN)/python tests/mutants/run.py $(ARGS)

@@ -206,7 +206,7 @@ class AdaptiveOffset(Noise):
 class Pyramid(Noise):
     """Pyramid (multi-resolution) noise: ε plus noise on coarser grids (Whitaker 2023).
 
-    Grid i is r^i times coarser, r ~ U(2, 4), and its noise has the factor ``discount``^i, as in
+    Grid i is r^i times coarser, r ~ U(2, 4), and its noise has the factor discount^i, as in
     kohya's --multires_noise_iterations and --multires_noise_discount. i starts from 0, so the first
     grid is another white noise. The grids are enlarged linearly, and the last one has one cell
     along an axis. Given the grids, each element is divided by its own exact standard deviation, so

@@ -119,7 +119,7 @@ def place_sigmas(
 def register_sigma_grid(
     count: Callable[..., int] | None = None, **defaults: Any
 ) -> Callable[[F], F]:
-    """Register a formula (points, low, high, *, options) -> noise levels, shape (points,).
+    """Register a formula: from (points, low, high, options) to noise levels, shape (points,).
 
     The levels fall. ``defaults`` replace the defaults of the shared options. ``count``: the grid's
     number of steps, if the requested number is a number of evaluations.

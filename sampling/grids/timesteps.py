@@ -69,7 +69,7 @@ def place_timesteps(
 
 
 def register_timestep_grid(**defaults: Any) -> Callable[[F], F]:
-    """Register a formula (schedule, points, *, options) -> training indices, shape (points,).
+    """Register a formula: from (schedule, points, options) to training indices, shape (points,).
 
     The indices fall. ``defaults`` replace the defaults of the shared options.
 

@@ -141,8 +141,9 @@ class RollingSampler:
             known: The clean start of the axis, whole chunks of it, for all samples or with a row
                 for each: conditioning frames. The samples begin with it. The matrix is that of the
                 other chunks.
-            seeds, conditioning, unconditional, guidance_scale, guidance_rescale, device, dtype,
-                clip, noise: As in ``Sampler.iterate``. Noise depends on the seed, the number of the
+            seeds: As in ``Sampler.iterate``; so are ``conditioning``, ``unconditional``,
+                ``guidance_scale``, ``guidance_rescale``, ``device``, ``dtype``, ``clip`` and
+                ``noise``. Noise depends on the seed, the number of the
                 draw in the table and the element, not on the matrix.
 
         Raises:

@@ -33,7 +33,7 @@ Noise = Callable[[float, float], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Transition:
-    """A Gaussian transition of a run: ``sample`` is drawn from N(``mean``, ``std``²).
+    """A Gaussian transition of a run: ``sample`` has the mean ``mean`` and the deviation ``std``.
 
     Args:
         index: Its number in the rollout.

@@ -1,0 +1,3 @@
+"""The parts of the site that are made from the code."""
+
+from . import guide_pictures as guide_pictures
