@@ -39,7 +39,7 @@ DIST = ROOT / "dist"
 CONSTRAINTS = ROOT / "constraints.txt"
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
-README_NEEDS = ["accelerate", "matplotlib"]
+README_NEEDS = ["accelerate", "brownian", "matplotlib", "tensorboard"]
 """The extras that the README's examples use."""
 
 IMPORTS = """
@@ -193,9 +193,8 @@ def try_out(version: str, python: Path, sdist: Path | None, wheel: Path, cuda: b
         environment.python("-m", "pip", "check")
         print(f"Python {version}:", environment.python("-c", IMPORTS, PROJECT["version"]))
         environment.command("--help")
-        print(
-            f"Python {version}: alphabar samplers:", environment.command("samplers").split("\n")[0]
-        )
+        listed = environment.command("samplers").splitlines()
+        print(f"Python {version}: alphabar samplers lists {len(listed)} lines", flush=True)
         environment.pip(f"{wheel}[{','.join(README_NEEDS)}]", "pytest")
         tests = environment.folder / "tests"
         tests.mkdir()
