@@ -11,7 +11,7 @@ PACKAGES := noising sampling training callbacks
 SOURCES := $(PACKAGES) $(wildcard $(addsuffix /*.py,$(PACKAGES)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-random test-slow test-kernels bench docs mutants lint clean
+.PHONY: help install demo test test-random test-slow test-kernels bench docs mutants lint release clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,10 @@ mutants: $(VENV)/.installed  ## see whether the tests notice mistakes made on pu
 lint: $(VENV)/.installed .lint/installed  ## ruff, and types checked against the installed wheel
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
+
+release: $(VENV)/.installed  ## build sdist and wheel in dist/, check both, run them in empty environments of each Python
+	$(BIN)/pip install --quiet -e '.[release]' -c constraints.txt
+	$(BIN)/python .ci/release.py $(ARGS)
 
 clean:  ## remove build products and caches, keep .venv and runs
 	rm -rf .lint build dist alphabar.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -31,11 +31,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import datasets
+try:
+    import datasets
+    from accelerate import Accelerator, DistributedType
+    from accelerate.utils import set_seed
+except ImportError as error:
+    raise ImportError("this example needs more: pip install 'alphabar[finetune]'") from error
 import huggingface_hub
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset

@@ -20,8 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import datasets
-import matplotlib
+try:
+    import datasets
+    import matplotlib
+except ImportError as error:
+    raise ImportError("this example needs more: pip install 'alphabar[demo]'") from error
 import numpy as np
 import torch
 from diffusers import UNet2DModel

@@ -19,12 +19,15 @@ import argparse
 from pathlib import Path
 from typing import Any, cast
 
+try:
+    from sklearn.datasets import load_digits
+except ImportError as error:
+    raise ImportError("this example needs more: pip install 'alphabar[demo]'") from error
 import torch
 from diffusers import UNet2DModel
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, random_split
 

@@ -197,6 +197,9 @@ class Constructors:
     ) -> S:
         """Return rectified flow with a static shift of σ (Esser et al. 2403.03206).
 
+        Times t are in [0, 1]; the network's time input is ``num_train_timesteps`` σ, as in
+        diffusers: 0 to 1000.
+
         >>> import torch
         >>> from alphabar.noising import NoiseSchedule
         >>> NoiseSchedule.flow(shift=3.0).sigma(torch.tensor(0.5)).item()

@@ -39,7 +39,8 @@ class BrownianNoise:
             from torchsde import BrownianTree
         except ImportError as error:
             raise ImportError(
-                "noise='brownian' needs the package torchsde: pip install torchsde"
+                "noise='brownian' needs torchsde, which is not installed: pip install "
+                "'alphabar[brownian]'"
             ) from error
         highest = max(knot.sigma_ve for knot in knots if math.isfinite(knot.sigma_ve))
         start = torch.zeros(drawn.shape[1:], dtype=torch.float32)

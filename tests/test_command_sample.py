@@ -5,6 +5,7 @@ what it says where one does not fit.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,27 @@ def test_what_does_not_fit_is_told(
 ) -> None:
     arguments, words = WRONG[name]
     assert words in refused(capsys, tmp_path, of_classes, *arguments)
+
+
+SCRIPT = """
+from diffusers import UNet2DModel
+
+def network():
+    return UNet2DModel(**{config!r})
+"""
+
+
+def test_a_network_of_a_script_in_this_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "its_training_script", raising=False)
+    path = written(tmp_path, checkpoint_of(unet()))
+    script = SCRIPT.format(config=dict(unet().config))
+    (tmp_path / "its_training_script.py").write_text(script, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    named = sampled(tmp_path, path, "--network", "its_training_script:network")
+    assert torch.equal(named, sampled(tmp_path, path))
 
 
 def test_a_network_without_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,36 @@ def test_wheel_holds_the_four_packages_and_nothing_else(tmp_path: Path) -> None:
     assert names == {
         f"alphabar/{name_of(path)}" for path in kept if path.is_file() and path.parent != ROOT
     }
+
+
+GENERATED = {"_build", "gallery", "reference", "pictures"}  # in docs, by make docs
+
+
+@pytest.mark.slow
+def test_sdist_holds_the_sources_and_nothing_that_is_made(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    folders = [*FLOORS, "tests", "examples", "benchmarks", "docs"]
+    kept = {
+        path.relative_to(ROOT).as_posix(): path
+        for folder in folders
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and not {"__pycache__", "lightning_logs", *GENERATED} & {*path.parts}
+    }
+    root = {path.name: path for path in ROOT.iterdir() if path.is_file() and path.name[0] != "."}
+    for name, path in (kept | root).items():
+        copy = source / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    for name in [f"docs/{x}/a.md" for x in GENERATED] + ["runs/a.ckpt", "tests/__pycache__/a.pyc"]:
+        (source / name).parent.mkdir(parents=True)
+        (source / name).touch()
+    build = f"from setuptools.build_meta import build_sdist as b; b({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    (sdist,) = tmp_path.glob("alphabar-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {m.name.partition("/")[2] for m in archive.getmembers() if m.isfile()}
+    made = {name for name in names if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
+    assert names - made == set(kept | root)
 
 
 # Docstrings

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,7 @@ class TextToImage:
 
     Raises:
         ValueError: the pipeline is of no family, or lacks a part.
+        ImportError: a LoRA is asked for and peft is not installed.
     """
 
     def __init__(
@@ -245,6 +247,10 @@ class TextToImage:
         lora: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
+        if lora and find_spec("peft") is None:
+            raise ImportError(
+                "a LoRA needs peft, which is not installed: pip install 'alphabar[lora]'"
+            )
         self.source, self.resolution, self.options = source, resolution, options
         index = index_of(source, **options)
         self.family = family_of(index["_class_name"])

@@ -68,7 +68,7 @@ def five_times() -> Any:
             axes.text(
                 0, -0.14 - row, f"{round(low, 3):g}", ha="center", va="top", fontsize=7, color="0.4"
             )
-            axes.text(1, -0.14 - row, f"{high:.4g}", ha="center", va="top", fontsize=8, color="0.35")
+            axes.text(1, -0.14 - row, f"{high:.4g}", ha="center", va="top", fontsize=8, color="0.3")
             axes.text(-0.1, -row, name, ha="right", va="center", fontsize=9)
         axes.set(xlim=(-0.45, 1.1), ylim=(-len(lines) + 0.4, 0.8))
         axes.set_title(label, fontsize=10)

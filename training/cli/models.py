@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +86,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--network",
         default=None,
-        help="'package.module:factory' for a network that is not a diffusers model",
+        help="'package.module:factory' for a network that is not a diffusers model; "
+        "'train:Net' is the class Net of train.py in this folder",
     )
     parser.add_argument(
         "--device", default=None, help="cpu, cuda, mps (default: cuda where there is one)"
@@ -151,6 +154,8 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Model:
             f"{args.checkpoint!r} has no text encoder; --prompt is for the folder of a diffusers "
             "pipeline, which has its own"
         )
+    if args.network is not None and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does: a console script has its own folder
     loaded = load_checkpoint(args.checkpoint, args.network, args.weights, args.shape)
     network = loaded.network.to(device)
     conditions = _of_classes(args, network, scale)

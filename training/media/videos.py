@@ -74,8 +74,8 @@ def require_format(name: str) -> None:
     missing = [package for package in VIDEO_FORMATS[name] if find_spec(package) is None]
     if missing:
         raise ImportError(
-            f"video_format={name!r} needs {' and '.join(missing)}: pip install imageio "
-            "imageio-ffmpeg; without video_format= videos are animated PNG files"
+            f"video_format={name!r} needs {' and '.join(missing)}: pip install 'alphabar[video]'; "
+            "without video_format= videos are animated PNG files"
         )
 
 
