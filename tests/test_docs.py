@@ -38,6 +38,8 @@ SMALLER = {
     "(4, 64, 64)": "(4, 8, 8)",
     "seeds=32": "seeds=4",
 }
+PRINTS = re.compile(r"```python\n((?:(?!```).)*?)```\n+```text\n(.*?)```", re.DOTALL)
+"""A block and what it prints, shown directly below it."""
 ARGUMENTS = ["train.py", "--prediction_type", "v_prediction", "--rescale_betas_zero_snr"]
 
 
@@ -111,18 +113,23 @@ def what_a_page_registers_is_gone_afterwards() -> Iterator[None]:
     "page", [p for p, text in PAGES.items() if blocks(text, "python") and p not in ELSEWHERE]
 )
 def test_the_python_of_a_page_runs(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ARGUMENTS)
     names = given()
+    shown = dict(PRINTS.findall(PAGES[page]))
     for number, code in enumerate(blocks(PAGES[page], "python"), start=1):
+        capsys.readouterr()
+        expected = shown.get(code)
         for long, short in SMALLER.items():
             code = code.replace(long, short)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", category=UserWarning, module=r"alphabar|.*\.md")
             warnings.filterwarnings("error", message="weighting")
             exec(compile(code, f"{page}, block {number}", "exec"), names)
+        if expected is not None:
+            assert capsys.readouterr().out == expected, f"{page}, block {number}"
     if page in LEAVES:
         LEAVES[page](names, tmp_path)
 
@@ -183,7 +190,7 @@ def test_the_links_of_a_page_lead_somewhere(page: str) -> None:
 def test_scripts_in_commands_exist() -> None:
     for page, text in PAGES.items():
         for block in [*blocks(text, "bash"), *blocks(text, "")]:
-            for script in re.findall(r"(?:examples|benchmarks|docs)/[\w/]+\.py", block):
+            for script in re.findall(r"(?<![\w/.-])(?:examples|benchmarks|docs)/[\w/]+\.py", block):
                 assert (ROOT / script).is_file(), f"{page}: {script}"
 
 

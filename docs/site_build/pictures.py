@@ -53,7 +53,7 @@ SCHEDULE = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_
 def five_times() -> Any:
     """Draw the five numbers of the point where SNR is 1, on three curves."""
     schedules = {
-        "betas of Stable Diffusion": SCHEDULE,
+        "betas of Stable Diffusion": NoiseSchedule.scaled_linear(),
         "flow, shift 3": NoiseSchedule.flow(shift=3.0),
         "EDM": NoiseSchedule(Karras(), "sample"),
     }
@@ -65,10 +65,9 @@ def five_times() -> Any:
             axes.plot([0, 1], [-row, -row], color="0.75", lw=3, solid_capstyle="round")
             axes.plot(place, -row, "o", color="C3")
             axes.text(place, 0.18 - row, f"{at:.4g}", ha="center", va="bottom", fontsize=9)
-            axes.text(
-                0, -0.14 - row, f"{round(low, 3):g}", ha="center", va="top", fontsize=7, color="0.4"
-            )
-            axes.text(1, -0.14 - row, f"{high:.4g}", ha="center", va="top", fontsize=8, color="0.35")
+            for x, end in ((0, low), (1, high)):
+                label = f"{round(end, 3):g}"
+                axes.text(x, -0.14 - row, label, ha="center", va="top", fontsize=8, color="0.35")
             axes.text(-0.1, -row, name, ha="right", va="center", fontsize=9)
         axes.set(xlim=(-0.45, 1.1), ylim=(-len(lines) + 0.4, 0.8))
         axes.set_title(label, fontsize=10)
