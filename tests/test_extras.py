@@ -104,8 +104,8 @@ def test_an_error_names_the_extra(use: str, said: dict[str, str]) -> None:
     assert extra in pyproject()["project"]["optional-dependencies"]
 
 
-def test_readme_lists_every_extra() -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+def test_the_documentation_lists_every_extra() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "start" / "demo.md").read_text(encoding="utf-8")
     of_developers = {"dev", "docs", "release"}
     extras = {*pyproject()["project"]["optional-dependencies"]} - of_developers
-    assert [extra for extra in sorted(extras) if f"`{extra}`" not in readme] == []
+    assert [extra for extra in sorted(extras) if f"`{extra}`" not in page] == []
