@@ -8,9 +8,10 @@ each Python of the classifiers that is found (on PATH, in pyenv), the wheel is i
 new environment outside the checkout: every module is imported and the command is run. Then the
 README's examples run there, with the extras that they name. The sdist is installed once.
 
-torch is that of constraints.txt. Where pip finds only its build with CUDA (several GB), dependencies
-are resolved, the code is compiled and ``alphabar --help`` run without torch, and the summary says so; ``--cuda`` takes that
-build. ``PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu`` names the builds for the CPU.
+torch is that of constraints.txt. Where pip finds only its build with CUDA (several GB), pip looks
+for all dependencies, the code is compiled and ``alphabar --help`` run, without torch, and the
+summary says so; ``--cuda`` takes that build.
+``PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu`` names the builds for the CPU.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ class Environment:
         return run(self.bin / "alphabar", *words, cwd=self.folder)
 
     def takes_cuda(self, *packages: object) -> bool:
-        """Return whether pip would install CUDA with packages; fails if they cannot be installed."""
+        """Return whether pip would install CUDA too; packages that it does not find are an error."""
         words = ["-m", "pip", "install", "--dry-run", "--quiet", "--report", "-", *packages]
         report = run(self.bin / "python", *words, "-c", CONSTRAINTS, cwd=self.folder, shown=False)
         names = [item["metadata"]["name"].lower() for item in json.loads(report)["install"]]
