@@ -169,7 +169,7 @@ class Environment:
         return run(self.bin / "alphabar", *words, cwd=self.folder)
 
     def takes_cuda(self, *packages: object) -> bool:
-        """Return whether pip would install CUDA too; packages that it does not find are an error."""
+        """Return whether pip would install CUDA too; what it does not find is an error."""
         words = ["-m", "pip", "install", "--dry-run", "--quiet", "--report", "-", *packages]
         report = run(self.bin / "python", *words, "-c", CONSTRAINTS, cwd=self.folder, shown=False)
         names = [item["metadata"]["name"].lower() for item in json.loads(report)["install"]]

@@ -118,10 +118,10 @@ def register_method(
 ) -> Callable[[F], F]:
     """Register a formula as a method, under its own name or another one.
 
-    The facts are the fields of :class:`Method`. A formula is one step. It gets the trace, all knots,
-    the index of the step, x at ``knots[i]``, and the memory: what the step before returned after x,
-    nothing at the first step. It returns x at ``knots[i + 1]`` and the new memory. Keyword
-    arguments are options of the sampler.
+    The facts are the fields of :class:`Method`. A formula is one step. It gets the trace, all
+    knots, the index of the step, x at ``knots[i]``, and the memory: what the step before returned
+    after x, nothing at the first step. It returns x at ``knots[i + 1]`` and the new memory. Its
+    keyword arguments are options of the sampler.
 
     >>> @register_method("two_steps", order=0, source="an example")
     ... def two_steps(trace, knots, i, x, *past, share=0.5):
