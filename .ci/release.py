@@ -8,9 +8,10 @@ each Python of the classifiers that is found (on PATH, in pyenv), the wheel is i
 new environment outside the checkout: every module is imported and the command is run. Then the
 README's examples run there, with the extras that they name. The sdist is installed once.
 
-torch is that of constraints.txt. Where pip finds only its build with CUDA (several GB), the code is
-compiled and ``alphabar --help`` run without torch, and the summary says so; ``--cuda`` takes that
-build. ``PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu`` names the builds for the CPU.
+torch is that of constraints.txt. Where pip finds only its build with CUDA (several GB), pip looks
+for all dependencies, the code is compiled and ``alphabar --help`` run, without torch, and the
+summary says so; ``--cuda`` takes that build.
+``PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu`` names the builds for the CPU.
 """
 
 from __future__ import annotations
@@ -167,14 +168,12 @@ class Environment:
     def command(self, *words: object) -> str:
         return run(self.bin / "alphabar", *words, cwd=self.folder)
 
-    def has_torch(self, torch: str) -> bool:
-        """Return whether pip finds a build of torch without CUDA."""
-        words = ["-m", "pip", "install", "--dry-run", "--quiet", "--report", "-"]
-        report = run(
-            self.bin / "python", *words, torch, "-c", CONSTRAINTS, cwd=self.folder, shown=False
-        )
+    def takes_cuda(self, *packages: object) -> bool:
+        """Return whether pip would install CUDA too; what it does not find is an error."""
+        words = ["-m", "pip", "install", "--dry-run", "--quiet", "--report", "-", *packages]
+        report = run(self.bin / "python", *words, "-c", CONSTRAINTS, cwd=self.folder, shown=False)
         names = [item["metadata"]["name"].lower() for item in json.loads(report)["install"]]
-        return not any(name.startswith(("nvidia", "cuda")) for name in names)
+        return any(name.startswith(("nvidia", "cuda")) for name in names)
 
 
 def try_out(version: str, python: Path, sdist: Path | None, wheel: Path, cuda: bool) -> str:
@@ -182,12 +181,15 @@ def try_out(version: str, python: Path, sdist: Path | None, wheel: Path, cuda: b
     torch = next(x for x in CONSTRAINTS.read_text("utf-8").split() if x.startswith("torch=="))
     with tempfile.TemporaryDirectory() as folder:
         environment = Environment(python, Path(folder))
-        if not cuda and not environment.has_torch(torch):
+        if not cuda and environment.takes_cuda(torch, wheel):
             environment.pip("--no-deps", wheel)
             (site,) = environment.bin.parent.glob("lib/python*/site-packages/alphabar")
             environment.python("-W", "error", "-m", "compileall", "-q", "-f", site)
             environment.command("--help")
-            return f"compiled, alphabar --help; not more: no build of {torch} without CUDA is found"
+            return (
+                "all dependencies are found, the code compiles, alphabar --help runs; no more was "
+                f"tried: pip finds no build of {torch} without CUDA"
+            )
         environment.pip(torch)
         environment.pip(wheel)
         environment.python("-m", "pip", "check")

@@ -118,14 +118,19 @@ def register_method(
 ) -> Callable[[F], F]:
     """Register a formula as a method, under its own name or another one.
 
-    The facts are the fields of :class:`Method`.
+    The facts are the fields of :class:`Method`. A formula is one step. It gets the trace, all
+    knots, the index of the step, x at ``knots[i]``, and the memory: what the step before returned
+    after x, nothing at the first step. It returns x at ``knots[i + 1]`` and the new memory. Its
+    keyword arguments are options of the sampler.
 
-    >>> @register_method("half_euler", order=0, source="an example")
-    ... def half_euler(trace, knots, i, x):
+    >>> @register_method("two_steps", order=0, source="an example")
+    ... def two_steps(trace, knots, i, x, *past, share=0.5):
     ...     s, n = knots[i], knots[i + 1]
-    ...     return [n.alpha * trace.denoise(x, s)]
-    >>> METHODS["half_euler"].order
-    0
+    ...     D, e = trace.evaluate(x, s)  # estimates of x_0 and ε
+    ...     mean = D + share * (D - past[0]) if past else D
+    ...     return [n.alpha * mean + n.sigma * e, D]
+    >>> METHODS["two_steps"].options
+    {'share': 0.5}
     """
 
     def add(formula: F) -> F:
