@@ -9,15 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from functools import lru_cache, partial, wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .axes import Axis, along, require_chunks
-from .curves.base import Curve, is_traced, may_look_at
+from .curves.base import Curve, float32_range, is_traced, may_look_at
 from .curves.discrete import Discrete
 from .levels import THRESHOLD, WEIGHT, LevelTable
 from .losses import L2, Loss, Over, losses_of_elements, mean_of_samples, resolve_loss
@@ -308,7 +307,8 @@ class Noising(nn.Module):
             name: a name of ``PRESETS``.
             tokens: image tokens, for a shift that depends on them.
             shift: another shift of the density, on a flow.
-            weighting, timesteps: in place of the preset's; see :class:`Noising`.
+            weighting, timesteps: in place of the preset's; see :class:`Noising`. The density is
+                that of the whole schedule: an expert's range of noise levels stays.
             noise, seed, loss: as for :class:`Noising`.
 
         Raises:
@@ -327,6 +327,8 @@ class Noising(nn.Module):
             timesteps = preset.density(name, schedule.curve, tokens, shift)
         elif shift is not None:
             raise ValueError("shift is that of the preset's density; leave it out with timesteps=")
+        else:
+            timesteps = preset.limited(resolve_times(timesteps))
         weighting = preset.training.weighting if weighting is None else weighting
         return cls(schedule, weighting, timesteps, noise, seed, loss)
 
@@ -731,23 +733,9 @@ def prediction_tensor(prediction: Any) -> Tensor:
     )
 
 
-@lru_cache(maxsize=64)
-def _float32_range(curve: Curve) -> tuple[float, float]:
-    """Return the least and the largest float32 inside the range of a curve.
-
-    Drawn times are float32: float64 times would make the batch float64.
-    """
-    exact, inward = (curve.t_min, curve.t_max), (math.inf, -math.inf)
-    low, high = (np.float32(end) for end in exact)
-    if float(low) < exact[0]:
-        low = np.nextafter(low, np.float32(inward[0]))
-    if float(high) > exact[1]:
-        high = np.nextafter(high, np.float32(inward[1]))
-    return float(low), float(high)
-
-
 def _as_drawn(t: Tensor, curve: Curve) -> Tensor:
-    return t.float().clamp(*_float32_range(curve)) if t.is_floating_point() else t
+    # float64 times would make the batch float64
+    return t.float().clamp(*float32_range(curve)) if t.is_floating_point() else t
 
 
 def _require_shaped(t: Tensor, x0: Tensor, axis: Axis) -> None:
