@@ -136,10 +136,13 @@ class Noised:
         require_same_shape("the network's output", out, "the target", self.target)
         if self.axis is not None:
             return self._losses_of_elements(out, self.axis, mask, over)
-        errors = self.criterion.between(out.to(self.target.dtype), self.target, self.threshold)
+        out = out.to(self.target.dtype)
+        errors = self.criterion.between(out, self.target, self.threshold)
         error, covered = mean_of_samples(errors, mask, over)
-        for listener in self.listeners:
-            listener(self, error.detach())
+        if self.listeners:
+            own = self._own_errors(out, self.target, errors)
+            heard = error if own is errors else mean_of_samples(own, mask, over)[0]
+            self._tell(heard)
         if self.log_variance is None:
             return self.weight * error
         # samples of weight 0 and masked elements must not train u
@@ -151,21 +154,33 @@ class Noised:
         self, out: Tensor, axis: Axis, mask: Tensor | None, over: Over
     ) -> Tensor:
         out, target = out.to(self.target.dtype), self.target
-        if self.counted is not None:  # the target of a clean element may be infinite
-            counts = along(self.counted, out.shape, axis)
-            out, target = torch.where(counts, out, 0.0), torch.where(counts, target, 0.0)
-        losses, errors = losses_of_elements(
-            self.criterion.between(out, target, self.threshold),
-            self.weight,
-            axis,
-            self.counted,
-            mask,
-            over,
-            self.log_variance,
-        )
+        counts = None if self.counted is None else along(self.counted, out.shape, axis)
+        if counts is not None:
+            # the target of a clean element may be infinite; a finite one may be another's negative
+            out = torch.where(counts, out, 0.0)
+            target = torch.where(counts | target.isfinite(), target, 0.0)
+
+        def means(errors: Tensor) -> tuple[Tensor, Tensor]:
+            errors = errors if counts is None else torch.where(counts, errors, 0.0)
+            rest = (self.weight, axis, self.counted, mask, over, self.log_variance)
+            return losses_of_elements(errors, *rest)
+
+        errors = self.criterion.between(out, target, self.threshold)
+        losses, heard = means(errors)
+        if self.listeners:
+            own = self._own_errors(out, target, errors)
+            self._tell(heard if own is errors else means(own)[1])
+        return losses
+
+    def _own_errors(self, out: Tensor, target: Tensor, errors: Tensor) -> Tensor:
+        """Return the part of the errors that is of each sample's own target."""
+        if not self.criterion.batch_wide:
+            return errors
+        return self.criterion(out.detach() - target, self.threshold)
+
+    def _tell(self, errors: Tensor) -> None:
         for listener in self.listeners:
             listener(self, errors.detach())
-        return losses
 
     def loss(self, prediction: Any, mask: Tensor | None = None, over: Over = "all") -> Tensor:
         """Return the mean of :meth:`losses`, a scalar to call ``backward`` on."""
@@ -244,7 +259,8 @@ class Noising(nn.Module):
 
     Raises:
         TypeError: if ``schedule`` is not a NoiseSchedule.
-        ValueError: for unknown names, and for times that do not fit the schedule.
+        ValueError: for unknown names, for times that do not fit the schedule, and for a learned
+            variance of a loss that may be negative.
 
     >>> schedule = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
     >>> noising = Noising(schedule, weighting="uniform", timesteps="stratified", seed=0)
@@ -272,6 +288,12 @@ class Noising(nn.Module):
         self.weighting = resolve_weighting(weighting).on_curve(schedule.curve)
         self.log_variance = self.weighting.log_variance()
         self.loss = resolve_loss(loss)
+        if self.log_variance is not None and self.loss.may_be_negative:
+            raise ValueError(
+                f"weighting {self.weighting.name!r} learns the variance of a loss, and loss "
+                f"{self.loss.name!r} may be negative: together they have no minimum; give another "
+                "weighting or another loss"
+            )
         self.timesteps = resolve_times(timesteps)
         self.timesteps.check(schedule.curve)
         self.loss_history = self.timesteps.history()
@@ -432,7 +454,7 @@ class Noising(nn.Module):
             noised = self._batch(x0, t, levels, made, *draws.noised(x0, levels, exact, *parts))
         else:
             noised = self._noised(x0, t, levels, *self._draw_noise(draws, index, size))
-        noised = _counting(noised, counted)
+        noised = counting(noised, counted)
         return self._with_importance(noised, importance, step, index)
 
     if TYPE_CHECKING:
@@ -447,7 +469,8 @@ class Noising(nn.Module):
         """Call ``listener(noised, errors)`` on every loss; return a function that removes it.
 
         ``errors``: the unweighted error of each sample, shape of ``noised.t``, detached, on the
-        device of the loss. Copies, pickles and checkpoints do not contain the listeners.
+        device of the loss; of the contrastive loss the squared error of its own target. Copies,
+        pickles and checkpoints do not contain the listeners.
 
         >>> seen = []
         >>> noising = Noising(NoiseSchedule.flow())
@@ -566,7 +589,7 @@ class Noising(nn.Module):
                 schedule in a dtype that cannot hold them.
         """
         levels, t = self._levels(x0, t)
-        return _counting(self._noised(x0, t, levels, noise, parts), counted)
+        return counting(self._noised(x0, t, levels, noise, parts), counted)
 
     def _levels(self, x0: Tensor, t: Tensor, checked: bool = False) -> tuple[Tensor, Tensor]:
         """Return the levels at times ``t``, and these times on the device of ``x0``."""
@@ -747,8 +770,15 @@ def _require_shaped(t: Tensor, x0: Tensor, axis: Axis) -> None:
     require_chunks(t.shape[1], axis, x0.shape)
 
 
-def _counting(noised: Noised, counted: Tensor | None) -> Noised:
-    """Return the batch without weight on the elements that do not count in its loss."""
+def counting(noised: Noised, counted: Tensor | None) -> Noised:
+    """Return the batch without weight on the elements that do not count in its loss.
+
+    >>> noised = Noising(NoiseSchedule.flow(), timesteps="independent:axis=1")(
+    ...     torch.zeros(1, 2), step=0
+    ... )
+    >>> counting(noised, torch.tensor([[True, False]])).weight
+    tensor([[1., 0.]])
+    """
     if counted is None:
         return noised
     counted = counted.to(noised.weight.device, non_blocking=True)
