@@ -36,9 +36,12 @@ tests compare the timesteps and noise levels of every entry with the scheduler c
 (0.42) and the arguments that its pipeline gives it, at 10, 28 and 50 steps.
 
 The shift of the training and that of the pipeline may rightly differ: the first says how often a
-noise level is trained, the second how many steps are spent on it. Where the training is not
-published, `Noising.preset` warns, draws uniform times on the schedule that the pipeline samples
-with, and takes `shift=`.
+noise level is trained, the second how many steps are spent on it. A shift of 1 in the training is a
+published one: there is none. Where the density is not published, the times are uniform; where the
+shift is not published, it is the pipeline's. `Noising.preset` warns of both, and takes `shift=`.
+
+The density of an expert is that of the whole schedule, cut to its range of noise levels; so is a
+density that is given in its place, as `timesteps=` or by a flag.
 
 A range of noise levels is given before or after the shift. `t_min`, `t_max` and
 `density.within(low, high)` are times, before it; `noise_level_min`, `noise_level_max` and

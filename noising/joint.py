@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from .losses import Over
-from .noising import Noised, Noising
+from .noising import Noised, Noising, counting
+from .timesteps.shaped import ShapedTimesteps
 from .utils.validation import one_of
 
 
@@ -81,10 +82,13 @@ class JointNoising(nn.Module):
     Args:
         modalities: a Noising for each modality, by name; with a seed of its own.
         times: "independent", or "shared": all modalities have the times of the first one, on curves
-            with the same range of time.
+            with the same range of time; densities of the others are not used. Of k times for a
+            sample, the same ones count in every loss, and the axes of all modalities divide into k.
 
     Raises:
         ValueError: if there is none, or two have the same seed, which would give them equal noise.
+            With shared times also if the ranges of time differ, if only some modalities have k
+            times for a sample, or different k, and if a density follows losses.
 
     >>> import torch
     >>> from alphabar.noising import NoiseSchedule
@@ -116,6 +120,8 @@ class JointNoising(nn.Module):
             )
         self.modalities = nn.ModuleDict(modalities)
         self.times = one_of("times", times, ("independent", "shared"))
+        if self.times == "shared":
+            _require_shareable(modalities)
 
     def forward(self, x0: Mapping[str, Tensor], *, step: int, **place: Any) -> JointNoised:
         """Return the noised batches of this process at this optimizer step.
@@ -132,15 +138,46 @@ class JointNoising(nn.Module):
         """
         _require_names("the batch", x0, self.modalities)
         parts: dict[str, Noised] = {}
-        t = None
+        first: Noised | None = None
         for name, noising in self.modalities.items():
-            parts[name] = noising(x0[name], step=step, timesteps=t, **place)
-            if self.times == "shared":
-                t = parts[name].t
+            t = None if first is None else first.t
+            part = noising(x0[name], step=step, timesteps=t, **place)
+            parts[name] = part if first is None else counting(part, first.counted)
+            first = first or part if self.times == "shared" else None
         return JointNoised(parts)
 
     if TYPE_CHECKING:
         __call__ = forward
+
+
+def _require_shareable(modalities: Mapping[str, Noising]) -> None:
+    """Raise ValueError unless all modalities can have the times of the first one."""
+    densities = {name: noising.timesteps for name, noising in modalities.items()}
+    for name, density in densities.items():
+        if density.measures_losses:
+            raise ValueError(
+                f"{density.name} timesteps of {name!r} follow the losses of one modality; shared "
+                "times need another density, or times='independent'"
+            )
+    shapes = {
+        density.chunks if isinstance(density, ShapedTimesteps) else "one"
+        for density in densities.values()
+    }
+    if len(shapes) > 1:
+        told = ", ".join(
+            f"{name}: {density.name}"
+            + (f" with chunks={density.chunks}" if isinstance(density, ShapedTimesteps) else "")
+            for name, density in densities.items()
+        )
+        raise ValueError(
+            f"shared times need the same number of times in every modality, got {told}; give all "
+            "one time, or all k times with the same chunks"
+        )
+    curves = [noising.schedule.curve for noising in modalities.values()]
+    ranges = [(curve.is_discrete, curve.t_min, curve.t_max) for curve in curves]
+    if len(set(ranges)) > 1:
+        told = ", ".join(f"{low:g} ... {high:g}" for _, low, high in ranges)
+        raise ValueError(f"shared times need curves with the same times, got {told}")
 
 
 def _require_names(what: str, given: Mapping[str, Any], modalities: Any) -> None:

@@ -24,9 +24,11 @@ the objective depends on the target.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, Literal
 
 import torch
@@ -60,6 +62,11 @@ class Loss(ABC):
     name: ClassVar[str]
     batch_wide: ClassVar[bool] = False
     """Whether a sample's loss depends on the other samples of its batch."""
+
+    @property
+    def may_be_negative(self) -> bool:
+        """Whether the loss can be below 0; a learned variance of it has no minimum then."""
+        return False
 
     @abstractmethod
     def __call__(self, error: Tensor, threshold: Tensor | None) -> Tensor:
@@ -126,7 +133,8 @@ class Contrastive(Loss):
     classes or prompts apart. Its minimum is (u - λ E[ũ]) / (1 - λ), not u: with guidance, the paper
     samples with (1 - λ) out + λ E[ũ] (its §5.4). The batch is the micro-batch of one process, so
     the loss depends on how a step is split; a sample's negative is any other sample, as in the
-    paper's code, also one of its own class. A batch needs two samples.
+    paper's code, also one of its own class. A batch of one sample has no negative: its loss is d²,
+    with a warning.
 
     Args:
         strength: λ, in 0 ... 1; 0 is the squared error.
@@ -151,17 +159,30 @@ class Contrastive(Loss):
                 f"{self.strength}; the paper uses 0.05"
             )
 
+    @property
+    def may_be_negative(self) -> bool:
+        return self.strength > 0
+
     def __call__(self, error: Tensor, threshold: Tensor | None) -> Tensor:
         """Return d², the part of each sample's own target."""
         return error**2
 
     def between(self, out: Tensor, target: Tensor, threshold: Tensor | None) -> Tensor:
         if len(out) < 2:
-            raise ValueError(
-                "loss 'contrastive' compares a sample with another of its batch, and this batch "
-                "has one; train with at least 2 samples in a micro-batch"
-            )
+            if not torch.compiler.is_compiling():
+                _warn_of_one_sample()
+            return self(out - target, threshold)
         return (out - target) ** 2 - self.strength * (out - target.roll(-1, 0)) ** 2
+
+
+@cache
+def _warn_of_one_sample() -> None:
+    warnings.warn(
+        "loss 'contrastive' compares a sample with another of its batch, and a batch has one: its "
+        "loss is the squared error; train with at least 2 samples in a micro-batch, and drop_last "
+        "in the DataLoader",
+        stacklevel=2,
+    )
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from functools import lru_cache, partial, wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .axes import Axis, along, require_chunks
-from .curves.base import Curve, is_traced, may_look_at
+from .curves.base import Curve, float32_range, is_traced, may_look_at
 from .curves.discrete import Discrete
 from .levels import THRESHOLD, WEIGHT, LevelTable
 from .losses import L2, Loss, Over, losses_of_elements, mean_of_samples, resolve_loss
@@ -137,10 +136,13 @@ class Noised:
         require_same_shape("the network's output", out, "the target", self.target)
         if self.axis is not None:
             return self._losses_of_elements(out, self.axis, mask, over)
-        errors = self.criterion.between(out.to(self.target.dtype), self.target, self.threshold)
+        out = out.to(self.target.dtype)
+        errors = self.criterion.between(out, self.target, self.threshold)
         error, covered = mean_of_samples(errors, mask, over)
-        for listener in self.listeners:
-            listener(self, error.detach())
+        if self.listeners:
+            own = self._own_errors(out, self.target, errors)
+            heard = error if own is errors else mean_of_samples(own, mask, over)[0]
+            self._tell(heard)
         if self.log_variance is None:
             return self.weight * error
         # samples of weight 0 and masked elements must not train u
@@ -152,21 +154,33 @@ class Noised:
         self, out: Tensor, axis: Axis, mask: Tensor | None, over: Over
     ) -> Tensor:
         out, target = out.to(self.target.dtype), self.target
-        if self.counted is not None:  # the target of a clean element may be infinite
-            counts = along(self.counted, out.shape, axis)
-            out, target = torch.where(counts, out, 0.0), torch.where(counts, target, 0.0)
-        losses, errors = losses_of_elements(
-            self.criterion.between(out, target, self.threshold),
-            self.weight,
-            axis,
-            self.counted,
-            mask,
-            over,
-            self.log_variance,
-        )
+        counts = None if self.counted is None else along(self.counted, out.shape, axis)
+        if counts is not None:
+            # the target of a clean element may be infinite; a finite one may be another's negative
+            out = torch.where(counts, out, 0.0)
+            target = torch.where(counts | target.isfinite(), target, 0.0)
+
+        def means(errors: Tensor) -> tuple[Tensor, Tensor]:
+            errors = errors if counts is None else torch.where(counts, errors, 0.0)
+            rest = (self.weight, axis, self.counted, mask, over, self.log_variance)
+            return losses_of_elements(errors, *rest)
+
+        errors = self.criterion.between(out, target, self.threshold)
+        losses, heard = means(errors)
+        if self.listeners:
+            own = self._own_errors(out, target, errors)
+            self._tell(heard if own is errors else means(own)[1])
+        return losses
+
+    def _own_errors(self, out: Tensor, target: Tensor, errors: Tensor) -> Tensor:
+        """Return the part of the errors that is of each sample's own target."""
+        if not self.criterion.batch_wide:
+            return errors
+        return self.criterion(out.detach() - target, self.threshold)
+
+    def _tell(self, errors: Tensor) -> None:
         for listener in self.listeners:
             listener(self, errors.detach())
-        return losses
 
     def loss(self, prediction: Any, mask: Tensor | None = None, over: Over = "all") -> Tensor:
         """Return the mean of :meth:`losses`, a scalar to call ``backward`` on."""
@@ -245,7 +259,8 @@ class Noising(nn.Module):
 
     Raises:
         TypeError: if ``schedule`` is not a NoiseSchedule.
-        ValueError: for unknown names, and for times that do not fit the schedule.
+        ValueError: for unknown names, for times that do not fit the schedule, and for a learned
+            variance of a loss that may be negative.
 
     >>> schedule = NoiseSchedule.scaled_linear(prediction="v_prediction").zero_terminal_snr()
     >>> noising = Noising(schedule, weighting="uniform", timesteps="stratified", seed=0)
@@ -273,6 +288,12 @@ class Noising(nn.Module):
         self.weighting = resolve_weighting(weighting).on_curve(schedule.curve)
         self.log_variance = self.weighting.log_variance()
         self.loss = resolve_loss(loss)
+        if self.log_variance is not None and self.loss.may_be_negative:
+            raise ValueError(
+                f"weighting {self.weighting.name!r} learns the variance of a loss, and loss "
+                f"{self.loss.name!r} may be negative: together they have no minimum; give another "
+                "weighting or another loss"
+            )
         self.timesteps = resolve_times(timesteps)
         self.timesteps.check(schedule.curve)
         self.loss_history = self.timesteps.history()
@@ -308,7 +329,8 @@ class Noising(nn.Module):
             name: a name of ``PRESETS``.
             tokens: image tokens, for a shift that depends on them.
             shift: another shift of the density, on a flow.
-            weighting, timesteps: in place of the preset's; see :class:`Noising`.
+            weighting, timesteps: in place of the preset's; see :class:`Noising`. The density is
+                that of the whole schedule: an expert's range of noise levels stays.
             noise, seed, loss: as for :class:`Noising`.
 
         Raises:
@@ -327,6 +349,8 @@ class Noising(nn.Module):
             timesteps = preset.density(name, schedule.curve, tokens, shift)
         elif shift is not None:
             raise ValueError("shift is that of the preset's density; leave it out with timesteps=")
+        else:
+            timesteps = preset.limited(resolve_times(timesteps))
         weighting = preset.training.weighting if weighting is None else weighting
         return cls(schedule, weighting, timesteps, noise, seed, loss)
 
@@ -430,7 +454,7 @@ class Noising(nn.Module):
             noised = self._batch(x0, t, levels, made, *draws.noised(x0, levels, exact, *parts))
         else:
             noised = self._noised(x0, t, levels, *self._draw_noise(draws, index, size))
-        noised = _counting(noised, counted)
+        noised = counting(noised, counted)
         return self._with_importance(noised, importance, step, index)
 
     if TYPE_CHECKING:
@@ -445,7 +469,8 @@ class Noising(nn.Module):
         """Call ``listener(noised, errors)`` on every loss; return a function that removes it.
 
         ``errors``: the unweighted error of each sample, shape of ``noised.t``, detached, on the
-        device of the loss. Copies, pickles and checkpoints do not contain the listeners.
+        device of the loss; of the contrastive loss the squared error of its own target. Copies,
+        pickles and checkpoints do not contain the listeners.
 
         >>> seen = []
         >>> noising = Noising(NoiseSchedule.flow())
@@ -564,7 +589,7 @@ class Noising(nn.Module):
                 schedule in a dtype that cannot hold them.
         """
         levels, t = self._levels(x0, t)
-        return _counting(self._noised(x0, t, levels, noise, parts), counted)
+        return counting(self._noised(x0, t, levels, noise, parts), counted)
 
     def _levels(self, x0: Tensor, t: Tensor, checked: bool = False) -> tuple[Tensor, Tensor]:
         """Return the levels at times ``t``, and these times on the device of ``x0``."""
@@ -731,23 +756,9 @@ def prediction_tensor(prediction: Any) -> Tensor:
     )
 
 
-@lru_cache(maxsize=64)
-def _float32_range(curve: Curve) -> tuple[float, float]:
-    """Return the least and the largest float32 inside the range of a curve.
-
-    Drawn times are float32: float64 times would make the batch float64.
-    """
-    exact, inward = (curve.t_min, curve.t_max), (math.inf, -math.inf)
-    low, high = (np.float32(end) for end in exact)
-    if float(low) < exact[0]:
-        low = np.nextafter(low, np.float32(inward[0]))
-    if float(high) > exact[1]:
-        high = np.nextafter(high, np.float32(inward[1]))
-    return float(low), float(high)
-
-
 def _as_drawn(t: Tensor, curve: Curve) -> Tensor:
-    return t.float().clamp(*_float32_range(curve)) if t.is_floating_point() else t
+    # float64 times would make the batch float64
+    return t.float().clamp(*float32_range(curve)) if t.is_floating_point() else t
 
 
 def _require_shaped(t: Tensor, x0: Tensor, axis: Axis) -> None:
@@ -759,8 +770,15 @@ def _require_shaped(t: Tensor, x0: Tensor, axis: Axis) -> None:
     require_chunks(t.shape[1], axis, x0.shape)
 
 
-def _counting(noised: Noised, counted: Tensor | None) -> Noised:
-    """Return the batch without weight on the elements that do not count in its loss."""
+def counting(noised: Noised, counted: Tensor | None) -> Noised:
+    """Return the batch without weight on the elements that do not count in its loss.
+
+    >>> noised = Noising(NoiseSchedule.flow(), timesteps="independent:axis=1")(
+    ...     torch.zeros(1, 2), step=0
+    ... )
+    >>> counting(noised, torch.tensor([[True, False]])).weight
+    tensor([[1., 0.]])
+    """
     if counted is None:
         return noised
     counted = counted.to(noised.weight.device, non_blocking=True)

@@ -23,6 +23,8 @@ from .curves.truncated import Truncated, times_at_levels, truncate
 from .io.diffusers import from_diffusers
 from .prediction import Prediction, resolve_prediction
 from .timesteps import NoiseLevelTimesteps, Timesteps, WithinNoiseLevels, resolve_timesteps
+from .timesteps.importance import LossSecondMoment
+from .timesteps.shaped import ShapedTimesteps
 from .utils.registry import Registry
 
 
@@ -34,7 +36,7 @@ class Training:
         timesteps: an item of ``TIMESTEPS``; None: not published.
         weighting: an item of ``WEIGHTINGS``.
         shift: the shift of the density on a flow: a number, or a function of the image tokens;
-            None: not published, or not a flow.
+            1: published, none; None: not published, or not a flow.
         source: paper and section, or repository and file.
 
     >>> Training(timesteps="logit_normal", shift=TokenLine(), source="").shift(256)
@@ -171,8 +173,22 @@ class Preset:
         whole = curve.curve if isinstance(curve, Truncated) else curve
         if own is not None and own != getattr(whole, "shift", None):
             density = NoiseLevelTimesteps(density=density, shift=own)
-        if self.noise_levels is None:
+        return self.limited(density)
+
+    def limited(self, density: Timesteps) -> Timesteps:
+        """Return a density of the whole schedule, limited to the noise levels of an expert.
+
+        A density that is within noise levels already, and any one if the preset is no expert, stays
+        as it is. Of k times for a sample and of importance sampling, the inner density is limited.
+
+        >>> from alphabar.noising import UniformTimesteps
+        >>> PRESETS["wan2.2/high"].limited(UniformTimesteps()).low
+        0.875
+        """
+        if self.noise_levels is None or isinstance(density, WithinNoiseLevels):
             return density
+        if isinstance(density, LossSecondMoment | ShapedTimesteps):  # must be outermost
+            return replace(density, density=self.limited(density.density))
         low, high = self.noise_levels
         return WithinNoiseLevels(density=density, low=low, high=high)
 
@@ -407,7 +423,9 @@ _TABLE: dict[str, Preset] = {
     ),
     "qwen-image": Preset(
         model="Qwen-Image",
-        training=Training(timesteps="logit_normal", source="2508.02324 (logit-normal; no shift)"),
+        training=Training(
+            timesteps="logit_normal", source="2508.02324 (logit-normal; shift not published)"
+        ),
         pipeline=Pipeline(
             scheduler=_flow(
                 1.0,
@@ -514,7 +532,7 @@ _TABLE: dict[str, Preset] = {
         ),
         pipeline=Pipeline(
             scheduler={
-                "_class_name": "DDPMScheduler",
+                "_class_name": "DDIMScheduler",
                 "prediction_type": "epsilon",
                 "clip_sample": False,
                 **_DDPM,
@@ -617,7 +635,9 @@ _TABLE: dict[str, Preset] = {
         model="HunyuanVideo",
         training=Training(
             timesteps="logit_normal",
-            source="2412.03603 (logit-normal); no shift: Tencent-Hunyuan/HunyuanVideo, issue 212",
+            shift=1.0,
+            source="2412.03603 (logit-normal); Tencent-Hunyuan/HunyuanVideo, issue 35 (the shift "
+            "is of sampling alone)",
         ),
         pipeline=Pipeline(
             scheduler=_flow(7.0, num_train_timesteps=1000),

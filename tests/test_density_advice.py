@@ -14,6 +14,7 @@ import torch
 
 from alphabar.callbacks import LossBySNR
 from alphabar.noising import (
+    IndependentTimesteps,
     LogitNormalTimesteps,
     LogNormalSigmaTimesteps,
     NoiseSchedule,
@@ -130,6 +131,16 @@ def test_the_flags_give_the_density(
     z = -schedule.curve.log_snr(t.double()).numpy() / 2
     exact = advice.mean + advice.std * torch.special.ndtri(torch.from_numpy(u)).numpy()
     assert np.abs(z - exact).max() < 0.02
+
+
+def test_the_advice_for_k_times_is_of_the_density_inside() -> None:
+    windows = windows_of(np.full(30, 1 / 30), 200 * normal(0.0, 3.0))
+    alone, inside = (
+        advise_density(BUCKETS, windows, FLOW, density)
+        for density in (UniformTimesteps(), IndependentTimesteps(context=1))
+    )
+    assert alone.flags == inside.flags and "density=" not in alone.text
+    assert f"as density= of the independent timesteps: {inside.flags}" in inside.text
 
 
 def test_windows_are_merged_in_order() -> None:

@@ -14,7 +14,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alphabar.noising import Contrastive, Immiscible, NoiseSchedule, Noising, OptimalTransport
+from alphabar.noising import (
+    Contrastive,
+    Immiscible,
+    IndependentTimesteps,
+    NoiseSchedule,
+    Noising,
+    OptimalTransport,
+    StaircaseTimesteps,
+    losses,
+)
+from alphabar.noising.timesteps import Timesteps
 from alphabar.sampling import Sampler
 from alphabar.training import Diff2Flow
 
@@ -123,10 +133,51 @@ def test_the_contrastive_loss_is_the_papers() -> None:
     )
 
 
-def test_what_a_contrastive_loss_needs() -> None:
+def test_one_sample_has_no_negative_and_one_warning() -> None:
+    losses._warn_of_one_sample.cache_clear()
     noised = Noising(FLOW, loss="contrastive")(torch.randn(1, 3), step=0)
-    with pytest.raises(ValueError, match="at least 2 samples"):
-        noised.loss(noised.target)
+    with pytest.warns(UserWarning, match="at least 2 samples") as told:
+        for _ in range(2):
+            assert float(noised.loss(noised.target + 2)) == pytest.approx(4.0)
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("timesteps", ["uniform", "independent:axis=1"])
+def test_listeners_hear_the_squared_error(timesteps: str) -> None:
+    """It is what loss by SNR shows and importance sampling follows: a loss below 0 tells neither."""
+    noising = Noising(FLOW, timesteps=timesteps, loss="contrastive:strength=0.9")
+    seen: list[Tensor] = []
+    noising.register_loss_hook(lambda noised, errors: seen.append(errors))
+    noised = noising(torch.randn(4, 3), step=0)
+    assert float(noised.loss(noised.target)) < 0
+    noised.loss(noised.target + 0.5)
+    assert torch.equal(seen[0], torch.zeros_like(noised.t))
+    torch.testing.assert_close(seen[1], torch.full_like(noised.t, 0.25))
+
+
+@pytest.mark.parametrize(
+    "timesteps",
+    [IndependentTimesteps(context=1, context_probability=0.5), StaircaseTimesteps(lag=1.0)],
+)
+def test_a_negative_may_be_an_element_that_does_not_count(timesteps: Timesteps) -> None:
+    noised = Noising(FLOW, timesteps=timesteps, loss="contrastive:strength=0.5")(
+        torch.randn(8, 1, 4, 3, 3), step=0
+    )
+    assert noised.counted is not None
+    counted = noised.counted.float()
+    assert bool((counted != counted.roll(-1, 0)).any())
+    out, u = torch.ones_like(noised.target), noised.target
+    errors = ((out - u) ** 2 - 0.5 * (out - u.roll(-1, 0)) ** 2).mean((1, 3, 4))
+    torch.testing.assert_close(noised.losses(out), (errors * counted).sum(1) / counted.sum(1))
+
+
+def test_a_learned_variance_needs_a_loss_with_a_bound() -> None:
+    with pytest.raises(ValueError, match="'contrastive' may be negative: together they have no"):
+        Noising(FLOW, weighting="learned_uncertainty", loss="contrastive")
+    Noising(FLOW, weighting="learned_uncertainty", loss="contrastive:strength=0.0")
+
+
+def test_what_a_contrastive_loss_needs() -> None:
     for strength in (-0.1, 1.0, float("nan")):
         with pytest.raises(ValueError, match="0 <= strength < 1"):
             Contrastive(strength)

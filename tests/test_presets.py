@@ -21,6 +21,7 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
 from alphabar.noising import (
     PRESETS,
+    IndependentTimesteps,
     LogitNormalTimesteps,
     NoiseSchedule,
     Noising,
@@ -150,6 +151,8 @@ def test_steps_and_guidance_are_the_defaults_of_the_pipeline(name: str, pipeline
 def test_every_preset_is_told_apart_and_has_its_sources() -> None:
     assert {*CONFIGS, *SAME} == {*WHOLE}
     for name, preset in PRESETS.items():
+        theirs = CONFIGS[SAME.get(preset.whole or name, preset.whole or name)]
+        assert preset.pipeline.scheduler["_class_name"] == theirs["_class_name"]
         assert preset.pipeline.source and preset.training.source
         assert (
             (preset.training.timesteps is not None)
@@ -191,6 +194,7 @@ def test_a_clamped_line_does_not_run_away() -> None:
         ("flux2", None, math.exp(1.15)),
         ("lumina2", 256, math.exp(0.5)),
         ("ltx", 4096, math.exp(2.05)),
+        ("hunyuanvideo", None, 1.0),
     ],
 )
 def test_the_training_has_its_own_shift(name: str, tokens: int | None, shift: float) -> None:
@@ -215,14 +219,14 @@ def test_the_noise_levels_of_edm(name: str, mean: float, std: float) -> None:
 
 
 def test_what_is_not_published_is_said() -> None:
-    with pytest.warns(UserWarning, match="hunyuanvideo: the shift of its training"):
-        noising = Noising.preset("hunyuanvideo")
+    with pytest.warns(UserWarning, match="qwen-image: the shift of its training"):
+        noising = Noising.preset("qwen-image")
     assert noising.timesteps == LogitNormalTimesteps()  # on the pipeline's shift
     with pytest.warns(UserWarning, match="the density and the shift"):
         Noising.preset("wan2.2")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        noising = Noising.preset("hunyuanvideo", shift=3.0)
+        noising = Noising.preset("qwen-image", shift=3.0)
         Noising.preset("wan2.2", timesteps="logit_normal")
     half = torch.tensor([0.5], dtype=torch.float64)
     curve = noising.schedule.curve
@@ -298,6 +302,36 @@ def test_an_experts_batch_has_its_noise_levels() -> None:
     assert float(noised.timesteps.min()) >= 900 - 1e-3
 
 
+def sigmas(noising: Noising, u: torch.Tensor) -> torch.Tensor:
+    curve = noising.schedule.curve
+    return curve.sigma(noising.timesteps.times(u, curve))
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize(
+    "given",
+    ["logit_normal", "lognormal_sigma", "loss_second_moment", "independent:density=logit_normal"],
+)
+def test_a_given_density_is_that_of_the_whole_schedule(name: str, given: str) -> None:
+    """An expert's share of u is that of the whole model with this density, in the same order."""
+    low, high = PRESETS[name].noise_levels or (0.0, 0.0)
+    whole = quiet(Noising.preset, PRESETS[name].whole, timesteps=given)
+    expert = quiet(Noising.preset, name, timesteps=given)
+    sigma = sigmas(whole, torch.linspace(2e-6, 1, 500_000, dtype=torch.float64))
+    inside = sigma[(sigma >= low) & (sigma <= high)]
+    u = torch.linspace(0.02, 0.98, 25, dtype=torch.float64)
+    expected = inside.quantile(u)
+    assert torch.allclose(sigmas(expert, u), expected, atol=1e-3)
+    if "independent" in given:
+        assert isinstance(expert.timesteps, IndependentTimesteps)
+    else:
+        drawn = expert(torch.zeros(2000, 1), step=0)
+        at_the_boundary = (expert.schedule.sigma(drawn.t) - (low or high)).abs() < 1e-6
+        assert float(at_the_boundary.float().mean()) < 0.005
+    again = quiet(Noising.preset, name, timesteps=expert.timesteps)
+    assert again.timesteps == expert.timesteps
+
+
 # flags, YAML, the command line, the page
 
 
@@ -331,8 +365,36 @@ def test_flags_beside_a_preset() -> None:
     assert read_schedule("flux:tokens=256") == NoiseSchedule.preset("flux", tokens=256)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--training_shift 3",
+        "--training_shift 3 --weighting_scheme logit_normal",
+        "--timestep_sampling sigmoid",
+        "--timestep_density lognormal_sigma",
+        "--timestep_density loss_second_moment",
+        "--timestep_density logit_normal --reversed_timesteps",
+        "--timestep_density logit_normal --min_timestep 900",
+    ],
+)
+def test_flags_of_a_density_keep_the_range_of_an_expert(words: str) -> None:
+    noising = flags("--preset", "wan2.2/high", *words.split())
+    sigma = sigmas(noising, torch.linspace(1e-3, 1 - 1e-3, 999, dtype=torch.float64))
+    assert float(sigma.min()) >= 0.875 - 1e-6
+    assert float((sigma - 0.875).abs().lt(1e-6).double().mean()) < 0.005
+
+
+def test_a_training_shift_keeps_the_published_density() -> None:
+    for name in ("wan2.1", "sd3", "wan2.2/low"):
+        ours = flags("--preset", name, "--training_shift", "5")
+        assert ours.timesteps == quiet(Noising.preset, name, shift=5.0).timesteps
+    with pytest.raises(ValueError, match=r"--training_shift 3\.0: a training shift is for flows"):
+        flags("--preset", "sd15", "--training_shift", "3")
+
+
 def test_a_default_of_the_script_does_not_replace_the_preset() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--training_shift", type=float, default=3.0)
     parser.add_argument("--weighting_scheme", default="logit_normal")
     parser.add_argument("--snr_gamma", type=float, default=5.0)
     parser.add_argument("--noise_offset", type=float, default=0.1)

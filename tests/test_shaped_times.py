@@ -4,6 +4,7 @@ noised, weighted and counted by its own; the draws depend on (seed, step, global
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -275,10 +276,38 @@ def test_modalities_have_their_own_times_and_noise() -> None:
     both = {name: Noising(FLOW, seed=seed) for name, seed in (("a", 0), ("b", 1))}
     shared = JointNoising(both, times="shared")({"a": x0["sound"], "b": x0["video"]}, step=0)
     assert torch.equal(shared["a"].t, shared["b"].t)
+    stairs = {
+        k: Noising(FLOW, timesteps="staircase:axis=2,lag=1.0", seed=i) for i, k in enumerate("ab")
+    }
+    clips = {"a": videos(), "b": videos(shape=(3, 1, 6))}
+    noised = JointNoising(stairs, times="shared")(clips, step=0)
+    counted = noised["a"].counted
+    assert counted is not None and not bool(counted.all())
+    for name in "ab":
+        assert torch.equal(noised[name].counted, counted)  # type: ignore[arg-type]
+        assert torch.equal(noised[name].weight, counted.float())
+        expected = stairs[name].at(clips[name], noised["a"].t, noised[name].noise, (), counted)
+        out = output(clips[name])
+        assert torch.equal(noised[name].losses(out), expected.losses(out))
     with pytest.raises(ValueError, match="must have the modalities a, b, got a"):
         JointNoising(both)({"a": x0["sound"]}, step=0)
     with pytest.raises(ValueError, match="equal ones would give equal noise"):
         JointNoising({"a": Noising(FLOW), "b": Noising(FLOW)})
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (Noising(FLOW, timesteps="loss_second_moment", seed=1), "follow the losses of one"),
+        (Noising(FLOW, timesteps="independent", seed=1), "a: uniform, b: independent with chunks"),
+        (Noising(ZTSNR, seed=1), "the same times, got 0 ... 1, 0 ... 999"),
+    ],
+)
+def test_times_that_cannot_be_shared(other: Noising, words: str) -> None:
+    both = {"a": Noising(FLOW), "b": other}
+    with pytest.raises(ValueError, match=re.escape(words)):
+        JointNoising(both, times="shared")
+    JointNoising(both)
 
 
 # names and errors

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from alphabar.noising import NoiseSchedule, Noising
+from alphabar.noising import PRESETS, NoiseSchedule, Noising
 from alphabar.training import DiffusionModule
 from alphabar.training.validation import (
     VALIDATION_SEED,
@@ -78,6 +78,19 @@ def trainer(tmp_path: Path, **options: Any) -> Trainer:
 
 
 # -- levels and errors -----------------------------------------------------------------------------
+
+
+def test_levels_stay_inside_every_preset_and_part() -> None:
+    """Times at the ends of a curve, rounded to float32, must not leave it."""
+    schedules = [NoiseSchedule.preset(name) for name in PRESETS]
+    schedules += [
+        NoiseSchedule.flow(shift=shift).truncated(noise_level_min=low)
+        for low in (0.358, 0.417, 0.5, 0.875, 0.9)
+        for shift in (1.0, 3.0, 5.0, 12.0)
+    ]
+    for schedule in schedules:
+        found = errors_at_levels(lambda x, t: -x, schedule, [torch.randn(4, 3)])
+        assert all(math.isfinite(error) for error in found.errors)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

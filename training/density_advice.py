@@ -30,6 +30,7 @@ import torch
 from ..noising import NoiseSchedule
 from ..noising.curves.base import Curve
 from ..noising.timesteps.base import Timesteps
+from ..noising.timesteps.shaped import ShapedTimesteps
 from .plots.figure import COLOURS, LOG_SNR, dress, new_figure, png_of
 from .snr_buckets import Buckets
 
@@ -80,7 +81,8 @@ def advise_density(
         buckets: the buckets of log SNR.
         windows: samples and summed unweighted errors of each bucket, in the order of the training.
         schedule: the schedule of the training.
-        current: the density of the training; the advice is stratified as it is.
+        current: the density of the training; the advice is stratified as it is. Of k times for a
+            sample, the advice is of the density inside.
 
     >>> from alphabar.noising import UniformTimesteps
     >>> flow = NoiseSchedule.flow()
@@ -106,8 +108,11 @@ def advise_density(
     mean, std = _normal(buckets, wanted)
     flags = flags_of(mean, std, schedule.curve, current)
     was, spread = _normal(buckets, drawn)
+    inner = isinstance(current, ShapedTimesteps)
+    place = f", as density= of the {current.name} timesteps" if inner else ""
     text = (
-        f"the loss still falls at {_where(buckets, falls)}; a density for it: {flags} (log(σ/α) of "
+        f"the loss still falls at {_where(buckets, falls)}; a density for it{place}: {flags} "
+        f"(log(σ/α) of "
         f"mean {mean:.2f} and std {std:.2f}; drawn were {was:.2f} and {spread:.2f}). A heuristic, "
         "see alphabar/training/density_advice.py: compare the validation losses of a short run"
     )

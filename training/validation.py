@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..noising import NoiseSchedule, Noising, Uniform
+from ..noising.curves.base import float32_range
 from ..noising.timesteps.base import nearest_time
 from ..noising.timesteps.shaped import ShapedTimesteps
 from ..noising.utils.validation import whole_number
@@ -60,9 +61,7 @@ def validation_times(schedule: NoiseSchedule, levels: int = 8) -> Tensor:
     t = torch.cat([terminal, nearest_time(between if apart else between[1:], curve)])
     if curve.is_discrete:
         return t.unique().flip(0)
-    inside = t.float()  # rounding must not leave the schedule
-    inside = torch.where(inside > curve.t_max, inside.nextafter(-inside), inside)
-    return torch.where(inside < curve.t_min, inside.nextafter(inside + 1), inside)
+    return t.float().clamp(*float32_range(curve))  # rounding must not leave the schedule
 
 
 @dataclass(frozen=True)

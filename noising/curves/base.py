@@ -28,8 +28,10 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -177,6 +179,23 @@ class Curve(ABC):
 
 CURVES: Registry[type[Curve]] = Registry("curve", attribute="kind")
 """The kinds of curve by name; decorate a class with ``@CURVES.register`` to add one."""
+
+
+@lru_cache(maxsize=64)
+def float32_range(curve: Curve) -> tuple[float, float]:
+    """Return the least and the largest float32 inside the range of a curve.
+
+    >>> from alphabar.noising import Flow
+    >>> float32_range(Flow())
+    (0.0, 1.0)
+    """
+    exact, inward = (curve.t_min, curve.t_max), (math.inf, -math.inf)
+    low, high = (np.float32(end) for end in exact)
+    if float(low) < exact[0]:
+        low = np.nextafter(low, np.float32(inward[0]))
+    if float(high) > exact[1]:
+        high = np.nextafter(high, np.float32(inward[1]))
+    return float(low), float(high)
 
 
 def evaluation_dtype(t: Tensor) -> torch.dtype:

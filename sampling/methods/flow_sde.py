@@ -24,7 +24,8 @@ def flow_sde(
     """Flow-GRPO: Euler-Maruyama on the SDE with the marginals of the flow (2505.05470, eq. 9).
 
     x_n = x + [v + σ_t² / (2t) (x + (1 - t) v)] Δt + σ_t sqrt(|Δt|) z, σ_t = a sqrt(t / (1 - t)).
-    In the first step 1 - t is that of the next t, as in the paper's code, whose first t is 1.
+    In the first step 1 - t is that of the next t. The paper's code does so where t is 1; here it
+    is so from every first t, since just below 1 the noise has no bound.
     ``noise_level`` is a; 0 is Euler's method. The steps keep the marginals to first order only: few
     steps leave too much noise.
     """

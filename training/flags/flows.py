@@ -114,7 +114,7 @@ FLOW_OPTIONS = (
         float,
         "as in kohya's SD3 script: the shift of the sigmas that are trained, whatever the flow's; "
         "with it a larger --logit_mean "
-        "is more noise, as in that script",
+        "is more noise, as in that script; with --preset alone, the shift of its density",
     ),
 )
 

@@ -17,6 +17,7 @@ from ...noising import (
     LossSecondMoment,
     NoiseSchedule,
     Noising,
+    Preset,
     ReversedTimesteps,
     Timesteps,
     WithinTimesteps,
@@ -140,9 +141,11 @@ def noising_from_arguments(args: argparse.Namespace, base: NoiseSchedule | None 
     said = read_options(args, OPTIONS)
     _refuse_what_is_not_here(args)
     schedule = read_schedule_flags(said, args, base)
+    preset = PRESETS[said.given["preset"]] if "preset" in said.given else None
     said, preset_density = _of_preset(said, schedule.curve)
     weighting = _weighting(said, schedule)
-    timesteps = _timesteps(said, schedule.curve, getattr(args, "resolution", None), preset_density)
+    resolution = getattr(args, "resolution", None)
+    timesteps = _timesteps(said, schedule.curve, resolution, preset, preset_density)
     noises, (loss, *_) = NOISE.chosen(said), LOSS.chosen(said)
     seeds = (said.value("noise_seed"), getattr(args, "seed", None), 0)
     return Noising(
@@ -161,7 +164,8 @@ _DENSITIES = ("timestep_density", "p_mean", "p_std", "timestep_sampling", "weigh
 def _of_preset(said: Said, curve: Curve) -> tuple[Said, Timesteps | None]:
     """Return the flags with the weighting of --preset as a weak one, and the preset's density.
 
-    The density is None without a preset, and if other flags say one.
+    The density is None without a preset, and if other flags say one. --training_shift is then the
+    shift of the preset's.
     """
     if "preset" not in said.given:
         return said, None
@@ -170,8 +174,15 @@ def _of_preset(said: Said, curve: Curve) -> tuple[Said, Timesteps | None]:
     weak["loss_weighting"] = PRESETS[name].training.weighting
     if any(key in said.given for key in _DENSITIES):
         return Said(said.given, weak, said.names), None
-    given = {key: value for key, value in said.given.items() if key != "image_tokens"}
-    return Said(given, weak, said.names), PRESETS[name].density(name, curve, tokens)
+    density = said.made(
+        "training_shift" if "training_shift" in said.given else "preset",
+        lambda: PRESETS[name].density(name, curve, tokens, said.given.get("training_shift")),
+    )
+    used = ("image_tokens", "training_shift")
+    given, weak = (
+        {k: v for k, v in values.items() if k not in used} for values in (said.given, weak)
+    )
+    return Said(given, weak, said.names), density
 
 
 def _refuse_what_is_not_here(args: argparse.Namespace) -> None:
@@ -214,7 +225,11 @@ def _weighting(said: Said, schedule: NoiseSchedule) -> Any:
 
 
 def _timesteps(
-    said: Said, curve: Curve, resolution: Any, preset_density: Timesteps | None
+    said: Said,
+    curve: Curve,
+    resolution: Any,
+    preset: Preset | None,
+    preset_density: Timesteps | None,
 ) -> Timesteps:
     span = _range(said, float(curve.num_train_timesteps))
     density, covers_range = density_of_trainer(said, curve, span, resolution)
@@ -228,11 +243,11 @@ def _timesteps(
             key = next((key for key in shifts if key in said.given), shifts[0])
             raise _not_reversible(said, key)
     if density is not None and covers_range:
-        return density
+        return density if preset is None else preset.limited(density)
     density = density or TIMESTEP.chosen(said)[0]
     if isinstance(density, LossSecondMoment):  # must be outermost: limit its inner density
-        return replace(density, density=_within(said, density.density, curve, span))
-    return _within(said, density, curve, span)
+        return replace(density, density=_within(said, density.density, curve, span, preset))
+    return _within(said, density, curve, span, preset)
 
 
 def _range(said: Said, end: float) -> tuple[float, float]:
@@ -253,7 +268,11 @@ def _not_reversible(said: Said, key: str) -> ValueError:
 
 
 def _within(
-    said: Said, density: Timesteps, curve: Curve, timestep_range: tuple[float, float]
+    said: Said,
+    density: Timesteps,
+    curve: Curve,
+    timestep_range: tuple[float, float],
+    preset: Preset | None,
 ) -> Timesteps:
     if "reversed_timesteps" in said.given:
         try:
@@ -263,6 +282,7 @@ def _within(
                 f"{said.written('reversed_timesteps')}: {density.name} timesteps have no direction "
                 "to reverse; leave it out"
             ) from error
+    density = density if preset is None else preset.limited(density)
     if said.value("min_timestep") is None and said.value("max_timestep") is None:
         return density
     low, high = timestep_range
