@@ -53,18 +53,19 @@ def _text(words: str) -> str:
 
 
 def flags() -> str:
-    """Return every flag, its object in Python, and its help."""
+    """Return every flag, its help, and the scheme of Noising whose option it sets."""
     sets = {
         flag.key: " or ".join(f"`{scheme}`" for scheme in flag.schemes[:2])
-        + (f", {flag.field}" if flag.field else "")
+        + (f", `{flag.field}`" if flag.field else "")
         for kind in KINDS
         for flag in kind.flags
     }
 
     def row(option: Option) -> list[str]:
-        return [_code(option.names), sets.get(option.key, ""), _text(option.help)]
+        what = sets.get(option.key)
+        return [_code(option.names), _text(option.help) + (f" ({what})" if what else "")]
 
-    return _table(["flag", "scheme, option", "what it says"], map(row, OPTIONS))
+    return _table(["flag", "what it says (scheme, option)"], map(row, OPTIONS))
 
 
 def refused() -> str:
