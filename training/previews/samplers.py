@@ -135,7 +135,8 @@ def fitting_for(
     """
     if sampler != FITTED:
         return None
-    return Fitting(schedule, steps or FITTED_STEPS, refit_every, **guidance)
+    scale, rescale = guidance["guidance_scale"], guidance["guidance_rescale"]
+    return Fitting(schedule, steps or FITTED_STEPS, refit_every, scale, rescale)
 
 
 def name_of_sampler(sampler: Any) -> str:
