@@ -99,8 +99,8 @@ def sampler_from_settings(settings: Mapping[str, Any], schedule: NoiseSchedule) 
         weights, steps = settings.get("weights", "raw"), settings["steps"]
         raise ValueError(
             f"the image was drawn with a fitted table, the file 'fitted_{weights}_{steps}.json' in "
-            "the folder of the previews: Sampler.from_table(Table.load(path)) makes the sampler; a later "
-            "fit replaces the file, and provenance.training_step of the table is the step of its fit"
+            "the folder of the previews: Sampler.from_table(Table.load(path)) makes the sampler; a "
+            "later fit replaces the file, and the table's provenance.training_step is the fit's"
         )
     if settings["unsaved"]:
         raise ValueError(
