@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -350,6 +351,39 @@ def test_a_diffusers_vae_is_scaled_as_in_its_pipelines() -> None:
     with torch.no_grad():
         expected = torch.cat([vae.decode(part / 0.2 + 0.5).sample for part in z.split(1)])
         torch.testing.assert_close(in_slices(vae, 1)(z), expected, rtol=0, atol=0)
+
+
+SMALL: dict[str, Any] = {"dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False]}
+
+
+@pytest.mark.parametrize("name", ["Wan", "QwenImage", "LTXVideo"])
+def test_latents_of_a_vae_with_means_are_those_of_its_pipeline(name: str) -> None:
+    torch.manual_seed(0)
+    made: Any = getattr(diffusers, f"AutoencoderKL{name}")
+    if name == "LTXVideo":
+        widths, layers = (8, 8, 8, 8), (1, 1, 1, 1, 1)
+        vae = made(
+            latent_channels=8, block_out_channels=widths, decoder_block_out_channels=widths,
+            layers_per_block=layers, decoder_layers_per_block=layers, patch_size=1, scaling_factor=0.5,
+        )  # fmt: skip
+        vae.latents_mean.copy_(torch.randn(8))
+        vae.latents_std.copy_(torch.rand(8) + 1)
+    else:
+        vae = made(base_dim=4, **SMALL)
+    z = torch.randn(2, vae.config.get("z_dim", 8), 2, 4, 4)
+    if name == "LTXVideo":
+        scaled = diffusers.LTXPipeline._denormalize_latents(
+            z, vae.latents_mean, vae.latents_std, 0.5
+        )
+    else:  # as in pipeline_wan.py and pipeline_qwenimage.py
+        mean, std = (
+            torch.tensor(vae.config[key]).view(1, -1, 1, 1, 1)
+            for key in ("latents_mean", "latents_std")
+        )
+        scaled = z * std + mean
+    with torch.no_grad():
+        expected = vae.decode(scaled).sample
+        torch.testing.assert_close(in_slices(vae.eval(), 1)(z), expected, rtol=1e-4, atol=1e-5)
 
 
 # Pipelines

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,12 +20,14 @@ from torch import Tensor
 from alphabar.callbacks import ValidationSampling
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Sampler, Table, fit_table
-from alphabar.training import Previews, load_checkpoint
+from alphabar.training import Previews, load_checkpoint, sampler_from_settings
 from alphabar.training.cli import fit as fit_command
 from alphabar.training.cli import main
 from alphabar.training.fitting import tables
 from alphabar.training.fitting.tables import Fitting, known_sampler
+from alphabar.training.previews import rounds
 from alphabar.training.previews.render import Drawing
+from alphabar.training.publishing.settings import settings_of_sampler
 from callbacks_toy import SCHEDULE, SHAPE, one_thread, train, weights
 from loops_toy import Net
 from tiny_checkpoint import checkpoint_of, unet, written
@@ -71,6 +74,11 @@ class Points:
 
 def recorded(fitting: Fitting) -> Any:
     return fitting.tables["raw"].provenance
+
+
+def recorded_step(table: Table) -> int | None:
+    assert table.provenance is not None
+    return table.provenance.training_step
 
 
 FLOW = NoiseSchedule.flow()
@@ -249,6 +257,50 @@ def test_previews_of_a_loop_keep_their_tables_in_a_state(tmp_path: Path) -> None
         assert again.state_dict() == state
     assert state["fitted"]["raw"]["provenance"]["training_step"] == 5
     assert (tmp_path / "a" / "fitted_raw_3.json").is_file()
+
+
+def test_a_table_is_kept_though_no_image_was_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = SimpleNamespace(monotonic=lambda: math.inf)
+    monkeypatch.setattr(rounds, "time", late)
+    with (
+        pytest.warns(UserWarning, match="step 5 finished no image in max_seconds=1000"),
+        Previews(
+            "fitted", 3, schedule=SCHEDULE, shape=SHAPE, num_images=2, folder=tmp_path, max_seconds=1000.0
+        ) as previews,
+    ):  # fmt: skip
+        previews(Net(), step=5)
+    assert recorded_step(Table.load(tmp_path / "fitted_raw_3.json")) == 5
+
+
+def test_a_table_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Fitting) -> dict[str, str]:
+        raise TypeError("no JSON")
+
+    monkeypatch.setattr(Fitting, "new_files", broken)
+    with (
+        pytest.warns(UserWarning, match="preview at step 5 failed: TypeError: no JSON; training goes"),
+        Previews(
+            "fitted", 3, schedule=SCHEDULE, shape=SHAPE, num_images=2, folder=tmp_path
+        ) as previews,
+    ):  # fmt: skip
+        previews(Net(), step=5)
+
+
+def test_a_preview_names_the_file_of_its_table(tmp_path: Path) -> None:
+    table = fit_table(Points(FLOW), FLOW, 3, shape=(8,), seeds=8, teacher=TEACHER(FLOW), searches=2)
+    table.save(tmp_path / "fitted_ema_3.json")
+    settings = json.loads(json.dumps(settings_of_sampler(Sampler.from_table(table))))
+    with pytest.raises(
+        ValueError, match=r"'fitted_ema_3.json'.*Sampler.from_table\(Table.load"
+    ) as e:
+        sampler_from_settings(settings | {"weights": "ema"}, FLOW)
+    name = str(e.value).split("'")[1]
+    again = Sampler.from_table(Table.load(tmp_path / name), FLOW)
+    assert settings_of_sampler(again) == settings
 
 
 @pytest.mark.parametrize(

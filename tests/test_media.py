@@ -191,6 +191,17 @@ def test_the_picture_of_a_tone() -> None:
     assert silence.mean(1).nonzero().flatten().tolist() == [48]
 
 
+def test_every_click_of_a_long_sound_is_in_its_spectrogram() -> None:
+    length = 441_007
+    clicks = [0, *range(40_000, 40_000 + 60 * 5_011, 5_011), length - 1]
+    sound = torch.zeros(1, 1, length)
+    sound[..., clicks] = 0.9
+    below = sound_pictures(to_pcm(sound))[0, 0, 97:]
+    for click in clicks:
+        column = click * 512 // length
+        assert below[:, max(0, column - 1) : column + 2].amin(0).max() > 200, click
+
+
 def test_short_and_broken_sounds() -> None:
     sound = torch.tensor([[[0.5, torch.nan, 3.0]]])
     pixels, share = paint(sound)
@@ -373,3 +384,15 @@ def test_gif_and_webp_have_every_frame() -> None:
     for kind in ("gif", "webp"):
         shown = frames_of(io.BytesIO(animation_bytes(frames, 8.0, kind)))
         np.testing.assert_array_equal(shown, frames.numpy())
+
+
+@pytest.mark.parametrize("fps", [8, 24, 30, 50, 60, 240])
+def test_a_gif_lasts_as_long_as_its_video(fps: int) -> None:
+    frames = torch.arange(100, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 8, 8, 3)
+    durations = []
+    with Image.open(io.BytesIO(animation_bytes(frames, fps, "gif"))) as image:
+        for k in range(getattr(image, "n_frames", 1)):
+            image.seek(k)
+            durations.append(image.info["duration"])
+    assert min(durations) >= 20 and sum(durations) == pytest.approx(100_000 / fps, abs=1000 / fps)
+    assert len(durations) == min(100, 5000 // fps)

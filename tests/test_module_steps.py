@@ -4,7 +4,7 @@ optimizer step, in every case.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from alphabar.callbacks import EMA
 from alphabar.noising import Noised, NoiseSchedule, Noising
 from alphabar.training import Constant, DiffusionModule, PowerFunction
+from alphabar.training.validation import ErrorsAtLevels
 
 FLOW = NoiseSchedule.flow()
 QUIET: dict[str, Any] = {
@@ -286,6 +287,32 @@ def test_several_validation_loaders(tmp_path: Path) -> None:
     for prefix in ("val_loss_by_snr/", "val_loss_by_snr/dataloader_1/"):
         own = [name for name in levels if name.rpartition("/")[0] + "/" == prefix]
         assert len(own) == 9 and f"{prefix}mean" in own
+
+
+def test_a_rank_without_a_batch_of_a_loader_reduces_its_errors_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each loader has one reduction on every rank, whichever batches the rank has."""
+
+    class Empty(IterableDataset[Tensor]):
+        def __iter__(self) -> Iterator[Tensor]:
+            return iter(())
+
+    reduced: list[int] = []
+    own = ErrorsAtLevels.reduced
+
+    def counted(self: ErrorsAtLevels) -> Any:
+        found = own(self)
+        reduced.append(found.samples)
+        return found
+
+    monkeypatch.setattr(ErrorsAtLevels, "reduced", counted)
+    trainer = Trainer(**QUIET, default_root_dir=tmp_path, enable_checkpointing=False)
+    loaders = [DataLoader(Empty()), data(8, 4), DataLoader(Empty())]
+    trainer.validate(Recorded(), loaders, verbose=False)
+    assert reduced == [0, 8, 0]
+    levels = [name for name in trainer.callback_metrics if name.startswith("val_loss_by_snr")]
+    assert len(levels) == 9 and all("dataloader_1/" in name for name in levels)
 
 
 # labels

@@ -189,9 +189,9 @@ def encode_images(vae: Any, pixels: Tensor, noise: Callable[..., Tensor]) -> Ten
     """
     with torch.no_grad():
         posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-        mean, scale = _scaling(vae)
-        latents = posterior.mean + posterior.std * noise(*posterior.mean.shape[1:])
-        return (latents.float() - mean) * scale
+        latents = (posterior.mean + posterior.std * noise(*posterior.mean.shape[1:])).float()
+        mean, scale = latent_scaling(vae, latents)
+        return (latents - mean) * scale
 
 
 def decode_images(vae: Any, latents: Tensor) -> Tensor:
@@ -201,21 +201,39 @@ def decode_images(vae: Any, latents: Tensor) -> Tensor:
     >>> decode_images(AutoencoderKL(), torch.zeros(1, 4, 8, 8)).shape
     torch.Size([1, 3, 8, 8])
     """
-    mean, scale = _scaling(vae)
+    latents = latents.to(vae.device, torch.float32)
+    mean, scale = latent_scaling(vae, latents)
     with torch.no_grad(), torch.autocast(vae.device.type, enabled=False):
-        z = latents.to(vae.device) / scale + mean
-        return vae.decode(z.to(vae.dtype)).sample.float()
+        return vae.decode((latents / scale + mean).to(vae.dtype)).sample.float()
 
 
-def _scaling(vae: Any) -> tuple[Tensor | float, Tensor | float]:
-    """Return mean and scale of the VAE's latents z: the network sees (z - mean) · scale."""
-    config = vae.config
-    scale, values = getattr(config, "scaling_factor", 1.0), []
+def latent_scaling(vae: Any, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """Return mean and scale of the VAE's latents z: the network sees (z - mean) · scale.
+
+    In diffusers' pipelines the mean is ``latents_mean`` and the scale is ``scaling_factor`` /
+    ``latents_std``, of each channel, if the VAE has these; otherwise ``shift_factor`` and
+    ``scaling_factor``.
+
+    Args:
+        vae: a VAE of diffusers.
+        latents: the latents, (batch, channels, ...), for device and dtype.
+
+    >>> from diffusers import AutoencoderKL
+    >>> latent_scaling(AutoencoderKL(shift_factor=0.5), torch.zeros(1, 4, 8, 8))
+    (0.5, 0.18215)
+    """
+    config = getattr(vae, "config", None)
+    scale = getattr(config, "scaling_factor", None) or 1.0
+    values: list[Tensor] = []
     for name in ("latents_mean", "latents_std"):
-        if getattr(config, name, None) is None:
+        # LTX has buffers instead; diffusers warns if a setting is read as an attribute
+        value = getattr(config if hasattr(config, name) else vae, name, None)
+        if value is None:
             return getattr(config, "shift_factor", None) or 0.0, scale
-        values.append(torch.tensor(getattr(config, name), device=vae.device).view(1, -1, 1, 1))
-    return values[0], scale / values[1]
+        column = torch.as_tensor(value, device=latents.device, dtype=latents.dtype)
+        values.append(column.view(1, -1, *(1,) * (latents.ndim - 2)))
+    mean, std = values
+    return mean, scale / std
 
 
 class TextToImage:

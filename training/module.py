@@ -286,8 +286,7 @@ class DiffusionModule(LightningModule):
     def _add_levels(self, x0: Tensor, conditioning: Mapping[str, Any], loader: int) -> None:
         sums = self._at_levels.get(loader)
         if sums is None:
-            sums = ErrorsAtLevels(self.validation_noising, self.validation_levels)
-            self._at_levels[loader] = sums
+            sums = self._at_levels[loader] = self._no_errors()
         start, batch = self._validated.get(loader, 0), len(x0)
         self._validated[loader] = start + batch
         rank, world_size = replicas(self.trainer)
@@ -298,9 +297,16 @@ class DiffusionModule(LightningModule):
         index = self.global_index(start, batch)
         sums.add(self.predict, x0, index, conditioning, [not one for one in repeated])
 
+    def _no_errors(self) -> ErrorsAtLevels:
+        return ErrorsAtLevels(self.validation_noising, self.validation_levels)
+
     def on_validation_epoch_end(self) -> None:
-        for loader in sorted(self._at_levels):
-            found = self._at_levels[loader].reduced()
+        loaders = len(self.trainer.num_val_batches) if self.validation_levels else 0
+        for loader in range(loaders):  # also those of which this rank had no batch: others wait
+            sums = self._at_levels.get(loader) or self._no_errors()
+            found = sums.reduced()
+            if not found.samples:
+                continue
             prefix = "val_loss_by_snr" + (f"/dataloader_{loader}" if loader else "")
             self.log_dict(found.metrics(prefix), sync_dist=True)
             self._validations.setdefault(loader, {})[self.trainer.global_step] = found

@@ -54,8 +54,8 @@ def sound_pictures(pcm: Tensor) -> Tensor:
     """Return uint8 pictures (n, 1, height, width) of sounds (n, channels, 2 length).
 
     Above: the range of the wave in each column, the mean of the channels. Below: the magnitude of
-    its short-time Fourier transform, from 0 at the bottom to half the sample rate, on a scale of 80
-    decibels below its maximum.
+    its short-time Fourier transform, the maximum of each column, from 0 at the bottom to half the
+    sample rate, on a scale of 80 decibels below the loudest.
 
     >>> sound_pictures(to_pcm(torch.zeros(2, 1, 1000))).shape
     torch.Size([2, 1, 225, 512])
@@ -67,10 +67,11 @@ def sound_pictures(pcm: Tensor) -> Tensor:
     line = 1 / (WAVE_HEIGHT - 1)  # half the distance of two rows: silence is a line
     drawn = ((rows <= high + line) & (rows >= low - line)).float()
     size = 2 * (BINS - 1)
+    hop = max(1, min(size // 2, x.shape[1] // WIDTH))  # windows of a long sound overlap by half
     spectrum = torch.stft(
-        x,
+        F.pad(x, (0, hop)),  # the last samples are in the middle of a window too
         size,
-        hop_length=max(1, x.shape[1] // WIDTH),
+        hop_length=hop,
         window=torch.hann_window(size),
         pad_mode="constant",
         return_complex=True,
@@ -78,5 +79,5 @@ def sound_pictures(pcm: Tensor) -> Tensor:
     loudest = spectrum.amax((1, 2), keepdim=True).clamp_min(1e-6)
     decibels = 20 * (spectrum / loudest).clamp_min(1e-6).log10()
     grey = (1 + decibels / DECIBELS).clamp_min(0).flip(1)
-    below = F.interpolate(grey[:, None], (BINS, WIDTH))
-    return (torch.cat([drawn[:, None], below], 2) * 255).round().to(torch.uint8)
+    below = F.adaptive_max_pool1d(grey, WIDTH)
+    return (torch.cat([drawn, below], 1)[:, None] * 255).round().to(torch.uint8)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from ...noising.utils.registry import lookup
 from ..images import image_grid, to_pil, to_pixels
 
 SHEET_FRAMES = 8  # of a video on its sheet
+GIF_TICKS = 100  # per second; GIF counts time in them
+GIF_SHORTEST = 2  # ticks of a frame; players show shorter frames for much longer
 
 
 def video_pixels(samples: Tensor) -> Tensor:
@@ -55,7 +59,8 @@ def contact_sheet(videos: Tensor) -> Tensor:
 def animation_bytes(frames: Tensor, fps: float, kind: str) -> bytes:
     """Return the content of a video file for uint8 frames (frames, height, width, 1 or 3).
 
-    ``kind``: 'webp' (without loss), 'gif' (256 colours) or 'mp4' (with loss).
+    ``kind``: 'webp' (without loss), 'gif' (256 colours, at most 50 frames a second: more are left
+    out) or 'mp4' (with loss).
 
     >>> animation_bytes(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), 8.0, "gif")[:3]
     b'GIF'
@@ -79,15 +84,27 @@ def require_format(name: str) -> None:
         )
 
 
-def _by_pillow(kind: str, **options: object) -> Callable[[Tensor, float], bytes]:
-    def encoded(frames: Tensor, fps: float) -> bytes:
-        buffer, (first, *rest) = io.BytesIO(), map(to_pil, frames)
-        first.save(
-            buffer, kind, save_all=True, append_images=rest, duration=1000 / fps, loop=0, **options
-        )
-        return buffer.getvalue()
+def _webp(frames: Tensor, fps: float) -> bytes:
+    return _by_pillow("WEBP", frames, 1000 / fps, lossless=True)
 
-    return encoded
+
+def _gif(frames: Tensor, fps: float) -> bytes:
+    length = len(frames) * GIF_TICKS / fps
+    count = max(1, min(len(frames), int(length / GIF_SHORTEST)))
+    # each end is rounded, not each duration, so that errors do not add up
+    ends = [math.floor(length * k / count + 0.5) for k in range(count + 1)]
+    durations = [(end - start) * 1000 // GIF_TICKS for start, end in pairwise(ends)]
+    return _by_pillow("GIF", frames[[k * len(frames) // count for k in range(count)]], durations)
+
+
+def _by_pillow(
+    kind: str, frames: Tensor, milliseconds: float | list[int], **options: object
+) -> bytes:
+    buffer, (first, *rest) = io.BytesIO(), map(to_pil, frames)
+    first.save(
+        buffer, kind, save_all=True, append_images=rest, duration=milliseconds, loop=0, **options
+    )
+    return buffer.getvalue()
 
 
 def _mp4(frames: Tensor, fps: float) -> bytes:
@@ -99,10 +116,6 @@ def _mp4(frames: Tensor, fps: float) -> bytes:
         return path.read_bytes()
 
 
-_FORMATS: Mapping[str, Callable[[Tensor, float], bytes]] = {
-    "webp": _by_pillow("WEBP", lossless=True),
-    "gif": _by_pillow("GIF"),
-    "mp4": _mp4,
-}
+_FORMATS: Mapping[str, Callable[[Tensor, float], bytes]] = {"webp": _webp, "gif": _gif, "mp4": _mp4}
 VIDEO_FORMATS: Mapping[str, tuple[str, ...]] = {"webp": (), "mp4": ("imageio", "imageio_ffmpeg")}
 """File formats of ``Media(video_format=)`` and the packages that they need."""

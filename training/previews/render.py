@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...noising.noising import prediction_tensor
 from ...sampling import Sampler
 from ...sampling.guidance import guided_network
+from ..diffusers_text_to_image import latent_scaling
 from ..images import to_pixels
 from ..loops.isolation import buffers_restored, evaluating, randomness_restored
 from ..media.options import Media
@@ -238,9 +239,10 @@ def require_decoded(decoded: Tensor, count: int, media: Media) -> Tensor:
 def in_slices(decode: Any, size: int, frames: int | None = None) -> Callable[[Tensor], Tensor]:
     """Return a function that decodes ``size`` latents at a time, and ``frames`` of them.
 
-    ``decode`` is a function of latents or a diffusers VAE. A VAE gets z / scaling_factor +
-    shift_factor in its own dtype, as in diffusers' pipelines. ``frames``: latents of videos (n,
-    channels, frames, height, width) are decoded this many frames at a time; None is all.
+    ``decode`` is a function of latents or a diffusers VAE. A VAE gets the latents in its own dtype
+    and scaled as in diffusers' pipelines: by its ``latents_mean`` and ``latents_std``, if it has
+    them, ``scaling_factor`` and ``shift_factor``. ``frames``: latents of videos (n, channels,
+    frames, height, width) are decoded this many frames at a time; None is all.
 
     >>> in_slices(lambda z: z.repeat(1, 1, 8, 8)[:, :3], size=1)(torch.zeros(2, 4, 8, 8)).shape
     torch.Size([2, 3, 64, 64])
@@ -261,14 +263,12 @@ def in_slices(decode: Any, size: int, frames: int | None = None) -> Callable[[Te
 
 def _vae(vae: Any) -> Callable[[Tensor], Any]:
     decoded: Callable[[Tensor], Any] = vae.decode
-    config = getattr(vae, "config", None)
-    scale = getattr(config, "scaling_factor", None) or 1.0
-    shift = getattr(config, "shift_factor", None) or 0.0
     parameter = next(vae.parameters(), None) if isinstance(vae, nn.Module) else None
 
     def decode(latents: Tensor) -> Any:
         if parameter is not None:
             latents = latents.to(parameter.dtype)
-        return decoded(latents / scale + shift)
+        mean, scale = latent_scaling(vae, latents)
+        return decoded(latents / scale + mean)
 
     return decode

@@ -58,7 +58,7 @@ class PreviewRun:
                     if termination.agreed:
                         break
                 else:
-                    self._publish(shown)
+                    self._publish(shown, moment.step)
             except AgreedError as error:
                 failure = error
             # includes a signal during publishing, so that all ranks stop at the same place
@@ -71,13 +71,17 @@ class PreviewRun:
             warn_on_rank_zero(f"{message}; training goes on as if there had been none")
         return not stopped
 
-    def _publish(self, previews: list[Preview]) -> None:
-        if self.publisher is not None:
+    def _publish(self, previews: list[Preview], step: int) -> None:
+        if self.publisher is None:
+            return
+        try:
             self.publisher.publish(previews)
             for name, text in self.previewer.new_tables().items():
-                self.publisher.write(name, text, previews[0].step)
-            if self.on_error == "raise":
-                self.publisher.require_published()
+                self.publisher.write(name, text, step)
+        except Exception as error:  # of rank 0, which the publisher raises on every rank
+            raise AgreedError(f"{type(error).__name__}: {error}") from error
+        if self.on_error == "raise":
+            self.publisher.require_published()
 
     def trial(self, model: LiveModel, shape: Shape, step: int) -> None:
         """Draw a trial image that is not shown, so that errors appear before a long run.

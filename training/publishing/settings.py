@@ -80,7 +80,8 @@ def sampler_from_settings(settings: Mapping[str, Any], schedule: NoiseSchedule) 
         schedule: the schedule; ``schedule_from_checkpoint`` reads it.
 
     Raises:
-        ValueError: the schedule is another one, or the settings do not hold the whole sampler.
+        ValueError: the schedule is another one, or the settings do not hold the whole sampler, as
+            of a fitted table, which has a file of its own.
 
     >>> from alphabar.noising import NoiseSchedule
     >>> schedule = NoiseSchedule.scaled_linear()
@@ -93,6 +94,13 @@ def sampler_from_settings(settings: Mapping[str, Any], schedule: NoiseSchedule) 
             f"the image was drawn on the schedule with fingerprint {settings['schedule'][:12]}, "
             f"got {schedule} with {schedule.fingerprint[:12]}; schedule_from_checkpoint reads the "
             "schedule of its training"
+        )
+    if settings["sampler"] == "fitted":
+        weights, steps = settings.get("weights", "raw"), settings["steps"]
+        raise ValueError(
+            f"the image was drawn with a fitted table, the file 'fitted_{weights}_{steps}.json' in "
+            "the folder of the previews: Sampler.from_table(Table.load(path)) makes the sampler; a "
+            "later fit replaces the file, and the table's provenance.training_step is the fit's"
         )
     if settings["unsaved"]:
         raise ValueError(
