@@ -64,15 +64,21 @@ class LevelTable:
         return self.of(t.device, dtype)[:, index - int(curve.t_min) if curve.t_min else index]
 
     def of(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return the levels of all timesteps from ``t_min`` on, shape (5 or 6, T)."""
+        """Return the levels of all timesteps from ``t_min`` on, shape (5 or 6, T).
+
+        They are kept, unless the weighting has parameters that train.
+        """
         key = device.type, device.index, dtype
-        if key not in self._tables:
-            curve = self.schedule.curve
+        if key in self._tables:
+            return self._tables[key]
+        curve = self.schedule.curve
+        # what needs a gradient is told in validation too; what is kept serves training later
+        with torch.inference_mode(False), torch.enable_grad():
             t = torch.arange(int(curve.t_min), int(curve.t_max) + 1)
-            self._tables[key] = self._evaluated(t if dtype == torch.float32 else t.double()).to(
-                device
-            )
-        return self._tables[key]
+            made = self._evaluated(t if dtype == torch.float32 else t.double()).to(device)
+        if not made.requires_grad:
+            self._tables[key] = made
+        return made
 
     def _evaluated(self, t: Tensor) -> Tensor:
         curve = self.schedule.curve

@@ -436,8 +436,9 @@ class Noising(nn.Module):
             made = partial(target_noise, self.noise.kinds, size, self.seed, index, step, x0.device)
             if timesteps is None and self._picks_timesteps(draws):
                 table = self._table().of(x0.device, torch.float32)
-                t, levels, *mixed = draws.noised_at_uniform_times(x0, table, *parts)
-                return self._batch(x0, t, levels, made, *mixed)
+                if not table.requires_grad:
+                    t, levels, *mixed = draws.noised_at_uniform_times(x0, table, *parts)
+                    return self._batch(x0, t, levels, made, *mixed)
         else:
             parts, made = None, None
         importance = counted = None

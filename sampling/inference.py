@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -20,7 +20,7 @@ from ..noising.utils.rng import Draws, Stream, whole_seed
 from ..noising.utils.validation import require_same_shape, whole_number
 from .clipping import Change, clipped, resolve_clip
 from .guidance import Network, Unguided, guided_network
-from .kernel import Beside, Evaluate
+from .kernel import Beside, Evaluate, is_plain
 from .knots import Knot
 from .tracing import Unclipped, Unconditional
 
@@ -114,7 +114,7 @@ def prepare_run(
     )
     start = shape_or_noise.detach() if isinstance(shape_or_noise, Tensor) else noise()
     spread = (first.alpha**2 + first.sigma**2) ** 0.5 if scale is None else scale
-    # a copy: a network may change its input
+    # a copy: the caller's noise stays as it is
     x = start.to(device, torch.promote_types(start.dtype, torch.float32), copy=True)
     if spread != 1.0:
         x *= spread
@@ -123,17 +123,27 @@ def prepare_run(
     dtype = x.dtype if dtype is None else dtype
     call = guided.call if isinstance(guided, Unguided) else guided
     expected, rows, cast = x.shape, guided.rows, x.dtype != dtype
+    plain = is_plain(x)
     ready = iter(
-        ()
-        if times is None
-        else zip(times.timesteps, times.tensors(rows, time_dtype, device), strict=True)
+        zip(times.timesteps, times.tensors(rows, time_dtype, device), strict=True)
+        if times is not None and plain
+        else ()
     )
 
     def evaluate(x: Tensor, knot: Knot) -> Tensor:
         time, t = next(ready, (None, None))
         if t is None or time != knot.timestep or t._version:  # a network has changed it
             t = torch.full((rows,), knot.timestep, dtype=time_dtype, device=device)
+        try:
+            version = x._version if watched else None
+        except RuntimeError:  # made in the inference mode
+            version = None
         out = call(x.to(dtype) if cast else x, t)
+        if version is not None and x._version != version:
+            raise ValueError(
+                "the network changes its input in place, which is the state of the sampler; let "
+                "it change a copy, x.clone()"
+            )
         if type(out) is not Tensor:
             out = prediction_tensor(out)
         # another shape would broadcast silently
@@ -141,7 +151,7 @@ def prepare_run(
             require_same_shape("the network's output", out, "its input", x)
         return out
 
-    kept = Kept(evaluate)
+    kept, watched = Kept(evaluate), plain and not x.is_inference()
     return Run(
         x,
         evaluate if clip is None else clipped(kept, schedule.prediction, resolve_clip(clip)),
@@ -155,7 +165,8 @@ def prepare_run(
 class Times:
     """The network's time inputs of all evaluations of a table, kept for the next run.
 
-    A tensor that a network changes in place has a version other than 0, and is not used again.
+    A tensor that a network changes in place has a version other than 0, and is not used again. What
+    it writes past autograd (``t.data``, ``t.numpy()``) is undone at the start of the next run.
 
     >>> Times([999.0, 0.0]).tensors(2, torch.int64, torch.device("cpu"))
     (tensor([999, 999]), tensor([0, 0]))
@@ -163,17 +174,30 @@ class Times:
 
     def __init__(self, timesteps: Sequence[float]) -> None:
         self.timesteps = timesteps
-        self._kept: tuple[Any, Tensor, tuple[Tensor, ...]] | None = None
+        self._kept: _KeptTimes | None = None
 
     def tensors(self, rows: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
         """Return the tensor of each evaluation, shape (rows,), made in one upload."""
         kind, kept = (rows, dtype, device), self._kept
-        if kept is None or kept[0] != kind or kept[1]._version:
+        if kept is None or kept.kind != kind or kept.memory._version:
+            numbers = [[time] * rows for time in self.timesteps]
             with torch.inference_mode(False):  # tensors of that mode have no version
-                numbers = torch.tensor([[time] * rows for time in self.timesteps], dtype=dtype)
-                whole = numbers.to(device)
-                kept = self._kept = kind, whole, whole.unbind()
-        return kept[2]
+                whole = torch.tensor(numbers, dtype=dtype, device=device)
+                memory = whole.clone()
+                kept = self._kept = _KeptTimes(kind, whole, memory, memory.data, memory.unbind())
+        else:
+            kept.alias.copy_(kept.whole)  # does not count as a change: other runs may read
+        return kept.rows
+
+
+class _KeptTimes(NamedTuple):
+    """``whole`` is read by nobody else; ``alias`` is ``memory`` with a version of its own."""
+
+    kind: Any
+    whole: Tensor
+    memory: Tensor
+    alias: Tensor
+    rows: tuple[Tensor, ...]
 
 
 class Kept:

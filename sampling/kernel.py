@@ -7,7 +7,7 @@ no host sync and no upload. The state is float32 or better, whatever the dtype o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from operator import itemgetter
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..noising.curves.base import is_traced
 from .knots import Knot
 from .table import Table
 from .tracing import Draw, Evaluation, Operation, Row, Unconditional
@@ -92,7 +93,7 @@ def row_function(row: Row) -> RowFunction:
         def first(basis: Sequence[Tensor]) -> Tensor:
             return torch.add(basis[k], basis[j], alpha=d)
     else:
-        factor = torch.tensor(c, dtype=torch.float64)
+        factor = torch.tensor(c, dtype=torch.float64, device="cpu")
 
         def first(basis: Sequence[Tensor]) -> Tensor:
             return torch.mul(basis[k], factor)
@@ -113,20 +114,31 @@ Action = tuple[type[Operation], Any, Any]
 """An operation, resolved: its kind; an evaluation's row function and knot, a draw's interval."""
 
 
-def resolved(ops: Sequence[Operation]) -> tuple[Action, ...]:
-    """Return the operations of a step, resolved.
+def resolved(
+    ops: Sequence[Operation], function: Callable[[Row], RowFunction] = row_function
+) -> tuple[Action, ...]:
+    """Return the operations of a step, resolved; ``function`` makes those of the rows.
 
     >>> resolved([Draw(1.0, 0.5)])[0][1:]
     (1.0, 0.5)
     """
     return tuple(
-        (Evaluation, row_function(op.row), op.knot)
+        (Evaluation, function(op.row), op.knot)
         if isinstance(op, Evaluation)
         else (Draw, op.start, op.end)
         if isinstance(op, Draw)
         else (type(op), None, None)
         for op in ops
     )
+
+
+def is_plain(x: Tensor) -> bool:
+    """Return whether x has memory and values of its own: no subclass, and not traced.
+
+    >>> is_plain(torch.ones(1)), torch.vmap(lambda x: x + is_plain(x))(torch.zeros(1))
+    (True, tensor([0.]))
+    """
+    return type(x) is Tensor and not is_traced(x)
 
 
 _LEAST = 2
@@ -147,15 +159,22 @@ class Plan:
 
     def __init__(self, table: Table) -> None:
         self.table = table
-        self.steps: tuple[Resolved, ...] = tuple(
-            (resolved(step.ops), tuple(map(row_function, step.carry)), step.denoised)
-            for step in table.steps
-        )
         ops = [op for step in table.steps for op in step.ops]
         self.evaluated = [op.knot for op in ops if isinstance(op, Evaluation)]
         self.draws = sum(isinstance(op, Draw) for op in ops)
         self.has_halves = any(isinstance(op, Unconditional) for op in ops)
         self._fused: dict[Any, tuple[Resolved, ...]] = {}
+
+    @cached_property
+    def steps(self) -> tuple[Resolved, ...]:
+        """The steps, with the operations of torch."""
+        return self._resolved(row_function)
+
+    def _resolved(self, function: Callable[[Row], RowFunction]) -> tuple[Resolved, ...]:
+        return tuple(
+            (resolved(step.ops, function), tuple(map(function, step.carry)), step.denoised)
+            for step in self.table.steps
+        )
 
     def steps_for(self, x: Tensor, network_dtype: torch.dtype | None) -> tuple[Resolved, ...]:
         """Return the steps for a run without gradients whose state is like ``x``.
@@ -164,8 +183,10 @@ class Plan:
         less: from two operations on, for float32 states, on the CPU only if one thread adds them.
         ``network_dtype``: of the network's input, if it is only cast to it.
         """
+        if not is_plain(x):  # no address to read; a tensor made here may be fake, and is not kept
+            return self._resolved(lambda row: partial(combine, row))
         passes = None
-        if x.dtype == torch.float32 and not torch.compiler.is_compiling():
+        if x.dtype == torch.float32:
             on_gpu = x.device.type == "cuda"
             alone = torch.get_num_threads() == 1 or x.numel() <= _ONE_THREAD
             passes = one_pass(x.device) if on_gpu or (x.device.type == "cpu" and alone) else None
@@ -192,8 +213,11 @@ class Passes(NamedTuple):
 def one_pass(device: torch.device) -> Passes | None:
     """Return how rows are combined in one pass on a device, or None.
 
-    None if the compiler is not installed or does not work here, or if its results are not torch's:
-    to the bit on the CPU, to 1e-6 on a GPU.
+    None if the compiler is not installed or does not work here, or if its results differ from
+    torch's: at all on the CPU, by more than 1e-6 on a GPU. That is found once for each device.
+
+    Raises:
+        MemoryError, torch.OutOfMemoryError: There is no memory to find it. Nothing is kept then.
     """
     on_gpu = device.type == "cuda"
     try:
@@ -205,7 +229,8 @@ def one_pass(device: torch.device) -> Passes | None:
         rows = ((0, 1.0), (1, 0.3), (2, -0.7)), ((0, 0.9), (2, 1.7)), ((1, 0.6),), ()
         then = (0, 0.8), (1, -1.1)
         for count in (7, 4099):
-            basis = [torch.arange(count, device=device).mul(k + 1).sin() for k in range(3)]
+            numbers = torch.arange(count, dtype=torch.float32, device=device)
+            basis = [numbers.mul(k + 1).sin() for k in range(3)]
             exact = [row_function(row)(basis) for row in rows]
             exact.append(row_function(then)(exact))
             made = OnePass(rows, then, passes, torch.float32)(basis)
@@ -215,6 +240,8 @@ def one_pass(device: torch.device) -> Passes | None:
             ):
                 return None
         return passes
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # nothing is kept
     except Exception:  # compilers raise errors of many kinds on platforms they do not support
         return None
 

@@ -229,7 +229,8 @@ class Sampler:
 
         Args:
             network: ``network(x, timesteps, **conditioning)`` returns a tensor or an object with
-                ``.sample``.
+                ``.sample``. It must leave x as it is, and return a new tensor at each call: methods
+                of several steps keep the outputs of earlier calls.
             shape_or_noise: The shape (batch, ...), or standard normal noise to start from.
             seeds: One for each image, or one int, counted up; used for the first noise and all
                 later draws, so an image does not depend on its batch. None: fresh seeds; the global
@@ -274,14 +275,18 @@ class Sampler:
         steps = self._plan.steps_for(this.x, this.input_dtype)
         return steps, this.x, this.evaluate, source, this.beside
 
+    def _require_guidance(self, guidance_scale: float, guidance_rescale: float) -> None:
+        """Raise ValueError if the table is fitted with another guidance."""
+        if self.table.provenance is not None:
+            self.table.provenance.require_guidance(guidance_scale, guidance_rescale)
+
     def _prepared(
         self, network: Network, shape_or_noise: Sequence[int] | Tensor, **arguments: Any
     ) -> Run:
-        plan, provenance = self._plan, self.table.provenance
-        if provenance is not None:
-            provenance.require_guidance(
-                arguments.get("guidance_scale", 1.0), arguments.get("guidance_rescale", 0.0)
-            )
+        plan = self._plan
+        self._require_guidance(
+            arguments.get("guidance_scale", 1.0), arguments.get("guidance_rescale", 0.0)
+        )
         return prepare_run(
             self.schedule,
             self.knots[0],

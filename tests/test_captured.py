@@ -4,6 +4,8 @@ from fixed memory. tests/test_gpu_kernels.py captures on a GPU.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import CapturedSampler, DPMAdaptive, Sampler
+from alphabar.sampling.inference import Times
 from alphabar.sampling.serving import captured
 
 V = NoiseSchedule.scaled_linear(prediction="v_prediction")
@@ -85,3 +88,29 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             act()
+
+
+def test_what_a_graph_reads_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of the caller's sampler with another batch replaces the times that it keeps."""
+
+    def once(body: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
+        return lambda: None, body()  # as a graph: the function itself is dropped
+
+    monkeypatch.setattr(captured, "_captured", once)
+    read: list[weakref.ref[Tensor]] = []
+    tensors = Times.tensors
+
+    def watched(self: Times, *kind: Any) -> Any:
+        made = tensors(self, *kind)
+        assert self._kept is not None
+        read.append(weakref.ref(self._kept.memory))
+        return made
+
+    monkeypatch.setattr(Times, "tensors", watched)
+    sampler = Sampler(V, "ddim", 2)
+    loop = CapturedSampler(sampler, network, SHAPE, **inputs(0.3))
+    sampler(network, (3, 3, 4, 4), conditioning={"shift": 0.0})
+    del sampler
+    gc.collect()
+    assert len(read) == 2 and read[0]() is not None
+    assert loop().shape == SHAPE

@@ -10,7 +10,7 @@ from counting import CountOperations
 from torch import Tensor
 
 from alphabar.noising import NoiseSchedule
-from alphabar.sampling import METHODS, ContinuousBatch, DPMAdaptive, Sampler
+from alphabar.sampling import METHODS, ContinuousBatch, DPMAdaptive, Sampler, fit_table
 
 V = NoiseSchedule.scaled_linear(prediction="v_prediction")
 SHAPE = (2, 3, 3)
@@ -145,3 +145,9 @@ def test_what_cannot_be_served() -> None:
     wrong.add()
     with pytest.raises(ValueError, match=r"^the network's output must have the shape of its input"):
         wrong.step()
+
+
+def test_a_fitted_table_keeps_its_guidance() -> None:
+    table = fit_table(lambda x, t: torch.tanh(x), V, 2, shape=(8,), seeds=16)
+    with pytest.raises(ValueError, match="the table was fitted with"):
+        ContinuousBatch(Sampler.from_table(table), network, 1, (8,), guidance_scale=3.0)

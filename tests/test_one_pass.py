@@ -83,3 +83,34 @@ def test_a_loop_that_rounds_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatc
         assert one_pass(CPU) is None
     finally:
         one_pass.cache_clear()
+
+
+@pytest.mark.skipif(WITHOUT_NUMBA, reason="numba is not installed")
+def test_whether_one_pass_works_does_not_depend_on_the_moment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one_pass.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert one_pass(CPU) is not None
+    finally:
+        torch.set_default_dtype(torch.float32)
+        one_pass.cache_clear()
+
+    def full(*given: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("alphabar.noising.utils.compiled.combine", full)
+        with pytest.raises(MemoryError):
+            one_pass(CPU)
+    assert one_pass(CPU) is not None
+
+
+@pytest.mark.skipif(WITHOUT_NUMBA, reason="numba is not installed")
+def test_tensors_without_memory_are_refused() -> None:
+    passes = one_pass(CPU)
+    assert passes is not None
+    rows = (((0, 1.0), (1, 0.5)),)
+    with pytest.raises(ValueError, match="a tensor without memory"):
+        OnePass(rows, None, passes, torch.float32)([torch.empty(3, device="meta")] * 2)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from alphabar.noising import NoiseSchedule
-from alphabar.sampling import METHODS, DynamicThreshold, RollingSampler, Sampler
+from alphabar.sampling import METHODS, DynamicThreshold, RollingSampler, Sampler, fit_table
 from alphabar.sampling.rolling import resolve_matrix
 from oracles import SCHEDULES
 from registries import restored
@@ -268,3 +268,10 @@ def test_errors_of_a_call() -> None:
             rolling(mixing, SHAPE, known=torch.zeros(wrong))
     with pytest.raises(TypeError, match="runs the table of a Sampler, got DPMAdaptive"):
         RollingSampler(Sampler(FLOW, "DPM adaptive"), chunks=2)
+
+
+def test_a_fitted_table_keeps_its_guidance() -> None:
+    table = fit_table(lambda x, t: torch.tanh(x), FLOW, 2, shape=(8,), seeds=16)
+    rolling = RollingSampler(Sampler.from_table(table), "full", chunks=2, axis=1)
+    with pytest.raises(ValueError, match="the table was fitted with"):
+        rolling.iterate(mixing, (1, 8), guidance_scale=3.0)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from alphabar.noising import NoiseSchedule
 from alphabar.sampling import Sampler
@@ -292,3 +293,79 @@ def test_runs_of_one_sampler_may_be_interleaved() -> None:
     for _ in zip(*runs, strict=True):
         pass
     assert seen[::2] == seen[1::2] == sampler.timesteps
+
+
+@pytest.mark.parametrize("write", ["data", "numpy"])
+def test_times_written_past_autograd_do_not_reach_the_next_run(write: str) -> None:
+    sampler, seen = Sampler(V, "heun", 3), list[float]()
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(float(t[0]))
+        if write == "data":
+            t.data.zero_()
+        else:
+            t.numpy()[:] = 0
+        return 0.1 * x
+
+    for _ in range(2):
+        sampler(network, (2, 3), seeds=0)
+    assert seen[:5] == seen[5:] and 0.0 not in seen[:4]
+
+
+@pytest.mark.parametrize("name", ["table", "adaptive", "predictor_corrector"])
+def test_a_network_that_changes_its_input_is_refused(name: str) -> None:
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        x.mul_(0.5)
+        return x.tanh()
+
+    with pytest.raises(ValueError, match=r"^the network changes its input in place, .*clone\(\)$"):
+        drawn(name, network=network, seeds=0)
+
+
+def test_a_network_may_change_a_copy_of_its_input() -> None:
+    """In half precision it gets one; so it does with guidance."""
+
+    def network(x: Tensor, t: Tensor, shift: Any = 0.0) -> Tensor:
+        return x.mul_(0.5) + shift
+
+    def clean(x: Tensor, t: Tensor, shift: Any = 0.0) -> Tensor:
+        return network(x.clone(), t, shift)
+
+    half: dict[str, Any] = {"dtype": torch.bfloat16}
+    rows = {"shift": torch.ones(2, 1, 1, 1)}
+    guided = {"conditioning": rows, "unconditional": rows, "guidance_scale": 2.0}
+    for arguments in (half, guided):
+        one, other = (drawn("table", network=n, seeds=0, **arguments) for n in (network, clean))
+        assert torch.equal(one, other)
+    with torch.inference_mode():
+        drawn("table", network=clean, seeds=0)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_fake_tensors_and_vmap(warm: bool) -> None:
+    """They have no address to read, and what a run with them makes is not kept."""
+    sampler, exact = Sampler(V, "dpmpp_2m", 3), Sampler(V, "dpmpp_2m", 3)
+    start = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    if warm:
+        sampler(smooth, start[0])
+    with FakeTensorMode():
+        made = sampler(smooth, torch.empty(SHAPE))
+    assert made.shape == SHAPE and type(made) is not Tensor
+    each = [exact(smooth, one) for one in start]
+    assert torch.equal(sampler(smooth, start[0]), each[0])
+    mapped = torch.vmap(lambda z: sampler(smooth, z))(start)
+    assert torch.allclose(mapped, torch.stack(each), rtol=0, atol=1e-5)
+    assert torch.equal(sampler(smooth, start[1]), each[1])
+
+
+def test_a_compiled_run_is_the_run() -> None:
+    sampler, start = Sampler(V, "dpmpp_2m", 3), torch.randn(SHAPE)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda z: sampler(smooth, z), backend="eager")
+    assert torch.allclose(compiled(start), sampler(smooth, start), rtol=0, atol=1e-6)
+
+
+def test_a_default_device_changes_nothing() -> None:
+    expected = Sampler(V, "dpmpp_2m", 3)(smooth, SHAPE, seeds=0)
+    with torch.device("meta"):
+        assert torch.equal(Sampler(V, "dpmpp_2m", 3)(smooth, SHAPE, seeds=0), expected)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from all_pairs import all_pairs
 from alphabar.noising import (
@@ -721,3 +721,42 @@ def test_names_and_objects_resolve(name: str) -> None:
     scheme = resolve_weighting(name)
     assert scheme.name == name
     assert resolve_weighting(scheme) is scheme
+
+
+class Trained(nn.Module, Weighting):
+    """A weighting with a parameter."""
+
+    name = "trained"
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.power = nn.Parameter(torch.tensor(0.5))
+
+    __call__ = Weighting.__call__
+
+    def on_target(self, alpha: Tensor, sigma: Tensor, det: Tensor, fraction: Any) -> Tensor:
+        return 1 + alpha**self.power
+
+
+@pytest.mark.parametrize("timesteps", ["uniform", "stratified"])
+@pytest.mark.parametrize("schedule", [NoiseSchedule.scaled_linear(), NoiseSchedule.flow()])
+def test_a_weighting_with_a_parameter_trains(schedule: NoiseSchedule, timesteps: str) -> None:
+    weighting = Trained()
+    noising = Noising(schedule, weighting=weighting, timesteps=timesteps)
+    x0 = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        noising.eval()(x0, step=0)  # a validation before training leaves nothing behind
+    noising.train()
+    for step in range(2):
+        noised = noising(x0, step=step)
+        noised.loss(0 * x0).backward()
+        power = weighting.power.detach().clone().requires_grad_()
+        with torch.no_grad():
+            errors = noised.target.square().flatten(1).mean(1)
+        alpha = schedule.alpha(noised.t).float()
+        ((1 + alpha**power) * errors).mean().backward()
+        assert weighting.power.grad is not None and power.grad is not None
+        assert torch.allclose(weighting.power.grad, power.grad, rtol=1e-4)
+        with torch.no_grad():
+            weighting.power -= 0.1 * weighting.power.grad
+        weighting.power.grad = None

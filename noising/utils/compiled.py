@@ -484,5 +484,7 @@ def combine(given: Sequence[Any], made: Sequence[Any], rows: Any) -> None:
     All are contiguous float32 tensors of one size. ``rows``: of :func:`packed`, pairs of an index
     and a coefficient for each result; the indices after those of ``given`` are earlier results.
     """
-    addresses = np.array([one.data_ptr() for one in (*given, *made)], np.int64)
-    _combine(addresses, *rows, given[0].numel())
+    addresses = [one.data_ptr() for one in (*given, *made)]
+    if 0 in addresses:
+        raise ValueError("a tensor without memory, fake or on the meta device, cannot be combined")
+    _combine(np.array(addresses, np.int64), *rows, given[0].numel())

@@ -93,6 +93,5 @@ def end_without_mean(
 def _weights(weighting: Weighting, schedule: NoiseSchedule, t: torch.Tensor) -> torch.Tensor:
     """Return the weights on the schedule's target at float64 times."""
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    return weighting(
-        alpha, sigma, schedule.prediction.determinant(alpha, sigma), schedule.curve.fraction(t)
-    )
+    det, fraction = schedule.prediction.determinant(alpha, sigma), schedule.curve.fraction(t)
+    return weighting(alpha, sigma, det, fraction).detach()

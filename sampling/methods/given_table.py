@@ -17,8 +17,8 @@ from .steps import first_order_update
 class Replay:
     """The formula of a given table.
 
-    A run that starts at a later knot has no memory. Its steps are of first order wherever the
-    table's need one.
+    A run that starts at a later knot has no memory. Its steps are of first order up to the first
+    one that reads no memory in the table; in a multistep table, all of them are.
     """
 
     table: Table

@@ -149,6 +149,7 @@ class RollingSampler:
         Raises:
             ValueError: The axis does not divide into the chunks, or ``known`` does not fit.
         """
+        self.sampler._require_guidance(guidance_scale, guidance_rescale)
         shape = checked_shape(shape_or_noise)
         axis = require_chunks(self.chunks, self.axis, shape)
         given = _known_chunks(known, shape, axis, shape[axis] // self.chunks)

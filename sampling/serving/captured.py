@@ -1,8 +1,8 @@
 """A whole sampling loop as one CUDA graph, for small networks and small batches.
 
 There the host needs longer to launch the kernels of a step than the device to run them. A graph
-launches all steps at once. Its inputs are in fixed memory: the start, the seeds and the
-conditioning are copied there before it runs.
+launches all steps at once. It reads the start, the seeds and the conditioning from memory of its
+own, to which each call copies them, and all else where it was at the capture.
 """
 
 from __future__ import annotations
@@ -77,6 +77,10 @@ class CapturedSampler:
             raise ValueError(
                 "a CUDA graph draws its noise with triton, which is missing or does not work here"
             )
+        # the graph reads the tensors that these keep: a copy of the sampler keeps its times, which
+        # other calls of the caller's replace
+        sampler = copy.copy(sampler)
+        self._read = sampler, network, arguments
         # one copy of both, so that tensors that they share are shared in the copies
         self._inputs = copy.deepcopy((dict(conditioning or {}), unconditional))
 

@@ -149,6 +149,7 @@ class ContinuousBatch:
                 f"a continuous batch needs a Sampler with a table, got {type(sampler).__name__}; "
                 "call it with a batch that starts and ends together"
             )
+        sampler._require_guidance(guidance_scale, guidance_rescale)
         self.sampler, self.network = sampler, network
         self.slots = whole_number("slots", slots, least=1)
         self.shape = checked_shape((1, *shape))[1:]
