@@ -112,7 +112,7 @@ def test_pixels_are_those_of_one_process(root: Path, alone: dict[str, bytes], ki
     assert pictures(root / kind / "raw") != alone
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "fsdp2"])
+@pytest.mark.parametrize("kind", ["torch", *SHARDED])
 def test_a_table_is_fitted_by_all_ranks_together(
     root: Path, ranks: list[dict[str, Any]], kind: str
 ) -> None:
@@ -125,9 +125,8 @@ def test_a_table_is_fitted_by_all_ranks_together(
     assert all("of step 2" in json.loads(line)["note"] for line in lines)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_a_fitted_table_is_that_of_one_process(
-    root: Path, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("FIT_SEEDS", "HELD_OUT_SEEDS", "fit_table"):
         monkeypatch.setattr(tables, name, getattr(tables, name))  # put back what fit_little sets
@@ -136,7 +135,7 @@ def test_a_fitted_table_is_that_of_one_process(
         made(Net(), step=2)
     one, two = (
         Table.load(folder / "fitted_raw_3.json")
-        for folder in (tmp_path, root / kind / "fitted_still")
+        for folder in (tmp_path, root / "torch" / "fitted_still")
     )
     assert [knot.timestep for knot in one.knots] == [knot.timestep for knot in two.knots]
     for a, b in zip(one.steps, two.steps, strict=True):
