@@ -57,7 +57,9 @@ def previews(**settings: Any) -> ValidationSampling:
 
 
 def of_ours() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("alphabar")]
+    """The threads that write and log; those that noise batches wait for the next batch."""
+    named = [thread for thread in threading.enumerate() if thread.name.startswith("alphabar")]
+    return [thread for thread in named if not thread.name.startswith("alphabar-noise")]
 
 
 # A disk that is full, at the lowest level of every write
