@@ -96,7 +96,13 @@ FULL: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("where", FULL)
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param(w, marks=[pytest.mark.slow] if w in ("syncing", "temporary files") else [])
+        for w in FULL
+    ],
+)
 def test_a_full_disk_is_said_once_and_training_is_the_same(
     tmp_path: Path, reference: Toy, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:

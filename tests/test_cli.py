@@ -289,6 +289,7 @@ def run_alphabar(command: str, timeout: float = 120) -> subprocess.CompletedProc
     return subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=timeout)
 
 
+@pytest.mark.slow  # the exit code is with the fast tests
 def test_a_reader_that_goes_away_ends_it_quietly() -> None:
     result = run_alphabar("alphabar samplers | head -1; echo ${PIPESTATUS[@]}")
     assert result.stderr == ""

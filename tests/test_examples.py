@@ -133,7 +133,7 @@ def test_brightness_refuses_to_report_another_run_as_its_own(tmp_path: Path) -> 
         example.main([*V_ZERO_SNR, *SHORT, "--out", str(tmp_path)])
 
 
-@pytest.mark.parametrize("channels", ["1", "3"])
+@pytest.mark.parametrize("channels", ["1", pytest.param("3", marks=pytest.mark.slow)])
 def test_brightness_on_a_folder_of_images(tmp_path: Path, channels: str) -> None:
     from sklearn.datasets import load_digits
 

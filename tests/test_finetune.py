@@ -91,6 +91,7 @@ def test_epsilon_becomes_v_with_zero_terminal_snr(given: list[str], tmp_path: Pa
     )
 
 
+@pytest.mark.slow  # a resume without a kill, and a kill of previews, are with the fast tests
 def test_killed_and_resumed_it_learns_the_same(given: list[str], tmp_path: Path) -> None:
     flags = [
         *given,

@@ -61,6 +61,7 @@ def test_objects_and_names_from_the_command_line(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow  # every callback from YAML is with the fast tests
 def test_two_previews_side_by_side_and_the_printed_config_says_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
